@@ -1,0 +1,120 @@
+"""Files that are whole or absent: hashing, atomic writes and path checks used by all three stages."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moedge import MoEdgeError
+
+_CHUNK = 1 << 22
+
+
+def sha256_file(path: Path) -> str:
+    """Return the hex sha256 of a file, read in 4 MiB chunks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def canonical_json(value: Any) -> bytes:
+    """Serialise ``value`` so that equal values give equal bytes (sorted keys, no spaces, NaN refused)."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def digest(value: Any) -> str:
+    """Return the hex sha256 of the canonical JSON of ``value``."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` so that a reader sees the old file or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+@contextmanager
+def atomic_dir(path: Path, *, force: bool = False) -> Iterator[Path]:
+    """Yield an empty folder beside ``path`` that becomes ``path`` when the block ends without an error.
+
+    On any error, Ctrl-C included, the partial folder is removed and whatever was at ``path`` stays as it was.
+
+    Raises:
+        MoEdgeError: ``path`` exists and ``force`` is not given, or its parent cannot be written.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise MoEdgeError(f"Output {path} exists and is not a folder; choose another output path.")
+    if path.exists() and any(path.iterdir()) and not force:
+        raise MoEdgeError(f"Output folder {path} already exists and is not empty; pass --force to replace it.")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+    except OSError as error:
+        raise MoEdgeError(f"Cannot write to {path.parent}: {error.strerror}; choose a writable output folder.") from error
+    try:
+        yield partial
+        replaced = path.with_name(f".{path.name}.{os.getpid()}.replaced")
+        if path.exists():
+            os.replace(path, replaced)
+        os.replace(partial, path)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def safe_join(root: Path, relative: str) -> Path:
+    """Return ``root / relative`` after checking that it names a plain file or folder inside ``root``.
+
+    Raises:
+        MoEdgeError: absolute path, ``..`` component, or a symbolic link anywhere below ``root``.
+    """
+    part = Path(relative)
+    if not relative or part.is_absolute() or ".." in part.parts or "\\" in relative or "\0" in relative:
+        raise MoEdgeError(f"Unsafe path {relative!r} in {root}: paths must stay inside the folder.")
+    current = root
+    for piece in part.parts:
+        current = current / piece
+        if current.is_symlink():
+            raise MoEdgeError(f"Unsafe path {relative!r} in {root}: {current} is a symbolic link.")
+    return current
+
+
+def hash_tree(root: Path) -> dict[str, dict[str, Any]]:
+    """Return ``{relative path: {"sha256", "size"}}`` for every file below ``root``, sorted by path.
+
+    Raises:
+        MoEdgeError: a symbolic link is found (artefacts hold plain files only).
+    """
+    files: dict[str, dict[str, Any]] = {}
+    for path in sorted(root.rglob("*")):
+        if path.is_symlink():
+            raise MoEdgeError(f"{path} is a symbolic link; artefact folders hold plain files only.")
+        if path.is_file():
+            files[path.relative_to(root).as_posix()] = {"sha256": sha256_file(path), "size": path.stat().st_size}
+    return files
+
+
+def remove_partials(folder: Path) -> None:
+    """Delete what a killed process left behind in ``folder`` (names that :func:`atomic_dir` and :func:`write_text` use)."""
+    for pattern in (".*.partial", ".*.replaced"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)

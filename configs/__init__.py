@@ -1,0 +1,1 @@
+"""Recipes, tolerances and their typed schema."""

@@ -1,0 +1,1 @@
+"""Turn a dense model into a MoE checkpoint: statistics -> plan -> apply -> save."""

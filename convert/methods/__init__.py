@@ -1,0 +1,1 @@
+"""One conversion method per file: statistics -> MoEPlan."""

@@ -1,0 +1,231 @@
+"""MoEPlan: the pure-data result of every conversion method.
+
+A plan says, for each layer, which neurons are shared, which belong to which routed expert, how tokens are routed and
+how expert outputs are combined. It holds no weights of the dense model except the few rows a router or a refit needs.
+It is saved as ``plan.json`` + ``plan.safetensors`` and named by a content hash, so two runs can be compared by one line.
+
+Semantics, for one token ``x`` with selected set ``K`` (``|K| = top_k``)::
+
+    y = shared(x) + sum_{e in K} w_e(x) * E_e(x) + sum_{e not in K} compensation_e + output_bias
+
+A neuron that is in neither the shared set nor an expert is pruned (static methods prune, partitions do not).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from moedge import MoEdgeError
+from moedge._files import canonical_json, write_json
+
+PLAN_SCHEMA = "moedge.plan/1"
+
+CombineRule = Literal["unit", "scaled", "softmax"]
+"""Weight of a selected expert: ``unit`` 1; ``scaled`` 1 + scale_e * softmax(scores)_e (CMoE sec. 3.3); ``softmax``
+softmax over the selected scores."""
+
+
+@dataclass
+class RouterPlan:
+    """A router kind (a key of ``convert.routers.ROUTERS``) with its float32 tensors and options."""
+
+    kind: str
+    tensors: dict[str, np.ndarray] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class LayerPlan:
+    """What one FFN becomes.
+
+    Shapes: H hidden size, E ``len(experts)``. Widths of experts may differ.
+    ``shared`` int32 [S]; ``experts`` E arrays int32 [I_e]; ``selection_bias`` float32 [E] (added to the scores for
+    selection only); ``scale`` float32 [E] (``scaled`` rule only); ``compensation`` float32 [E, H];
+    ``output_bias`` float32 [H]; ``down`` float32 [H, D], a refitted down projection in the dense neuron order.
+    ``report`` is plain JSON for people (dead-neuron share, iterations); it is part of the content hash.
+    """
+
+    shared: np.ndarray
+    experts: list[np.ndarray]
+    top_k: int
+    router: RouterPlan | None = None
+    combine: CombineRule = "unit"
+    selection_bias: np.ndarray | None = None
+    scale: np.ndarray | None = None
+    compensation: np.ndarray | None = None
+    output_bias: np.ndarray | None = None
+    down: np.ndarray | None = None
+    report: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_experts(self) -> int:
+        """Number of routed experts, E."""
+        return len(self.experts)
+
+    @property
+    def expert_width(self) -> int:
+        """Widest routed expert, I (narrower ones are zero-padded when the plan is applied)."""
+        return max((len(expert) for expert in self.experts), default=0)
+
+    @property
+    def active_width(self) -> float:
+        """Neurons that run for one token: shared plus top_k times the mean expert width."""
+        mean = sum(map(len, self.experts)) / self.num_experts if self.experts else 0.0
+        return len(self.shared) + self.top_k * mean
+
+    def validate(self, width: int, where: str) -> None:
+        """Check the layer against a dense FFN of ``width`` neurons.
+
+        Raises:
+            MoEdgeError: a neuron out of range or used twice, top_k out of range, or experts without a router.
+        """
+        neurons = np.concatenate([self.shared, *self.experts]) if self.experts else self.shared
+        if neurons.size and (neurons.min() < 0 or neurons.max() >= width):
+            raise MoEdgeError(f"{where}: a neuron index is outside 0..{width - 1}; the plan is for another model.")
+        if np.unique(neurons).size != neurons.size:
+            raise MoEdgeError(f"{where}: a neuron is assigned twice; every neuron belongs to at most one expert.")
+        if not 0 <= self.top_k <= self.num_experts:
+            raise MoEdgeError(f"{where}: top_k={self.top_k} must be between 0 and num_experts={self.num_experts}.")
+        if self.top_k and self.router is None:
+            raise MoEdgeError(f"{where}: {self.num_experts} experts but no router.")
+        if not neurons.size:
+            raise MoEdgeError(f"{where}: no neuron is kept.")
+
+
+@dataclass
+class MoEPlan:
+    """A whole conversion: ``layers[i]`` for the i-th FFN of the model, and what it was made from.
+
+    ``model`` names the dense parent (model_type, hidden_size, intermediate_size, num_layers, hidden_act, sha256).
+    ``provenance`` is JSON: calibration text hashes, token counts, protocol. No clock times: equal inputs give equal hashes.
+    """
+
+    method: str
+    params: dict[str, Any]
+    model: dict[str, Any]
+    layers: list[LayerPlan]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def validate(self) -> None:
+        """Check every layer; see :meth:`LayerPlan.validate`."""
+        for index, layer in enumerate(self.layers):
+            layer.validate(int(self.model["intermediate_size"]), f"plan layer {index}")
+
+    def _split(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        tensors: dict[str, np.ndarray] = {}
+        layers = []
+        for i, layer in enumerate(self.layers):
+            tensors[f"layers.{i}.shared"] = layer.shared.astype(np.int32)
+            routed = np.concatenate(layer.experts) if layer.experts else np.zeros(0)
+            tensors[f"layers.{i}.experts"] = routed.astype(np.int32)
+            for name in _OPTIONAL:
+                value = getattr(layer, name)
+                if value is not None:
+                    tensors[f"layers.{i}.{name}"] = np.ascontiguousarray(value, dtype=np.float32)
+            router = None
+            if layer.router is not None:
+                router = {"kind": layer.router.kind, "options": layer.router.options}
+                for name, value in layer.router.tensors.items():
+                    tensors[f"layers.{i}.router.{name}"] = np.ascontiguousarray(value)
+            layers.append(
+                {
+                    "expert_widths": [len(expert) for expert in layer.experts],
+                    "top_k": layer.top_k,
+                    "combine": layer.combine,
+                    "router": router,
+                    "report": layer.report,
+                }
+            )
+        head = {
+            "schema": PLAN_SCHEMA,
+            "method": self.method,
+            "params": self.params,
+            "model": self.model,
+            "provenance": self.provenance,
+            "layers": layers,
+        }
+        return head, tensors
+
+    @property
+    def sha256(self) -> str:
+        """Content hash over the JSON part and every tensor's name, dtype, shape and bytes."""
+        head, tensors = self._split()
+        digest = hashlib.sha256(canonical_json(head))
+        for name in sorted(tensors):
+            value = np.ascontiguousarray(tensors[name])
+            digest.update(f"{name}:{value.dtype.str}:{value.shape};".encode())
+            digest.update(value.tobytes())
+        return digest.hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Write ``plan.json`` and ``plan.safetensors`` into an existing ``folder``."""
+        from safetensors.numpy import save_file
+
+        self.validate()
+        head, tensors = self._split()
+        write_json(folder / "plan.json", {**head, "sha256": self.sha256})
+        save_file(tensors, folder / "plan.safetensors")
+
+    @classmethod
+    def load(cls, folder: Path) -> MoEPlan:
+        """Read a plan and verify its content hash.
+
+        Raises:
+            MoEdgeError: a file is missing, of another schema, damaged, or does not match its hash.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        try:
+            head = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+            tensors = load_file(folder / "plan.safetensors")
+        except FileNotFoundError as error:
+            raise MoEdgeError(f"No plan in {folder}: {error.filename or 'plan.safetensors'} is missing.") from error
+        except (ValueError, SafetensorError) as error:
+            raise MoEdgeError(f"Plan in {folder} is damaged ({error}); convert again.") from error
+        if not isinstance(head, dict) or head.get("schema") != PLAN_SCHEMA:
+            raise MoEdgeError(f"{folder / 'plan.json'} is not a {PLAN_SCHEMA} file; convert again with this version.")
+        try:
+            plan = cls._join(head, tensors)
+        except (KeyError, TypeError, ValueError) as error:
+            raise MoEdgeError(f"Plan in {folder} is incomplete ({error}); convert again.") from error
+        if plan.sha256 != head.get("sha256"):
+            raise MoEdgeError(f"Plan in {folder} does not match its own hash; it was changed. Convert again.")
+        plan.validate()
+        return plan
+
+    @classmethod
+    def _join(cls, head: dict[str, Any], tensors: dict[str, np.ndarray]) -> MoEPlan:
+        layers = []
+        for i, entry in enumerate(head["layers"]):
+            widths = entry["expert_widths"]
+            routed = tensors[f"layers.{i}.experts"]
+            if sum(widths) != routed.size:
+                raise ValueError(f"layer {i}: expert widths do not add up")
+            router = None
+            if entry["router"] is not None:
+                prefix = f"layers.{i}.router."
+                named = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+                router = RouterPlan(entry["router"]["kind"], named, entry["router"]["options"])
+            optional = {name: tensors.get(f"layers.{i}.{name}") for name in _OPTIONAL}
+            layers.append(
+                LayerPlan(
+                    shared=tensors[f"layers.{i}.shared"],
+                    experts=np.split(routed, np.cumsum(widths)[:-1]) if widths else [],
+                    top_k=entry["top_k"],
+                    router=router,
+                    combine=entry["combine"],
+                    report=entry["report"],
+                    **optional,
+                )
+            )
+        return cls(head["method"], head["params"], head["model"], layers, head["provenance"])
+
+
+_OPTIONAL = ("selection_bias", "scale", "compensation", "output_bias", "down")

@@ -1,0 +1,1 @@
+"""MoE checkpoint -> portable ONNX graph -> a bundle for each target."""

@@ -1,0 +1,1 @@
+"""Run, verify, benchmark and report on bundles. Imports neither torch nor transformers."""

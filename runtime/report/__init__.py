@@ -1,0 +1,1 @@
+"""Reports: JSON (versioned schema), Markdown and self-contained HTML."""
