@@ -166,7 +166,9 @@ def combine(
     chosen = rows[inverse].view(tokens, top_k, rows.shape[1])
     y = torch.bmm(weights.to(rows.dtype).unsqueeze(1), chosen).squeeze(1)
     if compensation is not None:
-        y = y + compensation.sum(0) - compensation[indices.long()].sum(1)
+        # A 0/1 mask, not total minus selected: exactly zero when every expert is selected (the identity test).
+        omitted = rows.new_ones((tokens, compensation.shape[0])).scatter_(1, indices.long(), 0)
+        y = torch.addmm(y, omitted, compensation.to(rows.dtype))
     return y
 
 

@@ -1,0 +1,327 @@
+"""The ONNX side of the ``moedge::`` operators: schema and function body in standard operators.
+
+A traced file holds a node per operator and, as model-local functions, these bodies. Any ONNX runtime and
+``onnx.reference`` can therefore run the file; a lowering replaces nodes that its target has a kernel for.
+
+Bodies are ONNX text (opset 18), read as code. A body cannot branch on an attribute, so :func:`bodies` writes the ones
+for a model's activation and weight rule; a model that mixes rules has none and is refused by ``trace``.
+
+Shapes: T tokens, H hidden, I expert width, E experts, k active, R = T*k rows; attention: B batch, S new tokens, L past
+and new, N heads, G key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import onnx
+import onnx.defs
+import onnx.parser
+
+DOMAIN = "moedge"
+VERSION = 1
+OPSET = 18
+
+_FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
+# operator: (inputs, outputs, required attributes, optional attributes). "name:type"; "?" marks an optional input.
+_SIGNATURES: dict[str, tuple[str, str, dict[str, str]]] = {
+    "Route": (
+        "scores:tensor(float) selection_bias:tensor(float) scale:tensor(float)?",
+        "indices:tensor(int32) weights:tensor(float)",
+        {"top_k": "INT", "rule": "STRING"},
+    ),
+    "SparseGLU": (
+        "x:T indices:tensor(int32) weights:tensor(float) gate:T up:T down:T compensation:T?",
+        "y:T",
+        {"activation": "STRING"},
+    ),
+    "Dispatch": (
+        "x:T indices:tensor(int32)",
+        "rows:T offsets:tensor(int32) inverse:tensor(int32)",
+        {"num_experts": "INT"},
+    ),
+    "GroupedGLU": ("rows:T offsets:tensor(int32) gate:T up:T", "y:T", {"activation": "STRING"}),
+    "GroupedLinear": ("rows:T offsets:tensor(int32) weight:T", "y:T", {}),
+    "Combine": (
+        "rows:T inverse:tensor(int32) indices:tensor(int32) weights:tensor(float) compensation:T?",
+        "y:T",
+        {},
+    ),
+    # Not "Attention": TensorRT's importer takes that name in any domain (peers.md 2.2).
+    "CausalAttention": ("query:T key:T value:T attention_mask:tensor(bool)", "y:T", {"scale": "FLOAT"}),
+}
+
+
+@cache
+def register_schemas() -> None:
+    """Register an ``OpSchema`` for each operator in this process (exporters and shape inference look there)."""
+    for name, (inputs, outputs, attributes) in _SIGNATURES.items():
+        schema = onnx.defs.OpSchema(
+            name,
+            DOMAIN,
+            VERSION,
+            inputs=[_parameter(text) for text in inputs.split()],
+            outputs=[_parameter(text) for text in outputs.split()],
+            type_constraints=[("T", _FLOATS, "float")] if ":T" in inputs else [],
+            attributes=[
+                onnx.defs.OpSchema.Attribute(key, getattr(onnx.defs.OpSchema.AttrType, kind), required=True)
+                for key, kind in attributes.items()
+            ],
+        )
+        onnx.defs.register_schema(schema)
+
+
+def _parameter(text: str) -> onnx.defs.OpSchema.FormalParameter:
+    name, kind = text.split(":", 1)
+    options = onnx.defs.OpSchema.FormalParameterOption
+    option = options.Optional if kind.endswith("?") else options.Single
+    return onnx.defs.OpSchema.FormalParameter(name, kind.rstrip("?"), param_option=option)
+
+
+_ACTIVATE = {
+    # name -> statements that turn g into a
+    "silu": "s = Sigmoid (g)  a = Mul (g, s)",
+    "gelu_tanh": """
+        c3 = CastLike (k_cubic, g)  c1 = CastLike (k_scale, g)  half = CastLike (k_half, g)  a_one = CastLike (k_one, g)
+        g2 = Mul (g, g)  g3 = Mul (g2, g)  gc = Mul (g3, c3)  gs = Add (g, gc)  gt = Mul (gs, c1)
+        th = Tanh (gt)  tp = Add (th, a_one)  gh = Mul (g, half)  a = Mul (gh, tp)""",
+    "gelu": """
+        r2 = CastLike (k_rsqrt2, g)  half = CastLike (k_half, g)  a_one = CastLike (k_one, g)
+        ge = Mul (g, r2)  er = Erf (ge)  ep = Add (er, a_one)  gh = Mul (g, half)  a = Mul (gh, ep)""",
+}
+_CONSTANTS = {
+    "silu": "",
+    "gelu_tanh": """
+        k_cubic = Constant <value_float = 0.044715> ()  k_scale = Constant <value_float = 0.7978845608028654> ()
+        k_half = Constant <value_float = 0.5> ()  k_one = Constant <value_float = 1.0> ()""",
+    "gelu": """
+        k_rsqrt2 = Constant <value_float = 0.7071067811865476> ()
+        k_half = Constant <value_float = 0.5> ()  k_one = Constant <value_float = 1.0> ()""",
+}
+_WEIGHTS = {
+    # name -> statements that turn scores, chosen [T, k] int64 (and scale) into weights [T, k]
+    "unit": "ones = Cast <to = 1> (chosen)  z = Sub (ones, ones)  one = Constant <value_float = 1.0> ()  weights = Add (z, one)",
+    "scaled": """
+        p = Softmax <axis = -1> (scores)  ps = Mul (p, scale)  pc = GatherElements <axis = 1> (ps, chosen)
+        one = Constant <value_float = 1.0> ()  weights = Add (pc, one)""",
+    "softmax": "sc = GatherElements <axis = 1> (scores, chosen)  weights = Softmax <axis = -1> (sc)",
+}
+
+_ROUTE = """
+<domain: "moedge", opset_import: ["" : 18]>
+Route <top_k, rule> (scores, selection_bias{scale}) => (indices, weights) {{
+    k = Constant <value_int: int = @top_k> ()
+    axis = Constant <value_ints = [0]> ()
+    k1 = Unsqueeze (k, axis)
+    biased = Add (scores, selection_bias)
+    best, chosen = TopK <axis = -1, largest = 1, sorted = 1> (biased, k1)
+    indices = Cast <to = 6> (chosen)
+    {weights}
+}}"""
+
+_DISPATCH = """
+<domain: "moedge", opset_import: ["" : 18]>
+Dispatch <num_experts> (x, indices) => (rows, offsets, inverse) {
+    zero = Constant <value_int = 0> ()  one = Constant <value_int = 1> ()
+    first = Constant <value_ints = [0]> ()  minus1 = Constant <value_ints = [-1]> ()
+    e = Constant <value_int: int = @num_experts> ()
+    idx = Cast <to = 7> (indices)
+    flat = Reshape (idx, minus1)
+    n1 = Shape (flat)
+    n = Squeeze (n1)
+    position = Range (zero, n, one)
+    scaled = Mul (flat, n)
+    key = Add (scaled, position)
+    sorted, order = TopK <axis = 0, largest = 0, sorted = 1> (key, n1)
+    unused, inverse64 = TopK <axis = 0, largest = 0, sorted = 1> (order, n1)
+    inverse = Cast <to = 6> (inverse64)
+    k1 = Shape <start = 1, end = 2> (indices)
+    token = Div (order, k1)
+    rows = Gather <axis = 0> (x, token)
+    experts = Range (zero, e, one)
+    column = Unsqueeze (experts, minus1)
+    hit = Equal (column, flat)
+    hits = Cast <to = 7> (hit)
+    counts = ReduceSum <keepdims = 0> (hits, minus1)
+    ends = CumSum (counts, zero)
+    zero1 = Unsqueeze (zero, first)
+    offsets64 = Concat <axis = 0> (zero1, ends)
+    offsets = Cast <to = 6> (offsets64)
+}"""
+
+# The expert that owns row r is the number of experts that end at or before r.
+_OWNER = """
+    zero = Constant <value_int = 0> ()  one = Constant <value_int = 1> ()
+    first = Constant <value_ints = [0]> ()  minus1 = Constant <value_ints = [-1]> ()
+    big = Constant <value_ints = [2147483647]> ()  from1 = Constant <value_ints = [1]> ()
+    r1 = Shape <start = 0, end = 1> (rows)
+    r = Squeeze (r1)
+    number = Range (zero, r, one)
+    ends32 = Slice (offsets, from1, big, first)
+    ends = Cast <to = 7> (ends32)
+    column = Unsqueeze (ends, minus1)
+    past = LessOrEqual (column, number)
+    past64 = Cast <to = 7> (past)
+    owner = ReduceSum <keepdims = 0> (past64, first)
+    rowv = Unsqueeze (rows, minus1)"""
+
+_GROUPED_GLU = """
+<domain: "moedge", opset_import: ["" : 18]>
+GroupedGLU <activation> (rows, offsets, gate, up) => (y) {{
+    {owner}
+    {constants}
+    gate_r = Gather <axis = 0> (gate, owner)
+    up_r = Gather <axis = 0> (up, owner)
+    gv = MatMul (gate_r, rowv)
+    uv = MatMul (up_r, rowv)
+    g = Squeeze (gv, minus1)
+    u = Squeeze (uv, minus1)
+    {activate}
+    y = Mul (a, u)
+}}"""
+
+_GROUPED_LINEAR = """
+<domain: "moedge", opset_import: ["" : 18]>
+GroupedLinear (rows, offsets, weight) => (y) {{
+    {owner}
+    weight_r = Gather <axis = 0> (weight, owner)
+    yv = MatMul (weight_r, rowv)
+    y = Squeeze (yv, minus1)
+}}"""
+
+_OMITTED = """
+    es = Shape <start = 0, end = 1> (compensation)
+    ts = Shape <start = 0, end = 1> (indices)
+    te = Concat <axis = 0> (ts, es)
+    all_ones = ConstantOfShape <value = float[1] {{1.0}}> (te)
+    zeros_k = Sub (weights, weights)
+    omitted32 = ScatterElements <axis = 1> (all_ones, idx, zeros_k)
+    omitted = CastLike (omitted32, compensation)
+    extra = MatMul (omitted, compensation)
+    y = Add (summed, extra)"""
+
+_COMBINE = """
+<domain: "moedge", opset_import: ["" : 18]>
+Combine (rows, inverse, indices, weights{compensation}) => (y) {{
+    minus1 = Constant <value_ints = [-1]> ()  axis1 = Constant <value_ints = [1]> ()
+    idx = Cast <to = 7> (indices)
+    picked = Gather <axis = 0> (rows, inverse)
+    ws = Shape (weights)
+    full = Concat <axis = 0> (ws, minus1)
+    by_choice = Reshape (picked, full)
+    w = CastLike (weights, rows)
+    w1 = Unsqueeze (w, axis1)
+    mixed = MatMul (w1, by_choice)
+    summed = Squeeze (mixed, axis1)
+    {finish}
+}}"""
+
+_SPARSE_GLU_CHAIN = """
+<domain: "moedge", opset_import: ["" : 18, "moedge" : 1]>
+SparseGLU <activation> (x, indices, weights, gate, up, down{compensation}) => (y) {{
+    rows, offsets, inverse = moedge.Dispatch <num_experts = {num_experts}> (x, indices)
+    hidden = moedge.GroupedGLU <activation: string = @activation> (rows, offsets, gate, up)
+    out = moedge.GroupedLinear (hidden, offsets, down)
+    y = moedge.Combine (out, inverse, indices, weights{compensation})
+}}"""
+
+# Every expert on every token, the unselected ones times zero: T*E*I*H work but no gathered weights.
+_SPARSE_GLU_DENSE = """
+<domain: "moedge", opset_import: ["" : 18]>
+SparseGLU <activation> (x, indices, weights, gate, up, down{compensation}) => (y) {{
+    {constants}
+    first = Constant <value_ints = [0]> ()  minus1 = Constant <value_ints = [-1]> ()
+    idx = Cast <to = 7> (indices)
+    t1 = Shape <start = 0, end = 1> (x)
+    e1 = Shape <start = 0, end = 1> (gate)
+    shape = Concat <axis = 0> (t1, e1)
+    none = ConstantOfShape <value = float[1] {{0.0}}> (shape)
+    mask32 = ScatterElements <axis = 1> (none, idx, weights)
+    mask = CastLike (mask32, x)
+    by_expert = Transpose <perm = [1, 0]> (mask)
+    factor = Unsqueeze (by_expert, minus1)
+    xe = Unsqueeze (x, first)
+    gate_t = Transpose <perm = [0, 2, 1]> (gate)
+    up_t = Transpose <perm = [0, 2, 1]> (up)
+    down_t = Transpose <perm = [0, 2, 1]> (down)
+    g = MatMul (xe, gate_t)
+    u = MatMul (xe, up_t)
+    {activate}
+    h = Mul (a, u)
+    hw = Mul (h, factor)
+    each = MatMul (hw, down_t)
+    summed = ReduceSum <keepdims = 0> (each, first)
+    {finish}
+}}"""
+
+_CAUSAL_ATTENTION = """
+<domain: "moedge", opset_import: ["" : 18]>
+CausalAttention <scale> (query, key, value, attention_mask) => (y) {
+    zero = Constant <value_int = 0> ()  one = Constant <value_int = 1> ()
+    minus1 = Constant <value_ints = [-1]> ()  two = Constant <value_ints = [2]> ()
+    head_axes = Constant <value_ints = [1, 2, 3]> ()
+    factor = Constant <value_float: float = @scale> ()
+    hidden = Constant <value_float = -3.4028234663852886e38> ()  shown = Constant <value_float = 0.0> ()
+    b1 = Shape <start = 0, end = 1> (query)
+    sd = Shape <start = 2, end = 4> (query)
+    s1 = Shape <start = 2, end = 3> (query)
+    g1 = Shape <start = 1, end = 2> (key)
+    l1 = Shape <start = 2, end = 3> (key)
+    q_shape = Concat <axis = 0> (b1, g1, minus1, sd)
+    q5 = Reshape (query, q_shape)
+    k5 = Unsqueeze (key, two)
+    v5 = Unsqueeze (value, two)
+    kt = Transpose <perm = [0, 1, 2, 4, 3]> (k5)
+    qk = MatMul (q5, kt)
+    qk32 = Cast <to = 1> (qk)
+    scores = Mul (qk32, factor)
+    l = Squeeze (l1)  s = Squeeze (s1)
+    past = Sub (l, s)
+    position = Range (zero, l, one)
+    new_position = Range (past, l, one)
+    new_column = Unsqueeze (new_position, minus1)
+    causal = LessOrEqual (position, new_column)
+    key_mask = Unsqueeze (attention_mask, head_axes)
+    visible = And (causal, key_mask)
+    bias = Where (visible, shown, hidden)
+    masked = Add (scores, bias)
+    p32 = Softmax <axis = -1> (masked)
+    p = CastLike (p32, value)
+    y5 = MatMul (p, v5)
+    shape = Shape (query)
+    y4 = Reshape (y5, shape)
+    y = Transpose <perm = [0, 2, 1, 3]> (y4)
+}"""
+
+
+def bodies(
+    *, activation: str = "silu", rule: str = "unit", num_experts: int = 0, compensation: bool = False, form: str = "chain"
+) -> dict[str, onnx.FunctionProto]:
+    """Return the function body of every operator for one model, by operator name.
+
+    Args:
+        activation: gate activation, a name in ``ops.ACTIVATIONS``.
+        rule: weight rule, a name in ``ops.RULES``.
+        num_experts: E, needed by the chain form.
+        compensation: whether SparseGLU nodes carry that input.
+        form: body of SparseGLU: ``chain`` (Dispatch, GroupedGLU, GroupedLinear, Combine: the reference meaning) or
+            ``dense`` (every expert on every token).
+    """
+    fill = {
+        "owner": _OWNER,
+        "activate": _ACTIVATE[activation],
+        "constants": _CONSTANTS[activation],
+        "weights": _WEIGHTS[rule],
+        "scale": ", scale" if rule == "scaled" else "",
+        "compensation": ", compensation" if compensation else "",
+        "finish": _OMITTED.format() if compensation else "y = Identity (summed)",
+        "num_experts": num_experts,
+    }
+    texts = [_ROUTE.format(**fill), _CAUSAL_ATTENTION]
+    if form == "chain":
+        texts += [_DISPATCH, _GROUPED_LINEAR.format(**fill), _GROUPED_GLU.format(**fill), _COMBINE.format(**fill)]
+        texts.append(_SPARSE_GLU_CHAIN.format(**fill))
+    else:
+        texts.append(_SPARSE_GLU_DENSE.format(**fill))
+    functions = [onnx.parser.parse_function(text) for text in texts]
+    return {function.name: function for function in functions}

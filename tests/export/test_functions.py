@@ -1,0 +1,160 @@
+"""Each operator's ONNX body means what its torch implementation does, in ONNX Runtime and in onnx.reference."""
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import helper
+from onnx.reference import ReferenceEvaluator
+
+from moedge.export import attention, ops  # noqa: F401 - registers the torch operators
+from moedge.export.functions import DOMAIN, OPSET, bodies
+
+# fp32 sums of up to ~100 terms of order 1, in another order: 100 * 2^-24 = 6e-6 of the largest value.
+RELATIVE = 6e-6
+
+
+def run(name, arrays, outputs, attributes, functions):
+    """Run one moedge node with all function bodies attached; return ORT's and the reference evaluator's outputs."""
+    node = helper.make_node(name, [f"i{n}" for n in range(len(arrays))], [f"o{n}" for n in range(outputs)], domain=DOMAIN)
+    node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
+    inputs = [
+        helper.make_tensor_value_info(f"i{n}", helper.np_dtype_to_tensor_dtype(a.dtype), [None] * a.ndim)
+        for n, a in enumerate(arrays)
+    ]
+    graph = helper.make_graph([node], "g", inputs, [helper.make_empty_tensor_value_info(f"o{n}") for n in range(outputs)])
+    model = helper.make_model(
+        graph,
+        functions=list(functions.values()),
+        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)],
+        ir_version=10,
+    )
+    model = onnx.shape_inference.infer_shapes(model)
+    onnx.checker.check_model(model, full_check=True)
+    feeds = {f"i{n}": a for n, a in enumerate(arrays)}
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, feeds), ReferenceEvaluator(model).run(None, feeds)
+
+
+def close(actual, expected):
+    if expected.dtype.kind in "iu":
+        np.testing.assert_array_equal(actual, expected)
+    else:
+        assert np.abs(actual - expected).max() <= RELATIVE * max(np.abs(expected).max(), 1e-30)
+
+
+def check(name, op, tensors, attributes, functions):
+    expected = op(*tensors, *attributes.values())
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    arrays = [t.numpy() for t in tensors if t is not None]
+    for results in run(name, arrays, len(expected), attributes, functions):
+        for actual, want in zip(results, expected, strict=True):
+            assert actual.dtype == want.numpy().dtype
+            close(actual, want.numpy())
+
+
+def problem(tokens, experts, top_k, hidden=24, width=10, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    scores = draw(tokens, experts)
+    indices, weights = torch.ops.moedge.route(scores, None, None, top_k, "softmax")
+    x, down = draw(tokens, hidden), draw(experts, hidden, width)
+    return x, indices, weights, draw(experts, width, hidden), draw(experts, width, hidden), down, draw(experts, hidden)
+
+
+@pytest.mark.parametrize("rule", ops.RULES)
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 4, 1), (7, 6, 3), (5, 3, 3)])
+def test_route(rule, tokens, experts, top_k):
+    generator = torch.Generator().manual_seed(1)
+    scores = torch.randn(tokens, experts, generator=generator)
+    bias = torch.randn(experts, generator=generator)
+    scale = torch.randn(experts, generator=generator) if rule == "scaled" else None
+    check("Route", torch.ops.moedge.route, [scores, bias, scale], {"top_k": top_k, "rule": rule}, bodies(rule=rule))
+
+
+def test_route_gives_ties_to_the_lower_expert_everywhere():
+    scores = torch.tensor([[1.0, 3.0, 3.0, 1.0], [2.0, 2.0, 2.0, 2.0]])
+    check("Route", torch.ops.moedge.route, [scores, torch.zeros(4), None], {"top_k": 3, "rule": "unit"}, bodies())
+
+
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 4, 2), (9, 5, 2), (6, 8, 8), (5, 1, 1)])
+def test_chain_links(tokens, experts, top_k):
+    x, indices, weights, gate, up, down, compensation = problem(tokens, experts, top_k)
+    functions = bodies(num_experts=experts)
+    rows, offsets, inverse = torch.ops.moedge.dispatch(x, indices, experts)
+    check("Dispatch", torch.ops.moedge.dispatch, [x, indices], {"num_experts": experts}, functions)
+    hidden = torch.ops.moedge.grouped_glu(rows, offsets, gate, up, "silu")
+    check("GroupedGLU", torch.ops.moedge.grouped_glu, [rows, offsets, gate, up], {"activation": "silu"}, functions)
+    out = torch.ops.moedge.grouped_linear(hidden, offsets, down)
+    check("GroupedLinear", torch.ops.moedge.grouped_linear, [hidden, offsets, down], {}, functions)
+    with_compensation = bodies(num_experts=experts, compensation=True)
+    check("Combine", torch.ops.moedge.combine, [out, inverse, indices, weights, compensation], {}, with_compensation)
+
+
+@pytest.mark.parametrize("form", ["chain", "dense"])
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+@pytest.mark.parametrize("compensated", [False, True])
+def test_sparse_glu(form, activation, compensated):
+    *tensors, compensation = problem(tokens=11, experts=5, top_k=2)
+    tensors.append(compensation if compensated else None)
+    functions = bodies(num_experts=5, activation=activation, compensation=compensated, form=form)
+    check("SparseGLU", torch.ops.moedge.sparse_glu, tensors, {"activation": activation}, functions)
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+def test_sparse_glu_matches_the_definition_in_float64(compensated):
+    x, indices, weights, gate, up, down, compensation = problem(tokens=13, experts=6, top_k=2)
+    got = torch.ops.moedge.sparse_glu(x, indices, weights, gate, up, down, compensation if compensated else None, "silu")
+    x, gate, up, down = (t.double() for t in (x, gate, up, down))
+    hidden = torch.nn.functional.silu(torch.einsum("th,eih->tei", x, gate)) * torch.einsum("th,eih->tei", x, up)
+    each = torch.einsum("tei,ehi->teh", hidden, down)
+    mix = torch.zeros(13, 6, dtype=torch.double).scatter(1, indices.long(), weights.double())
+    want = torch.einsum("te,teh->th", mix, each)
+    if compensated:
+        want += (mix == 0).double() @ compensation.double()
+    close(got.double().numpy(), want.numpy())
+
+
+def test_every_torch_operator_passes_opcheck():
+    x, indices, weights, gate, up, down, compensation = problem(tokens=6, experts=4, top_k=2)
+    calls = {
+        torch.ops.moedge.route.default: (torch.randn(6, 4), torch.zeros(4), None, 2, "unit"),
+        torch.ops.moedge.dispatch.default: (x, indices, 4),
+        torch.ops.moedge.sparse_glu.default: (x, indices, weights, gate, up, down, compensation, "silu"),
+        torch.ops.moedge.attention.default: (
+            torch.randn(2, 4, 3, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8), torch.ones(2, 5, dtype=torch.bool), 0.3,
+        ),
+    }  # fmt: skip
+    for op, arguments in calls.items():
+        torch.library.opcheck(op, arguments)
+
+
+@pytest.mark.parametrize(("new", "total"), [(5, 5), (1, 6), (3, 8)])
+def test_causal_attention_with_cache_and_left_padding(new, total):
+    generator = torch.Generator().manual_seed(2)
+    query = torch.randn(2, 6, new, 8, generator=generator)
+    key, value = torch.randn(2, 2, 2, total, 8, generator=generator)
+    mask = torch.ones(2, total, dtype=torch.bool)
+    mask[0, :2] = False
+    if new == total:
+        mask[0, :2] = True  # a query row that sees nothing is undefined, and masked by every caller
+        mask[0, 3] = False
+    check("CausalAttention", torch.ops.moedge.attention, [query, key, value, mask], {"scale": 8**-0.5}, bodies())
+
+
+def test_mutation_swapped_gate_and_up_is_seen():
+    *tensors, _ = problem(tokens=4, experts=3, top_k=2)
+    swapped = [*tensors[:3], tensors[4], tensors[3], tensors[5], None]
+    with pytest.raises(AssertionError):
+        expected = torch.ops.moedge.sparse_glu(*tensors, None, "silu").numpy()
+        arrays = [t.numpy() for t in swapped if t is not None]
+        close(run("SparseGLU", arrays, 1, {"activation": "silu"}, bodies(num_experts=3))[0][0], expected)
+
+
+def test_bodies_hold_no_data_dependent_control_flow():
+    for form in ("chain", "dense"):
+        for function in bodies(num_experts=3, form=form).values():
+            assert not {node.op_type for node in function.node} & {"Loop", "If", "Scan", "NonZero"}
+
+
