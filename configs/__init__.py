@@ -1,1 +1,1 @@
-"""Recipes, tolerances and their typed schema."""
+"""Recipes, tolerances and pinned assets: plain data, checked when it is read."""

@@ -1,0 +1,334 @@
+"""The recipe: one YAML file that says what ``moedge run`` does, checked before any work starts.
+
+Every value has a type, a range and a default; an unknown key, a wrong type or an impossible value is refused with the
+key's dotted path and one sentence. ``recipes/smollm2-135m.yaml`` documents every key.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from moedge import MoEdgeError
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Spec = Annotated[str, Field(min_length=1)]
+"""What ``convert.sources.resolve`` or ``convert.calibration.read_text`` opens: ``asset:NAME``, a path, or a hub id."""
+
+TARGETS = ("portable", "ort-cpu")
+CONTROLS = ("random", "static", "flap", "random-router", "oracle")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ModelSection(_Section):
+    """Which dense model to open."""
+
+    source: Spec
+    revision: str | None = None
+
+
+class TextSection(_Section):
+    """Which text to calibrate on and which to hold out."""
+
+    calibration: Spec = "asset:wiki"
+    held_out: Annotated[list[Spec], Field(min_length=1)] = ["asset:wiki", "asset:c4"]
+    holdout_every: Annotated[int, Field(ge=2)] = 10
+
+    @field_validator("held_out")
+    @classmethod
+    def _no_repeats(cls, value: list[str]) -> list[str]:
+        if len(set(value)) != len(value):
+            raise ValueError("names a text twice; list each text once.")
+        return value
+
+
+class CalibrationSection(_Section):
+    """How many tokens the statistics are measured on."""
+
+    windows: Positive = 8
+    length: Annotated[int, Field(ge=8)] = 2048
+    batch_size: Positive = 1
+    bos: bool = False
+
+
+class ConvertSection(_Section):
+    """The conversion method and its parameters (CMoE's notation S6A6E16: shared, active, experts)."""
+
+    method: Literal["cmoe"] = "cmoe"
+    shared: NonNegative = 6
+    active: Positive = 6
+    experts: Annotated[int, Field(ge=2)] = 16
+    k_a: Positive = 10
+    distance: Literal["l1", "l2"] = "l2"
+    score: Literal["signed", "absolute"] = "signed"
+    profile: Literal["raw", "normalized"] = "raw"
+    max_iters: Positive = 4
+    padding: Literal["refuse", "uneven"] = "refuse"
+    seed: NonNegative = 0
+
+
+class ExportSection(_Section):
+    """Which bundles to write."""
+
+    targets: Annotated[list[Literal["portable", "ort-cpu"]], Field(min_length=1)] = ["portable", "ort-cpu"]
+    dense_parent: bool = True
+    max_length: Annotated[int, Field(ge=16)] = 2048
+
+    @field_validator("targets")
+    @classmethod
+    def _no_repeats(cls, value: list[str]) -> list[str]:
+        if len(set(value)) != len(value):
+            raise ValueError("names a target twice; list each target once.")
+        return value
+
+
+class EvaluateSection(_Section):
+    """How quality is measured, and against which controls."""
+
+    window: Annotated[int, Field(ge=8)] = 512
+    tokens: Annotated[int, Field(ge=8)] = 16384
+    batch_size: Positive = 4
+    bos: bool = False
+    controls: list[Literal["random", "static", "flap", "random-router", "oracle"]] = [
+        "random",
+        "static",
+        "flap",
+        "random-router",
+        "oracle",
+    ]
+    seeds: Annotated[list[NonNegative], Field(min_length=1)] = [0]
+
+
+class VerifySection(_Section):
+    """How the ONNX engines are compared with PyTorch."""
+
+    tokens: Annotated[int, Field(ge=2048)] = 2048
+    window: Annotated[int, Field(ge=8)] = 256
+    prefill: Positive = 192
+    tolerances: Spec = "float32"
+
+
+class BenchSection(_Section):
+    """What is timed."""
+
+    prompt: Positive = 512
+    decode: Annotated[int, Field(ge=2)] = 64
+    repeats: Annotated[int, Field(ge=3)] = 10
+    warmup: NonNegative = 1
+    threads: Positive | None = None
+
+
+class Recipe(_Section):
+    """A whole run; see the packaged ``recipes/smollm2-135m.yaml`` for what each key means."""
+
+    name: Name
+    model: ModelSection
+    text: TextSection = TextSection()
+    calibration: CalibrationSection = CalibrationSection()
+    convert: ConvertSection = ConvertSection()
+    export: ExportSection = ExportSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    verify: VerifySection = VerifySection()
+    bench: BenchSection = BenchSection()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Recipe:
+        problems = []
+        convert = self.convert
+        if convert.shared + convert.active > convert.experts:
+            routed = convert.experts - convert.shared
+            problems.append(
+                f"convert.active: {convert.active} active experts cannot be chosen: {convert.experts} experts minus "
+                f"{convert.shared} shared leave {max(routed, 0)} to route to."
+            )
+        if self.verify.prefill >= self.verify.window:
+            problems.append(
+                f"verify.prefill: {self.verify.prefill} leaves nothing to decode in a window of {self.verify.window} "
+                "tokens (verify.window); make it smaller."
+            )
+        for key, length in (
+            ("verify.window", self.verify.window),
+            ("bench.prompt", self.bench.prompt + self.bench.decode),
+        ):
+            if length > self.export.max_length:
+                problems.append(
+                    f"{key}: needs {length} cache positions, but export.max_length is {self.export.max_length}."
+                )
+        if self.evaluate.tokens < self.evaluate.window:
+            problems.append(
+                f"evaluate.tokens: {self.evaluate.tokens} is less than one window of {self.evaluate.window} tokens "
+                "(evaluate.window)."
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def check_model(self, config: dict[str, Any], where: str) -> None:
+        """Check what can only be checked once the model's ``config.json`` is known.
+
+        Raises:
+            MoEdgeError: experts that do not divide the FFN width, or lengths beyond what the model was made for.
+        """
+        problems = []
+        width = config.get("intermediate_size")
+        experts = self.convert.experts
+        if isinstance(width, int):
+            if width < experts:
+                problems.append(f"convert.experts: {experts} is more than the FFN's {width} neurons.")
+            elif width % experts and self.convert.padding == "refuse":
+                near = sorted((n for n in range(2, width) if width % n == 0), key=lambda n: abs(n - experts))[:2]
+                options = " or ".join(str(n) for n in sorted(near)) or "another number"
+                problems.append(
+                    f"convert.experts: {experts} does not divide the FFN width {width}; choose {options}, or set "
+                    "convert.padding: uneven."
+                )
+            if self.convert.k_a > width:
+                problems.append(f"convert.k_a: {self.convert.k_a} is more than the FFN's {width} neurons.")
+        longest = config.get("max_position_embeddings")
+        if isinstance(longest, int):
+            for key, length in (
+                ("calibration.length", self.calibration.length),
+                ("evaluate.window", self.evaluate.window),
+                ("export.max_length", self.export.max_length),
+            ):
+                if length > longest:
+                    problems.append(f"{key}: {length} is beyond the model's {longest} positions.")
+        if problems:
+            raise MoEdgeError("\n".join(f"{where}: {problem}" for problem in problems))
+
+
+def packaged() -> dict[str, Path]:
+    """Return the recipes that ship with the package, ``{name: path}``."""
+    folder = Path(str(files("moedge.configs") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """Read and check a recipe: the name of a packaged one, or a path to a YAML file.
+
+    Raises:
+        MoEdgeError: no such recipe, not YAML, or a key that is unknown, of a wrong type or impossible.
+    """
+    known = packaged()
+    path = Path(name_or_path)
+    if str(name_or_path) in known:
+        path = known[str(name_or_path)]
+    elif not path.is_file():
+        raise MoEdgeError(
+            f"No recipe {str(name_or_path)!r}: give the path of a YAML file or one of: {', '.join(known)}."
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise MoEdgeError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+    except OSError as error:
+        raise MoEdgeError(f"Cannot read {path}: {error.strerror}.") from error
+    return parse_recipe(text, where=str(path), name=path.stem)
+
+
+def parse_recipe(text: str, *, where: str = "recipe", name: str = "recipe") -> Recipe:
+    """Check a recipe's YAML text. ``name`` is used when the text has no ``name`` key."""
+    value = _read_yaml(text, where)
+    if not isinstance(value, dict):
+        raise MoEdgeError(f"{where}: a recipe is a mapping of keys; this file holds {_kind(value)}.")
+    value = {"name": re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "recipe", **value}
+    try:
+        return Recipe.model_validate(value)
+    except ValidationError as error:
+        lines = [line for entry in error.errors(include_url=False) for line in _sentences(entry)]
+        raise MoEdgeError("\n".join(f"{where}: {line}" for line in lines)) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """``yaml.safe_load``'s loader, except that a key given twice is an error instead of the last one winning."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise MoEdgeError(f"{where}{line}: {problem}.") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise MoEdgeError(f"{where}: not a readable YAML file ({error}).") from error
+
+
+_KINDS = {bool: "true/false", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a mapping"}
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else _KINDS.get(type(value), type(value).__name__)
+
+
+def _sentences(entry: Any) -> list[str]:
+    """Turn one pydantic error into ``dotted.path: one sentence``."""
+    kind, value, context = entry["type"], entry["input"], entry.get("ctx", {})
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in entry["loc"]).lstrip(".")
+    got = f"got {_kind(value)}" if isinstance(value, list | dict) or value is None else f"got {value!r}"
+    if kind == "value_error":
+        problem = str(context["error"])
+        return [f"{path}: {problem}"] if path else problem.split("\n")
+    if kind == "extra_forbidden":
+        section = _section(entry["loc"][:-1])
+        keys = f"; known keys here: {', '.join(section.model_fields)}" if section else ""
+        return [f"{path}: unknown key{keys}."]
+    if kind == "missing":
+        return [f"{path}: is required."]
+    if kind == "literal_error":
+        return [f"{path}: unknown value {value!r}; choose {context['expected']}."]
+    wanted = {
+        "int_type": "a whole number",
+        "float_type": "a number",
+        "string_type": "text",
+        "bool_type": "true or false",
+        "list_type": "a list",
+        "model_type": "a mapping of keys",
+        "model_attributes_type": "a mapping of keys",
+        "int_from_float": "a whole number",
+    }
+    if kind in wanted:
+        text = " (text)" if isinstance(value, str) else ""
+        return [f"{path}: must be {wanted[kind]}, {got}{text}."]
+    bounds = {"greater_than_equal": ("ge", "at least"), "less_than_equal": ("le", "at most")}
+    if kind in bounds:
+        key, words = bounds[kind]
+        return [f"{path}: must be {words} {context[key]}, {got}."]
+    if kind == "too_short":
+        return [f"{path}: must not be empty."]
+    if kind == "string_too_short":
+        return [f"{path}: must not be empty text."]
+    if kind == "string_pattern_mismatch":
+        return [f"{path}: {value!r} is not a plain name (letters, digits, '.', '_' and '-')."]
+    return [f"{path}: {entry['msg']} ({got})."]
+
+
+def _section(location: tuple[str | int, ...]) -> type[BaseModel] | None:
+    model: Any = Recipe
+    for part in location:
+        fields = getattr(model, "model_fields", {})
+        model = fields[part].annotation if part in fields else None
+    return model if isinstance(model, type) and issubclass(model, BaseModel) else None
