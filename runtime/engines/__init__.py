@@ -5,10 +5,15 @@ Parity, benchmark and generation know only :class:`Engine`, so PyTorch, ONNX Run
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+
+from moedge import MoEdgeError
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,8 @@ class EngineInfo:
     """Weight dtype, e.g. ``"float32"``."""
     threads: int
     model: dict[str, Any] = field(default_factory=dict)
-    """Model facts: vocab_size, num_layers, eos_token_ids, max_position_embeddings, ..."""
+    """Model facts: vocab_size, num_layers, eos_token_ids, max_position_embeddings, target (``torch``, ``portable``,
+    ``ort-cpu``), moe (bool), max_length (tokens that a cache can hold)."""
 
 
 @dataclass
@@ -57,3 +63,81 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free the runtime's memory."""
         ...
+
+
+def open_engine(path: str | Path, **options: Any) -> Engine:
+    """Open a bundle folder (ONNX) or a checkpoint folder (PyTorch, dense or MoE) by what the folder holds.
+
+    Args:
+        path: folder with ``manifest.json`` (bundle) or ``config.json`` (checkpoint).
+        options: passed to the engine: ``threads``, ``taps``, ``top_k``, ...
+
+    Raises:
+        MoEdgeError: the folder is neither, or its target has no engine in this release.
+    """
+    folder = Path(path)
+    if (folder / "manifest.json").is_file():
+        try:
+            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise MoEdgeError(f"{folder / 'manifest.json'} is not valid JSON ({error}); export the bundle again.") from error
+        if not isinstance(manifest, dict) or not str(manifest.get("schema", "")).startswith("moedge.bundle/"):
+            raise MoEdgeError(f"{folder} is not a bundle (its manifest.json has another schema); give a bundle folder.")
+        target = manifest.get("target")
+        if target not in ONNX_TARGETS:
+            raise MoEdgeError(f"Bundle {folder} is for target {target!r}, which this release cannot run.")
+        from moedge.runtime.engines.onnxruntime import OrtEngine
+
+        return OrtEngine(folder, **options)
+    if (folder / "config.json").is_file():
+        from moedge.runtime.engines.torch import TorchEngine
+
+        return TorchEngine(folder, **options)
+    if not folder.exists():
+        raise MoEdgeError(f"No model at {folder}: the folder does not exist.")
+    raise MoEdgeError(f"{folder} holds neither a bundle (manifest.json) nor a checkpoint (config.json).")
+
+
+ONNX_TARGETS = ("portable", "ort-cpu")
+"""Bundle targets that run in ONNX Runtime on the CPU."""
+
+
+def default_threads() -> int:
+    """Physical cores that this process may use (hyper-threads slow dense matmuls down)."""
+    import psutil
+
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(usable, psutil.cpu_count(logical=False) or usable))
+
+
+def check_batch(ids: np.ndarray, attention_mask: np.ndarray | None, vocab_size: int) -> np.ndarray:
+    """Check one call's ``ids`` int64 [B, S] and return its mask int64 [B, S] (all ones when None is given).
+
+    Raises:
+        MoEdgeError: wrong shape, an id outside the vocabulary, or padding that is not on the left.
+    """
+    if ids.ndim != 2 or ids.size == 0:
+        raise MoEdgeError(f"Token ids must be a non-empty [batch, sequence] array, not shape {ids.shape}.")
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        raise MoEdgeError(f"Token id outside 0..{vocab_size - 1}: the text was tokenized for another model.")
+    if attention_mask is None:
+        return np.ones(ids.shape, dtype=np.int64)
+    mask = np.asarray(attention_mask, dtype=np.int64)
+    if mask.shape != ids.shape or (np.diff(mask, axis=1) < 0).any() or not (mask[:, -1] == 1).all():
+        raise MoEdgeError(f"The attention mask must have shape {ids.shape} and hold zeros on the left only.")
+    return mask
+
+
+def check_length(total: int, max_length: int) -> None:
+    """Refuse to run past what the model or its cache can hold.
+
+    Raises:
+        MoEdgeError: ``total`` tokens are more than ``max_length``.
+    """
+    if total > max_length:
+        raise MoEdgeError(f"{total} tokens do not fit: this model holds at most {max_length}; shorten the text.")
+
+
+def position_ids(mask: np.ndarray, last: int) -> np.ndarray:
+    """Positions int64 [B, last] of the last ``last`` columns of ``mask`` [B, P]; padding gets position 0."""
+    return np.clip(np.cumsum(mask, axis=1) - 1, 0, None)[:, -last:]

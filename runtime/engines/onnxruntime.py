@@ -1,0 +1,242 @@
+"""ONNX Runtime engine: runs a bundle, with a KV cache that never travels through Python.
+
+The cache lives in ``OrtValue`` objects. With ``cache.kind == "concat"`` the runtime allocates each ``present`` and the
+engine binds it as the next ``past``. With ``"shared_buffer"`` (GroupQueryAttention) one buffer of the full length is
+bound as both, and the runtime writes the new keys and values in place. Only ids, mask, positions and logits are numpy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moedge import MoEdgeError
+from moedge.runtime.engines import EngineInfo, Step, check_batch, check_length, default_threads, position_ids
+
+
+@dataclass
+class _Cache:
+    """``mask`` int64 [B, P] as the caller sees it (padding on the left); ``values`` one OrtValue per past input."""
+
+    mask: np.ndarray
+    values: list[Any]
+    binding: Any = None
+    used: bool = False
+
+
+class OrtEngine:
+    """A bundle in an ONNX Runtime CPU session.
+
+    Args:
+        bundle_path: bundle folder; every file's sha256 is checked before anything is parsed.
+        threads: intra-op threads; physical cores by default.
+        taps: also return the experts that each layer selected (needs the ``onnx`` package).
+        top_k: run every layer with this many experts, or all of them where a layer has fewer (needs ``onnx``).
+        max_length: tokens that a shared-buffer cache is made for; the bundle's own limit by default.
+
+    Raises:
+        MoEdgeError: a damaged bundle, an unusable option, or ``onnxruntime`` / ``onnx`` is not installed.
+    """
+
+    def __init__(
+        self,
+        bundle_path: str | Path,
+        *,
+        threads: int | None = None,
+        taps: bool = False,
+        top_k: int | None = None,
+        max_length: int | None = None,
+    ) -> None:
+        from moedge.export.bundle import open_bundle
+
+        bundle = open_bundle(Path(bundle_path))
+        manifest = bundle.manifest
+        self._path = Path(bundle_path)
+        self._model: dict[str, Any] = manifest["model"]
+        self._shared = manifest["cache"]["kind"] == "shared_buffer"
+        # JSON keys are strings; layers are numbers everywhere else.
+        self._taps = {int(layer): dict(tap) for layer, tap in manifest.get("taps", {}).items()} if taps else {}
+        if taps and manifest["kind"] == "moe" and not self._taps:
+            raise MoEdgeError(f"Bundle {bundle_path} names no routing taps; export it again or open it without taps.")
+        limits = [self._model["max_position_embeddings"], manifest["cache"].get("max_length"), max_length]
+        self._max_length = min(int(limit) for limit in limits if limit)
+        threads = threads or default_threads()
+        self._session, version = _open_session(bundle.path, manifest, threads, self._taps, top_k)
+        if top_k is not None:
+            for layer, tap in self._taps.items():
+                tap["top_k"] = min(top_k, manifest["moe"]["layers"][str(layer)]["num_experts"])
+        self._past = [name for name in manifest["io"]["inputs"] if name.startswith("past_key_values.")]
+        self._present = [name.replace("past_key_values.", "present.") for name in self._past]
+        given = {value.name for value in self._session.get_inputs()}
+        missing = [name for name in ("input_ids", "attention_mask", "position_ids", *self._past) if name not in given]
+        if missing:
+            raise MoEdgeError(f"Bundle {bundle_path}: the graph has no input {missing[0]!r}; export it again.")
+        self.info = EngineInfo(
+            name=f"{manifest['target']} {manifest['kind']}",
+            runtime=f"onnxruntime {version}",
+            device="CPU",
+            dtype=self._model["dtype"],
+            threads=threads,
+            model={
+                **self._model,
+                "label": manifest.get("label", ""),
+                "target": manifest["target"],
+                "moe": manifest["kind"] == "moe",
+                "max_length": self._max_length,
+                "top_k": top_k,
+            },
+        )
+
+    def prefill(self, ids: np.ndarray, attention_mask: np.ndarray | None = None) -> Step:
+        """Run ``ids`` int64 [B, S] from an empty cache; see :class:`moedge.runtime.engines.Engine`."""
+        mask = check_batch(ids, attention_mask, self._model["vocab_size"])
+        length = self._max_length if self._shared else 0
+        shape = (len(ids), self._model["num_kv_heads"], length, self._model["head_dim"])
+        # np.zeros maps pages on first touch: a long buffer costs memory only for the tokens that were written.
+        empty = [np.zeros(shape, dtype=np.float32) for _ in self._past]
+        cache = _Cache(mask[:, :0], [self._ort_value(array) for array in empty])
+        return self._run(ids, mask, cache)
+
+    def decode(self, ids: np.ndarray, cache: Any) -> Step:
+        """Run ``ids`` int64 [B, S] after what ``cache`` holds; the cache is used up."""
+        mask = check_batch(ids, None, self._model["vocab_size"])
+        if not isinstance(cache, _Cache) or cache.used or len(cache.mask) != len(ids):
+            raise MoEdgeError("This cache was used before or belongs to another engine or batch; prefill again.")
+        return self._run(ids, np.concatenate([cache.mask, mask], axis=1), cache)
+
+    def close(self) -> None:
+        """Free the session. The engine cannot be used afterwards."""
+        self._session = None
+
+    @staticmethod
+    def _ort_value(array: np.ndarray) -> Any:
+        import onnxruntime
+
+        return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+
+    def _run(self, ids: np.ndarray, mask: np.ndarray, cache: _Cache) -> Step:
+        """One session run; ``mask`` int64 [B, P + S] covers the cache and ``ids``."""
+        if self._session is None:
+            raise MoEdgeError(f"The engine for {self._path} is closed; open it again.")
+        batch, new = ids.shape
+        lengths = mask.sum(axis=1)
+        check_length(max(int(lengths.max()), new), self._max_length)
+        positions = position_ids(mask, new)
+        fed, fed_mask, back = ids, mask, None
+        if self._shared and (mask == 0).any():
+            # GroupQueryAttention takes lengths, not a mask: padding has to be on the right, and each row's new token
+            # is written after its own last one.
+            if new == mask.shape[1]:
+                order = (np.arange(new) + (new - lengths)[:, None]) % new
+                fed, positions = np.take_along_axis(ids, order, 1), np.take_along_axis(positions, order, 1)
+                back = (np.arange(new) - (new - lengths)[:, None]) % new
+            elif new > 1:
+                raise MoEdgeError("A padded batch in a shared-buffer bundle decodes one token at a time.")
+            fed_mask = (np.arange(lengths.max() if new == 1 else new) < lengths[:, None]).astype(np.int64)
+
+        binding = cache.binding or self._session.io_binding()
+        feeds = {"input_ids": fed, "attention_mask": fed_mask, "position_ids": positions}
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array, dtype=np.int64))
+        logits = np.empty((batch, new, self._model["vocab_size"]), dtype=np.float32)
+        # Outputs come back in the order in which they were first bound: logits, taps, cache.
+        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        for tap in self._taps.values():
+            binding.bind_output(tap["output"], "cpu")
+        if not (self._shared and cache.binding):
+            for past, present, value in zip(self._past, self._present, cache.values, strict=True):
+                binding.bind_ortvalue_input(past, value)
+                if self._shared:
+                    binding.bind_ortvalue_output(present, value)
+                else:
+                    binding.bind_output(present, "cpu")
+        cache.used = True
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime raises one class per status code, without a base class of its own
+            raise MoEdgeError(f"ONNX Runtime failed on {self._path}: {str(error).splitlines()[0]}") from error
+        outputs = binding.get_outputs() if self._taps or not self._shared else []
+        values = cache.values if self._shared else outputs[1 + len(self._taps) :]
+        routes = None
+        if self._taps:
+            routes = {layer: selected(outputs[1 + i].numpy(), tap) for i, (layer, tap) in enumerate(self._taps.items())}
+        if back is not None:
+            logits = np.take_along_axis(logits, back[:, :, None], 1)
+            if routes:
+                rows = (back + np.arange(batch)[:, None] * new).reshape(-1)
+                routes = {layer: chosen[rows] for layer, chosen in routes.items()}
+        return Step(logits, _Cache(mask, values, binding), routes)
+
+
+def selected(values: np.ndarray, tap: dict[str, Any]) -> np.ndarray:
+    """Experts int32 [T, k] from a tap: indices [T, k] as they are, or the top-k of scores [T, E], ties to the lower."""
+    if tap["kind"] == "indices":
+        return values.astype(np.int32, copy=False)
+    return np.argsort(-values, axis=1, kind="stable")[:, : tap["top_k"]].astype(np.int32)
+
+
+def _open_session(
+    folder: Path, manifest: dict[str, Any], threads: int, taps: dict[int, dict[str, Any]], top_k: int | None
+) -> tuple[Any, str]:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MoEdgeError("Running a bundle needs ONNX Runtime; install it with: pip install 'moedge[cpu]'") from error
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors only: warnings about unused initializers are noise to a user
+    # Worker threads stop spinning when a run ends; else an idle engine steals the cores from the next one.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    path = folder / manifest["io"]["model"]
+    model: str | bytes = str(path)
+    if taps or top_k is not None:
+        model = _edited(path, manifest, taps, top_k)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    try:
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise MoEdgeError(f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]}") from error
+    return session, onnxruntime.__version__
+
+
+def _edited(path: Path, manifest: dict[str, Any], taps: dict[int, dict[str, Any]], top_k: int | None) -> bytes:
+    """Return the graph as bytes with the taps as outputs and ``top_k`` in every routing node; weights stay on disk."""
+    try:
+        import onnx
+    except ImportError as error:
+        raise MoEdgeError("Routing taps and top_k need the onnx package; install it with: pip install onnx") from error
+    model = onnx.load(path, load_external_data=False)
+    made = {output for node in model.graph.node for output in node.output}
+    present = {value.name for value in model.graph.output}
+    for layer, tap in taps.items():
+        if tap["output"] not in made:
+            raise MoEdgeError(f"{path}: the tap of layer {layer}, {tap['output']!r}, is not in the graph; export again.")
+        if tap["output"] not in present:
+            kind = onnx.TensorProto.INT32 if tap["kind"] == "indices" else onnx.TensorProto.FLOAT
+            model.graph.output.append(onnx.helper.make_tensor_value_info(tap["output"], kind, None))
+    if top_k is not None:
+        if top_k < 1:
+            raise MoEdgeError(f"top_k={top_k} must be at least 1.")
+        layers = (manifest.get("moe") or {}).get("layers", {})
+        experts = [layers[key]["num_experts"] for key in sorted(layers, key=int) if layers[key]["num_experts"]]
+        changed = 0
+        for domain, kind, attribute in (("moedge", "Route", "top_k"), ("com.microsoft", "MoE", "k")):
+            nodes = [node for node in model.graph.node if (node.domain, node.op_type) == (domain, kind)]
+            if nodes and len(nodes) != len(experts):
+                raise MoEdgeError(f"{path}: {len(nodes)} {kind} nodes for {len(experts)} MoE layers; export again.")
+            changed += len(nodes)
+            for node, count in zip(nodes, experts, strict=False):
+                value = next((item for item in node.attribute if item.name == attribute), None)
+                if value is None:
+                    raise MoEdgeError(f"{path}: node {node.name!r} has no attribute {attribute!r}; export it again.")
+                value.i = min(top_k, count)
+        if not changed:
+            raise MoEdgeError(f"{path} has no routing node to set top_k on: it is a dense or static model.")
+        # Shapes recorded for the old k would contradict the new one.
+        del model.graph.value_info[:]
+    return model.SerializeToString()

@@ -1,0 +1,168 @@
+"""PyTorch engine: the reference that exported bundles are compared with. Imports torch only when it is opened."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moedge import MoEdgeError
+from moedge.runtime.engines import EngineInfo, Step, check_batch, check_length, default_threads, position_ids
+
+
+@dataclass
+class _Cache:
+    """``mask`` int64 [B, P] (padding on the left) and the transformers cache, which grows in place."""
+
+    mask: np.ndarray
+    past: Any
+    used: bool = False
+
+
+class TorchEngine:
+    """A Hugging Face checkpoint folder, dense or converted (``model_type`` starts with ``moedge_``), on the CPU.
+
+    Args:
+        checkpoint_folder: folder with config.json and safetensors weights. Nothing is downloaded, no remote code runs.
+        threads: torch intra-op threads (a setting of the whole process); physical cores by default.
+        taps: also return the experts that each MoE layer selected.
+        top_k: run every MoE layer with this many experts, or all of them where a layer has fewer.
+        dtype: ``float32``, ``bfloat16`` or ``float16``.
+
+    Raises:
+        MoEdgeError: torch or transformers is missing, or the folder cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        checkpoint_folder: str | Path,
+        *,
+        threads: int | None = None,
+        taps: bool = False,
+        top_k: int | None = None,
+        dtype: str = "float32",
+    ) -> None:
+        try:
+            import torch
+        except ImportError as error:
+            raise MoEdgeError("A checkpoint runs in PyTorch; install it with: pip install 'moedge[cpu]'") from error
+        self._torch = torch
+        self._threads = threads or default_threads()
+        self._path = Path(checkpoint_folder)
+        self._module = _load(self._path, dtype)
+        self._sparse = {
+            module.layer_index: module
+            for module in self._module.modules()
+            if hasattr(module, "record_routes") and module.num_experts
+        }
+        if top_k is not None:
+            if top_k < 1 or not self._sparse:
+                raise MoEdgeError(f"top_k={top_k} cannot be set on {self._path}: it needs k >= 1 and a routed model.")
+            for module in self._sparse.values():
+                module.top_k = min(top_k, module.num_experts)
+        self._taps = taps
+        for module in self._sparse.values():
+            module.record_routes = taps
+        config = self._module.config
+        self._vocab_size = int(config.vocab_size)
+        self._max_length = int(config.max_position_embeddings)
+        moe = str(config.model_type).startswith("moedge_")
+        self.info = EngineInfo(
+            name=f"torch {'moe' if moe else 'dense'}",
+            runtime=f"torch {torch.__version__}",
+            device="CPU",
+            dtype=dtype,
+            threads=self._threads,
+            model={
+                "model_type": config.model_type,
+                "vocab_size": self._vocab_size,
+                "hidden_size": config.hidden_size,
+                "num_layers": config.num_hidden_layers,
+                "max_position_embeddings": self._max_length,
+                "max_length": self._max_length,
+                "eos_token_ids": eos_token_ids(self._path),
+                "parameters": sum(parameter.numel() for parameter in self._module.parameters()),
+                "label": self._path.name,
+                "target": "torch",
+                "moe": moe,
+                "top_k": top_k,
+            },
+        )
+
+    def prefill(self, ids: np.ndarray, attention_mask: np.ndarray | None = None) -> Step:
+        """Run ``ids`` int64 [B, S] from an empty cache; see :class:`moedge.runtime.engines.Engine`."""
+        from transformers import DynamicCache
+
+        mask = check_batch(ids, attention_mask, self._vocab_size)
+        return self._run(ids, mask, DynamicCache())
+
+    def decode(self, ids: np.ndarray, cache: Any) -> Step:
+        """Run ``ids`` int64 [B, S] after what ``cache`` holds; the cache is used up."""
+        mask = check_batch(ids, None, self._vocab_size)
+        if not isinstance(cache, _Cache) or cache.used or len(cache.mask) != len(ids):
+            raise MoEdgeError("This cache was used before or belongs to another engine or batch; prefill again.")
+        cache.used = True
+        return self._run(ids, np.concatenate([cache.mask, mask], axis=1), cache.past)
+
+    def close(self) -> None:
+        """Free the weights. The engine cannot be used afterwards."""
+        self._module = None
+        self._sparse = {}
+
+    def _run(self, ids: np.ndarray, mask: np.ndarray, past: Any) -> Step:
+        torch = self._torch
+        if self._module is None:
+            raise MoEdgeError(f"The engine for {self._path} is closed; open it again.")
+        check_length(int(mask.sum(axis=1).max()), self._max_length)
+        if torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
+        # No mask where nothing is padded: transformers then takes its fast causal path.
+        padded = bool((mask == 0).any())
+        with torch.inference_mode():
+            result = self._module(
+                input_ids=torch.from_numpy(np.ascontiguousarray(ids, dtype=np.int64)),
+                attention_mask=torch.from_numpy(mask) if padded else None,
+                position_ids=torch.from_numpy(np.ascontiguousarray(position_ids(mask, ids.shape[1]))),
+                past_key_values=past,
+                use_cache=True,
+            )
+            logits = result.logits.float().contiguous().numpy()
+            routes = None
+            if self._taps and self._sparse:
+                routes = {layer: _indices(module.last_routes) for layer, module in sorted(self._sparse.items())}
+        return Step(logits, _Cache(mask, result.past_key_values), routes)
+
+
+def eos_token_ids(folder: Path) -> list[int]:
+    """End-of-text ids of a checkpoint or bundle folder: generation_config.json first, then config.json."""
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        if path.is_file():
+            value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            if value is not None:
+                return [int(item) for item in (value if isinstance(value, list) else [value])]
+    return []
+
+
+def _indices(routes: Any) -> np.ndarray:
+    """Recorded routes -> int32 [T, k]."""
+    return np.asarray(routes.cpu().numpy(), dtype=np.int32)
+
+
+def _load(folder: Path, dtype: str) -> Any:
+    try:
+        model_type = str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])
+    except FileNotFoundError as error:
+        raise MoEdgeError(f"{folder} is not a checkpoint folder: config.json is missing.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise MoEdgeError(f"{folder / 'config.json'} names no model_type ({error}); give a checkpoint folder.") from error
+    if model_type.startswith("moedge_"):
+        from moedge.convert import modeling
+
+        return modeling.load(folder, dtype)[0].eval()
+    from moedge.convert import sources
+
+    return sources.load_model(folder, dtype).eval()

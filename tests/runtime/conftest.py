@@ -1,0 +1,265 @@
+"""A toy decoder as real bundles: written by hand with onnx.helper, small enough to check against numpy.
+
+One layer: token + position embedding, causal attention with a KV cache, and a routed FFN in dense-all form. The same
+weights are written with both cache kinds, so the two bundles check each other.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.parser
+import pytest
+from onnx import TensorProto, numpy_helper
+from onnx import helper as oh
+
+from moedge._files import hash_tree, write_json
+
+VOCAB, HIDDEN, HEADS, SIZE, EXPERTS, TOP_K, LENGTH = 300, 16, 2, 8, 6, 2, 64
+
+_ROUTE = """
+<domain: "moedge", opset_import: ["" : 18]>
+Route <top_k, rule> (scores, selection_bias) => (indices, weights) {
+    k = Constant <value_int: int = @top_k> ()
+    axis = Constant <value_ints = [0]> ()
+    k1 = Unsqueeze (k, axis)
+    biased = Add (scores, selection_bias)
+    best, chosen = TopK <axis = -1, largest = 1, sorted = 1> (biased, k1)
+    indices = Cast <to = 6> (chosen)
+    ones = Cast <to = 1> (chosen)
+    zero = Sub (ones, ones)
+    one = Constant <value_float = 1.0> ()
+    weights = Add (zero, one)
+}"""
+
+
+def toy_weights(seed: int = 0) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    shapes = {
+        "embed": (VOCAB, HIDDEN),
+        "positions": (LENGTH, HIDDEN),
+        **{name: (HIDDEN, HIDDEN) for name in ("wq", "wk", "wv", "wo")},
+        "router": (HIDDEN, EXPERTS),
+        "expert": (EXPERTS, HIDDEN, HIDDEN),
+        "head": (HIDDEN, VOCAB),
+    }
+    weights = {name: generator.normal(0, 0.4, shape).astype(np.float32) for name, shape in shapes.items()}
+    weights["selection_bias"] = np.zeros(EXPERTS, dtype=np.float32)
+    return weights
+
+
+def toy_logits(weights: dict[str, np.ndarray], ids: np.ndarray, top_k: int = TOP_K) -> tuple[np.ndarray, np.ndarray]:
+    """Reference in float64 for one row of ids [S]: logits [S, V] and routes [S, k]."""
+    w = {name: value.astype(np.float64) for name, value in weights.items()}
+    x = w["embed"][ids] + w["positions"][: len(ids)]
+    q, k, v = ((x @ w[name]).reshape(len(ids), HEADS, SIZE).transpose(1, 0, 2) for name in ("wq", "wk", "wv"))
+    scores = q @ k.transpose(0, 2, 1) / np.sqrt(SIZE)
+    scores = np.where(np.tril(np.ones(scores.shape[1:], dtype=bool)), scores, -np.inf)
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    x = x + (p @ v).transpose(1, 0, 2).reshape(len(ids), HIDDEN) @ w["wo"]
+    chosen = np.argsort(-(x @ w["router"]), axis=1, kind="stable")[:, :top_k]
+    outputs = np.tanh(np.einsum("th,ehi->tei", x, w["expert"]))
+    picked = np.take_along_axis(outputs, chosen[:, :, None], 1).sum(1)
+    return (x + picked) @ w["head"], chosen.astype(np.int32)
+
+
+_FRONT = """
+    word = Gather <axis = 0> (embed, input_ids)
+    place = Gather <axis = 0> (positions, position_ids)
+    x = Add (word, place)
+    q = MatMul (x, wq)  k = MatMul (x, wk)  v = MatMul (x, wv)
+"""
+_CONCAT = """
+    heads = Constant <value_ints = [0, 0, 2, 8]> ()  flat = Constant <value_ints = [0, 0, 16]> ()
+    q4 = Reshape (q, heads)  k4 = Reshape (k, heads)  v4 = Reshape (v, heads)
+    qt = Transpose <perm = [0, 2, 1, 3]> (q4)  kt = Transpose <perm = [0, 2, 1, 3]> (k4)
+    vt = Transpose <perm = [0, 2, 1, 3]> (v4)
+    present_0_key = Concat <axis = 2> (past_0_key, kt)  present_0_value = Concat <axis = 2> (past_0_value, vt)
+    keys = Transpose <perm = [0, 1, 3, 2]> (present_0_key)
+    raw = MatMul (qt, keys)
+    root = Constant <value_float = 0.35355339059327373> ()
+    scaled = Mul (raw, root)
+    zero = Constant <value_int = 0> ()  one = Constant <value_int = 1> ()
+    total1 = Shape <start = 1, end = 2> (attention_mask)  new1 = Shape <start = 1, end = 2> (input_ids)
+    total = Squeeze (total1)  new = Squeeze (new1)  past = Sub (total, new)
+    columns = Range (zero, total, one)  rows = Range (past, total, one)
+    last = Constant <value_ints = [-1]> ()
+    rows1 = Unsqueeze (rows, last)
+    causal = LessOrEqual (columns, rows1)
+    alive2 = Cast <to = 9> (attention_mask)
+    middle = Constant <value_ints = [1, 2]> ()
+    alive = Unsqueeze (alive2, middle)
+    visible = And (causal, alive)
+    low = Constant <value_float = -1e9> ()
+    scores = Where (visible, scaled, low)
+    p = Softmax <axis = -1> (scores)
+    mixed = MatMul (p, vt_all)
+    back = Transpose <perm = [0, 2, 1, 3]> (mixed)
+    attended = Reshape (back, flat)
+""".replace("vt_all", "present_0_value")
+_GROUP_QUERY = """
+    ones = Constant <value_ints = [1]> ()
+    count = ReduceSum <keepdims = 0> (attention_mask, ones)
+    one = Constant <value_int = 1> ()
+    before = Sub (count, one)
+    seqlens = Cast <to = 6> (before)
+    total1 = Shape <start = 1, end = 2> (attention_mask)
+    total64 = Squeeze (total1)
+    total = Cast <to = 6> (total64)
+    attended, present_0_key, present_0_value = com.microsoft.GroupQueryAttention <num_heads = 2, kv_num_heads = 2>
+        (q, k, v, past_0_key, past_0_value, seqlens, total)
+"""
+_BACK = """
+    out = MatMul (attended, wo)
+    x1 = Add (x, out)
+    rows16 = Constant <value_ints = [-1, 16]> ()
+    t = Reshape (x1, rows16)
+    route_scores = MatMul (t, router)
+    route_indices, route_weights = moedge.Route <top_k: int = 2, rule: string = "unit"> (route_scores, selection_bias)
+    depth = Constant <value_ints = [6]> ()  onoff = Constant <value_floats = [0.0, 1.0]> ()
+    hit = OneHot <axis = -1> (route_indices, depth, onoff)
+    middle1 = Constant <value_ints = [1]> ()
+    weights3 = Unsqueeze (route_weights, last1)
+    hitw = Mul (hit, weights3)
+    gates = ReduceSum <keepdims = 0> (hitw, middle1)
+    first = Constant <value_ints = [0]> ()
+    t3 = Unsqueeze (t, first)
+    inner = MatMul (t3, expert)
+    squashed = Tanh (inner)
+    gt = Transpose <perm = [1, 0]> (gates)
+    gt3 = Unsqueeze (gt, last1)
+    picked = Mul (squashed, gt3)
+    y = ReduceSum <keepdims = 0> (picked, first)
+    t_out = Add (t, y)
+    like = Shape (x1)
+    x2 = Reshape (t_out, like)
+    logits = MatMul (x2, head)
+""".replace("route_indices, depth", "indices64, depth").replace(
+    "    depth =", "    last1 = Constant <value_ints = [-1]> ()  indices64 = Cast <to = 7> (route_indices)\n    depth ="
+)
+
+
+def toy_model(kind: str, weights: dict[str, np.ndarray]) -> onnx.ModelProto:
+    middle = _CONCAT if kind == "concat" else _GROUP_QUERY
+    cache = "float[B,2,P,8]"
+    text = f"""
+    <ir_version: 10, opset_import: ["" : 18, "moedge" : 1, "com.microsoft" : 1]>
+    toy (int64[B,S] input_ids, int64[B,T] attention_mask, int64[B,S] position_ids,
+         {cache} past_0_key, {cache} past_0_value)
+     => (float[B,S,{VOCAB}] logits, float[B,2,N,8] present_0_key, float[B,2,N,8] present_0_value)
+    {{ {_FRONT} {middle} {_BACK} }}"""
+    # The text form has no dots in names; the bundle's names have.
+    model = onnx.parser.parse_model(text)
+    rename = {f"{a}_0_{b}": f"{c}.0.{b}" for a, c in (("past", "past_key_values"), ("present", "present")) for b in ("key", "value")}
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            for i, name in enumerate(names):
+                names[i] = rename.get(name, name)
+    for value in (*model.graph.input, *model.graph.output):
+        value.name = rename.get(value.name, value.name)
+    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in weights.items())
+    model.functions.append(onnx.parser.parse_function(_ROUTE))
+    # A shape recorded for k = 2: an engine that changes k must not trip over it.
+    model.graph.value_info.append(oh.make_tensor_value_info("route_indices", TensorProto.INT32, ["R", TOP_K]))
+    onnx.checker.check_model(model)
+    return model
+
+
+def write_toy_bundle(folder: Path, kind: str = "concat", tap: str = "indices", seed: int = 0) -> dict[str, np.ndarray]:
+    """Write a bundle with external data and return its weights."""
+    folder.mkdir(parents=True)
+    weights = toy_weights(seed)
+    onnx.save_model(
+        toy_model(kind, weights),
+        folder / "model.onnx",
+        save_as_external_data=True,
+        location="model.onnx.data",
+        size_threshold=0,
+        convert_attribute=False,
+    )
+    write_json(folder / "config.json", {"model_type": "toy"})
+    write_json(folder / "generation_config.json", {"eos_token_id": [298, 299]})
+    toy_tokenizer(folder)
+    cache = [f"0.{name}" for name in ("key", "value")]
+    manifest: dict[str, Any] = {
+        "schema": "moedge.bundle/1",
+        "target": "portable" if kind == "concat" else "ort-cpu",
+        "kind": "moe",
+        "label": "toy",
+        "model": {
+            "model_type": "toy",
+            "vocab_size": VOCAB,
+            "hidden_size": HIDDEN,
+            "num_layers": 1,
+            "num_attention_heads": HEADS,
+            "num_kv_heads": HEADS,
+            "head_dim": SIZE,
+            "max_position_embeddings": LENGTH,
+            "eos_token_ids": [298, 299],
+            "bos_token_id": None,
+            "pad_token_id": None,
+            "dtype": "float32",
+            "parameters": sum(array.size for array in weights.values()),
+        },
+        "moe": {
+            "plan_sha256": "0" * 64,
+            "layers": {"0": {"num_experts": EXPERTS, "top_k": TOP_K, "shared_width": 0, "expert_width": HIDDEN}},
+        },
+        "io": {
+            "model": "model.onnx",
+            "inputs": ["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{name}" for name in cache)],
+            "outputs": ["logits", *(f"present.{name}" for name in cache)],
+        },
+        "cache": {"kind": kind, "max_length": LENGTH if kind == "shared_buffer" else None},
+        "taps": {"0": {"output": f"route_{tap}", "kind": tap, "top_k": TOP_K}},
+        "lowering": [],
+        "versions": {"onnx": onnx.__version__},
+        "parent": None,
+        "files": hash_tree(folder),
+    }
+    write_json(folder / "manifest.json", manifest)
+    return weights
+
+
+def toy_tokenizer(folder: Path) -> None:
+    """A byte-level tokenizer: one token a byte, so most characters beyond ASCII take several tokens."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in ("<|start|>", "<|end|>")])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    template = (
+        "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+    )
+    write_json(folder / "tokenizer_config.json", {"eos_token": "<|end|>", "chat_template": template})
+
+
+@pytest.fixture(scope="session")
+def toy_bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """``concat``, ``shared_buffer`` and ``scores`` (concat, tap of scores): the same weights."""
+    root = tmp_path_factory.mktemp("toy")
+    write_toy_bundle(root / "concat")
+    write_toy_bundle(root / "shared_buffer", kind="shared_buffer")
+    write_toy_bundle(root / "scores", tap="scores")
+    return {name: root / name for name in ("concat", "shared_buffer", "scores")}
+
+
+@pytest.fixture(scope="session")
+def reference() -> Any:
+    """``reference(ids [S], top_k) -> logits [S, V], routes [S, k]`` of the toy model in float64."""
+    weights = toy_weights()
+    return lambda ids, top_k=TOP_K: toy_logits(weights, np.asarray(ids), top_k)
+
+
+@pytest.fixture(scope="session")
+def make_toy_bundle() -> Any:
+    """:func:`write_toy_bundle`, for a test that damages or varies a bundle."""
+    return write_toy_bundle
