@@ -1,0 +1,284 @@
+"""Text -> token windows -> streamed activation statistics of every FFN.
+
+q tokens, H hidden, D neurons. The matrix of activations [q, D] is never kept: what a layer leaves behind is the
+indices of the K_a largest ``|h|`` of each token and the running mean and variance of h.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from moedge import MoEdgeError
+from moedge._files import canonical_json, sha256_file
+from moedge.convert import assets
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Progress = Callable[[int, int], None]
+Profile = Literal["raw", "normalised"]
+
+_DOC = re.compile(r"<doc id=\"(?P<id>[^\"]*)\"[^>]*>\n?(?P<text>.*?)</doc>", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document; ``id`` is its id in the file, or its line number."""
+
+    id: str
+    text: str
+
+
+@dataclass(frozen=True)
+class TextSet:
+    """Documents in file order; ``sha256`` is the hash of the file they came from."""
+
+    name: str
+    documents: list[Document]
+    sha256: str
+
+
+def read_text(spec: str) -> TextSet:
+    """Read documents from ``asset:NAME`` or a .txt, .utf8 or .jsonl file.
+
+    A file of ``<doc id=".." ...>`` entries is split at them; a .jsonl file holds ``{"text": .., "id": ..}`` lines; any
+    other file is one document a line, blank lines skipped.
+
+    Raises:
+        MoEdgeError: missing file, not UTF-8, bad JSON line or no text.
+    """
+    path = assets.fetch(spec.removeprefix("asset:")) if spec.startswith("asset:") else Path(spec).expanduser()
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise MoEdgeError(f"Cannot read the text file {path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise MoEdgeError(f"{path} is not UTF-8 (byte {error.start}); convert it, e.g. with iconv -t utf-8.") from error
+    if path.suffix == ".jsonl":
+        documents = _json_lines(path, text)
+    elif text.lstrip().startswith("<doc id="):
+        documents = [Document(match["id"], match["text"].strip()) for match in _DOC.finditer(text)]
+    else:
+        documents = [Document(str(i), line) for i, line in enumerate(text.splitlines()) if line.strip()]
+    if not documents:
+        raise MoEdgeError(f"{path} holds no text.")
+    return TextSet(path.stem, documents, sha256_file(path))
+
+
+def _json_lines(path: Path, text: str) -> list[Document]:
+    documents = []
+    for number, line in enumerate(text.splitlines()):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            documents.append(Document(str(entry.get("id", number)), str(entry["text"])))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise MoEdgeError(f'{path} line {number + 1} is not a JSON object with a "text" key.') from error
+    return documents
+
+
+def split(text: TextSet, every: int = 10) -> tuple[TextSet, TextSet]:
+    """Return (calibration, held-out): documents whose integer id (else position) is 0 modulo ``every`` are held out."""
+    numbered = all(document.id.isdecimal() for document in text.documents)
+    parts: tuple[list[Document], list[Document]] = ([], [])
+    for position, document in enumerate(text.documents):
+        parts[(int(document.id) if numbered else position) % every == 0].append(document)
+    return TextSet(text.name, parts[0], text.sha256), TextSet(text.name, parts[1], text.sha256)
+
+
+def windows(
+    tokenizer: PreTrainedTokenizerBase, text: TextSet, length: int, count: int, *, bos: bool, name: str
+) -> np.ndarray:
+    """Cut the concatenated documents into windows, int64 [count, length].
+
+    Args:
+        length: ids in a window, the BOS token included.
+        bos: put the BOS token in front of every window.
+        name: what the text is for, used in the error message.
+
+    Raises:
+        MoEdgeError: the tokenizer has no BOS token, or the text is too short.
+    """
+    if bos and tokenizer.bos_token_id is None:
+        raise MoEdgeError(f"The tokenizer has no BOS token; set bos: false for the {name} text.")
+    body = length - bos
+    needed = body * count
+    ids: list[int] = []
+    for document in text.documents:
+        ids.extend(tokenizer(document.text + "\n", add_special_tokens=False, verbose=False)["input_ids"])
+        if len(ids) >= needed:
+            break
+    if len(ids) < needed:
+        raise MoEdgeError(
+            f"The {name} text {text.name!r} has {len(ids):,} tokens; {count} windows of {body} need {needed:,}. "
+            "Give more text or ask for fewer or shorter windows."
+        )
+    result = np.asarray(ids[:needed], dtype=np.int64).reshape(count, body)
+    return np.insert(result, 0, tokenizer.bos_token_id, axis=1) if bos else result
+
+
+@dataclass
+class LayerStatistics:
+    """What one FFN leaves behind after calibration.
+
+    ``top_neurons`` uint16 or int32 [q, K_a], ascending within a row: the ATopK marks. ``mean`` and ``variance``
+    float32 [D] of the raw h over all q tokens (population variance).
+    """
+
+    top_neurons: np.ndarray
+    mean: np.ndarray
+    variance: np.ndarray
+    profile: Profile = "raw"
+
+    @property
+    def tokens(self) -> int:
+        """q."""
+        return int(self.top_neurons.shape[0])
+
+    @property
+    def k_a(self) -> int:
+        """Marks per token."""
+        return int(self.top_neurons.shape[1])
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return int(self.mean.shape[0])
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Tokens that marked each neuron, int64 [D]; divided by q it is CMoE's activation rate mu."""
+        return np.bincount(self.top_neurons.reshape(-1), minlength=self.width)
+
+
+def collect(
+    model: PreTrainedModel,
+    token_windows: np.ndarray,
+    *,
+    k_a: int,
+    batch_size: int = 1,
+    profile: Profile = "raw",
+    progress: Progress | None = None,
+) -> list[LayerStatistics]:
+    """Run calibration windows through the dense model and collect the statistics of every FFN.
+
+    Args:
+        token_windows: int64 [count, length].
+        k_a: marks per token (CMoE's K_a, 10 in the paper).
+        profile: what is marked: ``raw`` the true h (the paper), or ``normalised`` h of L2-normalised x and L2-normalised
+            rows of gate and up (CMoE's released code). Mean and variance are always of the raw h.
+        progress: called with (windows done, windows in all).
+
+    Raises:
+        MoEdgeError: the model has no GLU FFN, or ``k_a`` exceeds the FFN width.
+    """
+    import torch
+
+    from moedge.convert import adapters
+
+    blocks = adapters.ffns(model)
+    tokens = int(token_windows.size)
+    streams = [_Stream(block, tokens, k_a, profile) for block in blocks]
+    handles = []
+    for stream in streams:
+        down = stream.block.module.get_submodule("down_proj")
+        handles.append(down.register_forward_pre_hook(stream.on_hidden))
+        if profile == "normalised":
+            handles.append(stream.block.module.register_forward_pre_hook(stream.on_input))
+    try:
+        with torch.inference_mode():
+            for start in range(0, len(token_windows), batch_size):
+                batch = torch.from_numpy(token_windows[start : start + batch_size])
+                model.base_model(input_ids=batch.to(model.device), use_cache=False)
+                if progress:
+                    progress(min(start + batch_size, len(token_windows)), len(token_windows))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [stream.result() for stream in streams]
+
+
+class _Stream:
+    """Accumulates one layer's statistics from forward pre-hooks."""
+
+    def __init__(self, block: Any, tokens: int, k_a: int, profile: Profile) -> None:
+        width = block.gate.shape[0]
+        if not 1 <= k_a <= width:
+            raise MoEdgeError(f"k_a={k_a} must be between 1 and the FFN width {width}.")
+        self.block, self.k_a, self.profile = block, k_a, profile
+        self.top = np.empty((tokens, k_a), dtype=np.uint16 if width <= 1 << 16 else np.int32)
+        self.count = 0
+        # Chan's update of mean and sum of squared deviations: no cancellation, unlike sum(h^2) - n mean^2.
+        self.mean = np.zeros(width)
+        self.deviations = np.zeros(width)
+
+    def on_hidden(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        h = args[0].reshape(-1, args[0].shape[-1]).float()
+        if self.profile == "raw":
+            self._mark(h, self.count)
+        new = h.shape[0]
+        wide = h.double()
+        mean = wide.mean(dim=0)
+        deviations = (wide - mean).square_().sum(dim=0).cpu().numpy()
+        shift = mean.cpu().numpy() - self.mean
+        total = self.count + new
+        self.mean += shift * (new / total)
+        self.deviations += deviations + np.square(shift) * (self.count * new / total)
+        self.count = total
+
+    def on_input(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        import torch.nn.functional as F
+
+        from moedge.export.ops import activate
+
+        x = F.normalize(args[0].reshape(-1, args[0].shape[-1]).float(), dim=-1)
+        gate, up = (F.normalize(weight.float(), dim=-1) for weight in (self.block.gate, self.block.up))
+        self._mark(activate(x @ gate.T, self.block.hidden_act) * (x @ up.T), self.count)
+
+    def _mark(self, h: torch.Tensor, start: int) -> None:
+        marked = h.abs().topk(self.k_a, dim=-1).indices.sort(dim=-1).values
+        self.top[start : start + h.shape[0]] = marked.cpu().numpy()
+
+    def result(self) -> LayerStatistics:
+        variance = self.deviations / max(self.count, 1)
+        return LayerStatistics(self.top, self.mean.astype(np.float32), variance.astype(np.float32), self.profile)
+
+
+def save(statistics: list[LayerStatistics], path: Path) -> None:
+    """Write statistics as one safetensors file (equal statistics give equal bytes)."""
+    from safetensors.numpy import save_file
+
+    tensors = {}
+    for i, layer in enumerate(statistics):
+        for name in ("top_neurons", "mean", "variance"):
+            tensors[f"layers.{i}.{name}"] = np.ascontiguousarray(getattr(layer, name))
+    # One metadata key: safetensors writes several in no fixed order.
+    head = canonical_json({"schema": "moedge.statistics/1", "profile": statistics[0].profile, "layers": len(statistics)})
+    save_file(tensors, path, metadata={"moedge": head.decode()})
+
+
+def load(path: Path) -> list[LayerStatistics]:
+    """Read statistics written by :func:`save`.
+
+    Raises:
+        MoEdgeError: missing or damaged file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            head = json.loads(file.metadata()["moedge"])
+            names = ("top_neurons", "mean", "variance")
+            layers = [[file.get_tensor(f"layers.{i}.{name}") for name in names] for i in range(head["layers"])]
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise MoEdgeError(f"Statistics file {path} is missing or damaged ({error}); calibrate again.") from error
+    return [LayerStatistics(top, mean, variance, head["profile"]) for top, mean, variance in layers]

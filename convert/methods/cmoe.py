@@ -1,0 +1,146 @@
+"""CMoE: Analytical FFN-to-MoE Restructuring via Activation Pattern Analysis (arXiv 2502.04416v3).
+
+From the ATopK marks of each layer:
+
+1. shared block: the neurons with the highest activation rate mu (sec. 3.2);
+2. routed experts: balanced K-means on the activation signatures of the rest, started from the E signatures with the
+   highest rates, assigned by Jonker-Volgenant (sec. 3.2);
+3. router: score of an expert = activation of its representative neuron, the member nearest to the cluster mean
+   (sec. 3.3); the top experts are added with weight 1.
+
+The released code (commit 42dfc94) differs from the paper; its choices are ``profile="normalised"`` (marks and router
+rows from L2-normalised weights), ``distance="l1"``, ``score="abs"`` and ``max_iters=1``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from moedge import MoEdgeError
+from moedge.convert import adapters, partition
+from moedge.convert.plan import LayerPlan, MoEPlan, RouterPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from moedge.convert.calibration import LayerStatistics, Profile, Progress
+
+
+class CMoEParams(BaseModel):
+    """Typed parameters; the layout S6A6E16 is shared=6, active=6, experts=16 (so 10 routed experts, 6 of them run)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    shared: int = Field(ge=0)
+    active: int = Field(ge=1)
+    experts: int = Field(ge=2)
+    k_a: int = Field(default=10, ge=1)
+    profile: Literal["raw", "normalised"] = "raw"
+    distance: Literal["l2", "l1"] = "l2"
+    score: Literal["signed", "abs"] = "signed"
+    max_iters: int = Field(default=20, ge=1)
+    padding: Literal["none", "uneven"] = "none"
+
+    @model_validator(mode="after")
+    def _fits(self) -> CMoEParams:
+        if self.shared + self.active > self.experts:
+            raise ValueError(f"shared + active = {self.shared + self.active} exceeds experts = {self.experts}")
+        return self
+
+
+def plan(
+    statistics: list[LayerStatistics],
+    model: PreTrainedModel,
+    *,
+    shared: int,
+    active: int,
+    experts: int,
+    k_a: int = 10,
+    profile: Profile = "raw",
+    distance: partition.Distance = "l2",
+    score: Literal["signed", "abs"] = "signed",
+    max_iters: int = 20,
+    padding: partition.Padding = "none",
+    source_sha256: str = "",
+    provenance: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> MoEPlan:
+    """Make a CMoE plan.
+
+    Args:
+        statistics: one entry a layer, collected with this ``k_a`` and ``profile``.
+        model: the dense parent (representatives' rows are copied from it).
+        shared, active, experts: the layout SxAyEz, in units of one expert.
+        padding: ``uneven`` allows a width that ``experts`` does not divide; routed experts then differ by one neuron.
+        source_sha256: identity of the parent; ``provenance``: JSON about the calibration. Both are stored in the plan.
+
+    Raises:
+        MoEdgeError: impossible layout, or statistics of another model, ``k_a`` or profile.
+    """
+    if shared < 0 or active < 1 or shared + active > experts:
+        raise MoEdgeError(f"Layout S{shared}A{active}E{experts} is impossible: shared + active must be at most experts.")
+    blocks = adapters.ffns(model)
+    if len(blocks) != len(statistics):
+        raise MoEdgeError(f"Statistics have {len(statistics)} layers, the model {len(blocks)}; calibrate this model.")
+    layers = []
+    for block, layer in zip(blocks, statistics, strict=True):
+        if (layer.k_a, layer.profile, layer.width) != (k_a, profile, block.gate.shape[0]):
+            raise MoEdgeError(
+                f"Statistics of {block.name} were made with k_a={layer.k_a}, profile={layer.profile}, "
+                f"width {layer.width}; the plan asks for k_a={k_a}, profile={profile}. Calibrate again."
+            )
+        layers.append(_layer(layer, block, shared, active, experts, distance, score, max_iters, padding))
+        if progress:
+            progress(len(layers), len(blocks))
+    params = {"shared": shared, "active": active, "experts": experts, "k_a": k_a, "profile": profile}
+    params |= {"distance": distance, "score": score, "max_iters": max_iters, "padding": padding}
+    return MoEPlan("cmoe", params, adapters.describe(model, source_sha256), layers, provenance or {})
+
+
+def _layer(
+    statistics: LayerStatistics,
+    block: adapters.FFN,
+    shared: int,
+    active: int,
+    experts: int,
+    distance: partition.Distance,
+    score: str,
+    max_iters: int,
+    padding: partition.Padding,
+) -> LayerPlan:
+    shared_width, widths = partition.group_widths(statistics.width, shared, experts, padding)
+    counts = statistics.counts
+    order = partition.by_rate(counts)
+    rest = np.sort(order[shared_width:])
+    points = partition.signatures(statistics.top_neurons, statistics.width)[rest]
+    initial = np.searchsorted(rest, order[shared_width : shared_width + len(widths)])
+    clusters = partition.balanced_kmeans(points, initial, widths, distance, max_iters)
+    nearest = rest[partition.representatives(points, clusters.labels, clusters.centroids, distance)]
+    return LayerPlan(
+        shared=np.sort(order[:shared_width]).astype(np.int32),
+        experts=[rest[clusters.labels == e].astype(np.int32) for e in range(len(widths))],
+        top_k=active,
+        router=representative_router(block, nearest, score, normalised=statistics.profile == "normalised"),
+        selection_bias=np.zeros(len(widths), dtype=np.float32),
+        report={
+            "dead_share": round(float(np.mean(counts == 0)), 6),
+            "dead_share_of_routed": round(float(np.mean(counts[rest] == 0)), 6),
+            "dead_representatives": int(np.sum(counts[nearest] == 0)),
+            "iterations": clusters.iterations,
+            "converged": clusters.converged,
+        },
+    )
+
+
+def representative_router(block: adapters.FFN, neurons: np.ndarray, score: str, *, normalised: bool) -> RouterPlan:
+    """Copy the gate and up rows of the representative neurons, float32 [E, H] each.
+
+    ``normalised`` scales every row to length 1, as CMoE's released code does.
+    """
+    tensors = {name: getattr(block, name)[neurons].float().cpu().numpy() for name in ("gate", "up")}
+    if normalised:
+        tensors = {name: rows / np.linalg.norm(rows, axis=1, keepdims=True) for name, rows in tensors.items()}
+    return RouterPlan("representative", tensors, {"score": score, "neurons": neurons.tolist()})

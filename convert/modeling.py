@@ -1,0 +1,302 @@
+"""SparseFFN, applying a plan to a model, and Mixture-of-Experts checkpoints that Hugging Face loads.
+
+T tokens, H hidden, S shared width, I widest routed expert, E routed experts, k active.
+
+For each family in :data:`moedge.convert.adapters.FAMILIES` importing this module registers one config and one model
+class with the Auto classes: model type ``moedge_<family>``, whose FFNs are built from the ``moedge`` section of
+config.json. Without this import transformers refuses such a checkpoint as an unknown architecture, which is meant:
+loading it as its dense family would silently give random FFNs.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+import moedge.export.ops  # noqa: F401  registers torch.ops.moedge
+from moedge import MoEdgeError
+from moedge._files import atomic_dir
+from moedge.convert import adapters, routers, sources
+from moedge.convert.plan import LayerPlan, MoEPlan
+from moedge.export.ops import activate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CHECKPOINT_SCHEMA = "moedge.checkpoint/1"
+_FLOAT32 = ("mlp.router", "mlp.selection_bias", "mlp.scale")
+"""Kept in float32 whatever the model's dtype: bfloat16 rounding flips ranks of experts (methods.md 1.8)."""
+
+
+class SparseFFN(nn.Module):
+    """A GLU FFN cut into a shared block and routed experts.
+
+    ``y = shared(x) + sum over selected e of w_e E_e(x) + sum over the others of compensation_e + output_bias``.
+
+    It is made from its layer's section of config.json alone (see :func:`layer_config`), with empty weights. Without
+    experts (a static plan) only the shared block and the output bias run.
+
+    Attributes:
+        layer_index: position in the model.
+        num_experts: E. top_k: k; settable, and with ``top_k = num_experts`` and unit weights the FFN is the dense one.
+        activation: ``silu``, ``gelu_tanh`` or ``gelu``.
+        record_routes: when True, ``last_routes`` holds the selected experts of the latest call, int32 [T, k].
+    """
+
+    router: nn.Module | None
+    selection_bias: torch.Tensor | None
+    scale: torch.Tensor | None
+    compensation: torch.Tensor | None
+    output_bias: torch.Tensor | None
+
+    def __init__(self, layer_index: int, hidden_size: int, spec: dict[str, Any]) -> None:
+        super().__init__()
+        self.layer_index = layer_index
+        self.num_experts: int = spec["num_experts"]
+        self.top_k: int = spec["top_k"]
+        self.activation: str = spec["activation"]
+        self.combine: str = spec["combine"]
+        self.record_routes = False
+        self.last_routes: torch.Tensor | None = None
+        experts, inner, shared = self.num_experts, spec["expert_width"], spec["shared_width"]
+        shapes = {"shared_gate": (shared, hidden_size), "shared_up": (shared, hidden_size)}
+        shapes |= {"shared_down": (hidden_size, shared)}
+        if experts:
+            shapes |= {"gate": (experts, inner, hidden_size), "up": (experts, inner, hidden_size)}
+            shapes |= {"down": (experts, hidden_size, inner)}
+        for name, shape in shapes.items():
+            setattr(self, name, nn.Parameter(torch.empty(shape)))
+        optional = {"selection_bias": (experts,), "scale": (experts,), "compensation": (experts, hidden_size)}
+        for name, shape in {**optional, "output_bias": (hidden_size,)}.items():
+            # Buffers that are saved: a plain tensor would be lost on save or .to(device), the known CMoE bug.
+            dtype = torch.float32 if f"mlp.{name}" in _FLOAT32 else None
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype) if name in spec["tensors"] else None)
+        self.router = None
+        if experts:
+            options = spec["router"]["options"]
+            self.router = routers.build(spec["router"]["kind"], experts, hidden_size, self.activation, options)
+            self._bind_router()
+
+    def _bind_router(self) -> None:
+        if isinstance(self.router, routers.OracleRouter):
+            self.router.bind(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the FFN output, same shape and dtype as x [..., H]."""
+        flat = x.reshape(-1, x.shape[-1])
+        hidden = activate(F.linear(flat, self.shared_gate), self.activation) * F.linear(flat, self.shared_up)
+        y = F.linear(hidden, self.shared_down, self.output_bias)
+        if self.router is not None:
+            scores = self.router(flat.float())
+            indices, weights = torch.ops.moedge.route(scores, self.selection_bias, self.scale, self.top_k, self.combine)
+            if self.record_routes:
+                self.last_routes = indices
+            y = y + torch.ops.moedge.sparse_glu(
+                flat, indices, weights, self.gate, self.up, self.down, self.compensation, self.activation
+            )
+        return y.reshape(x.shape)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SparseFFN:
+        """Move or cast, but never cast the router, the selection bias and the scale (``model.to(torch.bfloat16)``)."""
+        kept = {id(tensor) for tensor in (self.selection_bias, self.scale) if tensor is not None}
+        kept |= {id(parameter) for parameter in self.router.parameters()} if self.router is not None else set()
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if id(tensor) in kept and moved.dtype != tensor.dtype else moved
+
+        super()._apply(move, recurse)
+        return self
+
+
+def layer_config(layer: LayerPlan, activation: str) -> dict[str, Any]:
+    """Return what config.json says about one layer: all that :class:`SparseFFN` needs to build itself."""
+    router = layer.router and {"kind": layer.router.kind, "options": layer.router.options}
+    optional = ("selection_bias", "scale", "compensation", "output_bias")
+    return {
+        "num_experts": layer.num_experts,
+        "top_k": layer.top_k,
+        "shared_width": len(layer.shared),
+        "expert_width": layer.expert_width,
+        "expert_widths": [len(expert) for expert in layer.experts],
+        "activation": activation,
+        "combine": layer.combine,
+        "router": router if layer.experts else None,
+        "tensors": [name for name in optional if getattr(layer, name) is not None],
+    }
+
+
+@torch.no_grad()
+def build_ffn(block: adapters.FFN, layer: LayerPlan) -> SparseFFN:
+    """Cut one dense FFN by its layer plan; the result owns copies of the rows and columns it uses."""
+    weight = block.down
+    spec = layer_config(layer, block.hidden_act)
+    with torch.device("meta"):
+        ffn = SparseFFN(block.index, weight.shape[0], spec)
+    down = weight if layer.down is None else torch.from_numpy(layer.down).to(weight)
+
+    def own(name: str, tensor: torch.Tensor) -> None:
+        setattr(ffn, name, nn.Parameter(tensor.contiguous(), requires_grad=False))
+
+    shared = torch.from_numpy(layer.shared.astype(np.int64)).to(weight.device)
+    own("shared_gate", block.gate[shared])
+    own("shared_up", block.up[shared])
+    own("shared_down", down[:, shared])
+    if layer.experts:
+        shape = (layer.num_experts, layer.expert_width, weight.shape[0])
+        gate, up, rows = (weight.new_zeros(shape) for _ in range(3))
+        for e, expert in enumerate(layer.experts):
+            neurons = torch.from_numpy(expert.astype(np.int64)).to(weight.device)
+            gate[e, : len(expert)] = block.gate[neurons]
+            up[e, : len(expert)] = block.up[neurons]
+            rows[e, : len(expert)] = down[:, neurons].T
+        own("gate", gate)
+        own("up", up)
+        own("down", rows.transpose(1, 2))
+        assert layer.router is not None  # LayerPlan.validate
+        router = routers.from_plan(layer.router, layer.num_experts, weight.shape[0], block.hidden_act)
+        ffn.router = router.to(weight.device).requires_grad_(False)
+        ffn._bind_router()
+    for name in spec["tensors"]:
+        dtype = torch.float32 if f"mlp.{name}" in _FLOAT32 else weight.dtype
+        setattr(ffn, name, torch.from_numpy(getattr(layer, name)).to(weight.device, dtype))
+    return ffn.train(block.module.training)
+
+
+def apply(plan: MoEPlan, model: PreTrainedModel) -> PreTrainedModel:
+    """Turn a dense model into the Mixture-of-Experts of a plan, in place.
+
+    Works layer by layer and frees each dense FFN before the next one, so the model is never held twice. The model
+    becomes one of this module's registered classes, so ``save_pretrained`` and ``generate`` work on it.
+
+    Raises:
+        MoEdgeError: the plan was made for a model of another shape.
+    """
+    check_fits(plan, model)
+    pending = deque(adapters.ffns(model))
+    while pending:
+        block = pending.popleft()
+        ffn = build_ffn(block, plan.layers[block.index])
+        model.set_submodule(block.name, ffn)
+    del block
+    gc.collect()
+    base = model.config.model_type
+    activation = plan.model["hidden_act"]
+    dense = model.config
+    config = CONFIGS[base].from_dict({**dense.to_dict(), "model_type": adapters.MOE_PREFIX + base})
+    config.moedge = {
+        "schema": CHECKPOINT_SCHEMA,
+        "plan_sha256": plan.sha256,
+        "method": plan.method,
+        "layers": [layer_config(layer, activation) for layer in plan.layers],
+    }
+    config.architectures = [MODELS[base].__name__]
+    config._attn_implementation = dense._attn_implementation
+    for module in model.modules():
+        if getattr(module, "config", None) is dense:
+            module.config = config
+    model.__class__ = MODELS[base]  # the same attributes; only __init__ and the config class differ
+    return model
+
+
+def check_fits(plan: MoEPlan, model: PreTrainedModel) -> None:
+    """Check that a plan was made for a model of this shape.
+
+    Raises:
+        MoEdgeError: it was not, or the plan is inconsistent.
+    """
+    found = adapters.describe(model)
+    for key in ("model_type", "hidden_size", "intermediate_size", "num_layers", "hidden_act"):
+        if plan.model.get(key) != found[key]:
+            raise MoEdgeError(f"The plan is for {key}={plan.model.get(key)}, the model has {found[key]}; convert again.")
+    if len(plan.layers) != found["num_layers"]:
+        raise MoEdgeError(f"The plan has {len(plan.layers)} layers, the model {found['num_layers']}; convert again.")
+    plan.validate()
+
+
+def save(
+    model: PreTrainedModel, plan: MoEPlan, tokenizer: PreTrainedTokenizerBase, folder: Path, *, force: bool = False
+) -> None:
+    """Write a checkpoint folder, whole or not at all: weights, configs, tokenizer, plan.json and plan.safetensors.
+
+    Raises:
+        MoEdgeError: the plan has not been applied to the model, or the folder is in use or not writable.
+    """
+    moedge_config = getattr(model.config, "moedge", None)
+    if not moedge_config or moedge_config["plan_sha256"] != plan.sha256:
+        raise MoEdgeError("The model to save was not made by this plan; call apply(plan, model) first.")
+    with atomic_dir(folder, force=force) as partial, sources.quiet():
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        plan.save(partial)
+
+
+def load(folder: Path, dtype: str = "float32") -> tuple[PreTrainedModel, MoEPlan, PreTrainedTokenizerBase]:
+    """Read a checkpoint folder: (model in eval mode, plan, tokenizer).
+
+    Raises:
+        MoEdgeError: not a MoEdge checkpoint, damaged, or its plan is not the one the weights were made with.
+    """
+    plan = MoEPlan.load(folder)
+    model = sources.load_model(folder, dtype)
+    section = getattr(model.config, "moedge", None)
+    if not section or section.get("plan_sha256") != plan.sha256:
+        raise MoEdgeError(f"{folder}: config.json and plan.json are not of the same conversion; convert again.")
+    return model, plan, sources.load_tokenizer(folder)
+
+
+def sparse_ffns(model: PreTrainedModel) -> list[SparseFFN]:
+    """List the SparseFFN modules of a converted model, first layer first."""
+    return [module for module in model.modules() if isinstance(module, SparseFFN)]
+
+
+def _register(base: str) -> tuple[type, type]:
+    """Make and register the config and model class of ``moedge_<base>``."""
+    dense_config = CONFIG_MAPPING[base]
+    dense_model = MODEL_FOR_CAUSAL_LM_MAPPING[dense_config]
+    name = "MoEdge" + dense_config.__name__.removesuffix("Config")
+    config_class = type(
+        f"{name}Config",
+        (dense_config,),
+        {"__module__": __name__, "__doc__": f"{dense_config.__name__} with a ``moedge`` section.", "moedge": None}
+        | {"model_type": adapters.MOE_PREFIX + base},
+    )
+
+    def __init__(self: Any, config: Any) -> None:
+        if not getattr(config, "moedge", None):
+            raise MoEdgeError(f"config.json of a {config.model_type} model has no moedge section; convert again.")
+        dense_model.__init__(self, config)
+        for index, layer in enumerate(self.model.layers):
+            layer.mlp = SparseFFN(index, config.hidden_size, config.moedge["layers"][index])
+
+    model_class = type(
+        f"{name}ForCausalLM",
+        (dense_model,),
+        {
+            "__module__": __name__,
+            "__doc__": f"{dense_model.__name__} whose FFNs are :class:`SparseFFN`.",
+            "__init__": __init__,
+            "config_class": config_class,
+            "_keep_in_fp32_modules_strict": set(_FLOAT32),
+        },
+    )
+    AutoConfig.register(adapters.MOE_PREFIX + base, config_class)
+    AutoModelForCausalLM.register(config_class, model_class)
+    return config_class, model_class
+
+
+CONFIGS: dict[str, Any] = {}
+MODELS: dict[str, Any] = {}
+for _base in adapters.FAMILIES:
+    CONFIGS[_base], MODELS[_base] = _register(_base)

@@ -1,0 +1,145 @@
+"""Choose shared neurons and cut the rest into balanced groups.
+
+D neurons, q calibration tokens, E routed experts. A neuron's *activation signature* is its row of the binary matrix
+[D, q] that marks the tokens for which it was among the K_a largest ``|h|`` (CMoE sec. 3.1, "ATopK"). The matrix holds
+K_a ones a token, so it is kept sparse; every distance below comes from one sparse-dense product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from moedge import MoEdgeError
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+
+Distance = Literal["l2", "l1"]
+Padding = Literal["none", "uneven"]
+
+
+def signatures(top_neurons: np.ndarray, width: int) -> csr_matrix:
+    """Return the ATopK marks as a sparse 0/1 float64 matrix [D, q].
+
+    Args:
+        top_neurons: integer [q, K_a], distinct within a row.
+        width: D.
+    """
+    from scipy.sparse import csr_matrix
+
+    tokens, k_a = top_neurons.shape
+    columns = np.repeat(np.arange(tokens, dtype=np.int32), k_a)
+    rows = top_neurons.reshape(-1).astype(np.int32)
+    return csr_matrix((np.ones(rows.size), (rows, columns)), shape=(width, tokens))
+
+
+def by_rate(marks: np.ndarray) -> np.ndarray:
+    """Return neuron indices by decreasing activation count, ties to the lower index."""
+    return np.argsort(-marks.astype(np.int64), kind="stable")
+
+
+def group_widths(width: int, shared: int, experts: int, padding: Padding = "none") -> tuple[int, list[int]]:
+    """Return the neurons of the shared block and of each routed expert for the layout S(shared) of E(experts).
+
+    With ``padding="uneven"`` a width that does not divide gives routed experts that differ by one neuron (they are
+    zero-padded to the widest when the plan is applied); no neuron is dropped.
+
+    Raises:
+        MoEdgeError: the width does not divide and no padding was chosen.
+    """
+    if width % experts and padding == "none":
+        raise MoEdgeError(
+            f"FFN width {width} does not divide into {experts} experts; choose a divisor or set padding: uneven."
+        )
+    shared_width = round(width * shared / experts)
+    routed = experts - shared
+    quotient, remainder = divmod(width - shared_width, routed)
+    return shared_width, [quotient + 1] * remainder + [quotient] * (routed - remainder)
+
+
+def distances(points: csr_matrix, centroids: np.ndarray, distance: Distance) -> np.ndarray:
+    """Return the distance of each 0/1 signature [n, q] to each centroid [E, q] as float64 [n, E].
+
+    For a binary c and a centroid z in [0, 1]: ``|c - z|_1 = |c| + |z|_1 - 2 c.z`` and
+    ``|c - z|_2^2 = |c| + |z|_2^2 - 2 c.z``, where ``|c|`` counts the ones.
+    """
+    ones = np.diff(points.indptr)[:, None].astype(np.float64)
+    product = points @ centroids.T
+    if distance == "l1":
+        return np.maximum(ones + centroids.sum(axis=1) - 2 * product, 0)
+    return np.sqrt(np.maximum(ones + np.square(centroids).sum(axis=1) - 2 * product, 0))
+
+
+def assign_balanced(cost: np.ndarray, widths: list[int]) -> np.ndarray:
+    """Give each point to one group so that group e holds exactly ``widths[e]`` points and the total cost is least.
+
+    Each group's column is repeated once per slot; the square assignment problem is solved by the modified
+    Jonker-Volgenant algorithm (CMoE sec. 3.2).
+
+    Args:
+        cost: [n, E] with n = sum(widths).
+
+    Returns:
+        int32 [n], the group of each point.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    group_of_slot = np.repeat(np.arange(len(widths), dtype=np.int32), widths)
+    _, slots = linear_sum_assignment(cost[:, group_of_slot])
+    return group_of_slot[slots]
+
+
+@dataclass
+class Clusters:
+    """Result of :func:`balanced_kmeans`: ``labels`` int32 [n], ``centroids`` float64 [E, q] (means of the members)."""
+
+    labels: np.ndarray
+    centroids: np.ndarray
+    iterations: int
+    converged: bool
+
+
+def balanced_kmeans(
+    points: csr_matrix, initial: np.ndarray, widths: list[int], distance: Distance = "l2", max_iters: int = 20
+) -> Clusters:
+    """Balanced K-means on signatures [n, q] (CMoE sec. 3.2): assign, update the means, until nothing moves.
+
+    Args:
+        initial: indices of the E points that are the first centroids.
+        widths: points in each group.
+        max_iters: most assignments; 1 is what CMoE's released code does.
+    """
+    centroids = np.asarray(points[initial].todense(), dtype=np.float64)
+    labels = np.full(points.shape[0], -1, dtype=np.int32)
+    converged = False
+    for iteration in range(1, max_iters + 1):  # noqa: B007
+        updated = assign_balanced(distances(points, centroids, distance), widths)
+        converged = bool(np.array_equal(updated, labels))
+        if converged:
+            break
+        labels = updated
+        centroids = means(points, labels, len(widths))
+    return Clusters(labels, centroids, iteration, converged)
+
+
+def means(points: csr_matrix, labels: np.ndarray, groups: int) -> np.ndarray:
+    """Return the mean signature of each group, float64 [E, q]."""
+    from scipy.sparse import csr_matrix
+
+    n = len(labels)
+    member = csr_matrix((np.ones(n), (labels, np.arange(n))), shape=(groups, n))
+    counts = np.bincount(labels, minlength=groups)[:, None]
+    result: Any = (member @ points).toarray() / np.maximum(counts, 1)
+    return np.asarray(result)
+
+
+def representatives(
+    points: csr_matrix, labels: np.ndarray, centroids: np.ndarray, distance: Distance = "l2"
+) -> np.ndarray:
+    """Return, for each group, the index of the member nearest to its centroid (CMoE sec. 3.3), ties to the lower index."""
+    cost = distances(points, centroids, distance)
+    cost[labels[:, None] != np.arange(len(centroids))] = np.inf
+    return np.argmin(cost, axis=0)

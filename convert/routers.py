@@ -1,0 +1,112 @@
+"""Router kinds, one class each: scores of the routed experts for every token, in float32.
+
+A router is made from shapes and options alone, so that a checkpoint can be loaded into it; :func:`from_plan` then fills
+in a plan's tensors. T tokens, H hidden, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from moedge import MoEdgeError
+from moedge.export.ops import activate
+
+if TYPE_CHECKING:
+    from moedge.convert.plan import RouterPlan
+
+
+class RepresentativeRouter(nn.Module):
+    """Score of expert e = hidden activation of its representative neuron, ``act(gate_e x) * (up_e x)`` (CMoE sec. 3.3).
+
+    ``options["score"]`` is ``signed`` (the paper) or ``abs`` (CMoE's released code). Tensors gate and up are [E, H].
+    """
+
+    def __init__(self, num_experts: int, hidden_size: int, activation: str, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.activation = activation
+        self.absolute = options.get("score", "signed") == "abs"
+        self.gate = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float32))
+        self.up = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return scores [T, E] for x [T, H], both float32."""
+        scores = activate(F.linear(x, self.gate), self.activation) * F.linear(x, self.up)
+        return scores.abs() if self.absolute else scores
+
+
+class LinearRouter(nn.Module):
+    """Scores ``weight x`` with weight [E, H]."""
+
+    def __init__(self, num_experts: int, hidden_size: int, activation: str, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return scores [T, E] for x [T, H], both float32."""
+        return F.linear(x, self.weight)
+
+
+class RandomRouter(LinearRouter):
+    """A fixed random projection, ``options["seed"]``: the control that shows what a router's choice is worth."""
+
+
+class OracleRouter(nn.Module):
+    """Scores ``|E_e(x)|_2`` by running every expert: the best norm-based choice, for evaluation only (it saves nothing).
+
+    It reads the experts of the FFN that it is bound to.
+    """
+
+    def __init__(self, num_experts: int, hidden_size: int, activation: str, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.activation = activation
+        self._experts: tuple[nn.Module, ...] = ()  # a tuple, so that the FFN is not registered as a child of its router
+
+    def bind(self, ffn: nn.Module) -> None:
+        """Use the gate, up [E, I, H] and down [E, H, I] of this FFN."""
+        self._experts = (ffn,)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return scores [T, E] for x [T, H], both float32."""
+        (ffn,) = self._experts
+        columns = []
+        for gate, up, down in zip(ffn.gate, ffn.up, ffn.down, strict=True):  # type: ignore[arg-type]
+            hidden = activate(F.linear(x, gate.float()), self.activation) * F.linear(x, up.float())
+            columns.append(F.linear(hidden, down.float()).norm(dim=-1))
+        return torch.stack(columns, dim=-1)
+
+
+ROUTERS: dict[str, type[nn.Module]] = {
+    "representative": RepresentativeRouter,
+    "linear": LinearRouter,
+    "random": RandomRouter,
+    "oracle": OracleRouter,
+}
+
+
+def build(kind: str, num_experts: int, hidden_size: int, activation: str, options: dict[str, Any]) -> nn.Module:
+    """Make an empty router of a kind.
+
+    Raises:
+        MoEdgeError: there is no such kind.
+    """
+    if kind not in ROUTERS:
+        raise MoEdgeError(f"Unknown router kind {kind!r}; known: {', '.join(ROUTERS)}.")
+    return ROUTERS[kind](num_experts, hidden_size, activation, options)
+
+
+def from_plan(plan: RouterPlan, num_experts: int, hidden_size: int, activation: str) -> nn.Module:
+    """Make a router and fill in a plan's tensors.
+
+    Raises:
+        MoEdgeError: unknown kind, or tensors that do not fit it.
+    """
+    router = build(plan.kind, num_experts, hidden_size, activation, plan.options)
+    try:
+        router.load_state_dict({name: torch.from_numpy(value).float() for name, value in plan.tensors.items()})
+    except RuntimeError as error:
+        raise MoEdgeError(f"The tensors of a {plan.kind!r} router in the plan do not fit: {error}") from error
+    return router

@@ -1,0 +1,250 @@
+"""Open a dense model: a Hugging Face folder, a hub id, a GGUF file or a packaged asset.
+
+Every kind ends as a folder of safetensors that ``from_pretrained`` reads. Nothing unsafe is loaded: no pickle, no
+remote code.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from moedge import MoEdgeError
+from moedge._files import atomic_dir, digest, sha256_file, write_json
+from moedge.convert import adapters, assets
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_IDENTITY = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
+_TOKENIZER = ("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "vocab.json", "merges.txt", "*.jinja")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that is ready to load."""
+
+    spec: str
+    kind: Literal["folder", "gguf", "hub", "asset"]
+    folder: Path
+    """Hugging Face folder; for a GGUF the de-quantized float32 copy in the cache."""
+    sha256: str
+    """Identity of weights, config and tokenizer: digest of the hashes of those files."""
+    label: str
+    """For people."""
+
+
+def resolve(spec: str, revision: str | None = None) -> Source:
+    """Turn a user's model spec into a folder on disk.
+
+    Args:
+        spec: a local Hugging Face folder, the path of a ``.gguf`` file, a hub id ``org/name`` or ``asset:NAME``.
+        revision: branch, tag or commit, for a hub id only.
+
+    Raises:
+        MoEdgeError: missing, damaged, pickle-only, already converted, without GLU FFN or of an unknown architecture.
+    """
+    path = Path(spec).expanduser()
+    if spec.startswith("asset:"):
+        asset = assets.find(spec.removeprefix("asset:"))
+        folder, label = _from_gguf(assets.fetch(asset.name))
+        return Source(spec, "asset", folder, identity(folder), label)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise MoEdgeError(f"{path} is neither a folder nor a .gguf file; give one of these or a hub id org/name.")
+        folder, label = _from_gguf(path)
+        return Source(spec, "gguf", folder, identity(folder), label)
+    if path.is_dir():
+        check_folder(path)
+        return Source(spec, "folder", path, identity(path), path.name or str(path.resolve()))
+    if spec.endswith(".gguf") or spec.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(spec):
+        raise MoEdgeError(f"Model {spec} does not exist; give a folder, a .gguf file, a hub id org/name or asset:NAME.")
+    folder = _from_hub(spec, revision)
+    check_folder(folder)
+    return Source(spec, "hub", folder, identity(folder), f"{spec}@{revision}" if revision else spec)
+
+
+def load_model(folder: Path, dtype: str = "float32") -> PreTrainedModel:
+    """Load a causal language model for inference (eval mode, no gradients).
+
+    Args:
+        folder: Hugging Face folder with safetensors.
+        dtype: torch dtype name.
+
+    Raises:
+        MoEdgeError: the folder cannot be loaded.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    options = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
+    try:
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise MoEdgeError(f"Cannot load the model in {folder}: {_first_sentence(error)}") from error
+    return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Switch transformers' own progress bars off: the caller shows progress."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a Hugging Face folder.
+
+    Raises:
+        MoEdgeError: the folder has no tokenizer that can be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise MoEdgeError(f"Cannot load the tokenizer in {folder}: {_first_sentence(error)}") from error
+
+
+def identity(folder: Path) -> str:
+    """Return the digest of the hashes of the weights, config and tokenizer files in ``folder``."""
+    paths = {path for pattern in _IDENTITY + _TOKENIZER for path in folder.glob(pattern)}
+    return digest({path.name: sha256_file(path) for path in paths})
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a Hugging Face folder that cannot be converted, before anything is loaded.
+
+    Raises:
+        MoEdgeError: no config.json, no safetensors, or an architecture that is not supported.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        model_type = str(config["model_type"])
+    except FileNotFoundError:
+        raise MoEdgeError(f"{folder} has no config.json; give a Hugging Face model folder.") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise MoEdgeError(f"{folder / 'config.json'} is damaged or names no model_type; download it again.") from error
+    if not any(folder.glob("*.safetensors")):
+        if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+            raise MoEdgeError(
+                f"{folder} holds pickle weights (.bin) only, which can run code when loaded; save it as safetensors first."
+            )
+        raise MoEdgeError(f"{folder} holds no *.safetensors weights.")
+    adapters.refuse_unsupported(model_type, str(folder), _skeleton(folder, model_type))
+
+
+def _skeleton(folder: Path, model_type: str) -> Callable[[], Any]:
+    """Return a function that builds the model without memory, for :func:`adapters.refuse_unsupported`."""
+
+    def build() -> Any:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        try:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            raise MoEdgeError(
+                f"{folder}: unknown architecture (model type {model_type!r}); supported: {', '.join(adapters.FAMILIES)}."
+            ) from error
+
+    return build
+
+
+def _from_hub(spec: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = [*_IDENTITY, *_TOKENIZER]
+    try:
+        return Path(snapshot_download(spec, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        at = f" at revision {revision}" if revision else ""
+        raise MoEdgeError(
+            f"Cannot download {spec}{at} from the Hugging Face hub: {_first_sentence(error)} "
+            "Check the name, the network and HF_TOKEN, or give a local folder."
+        ) from error
+
+
+def _from_gguf(path: Path) -> tuple[Path, str]:
+    """De-quantize a GGUF file to float32 once; return the cached folder and a label.
+
+    float32, because a bfloat16 save moves logits by up to 0.16 (assets.md); loading the GGUF itself takes 17 s.
+    """
+    folder = assets.cache_dir() / "gguf" / f"{sha256_file(path)[:32]}-float32"
+    stamp = folder / "moedge_source.json"
+    if stamp.is_file():
+        return folder, _gguf_label(path, json.loads(stamp.read_text(encoding="utf-8"))["quantization"])
+    quantization = _check_gguf(path)
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    where = {"gguf_file": path.name, "trust_remote_code": False}
+    with atomic_dir(folder, force=True) as partial, quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
+            model = AutoModelForCausalLM.from_pretrained(
+                path.parent, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **where
+            )
+        except (OSError, ValueError, KeyError, NotImplementedError) as error:
+            raise MoEdgeError(f"Cannot read the GGUF file {path}: {_first_sentence(error)}") from error
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config  # it is a plain float model now, and must load as one
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        write_json(partial / stamp.name, {"quantization": quantization})
+    return folder, _gguf_label(path, quantization)
+
+
+def _gguf_label(path: Path, quantization: str) -> str:
+    return f"{path.stem} (float32 de-quantized from the {quantization} GGUF)"
+
+
+def _check_gguf(path: Path) -> str:
+    """Check that a GGUF file is whole and of a supported architecture; return its most used quantization, e.g. Q4_1.
+
+    Raises:
+        MoEdgeError: not a GGUF file, truncated or damaged, or an architecture without an adapter.
+    """
+    from collections import Counter
+
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+        field = reader.fields["general.architecture"]
+        architecture = bytes(field.parts[field.data[0]]).decode()
+        sizes: Counter[str] = Counter()
+        for tensor in reader.tensors:
+            sizes[tensor.tensor_type.name] += int(tensor.n_bytes)
+    except Exception as error:  # the reader indexes a memory map: a damaged file raises almost anything
+        raise MoEdgeError(f"{path} is not a whole GGUF file (truncated or damaged); download it again.") from error
+    if architecture not in adapters.FAMILIES:
+        supported = ", ".join(adapters.FAMILIES)
+        raise MoEdgeError(f"{path}: unknown architecture {architecture!r} in the GGUF file; supported: {supported}.")
+    return sizes.most_common(1)[0][0]
+
+
+def _first_sentence(error: BaseException) -> str:
+    """Return the first line of an error, ended by a full stop."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
+    return line if line.endswith((".", "!", "?")) else f"{line}."
+
+
