@@ -1,0 +1,94 @@
+"""Typed reading of ``tolerances.yaml``: unknown keys, wrong types and impossible limits are refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from moedge import MoEdgeError
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+DEFAULT = Path(__file__).with_name("tolerances.yaml")
+
+
+class Profile(BaseModel):
+    """Limits for one weight dtype and target; the YAML file says what each is derived from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    near_tie_margin: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    max_near_tie_share: Share
+    identity_rel_error: Positive
+    median_rel_error: Positive
+    mean_rel_error: Positive
+    mean_kl: Positive
+    max_kl: Positive
+    min_cosine: Share
+    top1_agreement: Share
+    top5_agreement: Share
+    perplexity_drift: Positive
+    expert_set_agreement: Share
+
+    @classmethod
+    def of(cls, limits: Profile | Mapping[str, Any]) -> Profile:
+        """Return ``limits`` as a checked profile.
+
+        Raises:
+            MoEdgeError: a key is unknown, missing, of a wrong type or impossible.
+        """
+        if isinstance(limits, Profile):
+            return limits
+        try:
+            return cls.model_validate(dict(limits))
+        except ValidationError as error:
+            raise MoEdgeError(f"Tolerances: {_first(error)}.") from error
+
+
+class Tolerances(BaseModel):
+    """The whole file: profiles by ``"dtype/target"``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    schema_: Literal["moedge.tolerances/1"] = Field(alias="schema")
+    profiles: dict[str, Profile]
+
+    def profile(self, dtype: str, target: str) -> Profile:
+        """Return the limits for weights of ``dtype`` on ``target``.
+
+        Raises:
+            MoEdgeError: the file has no such profile.
+        """
+        key = f"{dtype}/{target}"
+        if key not in self.profiles:
+            raise MoEdgeError(f"No tolerance profile {key!r}; known: {', '.join(sorted(self.profiles))}.")
+        return self.profiles[key]
+
+
+def load(path: str | Path | None = None) -> Tolerances:
+    """Read a tolerances file (the packaged one by default).
+
+    Raises:
+        MoEdgeError: missing or not YAML, or a key is unknown, missing, of a wrong type or impossible.
+    """
+    file = Path(path) if path is not None else DEFAULT
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MoEdgeError(f"Cannot read the tolerances file {file}: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise MoEdgeError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
+    try:
+        return Tolerances.model_validate(content)
+    except ValidationError as error:
+        raise MoEdgeError(f"{file}: {_first(error)}.") from error
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return f"{'.'.join(str(part) for part in first['loc']) or 'the whole'}: {first['msg']}"

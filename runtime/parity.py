@@ -1,0 +1,394 @@
+"""Compare two engines on the same tokens: logits, distributions, choices and routing.
+
+Every window is run twice: as one prefill, and as a prefill of its first tokens followed by teacher-forced decoding of
+the rest, one token at a time. Logits are reduced to a few numbers per token in float64 and dropped at once, so memory
+does not grow with the text (llama.cpp's KL tool needs an 11-37 GB file for the same).
+
+Symbols: a reference logits, b test logits, p = softmax(a), q = softmax(b), V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from moedge import MoEdgeError
+from moedge.configs.tolerances import Profile
+from moedge.runtime.engines import Engine, Step
+from moedge.runtime.stats import percentiles
+
+SCHEMA = "moedge.parity/1"
+Progress = Callable[[int, int], None]
+
+_ROWS = 32  # tokens reduced at once: 32 x 49152 float64 is 13 MB per temporary
+_PERCENTILES = (50, 90, 99, 99.9)
+
+
+def compare(
+    reference: Engine,
+    test: Engine,
+    token_windows: np.ndarray,
+    *,
+    prefill: int,
+    tolerances: Mapping[str, Any] | Profile,
+    routing: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Compare ``test`` with ``reference`` and judge the difference.
+
+    Args:
+        reference: engine whose answers count as right.
+        test: engine under test. Open both with ``taps=True`` to compare routing.
+        token_windows: int64 [N, L], N texts of L tokens.
+        prefill: tokens of each window that are prefilled before decoding starts, 1..L-2.
+        tolerances: limits, a :class:`moedge.configs.tolerances.Profile` or its fields.
+        routing: judge expert sets. When both models are MoE and one engine has no taps, the verdict is then "failed":
+            what was not looked at is not passed. Pass False only where a target cannot be tapped.
+        progress: called with (tokens done, tokens in all).
+
+    Returns:
+        JSON-ready dict of schema ``moedge.parity/1``. Per phase (``prefill``, ``decode``) and ``overall``: tokens;
+        absolute error; relative error max|a-b| / max|a| per token; cosine; KL in nats both ways; top-1 and top-5
+        agreement outside near-ties of the reference; perplexity of both on the tokens that follow. A value that does not
+        exist (no finite token, nothing compared) is None, and its check fails.
+
+    Raises:
+        MoEdgeError: windows of a wrong shape, engines of different vocabularies or routing, or a bad tolerance.
+    """
+    limits = Profile.of(tolerances)
+    windows = _check(reference, test, token_windows, prefill)
+    phases = {"prefill": _Tokens(limits.near_tie_margin), "decode": _Tokens(limits.near_tie_margin)}
+    routes = _Routes()
+    for phase, one, two, targets in _steps(reference, test, windows, prefill, progress):
+        phases[phase].add(one.logits[0], two.logits[0], targets)
+        routes.add(one.routes, two.routes)
+    summaries = {name: tokens.summary() for name, tokens in phases.items()}
+    result: dict[str, Any] = {
+        "schema": SCHEMA,
+        "reference": asdict(reference.info),
+        "test": asdict(test.info),
+        "tokens": {
+            "windows": len(windows),
+            "window": windows.shape[1],
+            "prefill": prefill,
+            **{name: summary["tokens"] for name, summary in summaries.items()},
+        },
+        "phases": summaries,
+        "overall": _Tokens.merged(list(phases.values())).summary(),
+        "routing": routes.summary(),
+        "tolerances": limits.model_dump(),
+    }
+    checks = [check for name, summary in summaries.items() for check in _checks(name, summary, limits)]
+    both_moe = bool(reference.info.model.get("moe") and test.info.model.get("moe"))
+    if routing and (both_moe or result["routing"]["compared"]):
+        agreement = result["routing"].get("agreement")
+        checks.append(_check_entry("routing.expert_set_agreement", agreement, ">=", limits.expert_set_agreement))
+    result["verdict"] = {"passed": all(check["passed"] for check in checks), "checks": checks}
+    return _json_ready(result)
+
+
+def identity(
+    reference: Engine,
+    test: Engine,
+    token_windows: np.ndarray,
+    *,
+    limit: float,
+    prefill: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Check that a model with every expert selected is its dense parent.
+
+    Args:
+        reference: the dense parent.
+        test: the MoE, opened with ``top_k`` so large that every expert runs.
+        token_windows: int64 [N, L].
+        limit: for the maximum over all tokens of max|a-b| / max|a| (``Profile.identity_rel_error``).
+        prefill: tokens before teacher-forced decoding starts; half of the window by default.
+        progress: called with (tokens done, tokens in all).
+
+    Returns:
+        ``{"schema": "moedge.identity/1", "reference", "test", "tokens", "max_rel_error", "limit", "passed"}``.
+
+    Raises:
+        MoEdgeError: as for :func:`compare`.
+    """
+    prefill = token_windows.shape[-1] // 2 if prefill is None else prefill
+    windows = _check(reference, test, token_windows, prefill)
+    tokens = _Tokens(0.0)
+    for _, one, two, targets in _steps(reference, test, windows, prefill, progress):
+        tokens.add(one.logits[0], two.logits[0], targets)
+    summary = tokens.summary()
+    clean = summary["non_finite"] == 0 and summary["constant"] == 0
+    worst = summary["rel_error"]["max"] if clean else float("nan")
+    return _json_ready(
+        {
+            "schema": "moedge.identity/1",
+            "reference": asdict(reference.info),
+            "test": asdict(test.info),
+            "tokens": summary["tokens"],
+            "max_rel_error": worst,
+            "limit": limit,
+            "passed": bool(worst <= limit),
+        }
+    )
+
+
+def _check(reference: Engine, test: Engine, token_windows: np.ndarray, prefill: int) -> np.ndarray:
+    windows = np.asarray(token_windows, dtype=np.int64)
+    if windows.ndim != 2 or not len(windows) or windows.shape[1] < 3:
+        raise MoEdgeError(f"Parity needs token windows [N, L >= 3], not shape {windows.shape}.")
+    if not 1 <= prefill <= windows.shape[1] - 2:  # the last token has no successor to score
+        raise MoEdgeError(f"prefill={prefill} must be between 1 and {windows.shape[1] - 2} (window - 2).")
+    sizes = [engine.info.model["vocab_size"] for engine in (reference, test)]
+    if sizes[0] != sizes[1]:
+        raise MoEdgeError(f"The engines have vocabularies of {sizes[0]} and {sizes[1]} tokens: not the same model.")
+    return windows
+
+
+def _steps(
+    reference: Engine, test: Engine, windows: np.ndarray, prefill: int, progress: Progress | None
+) -> Iterator[tuple[str, Step, Step, np.ndarray]]:
+    """Yield (phase, reference step, test step, targets): ``targets`` are the tokens that follow, -1 after the last."""
+    length = windows.shape[1]
+    done, total = 0, len(windows) * (2 * length - prefill)
+    for window in windows:
+        ids, targets = window[None], np.append(window[1:], -1)
+        yield "prefill", reference.prefill(ids), test.prefill(ids), targets
+        done += length
+        if progress:
+            progress(done, total)
+        one, two = reference.prefill(ids[:, :prefill]), test.prefill(ids[:, :prefill])
+        for position in range(prefill, length):
+            token = ids[:, position : position + 1]
+            one, two = reference.decode(token, one.cache), test.decode(token, two.cache)
+            yield "decode", one, two, targets[position : position + 1]
+            done += 1
+            if progress:
+                progress(done, total)
+
+
+_VALUES = ("abs_max", "abs_mean", "rel", "cosine", "kl", "kl_back", "gap1", "gap5", "top1", "top5", "nll", "nll_test")
+
+
+@dataclass
+class _Tokens:
+    """Per-token numbers of one phase; each list holds float64 arrays [tokens]."""
+
+    margin: float
+    columns: dict[str, list[np.ndarray]] = field(default_factory=lambda: {name: [] for name in _VALUES})
+    tokens: int = 0
+    non_finite: int = 0
+    constant: int = 0
+
+    def add(self, reference: np.ndarray, test: np.ndarray, targets: np.ndarray) -> None:
+        """Reduce logits [T, V] of both engines; ``targets`` int64 [T], -1 where no token follows."""
+        for start in range(0, len(targets), _ROWS):
+            rows = slice(start, start + _ROWS)
+            self._add(reference[rows], test[rows], targets[rows])
+
+    def _add(self, a32: np.ndarray, b32: np.ndarray, targets: np.ndarray) -> None:
+        self.tokens += len(targets)
+        good = np.isfinite(a32).all(1) & np.isfinite(b32).all(1)
+        self.non_finite += int((~good).sum())
+        # Kernels that fail silently return zeros: a flat row is a fault even where its error happens to be small.
+        self.constant += int((b32[good].max(1) == b32[good].min(1)).sum())
+        if not good.all():
+            a32, b32, targets = a32[good], b32[good], targets[good]
+        if not len(targets):
+            return
+        a, b = a32.astype(np.float64), b32.astype(np.float64)
+        error = np.abs(a - b)
+        scale = np.abs(a).max(1)
+        norms = np.sqrt((a * a).sum(1) * (b * b).sum(1))
+        log_p, log_q = _log_softmax(a), _log_softmax(b)
+        difference = log_p - log_q
+        k = min(5, a.shape[1] - 1)
+        best_a, best_b = _best(a32, k + 1), _best(b32, k + 1)
+        top = np.take_along_axis(a, best_a, 1)
+        nll = np.full((2, len(targets)), np.nan)
+        known = np.flatnonzero(targets >= 0)
+        nll[0, known], nll[1, known] = -log_p[known, targets[known]], -log_q[known, targets[known]]
+        tiny = np.finfo(np.float64).tiny
+        values = {
+            "abs_max": error.max(1),
+            "abs_mean": error.mean(1),
+            "rel": error.max(1) / np.maximum(scale, tiny),
+            "cosine": (a * b).sum(1) / np.maximum(norms, tiny),
+            # Rounding can leave -1e-17 where the truth is 0.
+            "kl": np.maximum((np.exp(log_p) * difference).sum(1), 0.0),
+            "kl_back": np.maximum((np.exp(log_q) * -difference).sum(1), 0.0),
+            "gap1": top[:, 0] - top[:, 1],
+            "gap5": top[:, k - 1] - top[:, k],
+            "top1": (best_a[:, 0] == best_b[:, 0]).astype(np.float64),
+            "top5": (np.sort(best_a[:, :k], 1) == np.sort(best_b[:, :k], 1)).all(1).astype(np.float64),
+            "nll": nll[0],
+            "nll_test": nll[1],
+        }
+        for name, value in values.items():
+            self.columns[name].append(value)
+
+    @classmethod
+    def merged(cls, parts: list[_Tokens]) -> _Tokens:
+        """All tokens of several phases."""
+        whole = cls(parts[0].margin)
+        for part in parts:
+            whole.tokens += part.tokens
+            whole.non_finite += part.non_finite
+            whole.constant += part.constant
+            for name, values in part.columns.items():
+                whole.columns[name].extend(values)
+        return whole
+
+    def summary(self) -> dict[str, Any]:
+        """The phase as plain numbers; NaN where nothing could be measured."""
+        v = {name: np.concatenate(parts) if parts else np.zeros(0) for name, parts in self.columns.items()}
+        known = ~np.isnan(v["nll"])
+        nll = [_mean(v[name][known]) for name in ("nll", "nll_test")]
+        return {
+            "tokens": self.tokens,
+            "non_finite": self.non_finite,
+            "constant": self.constant,
+            "abs_error": {"max": _max(v["abs_max"]), "mean": _mean(v["abs_mean"])},
+            "rel_error": {"mean": _mean(v["rel"]), **percentiles(v["rel"], _PERCENTILES), "max": _max(v["rel"])},
+            "cosine": {"mean": _mean(v["cosine"]), "min": -_max(-v["cosine"])},
+            "kl_ref_test": _distribution(v["kl"]),
+            "kl_test_ref": _distribution(v["kl_back"]),
+            "top1": _agreement(v["top1"], v["gap1"], self.margin),
+            "top5": _agreement(v["top5"], v["gap5"], self.margin),
+            "perplexity": {
+                "tokens": int(known.sum()),
+                "reference": math.exp(nll[0]) if nll[0] < 700 else float("inf"),
+                "test": math.exp(nll[1]) if nll[1] < 700 else float("inf"),
+                "ratio": math.exp(nll[1] - nll[0]) if abs(nll[1] - nll[0]) < 700 else float("inf"),
+            },
+        }
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    shifted = x - x.max(1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+
+
+def _best(x: np.ndarray, k: int) -> np.ndarray:
+    """Indices [T, k] of the k largest of each row, by decreasing value."""
+    chosen = np.argpartition(x, x.shape[1] - k, axis=1)[:, -k:]
+    order = np.argsort(-np.take_along_axis(x, chosen, 1), axis=1, kind="stable")
+    return np.take_along_axis(chosen, order, 1)
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def _max(values: np.ndarray) -> float:
+    return float(values.max()) if len(values) else float("nan")
+
+
+def _distribution(values: np.ndarray) -> dict[str, float]:
+    error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else float("nan")
+    return {
+        "mean": _mean(values),
+        "standard_error": error,
+        **percentiles(values, _PERCENTILES),
+        "max": _max(values),
+    }
+
+
+def _agreement(same: np.ndarray, gap: np.ndarray, margin: float) -> dict[str, Any]:
+    clear = gap >= margin
+    return {
+        "agreement": _mean(same[clear]),
+        "compared": int(clear.sum()),
+        "disagreements": int((same[clear] == 0).sum()),
+        "near_ties_excluded": int((~clear).sum()),
+        "near_tie_share": _mean((~clear).astype(np.float64)),
+        "agreement_with_near_ties": _mean(same),
+    }
+
+
+@dataclass
+class _Routes:
+    """Expert sets of both engines, counted per layer as [tokens, tokens with the same set, shared picks, picks]."""
+
+    counts: dict[int, np.ndarray] = field(default_factory=dict)
+    reason: str = ""
+
+    def add(self, reference: dict[int, np.ndarray] | None, test: dict[int, np.ndarray] | None) -> None:
+        """Count one step: int32 [T, k] per layer and engine."""
+        if not reference or not test:
+            self.reason = f"the {'reference' if not reference else 'test'} engine returned no routes"
+            return
+        if reference.keys() != test.keys():
+            odd = sorted(reference.keys() ^ test.keys())[0]
+            raise MoEdgeError(f"Layer {odd} is routed in one engine only: these are not the same model.")
+        for layer, one in reference.items():
+            two = test[layer]
+            if one.shape != two.shape:
+                raise MoEdgeError(
+                    f"Layer {layer} selects {one.shape[1]} experts in the reference and {two.shape[1]} in the test engine."
+                )
+            shared = (one[:, :, None] == two[:, None, :]).any(2).sum(1)
+            counted = [len(one), int((shared == one.shape[1]).sum()), int(shared.sum()), one.size]
+            self.counts[layer] = self.counts.get(layer, np.zeros(4, dtype=np.int64)) + counted
+
+    def summary(self) -> dict[str, Any]:
+        """Agreement as sets: overall, the worst layer, and every layer."""
+        if not self.counts or self.reason:
+            return {"compared": False, "reason": self.reason or "nothing was run"}
+        layers = {
+            str(layer): {"agreement": same / tokens, "flips": tokens - same, "overlap": shared / picks}
+            for layer, (tokens, same, shared, picks) in sorted(
+                (layer, count.tolist()) for layer, count in self.counts.items()
+            )
+        }
+        tokens, same, shared, picks = np.sum(list(self.counts.values()), axis=0).tolist()
+        worst = min(layers, key=lambda layer: layers[layer]["agreement"])
+        return {
+            "compared": True,
+            "decisions": tokens,
+            "flips": tokens - same,
+            "agreement": same / tokens,
+            "overlap": shared / picks,
+            "worst_layer": int(worst),
+            "worst_agreement": layers[worst]["agreement"],
+            "layers": layers,
+        }
+
+
+def _checks(phase: str, summary: dict[str, Any], limits: Profile) -> list[dict[str, Any]]:
+    top1, top5, ratio = summary["top1"], summary["top5"], summary["perplexity"]["ratio"]
+    rows: list[tuple[str, float, str, float]] = [
+        ("non_finite_tokens", summary["non_finite"], "<=", 0),
+        ("constant_tokens", summary["constant"], "<=", 0),
+        ("rel_error.median", summary["rel_error"]["p50"], "<=", limits.median_rel_error),
+        ("rel_error.mean", summary["rel_error"]["mean"], "<=", limits.mean_rel_error),
+        ("kl_ref_test.mean", summary["kl_ref_test"]["mean"], "<=", limits.mean_kl),
+        ("kl_ref_test.max", summary["kl_ref_test"]["max"], "<=", limits.max_kl),
+        ("kl_test_ref.mean", summary["kl_test_ref"]["mean"], "<=", limits.mean_kl),
+        ("cosine.min", summary["cosine"]["min"], ">=", limits.min_cosine),
+        ("top1.agreement", top1["agreement"], ">=", limits.top1_agreement),
+        ("top5.agreement", top5["agreement"], ">=", limits.top5_agreement),
+        ("top1.near_tie_share", top1["near_tie_share"], "<=", limits.max_near_tie_share),
+        ("perplexity.drift", abs(ratio - 1), "<=", limits.perplexity_drift),
+    ]
+    return [_check_entry(f"{phase}.{name}", value, relation, limit) for name, value, relation, limit in rows]
+
+
+def _check_entry(name: str, value: float | None, relation: str, limit: float) -> dict[str, Any]:
+    passed = value is not None and bool(value <= limit if relation == "<=" else value >= limit)
+    return {"name": name, "value": value, "relation": relation, "limit": limit, "passed": passed}
+
+
+def _json_ready(value: Any) -> Any:
+    """Replace NaN and infinity, which JSON does not know, with None."""
+    if isinstance(value, dict):
+        return {key: _json_ready(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_ready(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,316 @@
+"""Parity must see every kind of damage, and excuse only what the fixed near-tie margin excuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import special, stats
+
+from moedge import MoEdgeError
+from moedge.configs import tolerances
+from moedge.runtime.engines import EngineInfo, Step, open_engine
+from moedge.runtime.parity import compare, identity
+
+VOCAB, LENGTH, WINDOWS, PREFILL, LAYERS, EXPERTS, TOP_K = 50, 12, 3, 5, 2, 8, 3
+LIMITS = tolerances.load().profile("float32", "ort-cpu")
+Damage = Callable[[np.ndarray, int, str], np.ndarray]
+
+
+class Scripted:
+    """An engine whose logits depend on the token and its position; ``damage(logits [V], position, phase)`` spoils them."""
+
+    def __init__(self, damage: Damage | None = None, taps: bool = False, flips: dict[int, list[int]] | None = None):
+        generator = np.random.default_rng(0)
+        self.table = generator.normal(0, 4, (VOCAB, LENGTH, VOCAB)).astype(np.float32)
+        # A clear winner and a clear 5th place in every row, so that only planted gaps are near-ties.
+        order = np.argsort(-self.table, axis=2)[:, :, :6]
+        np.put_along_axis(self.table, order, np.float32([20, 18, 17, 16, 15, 13]), 2)
+        self.routes = [generator.permuted(np.tile(np.arange(EXPERTS), (LENGTH, 1)), axis=1)[:, :TOP_K] for _ in range(LAYERS)]
+        self.damage = damage or (lambda logits, position, phase: logits)
+        self.taps, self.flips = taps, flips or {}
+        self.info = EngineInfo("scripted", "numpy", "CPU", "float32", 1, {"vocab_size": VOCAB, "moe": taps})
+
+    def _step(self, ids: np.ndarray, start: int, phase: str) -> Step:
+        rows = [self.damage(self.table[t, start + i].copy(), start + i, phase) for i, t in enumerate(ids[0])]
+        routes = None
+        if self.taps:
+            routes = {}
+            for layer, chosen in enumerate(self.routes):
+                chosen = chosen[start : start + len(rows)].copy()
+                for position in self.flips.get(layer, []):
+                    if start <= position < start + len(rows):
+                        row = chosen[position - start]
+                        row[0] = next(e for e in range(EXPERTS) if e not in row)
+                routes[layer] = chosen.astype(np.int32)
+        return Step(np.stack(rows)[None], start + len(rows), routes)
+
+    def prefill(self, ids: np.ndarray, attention_mask: np.ndarray | None = None) -> Step:
+        return self._step(ids, 0, "prefill")
+
+    def decode(self, ids: np.ndarray, cache: Any) -> Step:
+        return self._step(ids, cache, "decode")
+
+    def close(self) -> None:
+        pass
+
+
+IDS = np.random.default_rng(3).integers(0, VOCAB, (WINDOWS, LENGTH))
+
+
+def run(damage: Damage | None = None, **options: Any) -> dict[str, Any]:
+    limits = options.pop("tolerances", LIMITS)
+    taps = options.pop("taps", False)
+    test = Scripted(damage, taps=taps, flips=options.pop("flips", None))
+    return compare(Scripted(taps=taps), test, IDS, prefill=PREFILL, tolerances=limits, **options)
+
+
+def failed(result: dict[str, Any]) -> set[str]:
+    return {check["name"] for check in result["verdict"]["checks"] if not check["passed"]}
+
+
+def test_equal_engines_pass_with_nothing_to_report() -> None:
+    seen: list[tuple[int, int]] = []
+    result = run(taps=True, progress=lambda done, total: seen.append((done, total)))
+    assert result["verdict"]["passed"]
+    assert result["tokens"]["prefill"] == WINDOWS * LENGTH
+    assert result["tokens"]["decode"] == WINDOWS * (LENGTH - PREFILL)
+    for phase in ("prefill", "decode"):
+        summary = result["phases"][phase]
+        assert summary["abs_error"] == {"max": 0.0, "mean": 0.0}
+        assert summary["kl_ref_test"]["max"] == 0.0
+        assert summary["top1"]["agreement"] == summary["top5"]["agreement"] == 1.0
+        assert summary["perplexity"]["ratio"] == 1.0
+    assert result["routing"]["agreement"] == 1.0
+    assert seen[-1] == (WINDOWS * (2 * LENGTH - PREFILL),) * 2
+    json.dumps(result, allow_nan=False)
+
+
+def test_numbers_equal_their_definitions() -> None:
+    noise = np.random.default_rng(5).normal(0, 0.3, (LENGTH, VOCAB)).astype(np.float32)
+    result = run(lambda logits, position, phase: logits + noise[position])
+    table = Scripted().table
+    a = np.concatenate([table[row, np.arange(LENGTH)] for row in IDS]).astype(np.float64)
+    b = np.concatenate([table[row, np.arange(LENGTH)] + noise for row in IDS]).astype(np.float64)
+    p, q = special.softmax(a, 1), special.softmax(b, 1)
+    kl = np.array([stats.entropy(x, y) for x, y in zip(p, q, strict=True)])
+    back = np.array([stats.entropy(y, x) for x, y in zip(p, q, strict=True)])
+    got = result["phases"]["prefill"]
+    assert got["kl_ref_test"]["mean"] == pytest.approx(kl.mean(), rel=1e-9)
+    assert got["kl_ref_test"]["p99.9"] == pytest.approx(np.percentile(kl, 99.9), rel=1e-9)
+    assert got["kl_test_ref"]["max"] == pytest.approx(back.max(), rel=1e-9)
+    assert got["abs_error"]["max"] == pytest.approx(np.abs(a - b).max())
+    assert got["abs_error"]["mean"] == pytest.approx(np.abs(a - b).mean())
+    assert got["rel_error"]["max"] == pytest.approx((np.abs(a - b).max(1) / np.abs(a).max(1)).max())
+    cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    assert got["cosine"]["min"] == pytest.approx(cosine.min())
+    following = IDS[:, 1:].reshape(-1)
+    rows = np.arange(WINDOWS * LENGTH).reshape(WINDOWS, LENGTH)[:, :-1].reshape(-1)
+    assert got["perplexity"]["reference"] == pytest.approx(np.exp(-np.log(p[rows, following]).mean()))
+    assert got["perplexity"]["test"] == pytest.approx(np.exp(-np.log(q[rows, following]).mean()))
+    top5 = [set(x) == set(y) for x, y in zip(np.argsort(-a)[:, :5], np.argsort(-b)[:, :5], strict=True)]
+    assert got["top5"]["agreement_with_near_ties"] == pytest.approx(np.mean(top5))
+    decoded = result["phases"]["decode"]["tokens"]
+    assert result["overall"]["tokens"] == got["tokens"] + decoded
+
+
+def exchange_best_two(gap: float) -> tuple[Damage, Damage]:
+    """(reference, test): at position 7 the best two logits are ``gap`` apart in the reference and exchanged in the test."""
+
+    def plant(logits: np.ndarray) -> tuple[int, int]:
+        one, two = np.argsort(-logits)[:2]
+        logits[two] = logits[one] - gap
+        return one, two
+
+    def reference(logits: np.ndarray, position: int, phase: str) -> np.ndarray:
+        if position == 7:
+            plant(logits)
+        return logits
+
+    def test(logits: np.ndarray, position: int, phase: str) -> np.ndarray:
+        if position == 7:
+            one, two = plant(logits)
+            logits[[one, two]] = logits[[two, one]]
+        return logits
+
+    return reference, test
+
+
+@pytest.mark.parametrize(("factor", "excused"), [(0.5, True), (2.0, False)])
+def test_only_the_fixed_margin_excuses_a_changed_choice(factor: float, excused: bool) -> None:
+    damage = exchange_best_two(LIMITS.near_tie_margin * factor)
+    result = compare(Scripted(damage[0]), Scripted(damage[1]), IDS, prefill=PREFILL, tolerances=LIMITS)
+    top1 = result["phases"]["decode"]["top1"]
+    assert top1["near_ties_excluded"] == (WINDOWS if excused else 0)
+    assert top1["disagreements"] == (0 if excused else WINDOWS)
+    assert top1["agreement_with_near_ties"] == pytest.approx(1 - WINDOWS / (WINDOWS * (LENGTH - PREFILL)))
+    assert ("decode.top1.agreement" in failed(result)) is not excused
+
+
+def test_a_large_error_does_not_excuse_itself() -> None:
+    """The margin does not grow with the error: all choices changed is all choices failed, not all excluded."""
+    result = run(lambda logits, position, phase: -logits)
+    top1 = result["phases"]["decode"]["top1"]
+    assert top1["agreement"] == 0.0
+    assert top1["near_ties_excluded"] == 0
+
+
+def test_too_many_near_ties_fail_the_verdict() -> None:
+    flat = lambda logits, position, phase: logits * np.float32(1e-4)  # noqa: E731
+    result = compare(Scripted(flat), Scripted(flat), IDS, prefill=PREFILL, tolerances=LIMITS)
+    assert {"prefill.top1.near_tie_share", "prefill.top1.agreement"} <= failed(result)
+    assert result["phases"]["prefill"]["top1"]["compared"] == 0
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize(
+    ("value", "check"), [(np.nan, "non_finite_tokens"), (np.inf, "non_finite_tokens"), (0.0, "constant_tokens")]
+)
+def test_silent_failures_are_named(phase: str, value: float, check: str) -> None:
+    def damage(logits: np.ndarray, position: int, where: str) -> np.ndarray:
+        return np.full_like(logits, value) if where == phase and position == 8 else logits
+
+    result = run(damage)
+    assert f"{phase}.{check}" in failed(result)
+    json.dumps(result, allow_nan=False)
+
+
+def test_nothing_finite_at_all_still_gives_a_failed_verdict() -> None:
+    result = run(lambda logits, position, phase: np.full_like(logits, np.nan))
+    assert not result["verdict"]["passed"]
+    assert result["phases"]["decode"]["kl_ref_test"]["mean"] is None
+    assert "decode.kl_ref_test.mean" in failed(result)
+    json.dumps(result, allow_nan=False)
+
+
+def test_a_fault_of_the_cache_shows_in_decode_only() -> None:
+    noisy = np.random.default_rng(2).normal(0, 0.1, VOCAB).astype(np.float32)
+    result = run(lambda logits, position, phase: logits + noisy if phase == "decode" else logits)
+    assert failed(result)
+    assert all(name.startswith("decode.") for name in failed(result))
+
+
+def test_expert_sets_are_compared_as_sets_and_flips_are_counted() -> None:
+    result = run(taps=True, flips={1: [2, 7]})
+    routing = result["routing"]
+    # Position 2 is seen by the prefill only, position 7 by prefill and decode; each in every window.
+    steps = WINDOWS * (2 * LENGTH - PREFILL)
+    assert routing["flips"] == 3 * WINDOWS
+    assert routing["decisions"] == LAYERS * steps
+    assert routing["worst_layer"] == 1
+    assert routing["worst_agreement"] == pytest.approx(1 - 3 * WINDOWS / steps)
+    assert routing["layers"]["0"] == {"agreement": 1.0, "flips": 0, "overlap": 1.0}
+    assert routing["overlap"] == pytest.approx(1 - 3 * WINDOWS / (LAYERS * steps * TOP_K))
+    assert failed(result) == {"routing.expert_set_agreement"}
+
+    test = Scripted(taps=True)
+    test.routes = [chosen[:, ::-1] for chosen in test.routes]
+    result = compare(Scripted(taps=True), test, IDS, prefill=PREFILL, tolerances=LIMITS)
+    assert result["routing"]["agreement"] == 1.0
+    assert result["verdict"]["passed"]
+
+
+def test_unseen_routing_of_two_moe_models_is_not_passed() -> None:
+    test = Scripted()
+    test.info.model["moe"] = True
+    result = compare(Scripted(taps=True), test, IDS, prefill=PREFILL, tolerances=LIMITS)
+    assert failed(result) == {"routing.expert_set_agreement"}
+    assert "test engine returned no routes" in result["routing"]["reason"]
+    result = compare(Scripted(taps=True), test, IDS, prefill=PREFILL, tolerances=LIMITS, routing=False)
+    assert result["verdict"]["passed"]
+
+
+def test_engines_of_different_models_are_refused() -> None:
+    other = Scripted()
+    other.info.model["vocab_size"] = VOCAB + 1
+    with pytest.raises(MoEdgeError, match="vocabularies of 50 and 51"):
+        compare(Scripted(), other, IDS, prefill=PREFILL, tolerances=LIMITS)
+    wide = Scripted(taps=True)
+    wide.routes = [chosen[:, :2] for chosen in wide.routes]
+    with pytest.raises(MoEdgeError, match="selects 3 experts in the reference and 2"):
+        compare(Scripted(taps=True), wide, IDS, prefill=PREFILL, tolerances=LIMITS)
+
+
+@pytest.mark.parametrize(("windows", "prefill"), [(IDS[0], 5), (IDS[:0], 5), (IDS, 0), (IDS, LENGTH - 1)])
+def test_bad_windows_are_refused(windows: np.ndarray, prefill: int) -> None:
+    with pytest.raises(MoEdgeError, match=r"windows \[N, L|must be between 1 and 10"):
+        compare(Scripted(), Scripted(), windows, prefill=prefill, tolerances=LIMITS)
+
+
+@pytest.mark.parametrize(("size", "passed"), [(1e-6, True), (1e-3, False), (np.nan, False)])
+def test_identity_holds_the_worst_token_to_the_limit(size: float, passed: bool) -> None:
+    def damage(logits: np.ndarray, position: int, phase: str) -> np.ndarray:
+        if position == 9 and phase == "decode":
+            logits[4] += np.float32(size) * np.abs(logits).max()
+        return logits
+
+    result = identity(Scripted(), Scripted(damage), IDS, limit=1e-4, prefill=PREFILL)
+    assert result["passed"] is passed
+    if not np.isnan(size):
+        # A logit of 20 in float32 is rounded to 20 * 6e-8 = 1.2e-6, relative 6e-8.
+        assert result["max_rel_error"] == pytest.approx(size, abs=1e-7)
+    json.dumps(result, allow_nan=False)
+
+
+def test_two_forms_of_one_model_pass_and_another_model_fails(
+    toy_bundles: dict[str, Path], tmp_path: Path, make_toy_bundle: Any
+) -> None:
+    windows = np.random.default_rng(4).integers(0, 256, (2, 40))
+    reference = open_engine(toy_bundles["concat"], taps=True, threads=1)
+    test = open_engine(toy_bundles["shared_buffer"], taps=True, threads=1)
+    result = compare(reference, test, windows, prefill=10, tolerances=LIMITS)
+    assert result["verdict"]["passed"], failed(result)
+    assert result["overall"]["abs_error"]["max"] > 0, "two kernels never agree to the last bit; is one engine tested twice?"
+    make_toy_bundle(tmp_path / "other", seed=1)
+    other = open_engine(tmp_path / "other", taps=True, threads=1)
+    result = compare(reference, other, windows, prefill=10, tolerances=LIMITS)
+    assert {"prefill.top1.agreement", "decode.kl_ref_test.mean", "routing.expert_set_agreement"} <= failed(result)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda limits: limits.update(mean_kll=1), "mean_kll: Extra inputs"),
+        (lambda limits: limits.update(mean_kl="small"), "mean_kl: Input should be a valid number"),
+        (lambda limits: limits.update(mean_kl=-1), "mean_kl: Input should be greater than 0"),
+        (lambda limits: limits.update(top1_agreement=1.5), "top1_agreement: Input should be less than"),
+        (lambda limits: limits.pop("max_kl"), "max_kl: Field required"),
+    ],
+)
+def test_bad_tolerances_are_refused_with_the_key(change: Callable[[dict[str, Any]], Any], message: str, tmp_path: Path) -> None:
+    limits = LIMITS.model_dump()
+    change(limits)
+    with pytest.raises(MoEdgeError, match=message):
+        run(tolerances=limits)
+    file = tmp_path / "tolerances.yaml"
+    file.write_text(json.dumps({"schema": "moedge.tolerances/1", "profiles": {"float32/x": limits}}))
+    with pytest.raises(MoEdgeError, match=rf"profiles\.float32/x\.{message}"):
+        tolerances.load(file)
+
+
+def test_a_missing_file_or_profile_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(MoEdgeError, match="Cannot read"):
+        tolerances.load(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(MoEdgeError, match="not valid YAML"):
+        tolerances.load(tmp_path / "bad.yaml")
+    with pytest.raises(MoEdgeError, match="float16/tensorrt"):
+        tolerances.load().profile("float16", "tensorrt")
+
+
+def test_promised_limits_are_the_packaged_ones() -> None:
+    """The figures of the release promise: nobody loosens them by accident."""
+    profiles = tolerances.load().profiles
+    assert {key: profile.identity_rel_error for key, profile in profiles.items()} == {
+        "float32/torch": 1e-5,
+        "float32/portable": 1e-4,
+        "float32/ort-cpu": 1e-4,
+    }
+    for profile in profiles.values():
+        assert profile.mean_kl == 1e-6
+        assert profile.top1_agreement == 1.0
+        assert profile.expert_set_agreement == 0.9999
