@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose blocks are ``model.layers.N.mlp`` with ``gate_proj``, ``up_proj`` and ``down_proj``."""
 
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
 """Names in a Hugging Face config -> names in :mod:`moedge.export.ops`."""
 
 MOE_PREFIX = "moedge_"
@@ -97,7 +103,9 @@ def refuse_unsupported(model_type: str, where: str, build: Any) -> None:
     if model_type in FAMILIES:
         return
     if model_type.startswith(MOE_PREFIX):
-        raise MoEdgeError(f"{where} is already a MoEdge Mixture-of-Experts ({model_type}); give its dense parent instead.")
+        raise MoEdgeError(
+            f"{where} is already a MoEdge Mixture-of-Experts ({model_type}); give its dense parent instead."
+        )
     names = {name.rpartition(".")[2] for name, _ in build().named_modules()}
     if not names & {"gate_proj", "gate_up_proj"}:
         raise MoEdgeError(

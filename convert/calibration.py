@@ -262,7 +262,9 @@ def save(statistics: list[LayerStatistics], path: Path) -> None:
         for name in ("top_neurons", "mean", "variance"):
             tensors[f"layers.{i}.{name}"] = np.ascontiguousarray(getattr(layer, name))
     # One metadata key: safetensors writes several in no fixed order.
-    head = canonical_json({"schema": "moedge.statistics/1", "profile": statistics[0].profile, "layers": len(statistics)})
+    head = canonical_json(
+        {"schema": "moedge.statistics/1", "profile": statistics[0].profile, "layers": len(statistics)}
+    )
     save_file(tensors, path, metadata={"moedge": head.decode()})
 
 

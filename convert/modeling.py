@@ -219,7 +219,9 @@ def check_fits(plan: MoEPlan, model: PreTrainedModel) -> None:
     found = adapters.describe(model)
     for key in ("model_type", "hidden_size", "intermediate_size", "num_layers", "hidden_act"):
         if plan.model.get(key) != found[key]:
-            raise MoEdgeError(f"The plan is for {key}={plan.model.get(key)}, the model has {found[key]}; convert again.")
+            raise MoEdgeError(
+                f"The plan is for {key}={plan.model.get(key)}, the model has {found[key]}; convert again."
+            )
     if len(plan.layers) != found["num_layers"]:
         raise MoEdgeError(f"The plan has {len(plan.layers)} layers, the model {found['num_layers']}; convert again.")
     plan.validate()

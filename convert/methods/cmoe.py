@@ -81,7 +81,9 @@ def plan(
         MoEdgeError: impossible layout, or statistics of another model, ``k_a`` or profile.
     """
     if shared < 0 or active < 1 or shared + active > experts:
-        raise MoEdgeError(f"Layout S{shared}A{active}E{experts} is impossible: shared + active must be at most experts.")
+        raise MoEdgeError(
+            f"Layout S{shared}A{active}E{experts} is impossible: shared + active must be at most experts."
+        )
     blocks = adapters.ffns(model)
     if len(blocks) != len(statistics):
         raise MoEdgeError(f"Statistics have {len(statistics)} layers, the model {len(blocks)}; calibrate this model.")
@@ -128,6 +130,7 @@ def _layer(
         report={
             "dead_share": round(float(np.mean(counts == 0)), 6),
             "dead_share_of_routed": round(float(np.mean(counts[rest] == 0)), 6),
+            "representatives": nearest.tolist(),
             "dead_representatives": int(np.sum(counts[nearest] == 0)),
             "iterations": clusters.iterations,
             "converged": clusters.converged,
@@ -143,4 +146,4 @@ def representative_router(block: adapters.FFN, neurons: np.ndarray, score: str, 
     tensors = {name: getattr(block, name)[neurons].float().cpu().numpy() for name in ("gate", "up")}
     if normalised:
         tensors = {name: rows / np.linalg.norm(rows, axis=1, keepdims=True) for name, rows in tensors.items()}
-    return RouterPlan("representative", tensors, {"score": score, "neurons": neurons.tolist()})
+    return RouterPlan("representative", tensors, {"score": score})
