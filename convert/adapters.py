@@ -58,7 +58,7 @@ class FFN:
         return self._weight("down_proj")
 
     def _weight(self, name: str) -> torch.Tensor:
-        weight: torch.Tensor = self.module.get_submodule(name).weight.detach()  # type: ignore[assignment, operator]
+        weight: torch.Tensor = self.module.get_submodule(name).weight.detach()  # type: ignore[operator]
         return weight
 
 
@@ -95,7 +95,7 @@ def refuse_unsupported(model_type: str, where: str, build: Any) -> None:
     Args:
         model_type: ``model_type`` of the config.
         where: what to call the model in the message.
-        build: returns the model, or its skeleton on the meta device; called only to tell "no GLU" from "unknown family".
+        build: returns the model, or its skeleton on the meta device; called only for a family that is not known.
 
     Raises:
         MoEdgeError: already converted, no GLU block, or a family without an adapter.

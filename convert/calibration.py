@@ -174,8 +174,8 @@ def collect(
     Args:
         token_windows: int64 [count, length].
         k_a: marks per token (CMoE's K_a, 10 in the paper).
-        profile: what is marked: ``raw`` the true h (the paper), or ``normalised`` h of L2-normalised x and L2-normalised
-            rows of gate and up (CMoE's released code). Mean and variance are always of the raw h.
+        profile: what is marked: ``raw`` the true h (the paper), or ``normalised`` h of L2-normalised x and
+            L2-normalised rows of gate and up (CMoE's released code). Mean and variance are always of the raw h.
         progress: called with (windows done, windows in all).
 
     Raises:

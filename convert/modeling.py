@@ -54,6 +54,9 @@ class SparseFFN(nn.Module):
         record_routes: when True, ``last_routes`` holds the selected experts of the latest call, int32 [T, k].
     """
 
+    shared_gate: torch.Tensor
+    shared_up: torch.Tensor
+    shared_down: torch.Tensor
     router: nn.Module | None
     selection_bias: torch.Tensor | None
     scale: torch.Tensor | None
@@ -70,7 +73,7 @@ class SparseFFN(nn.Module):
         self.record_routes = False
         self.last_routes: torch.Tensor | None = None
         experts, inner, shared = self.num_experts, spec["expert_width"], spec["shared_width"]
-        shapes = {"shared_gate": (shared, hidden_size), "shared_up": (shared, hidden_size)}
+        shapes: dict[str, tuple[int, ...]] = {"shared_gate": (shared, hidden_size), "shared_up": (shared, hidden_size)}
         shapes |= {"shared_down": (hidden_size, shared)}
         if experts:
             shapes |= {"gate": (experts, inner, hidden_size), "up": (experts, inner, hidden_size)}

@@ -139,7 +139,7 @@ def means(points: csr_matrix, labels: np.ndarray, groups: int) -> np.ndarray:
 def representatives(
     points: csr_matrix, labels: np.ndarray, centroids: np.ndarray, distance: Distance = "l2"
 ) -> np.ndarray:
-    """Return, for each group, the index of the member nearest to its centroid (CMoE sec. 3.3), ties to the lower index."""
+    """Return the member of each group nearest to its centroid (CMoE sec. 3.3), ties to the lower index."""
     cost = distances(points, centroids, distance)
     cost[labels[:, None] != np.arange(len(centroids))] = np.inf
     return np.argmin(cost, axis=0)

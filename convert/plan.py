@@ -2,7 +2,7 @@
 
 A plan says, for each layer, which neurons are shared, which belong to which routed expert, how tokens are routed and
 how expert outputs are combined. It holds no weights of the dense model except the few rows a router or a refit needs.
-It is saved as ``plan.json`` + ``plan.safetensors`` and named by a content hash, so two runs can be compared by one line.
+It is saved as ``plan.json`` + ``plan.safetensors`` and named by a content hash: two runs compare by one line.
 
 Semantics, for one token ``x`` with selected set ``K`` (``|K| = top_k``)::
 
@@ -103,7 +103,8 @@ class MoEPlan:
     """A whole conversion: ``layers[i]`` for the i-th FFN of the model, and what it was made from.
 
     ``model`` names the dense parent (model_type, hidden_size, intermediate_size, num_layers, hidden_act, sha256).
-    ``provenance`` is JSON: calibration text hashes, token counts, protocol. No clock times: equal inputs give equal hashes.
+    ``provenance`` is JSON: calibration text hashes, token counts, protocol. No clock times: equal inputs
+    give equal hashes.
     """
 
     method: str

@@ -55,7 +55,7 @@ class RandomRouter(LinearRouter):
 
 
 class OracleRouter(nn.Module):
-    """Scores ``|E_e(x)|_2`` by running every expert: the best norm-based choice, for evaluation only (it saves nothing).
+    """Scores ``|E_e(x)|_2`` by running every expert: the best choice by norm, for evaluation only.
 
     It reads the experts of the FFN that it is bound to.
     """

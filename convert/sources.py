@@ -155,7 +155,7 @@ def check_folder(folder: Path) -> None:
     if not any(folder.glob("*.safetensors")):
         if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
             raise MoEdgeError(
-                f"{folder} holds pickle weights (.bin) only, which can run code when loaded; save it as safetensors first."
+                f"{folder} holds pickle weights (.bin) only, which can run code when loaded; save safetensors first."
             )
         raise MoEdgeError(f"{folder} holds no *.safetensors weights.")
     adapters.refuse_unsupported(model_type, str(folder), _skeleton(folder, model_type))
@@ -174,7 +174,7 @@ def _skeleton(folder: Path, model_type: str) -> Callable[[], Any]:
                 return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise MoEdgeError(
-                f"{folder}: unknown architecture (model type {model_type!r}); supported: {', '.join(adapters.FAMILIES)}."
+                f"{folder}: unknown architecture, model type {model_type!r}; supported: {', '.join(adapters.FAMILIES)}."
             ) from error
 
     return build

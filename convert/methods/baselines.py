@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from moedge.convert.calibration import LayerStatistics
 
 Statistics = list["LayerStatistics"]
+_Make = Callable[[MoEPlan, Statistics, "PreTrainedModel", int], MoEPlan]
 
 
 def random_partition(plan: MoEPlan, statistics: Statistics, model: PreTrainedModel, seed: int) -> MoEPlan:
@@ -93,7 +94,7 @@ def flap(plan: MoEPlan, statistics: Statistics, model: PreTrainedModel) -> MoEPl
     return _control(plan, "FLAP-MLP", layers)
 
 
-CONTROLS: dict[str, Callable[[MoEPlan, Statistics, "PreTrainedModel", int], MoEPlan]] = {
+CONTROLS: dict[str, _Make] = {
     "static mask": lambda plan, statistics, model, seed: static_mask(plan, statistics),
     "FLAP-MLP": lambda plan, statistics, model, seed: flap(plan, statistics, model),
     "random router": lambda plan, statistics, model, seed: random_router(plan, seed),

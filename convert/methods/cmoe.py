@@ -97,7 +97,7 @@ def plan(
         layers.append(_layer(layer, block, shared, active, experts, distance, score, max_iters, padding))
         if progress:
             progress(len(layers), len(blocks))
-    params = {"shared": shared, "active": active, "experts": experts, "k_a": k_a, "profile": profile}
+    params: dict[str, Any] = {"shared": shared, "active": active, "experts": experts, "k_a": k_a, "profile": profile}
     params |= {"distance": distance, "score": score, "max_iters": max_iters, "padding": padding}
     return MoEPlan("cmoe", params, adapters.describe(model, source_sha256), layers, provenance or {})
 
