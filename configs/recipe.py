@@ -24,7 +24,7 @@ Spec = Annotated[str, Field(min_length=1)]
 """What ``convert.sources.resolve`` or ``convert.calibration.read_text`` opens: ``asset:NAME``, a path, or a hub id."""
 
 TARGETS = ("portable", "ort-cpu")
-CONTROLS = ("random", "static", "flap", "random-router", "oracle")
+CONTROLS = ("static mask", "FLAP-MLP", "random router", "random partition", "oracle router")
 
 
 class _Section(BaseModel):
@@ -71,11 +71,10 @@ class ConvertSection(_Section):
     experts: Annotated[int, Field(ge=2)] = 16
     k_a: Positive = 10
     distance: Literal["l1", "l2"] = "l2"
-    score: Literal["signed", "absolute"] = "signed"
-    profile: Literal["raw", "normalized"] = "raw"
-    max_iters: Positive = 4
-    padding: Literal["refuse", "uneven"] = "refuse"
-    seed: NonNegative = 0
+    score: Literal["signed", "abs"] = "signed"
+    profile: Literal["raw", "normalised"] = "raw"
+    max_iters: Positive = 20
+    padding: Literal["none", "uneven"] = "none"
 
 
 class ExportSection(_Section):
@@ -100,12 +99,12 @@ class EvaluateSection(_Section):
     tokens: Annotated[int, Field(ge=8)] = 16384
     batch_size: Positive = 4
     bos: bool = False
-    controls: list[Literal["random", "static", "flap", "random-router", "oracle"]] = [
-        "random",
-        "static",
-        "flap",
-        "random-router",
-        "oracle",
+    controls: list[Literal["static mask", "FLAP-MLP", "random router", "random partition", "oracle router"]] = [
+        "static mask",
+        "FLAP-MLP",
+        "random router",
+        "random partition",
+        "oracle router",
     ]
     seeds: Annotated[list[NonNegative], Field(min_length=1)] = [0]
 
@@ -186,7 +185,7 @@ class Recipe(_Section):
         if isinstance(width, int):
             if width < experts:
                 problems.append(f"convert.experts: {experts} is more than the FFN's {width} neurons.")
-            elif width % experts and self.convert.padding == "refuse":
+            elif width % experts and self.convert.padding == "none":
                 near = sorted((n for n in range(2, width) if width % n == 0), key=lambda n: abs(n - experts))[:2]
                 options = " or ".join(str(n) for n in sorted(near)) or "another number"
                 problems.append(
@@ -242,7 +241,11 @@ def parse_recipe(text: str, *, where: str = "recipe", name: str = "recipe") -> R
     value = _read_yaml(text, where)
     if not isinstance(value, dict):
         raise MoEdgeError(f"{where}: a recipe is a mapping of keys; this file holds {_kind(value)}.")
-    value = {"name": re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "recipe", **value}
+    return recipe_from({"name": re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "recipe", **value}, where=where)
+
+
+def recipe_from(value: dict[str, Any], *, where: str) -> Recipe:
+    """Check a recipe that is already a mapping; ``where`` starts each sentence of a refusal."""
     try:
         return Recipe.model_validate(value)
     except ValidationError as error:

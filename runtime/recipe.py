@@ -141,9 +141,14 @@ def plan(stages: list[Stage], root: Path, *, forced: frozenset[str] = frozenset(
 
 
 def execute(
-    stages: list[Stage], root: Path, reporter: Reporter, *, forced: frozenset[str] = frozenset()
+    stages: list[Stage],
+    root: Path,
+    reporter: Reporter,
+    *,
+    forced: frozenset[str] = frozenset(),
+    record: dict[str, Any] | None = None,
 ) -> list[Outcome]:
-    """Bring every stage of a run up to date, in order.
+    """Bring every stage of a run up to date, in order; ``record`` is written to ``run.json`` first.
 
     Raises:
         MoEdgeError: another run holds the folder, or a stage failed (finished stages stay, the failed one leaves
@@ -152,6 +157,8 @@ def execute(
     outcomes = []
     with lock(root):
         remove_partials(root)
+        if record is not None:
+            write_json(root / "run.json", record)
         digests: dict[str, str] = {}
         for number, stage in enumerate(stages, 1):
             reporter.begin(stage.name, stage.what, number, len(stages))

@@ -1,1 +1,61 @@
-"""Reports: JSON (versioned schema), Markdown and self-contained HTML."""
+"""The report of a run: report.json (schema ``moedge.report/1``), report.md and a self-contained report.html."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from moedge._files import write_json, write_text
+
+SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
+
+
+def write(run: Path, out: Path, *, recipe: dict[str, Any]) -> dict[str, Any]:
+    """Write the three files of a finished run into ``out`` and return the report.
+
+    Raises:
+        MoEdgeError: a stage's result is missing or damaged.
+    """
+    from moedge.runtime.report.build import build
+
+    report = build(run, recipe)
+    write_json(out / "report.json", report)
+    write_text(out / "report.md", render(report, "report.md.j2"))
+    write_text(out / "report.html", render(report, "report.html.j2"))
+    return report
+
+
+def render(report: dict[str, Any], template: str) -> str:
+    """Render a report with one of the templates in this folder; HTML escapes every value."""
+    import jinja2
+
+    from moedge.runtime.report.build import ratio
+    from moedge.runtime.report.plots import draw_all
+
+    html = template.endswith(".html.j2")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=html,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["number"] = _number
+    environment.filters["cell"] = _markdown_cell
+    environment.globals["ratio"] = ratio
+    # The SVG comes from matplotlib, which escapes the text it draws; everything else is escaped by jinja2.
+    plots = {name: jinja2.utils.markupsafe.Markup(svg) for name, svg in draw_all(report).items()} if html else {}
+    return environment.get_template(template).render(report=report, plots=plots)
+
+
+def _number(value: float | None, form: str = "{:.4g}") -> str:
+    return "\u2013" if value is None else form.format(value)
+
+
+def _markdown_cell(value: Any) -> str:
+    """Text that stays inside one Markdown table cell and is not read as Markdown or HTML."""
+    text = " ".join(str(value).split())
+    for character in "\\`*_[]|~#":
+        text = text.replace(character, "\\" + character)
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

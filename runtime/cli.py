@@ -1,0 +1,304 @@
+"""The ``moedge`` command. Each command imports its stage when called, so ``--help`` is quick and needs no torch."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moedge import MoEdgeError, __version__
+
+app = typer.Typer(
+    name="moedge",
+    help="Turn a dense GLU language model into a Mixture-of-Experts, prove that nothing broke, ship it as ONNX.",
+    epilog="Start with: moedge run smollm2-135m",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all physical cores by default.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the whole result as JSON on stdout.")]
+Text = Annotated[str, typer.Option(help="asset:NAME or a path to a .txt, .utf8 or .jsonl file (UTF-8).")]
+
+
+def _command(name: str) -> Callable[[Callable[..., int | None]], Callable[..., None]]:
+    """Register a command; a :class:`MoEdgeError` becomes one red line, what it returns becomes the exit code."""
+
+    def register(function: Callable[..., int | None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def guarded(*args: Any, **options: Any) -> None:
+            try:
+                code = function(*args, **options)
+            except MoEdgeError as error:
+                _say_error(str(error))
+                raise typer.Exit(error.exit_code) from None
+            except KeyboardInterrupt:
+                _say_error("Interrupted; nothing half-written is left. Resume with the same command.")
+                raise typer.Exit(INTERRUPTED) from None
+            if code:
+                raise typer.Exit(code)
+
+        app.command(name)(guarded)
+        return guarded
+
+    return register
+
+
+def _say_error(message: str) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True, soft_wrap=True).print(Text(f"error: {message}", style="red"))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"moedge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@_command("run")
+def run(
+    recipe: Annotated[str, typer.Argument(help="Name of a packaged recipe, or path of a YAML file.")],
+    out: Annotated[Path | None, typer.Option(help="Run folder; runs/<name> by default.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the stages, what is cached, disk and memory; do nothing.")
+    ] = False,
+    force: Annotated[
+        list[str] | None, typer.Option("--force", metavar="STAGE", help="Redo this stage (may be repeated).")
+    ] = None,
+    start: Annotated[
+        str | None, typer.Option("--from", metavar="STAGE", help="Redo this stage and every later one.")
+    ] = None,
+) -> int | None:
+    """Do everything: open, calibrate, convert, export, evaluate, verify, bench, report.
+
+    What is already done and unchanged is reused, so an interrupted run resumes with the same command. Exits with 1
+    when an engine does not compute what PyTorch computes.
+
+    \b
+    Examples:
+      moedge run smollm2-135m
+      moedge run my-recipe.yaml --out runs/try-2 --dry-run
+      moedge run smollm2-135m --from verify
+    """
+    from moedge.runtime.commands.run import run as command
+
+    return command(recipe, out, dry_run=dry_run, force=force or [], start=start)
+
+
+@_command("convert")
+def convert(
+    model: Annotated[str, typer.Argument(help="Hugging Face folder, .gguf file, hub id org/name, or asset:NAME.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the MoE checkpoint.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    text: Text = "asset:wiki",
+    windows: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 8,
+    length: Annotated[int, typer.Option(min=8, help="Tokens per calibration window.")] = 2048,
+    method: Annotated[str, typer.Option(help="Conversion method: cmoe.")] = "cmoe",
+    shared: Annotated[int, typer.Option(min=0, help="Always-on experts.")] = 6,
+    active: Annotated[int, typer.Option(min=1, help="Routed experts that run for a token.")] = 6,
+    experts: Annotated[int, typer.Option(min=2, help="Experts in all; must divide the FFN width.")] = 16,
+    k_a: Annotated[int, typer.Option("--k-a", min=1, help="Strongest neurons that a token marks.")] = 10,
+    padding: Annotated[str, typer.Option(help="'uneven' allows a width that the experts do not divide.")] = "none",
+    force: Force = False,
+) -> int | None:
+    """Turn a dense model into a Mixture-of-Experts checkpoint.
+
+    The result is a Hugging Face folder (config.json, safetensors, tokenizer) plus plan.json, and works with
+    AutoModelForCausalLM after `import moedge.convert.modeling`.
+
+    \b
+    Examples:
+      moedge convert asset:smollm2-135m-instruct build/moe
+      moedge convert ./my-llama build/moe --text my.txt --shared 3 --active 3 --experts 8
+    """
+    from moedge.runtime.commands.convert import convert as command
+
+    settings = {"method": method, "shared": shared, "active": active, "experts": experts, "k_a": k_a}
+    settings["padding"] = padding
+    calibration = {"windows": windows, "length": length}
+    return command(model, out, revision=revision, text=text, calibration=calibration, settings=settings, force=force)
+
+
+@_command("export")
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="MoE checkpoint from `moedge convert`, or a dense model folder.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the bundles, one sub-folder per target.")],
+    target: Annotated[
+        list[str] | None, typer.Option("--target", help="portable or ort-cpu (may be repeated); both by default.")
+    ] = None,
+    label: Annotated[
+        str | None, typer.Option(help="Name of the model in reports; the folder's name by default.")
+    ] = None,
+    force: Force = False,
+) -> int | None:
+    """Write an ONNX bundle with KV cache for each target.
+
+    \b
+    Examples:
+      moedge export build/moe build/bundles
+      moedge export ./my-llama build/dense --target ort-cpu
+    """
+    from moedge.runtime.commands.export import export as command
+
+    return command(checkpoint, out, targets=target, label=label, max_length=max_length, force=force)
+
+
+@_command("verify")
+def verify(
+    reference: Annotated[
+        Path, typer.Argument(help="Run folder (all its pairs), or the reference: bundle or checkpoint.")
+    ],
+    test: Annotated[Path | None, typer.Argument(help="Bundle or checkpoint to compare with the reference.")] = None,
+    text: Text = "asset:wiki",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to compare on.")] = 2048,
+    window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 256,
+    prefill: Annotated[int, typer.Option(min=1, help="Tokens of a window in one prefill; the rest is decoded.")] = 192,
+    tolerances: Annotated[str, typer.Option(help="Profile in configs/tolerances.yaml.")] = "float32",
+    threads: Threads = None,
+    as_json: Json = False,
+    junit: Annotated[Path | None, typer.Option(help="Also write the checks as JUnit XML to this file.")] = None,
+) -> int | None:
+    """Compare two engines on real text: logits, KL, top-1 and top-5, expert sets. Exits with 1 when a check fails.
+
+    \b
+    Examples:
+      moedge verify runs/smollm2-135m
+      moedge verify build/moe build/bundles/ort-cpu --junit verify.xml
+    """
+    from moedge.runtime.commands.verify import verify as command
+
+    return command(
+        reference,
+        test,
+        text=text,
+        tokens=tokens,
+        window=window,
+        prefill=prefill,
+        tolerances=tolerances,
+        threads=threads,
+        as_json=as_json,
+        junit=junit,
+    )
+
+
+@_command("bench")
+def bench(
+    engines: Annotated[list[Path], typer.Argument(help="One run folder, or bundles and checkpoints to time together.")],
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens in the prompt.")] = 512,
+    decode: Annotated[int, typer.Option(min=2, help="Tokens generated after it.")] = 64,
+    repeats: Annotated[int, typer.Option(min=3, help="Timed rounds.")] = 10,
+    threads: Threads = None,
+    text: Text = "asset:wiki",
+    as_json: Json = False,
+) -> int | None:
+    """Time engines side by side at batch 1: time to first token, time per token, memory, load time.
+
+    \b
+    Examples:
+      moedge bench runs/smollm2-135m
+      moedge bench build/dense/ort-cpu build/bundles/ort-cpu --decode 128
+    """
+    from moedge.runtime.commands.bench import bench as command
+
+    return command(engines, prompt=prompt, decode=decode, repeats=repeats, threads=threads, text=text, as_json=as_json)
+
+
+@_command("generate")
+def generate(
+    model: Annotated[Path, typer.Argument(help="Run folder, bundle or checkpoint.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue; '-' reads it from stdin.")],
+    which: Annotated[str, typer.Option("--model", help="Run folders: moe or dense.")] = "moe",
+    target: Annotated[str, typer.Option(help="Run folders: ort-cpu, portable or torch.")] = "ort-cpu",
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Send the prompt as a chat message (the model's template).")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 picks the most likely token (greedy).")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the smallest set with this mass.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampler.")] = 0,
+    threads: Threads = None,
+) -> int | None:
+    """Generate text and print it as it comes.
+
+    \b
+    Examples:
+      moedge generate runs/smollm2-135m "The capital of France is"
+      moedge generate runs/smollm2-135m "Explain rain to a child." --chat --temperature 0.7
+    """
+    from moedge.runtime.commands.generate import generate as command
+
+    return command(
+        model,
+        prompt,
+        which=which,
+        target=target,
+        chat=chat,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        threads=threads,
+    )
+
+
+@_command("inspect")
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Run folder, MoE checkpoint, bundle, or a model folder.")],
+    as_json: Json = False,
+) -> int | None:
+    """Print what a run, a plan, a checkpoint or a bundle holds, after checking its hashes.
+
+    \b
+    Examples:
+      moedge inspect runs/smollm2-135m
+      moedge inspect runs/smollm2-135m/export/ort-cpu --json
+    """
+    from moedge.runtime.commands.inspect import inspect as command
+
+    return command(path, as_json=as_json)
+
+
+@_command("doctor")
+def doctor(as_json: Json = False) -> int | None:
+    """Say which runtimes, versions and devices are here, and which lowerings are therefore possible.
+
+    \b
+    Example:
+      moedge doctor
+    """
+    from moedge.runtime.commands.doctor import doctor as command
+
+    return command(as_json=as_json)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a model's text must never crash a terminal that is not UTF-8
+            stream.reconfigure(errors="replace")
+    app()
+
+
+if __name__ == "__main__":
+    main()

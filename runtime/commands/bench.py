@@ -1,0 +1,73 @@
+"""``moedge bench``: time engines side by side."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from moedge import MoEdgeError
+from moedge.runtime import bench as benchmark
+from moedge.runtime import run_folder
+from moedge.runtime.commands.tokens import token_windows
+from moedge.runtime.engines import open_engine
+from moedge.runtime.progress import single
+
+
+def bench(
+    paths: list[Path], *, prompt: int, decode: int, repeats: int, threads: int | None, text: str, as_json: bool
+) -> None:
+    """Time the engines of one run folder, or the folders given, and print a table or JSON."""
+    if len(paths) == 1 and run_folder.is_run(paths[0]):
+        folders = run_folder.engines(paths[0])
+        tokenizer = run_folder.checkpoint(paths[0])
+    else:
+        folders = {str(path): path for path in paths}
+        tokenizer = paths[0]
+    if not folders:
+        raise MoEdgeError(f"{paths[0]} has no engines yet; finish it with `moedge run`.")
+    with single("bench", ", ".join(folders)) as reporter:
+        name, windows = token_windows(tokenizer, text, prompt, 1)
+        openers = {label: partial(open_engine, path, threads=threads) for label, path in folders.items()}
+        result = benchmark.bench(
+            openers, windows[0], prompt=prompt, decode=decode, repeats=repeats, progress=reporter.progress
+        )
+    result["text"] = name
+    if as_json:
+        print(json.dumps(result, indent=2, allow_nan=False))
+    else:
+        show(result, Console())
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """Print the rows of a benchmark and what they were measured on."""
+    protocol, machine = result["protocol"], result["machine"]
+    table = Table(
+        title=f"batch 1, prompt {protocol['prompt']}, decode {protocol['decode']}, {protocol['repeats']} rounds"
+    )
+    table.add_column("engine")
+    for column in ("first token ms", "per token ms", "95% CI", "tokens/s", "peak MiB", "load s"):
+        table.add_column(column, justify="right")
+    for row in result["rows"]:
+        low, high = row["tpot_ms"]["ci95"]
+        table.add_row(
+            escape(row["label"]),
+            f"{row['ttft_ms']['p50']:.1f}",
+            f"{row['tpot_ms']['p50']:.2f}",
+            f"{low:.2f}-{high:.2f}",
+            f"{row['decode_tokens_per_s']:.1f}",
+            "-" if row["peak_rss_mib"] is None else f"{row['peak_rss_mib']:.0f}",
+            "-" if row["load_s"] is None else f"{row['load_s']:.1f}",
+        )
+    console.print(table)
+    info = result["rows"][0]["info"]
+    console.print(
+        escape(f"{machine['processor']}, {info['threads']} threads, {info['dtype']}, text {result['text']}"),
+        highlight=False,
+        soft_wrap=True,
+    )

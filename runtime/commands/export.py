@@ -1,0 +1,33 @@
+"""``moedge export``: a checkpoint becomes ONNX bundles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from moedge import MoEdgeError
+from moedge._files import atomic_dir
+from moedge.configs.recipe import TARGETS
+from moedge.runtime.progress import single
+
+
+def export(
+    checkpoint: Path, out: Path, *, targets: list[str] | None, label: str | None, max_length: int | None, force: bool
+) -> None:
+    """Write ``out/<target>/`` for each target, all or none."""
+    wanted = targets or list(TARGETS)
+    for target in wanted:
+        if target not in TARGETS:
+            raise MoEdgeError(f"Unknown target {target!r}; known: {', '.join(TARGETS)}.")
+    if not (checkpoint / "config.json").is_file():
+        raise MoEdgeError(f"{checkpoint} is not a checkpoint folder: it has no config.json.")
+    with atomic_dir(out, force=force) as partial, single("export", f"{checkpoint} -> {out}") as reporter:
+        from moedge.export.pipeline import export as run
+
+        run(
+            checkpoint, partial, list(dict.fromkeys(wanted)), label=label or checkpoint.name, progress=reporter.progress
+        )
+    for folder in sorted(path.parent for path in out.glob("*/manifest.json")):
+        Console().print(escape(f"{folder.name}: {folder}"), highlight=False, soft_wrap=True)

@@ -1,0 +1,69 @@
+"""``moedge generate``: text from any engine, as it comes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from moedge import MoEdgeError
+from moedge.runtime import generate as generation
+from moedge.runtime import run_folder
+from moedge.runtime.engines import open_engine
+from moedge.runtime.text import Message, Tokenizer
+
+MODELS = ("moe", "dense")
+TARGETS = ("ort-cpu", "portable", "torch")
+
+
+def generate(
+    path: Path,
+    prompt: str,
+    *,
+    which: str,
+    target: str,
+    chat: bool,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    threads: int | None,
+) -> None:
+    """Stream the prompt (unless it is a chat) and its continuation to stdout; the speed goes to stderr."""
+    for option, value, known in (("--model", which, MODELS), ("--target", target, TARGETS)):
+        if value not in known:
+            raise MoEdgeError(f"{option} {value}: unknown; choose {' or '.join(known)}.")
+    folder = run_folder.pick(path, model=which, target=target) if run_folder.is_run(path) else path
+    text = sys.stdin.read() if prompt == "-" else prompt
+    tokenizer = Tokenizer(folder)
+    request: str | list[Message] = [{"role": "user", "content": text}] if chat else text
+    engine = open_engine(folder, threads=threads)
+    try:
+        if not chat:
+            print(text, end="", flush=True)
+        result = generation.generate(
+            engine,
+            tokenizer,
+            request,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            on_text=lambda piece: print(piece, end="", flush=True),
+        )
+        print(flush=True)
+        info = engine.info
+    finally:
+        engine.close()
+    rate = f", {result.decode_tokens_per_s:.1f} tokens/s" if result.decode_tokens_per_s else ""
+    Console(stderr=True).print(
+        escape(
+            f"{info.name}, {info.runtime}, {info.dtype}, {info.threads} threads: {len(result.ids)} tokens, "
+            f"first after {result.ttft_s * 1e3:.0f} ms{rate}, ended by {result.finish_reason}"
+        ),
+        style="dim",
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,150 @@
+"""``moedge inspect``: what a run folder, checkpoint, bundle or model folder holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from moedge import MoEdgeError
+from moedge.runtime import run_folder
+
+
+def inspect(path: Path, *, as_json: bool) -> None:
+    """Print a description; bundles and plans are checked against their hashes on the way."""
+    facts = describe(path)
+    if as_json:
+        print(json.dumps(facts, indent=2, sort_keys=True, allow_nan=False))
+        return
+    console = Console()
+    table = Table(show_header=False, title=escape(f"{facts['kind']} {path}"))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for key, value in facts.items():
+        if not isinstance(value, list):
+            table.add_row(key, escape(value if isinstance(value, str) else json.dumps(value)))
+    console.print(table)
+    for key, rows in facts.items():
+        if isinstance(rows, list) and rows:
+            console.print(_table(key, rows))
+
+
+def _table(title: str, rows: list[dict[str, Any]]) -> Table:
+    table = Table(title=escape(title))
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    for column in columns:
+        table.add_column(escape(column), overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(_cell(row.get(column))) for column in columns))
+    return table
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Return what ``path`` holds as plain JSON; ``kind`` is run, moe checkpoint, bundle or dense model.
+
+    Raises:
+        MoEdgeError: it is none of these, or it is damaged.
+    """
+    if run_folder.is_run(path):
+        return _run(path)
+    if (path / "manifest.json").is_file():
+        return _bundle(path)
+    if (path / "plan.json").is_file():
+        return _checkpoint(path)
+    if (path / "config.json").is_file():
+        return {"kind": "dense model", **_config(path)}
+    if not path.exists():
+        raise MoEdgeError(f"{path} does not exist.")
+    raise MoEdgeError(f"{path} is not a run folder, a checkpoint, a bundle or a model folder.")
+
+
+def _config(path: Path) -> dict[str, Any]:
+    config = run_folder.read_json(path / "config.json")
+    names = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "hidden_act", "vocab_size")
+    return {name: config.get(name) for name in (*names, "max_position_embeddings")}
+
+
+def _run(path: Path) -> dict[str, Any]:
+    record = run_folder.read_json(path / "run.json")
+    facts: dict[str, Any] = {
+        "kind": "run",
+        "name": record["recipe"]["name"],
+        "model": record["recipe"]["model"]["source"],
+    }
+    facts["convert"] = record["recipe"]["convert"]
+    if (path / "report.json").is_file():
+        facts["passed"] = run_folder.read_json(path / "report.json").get("passed")
+    facts["stages"] = []
+    for stage in sorted(path.glob("*/stage.json"), key=lambda file: file.stat().st_mtime):
+        entry = run_folder.read_json(stage)
+        size = sum(file["size"] for file in entry["outputs"].values())
+        facts["stages"].append(
+            {
+                "stage": entry["stage"],
+                "seconds": entry["seconds"],
+                "MiB": round(size / 2**20, 1),
+                "key": entry["key"][:16],
+            }
+        )
+    facts["engines"] = [{"engine": label, "folder": str(folder)} for label, folder in run_folder.engines(path).items()]
+    return facts
+
+
+def _checkpoint(path: Path) -> dict[str, Any]:
+    from moedge.convert.plan import MoEPlan
+
+    plan = MoEPlan.load(path)
+    width = int(plan.model["intermediate_size"])
+    layers = []
+    for index, layer in enumerate(plan.layers):
+        layers.append(
+            {
+                "layer": index,
+                "shared": len(layer.shared),
+                "experts": layer.num_experts,
+                "width": layer.expert_width,
+                "top_k": layer.top_k,
+                "active": layer.active_width / width,
+                "router": layer.router.kind if layer.router else None,
+                "dead neurons": layer.report.get("dead_share"),
+            }
+        )
+    return {
+        "kind": "moe checkpoint" if (path / "config.json").is_file() else "plan",
+        "plan": plan.sha256,
+        "method": plan.method,
+        "params": plan.params,
+        "parent": plan.model,
+        "provenance": plan.provenance,
+        "layers": layers,
+    }
+
+
+def _bundle(path: Path) -> dict[str, Any]:
+    from moedge.export.bundle import open_bundle
+
+    manifest = open_bundle(path).manifest
+    lowering = [{**entry, "self_test": json.dumps(entry.get("self_test"))} for entry in manifest.get("lowering", [])]
+    files = [
+        {"file": name, "MiB": entry["size"] / 2**20, "sha256": entry["sha256"]}
+        for name, entry in manifest["files"].items()
+    ]
+    return {
+        "kind": "bundle",
+        **{name: manifest.get(name) for name in ("target", "label", "model", "moe", "cache", "versions", "parent")},
+        "holds": manifest["kind"],
+        "lowering": lowering,
+        "files": files,
+    }

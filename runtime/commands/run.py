@@ -1,0 +1,144 @@
+"""``moedge run``: a whole recipe."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from moedge import MoEdgeError
+from moedge._files import write_text
+from moedge.configs.recipe import Recipe, load_recipe
+from moedge.runtime import run_folder, stages
+from moedge.runtime.bench import machine
+from moedge.runtime.progress import Reporter
+from moedge.runtime.recipe import Stage, Status, execute, plan
+
+_GIB = 2**30
+REPORT_FILES = ("report.html", "report.json", "report.md")
+
+
+def run(recipe_name: str, out: Path | None, *, dry_run: bool, force: list[str], start: str | None) -> int:
+    """Run a recipe, or say what would run. Returns 1 when the verdict of the run is "failed"."""
+    recipe = load_recipe(recipe_name)
+    root = out or Path("runs") / recipe.name
+    if root.exists() and not root.is_dir():
+        raise MoEdgeError(f"{root} exists and is not a folder; choose another one with --out.")
+    if root.is_dir() and any(root.iterdir()) and not run_folder.is_run(root) and not (root / ".lock").exists():
+        raise MoEdgeError(f"{root} is not empty and not a run folder; choose another one with --out.")
+    check_early(recipe, root)
+    todo = stages.build(recipe, machine())
+    forced = _forced(todo, force, start)
+    console = Console(stderr=True)
+    if dry_run:
+        _print_plan(Console(), recipe, root, plan(todo, root, forced=forced))
+        return 0
+    reporter = Reporter(console)
+    console.print(escape(f"{recipe.name}: {recipe.model.source} -> {root}"), highlight=False)
+    with reporter.show():
+        execute(
+            todo, root, reporter, forced=forced, record={"schema": run_folder.RUN_SCHEMA, "recipe": recipe.model_dump()}
+        )
+    return finish(root)
+
+
+def check_early(recipe: Recipe, root: Path) -> None:
+    """Refuse, before anything runs, a recipe that cannot work with a model whose config is already known."""
+    from moedge.configs import tolerances
+
+    limits = tolerances.load()
+    for target in ("torch", *recipe.export.targets):
+        try:
+            limits.profile(recipe.verify.tolerances, target)
+        except MoEdgeError as error:
+            raise MoEdgeError(f"{recipe.name}: verify.tolerances: {error}") from None
+    config = known_config(recipe, root)
+    if config:
+        recipe.check_model(config, recipe.name)
+
+
+def known_config(recipe: Recipe, root: Path) -> dict[str, Any] | None:
+    """The model's config.json if it can be read without opening the model: a local folder, or an earlier run's."""
+    local = Path(recipe.model.source).expanduser() / "config.json"
+    try:
+        if local.is_file():
+            return run_folder.read_json(local)
+        record = run_folder.read_json(root / "source" / "source.json")
+        return dict(record["config"]) if record["spec"] == recipe.model.source else None
+    except (MoEdgeError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _forced(todo: list[Stage], force: list[str], start: str | None) -> frozenset[str]:
+    names = [stage.name for stage in todo]
+    for option, value in [("--force", name) for name in force] + ([("--from", start)] if start else []):
+        if value not in names:
+            raise MoEdgeError(f"{option} {value}: no such stage; stages: {', '.join(names)}.")
+    return frozenset(force) | frozenset(names[names.index(start) :] if start else [])
+
+
+def finish(root: Path) -> int:
+    """Put the report where people look for it, print the summary table; return the exit code."""
+    from moedge.runtime.report.summary import show
+
+    for name in REPORT_FILES:
+        source, target = root / "report" / name, root / name
+        text = source.read_text(encoding="utf-8")
+        if not target.is_file() or target.read_text(encoding="utf-8") != text:
+            write_text(target, text)
+    result = run_folder.read_json(root / "report.json")
+    console = Console()
+    show(result, console)
+    console.print(escape(f"report: {root / 'report.html'}"), highlight=False, soft_wrap=True)
+    return 0 if result["passed"] else 1
+
+
+def _print_plan(console: Console, recipe: Recipe, root: Path, statuses: list[tuple[Stage, Status]]) -> None:
+    table = Table(title=f"{recipe.name} in {root}")
+    for column in ("stage", "state", "why", "what it does"):
+        table.add_column(column)
+    words = {"cached": "[green]cached[/green]", "run": "[yellow]to run[/yellow]", "depends": "[yellow]may run[/yellow]"}
+    for stage, status in statuses:
+        table.add_row(stage.name, words[status.state], escape(status.reason), escape(stage.what))
+    console.print(table)
+    config = known_config(recipe, root)
+    if config is None:
+        console.print("disk and memory: known once the model's config is; run the source stage first.")
+        return
+    need = estimate(config, recipe)
+    free = shutil.disk_usage(_existing(root)).free
+    console.print(
+        f"disk: about {need['disk'] / _GIB:.1f} GiB for the run and the model cache ({free / _GIB:.1f} GiB free); "
+        f"memory: about {need['memory'] / _GIB:.1f} GiB at the peak ({machine()['memory_gib']} GiB in this machine).",
+        highlight=False,
+    )
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def estimate(config: dict[str, Any], recipe: Recipe) -> dict[str, int]:
+    """Bytes of disk and of memory at the peak, from the model's shape (float32 everywhere).
+
+    Disk: the parent's float32 copy, the MoE checkpoint and one bundle per target (and per parent). Memory: the export
+    stage holds the PyTorch model, the traced graph's copy of the weights and the copy that is being written; on top,
+    evaluation holds two sets of logits [batch, window, V]; 1 GiB is what Python and the libraries take.
+    """
+    hidden, width, layers = (int(config[name]) for name in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    vocabulary, heads = int(config["vocab_size"]), int(config["num_attention_heads"])
+    kv_heads = int(config.get("num_key_value_heads") or heads)
+    head = int(config.get("head_dim") or hidden // heads)
+    attention = 2 * hidden * head * (heads + kv_heads)
+    embedding = vocabulary * hidden * (1 if config.get("tie_word_embeddings") else 2)
+    weights = 4 * (layers * (3 * hidden * width + attention) + embedding)
+    copies = 2 + len(recipe.export.targets) * (2 if recipe.export.dense_parent else 1)
+    logits = 4 * recipe.evaluate.batch_size * recipe.evaluate.window * vocabulary
+    return {"disk": copies * weights, "memory": max(3 * weights, 2 * weights + 4 * logits) + _GIB}

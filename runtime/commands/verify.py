@@ -1,0 +1,141 @@
+"""``moedge verify``: compare engines on real text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from moedge import MoEdgeError
+from moedge._files import write_text
+from moedge.configs import tolerances as tolerance_files
+from moedge.runtime import parity, run_folder
+from moedge.runtime.commands.tokens import token_windows
+from moedge.runtime.engines import open_engine
+from moedge.runtime.progress import single
+from moedge.runtime.verification import SCHEMA, verify_run
+
+
+def verify(
+    reference: Path,
+    test: Path | None,
+    *,
+    text: str,
+    tokens: int,
+    window: int,
+    prefill: int,
+    tolerances: str,
+    threads: int | None,
+    as_json: bool,
+    junit: Path | None,
+) -> int:
+    """Compare two engines, or all pairs of a run folder. Returns 1 when a check fails."""
+    if prefill >= window:
+        raise MoEdgeError(f"--prefill {prefill} leaves nothing to decode in a window of {window} tokens (--window).")
+    count = -(-tokens // window)
+    with single("verify", str(reference)) as reporter:
+        if test is None:
+            if not run_folder.is_run(reference):
+                raise MoEdgeError(f"{reference} is not a run folder; give a run folder, or two engines to compare.")
+            engines = run_folder.engines(reference)
+            name, windows = token_windows(run_folder.checkpoint(reference), text, window, count)
+            result = verify_run(
+                engines,
+                windows,
+                prefill=prefill,
+                tolerances=tolerances,
+                text=name,
+                threads=threads,
+                progress=reporter.progress,
+                note=reporter.note,
+            )
+        else:
+            name, windows = token_windows(test, text, window, count)
+            result = _pair(reference, test, name, windows, prefill, tolerances, threads, reporter.progress)
+    if junit:
+        write_text(junit, junit_xml(result))
+    if as_json:
+        print(json.dumps(result, indent=2, allow_nan=False))
+    else:
+        _print(result)
+    return 0 if result["passed"] else 1
+
+
+def _pair(
+    reference: Path,
+    test: Path,
+    text: str,
+    windows: Any,
+    prefill: int,
+    tolerances: str,
+    threads: int | None,
+    progress: Any,
+) -> dict[str, Any]:
+    one = open_engine(reference, threads=threads, taps=_is_moe(reference))
+    two = open_engine(test, threads=threads, taps=_is_moe(test))
+    try:
+        limits = tolerance_files.load().profile(tolerances, str(two.info.model["target"]))
+        found = parity.compare(one, two, windows, prefill=prefill, tolerances=limits, progress=progress)
+    finally:
+        one.close()
+        two.close()
+    entry = {"name": f"{test} vs {reference}", **found}
+    return {
+        "schema": SCHEMA,
+        "text": text,
+        "identity": [],
+        "parity": [entry],
+        "passed": entry["verdict"]["passed"],
+    }
+
+
+def _is_moe(folder: Path) -> bool:
+    for name, key, value in (("manifest.json", "kind", "moe"), ("config.json", "model_type", "moedge_")):
+        if (folder / name).is_file():
+            return str(run_folder.read_json(folder / name).get(key, "")).startswith(value)
+    return False
+
+
+def checks(result: dict[str, Any]) -> list[tuple[str, str, float | None, str, float, bool]]:
+    """Every check of a verify result: (comparison, check, value, relation, limit, passed)."""
+    rows: list[tuple[str, str, float | None, str, float, bool]] = []
+    for entry in result["identity"]:
+        value = entry["max_rel_error"]
+        rows.append((entry["name"], "identity.max_rel_error", value, "<=", entry["limit"], entry["passed"]))
+    for entry in result["parity"]:
+        for check in entry["verdict"]["checks"]:
+            values = (check["name"], check["value"], check["relation"], check["limit"], check["passed"])
+            rows.append((entry["name"], *values))
+    return rows
+
+
+def junit_xml(result: dict[str, Any]) -> str:
+    """The checks as JUnit XML, one test case each, for a CI server."""
+    rows = checks(result)
+    suite = ElementTree.Element(
+        "testsuite", name="moedge verify", tests=str(len(rows)), failures=str(sum(not row[-1] for row in rows))
+    )
+    for comparison, name, value, relation, limit, passed in rows:
+        case = ElementTree.SubElement(suite, "testcase", classname=comparison, name=name)
+        if not passed:
+            ElementTree.SubElement(case, "failure", message=f"{name} is {value}, must be {relation} {limit}")
+    ElementTree.indent(suite)
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"
+
+
+def _print(result: dict[str, Any]) -> None:
+    table = Table(title=f"verify on {escape(result['text'])}")
+    for column in ("comparison", "check", "value", "limit", ""):
+        table.add_column(column)
+    for comparison, name, value, relation, limit, passed in checks(result):
+        shown = "none" if value is None else f"{value:.6g}"
+        mark = "[green]pass[/green]" if passed else "[red]FAIL[/red]"
+        table.add_row(escape(comparison), name, shown, f"{relation} {limit:g}", mark)
+    console = Console()
+    console.print(table)
+    console.print("[green]verdict: passed[/green]" if result["passed"] else "[red]verdict: FAILED[/red]")

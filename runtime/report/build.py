@@ -1,0 +1,151 @@
+"""Gather what the stages of a run left into one JSON-ready dict of schema ``moedge.report/1``."""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from moedge import __version__
+from moedge.runtime import run_folder
+from moedge.runtime.run_folder import read_json
+
+REPORT_SCHEMA = "moedge.report/1"
+
+
+def build(run: Path, recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return the report of a run folder whose stages are finished.
+
+    Raises:
+        MoEdgeError: a stage's result is missing or damaged.
+    """
+    source = read_json(run / "source" / "source.json")
+    stages = [read_json(path) for path in sorted(run.glob("*/stage.json")) if path.parent.name != "report"]
+    evaluation = read_json(run / "evaluate" / "evaluation.json")
+    verification = read_json(run / "verify" / "verify.json")
+    speed = read_json(run / "bench" / "bench.json")
+    result = {
+        "schema": REPORT_SCHEMA,
+        "name": recipe["name"],
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "passed": bool(verification["passed"]),
+        "model": {
+            **{name: source[name] for name in ("label", "spec", "kind", "sha256")},
+            "config": {name: source["config"].get(name) for name in _CONFIG},
+        },
+        "conversion": _conversion(run),
+        "quality": evaluation,
+        "verification": verification,
+        "speed": speed,
+        "bundles": [_bundle(label, folder) for label, folder in run_folder.bundles(run).items()],
+        "machine": speed["machine"],
+        "versions": {"moedge": __version__, **_merge(stage["parts"]["versions"] for stage in stages)},
+        "stages": [
+            {
+                "stage": stage["stage"],
+                "key": stage["key"],
+                "seconds": stage["seconds"],
+                "bytes": sum(file["size"] for file in stage["outputs"].values()),
+            }
+            for stage in sorted(stages, key=lambda stage: _ORDER.index(stage["stage"]))
+        ],
+        "recipe": recipe,
+    }
+    result["sentences"] = sentences(result)
+    return result
+
+
+_CONFIG = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
+_ORDER = ["source", "calibrate", "convert", "export", "export-dense", "evaluate", "verify", "bench"]
+
+
+def _merge(entries: Any) -> dict[str, str]:
+    return {name: version for entry in entries for name, version in entry.items()}
+
+
+def _conversion(run: Path) -> dict[str, Any]:
+    """The plan in numbers, from plan.json alone (its hash was checked when the stages read it)."""
+    plan = read_json(run_folder.checkpoint(run) / "plan.json")
+    width = plan["model"]["intermediate_size"]
+    config = read_json(run_folder.checkpoint(run) / "config.json")["moedge"]["layers"]
+    layers = []
+    for index, (layer, shape) in enumerate(zip(plan["layers"], config, strict=True)):
+        widths = layer["expert_widths"]
+        active = shape["shared_width"] + layer["top_k"] * (sum(widths) / len(widths) if widths else 0.0)
+        layers.append(
+            {
+                "layer": index,
+                "shared_width": shape["shared_width"],
+                "experts": len(widths),
+                "expert_width": shape["expert_width"],
+                "top_k": layer["top_k"],
+                "active_fraction": active / width,
+                "report": layer["report"],
+            }
+        )
+    params = plan["params"]
+    return {
+        "method": plan["method"],
+        "notation": f"S{params['shared']}A{params['active']}E{params['experts']}",
+        "params": params,
+        "plan_sha256": plan["sha256"],
+        "active_fraction": sum(layer["active_fraction"] for layer in layers) / len(layers),
+        "calibration": plan["provenance"],
+        "layers": layers,
+    }
+
+
+def _bundle(label: str, folder: Path) -> dict[str, Any]:
+    manifest = read_json(folder / "manifest.json")
+    return {
+        "label": label,
+        "target": manifest["target"],
+        "kind": manifest["kind"],
+        "bytes": sum(entry["size"] for entry in manifest["files"].values()),
+        "cache": manifest["cache"],
+        "lowering": manifest.get("lowering", []),
+        "files": {name: entry["sha256"] for name, entry in manifest["files"].items()},
+    }
+
+
+def ratio(report: dict[str, Any], metric: str, label: str, baseline: str) -> dict[str, Any] | None:
+    """The benchmark's paired ratio of two engines (> 1: ``label`` is faster), or None when one was not measured."""
+    for entry in report["speed"]["ratios"]:
+        if (entry["metric"], entry["label"], entry["baseline"]) == (metric, label, baseline):
+            return dict(entry)
+    return None
+
+
+def sentences(report: dict[str, Any]) -> list[str]:
+    """What the run showed, in plain sentences: parity, quality against the controls, speed."""
+    verification, quality = report["verification"], report["quality"]
+    checks = [check for entry in verification["parity"] for check in entry["verdict"]["checks"]]
+    failed = sum(not check["passed"] for check in checks) + sum(
+        not entry["passed"] for entry in verification["identity"]
+    )
+    total = len(checks) + len(verification["identity"])
+    said = [
+        f"All {total} checks of the exported engines against PyTorch passed."
+        if not failed
+        else f"{failed} of {total} checks of the exported engines against PyTorch FAILED."
+    ]
+    said += list(quality["verdict"]["sentences"])
+    for metric, words in (("tpot_ms", "decodes"), ("ttft_ms", "reads the prompt")):
+        for baseline in ("ort-cpu dense", "torch dense"):
+            entry = ratio(report, metric, "ort-cpu moe", baseline)
+            if entry:
+                low, high = entry["ci95"]
+                said.append(
+                    f"ort-cpu moe {words} {entry['speedup']:.2f} times as fast as {baseline} "
+                    f"(95% interval {low:.2f} to {high:.2f}): {entry['verdict']}."
+                )
+    return said

@@ -1,0 +1,202 @@
+"""The report's plots as inline SVG text, drawn with matplotlib's Agg backend; no display, no files, no scripts."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, MUTED, GRID = "#1d2733", "#66727f", "#e3e8ee"
+DENSE, MOE, CONTROL, BOUND, BAD = "#8795a5", "#1f6feb", "#c6cdd6", "#b9a3e3", "#c9372c"
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "moedge",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": GRID,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "xtick.color": MUTED,
+    "ytick.color": INK,
+    "text.parse_math": False,
+}
+
+
+def draw_all(report: dict[str, Any]) -> dict[str, str]:
+    """Return ``{name: SVG}`` for every plot that the report's data allows."""
+    plots: dict[str, Callable[[dict[str, Any]], Figure | None]] = {
+        "quality": _quality,
+        "kl": _divergence,
+        "speed": _speed,
+        "dead": _dead,
+        "routing": _routing,
+    }
+    import matplotlib
+
+    drawn = {}
+    with matplotlib.rc_context(_STYLE):
+        for name, plot in plots.items():
+            figure = plot(report)
+            if figure is not None:
+                drawn[name] = _svg(figure, name)
+    return drawn
+
+
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    return figure, list(axes)
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """SVG text that can stand in HTML: no prolog, no metadata, ids that no other plot of the page uses."""
+    stream = io.StringIO()
+    # Every metadata entry set to None drops the RDF block, the only place with links.
+    empty = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(stream, format="svg", transparent=True, metadata=empty)
+    text = stream.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'\bid="', f'id="{name}-', text)
+    text = re.sub(r'href="#', f'href="#{name}-', text)
+    text = re.sub(r"url\(#", f"url(#{name}-", text)
+    text = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg role="img" viewBox="\1">', text, count=1)
+    return text.replace("xlink:href", "href")
+
+
+def _short(text: str, limit: int = 34) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "\u2026"
+
+
+def _quality(report: dict[str, Any]) -> Figure:
+    quality = report["quality"]
+    rows, names = quality["rows"], list(quality["protocol"]["tokens"])
+    dense = rows[0]["ppl"]
+    figure, axes = _figure(4.2 * len(names) + 1, 0.34 * len(rows) + 0.9, len(names))
+    for column, (axis, name) in enumerate(zip(axes, names, strict=True)):
+        values = [row["ppl"][name] / dense[name] for row in rows]
+        spread = [(row.get("ppl_std") or {}).get(name, 0.0) / dense[name] for row in rows]
+        colours = [_quality_colour(row) for row in rows]
+        axis.barh(range(len(rows)), values, xerr=spread, color=colours, height=0.68, ecolor=MUTED)
+        axis.set_yticks(range(len(rows)), [_short(row["label"]) for row in rows] if column == 0 else [""] * len(rows))
+        axis.invert_yaxis()
+        axis.grid(visible=False, axis="y")
+        limit = min(max(values), 3 * sorted(values)[len(values) // 2])  # a broken control must not flatten the rest
+        axis.set_xlim(0, limit * 1.28)
+        for position, (value, row) in enumerate(zip(values, rows, strict=True)):
+            at = min(value, limit * 1.02)
+            axis.text(at + limit * 0.02, position, f"{row['ppl'][name]:.4g}", va="center", fontsize=8, color=INK)
+        axis.axvline(1, color=MUTED, linewidth=0.8, linestyle=":")
+        axis.set_xlabel(f"perplexity on {_short(name)}, relative to dense (lower is better)")
+    return figure
+
+
+def _quality_colour(row: dict[str, Any]) -> str:
+    if row["kind"] == "dense":
+        return DENSE
+    if row["kind"] == "method":
+        return MOE
+    return BOUND if row["label"].startswith("oracle") else CONTROL
+
+
+def _divergence(report: dict[str, Any]) -> Figure | None:
+    entries = report["verification"]["parity"]
+    keys = ("p50", "p90", "p99", "p99.9", "max")
+    figure, (axis,) = _figure(7.6, 2.9)
+    drawn = 0
+    floor = 1e-17  # a KL of exactly 0 has no place on a log axis
+    for number, entry in enumerate(entries):
+        values = [entry["overall"]["kl_ref_test"][key] for key in keys]
+        if any(value is None for value in values):
+            continue
+        colour = MOE if entry["name"].startswith("ort") else BOUND
+        style = "-" if " moe" in entry["name"] else ":"
+        shown = [max(value, floor) for value in values]
+        axis.plot(
+            range(len(keys)), shown, style, marker="o", markersize=3.5, color=colour, label=_short(entry["name"], 60)
+        )
+        drawn += 1
+        if number == 0 and entry.get("tolerances"):
+            axis.axhline(entry["tolerances"]["max_kl"], color=BAD, linewidth=0.8, linestyle="--")
+            axis.text(
+                0, entry["tolerances"]["max_kl"], " limit of the worst token", color=BAD, fontsize=7.5, va="bottom"
+            )
+    if not drawn:
+        return None
+    axis.set_yscale("log")
+    axis.set_xticks(range(len(keys)), ["median", "90 %", "99 %", "99.9 %", "worst token"])
+    axis.set_ylabel("KL to PyTorch, nats")
+    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, 0.9))
+    return figure
+
+
+def _speed(report: dict[str, Any]) -> Figure:
+    rows = report["speed"]["rows"]
+    figure, axes = _figure(9.4, 0.36 * len(rows) + 0.9, 2)
+    titles = {"ttft_ms": "time to first token, ms", "tpot_ms": "time per decoded token, ms"}
+    for column, (axis, (metric, title)) in enumerate(zip(axes, titles.items(), strict=True)):
+        values = [row[metric]["p50"] for row in rows]
+        low = [max(value - row[metric]["ci95"][0], 0) for value, row in zip(values, rows, strict=True)]
+        high = [max(row[metric]["ci95"][1] - value, 0) for value, row in zip(values, rows, strict=True)]
+        colours = [MOE if row["info"]["model"].get("moe") else DENSE for row in rows]
+        axis.barh(range(len(rows)), values, xerr=[low, high], color=colours, height=0.66, ecolor=INK, capsize=2)
+        axis.set_yticks(range(len(rows)), [_short(row["label"]) for row in rows] if column == 0 else [""] * len(rows))
+        axis.invert_yaxis()
+        axis.grid(visible=False, axis="y")
+        axis.set_xlim(0, max(values) * 1.22)
+        for position, (value, extra) in enumerate(zip(values, high, strict=True)):
+            axis.text(value + extra + max(values) * 0.02, position, f"{value:.1f}", va="center", fontsize=8)
+        axis.set_xlabel(f"{title} (lower is better)")
+    return figure
+
+
+def _dead(report: dict[str, Any]) -> Figure | None:
+    layers = report["conversion"]["layers"]
+    series = {"all neurons": "dead_share", "routed neurons": "dead_share_of_routed"}
+    if not layers or any(layer["report"].get(key) is None for key in series.values() for layer in layers):
+        return None
+    figure, (axis,) = _figure(7.6, 2.4)
+    numbers = [layer["layer"] for layer in layers]
+    for (label, key), colour in zip(series.items(), (DENSE, MOE), strict=True):
+        shares = [100 * layer["report"][key] for layer in layers]
+        axis.plot(numbers, shares, color=colour, marker="o", markersize=3, label=label)
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("layer")
+    axis.set_ylabel("never marked, %")
+    axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _routing(report: dict[str, Any]) -> Figure | None:
+    routed = [entry for entry in report["verification"]["parity"] if entry["routing"].get("compared")]
+    if not routed:
+        return None
+    figure, (axis,) = _figure(7.6, 2.2)
+    width = 0.8 / len(routed)
+    for number, entry in enumerate(routed):
+        layers = {int(layer): value["flips"] for layer, value in entry["routing"]["layers"].items()}
+        positions = [layer + (number - (len(routed) - 1) / 2) * width for layer in sorted(layers)]
+        colour = MOE if entry["name"].startswith("ort") else BOUND
+        axis.bar(
+            positions, [layers[layer] for layer in sorted(layers)], width, color=colour, label=_short(entry["name"], 60)
+        )
+    axis.set_ylim(0, max(1.0, axis.get_ylim()[1]))
+    axis.yaxis.get_major_locator().set_params(integer=True)
+    axis.set_xlabel("layer")
+    axis.set_ylabel("tokens, other experts")
+    axis.legend(frameon=False, fontsize=8)
+    return figure

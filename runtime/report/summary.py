@@ -1,0 +1,132 @@
+"""The summary table that ends ``moedge run``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+
+def show(report: dict[str, Any], console: Console) -> None:
+    """Print quality beside the controls, identity and parity verdicts, speed and sizes."""
+    conversion = report["conversion"]
+    console.print()
+    console.print(
+        escape(
+            f"{report['model']['label']}: {conversion['method']} {conversion['notation']}, "
+            f"{conversion['active_fraction']:.1%} of each FFN active"
+        ),
+        style="bold",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(_quality(report["quality"]))
+    console.print(_verification(report["verification"]))
+    console.print(_speed(report))
+    for sentence in report["sentences"]:
+        console.print(escape(f"- {sentence}"), highlight=False, soft_wrap=True)
+    verdict = "[green]passed[/green]" if report["passed"] else "[bold red]FAILED[/bold red]"
+    console.print(f"verdict: {verdict}")
+
+
+def _quality(quality: dict[str, Any]) -> Table:
+    protocol = quality["protocol"]
+    names = list(protocol["tokens"])
+    tokens = ", ".join(f"{name} {protocol['tokens'][name]:,} tokens" for name in names)
+    table = Table(
+        title=escape(f"quality on held-out text ({tokens}, window {protocol['window']}, {protocol['dtype']})")
+    )
+    table.add_column("")
+    table.add_column("active", justify="right")
+    for name in names:
+        table.add_column(escape(f"ppl {name}"), justify="right")
+    for name in names:
+        table.add_column(escape(f"KL {name}"), justify="right")
+    for row in quality["rows"]:
+        kl = row["kl_to_dense"] or {}
+        table.add_row(
+            escape(row["label"]),
+            f"{row['active_width_fraction']:.0%}",
+            *(f"{row['ppl'][name]:.4g}" for name in names),
+            *(f"{kl[name]:.3g}" if name in kl else "-" for name in names),
+            style="bold" if row["kind"] == "method" else "",
+        )
+    return table
+
+
+def _verification(verification: dict[str, Any]) -> Table:
+    table = Table(title=escape(f"the same numbers as PyTorch? (text {verification['text']})"))
+    for column in ("comparison", "tokens", "rel. error", "mean KL", "top-1", "expert sets", ""):
+        table.add_column(column, justify="left" if column in ("comparison", "") else "right")
+    for entry in verification["identity"]:
+        worst = entry["max_rel_error"]
+        table.add_row(
+            escape(entry["name"] + ", all experts"),
+            f"{entry['tokens']:,}",
+            "none" if worst is None else f"max {worst:.1e}",
+            "",
+            "",
+            "",
+            mark(entry["passed"]),
+        )
+    for entry in verification["parity"]:
+        overall, routing = entry["overall"], entry["routing"]
+        table.add_row(
+            escape(entry["name"]),
+            f"{overall['tokens']:,}",
+            _number(overall["rel_error"]["p50"], "med {:.1e}"),
+            _number(overall["kl_ref_test"]["mean"], "{:.1e}"),
+            _number(overall["top1"]["agreement"], "{:.2%}"),
+            _number(routing.get("agreement"), "{:.4%}"),
+            mark(entry["verdict"]["passed"]),
+        )
+    return table
+
+
+def mark(passed: bool) -> str:
+    """Markup of a verdict."""
+    return "[green]pass[/green]" if passed else "[bold red]FAIL[/bold red]"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _speed(report: dict[str, Any]) -> Table:
+    from moedge.runtime.report.build import ratio
+
+    speed, sizes = report["speed"], {bundle["label"]: bundle["bytes"] for bundle in report["bundles"]}
+    protocol, machine = speed["protocol"], report["machine"]
+    threads = speed["rows"][0]["info"]["threads"]
+    table = Table(
+        title=escape(
+            f"speed, batch 1, prompt {protocol['prompt']}, {protocol['decode']} tokens decoded, {threads} threads, "
+            f"{machine['processor']}"
+        )
+    )
+    table.add_column("engine")
+    for column in (
+        "first token ms",
+        "per token ms",
+        "tokens/s",
+        "vs ORT dense",
+        "vs PyTorch dense",
+        "peak MiB",
+        "disk MiB",
+    ):
+        table.add_column(column, justify="right")
+    for row in speed["rows"]:
+        gains = [ratio(report, "tpot_ms", row["label"], baseline) for baseline in ("ort-cpu dense", "torch dense")]
+        size = sizes.get(row["label"])
+        table.add_row(
+            escape(row["label"]),
+            f"{row['ttft_ms']['p50']:.0f}",
+            f"{row['tpot_ms']['p50']:.1f}",
+            f"{row['decode_tokens_per_s']:.1f}",
+            *("" if gain is None else f"{gain['speedup']:.2f}x" for gain in gains),
+            _number(row["peak_rss_mib"], "{:.0f}"),
+            "" if size is None else f"{size / 2**20:.0f}",
+        )
+    return table

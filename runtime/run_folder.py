@@ -1,0 +1,77 @@
+"""Where things lie in a run folder, ``runs/<name>/``: the one place that knows its layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from moedge import MoEdgeError
+
+RUN_SCHEMA = "moedge.run/1"
+
+
+def is_run(path: Path) -> bool:
+    """Tell whether ``path`` is a run folder."""
+    return (path / "run.json").is_file()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object that a stage wrote.
+
+    Raises:
+        MoEdgeError: missing or damaged.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MoEdgeError(f"{path} is missing; run `moedge run` on its recipe first.") from None
+    except (OSError, ValueError) as error:
+        raise MoEdgeError(f"{path} cannot be read ({error}); run `moedge run` on its recipe again.") from error
+    if not isinstance(value, dict):
+        raise MoEdgeError(f"{path} is damaged (not a JSON object); run `moedge run` on its recipe again.")
+    return value
+
+
+def checkpoint(run: Path) -> Path:
+    """Folder of the MoE checkpoint."""
+    return run / "convert" / "checkpoint"
+
+
+def dense(run: Path) -> Path:
+    """Folder of the dense parent (in the cache, or where the user keeps it)."""
+    return Path(read_json(run / "source" / "source.json")["folder"])
+
+
+def bundles(run: Path) -> dict[str, Path]:
+    """Finished bundles, ``{"portable moe": folder, "ort-cpu dense": folder, ...}``."""
+    found = {}
+    for stage, kind in (("export", "moe"), ("export-dense", "dense")):
+        for manifest in sorted((run / stage).glob("*/manifest.json")):
+            found[f"{manifest.parent.name} {kind}"] = manifest.parent
+    return found
+
+
+def engines(run: Path) -> dict[str, Path]:
+    """Everything in a run that an engine can open: the bundles, ``"torch moe"`` and ``"torch dense"``."""
+    found = {}
+    if (run / "source" / "source.json").is_file():
+        found["torch dense"] = dense(run)
+    if checkpoint(run).is_dir():
+        found["torch moe"] = checkpoint(run)
+    return {**found, **bundles(run)}
+
+
+def pick(run: Path, *, model: str, target: str) -> Path:
+    """Return one engine folder of a run.
+
+    Raises:
+        MoEdgeError: the run has no such engine.
+    """
+    found = engines(run)
+    label = f"{target} {model}"
+    if label not in found:
+        raise MoEdgeError(
+            f"Run {run} has no {label!r}; it has: {', '.join(found) or 'nothing yet'}. Finish it with `moedge run`."
+        )
+    return found[label]

@@ -1,0 +1,119 @@
+"""Which engines are compared with which, and the verdict over all of them.
+
+* identity: a MoE with every expert selected is its dense parent (:func:`moedge.runtime.parity.identity`);
+* parity: an exported bundle computes what PyTorch computes (:func:`moedge.runtime.parity.compare`), the MoE bundles
+  with their routing, the dense bundles without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moedge.configs import tolerances as tolerance_files
+from moedge.runtime import parity
+from moedge.runtime.engines import Engine, open_engine
+
+SCHEMA = "moedge.verify/1"
+ALL_EXPERTS = 1 << 16
+"""A top_k beyond any layer's number of experts; engines take it as "all of them"."""
+IDENTITY_WINDOWS = 2
+DENSE_WINDOWS = 2
+"""Identity and the dense parents are checked on fewer windows: a wrong kernel shows in the first one, and what the run
+must prove on 2,048 tokens is the sparse model."""
+
+
+def verify_run(
+    engines: dict[str, Path],
+    windows: np.ndarray,
+    *,
+    prefill: int,
+    tolerances: str,
+    text: str,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    note: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Check every engine of a run.
+
+    Args:
+        engines: label -> folder as :func:`moedge.runtime.run_folder.engines` gives them: ``"<target> <moe|dense>"``.
+        windows: int64 [N, L], held-out text.
+        prefill: tokens of a window that are prefilled, the rest is decoded.
+        tolerances: weight dtype, the first half of a profile's name in ``configs/tolerances.yaml``.
+        text: name of the text, for the report.
+        progress: called with (tokens done, tokens in all) over all comparisons.
+        note: called with one sentence about each finished comparison.
+
+    Returns:
+        ``{"schema", "text", "identity": [...], "parity": [...], "passed"}``; entries are what :mod:`parity` returns
+        plus ``"name"``.
+    """
+    limits = tolerance_files.load()
+    jobs = _jobs(engines)
+    per_window = 2 * windows.shape[1] - prefill
+    total = per_window * sum(_count(kind, test, len(windows)) for kind, _, test in jobs)
+    done = 0
+
+    def step(local: int, _: int) -> None:
+        if progress:
+            progress(done + local, total)
+
+    result: dict[str, Any] = {"schema": SCHEMA, "text": text, "identity": [], "parity": []}
+    opened: tuple[str, Engine] | None = None
+    try:
+        for kind, reference, test in jobs:
+            routed = kind == "parity" and reference.endswith(" moe")
+            if opened is None or opened[0] != reference:
+                if opened is not None:
+                    opened[1].close()
+                opened = (reference, open_engine(engines[reference], threads=threads, taps=reference.endswith(" moe")))
+            options = {"top_k": ALL_EXPERTS} if kind == "identity" else {"taps": routed}
+            other = open_engine(engines[test], threads=threads, **options)
+            profile = limits.profile(tolerances, test.split()[0])
+            few = windows[: _count(kind, test, len(windows))]
+            try:
+                if kind == "identity":
+                    entry = parity.identity(
+                        opened[1], other, few, limit=profile.identity_rel_error, prefill=prefill, progress=step
+                    )
+                    passed, said = entry["passed"], f"max relative logit error {entry['max_rel_error']:.2g}"
+                else:
+                    entry = parity.compare(opened[1], other, few, prefill=prefill, tolerances=profile, progress=step)
+                    passed = entry["verdict"]["passed"]
+                    failed = [check["name"] for check in entry["verdict"]["checks"] if not check["passed"]]
+                    said = f"failed: {', '.join(failed)}" if failed else "every check passed"
+            finally:
+                other.close()
+            name = f"{test} = {reference}" if kind == "identity" else f"{test} vs {reference}"
+            result[kind].append({"name": name, **entry})
+            done += per_window * len(few)
+            if note:
+                note(f"{kind} {name}: {'PASS' if passed else 'FAIL'}, {said}")
+    finally:
+        if opened is not None:
+            opened[1].close()
+    result["passed"] = all(entry["passed"] for entry in result["identity"]) and all(
+        entry["verdict"]["passed"] for entry in result["parity"]
+    )
+    return result
+
+
+def _jobs(engines: dict[str, Path]) -> list[tuple[str, str, str]]:
+    """(kind, reference, test), grouped by reference so that each is opened once."""
+    jobs = []
+    if "torch dense" in engines:
+        jobs += [("identity", "torch dense", label) for label in engines if label.endswith(" moe")]
+        jobs += [("parity", "torch dense", label) for label in engines if label.endswith(" dense")]
+    if "torch moe" in engines:
+        jobs += [("parity", "torch moe", label) for label in engines if label.endswith(" moe")]
+    return [job for job in jobs if job[1] != job[2]]
+
+
+def _count(kind: str, test: str, windows: int) -> int:
+    if kind == "identity":
+        return min(IDENTITY_WINDOWS, windows)
+    return min(DENSE_WINDOWS, windows) if test.endswith(" dense") else windows
