@@ -13,17 +13,21 @@ and new, N heads, G key/value heads, D head size.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import onnx
 import onnx.defs
 import onnx.parser
+import onnx_ir as ir
+
+from moedge import MoEdgeError
 
 DOMAIN = "moedge"
 VERSION = 1
 OPSET = 18
 
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
-# operator: (inputs, outputs, required attributes, optional attributes). "name:type"; "?" marks an optional input.
+# operator: (inputs, outputs, required attributes). "name:type"; "?" marks an optional input.
 _SIGNATURES: dict[str, tuple[str, str, dict[str, str]]] = {
     "Route": (
         "scores:tensor(float) selection_bias:tensor(float) scale:tensor(float)?",
@@ -100,7 +104,9 @@ _CONSTANTS = {
 }
 _WEIGHTS = {
     # name -> statements that turn scores, chosen [T, k] int64 (and scale) into weights [T, k]
-    "unit": "ones = Cast <to = 1> (chosen)  z = Sub (ones, ones)  one = Constant <value_float = 1.0> ()  weights = Add (z, one)",
+    "unit": """
+        as_float = Cast <to = 1> (chosen)  zeros = Sub (as_float, as_float)
+        one = Constant <value_float = 1.0> ()  weights = Add (zeros, one)""",
     "scaled": """
         p = Softmax <axis = -1> (scores)  ps = Mul (p, scale)  pc = GatherElements <axis = 1> (ps, chosen)
         one = Constant <value_float = 1.0> ()  weights = Add (pc, one)""",
@@ -295,7 +301,12 @@ CausalAttention <scale> (query, key, value, attention_mask) => (y) {
 
 
 def bodies(
-    *, activation: str = "silu", rule: str = "unit", num_experts: int = 0, compensation: bool = False, form: str = "chain"
+    *,
+    activation: str = "silu",
+    rule: str = "unit",
+    num_experts: int = 0,
+    compensation: bool = False,
+    form: str = "chain",
 ) -> dict[str, onnx.FunctionProto]:
     """Return the function body of every operator for one model, by operator name.
 
@@ -325,3 +336,35 @@ def bodies(
         texts.append(_SPARSE_GLU_DENSE.format(**fill))
     functions = [onnx.parser.parse_function(text) for text in texts]
     return {function.name: function for function in functions}
+
+
+def attach(model: ir.Model, *, form: str) -> None:
+    """Give every ``moedge::`` node of the graph its function body; ``form`` is that of SparseGLU.
+
+    Raises:
+        MoEdgeError: the layers mix weight rules, activations or numbers of experts.
+    """
+    nodes = [node for node in model.graph if node.domain == DOMAIN]
+    experts = [node for node in nodes if node.op_type == "SparseGLU"]
+
+    def only(what: str, values: set[Any], default: Any) -> Any:
+        if len(values) > 1:
+            listed = ", ".join(map(str, sorted(values)))
+            raise MoEdgeError(f"The layers mix {what} ({listed}); use one for the whole model.")
+        return next(iter(values), default)
+
+    protos = bodies(
+        activation=only("activations", {node.attributes["activation"].as_string() for node in experts}, "silu"),
+        rule=only("weight rules", {n.attributes["rule"].as_string() for n in nodes if n.op_type == "Route"}, "unit"),
+        num_experts=only("numbers of experts", {int(node.inputs[3].shape[0]) for node in experts}, 0),
+        compensation=only("layers with and without compensation", {len(node.inputs) == 7 for node in experts}, False),
+        form=form,
+    )
+    model.functions.clear()
+    needed = {node.op_type for node in nodes}
+    if form == "chain" and experts:
+        needed |= {"Dispatch", "GroupedGLU", "GroupedLinear", "Combine"}
+    for name in sorted(needed):
+        function = ir.serde.deserialize_function(protos[name])
+        model.functions[function.identifier()] = function
+    model.opset_imports[DOMAIN] = VERSION

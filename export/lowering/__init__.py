@@ -1,1 +1,35 @@
-"""Lowering: rewrite the portable graph for one target, with a legality check and an executed self-test."""
+"""Lowering: rewrite the portable graph for one target, with a legality check and an executed self-test.
+
+:data:`TARGETS` maps a target's name to the module that lowers for it; adding a target is one file and one line here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+TARGETS = {
+    "portable": "moedge.export.lowering.portable",
+    "ort-cpu": "moedge.export.lowering.onnxruntime",
+}
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """One rewrite of a lowering, for the manifest and the report. ``status`` is ``applied`` or ``refused``."""
+
+    rewrite: str
+    nodes: int
+    status: str
+    reason: str = ""
+    self_test: dict[str, Any] | None = None
+
+
+@dataclass
+class Lowered:
+    """What a lowering gives back beside the rewritten graph: for the manifest's entries of the same names."""
+
+    rewrites: list[Rewrite]
+    taps: dict[int, dict[str, Any]]
+    cache: dict[str, Any]
+    limits: list[str] = field(default_factory=list)

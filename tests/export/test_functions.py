@@ -16,14 +16,15 @@ RELATIVE = 6e-6
 
 
 def run(name, arrays, outputs, attributes, functions):
-    """Run one moedge node with all function bodies attached; return ORT's and the reference evaluator's outputs."""
-    node = helper.make_node(name, [f"i{n}" for n in range(len(arrays))], [f"o{n}" for n in range(outputs)], domain=DOMAIN)
+    """Run one moedge node with all function bodies attached; return ORT's and onnx.reference's outputs."""
+    names = [f"i{n}" for n in range(len(arrays))], [f"o{n}" for n in range(outputs)]
+    node = helper.make_node(name, *names, domain=DOMAIN)
     node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
     inputs = [
         helper.make_tensor_value_info(f"i{n}", helper.np_dtype_to_tensor_dtype(a.dtype), [None] * a.ndim)
         for n, a in enumerate(arrays)
     ]
-    graph = helper.make_graph([node], "g", inputs, [helper.make_empty_tensor_value_info(f"o{n}") for n in range(outputs)])
+    graph = helper.make_graph([node], "g", inputs, [helper.make_empty_tensor_value_info(n) for n in names[1]])
     model = helper.make_model(
         graph,
         functions=list(functions.values()),
@@ -105,7 +106,8 @@ def test_sparse_glu(form, activation, compensated):
 @pytest.mark.parametrize("compensated", [False, True])
 def test_sparse_glu_matches_the_definition_in_float64(compensated):
     x, indices, weights, gate, up, down, compensation = problem(tokens=13, experts=6, top_k=2)
-    got = torch.ops.moedge.sparse_glu(x, indices, weights, gate, up, down, compensation if compensated else None, "silu")
+    extra = compensation if compensated else None
+    got = torch.ops.moedge.sparse_glu(x, indices, weights, gate, up, down, extra, "silu")
     x, gate, up, down = (t.double() for t in (x, gate, up, down))
     hidden = torch.nn.functional.silu(torch.einsum("th,eih->tei", x, gate)) * torch.einsum("th,eih->tei", x, up)
     each = torch.einsum("tei,ehi->teh", hidden, down)
@@ -123,9 +125,13 @@ def test_every_torch_operator_passes_opcheck():
         torch.ops.moedge.dispatch.default: (x, indices, 4),
         torch.ops.moedge.sparse_glu.default: (x, indices, weights, gate, up, down, compensation, "silu"),
         torch.ops.moedge.attention.default: (
-            torch.randn(2, 4, 3, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8), torch.ones(2, 5, dtype=torch.bool), 0.3,
+            torch.randn(2, 4, 3, 8),
+            torch.randn(2, 2, 5, 8),
+            torch.randn(2, 2, 5, 8),
+            torch.ones(2, 5, dtype=torch.bool),
+            0.3,
         ),
-    }  # fmt: skip
+    }
     for op, arguments in calls.items():
         torch.library.opcheck(op, arguments)
 
@@ -146,15 +152,14 @@ def test_causal_attention_with_cache_and_left_padding(new, total):
 def test_mutation_swapped_gate_and_up_is_seen():
     *tensors, _ = problem(tokens=4, experts=3, top_k=2)
     swapped = [*tensors[:3], tensors[4], tensors[3], tensors[5], None]
+    expected = torch.ops.moedge.sparse_glu(*tensors, None, "silu").numpy()
+    arrays = [t.numpy() for t in swapped if t is not None]
+    got = run("SparseGLU", arrays, 1, {"activation": "silu"}, bodies(num_experts=3))[0][0]
     with pytest.raises(AssertionError):
-        expected = torch.ops.moedge.sparse_glu(*tensors, None, "silu").numpy()
-        arrays = [t.numpy() for t in swapped if t is not None]
-        close(run("SparseGLU", arrays, 1, {"activation": "silu"}, bodies(num_experts=3))[0][0], expected)
+        close(got, expected)
 
 
 def test_bodies_hold_no_data_dependent_control_flow():
     for form in ("chain", "dense"):
         for function in bodies(num_experts=3, form=form).values():
             assert not {node.op_type for node in function.node} & {"Loop", "If", "Scan", "NonZero"}
-
-

@@ -1,0 +1,121 @@
+"""Bundles: what an export writes and a runtime opens.
+
+A bundle is a folder of plain files with a ``manifest.json`` that lists every one of them with size and sha256.
+Opening verifies all of it before anything is parsed: paths stay inside, no links, no unlisted file, no changed byte.
+This module needs neither torch nor onnx, so it also runs on a device.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moedge import MoEdgeError
+from moedge._files import digest, hash_tree, safe_join, sha256_file, write_json
+
+BUNDLE_SCHEMA = "moedge.bundle/1"
+MANIFEST = "manifest.json"
+MODEL = "model.onnx"
+WEIGHTS = "model.onnx.data"
+_REQUIRED = ("target", "kind", "label", "model", "moe", "io", "cache", "taps", "lowering", "versions", "files")
+# Everything a tokenizer and a generation loop read; never weights, never code.
+_COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened, verified bundle."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def model_path(self) -> Path:
+        """The ONNX file."""
+        return safe_join(self.path, self.manifest["io"]["model"])
+
+    @property
+    def sha256(self) -> str:
+        """Content hash: that of the manifest, which holds the hash of every file."""
+        return digest(self.manifest)
+
+
+def open_bundle(path: Path | str) -> Bundle:
+    """Verify a bundle and return it.
+
+    Raises:
+        MoEdgeError: no bundle there, another schema, a path that leaves the folder, a link, a file that is missing,
+            not listed, or not what its hash says, or external data outside the listed files.
+    """
+    path = Path(path)
+    try:
+        manifest = json.loads(safe_join(path, MANIFEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise MoEdgeError(f"{path} is not a bundle: it has no {MANIFEST}. Make one with `moedge export`.") from error
+    except (OSError, ValueError) as error:
+        raise MoEdgeError(f"{path / MANIFEST} cannot be read ({error}); export again.") from error
+    if not isinstance(manifest, dict) or manifest.get("schema") != BUNDLE_SCHEMA:
+        raise MoEdgeError(f"{path / MANIFEST} is not of schema {BUNDLE_SCHEMA}; export again with this version.")
+    if missing := [key for key in _REQUIRED if key not in manifest]:
+        raise MoEdgeError(f"{path / MANIFEST} lacks {', '.join(missing)}; export again.")
+    _verify_files(path, manifest["files"])
+    if manifest["io"].get("model") not in manifest["files"]:
+        raise MoEdgeError(f"{path / MANIFEST} names model {manifest['io'].get('model')!r}, which it does not list.")
+    return Bundle(path, manifest)
+
+
+def _verify_files(path: Path, files: dict[str, dict[str, Any]]) -> None:
+    present = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file() or file.is_symlink()}
+    if extra := present - set(files) - {MANIFEST}:
+        raise MoEdgeError(f"Bundle {path} holds {sorted(extra)[0]}, which its manifest does not list; it was changed.")
+    for name, entry in files.items():
+        file = safe_join(path, name)
+        if not file.is_file():
+            raise MoEdgeError(f"Bundle {path} lacks {name}; copy it whole or export again.")
+        if file.stat().st_size != entry["size"] or sha256_file(file) != entry["sha256"]:
+            raise MoEdgeError(
+                f"Bundle {path}: {name} was changed or damaged (its size or sha256 is not the manifest's)."
+            )
+
+
+def check_external_data(model_path: Path, allowed: set[str]) -> None:
+    """Refuse an ONNX file whose tensors point anywhere but to ``allowed`` files beside it (CVE-2025-51480 and kin).
+
+    Raises:
+        MoEdgeError: an absolute path, ``..``, a link or an unlisted file.
+    """
+    import onnx
+    from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+
+    model = onnx.load(model_path, load_external_data=False)
+    for tensor in model.graph.initializer:
+        if uses_external_data(tensor):
+            location = ExternalDataInfo(tensor).location
+            safe_join(model_path.parent, location)
+            if location not in allowed:
+                raise MoEdgeError(f"{model_path}: tensor {tensor.name} lies in unlisted file {location!r}.")
+
+
+def copy_companions(source: Path, destination: Path) -> None:
+    """Copy tokenizer and config files that exist in ``source`` (a checkpoint or a bundle)."""
+    for name in _COMPANIONS:
+        file = source / name
+        if file.is_file() and not file.is_symlink():
+            shutil.copyfile(file, destination / name)
+
+
+def seal(folder: Path, manifest: dict[str, Any]) -> Bundle:
+    """Write ``manifest.json`` with the hash of every file in ``folder``: the last step of making a bundle."""
+    complete = {"schema": BUNDLE_SCHEMA, **manifest, "files": hash_tree(folder)}
+    write_json(folder / MANIFEST, complete)
+    return Bundle(folder, complete)

@@ -1,0 +1,55 @@
+"""When a rewrite may be used: one predicate a rewrite, each returning None (legal) or the reason it is refused.
+
+Facts tagged [M] were measured by executing the node, [R] read; see docs/lowering.md for the table.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+OLDEST_ORT = (1, 23)
+"""The oldest ONNX Runtime whose MoE and GroupQueryAttention were executed with these node forms."""
+
+
+def onnxruntime_version() -> tuple[int, ...] | None:
+    """Return the installed ONNX Runtime's (major, minor), or None."""
+    for name in ("onnxruntime", "onnxruntime-gpu"):
+        try:
+            return tuple(int(part) for part in version(name).split(".")[:2])
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def runtime() -> str | None:
+    """Whether an ONNX Runtime is here to execute the self-tests, and new enough."""
+    installed = onnxruntime_version()
+    if installed is None:
+        return "onnxruntime is not installed to execute the rewrites; pip install 'moedge[cpu]'"
+    if installed < OLDEST_ORT:
+        return f"onnxruntime {'.'.join(map(str, installed))} is older than {'.'.join(map(str, OLDEST_ORT))}"
+    return None
+
+
+def moe_cpu(*, dtype: str, activations: set[str], smallest_weight: float) -> str | None:
+    """``com.microsoft.MoE`` on the CPU provider.
+
+    Args:
+        dtype: weight dtype, e.g. ``float32``.
+        activations: gate activations of the model's experts.
+        smallest_weight: lower bound of the combination weights; the log-weight form needs it positive.
+    """
+    if dtype == "float16":
+        return "the CPU kernel's float16 path returns zeros without normalisation and loses 3 digits with it [M]"
+    if dtype != "float32":
+        return f"the CPU kernel has no {dtype} implementation [M]"
+    if activations - {"silu"}:
+        return f"the CPU kernel gates with SiLU only, the model uses {', '.join(sorted(activations))} [M]"
+    if not smallest_weight > 0:
+        return "an expert weight can be zero or negative, which no logit expresses"
+    return None
+
+
+def attention_cpu(*, dtype: str) -> str | None:
+    """``com.microsoft.GroupQueryAttention`` on the CPU provider."""
+    return None if dtype == "float32" else f"only float32 was executed on the CPU kernel, the model is {dtype}"

@@ -1,0 +1,136 @@
+"""Target ``ort-cpu``: ONNX Runtime's fused CPU kernels, float32.
+
+Rewrites, in order: norms -> (Skip)SimplifiedLayerNormalization and rotary recognition (onnxscript's own rules),
+attention -> GroupQueryAttention, routed FFN -> MoE, tied output projection -> FusedMatMul.
+Each is checked for legality, applied to every layer, and one layer of it is executed beside what it replaced. A refused rewrite leaves standard operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from moedge import MoEdgeError
+from moedge.export.functions import DOMAIN
+from moedge.export.lowering import Lowered, Rewrite, legality, ort_attention, ort_matmul, ort_moe, selftest
+from moedge.export.lowering.graph import array_of, remove_unused
+
+# Two float32 evaluations of one block differ by the order of their sums: about sqrt(n) * 2^-24 of the largest output
+# with n terms. n is the widest product of a block (at most some 16k: 8e-6); ordinary widths stay well under 2e-6.
+BLOCK_LIMIT = 2e-6
+
+
+def lower(model: ir.Model, *, max_length: int) -> Lowered:
+    """Rewrite ``model`` in place for ONNX Runtime's CPU provider.
+
+    Raises:
+        MoEdgeError: a rewritten block does not compute what it replaced; the message names the block and the error.
+    """
+    if reason := legality.runtime():
+        raise MoEdgeError(f"Cannot lower for ort-cpu: {reason}.")
+    before = model.clone()
+    dtype = next(value for value in model.graph.initializers.values() if value.dtype is not None).dtype
+    dtype_name = "float32" if dtype in (ir.DataType.FLOAT, ir.DataType.INT64) else str(dtype.name).lower()
+    taps: dict[int, dict[str, object]] = {}
+    cache = {"kind": "concat", "max_length": max_length}
+
+    rewrites = [_norms(model, before)]
+    rewrites.append(
+        _apply(
+            model, before, "CausalAttention -> GroupQueryAttention", legality.attention_cpu(dtype=dtype_name),
+            lambda: ort_attention.fuse(model, max_length), lambda: _attention_edges(before),
+        )
+    )  # fmt: skip
+    if rewrites[-1].status == "applied":
+        cache["kind"] = "shared_buffer"
+    experts = [node for node in before.graph if node.domain == DOMAIN and node.op_type == "SparseGLU"]
+    if experts:
+
+        def fuse_experts() -> tuple[int, str]:
+            count, reason, found = ort_moe.fuse(model)
+            taps.update({layer: vars(tap) for layer, tap in found.items()})
+            return count, reason
+
+        illegal = legality.moe_cpu(
+            dtype=dtype_name,
+            activations={node.attributes["activation"].as_string() for node in experts},
+            smallest_weight=_smallest_weight(before),
+        )
+        edges = [str(node.outputs[0].name) for node in (experts[0], experts[-1])]
+        rewrites.append(_apply(model, before, "Route + SparseGLU -> MoE", illegal, fuse_experts, lambda: edges))
+    rewrites.append(
+        _apply(
+            model, before, "tied output projection -> FusedMatMul", None,
+            lambda: ort_matmul.fuse_transposed(model), lambda: ["logits"],
+        )
+    )  # fmt: skip
+    remove_unused(model)
+    return Lowered(rewrites, taps, cache, limits=_limits(cache))
+
+
+def _apply(
+    model: ir.Model,
+    before: ir.Model,
+    name: str,
+    illegal: str | None,
+    rewrite: Callable[[], tuple[int, str]],
+    edges: Callable[[], Sequence[str]],
+) -> Rewrite:
+    """Apply one rewrite unless it is illegal, then execute the block that computes ``edges`` before and after."""
+    if illegal:
+        return Rewrite(name, 0, "refused", illegal)
+    count, reason = rewrite()
+    if not count:
+        return Rewrite(name, 0, "refused", reason)
+    test = selftest.compare(name, before, model, edges(), BLOCK_LIMIT)
+    if not test.passed:
+        raise MoEdgeError(
+            f"Self-test of {name!r} failed: relative error {test.max_rel_error:.1e}, limit {test.limit:.0e}. "
+            "This runtime computes the block wrongly; use --target portable and report the runtime version."
+        )
+    return Rewrite(name, count, "applied", self_test=test.to_json())
+
+
+def _norms(model: ir.Model, before: ir.Model) -> Rewrite:
+    from onnxscript.rewriter.ort_fusions.rms_normalization import fuse_rms_normalization
+    from onnxscript.rewriter.ort_fusions.rotary_embedding import fuse_rotary_embedding
+    from onnxscript.rewriter.ort_fusions.skip_normalization import fuse_skip_rms_normalization
+
+    fused: list[ir.Node] = []
+
+    def fuse() -> tuple[int, str]:
+        fuse_rms_normalization(model)
+        fuse_skip_rms_normalization(model)
+        fused.extend(n for n in model.graph if n.op_type.endswith("SimplifiedLayerNormalization"))
+        return len(fused), "no RMS normalisation was recognised"
+
+    name = "RMS norms -> (Skip)SimplifiedLayerNormalization"
+    rewrite = _apply(model, before, name, None, fuse, lambda: [str(n.outputs[0].name) for n in (fused[0], fused[-1])])
+    fuse_rotary_embedding(model)  # only marks the pattern; the attention rewrite consumes the marks
+    return rewrite
+
+
+def _attention_edges(model: ir.Model) -> list[str]:
+    """Name what the first attention block gives to the rest of the graph: output, present keys and values."""
+    for node in model.graph:
+        if node.domain == DOMAIN and node.op_type == "CausalAttention":
+            reshape = node.outputs[0].uses()[0].node
+            return [str(reshape.outputs[0].name), str(node.inputs[1].name), str(node.inputs[2].name)]
+    return []
+
+
+def _smallest_weight(model: ir.Model) -> float:
+    """Lower bound of the combination weights over all Route nodes (scaled: 1 + u_e * p with p in 0..1)."""
+    smallest = 1.0
+    for node in model.graph:
+        if node.domain == DOMAIN and node.op_type == "Route" and node.attributes["rule"].as_string() == "scaled":
+            smallest = min(smallest, 1.0 + float(np.minimum(array_of(node.inputs[2]), 0).min()))
+    return smallest
+
+
+def _limits(cache: dict[str, object]) -> list[str]:
+    if cache["kind"] != "shared_buffer":
+        return []
+    return ["after its prefill, a batch larger than 1 takes one new token at a time (GroupQueryAttention)"]

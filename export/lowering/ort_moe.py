@@ -1,0 +1,135 @@
+"""moedge::Route + moedge::SparseGLU -> com.microsoft.MoE.
+
+The kernel takes logits and applies its own softmax and top-k, so a router is dressed as logits whose softmax over the
+selected experts gives the wanted weights (peers.md 5.1b): log(w_e) for the selected experts, -1e4 elsewhere, and
+``y = sum(w) * MoE``. With unit weights that is zeros scattered at the selected experts and a factor k.
+
+``normalize_routing_weights=1`` always: the only mode that is right for every dtype of the CPU kernel. Scaling scores
+towards zero instead (softmax of nearly equal logits is 1/k) does not work: the kernel ranks the float32 softmax over
+all E, where scaled scores become ties (measured on 1.31.1: wrong experts from a factor of 2**-20 on, no error).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from moedge.export.functions import DOMAIN
+from moedge.export.lowering.graph import Builder, array_of, constant_of, layer_of, remove_unused, values_by_name
+
+UNSELECTED = -1.0e4
+"""Logit of an unselected expert: its softmax weight is exactly 0 beside any log(w) above -9.9e3; fits float16."""
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where the routing of one layer can be read in the lowered graph."""
+
+    output: str
+    kind: str
+    top_k: int
+
+
+def interleave(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """Row pairs g0, u0, g1, u1, ...: two [E, I, H] -> [E, 2I, H] (``swiglu_fusion=1``)."""
+    experts, width, hidden = gate.shape
+    return np.stack([gate, up], axis=2).reshape(experts, 2 * width, hidden)
+
+
+def fuse(model: ir.Model) -> tuple[int, str, dict[int, Tap]]:
+    """Replace every SparseGLU; return how many, why the rest (if any) were left, and the routing taps by layer."""
+    nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type == "SparseGLU"]
+    if not nodes:
+        return 0, "the graph has no SparseGLU node", {}
+    activations = {node.attributes["activation"].as_string() for node in nodes}
+    if activations != {"silu"}:
+        return 0, f"com.microsoft.MoE on CPU gates with SiLU only, the model with {', '.join(sorted(activations))}", {}
+    taps = {}
+    for node in nodes:
+        layer = layer_of(node)
+        taps[layer] = _replace(model, node, layer)
+    remove_unused(model)
+    return len(nodes), "", taps
+
+
+def _replace(model: ir.Model, node: ir.Node, layer: int) -> Tap:
+    x, indices, weights, gate, up, down, *rest = node.inputs
+    assert indices is not None
+    assert weights is not None
+    route = indices.producer()
+    assert route is not None
+    top_k = route.attributes["top_k"].as_int()
+    builder = Builder(model, before=node)
+    unit = route.attributes["rule"].as_string() == "unit"
+    if unit:
+        indices, logits = _zeros_at_top_k(builder, route, layer, top_k, len(array_of(gate)))
+        # An initializer of its own, so that a check with another k (every expert: the dense model) can set it.
+        total = builder.initializer(f"layers.{layer}.router.weight_sum", np.array(top_k, np.float32))
+    else:
+        logits = _log_weights(builder, route, indices, weights)
+        total = builder.node("ReduceSum", [weights, constant_of(builder, [-1])], attributes={"keepdims": 1})
+    fc1 = builder.initializer(f"layers.{layer}.experts.gate_up", interleave(array_of(gate), array_of(up)))
+    y = builder.node(
+        "MoE",
+        [x, logits, fc1, None, down],
+        domain="com.microsoft",
+        attributes={
+            "k": top_k,
+            "activation_type": "swiglu",
+            "swiglu_fusion": 1,
+            "activation_alpha": 1.0,
+            "activation_beta": 0.0,
+            "normalize_routing_weights": 1,
+        },
+    )
+    y = builder.node("Mul", [y, total])
+    if rest:
+        y = builder.node("Add", [y, _compensation(builder, logits, rest[0])])
+    builder.replace_output(node.outputs[0], y)
+    return Tap(str(indices.name), "indices", top_k)
+
+
+def _zeros_at_top_k(
+    builder: Builder, route: ir.Node, layer: int, top_k: int, num_experts: int
+) -> tuple[ir.Value, ir.Value]:
+    """Return the selected experts int64 [T, k] and logits [T, E] that are 0 there and UNSELECTED elsewhere."""
+    scores, bias = route.inputs[:2]
+    assert scores is not None
+    if array_of(bias).any():
+        scores = builder.node("Add", [scores, bias])
+    count = builder.initializer(f"layers.{layer}.router.top_k", np.array([top_k], np.int64))
+    best, chosen = builder.node("TopK", [scores, count], outputs=2, attributes={"axis": -1, "largest": 1, "sorted": 1})
+    chosen.name = f"layers.{layer}.router.indices"
+    zeros = builder.node("Sub", [best, best])
+    floor = _floor(builder, num_experts)
+    return chosen, builder.node("ScatterElements", [floor, chosen, zeros], attributes={"axis": 1})
+
+
+def _floor(builder: Builder, num_experts: int) -> ir.Value:
+    """Return UNSELECTED as [T, E], computed once for the whole graph (T is the number of fed tokens)."""
+    name = f"router.floor.{num_experts}"
+    existing = values_by_name(builder.model).get(name)
+    if existing is not None:
+        return existing
+    top = Builder(builder.model, before=builder.graph[0])
+    tokens = top.node("Reshape", [top.node("Size", [top.graph_input("input_ids")]), constant_of(top, [1])])
+    shape = top.node("Concat", [tokens, constant_of(top, [num_experts])], attributes={"axis": 0})
+    value = top.node("ConstantOfShape", [shape], attributes={"value": ir.tensor(np.array([UNSELECTED], np.float32))})
+    value.name = name
+    return value
+
+
+def _log_weights(builder: Builder, route: ir.Node, indices: ir.Value, weights: ir.Value) -> ir.Value:
+    shape = builder.node("Shape", [route.inputs[0]])
+    fill = ir.tensor(np.array([UNSELECTED], np.float32))
+    floor = builder.node("ConstantOfShape", [shape], attributes={"value": fill})
+    chosen = builder.node("Cast", [indices], attributes={"to": 7})
+    return builder.node("ScatterElements", [floor, chosen, builder.node("Log", [weights])], attributes={"axis": 1})
+
+
+def _compensation(builder: Builder, logits: ir.Value, compensation: ir.Value | None) -> ir.Value:
+    """What the unselected experts contribute on average: the selected ones are those whose logit is above the floor."""
+    below = builder.node("Less", [logits, constant_of(builder, UNSELECTED / 2, np.float32)])
+    return builder.node("MatMul", [builder.node("Cast", [below], attributes={"to": 1}), compensation])

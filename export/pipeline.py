@@ -1,0 +1,174 @@
+"""Checkpoint -> bundles: trace once, then lower the portable graph for every other target."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from moedge import MoEdgeError, __version__
+from moedge._files import atomic_dir
+from moedge.export import bundle
+from moedge.export.lowering import TARGETS, Lowered
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, and how many of how many steps are finished."""
+
+
+def export(
+    checkpoint: Path,
+    out: Path,
+    targets: Sequence[str],
+    *,
+    label: str,
+    max_length: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Path]:
+    """Export a dense or converted Hugging Face folder to ``out/<target>/`` bundles.
+
+    The portable bundle is always made, since every other target is lowered from it.
+
+    Args:
+        checkpoint: a dense folder or one that ``moedge convert`` wrote.
+        out: folder that receives one bundle a target.
+        targets: names in ``lowering.TARGETS``.
+        label: name of the model for reports.
+        max_length: longest sequence (cache and rotary tables); the model's own maximum by default.
+        force: replace existing bundles.
+        progress: see :data:`Progress`.
+
+    Raises:
+        MoEdgeError: unknown target, a model that cannot be traced, an existing bundle without ``force``, or a lowering
+            whose self-test fails.
+    """
+    if unknown := [name for name in targets if name not in TARGETS]:
+        raise MoEdgeError(f"Unknown target {unknown[0]!r}; known: {', '.join(TARGETS)}.")
+    order = ["portable", *[name for name in TARGETS if name in targets and name != "portable"]]
+    report = progress or (lambda *_: None)
+    written: dict[str, Path] = {}
+    for step, target in enumerate(order):
+        report(f"{'tracing' if target == 'portable' else 'lowering'} {target}", step, len(order))
+        destination = out / target
+        with atomic_dir(destination, force=force) as partial:
+            if target == "portable":
+                _export_portable(checkpoint, partial, label, max_length)
+            else:
+                _lower(target, out / "portable", partial)
+        written[target] = destination
+    report("done", len(order), len(order))
+    return written
+
+
+def _export_portable(checkpoint: Path, partial: Path, label: str, max_length: int | None) -> None:
+    import onnx_ir as ir
+
+    from moedge.convert import modeling, sources
+    from moedge.export.trace import Architecture, trace
+
+    converted = str(_read_json(checkpoint / "config.json").get("model_type", "")).startswith("moedge_")
+    plan_sha256 = None
+    if converted:
+        model, plan, _ = modeling.load(checkpoint)
+        plan_sha256 = plan.sha256
+    else:
+        model = sources.load_model(checkpoint)
+    facts = Architecture.of(model.config)
+    longest = min(max_length or model.config.max_position_embeddings, model.config.max_position_embeddings)
+    graph = trace(model)
+    lowered = _lowering("portable").lower(graph, max_length=longest)
+    ir.save(graph, partial / bundle.MODEL, external_data=bundle.WEIGHTS)
+    bundle.copy_companions(checkpoint, partial)
+    generation = getattr(model, "generation_config", None) or model.config
+    eos = getattr(generation, "eos_token_id", None)
+    manifest = {
+        "target": "portable",
+        "kind": "moe" if converted else "dense",
+        "label": label,
+        "model": {
+            **vars(facts),
+            "max_position_embeddings": longest,
+            "eos_token_ids": [] if eos is None else [eos] if isinstance(eos, int) else list(eos),
+            "bos_token_id": getattr(generation, "bos_token_id", None),
+            "pad_token_id": getattr(generation, "pad_token_id", None),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        },
+        "moe": _moe_facts(model, plan_sha256) if converted else None,
+        "parent": None,
+    }
+    _seal(partial, graph, lowered, manifest)
+
+
+def _moe_facts(model: Any, plan_sha256: str | None) -> dict[str, Any]:
+    from moedge.convert.modeling import SparseFFN
+
+    layers = {
+        str(block.layer_index): {
+            "num_experts": block.num_experts,
+            "top_k": block.top_k,
+            "shared_width": block.get_parameter("shared_gate").shape[0],
+            "expert_width": block.get_parameter("gate").shape[1] if block.num_experts else 0,
+        }
+        for block in model.modules()
+        if isinstance(block, SparseFFN)
+    }
+    return {"plan_sha256": plan_sha256, "layers": layers}
+
+
+def _lower(target: str, portable: Path, partial: Path) -> None:
+    """Lower a portable bundle. Needs onnx and the target's runtime, not torch; weights stay memory-mapped."""
+    import onnx_ir as ir
+
+    source = bundle.open_bundle(portable)
+    bundle.check_external_data(source.model_path, set(source.manifest["files"]))
+    graph = ir.load(source.model_path)
+    lowered = _lowering(target).lower(graph, max_length=source.manifest["model"]["max_position_embeddings"])
+    ir.save(graph, partial / bundle.MODEL, external_data=bundle.WEIGHTS)
+    bundle.copy_companions(portable, partial)
+    kept = {key: source.manifest[key] for key in ("kind", "label", "model", "moe")}
+    _seal(partial, graph, lowered, {**kept, "target": target, "parent": source.sha256})
+
+
+def _lowering(target: str) -> Any:
+    return importlib.import_module(TARGETS[target])
+
+
+def _seal(partial: Path, graph: Any, lowered: Lowered, manifest: dict[str, Any]) -> None:
+    io = {
+        "model": bundle.MODEL,
+        "inputs": [value.name for value in graph.graph.inputs],
+        "outputs": [value.name for value in graph.graph.outputs],
+    }
+    lowering = {
+        "lowering": [vars(rewrite) for rewrite in lowered.rewrites],
+        "taps": {str(layer): tap for layer, tap in sorted(lowered.taps.items())},
+        "cache": lowered.cache,
+        "limits": lowered.limits,
+    }
+    bundle.seal(partial, {**manifest, **lowering, "io": io, "versions": _versions()})
+
+
+def _versions() -> dict[str, str]:
+    found = {"moedge": __version__}
+    for name in ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "optimum"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise MoEdgeError(f"{path.parent} is not a checkpoint folder: it has no {path.name}.") from error
+    except (OSError, ValueError) as error:
+        raise MoEdgeError(f"{path} cannot be read: {error}.") from error
+    if not isinstance(value, dict):
+        raise MoEdgeError(f"{path} does not hold a JSON object.")
+    return value

@@ -1,0 +1,225 @@
+"""Trace a Hugging Face causal LM, dense or converted, into one ONNX graph with a KV cache.
+
+One graph serves prefill and decode. Inputs and outputs are those of optimum's decoder-with-past export:
+``input_ids``, ``attention_mask``, ``position_ids``, ``past_key_values.N.key/value`` -> ``logits``,
+``present.N.key/value``. Batch, sequence and past lengths are dynamic. Attention and the routed FFN are ``moedge::``
+nodes with model-local function bodies in standard operators (:mod:`moedge.export.functions`).
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+import torch
+
+from moedge import MoEdgeError
+from moedge.export import attention, functions
+from moedge.export import ops as _ops  # noqa: F401 - registers torch.ops.moedge
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ONNX_IR_VERSION = 10
+BASE_INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The facts of a decoder that its graph and its cache depend on (read through optimum's normalised config)."""
+
+    model_type: str
+    hidden_size: int
+    vocab_size: int
+    num_layers: int
+    num_attention_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, config: Any) -> Architecture:
+        """Read a config, dense (``llama``) or converted (``moedge_llama``).
+
+        Raises:
+            MoEdgeError: optimum has no normalised config for the architecture.
+        """
+        model_type = config.model_type.removeprefix("moedge_")
+        normalized = _normalized(config, model_type)
+        heads = normalized.num_attention_heads
+        return cls(
+            model_type=model_type,
+            hidden_size=normalized.hidden_size,
+            vocab_size=normalized.vocab_size,
+            num_layers=normalized.num_layers,
+            num_attention_heads=heads,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or normalized.hidden_size // heads,
+        )
+
+
+def _normalized(config: Any, model_type: str) -> Any:
+    from optimum.utils import NormalizedConfigManager
+
+    try:
+        return NormalizedConfigManager.get_normalized_config_class(model_type)(config)
+    except KeyError as error:
+        raise MoEdgeError(
+            f"Architecture {model_type!r} cannot be exported: optimum knows no decoder config for it."
+        ) from error
+
+
+class _WithFlatCache(torch.nn.Module):
+    """The model as a function of plain tensors: past keys and values in, present ones out."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        past_key_values: list[tuple[torch.Tensor, torch.Tensor]],
+    ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+        from transformers.cache_utils import DynamicCache, DynamicLayer
+
+        cache = DynamicCache()
+        cache.layers = []
+        for key, value in past_key_values:
+            # Filled by hand: DynamicCache.update would concatenate with an empty tensor and leave a node for it.
+            layer = DynamicLayer()
+            layer.dtype, layer.device, layer.is_initialized = key.dtype, key.device, True
+            layer.keys, layer.values = key, value
+            cache.layers.append(layer)
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return output.logits, [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def cache_names(prefix: str, num_layers: int) -> list[str]:
+    """``prefix.N.key`` and ``prefix.N.value`` for every layer, in graph order."""
+    return [f"{prefix}.{layer}.{part}" for layer in range(num_layers) for part in ("key", "value")]
+
+
+def _dummy_inputs(config: Any, facts: Architecture) -> tuple[Any, ...]:
+    """Example inputs: batch 2, 3 new tokens, 4 past (all different, so that no dimension is taken for another)."""
+    from optimum.utils.input_generators import MistralDummyPastKeyValuesGenerator
+
+    batch, new, past = 2, 3, 4
+    generator = MistralDummyPastKeyValuesGenerator(
+        "text-generation", _normalized(config, facts.model_type), batch_size=batch, sequence_length=past
+    )
+    dtype = "fp32" if config.dtype in (None, torch.float32) else "fp16" if config.dtype == torch.float16 else "bf16"
+    return (
+        torch.arange(batch * new).reshape(batch, new) % facts.vocab_size,
+        torch.ones(batch, past + new, dtype=torch.int64),
+        torch.arange(past, past + new).expand(batch, new).contiguous(),
+        generator.generate("past_key_values", framework="pt", float_dtype=dtype),
+    )
+
+
+def _translations() -> dict[Any, Any]:
+    """How each torch operator becomes a node. Tensor arguments map to inputs, the rest to attributes."""
+    from onnxscript.values import Opset
+
+    functions.register_schemas()
+    moedge = Opset(functions.DOMAIN, functions.VERSION)
+
+    def route(scores, selection_bias, scale, top_k, rule):  # type: ignore[no-untyped-def]
+        inputs = [scores, selection_bias] if scale is None else [scores, selection_bias, scale]
+        return moedge.Route(*inputs, top_k=top_k, rule=rule)
+
+    def sparse_glu(x, indices, weights, gate, up, down, compensation, activation):  # type: ignore[no-untyped-def]
+        inputs = [x, indices, weights, gate, up, down, *([] if compensation is None else [compensation])]
+        return moedge.SparseGLU(*inputs, activation=activation)
+
+    def causal_attention(query, key, value, attention_mask, scale):  # type: ignore[no-untyped-def]
+        return moedge.CausalAttention(query, key, value, attention_mask, scale=scale)
+
+    return {
+        torch.ops.moedge.route.default: route,
+        torch.ops.moedge.sparse_glu.default: sparse_glu,
+        torch.ops.moedge.attention.default: causal_attention,
+    }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's notes about its own registry and deprecations away from the user."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def trace(model: PreTrainedModel) -> ir.Model:
+    """Trace ``model`` and attach the function bodies.
+
+    The weights of the result are the model's own tensors, not copies; keep the model alive until the result is saved.
+
+    Raises:
+        MoEdgeError: optimum has no facts for the architecture, the model's attention is not plain causal attention, or
+            its layers mix weight rules or activations.
+    """
+    config = model.config
+    facts = Architecture.of(config)
+    layers = facts.num_layers
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        raise MoEdgeError(
+            f"Architecture {facts.model_type!r} with sliding_window={config.sliding_window} cannot be exported yet: "
+            "the attention operator is plain causal. Choose a model without a sliding window."
+        )
+    batch, new = torch.export.Dim("batch_size"), torch.export.Dim("sequence_length")
+    past, total = torch.export.Dim("past_sequence_length"), torch.export.Dim("total_sequence_length")
+    token_dims, cache_dims = {0: batch, 1: new}, {0: batch, 2: past}
+    attention.register()
+    previous = config._attn_implementation
+    model.set_attn_implementation(attention.IMPLEMENTATION)
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                _WithFlatCache(model).eval(),
+                _dummy_inputs(config, facts),
+                dynamic_shapes=(token_dims, {0: batch, 1: total}, token_dims, [(cache_dims, cache_dims)] * layers),
+                input_names=[*BASE_INPUTS, *cache_names("past_key_values", layers)],
+                output_names=["logits", *cache_names("present", layers)],
+                custom_translation_table=_translations(),
+                opset_version=functions.OPSET,
+                dynamo=True,
+                verbose=False,
+            )
+    finally:
+        model.set_attn_implementation(previous)
+    assert program is not None
+    graph_model = program.model
+    graph_model.ir_version = ONNX_IR_VERSION
+    _drop_debug_metadata(graph_model)
+    functions.attach(graph_model, form="chain")
+    return graph_model
+
+
+def _drop_debug_metadata(model: ir.Model) -> None:
+    """Remove stack traces and module paths: they hold this machine's file names and triple the file's size."""
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+    for value in [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
