@@ -150,6 +150,9 @@ def export(
     label: Annotated[
         str | None, typer.Option(help="Name of the model in reports; the folder's name by default.")
     ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=16, help="Longest prompt + answer in tokens; the model's own limit by default.")
+    ] = None,
     force: Force = False,
 ) -> int | None:
     """Write an ONNX bundle with KV cache for each target.

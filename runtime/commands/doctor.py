@@ -1,4 +1,3 @@
 """``moedge doctor``: what is installed here and what it makes possible."""
 
 from __future__ import annotations
-

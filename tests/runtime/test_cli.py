@@ -1,0 +1,231 @@
+"""The command line: quick help without heavy packages, and one clear line instead of a traceback for bad input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from moedge._files import hash_tree, write_json
+from moedge.convert.plan import LayerPlan, MoEPlan, RouterPlan
+from moedge.runtime.cli import INTERRUPTED, app
+from moedge.runtime.commands.verify import junit_xml
+
+COMMANDS = ("run", "convert", "export", "verify", "bench", "generate", "inspect", "doctor")
+HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "scipy", "matplotlib", "accelerate", "gguf", "huggingface_hub")
+BLOCKED = f"""
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {HEAVY!r}:
+            raise ImportError(f"blocked by the test: {{name}}")
+
+sys.meta_path.insert(0, Block())
+from moedge.runtime.cli import main
+sys.argv[0] = "moedge"
+main()
+"""
+
+
+def moedge(*arguments: str) -> Any:
+    """Run the command in this process; an exception that is not a clean exit fails the test."""
+    result = CliRunner().invoke(app, list(arguments))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def without_heavy_packages(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", BLOCKED, *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_help_works_without_torch_and_lists_every_command() -> None:
+    result = without_heavy_packages("--help")
+    assert result.returncode == 0, result.stderr
+    for name in COMMANDS:
+        assert f" {name} " in result.stdout
+
+
+def test_the_block_of_heavy_packages_works() -> None:
+    """Otherwise the tests around this one could not fail."""
+    code = BLOCKED.split("from moedge")[0] + "import torch"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "blocked by the test: torch" in result.stderr
+
+
+def test_python_m_works_and_prints_the_version() -> None:
+    command = [sys.executable, "-m", "moedge.runtime.cli", "--version"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout.split()[0]) == (0, "moedge")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_teaches_with_an_example(command: str) -> None:
+    result = moedge(command, "--help")
+    assert result.exit_code == 0
+    assert f"moedge {command}" in result.output.split("Example")[1]
+
+
+def test_dry_run_and_recipe_errors_need_no_torch(tmp_path: Path) -> None:
+    result = without_heavy_packages("run", "smollm2-135m", "--dry-run", "--out", str(tmp_path / "run"))
+    assert result.returncode == 0, result.stderr
+    for stage in ("source", "calibrate", "convert", "export", "evaluate", "verify", "bench", "report"):
+        assert stage in result.stdout
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "bad.yaml").write_text("model: {source: asset:wiki}\nconvert: {active: 99}\n")
+    result = without_heavy_packages("run", str(tmp_path / "bad.yaml"))
+    assert result.returncode == 2
+    assert "convert.active: 99 active experts cannot be chosen" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def folder_with(path: Path, **config: Any) -> Path:
+    write_json(path / "config.json", config)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["run", "no-such-recipe"], "No recipe 'no-such-recipe'"),
+        (["run", "{tmp}/latin.yaml"], "not UTF-8"),
+        (["run", "smollm2-135m", "--force", "magic", "--dry-run"], "--force magic: no such stage; stages: source"),
+        (["run", "smollm2-135m", "--from", "magic", "--dry-run"], "--from magic: no such stage"),
+        (["run", "smollm2-135m", "--out", "{tmp}/file"], "exists and is not a folder"),
+        (["run", "smollm2-135m", "--out", "{tmp}/used"], "is not empty and not a run folder"),
+        (["run", "smollm2-135m", "--out", "{tmp}/file/run"], "choose a writable folder"),
+        (["run", "{tmp}/missing-model.yaml"], "{tmp}/nothing does not exist"),
+        (["run", "{tmp}/unknown-asset.yaml"], "Unknown asset 'nothing'; known: "),
+        (["run", "{tmp}/indivisible.yaml"], "convert.experts: 16 does not divide the FFN width 100"),
+        (["run", "{tmp}/tolerances.yaml"], "verify.tolerances: No tolerance profile 'int3/torch'"),
+        (["convert", "{tmp}/nothing", "{tmp}/out"], "{tmp}/nothing does not exist"),
+        (["convert", "{tmp}/model", "{tmp}/out", "--shared", "16"], "convert.active: 6 active experts cannot"),
+        (["convert", "{tmp}/model", "{tmp}/out"], "convert.experts: 16 does not divide the FFN width 100"),
+        (["convert", "asset:smollm2-135m-instruct", "{tmp}/used"], "pass --force to replace it"),
+        (["convert", "asset:smollm2-135m-instruct", "{tmp}/out", "--method", "magic"], "unknown value 'magic'"),
+        (["export", "{tmp}/nothing", "{tmp}/out"], "is not a checkpoint folder: it has no config.json"),
+        (["export", "{tmp}/model", "{tmp}/out", "--target", "tpu"], "Unknown target 'tpu'; known: portable, ort-cpu"),
+        (["export", "{tmp}/model", "{tmp}/used"], "pass --force to replace it"),
+        (["verify", "{tmp}/used"], "is not a run folder"),
+        (["verify", "{tmp}/used", "{tmp}/used", "--prefill", "256"], "leaves nothing to decode"),
+        (["verify", "{tmp}/used", "{tmp}/used"], "tokenizer.json is missing"),
+        (["bench", "{tmp}/used"], "tokenizer.json is missing"),
+        (["generate", "{tmp}/nothing", "hi"], "{tmp}/nothing"),
+        (["generate", "{tmp}/used", "hi", "--target", "tpu"], "--target tpu: unknown; choose ort-cpu or portable"),
+        (["generate", "{tmp}/used", "hi", "--model", "big"], "--model big: unknown; choose moe or dense"),
+        (["inspect", "{tmp}/nothing"], "{tmp}/nothing does not exist"),
+        (["inspect", "{tmp}/used"], "is not a run folder, a checkpoint, a bundle or a model folder"),
+    ],
+)
+def test_bad_input_is_one_line_on_stderr(tmp_path: Path, arguments: list[str], sentence: str) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "mine.txt").write_text("keep")
+    folder_with(tmp_path / "model", model_type="llama", intermediate_size=100)
+    (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9")
+    recipes = {
+        "missing-model": f"model: {{source: {tmp_path}/nothing}}",
+        "unknown-asset": "model: {source: asset:nothing}",
+        "indivisible": f"model: {{source: {tmp_path}/model}}",
+        "tolerances": "model: {source: asset:smollm2-135m-instruct}\nverify: {tolerances: int3}",
+    }
+    for name, text in recipes.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    before = sorted(path for path in tmp_path.rglob("*"))
+    result = moedge(*(argument.format(tmp=tmp_path) for argument in arguments))
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, result.stderr
+    assert sentence.format(tmp=tmp_path) in lines[0]
+    assert sorted(path for path in tmp_path.rglob("*")) == before, "a refused command leaves nothing behind"
+
+
+@pytest.mark.parametrize("arguments", [["run"], ["bench", "x", "--repeats", "2"], ["frobnicate"], ["run", "x", "--no"]])
+def test_usage_errors_exit_with_2(arguments: list[str]) -> None:
+    assert moedge(*arguments).exit_code == 2
+
+
+def test_ctrl_c_exits_with_130_and_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moedge.runtime.commands import run
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "execute", interrupted)
+    result = moedge("run", "smollm2-135m", "--out", "/tmp/never-made")
+    assert result.exit_code == INTERRUPTED
+    assert "Resume with the same command" in result.stderr
+
+
+def test_estimate_counts_the_parameters_of_the_default_model() -> None:
+    from moedge.configs.recipe import load_recipe
+    from moedge.runtime.commands.run import estimate
+
+    config = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
+    config |= {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
+    recipe = load_recipe("smollm2-135m")
+    copies = 2 + 2 * len(recipe.export.targets)
+    # 134.5 M parameters (assets.md), in float32; norms are left out of the estimate.
+    assert estimate(config, recipe)["disk"] == pytest.approx(copies * 4 * 134.5e6, rel=1e-3)
+    assert 1.5e9 < estimate(config, recipe)["memory"] < 8 * 2**30
+
+
+def toy_plan() -> MoEPlan:
+    layer = LayerPlan(
+        shared=np.arange(4, dtype=np.int32),
+        experts=[np.arange(4, 8, dtype=np.int32), np.arange(8, 12, dtype=np.int32)],
+        top_k=1,
+        router=RouterPlan("linear", {"weight": np.ones((2, 3), dtype=np.float32)}),
+        report={"dead_share": 0.25},
+    )
+    model = {"model_type": "llama", "hidden_size": 3, "intermediate_size": 12, "num_layers": 2, "hidden_act": "silu"}
+    return MoEPlan("cmoe", {"shared": 1, "active": 1, "experts": 3}, model, [layer, layer])
+
+
+def test_inspect_shows_a_plan_and_refuses_a_changed_one(tmp_path: Path) -> None:
+    toy_plan().save(tmp_path)
+    facts = json.loads(moedge("inspect", str(tmp_path), "--json").stdout)
+    assert facts["plan"] == toy_plan().sha256
+    assert [layer["active"] for layer in facts["layers"]] == pytest.approx([8 / 12, 8 / 12])
+    assert "linear" in moedge("inspect", str(tmp_path)).stdout
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    plan["layers"][0]["top_k"] = 2
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    result = moedge("inspect", str(tmp_path))
+    assert (result.exit_code, "does not match its own hash" in result.stderr) == (2, True)
+
+
+def test_inspect_shows_a_run(tmp_path: Path) -> None:
+    from moedge.configs.recipe import load_recipe
+
+    write_json(tmp_path / "run.json", {"schema": "moedge.run/1", "recipe": load_recipe("smollm2-135m").model_dump()})
+    write_json(tmp_path / "evaluate" / "evaluation.json", {"a": 1})
+    record = {"stage": "evaluate", "seconds": 2.5, "key": "0" * 64, "outputs": hash_tree(tmp_path / "evaluate")}
+    write_json(tmp_path / "evaluate" / "stage.json", record)
+    facts = json.loads(moedge("inspect", str(tmp_path), "--json").stdout)
+    assert [stage["stage"] for stage in facts["stages"]] == ["evaluate"]
+    assert facts["model"] == "asset:smollm2-135m-instruct"
+
+
+def test_junit_counts_every_check_and_names_the_failed_ones() -> None:
+    checks = [
+        {"name": "decode.kl", "value": 1e-9, "relation": "<=", "limit": 1e-6, "passed": True},
+        {"name": "decode.top1 <&>", "value": None, "relation": ">=", "limit": 1.0, "passed": False},
+    ]
+    identity = {"name": "a = b", "max_rel_error": 1e-6, "limit": 1e-5, "passed": True}
+    result = {"identity": [identity], "parity": [{"name": "a vs b", "verdict": {"passed": False, "checks": checks}}]}
+    suite = ElementTree.fromstring(junit_xml(result))
+    assert (suite.get("tests"), suite.get("failures")) == ("3", "1")
+    failed = [case.get("name") for case in suite.iter("testcase") if case.find("failure") is not None]
+    assert failed == ["decode.top1 <&>"]

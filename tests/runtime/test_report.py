@@ -1,0 +1,344 @@
+"""The report: valid against its schema, self-contained, and every string in it escaped."""
+
+from __future__ import annotations
+
+import copy
+import html.parser
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from rich.console import Console
+
+from moedge import MoEdgeError
+from moedge._files import write_json
+from moedge.configs.recipe import parse_recipe
+from moedge.runtime import report as reports
+from moedge.runtime.report.build import build
+from moedge.runtime.report.summary import show
+
+HOSTILE = "<script>alert('x')</script> | [a](javascript:1) $\\frac$ & \"q\" \u00e9\u4e2d"
+SHA = "0123456789abcdef" * 4
+
+
+def _distribution(scale: float) -> dict[str, float]:
+    names = ("mean", "standard_error", "p50", "p90", "p99", "p99.9", "max")
+    return {name: scale * (1 + i) for i, name in enumerate(names)}
+
+
+def _phase(tokens: int) -> dict[str, Any]:
+    agreement = {"agreement": 1.0, "compared": tokens - 3, "disagreements": 0, "near_ties_excluded": 3}
+    return {
+        "tokens": tokens,
+        "non_finite": 0,
+        "constant": 0,
+        "abs_error": {"max": 1e-4, "mean": 1e-5},
+        "rel_error": _distribution(1e-6),
+        "cosine": {"mean": 1.0, "min": 0.99999},
+        "kl_ref_test": _distribution(1e-11),
+        "kl_test_ref": _distribution(1e-11),
+        "top1": agreement,
+        "top5": agreement,
+        "perplexity": {"tokens": tokens - 1, "reference": 25.0, "test": 25.0, "ratio": 1.0},
+    }
+
+
+def _info(label: str) -> dict[str, Any]:
+    return {
+        "name": label,
+        "runtime": "toy 1.0",
+        "device": "CPU",
+        "dtype": "float32",
+        "threads": 2,
+        "model": {"moe": label.endswith("moe"), "label": HOSTILE},
+    }
+
+
+def _parity(test: str, reference: str) -> dict[str, Any]:
+    layers = {str(i): {"agreement": 1.0, "flips": i, "overlap": 1.0} for i in range(3)}
+    moe = test.endswith("moe")
+    return {
+        "schema": "moedge.parity/1",
+        "name": f"{test} vs {reference}",
+        "reference": _info(reference),
+        "test": _info(test),
+        "tokens": {"windows": 8, "window": 256, "prefill": 192, "decode": 512},
+        "phases": {"prefill": _phase(2048), "decode": _phase(512)},
+        "overall": _phase(2560),
+        "routing": {"compared": True, "agreement": 0.99999, "layers": layers}
+        if moe
+        else {"compared": False, "reason": HOSTILE},
+        "tolerances": {"max_kl": 0.1},
+        "verdict": {
+            "passed": True,
+            "checks": [{"name": "prefill.kl", "value": 1e-9, "relation": "<=", "limit": 1e-6, "passed": True}],
+        },
+    }
+
+
+def _verification() -> dict[str, Any]:
+    identity = {
+        "schema": "moedge.identity/1",
+        "name": "ort-cpu moe = torch dense",
+        "reference": _info("torch dense"),
+        "test": _info("ort-cpu moe"),
+        "tokens": 512,
+        "max_rel_error": 3e-6,
+        "limit": 1e-4,
+        "passed": True,
+    }
+    return {
+        "schema": "moedge.verify/1",
+        "text": HOSTILE,
+        "identity": [identity],
+        "parity": [_parity("ort-cpu moe", "torch moe"), _parity("ort-cpu dense", "torch dense")],
+        "passed": True,
+    }
+
+
+def _speed() -> dict[str, Any]:
+    labels = ["torch dense", "torch moe", "ort-cpu dense", "ort-cpu moe"]
+    times = {"p50": 20.0, "p90": 22.0, "p99": 25.0, "mean": 20.5, "ci95": [19.5, 20.4]}
+    ratios = [
+        {"metric": metric, "label": one, "baseline": two, "speedup": 1.5, "ci95": [1.4, 1.6], "verdict": "faster"}
+        for metric in ("ttft_ms", "tpot_ms")
+        for one in labels
+        for two in labels
+        if one != two
+    ]
+    row = {"ttft_ms": times, "tpot_ms": times, "prefill_tokens_per_s": 900.0, "decode_tokens_per_s": 50.0}
+    memory = {"peak_rss_mib": 900.5, "load_s": 1.2}
+    protocol = {"batch": 1, "prompt": 512, "decode": 64, "repeats": 10, "order": "o", "intervals": "i", "memory": "m"}
+    return {
+        "schema": "moedge.bench/1",
+        "text": "wiki",
+        "protocol": protocol,
+        "machine": {"processor": HOSTILE, "cores": 2, "memory_gib": 8.0},
+        "rows": [{"label": label, "info": _info(label), **row, **memory} for label in labels],
+        "ratios": ratios,
+    }
+
+
+def _quality() -> dict[str, Any]:
+    def row(label: str, kind: str, ppl: float, **more: Any) -> dict[str, Any]:
+        kl = None if kind == "dense" else {"wiki": 0.2, HOSTILE: 0.3}
+        values = {"label": label, "kind": kind, "active_width_fraction": 0.75, "ppl": {"wiki": ppl, HOSTILE: 2 * ppl}}
+        return {**values, "ppl_std": None, "kl_to_dense": kl, "seeds": None, **more}
+
+    return {
+        "schema": "moedge.evaluation/1",
+        "protocol": {"window": 512, "bos": False, "dtype": "float32", "tokens": {"wiki": 4088, HOSTILE: 4088}},
+        "rows": [
+            row("dense", "dense", 23.0),
+            row("cmoe", "method", 31.0),
+            row("static mask", "control", 30.0),
+            row("random partition", "control", 9e5, ppl_std={"wiki": 1.0, HOSTILE: 2.0}, seeds=[0, 1]),
+        ],
+        "verdict": {"router_beats": {"static mask": False}, "sentences": [f"cmoe loses {HOSTILE}."]},
+    }
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return make_run(tmp_path)
+
+
+def make_run(folder: Path) -> Path:
+    """A run folder as the stages leave it, with a hostile string wherever a user's text can get."""
+    root = folder / "run"
+    source = {"label": HOSTILE, "spec": HOSTILE, "kind": "folder", "sha256": SHA, "folder": "/x", "files": {}}
+    write_json(root / "source" / "source.json", {**source, "config": {"model_type": HOSTILE, "hidden_size": 576}})
+    params = {"shared": 6, "active": 6, "experts": 16, "note": HOSTILE}
+    facts = {"dead_share": 0.2, "dead_share_of_routed": 0.3, "note": HOSTILE}
+    layer = {"expert_widths": [96] * 10, "top_k": 6, "combine": "unit", "router": None, "report": facts}
+    plan = {"method": "cmoe", "params": params, "provenance": {"text": HOSTILE}, "sha256": SHA}
+    plan |= {"model": {"intermediate_size": 1536}, "layers": [layer] * 3}
+    write_json(root / "convert" / "checkpoint" / "plan.json", plan)
+    write_json(
+        root / "convert" / "checkpoint" / "config.json",
+        {"moedge": {"layers": [{"shared_width": 576, "expert_width": 96}] * 3}},
+    )
+    rewrites = [
+        {
+            "rewrite": "moe",
+            "nodes": 30,
+            "status": "applied",
+            "reason": "",
+            "self_test": {"max_rel_error": 1e-7, "ok": True},
+        },
+        {"rewrite": HOSTILE, "nodes": 0, "status": "refused", "reason": HOSTILE, "self_test": None},
+    ]
+    manifest = {"target": "ort-cpu", "kind": "moe", "cache": {"kind": "shared_buffer", "max_length": 2048}}
+    manifest |= {"lowering": rewrites, "files": {"model.onnx": {"sha256": SHA, "size": 5 << 20}}}
+    write_json(root / "export" / "ort-cpu" / "manifest.json", manifest)
+    write_json(root / "evaluate" / "evaluation.json", _quality())
+    write_json(root / "verify" / "verify.json", _verification())
+    write_json(root / "bench" / "bench.json", _speed())
+    for stage in ("source", "convert", "evaluate"):
+        record = {"stage": stage, "key": SHA, "seconds": 1.5, "parts": {"versions": {"torch": "2.13"}}}
+        write_json(root / stage / "stage.json", {**record, "outputs": {"f": {"sha256": SHA, "size": 10}}})
+    return root
+
+
+@pytest.fixture
+def report(run: Path) -> dict[str, Any]:
+    return build(run, parse_recipe("model: {source: x}", name="toy").model_dump())
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The HTML of the hostile run, drawn once: plots take a second."""
+    report = build(
+        make_run(tmp_path_factory.mktemp("page")), parse_recipe("model: {source: x}", name="toy").model_dump()
+    )
+    return reports.render(report, "report.html.j2")
+
+
+class _Elements(html.parser.HTMLParser):
+    """Collects start tags, attributes and text of a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def parse(page: str) -> _Elements:
+    elements = _Elements()
+    elements.feed(page)
+    return elements
+
+
+def schema() -> dict[str, Any]:
+    return dict(json.loads(reports.SCHEMA_FILE.read_text(encoding="utf-8")))
+
+
+def test_the_report_matches_its_schema(report: dict[str, Any]) -> None:
+    jsonschema.Draft202012Validator.check_schema(schema())
+    jsonschema.validate(report, schema())
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda report: report.pop("quality"),
+        lambda report: report.update(schema="moedge.report/2"),
+        lambda report: report.update(extra=1),
+        lambda report: report["verification"]["parity"][0]["verdict"]["checks"][0].update(relation="<"),
+        lambda report: report["verification"]["parity"][0]["phases"].pop("decode"),
+        lambda report: report["conversion"].update(plan_sha256="x"),
+        lambda report: report["speed"]["rows"][0]["tpot_ms"].pop("ci95"),
+    ],
+)
+def test_the_schema_refuses_a_report_that_is_not_one(report: dict[str, Any], spoil: Any) -> None:
+    spoil(report)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(report, schema())
+
+
+def test_write_makes_three_files_that_agree(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    report = reports.write(run, out, recipe=parse_recipe("model: {source: x}", name="toy").model_dump())
+    assert sorted(path.name for path in out.iterdir()) == ["report.html", "report.json", "report.md"]
+    assert json.loads((out / "report.json").read_text(encoding="utf-8")) == report
+    elements = parse((out / "report.html").read_text(encoding="utf-8"))
+    assert elements.tags.count("svg") == 5
+    assert {"h1", "table", "dl"} <= set(elements.tags)
+
+
+def test_html_is_self_contained(page: str) -> None:
+    elements = parse(page)
+    assert not {"script", "link", "iframe", "object", "embed", "img", "base", "form"} & set(elements.tags)
+    assert not [name for name, _ in elements.attributes if name.startswith("on") or name in ("src", "srcset", "action")]
+    links = [value for name, value in elements.attributes if name in ("href", "xlink:href")]
+    assert all(link.startswith("#") for link in links), links
+    assert not re.search(r"@import|url\((?!#)", page)
+    names = re.findall(r"https?://[^\s\"'<]+", page)
+    assert {name for name in names if "www.w3.org" not in name} == set(), "only XML namespace names look like links"
+
+
+def test_ids_are_unique_and_every_reference_in_a_plot_resolves(page: str) -> None:
+    ids = [value for name, value in parse(page).attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    used = set(re.findall(r"url\(#([^)]+)\)", page)) | set(re.findall(r'href="#([^"]+)"', page))
+    assert used, "clip paths and markers are referenced by id"
+    assert used <= set(ids)
+
+
+def test_hostile_strings_stay_text_in_html(page: str) -> None:
+    assert "<script" not in page.lower()
+    elements = parse(page)
+    assert not any("javascript:" in value for name, value in elements.attributes if name != "title")
+    assert "".join(elements.text).count("alert('x')") >= 10, "the label must be shown, as text, where it belongs"
+
+
+def test_hostile_strings_stay_text_in_markdown(report: dict[str, Any]) -> None:
+    text = reports.render(report, "report.md.j2")
+    assert "<script" not in text.lower()
+    assert not re.search(r"(?<!\\)\]\(", text), "no link can come out of a label"
+    rows = [line for line in text.splitlines() if line.startswith("|") and "static mask" in line]
+    header = next(line for line in text.splitlines() if line.startswith("| | active FFN"))
+    assert re.sub(r"\\\|", "", header).count("|") == rows[0].count("|"), "a label must not add a column"
+
+
+def test_the_report_says_when_the_router_loses_and_when_parity_fails(report: dict[str, Any]) -> None:
+    assert any(sentence.startswith("cmoe loses") for sentence in report["sentences"])
+    assert report["sentences"][0] == "All 3 checks of the exported engines against PyTorch passed."
+    failed = copy.deepcopy(report)
+    check = failed["verification"]["parity"][0]["verdict"]["checks"][0]
+    check.update(passed=False, value=None)
+    failed["verification"]["parity"][0]["verdict"]["passed"] = failed["verification"]["passed"] = failed["passed"] = (
+        False
+    )
+    assert "FAIL" in reports.render(failed, "report.html.j2")
+    assert "FAILED: ort-cpu moe vs torch moe: prefill.kl" in reports.render(failed, "report.md.j2")
+
+
+def test_a_missing_or_damaged_result_is_one_sentence(run: Path) -> None:
+    recipe = parse_recipe("model: {source: x}", name="toy").model_dump()
+    (run / "bench" / "bench.json").write_text("{", encoding="utf-8")
+    with pytest.raises(MoEdgeError, match=r"bench\.json cannot be read"):
+        build(run, recipe)
+    (run / "verify" / "verify.json").unlink()
+    with pytest.raises(MoEdgeError, match=r"verify\.json is missing"):
+        build(run, recipe)
+
+
+def test_values_that_could_not_be_measured_are_shown_as_such(report: dict[str, Any]) -> None:
+    parity = report["verification"]["parity"][0]
+    for name in ("kl_ref_test", "rel_error"):
+        parity["overall"][name] = dict.fromkeys(parity["overall"][name])
+    parity["overall"]["top1"]["agreement"] = None
+    report["verification"]["identity"][0]["max_rel_error"] = None
+    for row in report["speed"]["rows"]:
+        row["peak_rss_mib"] = row["load_s"] = None
+    jsonschema.validate(report, schema())
+    for template in ("report.html.j2", "report.md.j2"):
+        text = reports.render(report, template)
+        assert "None" not in text
+        assert "\u2013" in text
+    console = Console(width=220, force_terminal=False)
+    with console.capture() as captured:
+        show(report, console)
+    assert "ort-cpu moe" in captured.get()
+
+
+def test_the_summary_table_shows_quality_controls_verdicts_and_ratios(report: dict[str, Any]) -> None:
+    console = Console(width=220, force_terminal=False)
+    with console.capture() as captured:
+        show(report, console)
+    text = captured.get()
+    for expected in ("static mask", "S6A6E16", "1.50x", "pass", "verdict: passed", "alert('x')", "cmoe loses"):
+        assert expected in text
