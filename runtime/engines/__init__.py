@@ -80,7 +80,9 @@ def open_engine(path: str | Path, **options: Any) -> Engine:
         try:
             manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         except ValueError as error:
-            raise MoEdgeError(f"{folder / 'manifest.json'} is not valid JSON ({error}); export the bundle again.") from error
+            raise MoEdgeError(
+                f"{folder / 'manifest.json'} is not valid JSON ({error}); export the bundle again."
+            ) from error
         if not isinstance(manifest, dict) or not str(manifest.get("schema", "")).startswith("moedge.bundle/"):
             raise MoEdgeError(f"{folder} is not a bundle (its manifest.json has another schema); give a bundle folder.")
         target = manifest.get("target")

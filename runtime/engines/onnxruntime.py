@@ -122,23 +122,9 @@ class OrtEngine:
         if self._session is None:
             raise MoEdgeError(f"The engine for {self._path} is closed; open it again.")
         batch, new = ids.shape
-        lengths = mask.sum(axis=1)
-        check_length(max(int(lengths.max()), new), self._max_length)
-        positions = position_ids(mask, new)
-        fed, fed_mask, back = ids, mask, None
-        if self._shared and (mask == 0).any():
-            # GroupQueryAttention takes lengths, not a mask: padding has to be on the right, and each row's new token
-            # is written after its own last one.
-            if new == mask.shape[1]:
-                order = (np.arange(new) + (new - lengths)[:, None]) % new
-                fed, positions = np.take_along_axis(ids, order, 1), np.take_along_axis(positions, order, 1)
-                back = (np.arange(new) - (new - lengths)[:, None]) % new
-            elif new > 1:
-                raise MoEdgeError("A padded batch in a shared-buffer bundle decodes one token at a time.")
-            fed_mask = (np.arange(lengths.max() if new == 1 else new) < lengths[:, None]).astype(np.int64)
-
+        check_length(mask.shape[1], self._max_length)
         binding = cache.binding or self._session.io_binding()
-        feeds = {"input_ids": fed, "attention_mask": fed_mask, "position_ids": positions}
+        feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids(mask, new)}
         for name, array in feeds.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(array, dtype=np.int64))
         logits = np.empty((batch, new, self._model["vocab_size"]), dtype=np.float32)
@@ -163,11 +149,6 @@ class OrtEngine:
         routes = None
         if self._taps:
             routes = {layer: selected(outputs[1 + i].numpy(), tap) for i, (layer, tap) in enumerate(self._taps.items())}
-        if back is not None:
-            logits = np.take_along_axis(logits, back[:, :, None], 1)
-            if routes:
-                rows = (back + np.arange(batch)[:, None] * new).reshape(-1)
-                routes = {layer: chosen[rows] for layer, chosen in routes.items()}
         return Step(logits, _Cache(mask, values, binding), routes)
 
 
@@ -195,48 +176,12 @@ def _open_session(
     path = folder / manifest["io"]["model"]
     model: str | bytes = str(path)
     if taps or top_k is not None:
-        model = _edited(path, manifest, taps, top_k)
+        from moedge.runtime.engines import _graph
+
+        model = _graph.edited(path, manifest, taps, top_k)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     try:
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise MoEdgeError(f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]}") from error
     return session, onnxruntime.__version__
-
-
-def _edited(path: Path, manifest: dict[str, Any], taps: dict[int, dict[str, Any]], top_k: int | None) -> bytes:
-    """Return the graph as bytes with the taps as outputs and ``top_k`` in every routing node; weights stay on disk."""
-    try:
-        import onnx
-    except ImportError as error:
-        raise MoEdgeError("Routing taps and top_k need the onnx package; install it with: pip install onnx") from error
-    model = onnx.load(path, load_external_data=False)
-    made = {output for node in model.graph.node for output in node.output}
-    present = {value.name for value in model.graph.output}
-    for layer, tap in taps.items():
-        if tap["output"] not in made:
-            raise MoEdgeError(f"{path}: the tap of layer {layer}, {tap['output']!r}, is not in the graph; export again.")
-        if tap["output"] not in present:
-            kind = onnx.TensorProto.INT32 if tap["kind"] == "indices" else onnx.TensorProto.FLOAT
-            model.graph.output.append(onnx.helper.make_tensor_value_info(tap["output"], kind, None))
-    if top_k is not None:
-        if top_k < 1:
-            raise MoEdgeError(f"top_k={top_k} must be at least 1.")
-        layers = (manifest.get("moe") or {}).get("layers", {})
-        experts = [layers[key]["num_experts"] for key in sorted(layers, key=int) if layers[key]["num_experts"]]
-        changed = 0
-        for domain, kind, attribute in (("moedge", "Route", "top_k"), ("com.microsoft", "MoE", "k")):
-            nodes = [node for node in model.graph.node if (node.domain, node.op_type) == (domain, kind)]
-            if nodes and len(nodes) != len(experts):
-                raise MoEdgeError(f"{path}: {len(nodes)} {kind} nodes for {len(experts)} MoE layers; export again.")
-            changed += len(nodes)
-            for node, count in zip(nodes, experts, strict=False):
-                value = next((item for item in node.attribute if item.name == attribute), None)
-                if value is None:
-                    raise MoEdgeError(f"{path}: node {node.name!r} has no attribute {attribute!r}; export it again.")
-                value.i = min(top_k, count)
-        if not changed:
-            raise MoEdgeError(f"{path} has no routing node to set top_k on: it is a dense or static model.")
-        # Shapes recorded for the old k would contradict the new one.
-        del model.graph.value_info[:]
-    return model.SerializeToString()

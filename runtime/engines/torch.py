@@ -116,7 +116,7 @@ class TorchEngine:
         torch = self._torch
         if self._module is None:
             raise MoEdgeError(f"The engine for {self._path} is closed; open it again.")
-        check_length(int(mask.sum(axis=1).max()), self._max_length)
+        check_length(mask.shape[1], self._max_length)
         if torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
         # No mask where nothing is padded: transformers then takes its fast causal path.
@@ -158,7 +158,9 @@ def _load(folder: Path, dtype: str) -> Any:
     except FileNotFoundError as error:
         raise MoEdgeError(f"{folder} is not a checkpoint folder: config.json is missing.") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise MoEdgeError(f"{folder / 'config.json'} names no model_type ({error}); give a checkpoint folder.") from error
+        raise MoEdgeError(
+            f"{folder / 'config.json'} names no model_type ({error}); give a checkpoint folder."
+        ) from error
     if model_type.startswith("moedge_"):
         from moedge.convert import modeling
 

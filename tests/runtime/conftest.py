@@ -41,7 +41,7 @@ def toy_weights(seed: int = 0) -> dict[str, np.ndarray]:
     shapes = {
         "embed": (VOCAB, HIDDEN),
         "positions": (LENGTH, HIDDEN),
-        **{name: (HIDDEN, HIDDEN) for name in ("wq", "wk", "wv", "wo")},
+        **dict.fromkeys(("wq", "wk", "wv", "wo"), (HIDDEN, HIDDEN)),
         "router": (HIDDEN, EXPERTS),
         "expert": (EXPERTS, HIDDEN, HIDDEN),
         "head": (HIDDEN, VOCAB),
@@ -101,17 +101,25 @@ _CONCAT = """
     back = Transpose <perm = [0, 2, 1, 3]> (mixed)
     attended = Reshape (back, flat)
 """.replace("vt_all", "present_0_value")
+# The kernel takes lengths, not a mask: padding is hidden by a bias, as export/lowering/ort_attention.py does.
 _GROUP_QUERY = """
-    ones = Constant <value_ints = [1]> ()
-    count = ReduceSum <keepdims = 0> (attention_mask, ones)
     one = Constant <value_int = 1> ()
-    before = Sub (count, one)
-    seqlens = Cast <to = 6> (before)
-    total1 = Shape <start = 1, end = 2> (attention_mask)
+    total1 = Shape <start = 1, end = 2> (attention_mask)  new1 = Shape <start = 1, end = 2> (input_ids)
+    batch1 = Shape <start = 0, end = 1> (input_ids)
     total64 = Squeeze (total1)
     total = Cast <to = 6> (total64)
+    before = Sub (total64, one)
+    before32 = Cast <to = 6> (before)
+    seqlens = Expand (before32, batch1)
+    alive = Cast <to = 9> (attention_mask)
+    zero = Constant <value_float = 0.0> ()  low = Constant <value_float = -1e9> ()
+    hidden = Where (alive, zero, low)
+    middle = Constant <value_ints = [1, 2]> ()  one1 = Constant <value_ints = [1]> ()
+    hidden4 = Unsqueeze (hidden, middle)
+    shape = Concat <axis = 0> (batch1, one1, new1, total1)
+    bias = Expand (hidden4, shape)
     attended, present_0_key, present_0_value = com.microsoft.GroupQueryAttention <num_heads = 2, kv_num_heads = 2>
-        (q, k, v, past_0_key, past_0_value, seqlens, total)
+        (q, k, v, past_0_key, past_0_value, seqlens, total, , , , bias)
 """
 _BACK = """
     out = MatMul (attended, wo)
@@ -154,7 +162,11 @@ def toy_model(kind: str, weights: dict[str, np.ndarray]) -> onnx.ModelProto:
     {{ {_FRONT} {middle} {_BACK} }}"""
     # The text form has no dots in names; the bundle's names have.
     model = onnx.parser.parse_model(text)
-    rename = {f"{a}_0_{b}": f"{c}.0.{b}" for a, c in (("past", "past_key_values"), ("present", "present")) for b in ("key", "value")}
+    rename = {
+        f"{a}_0_{b}": f"{c}.0.{b}"
+        for a, c in (("past", "past_key_values"), ("present", "present"))
+        for b in ("key", "value")
+    }
     for node in model.graph.node:
         for names in (node.input, node.output):
             for i, name in enumerate(names):

@@ -91,7 +91,9 @@ def test_top_k_override_runs_that_many_experts(
     name: str, top_k: int, effective: int, toy_bundles: dict[str, Path], reference: Any
 ) -> None:
     want, routes = reference(IDS[0], effective)
-    assert not np.allclose(want, reference(IDS[0])[0], atol=0.1), "the override must matter for this test to mean anything"
+    assert not np.allclose(want, reference(IDS[0])[0], atol=0.1), (
+        "the override must matter for this test to mean anything"
+    )
     step = open_engine(toy_bundles[name], taps=True, top_k=top_k).prefill(IDS)
     np.testing.assert_allclose(step.logits[0], want, atol=ATOL)
     assert step.routes is not None

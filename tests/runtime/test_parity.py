@@ -30,7 +30,9 @@ class Scripted:
         # A clear winner and a clear 5th place in every row, so that only planted gaps are near-ties.
         order = np.argsort(-self.table, axis=2)[:, :, :6]
         np.put_along_axis(self.table, order, np.float32([20, 18, 17, 16, 15, 13]), 2)
-        self.routes = [generator.permuted(np.tile(np.arange(EXPERTS), (LENGTH, 1)), axis=1)[:, :TOP_K] for _ in range(LAYERS)]
+        self.routes = [
+            generator.permuted(np.tile(np.arange(EXPERTS), (LENGTH, 1)), axis=1)[:, :TOP_K] for _ in range(LAYERS)
+        ]
         self.damage = damage or (lambda logits, position, phase: logits)
         self.taps, self.flips = taps, flips or {}
         self.info = EngineInfo("scripted", "numpy", "CPU", "float32", 1, {"vocab_size": VOCAB, "moe": taps})
@@ -264,7 +266,9 @@ def test_two_forms_of_one_model_pass_and_another_model_fails(
     test = open_engine(toy_bundles["shared_buffer"], taps=True, threads=1)
     result = compare(reference, test, windows, prefill=10, tolerances=LIMITS)
     assert result["verdict"]["passed"], failed(result)
-    assert result["overall"]["abs_error"]["max"] > 0, "two kernels never agree to the last bit; is one engine tested twice?"
+    assert result["overall"]["abs_error"]["max"] > 0, (
+        "two kernels never agree to the last bit; is one engine tested twice?"
+    )
     make_toy_bundle(tmp_path / "other", seed=1)
     other = open_engine(tmp_path / "other", taps=True, threads=1)
     result = compare(reference, other, windows, prefill=10, tolerances=LIMITS)
@@ -281,7 +285,9 @@ def test_two_forms_of_one_model_pass_and_another_model_fails(
         (lambda limits: limits.pop("max_kl"), "max_kl: Field required"),
     ],
 )
-def test_bad_tolerances_are_refused_with_the_key(change: Callable[[dict[str, Any]], Any], message: str, tmp_path: Path) -> None:
+def test_bad_tolerances_are_refused_with_the_key(
+    change: Callable[[dict[str, Any]], Any], message: str, tmp_path: Path
+) -> None:
     limits = LIMITS.model_dump()
     change(limits)
     with pytest.raises(MoEdgeError, match=message):

@@ -1,0 +1,190 @@
+"""The benchmark's arithmetic is exact on an engine with a scripted clock; its memory figure comes from a real child."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moedge import MoEdgeError
+from moedge.runtime import bench as module
+from moedge.runtime.bench import bench
+from moedge.runtime.engines import EngineInfo, Step, open_engine
+from moedge.runtime.stats import bootstrap_ci, percentiles
+
+IDS = np.arange(20) % 7
+
+
+class Clock:
+    """Time that passes only when a scripted engine works."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.log: list[str] = []
+
+
+class Scripted:
+    """Prefill takes ``prefill`` ms and the i-th decode step of a run ``steps[i]`` ms, times the drift of the round."""
+
+    def __init__(self, clock: Clock, name: str, prefill: float, steps: list[float], drift: list[float] | None = None):
+        self.clock, self.name, self.prefill_ms, self.steps, self.drift = clock, name, prefill, steps, drift or [1.0]
+        self.runs, self.fed, self.closed = -1, [], False
+        self.info = EngineInfo(name, "script", "CPU", "float32", 1, {"vocab_size": 7})
+
+    def _spend(self, milliseconds: float, token: int) -> Step:
+        self.clock.now += milliseconds * self.drift[self.runs % len(self.drift)] / 1e3
+        logits = np.zeros((1, 1, 7), dtype=np.float32)
+        logits[0, 0, token % 7] = 1
+        return Step(logits, token)
+
+    def prefill(self, ids: np.ndarray, attention_mask: np.ndarray | None = None) -> Step:
+        self.runs += 1
+        self.clock.log.append(self.name)
+        assert ids.shape == (1, 10)
+        return self._spend(self.prefill_ms, 3)
+
+    def decode(self, ids: np.ndarray, cache: Any) -> Step:
+        self.fed.append(int(ids[0, 0]))
+        return self._spend(self.steps[(len(self.fed) - 1) % len(self.steps)], cache + 1)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    fake = SimpleNamespace(perf_counter=lambda: clock.now, sleep=lambda seconds: None)
+    monkeypatch.setattr(module, "time", fake)
+    return clock
+
+
+def test_times_are_what_the_engines_took(clock: Clock) -> None:
+    engine = Scripted(clock, "one", 50, [10, 20, 30, 40])
+    seen: list[tuple[int, int]] = []
+    result = bench(
+        {"one": lambda: engine},
+        IDS,
+        prompt=10,
+        decode=4,
+        repeats=3,
+        memory=False,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    row = result["rows"][0]
+    assert row["ttft_ms"]["p50"] == pytest.approx(50)
+    assert row["ttft_ms"]["ci95"] == pytest.approx([50, 50])
+    assert row["tpot_ms"]["p50"] == pytest.approx(25)
+    assert row["tpot_ms"]["mean"] == pytest.approx(25)
+    assert row["tpot_ms"]["p90"] == pytest.approx(np.percentile([10, 20, 30, 40] * 3, 90))
+    assert row["tpot_ms"]["p99"] == pytest.approx(np.percentile([10, 20, 30, 40] * 3, 99))
+    assert row["prefill_tokens_per_s"] == pytest.approx(10 / 0.05)
+    assert row["decode_tokens_per_s"] == pytest.approx(1 / 0.025)
+    assert engine.fed[:4] == [3, 4, 5, 6], "each step must be fed the token chosen before it"
+    assert engine.runs + 1 == 4, "one warm-up round that does not count, three that do"
+    assert engine.closed
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    json.dumps(result, allow_nan=False)
+
+
+def test_engines_take_turns_and_the_first_place_rotates(clock: Clock) -> None:
+    engines = {name: functools.partial(Scripted, clock, name, 1, [1]) for name in "abc"}
+    bench(engines, IDS, prompt=10, decode=1, repeats=3, warmup=1, memory=False)
+    assert "".join(clock.log) == "abc" + "bca" + "cab" + "abc"
+
+
+def test_ratios_are_paired_by_round(clock: Clock) -> None:
+    """A machine that slows down and recovers hits both engines: the ratio must not feel it, the single times must."""
+    drift = [1, 1, 3, 1, 2, 5, 1]
+    engines = {
+        "slow": lambda: Scripted(clock, "slow", 40, [20], drift),
+        "fast": lambda: Scripted(clock, "fast", 10, [10], drift),
+    }
+    result = bench(engines, IDS, prompt=10, decode=2, repeats=6, warmup=1, memory=False)
+    low, high = result["rows"][0]["tpot_ms"]["ci95"]
+    assert high > 2 * low
+    found = {(r["metric"], r["label"], r["baseline"]): r for r in result["ratios"]}
+    assert len(found) == 4
+    assert found["tpot_ms", "fast", "slow"]["speedup"] == pytest.approx(2)
+    assert found["tpot_ms", "fast", "slow"]["ci95"] == pytest.approx([2, 2])
+    assert found["tpot_ms", "fast", "slow"]["verdict"] == "faster"
+    assert found["ttft_ms", "slow", "fast"]["speedup"] == pytest.approx(0.25)
+    assert found["ttft_ms", "slow", "fast"]["verdict"] == "slower"
+
+
+def test_equal_engines_show_no_difference(clock: Clock) -> None:
+    noise = np.random.default_rng(0).uniform(1, 1.5, (2, 9)).tolist()
+    engines = {name: functools.partial(Scripted, clock, name, 10, [10], noise[i]) for i, name in enumerate("ab")}
+    result = bench(engines, IDS, prompt=10, decode=2, repeats=8, memory=False)
+    assert {ratio["verdict"] for ratio in result["ratios"]} == {"no difference shown"}
+
+
+def test_engines_are_closed_when_one_fails(clock: Clock) -> None:
+    good = Scripted(clock, "good", 1, [1])
+
+    def broken() -> Any:
+        raise MoEdgeError("cannot open")
+
+    with pytest.raises(MoEdgeError, match="cannot open"):
+        bench({"good": lambda: good, "bad": broken}, IDS, prompt=10, decode=1, repeats=1, memory=False)
+    assert good.closed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": 21}, "20 tokens, fewer than the prompt of 21"),
+        ({"repeats": 0}, "at least 1"),
+        ({"decode": 0}, "at least 1"),
+    ],
+)
+def test_impossible_protocols_are_refused(options: dict[str, int], message: str, clock: Clock) -> None:
+    engines = {"a": functools.partial(Scripted, clock, "a", 1, [1])}
+    with pytest.raises(MoEdgeError, match=message):
+        bench(engines, IDS, **{"prompt": 10, "decode": 1, "repeats": 1, **options}, memory=False)
+
+
+def test_memory_belongs_to_the_engines_own_process(toy_bundles: dict[str, Path]) -> None:
+    """getrusage would report this process's size here; an engine of 100 kB cannot need it."""
+    ballast = np.ones(600 * 2**20, dtype=np.uint8)
+    engines = {
+        "toy": functools.partial(open_engine, toy_bundles["concat"], threads=1),
+        "lambda": lambda: open_engine(toy_bundles["shared_buffer"], threads=1),
+    }
+    result = bench(engines, np.arange(30), prompt=16, decode=4, repeats=2)
+    measured, unknown = result["rows"]
+    assert 20 < measured["peak_rss_after_load_mib"] <= measured["peak_rss_mib"] < 400 < ballast.nbytes / 2**20
+    assert 0 < measured["load_s"] < 60
+    assert unknown["peak_rss_mib"] is None
+    assert "functools.partial" in unknown["reason"]
+    assert measured["info"]["runtime"].startswith("onnxruntime 1.")
+    assert result["machine"]["cores"] >= 1
+    json.dumps(result, allow_nan=False)
+
+
+def test_an_engine_that_fails_in_its_own_process_is_named(tmp_path: Path) -> None:
+    engines = {"gone": functools.partial(open_engine, tmp_path / "gone")}
+    with pytest.raises(MoEdgeError, match="gone failed in its own process.*does not exist"):
+        bench(engines, np.arange(30), prompt=16, decode=4, repeats=2)
+
+
+def test_bootstrap_interval_covers_the_truth_at_its_rate() -> None:
+    """Of 200 samples of 20 normal rounds, the interval of the mean holds the true mean in about 95% (bootstrap: ~93%)."""
+    generator = np.random.default_rng(0)
+    hits = 0
+    for i in range(200):
+        rounds = generator.normal(5, 1, 20)
+        low, high = bootstrap_ci(20, lambda drawn, rounds=rounds: float(rounds[drawn].mean()), seed=i, resamples=400)
+        hits += low <= 5 <= high
+    # Three standard deviations of a binomial(200, 0.93) around 186.
+    assert 175 <= hits <= 197
+
+
+def test_percentiles_of_nothing_are_nan() -> None:
+    assert np.isnan(percentiles(np.zeros(0), (50,))["p50"])
+    assert percentiles(np.arange(101.0), (50, 99.9)) == {"p50": 50.0, "p99.9": pytest.approx(99.9)}
