@@ -1,0 +1,86 @@
+"""Small fixtures shared by all tests: a tiny tokenizer, tiny random models and a cache folder of their own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Before torch is imported: tiny matrix products lose more to a second thread than they gain, on a busy machine 5 times.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+VOCAB = 260
+"""Tokens of the tiny tokenizer: 256 bytes and 4 special tokens."""
+
+
+@pytest.fixture
+def moedge_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder, set as MOEDGE_CACHE."""
+    folder = tmp_path / "moedge-cache"
+    monkeypatch.setenv("MOEDGE_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Any:
+    """A byte-level tokenizer: one token a byte, BOS <s> = 256, EOS </s> = 257, PAD = 258, UNK = 259."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in ("<s>", "</s>", "<pad>", "<unk>")])
+    assert tokenizer.get_vocab_size() == VOCAB
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[..., Any]:
+    """Return a factory of tiny random models: ``tiny_model("llama", layers=2, width=64, seed=0, **config)``.
+
+    float32, eval mode, no gradients. Weights are larger than usual (0.2), so that activations matter and expert scores
+    differ clearly.
+    """
+
+    def make(
+        family: str = "llama", *, layers: int = 2, hidden: int = 32, width: int = 64, seed: int = 0, **more: Any
+    ) -> Any:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.for_model(
+            family,
+            vocab_size=VOCAB,
+            hidden_size=hidden,
+            intermediate_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=hidden // 4,
+            max_position_embeddings=256,
+            initializer_range=0.2,
+            bos_token_id=256,
+            eos_token_id=257,
+            pad_token_id=258,
+            **{"tie_word_embeddings": True, **more},
+        )
+        state = torch.random.get_rng_state()
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        torch.random.set_rng_state(state)
+        return model.eval().requires_grad_(False)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tiny_model: Callable[..., Any]) -> Callable[..., Any]:
+    """``tiny_model`` for Llama."""
+    return lambda **more: tiny_model("llama", **more)

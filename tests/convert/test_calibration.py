@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moedge import MoEdgeError
+from moedge.convert import adapters, calibration
+
+WIKI = '<doc id="{0}" url="u" title="t">\nTitle {0}\n\nBody {0}.\n\n</doc>\n'
+
+
+@pytest.fixture
+def wiki(tmp_path: Path) -> Path:
+    path = tmp_path / "wiki.utf8"
+    path.write_text("".join(WIKI.format(i) for i in (7, 10, 13, 20, 21)), encoding="utf-8")
+    return path
+
+
+def test_doc_files_split_at_their_tags(wiki: Path) -> None:
+    text = calibration.read_text(str(wiki))
+    assert [document.id for document in text.documents] == ["7", "10", "13", "20", "21"]
+    assert text.documents[0].text == "Title 7\n\nBody 7."
+    assert text.sha256 == hashlib.sha256(wiki.read_bytes()).hexdigest()
+
+
+def test_lines_and_json_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n", encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text('{"text": "x", "id": "q"}\n{"text": "y"}\n', encoding="utf-8")
+    lines = calibration.read_text(str(tmp_path / "a.txt")).documents
+    assert lines == [calibration.Document("0", "one"), calibration.Document("2", "two")]
+    entries = calibration.read_text(str(tmp_path / "b.jsonl")).documents
+    assert entries == [calibration.Document("q", "x"), calibration.Document("1", "y")]
+
+
+def test_split_holds_out_whole_documents_by_id(wiki: Path) -> None:
+    kept, held = calibration.split(calibration.read_text(str(wiki)))
+    assert [document.id for document in held.documents] == ["10", "20"]
+    assert [document.id for document in kept.documents] == ["7", "13", "21"]
+
+
+def test_split_counts_positions_when_ids_are_words(tmp_path: Path) -> None:
+    path = tmp_path / "b.jsonl"
+    path.write_text("".join(f'{{"text": "t{i}", "id": "w{i}"}}\n' for i in range(12)), encoding="utf-8")
+    assert [document.id for document in calibration.split(calibration.read_text(str(path)), 5)[1].documents] == [
+        "w0",
+        "w5",
+        "w10",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("gone.txt", None, "Cannot read the text file"),
+        ("latin.txt", "caf\xe9 au lait".encode("latin-1"), r"not UTF-8 \(byte 3\)"),
+        ("bad.jsonl", b'{"text": "x"}\nnope\n', "line 2 is not a JSON object"),
+        ("list.jsonl", b'["x"]\n', "line 1 is not a JSON object"),
+        ("empty.txt", b"\n\n", "holds no text"),
+    ],
+)
+def test_bad_text_is_one_sentence(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(MoEdgeError, match=message):
+        calibration.read_text(str(tmp_path / name))
+
+
+def test_windows_concatenate_documents_behind_a_bos(tiny_tokenizer: Any, wiki: Path) -> None:
+    text = calibration.read_text(str(wiki))
+    ids = calibration.windows(tiny_tokenizer, text, 11, 3, bos=True, name="calibration")
+    assert ids.dtype == np.int64
+    assert ids[:, 0].tolist() == [tiny_tokenizer.bos_token_id] * 3
+    plain = "".join(document.text + "\n" for document in text.documents)
+    assert tiny_tokenizer.decode(ids[:, 1:].reshape(-1)) == plain[:30]
+    assert (
+        tiny_tokenizer.decode(calibration.windows(tiny_tokenizer, text, 10, 3, bos=False, name="x").reshape(-1))
+        == plain[:30]
+    )
+
+
+def test_too_little_text_names_both_counts(tiny_tokenizer: Any, wiki: Path) -> None:
+    text = calibration.read_text(str(wiki))
+    found = sum(len(document.text) + 1 for document in text.documents)
+    with pytest.raises(MoEdgeError, match=rf"calibration text 'wiki' has {found} tokens; 8 windows of 64 need 512"):
+        calibration.windows(tiny_tokenizer, text, 64, 8, bos=False, name="calibration")
+
+
+def hidden(model: Any, ids: np.ndarray) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(x, h) of every FFN, computed from the block inputs by the formula."""
+    inputs: list[torch.Tensor] = []
+    handles = [b.module.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for b in adapters.ffns(model)]
+    with torch.no_grad():
+        model(torch.from_numpy(ids))
+    for handle in handles:
+        handle.remove()
+    flat = [x.reshape(-1, x.shape[-1]) for x in inputs]
+    blocks = adapters.ffns(model)
+    return [(x, torch.nn.functional.silu(x @ b.gate.T) * (x @ b.up.T)) for x, b in zip(flat, blocks, strict=True)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_statistics_equal_the_whole_matrix(
+    tiny_llama: Callable[..., Any], token_windows: np.ndarray, batch_size: int
+) -> None:
+    model = tiny_llama()
+    seen: list[tuple[int, int]] = []
+    statistics = calibration.collect(
+        model, token_windows, k_a=5, batch_size=batch_size, progress=lambda done, total: seen.append((done, total))
+    )
+    assert seen[-1] == (4, 4)
+    for layer, (_, h) in zip(statistics, hidden(model, token_windows), strict=True):
+        assert layer.top_neurons.shape == (token_windows.size, 5)
+        assert layer.top_neurons.dtype == np.uint16
+        expected = np.sort(np.argsort(-np.abs(h.numpy()), axis=1)[:, :5], axis=1)
+        np.testing.assert_array_equal(layer.top_neurons, expected)
+        # The only difference is the matrix products' rounding for another batch shape: 1e-6 of the largest entry.
+        scale = float(h.abs().max())
+        np.testing.assert_allclose(layer.mean, h.numpy().mean(axis=0), atol=2e-6 * scale)
+        np.testing.assert_allclose(layer.variance, h.numpy().var(axis=0), atol=2e-6 * scale**2)
+    assert all(not block.module.down_proj._forward_pre_hooks for block in adapters.ffns(model))
+
+
+def test_normalised_profile_marks_cosines(tiny_llama: Callable[..., Any], token_windows: np.ndarray) -> None:
+    model = tiny_llama()
+    raw = calibration.collect(model, token_windows, k_a=5)
+    normalised = calibration.collect(model, token_windows, k_a=5, profile="normalised")
+    normalise = torch.nn.functional.normalize
+    for layer, plain, (x, _), block in zip(
+        normalised, raw, hidden(model, token_windows), adapters.ffns(model), strict=True
+    ):
+        x, gate, up = (normalise(value, dim=-1) for value in (x, block.gate, block.up))
+        h = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
+        marked = np.sort(np.argsort(-np.abs(h.numpy()), axis=1)[:, :5], axis=1)
+        np.testing.assert_array_equal(layer.top_neurons, marked)
+        assert not np.array_equal(layer.top_neurons, plain.top_neurons)
+        np.testing.assert_array_equal(layer.variance, plain.variance)
+
+
+def test_hooks_go_away_when_interrupted(tiny_llama: Callable[..., Any], token_windows: np.ndarray) -> None:
+    model = tiny_llama()
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibration.collect(model, token_windows, k_a=5, progress=interrupt)
+    assert all(not block.module.down_proj._forward_pre_hooks for block in adapters.ffns(model))
+
+
+def test_k_a_wider_than_the_ffn_is_refused(tiny_llama: Callable[..., Any], token_windows: np.ndarray) -> None:
+    with pytest.raises(MoEdgeError, match="k_a=65 must be between 1 and the FFN width 64"):
+        calibration.collect(tiny_llama(), token_windows, k_a=65)
+
+
+def test_statistics_files_are_equal_byte_for_byte_and_reload(
+    tiny_llama: Callable[..., Any], token_windows: np.ndarray, tmp_path: Path
+) -> None:
+    model = tiny_llama()
+    for name in ("a", "b"):
+        calibration.save(calibration.collect(model, token_windows, k_a=5), tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    original = calibration.collect(model, token_windows, k_a=5)
+    for loaded, layer in zip(calibration.load(tmp_path / "a"), original, strict=True):
+        for field in ("top_neurons", "mean", "variance"):
+            np.testing.assert_array_equal(getattr(loaded, field), getattr(layer, field))
+    (tmp_path / "a").write_bytes((tmp_path / "b").read_bytes()[:-100])
+    with pytest.raises(MoEdgeError, match="damaged"):
+        calibration.load(tmp_path / "a")

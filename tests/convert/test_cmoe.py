@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from moedge import MoEdgeError
+from moedge.convert import adapters, partition
+from moedge.convert.methods import METHODS, cmoe
+
+LAYOUT = {"shared": 2, "active": 3, "experts": 8}
+
+
+@pytest.mark.parametrize("params", [{}, {"profile": "normalised", "distance": "l1", "score": "abs", "max_iters": 1}])
+def test_partition_uses_every_neuron_once(
+    tiny_llama: Callable[..., Any], make_plan: Callable[..., Any], params: dict[str, Any]
+) -> None:
+    plan, statistics = make_plan(tiny_llama(), **params)
+    for layer, facts in zip(plan.layers, statistics, strict=True):
+        neurons = np.concatenate([layer.shared, *layer.experts])
+        np.testing.assert_array_equal(np.sort(neurons), np.arange(64))
+        assert len(layer.shared) == 16
+        assert {len(expert) for expert in layer.experts} == {8}
+        assert layer.active_width == (2 + 3) * 8
+        # The shared block holds the most active neurons; sets are sorted, so equal sets are equal arrays.
+        rest = np.concatenate(layer.experts)
+        assert facts.counts[layer.shared].min() >= facts.counts[rest].max()
+        for group in (layer.shared, *layer.experts):
+            assert (np.diff(group) > 0).all()
+
+
+def test_representatives_belong_to_their_experts_and_carry_their_rows(
+    tiny_llama: Callable[..., Any], make_plan: Callable[..., Any]
+) -> None:
+    model = tiny_llama()
+    plan, _ = make_plan(model)
+    for layer, block in zip(plan.layers, adapters.ffns(model), strict=True):
+        neurons = layer.report["representatives"]
+        assert all(neuron in expert for neuron, expert in zip(neurons, layer.experts, strict=True))
+        np.testing.assert_array_equal(layer.router.tensors["gate"], block.gate[neurons].numpy())
+        np.testing.assert_array_equal(layer.router.tensors["up"], block.up[neurons].numpy())
+        assert layer.combine == "unit"
+        assert not layer.selection_bias.any()
+
+
+def test_normalised_profile_has_unit_router_rows(tiny_llama: Callable[..., Any], make_plan: Callable[..., Any]) -> None:
+    plan, _ = make_plan(tiny_llama(), profile="normalised")
+    # float32 division: each entry is off by 2^-24 of itself, so is the norm.
+    np.testing.assert_allclose(np.linalg.norm(plan.layers[0].router.tensors["gate"], axis=1), 1, atol=2e-7)
+
+
+def test_router_is_exact_when_experts_are_identical_neurons(
+    tiny_llama: Callable[..., Any], make_plan: Callable[..., Any], token_windows: np.ndarray
+) -> None:
+    """8 groups of 8 copies of one neuron: each group becomes an expert and its representative ranks like its mass."""
+    model = tiny_llama(layers=1)
+    block = adapters.ffns(model)[0]
+    group = np.random.default_rng(0).permutation(np.repeat(np.arange(8), 8))
+    seeds = torch.from_numpy(np.array([np.flatnonzero(group == g)[0] for g in group]))
+    for name in ("gate_proj", "up_proj"):
+        weight = getattr(block.module, name).weight
+        weight.copy_(weight[seeds].clone())
+    # Copies tie for a token's top neurons, whole groups at a time: k_a is two groups.
+    plan, _ = make_plan(model, k_a=16, shared=0, score="abs")
+    experts = [np.unique(group[expert]) for expert in plan.layers[0].experts]
+    assert sorted(int(groups[0]) for groups in experts) == list(range(8))
+    assert all(len(groups) == 1 for groups in experts)
+    x = torch.randn(20, 32, generator=torch.Generator().manual_seed(1))
+    h = torch.nn.functional.silu(x @ block.gate.T) * (x @ block.up.T)
+    mass = torch.stack([h[:, expert].abs().sum(dim=1) for expert in plan.layers[0].experts], dim=1)
+    router = plan.layers[0].router
+    gate, up = (torch.from_numpy(router.tensors[name]) for name in ("gate", "up"))
+    scores = (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)).abs()
+    assert torch.equal(scores.argsort(dim=1), mass.argsort(dim=1))
+
+
+def test_dead_neurons_are_reported(tiny_llama: Callable[..., Any], make_plan: Callable[..., Any]) -> None:
+    model = tiny_llama(layers=1)
+    dead = np.arange(0, 64, 4)
+    adapters.ffns(model)[0].module.up_proj.weight[torch.from_numpy(dead)] = 0
+    plan, statistics = make_plan(model)
+    counts = statistics[0].counts
+    assert not counts[dead].any()
+    assert plan.layers[0].report["dead_share"] == np.mean(counts == 0) >= 0.25
+
+
+def test_equal_inputs_give_equal_plans(tiny_llama: Callable[..., Any], make_plan: Callable[..., Any]) -> None:
+    assert make_plan(tiny_llama())[0].sha256 == make_plan(tiny_llama())[0].sha256
+    assert make_plan(tiny_llama())[0].sha256 != make_plan(tiny_llama(seed=1))[0].sha256
+
+
+def test_indivisible_width(tiny_llama: Callable[..., Any], make_plan: Callable[..., Any]) -> None:
+    model = tiny_llama(width=66)
+    with pytest.raises(MoEdgeError, match="66 does not divide into 8"):
+        make_plan(model)
+    plan, _ = make_plan(model, padding="uneven")
+    layer = plan.layers[0]
+    np.testing.assert_array_equal(np.sort(np.concatenate([layer.shared, *layer.experts])), np.arange(66))
+    assert sorted(map(len, layer.experts)) == [8, 8, 8, 8, 9, 9]
+
+
+def test_statistics_of_other_settings_are_refused(
+    tiny_llama: Callable[..., Any], make_plan: Callable[..., Any]
+) -> None:
+    model = tiny_llama()
+    _, statistics = make_plan(model)
+    with pytest.raises(MoEdgeError, match=r"k_a=6, profile=raw.*asks for k_a=7"):
+        cmoe.plan(statistics, model, **LAYOUT, k_a=7)
+    with pytest.raises(MoEdgeError, match="1 layers, the model 2"):
+        cmoe.plan(statistics[:1], model, **LAYOUT, k_a=6)
+    with pytest.raises(MoEdgeError, match="S2A7E8 is impossible"):
+        cmoe.plan(statistics, model, shared=2, active=7, experts=8, k_a=6)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_typed_parameters_that_refuse_nonsense(name: str) -> None:
+    params = METHODS[name].params
+    assert params(**LAYOUT).model_dump().items() >= LAYOUT.items()
+    with pytest.raises(ValidationError, match="exceeds experts"):
+        params(shared=6, active=6, experts=8)
+    with pytest.raises(ValidationError, match="extra"):
+        params(**LAYOUT, unknown=1)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_makes_a_valid_plan_from_its_typed_parameters(
+    name: str, tiny_llama: Callable[..., Any], make_plan: Callable[..., Any]
+) -> None:
+    model = tiny_llama()
+    _, statistics = make_plan(model)
+    params = METHODS[name].params(**LAYOUT, k_a=6).model_dump()
+    plan = METHODS[name].function(statistics, model, **params, source_sha256="ab", provenance={"tokens": 192})
+    plan.validate()
+    assert (plan.method, plan.model["sha256"], plan.provenance) == (name, "ab", {"tokens": 192})
+    assert plan.params == params
+
+
+def test_more_iterations_never_leave_a_group_unbalanced(
+    tiny_llama: Callable[..., Any], make_plan: Callable[..., Any]
+) -> None:
+    for max_iters in (1, 2, 20):
+        plan, _ = make_plan(tiny_llama(), max_iters=max_iters)
+        for layer in plan.layers:
+            assert layer.report["iterations"] <= max_iters
+            _, widths = partition.group_widths(64, 2, 8)
+            assert [len(expert) for expert in layer.experts] == widths

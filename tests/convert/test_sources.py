@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PhiConfig
+
+from moedge import MoEdgeError
+from moedge.convert import assets, modeling, sources
+
+
+@pytest.fixture
+def folder(tiny_llama: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path) -> Path:
+    path = tmp_path / "dense"
+    tiny_llama().save_pretrained(path)
+    tiny_tokenizer.save_pretrained(path)
+    return path
+
+
+def write_gguf(path: Path, model: Any, tokenizer: Any) -> None:
+    """Write a Llama model in llama.cpp's layout: float32, q and k rows interleaved for its rotary embedding."""
+    import gguf
+
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    writer.add_token_list([token for token, _ in vocabulary])
+    writer.add_token_types([1] * 256 + [3] * 4)
+    writer.add_token_scores([0.0] * 260)  # no merges: the writer skips an empty list, transformers then asks for scores
+    writer.add_bos_token_id(256)
+    writer.add_eos_token_id(257)
+    writer.add_pad_token_id(258)
+    writer.add_unk_token_id(259)
+    names = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    names |= {f"self_attn.{a}_proj": f"attn_{b}" for a, b in zip("qkvo", ("q", "k", "v", "output"), strict=True)}
+    names |= {f"mlp.{part}_proj": f"ffn_{part}" for part in ("gate", "up", "down")}
+    for name, value in model.state_dict().items():
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+        if heads:
+            value = value.reshape(heads, 2, -1, value.shape[1]).transpose(1, 2).reshape(value.shape)
+        if name.startswith("model.layers."):
+            _, _, layer, *rest = name.removesuffix(".weight").split(".")
+            target = f"blk.{layer}.{names['.'.join(rest)]}.weight"
+        else:
+            target = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}.get(
+                name
+            )
+        if target:
+            writer.add_tensor(target, value.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.arange(20)[None]).logits
+
+
+def test_folder_is_identified_by_its_contents(folder: Path, tiny_llama: Callable[..., Any]) -> None:
+    source = sources.resolve(str(folder))
+    assert (source.kind, source.folder, source.label) == ("folder", folder, "dense")
+    model = sources.load_model(source.folder)
+    assert torch.equal(logits(model), logits(tiny_llama()))
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    (folder / "notes.txt").write_text("not part of the model")
+    assert sources.resolve(str(folder)).sha256 == source.sha256
+    tiny_llama(seed=1).save_pretrained(folder)
+    assert sources.resolve(str(folder)).sha256 != source.sha256
+
+
+def test_gguf_is_dequantized_once(
+    tiny_llama: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path, moedge_cache: Path
+) -> None:
+    model = tiny_llama(hidden=64)
+    write_gguf(tmp_path / "tiny.gguf", model, tiny_tokenizer)
+    source = sources.resolve(str(tmp_path / "tiny.gguf"))
+    assert source.kind == "gguf"
+    assert source.label == "tiny (float32 de-quantized from the F32 GGUF)"
+    assert moedge_cache in source.folder.parents
+    loaded = sources.load_model(source.folder)
+    assert type(loaded.model.layers[0].mlp.gate_proj) is torch.nn.Linear
+    # The file stores rms_norm_eps and the rotary base as float32; nothing else differs.
+    torch.testing.assert_close(logits(loaded), logits(model), atol=1e-5, rtol=1e-5)
+    assert sources.load_tokenizer(source.folder)("Hi there").input_ids == tiny_tokenizer("Hi there").input_ids
+    before = (source.folder / "model.safetensors").stat().st_mtime_ns
+    assert sources.resolve(str(tmp_path / "tiny.gguf")) == source
+    assert (source.folder / "model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("keep", [2, 30, 0.3, 0.9])
+def test_truncated_gguf_is_refused_and_leaves_nothing(
+    keep: float, tiny_llama: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path, moedge_cache: Path
+) -> None:
+    path = tmp_path / "cut.gguf"
+    write_gguf(path, tiny_llama(), tiny_tokenizer)
+    data = path.read_bytes()
+    path.write_bytes(data[: keep if isinstance(keep, int) else int(keep * len(data))])
+    with pytest.raises(MoEdgeError, match=r"cut\.gguf is not a whole GGUF file"):
+        sources.resolve(str(path))
+    assert not list(moedge_cache.rglob("*.safetensors"))
+
+
+def test_gguf_of_an_unknown_architecture_is_refused(tmp_path: Path, moedge_cache: Path) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "bert.gguf", "bert")
+    writer.add_tensor("x", np.zeros((4, 4), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(MoEdgeError, match="unknown architecture 'bert'"):
+        sources.resolve(str(tmp_path / "bert.gguf"))
+
+
+@pytest.mark.parametrize("spec", ["nowhere/at/all", "./gone", "/gone/model.gguf", "gone.gguf", "gone"])
+def test_missing_model(spec: str) -> None:
+    with pytest.raises(MoEdgeError, match="does not exist"):
+        sources.resolve(spec)
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").touch()
+    with pytest.raises(MoEdgeError, match=r"neither a folder nor a \.gguf file"):
+        sources.resolve(str(tmp_path / "model.onnx"))
+
+
+def test_unknown_asset_names_the_known_ones() -> None:
+    with pytest.raises(MoEdgeError, match=r"Unknown asset 'nope'; known: .*smollm2-135m-instruct"):
+        sources.resolve("asset:nope")
+
+
+def test_pickle_only_folder_is_refused(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(MoEdgeError, match="pickle weights"):
+        sources.resolve(str(folder))
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(MoEdgeError, match="holds no"):
+        sources.resolve(str(folder))
+
+
+def test_folder_without_a_readable_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+    with pytest.raises(MoEdgeError, match="damaged or names no model_type"):
+        sources.resolve(str(folder))
+    (folder / "config.json").unlink()
+    with pytest.raises(MoEdgeError, match=r"has no config\.json"):
+        sources.resolve(str(folder))
+
+
+def test_models_that_cannot_be_converted_are_refused_before_loading(folder: Path, tmp_path: Path) -> None:
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20, n_positions=16))
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(MoEdgeError, match=r"no GLU FFN \(model type 'gpt2'"):
+        sources.resolve(str(tmp_path / "gpt2"))
+    for config, message in (
+        ({"model_type": "martian"}, "unknown architecture, model type 'martian'"),
+        ({"model_type": "gemma2", "num_hidden_layers": 1}, "model type 'gemma2' has no adapter yet"),
+        (PhiConfig(num_hidden_layers=1).to_dict(), r"no GLU FFN \(model type 'phi'"),
+    ):
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(MoEdgeError, match=message):
+            sources.resolve(str(folder))
+
+
+def test_converted_checkpoint_is_refused(
+    tiny_llama: Callable[..., Any], tiny_tokenizer: Any, make_plan: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = tiny_llama()
+    plan, _ = make_plan(model)
+    modeling.save(modeling.apply(plan, model), plan, tiny_tokenizer, tmp_path / "moe")
+    with pytest.raises(MoEdgeError, match="already a MoEdge Mixture-of-Experts"):
+        sources.resolve(str(tmp_path / "moe"))
+
+
+def test_ffn_biases_and_unknown_activations_are_refused(
+    tiny_llama: Callable[..., Any], make_plan: Callable[..., Any]
+) -> None:
+    with pytest.raises(MoEdgeError, match=r"mlp\.gate_proj has a bias"):
+        make_plan(tiny_llama(mlp_bias=True))
+    with pytest.raises(MoEdgeError, match="activation 'relu' is not supported"):
+        make_plan(tiny_llama(hidden_act="relu"))
+
+
+def test_damaged_weights_are_one_sentence(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[:-50])
+    with pytest.raises(MoEdgeError, match="Cannot load the model"):
+        sources.load_model(folder)
+
+
+def test_hub_out_of_reach_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        MoEdgeError, match="Cannot download no-such-org/no-such-model at revision v1 from the Hugging Face hub"
+    ):
+        sources.resolve("no-such-org/no-such-model", revision="v1")
+
+
+def test_every_catalogue_entry_is_complete() -> None:
+    for name, asset in assets.catalogue().items():
+        assert asset.name == name
+        assert len(asset.sha256) == len(asset.wheel_sha256) == 64
+        assert asset.licence
+        assert asset.what
