@@ -121,7 +121,7 @@ def convert(
     k_a: Annotated[int, typer.Option("--k-a", min=1, help="Strongest neurons that a token marks.")] = 10,
     padding: Annotated[str, typer.Option(help="'uneven' allows a width that the experts do not divide.")] = "none",
     force: Force = False,
-) -> int | None:
+) -> None:
     """Turn a dense model into a Mixture-of-Experts checkpoint.
 
     The result is a Hugging Face folder (config.json, safetensors, tokenizer) plus plan.json, and works with
@@ -137,7 +137,7 @@ def convert(
     settings = {"method": method, "shared": shared, "active": active, "experts": experts, "k_a": k_a}
     settings["padding"] = padding
     calibration = {"windows": windows, "length": length}
-    return command(model, out, revision=revision, text=text, calibration=calibration, settings=settings, force=force)
+    command(model, out, revision=revision, text=text, calibration=calibration, settings=settings, force=force)
 
 
 @_command("export")
@@ -154,7 +154,7 @@ def export(
         int | None, typer.Option(min=16, help="Longest prompt + answer in tokens; the model's own limit by default.")
     ] = None,
     force: Force = False,
-) -> int | None:
+) -> None:
     """Write an ONNX bundle with KV cache for each target.
 
     \b
@@ -164,7 +164,7 @@ def export(
     """
     from moedge.runtime.commands.export import export as command
 
-    return command(checkpoint, out, targets=target, label=label, max_length=max_length, force=force)
+    command(checkpoint, out, targets=target, label=label, max_length=max_length, force=force)
 
 
 @_command("verify")
@@ -214,7 +214,7 @@ def bench(
     threads: Threads = None,
     text: Text = "asset:wiki",
     as_json: Json = False,
-) -> int | None:
+) -> None:
     """Time engines side by side at batch 1: time to first token, time per token, memory, load time.
 
     \b
@@ -224,7 +224,7 @@ def bench(
     """
     from moedge.runtime.commands.bench import bench as command
 
-    return command(engines, prompt=prompt, decode=decode, repeats=repeats, threads=threads, text=text, as_json=as_json)
+    command(engines, prompt=prompt, decode=decode, repeats=repeats, threads=threads, text=text, as_json=as_json)
 
 
 @_command("generate")
@@ -241,7 +241,7 @@ def generate(
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the smallest set with this mass.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampler.")] = 0,
     threads: Threads = None,
-) -> int | None:
+) -> None:
     """Generate text and print it as it comes.
 
     \b
@@ -251,7 +251,7 @@ def generate(
     """
     from moedge.runtime.commands.generate import generate as command
 
-    return command(
+    command(
         model,
         prompt,
         which=which,
@@ -269,7 +269,7 @@ def generate(
 def inspect(
     path: Annotated[Path, typer.Argument(help="Run folder, MoE checkpoint, bundle, or a model folder.")],
     as_json: Json = False,
-) -> int | None:
+) -> None:
     """Print what a run, a plan, a checkpoint or a bundle holds, after checking its hashes.
 
     \b
@@ -279,11 +279,11 @@ def inspect(
     """
     from moedge.runtime.commands.inspect import inspect as command
 
-    return command(path, as_json=as_json)
+    command(path, as_json=as_json)
 
 
 @_command("doctor")
-def doctor(as_json: Json = False) -> int | None:
+def doctor(as_json: Json = False) -> None:
     """Say which runtimes, versions and devices are here, and which lowerings are therefore possible.
 
     \b
@@ -292,7 +292,7 @@ def doctor(as_json: Json = False) -> int | None:
     """
     from moedge.runtime.commands.doctor import doctor as command
 
-    return command(as_json=as_json)
+    command(as_json=as_json)
 
 
 def main() -> None:

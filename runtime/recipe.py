@@ -10,6 +10,7 @@ models.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import time
@@ -33,11 +34,14 @@ _PACKAGE = Path(moedge.__file__).parent
 
 @dataclass
 class Context:
-    """What a stage body gets: an empty folder ``out`` to fill, the folders of the stages it reads, its parameters
-    (nothing else: what is not in the key must not change the result) and progress."""
+    """What a stage body gets.
+
+    ``out`` is an empty folder to fill, ``root`` the run folder whose stage folders it may read. ``params`` are the
+    stage's parameters; a body takes nothing from elsewhere, for what is not in the key must not change the result.
+    """
 
     out: Path
-    inputs: dict[str, Path]
+    root: Path
     params: dict[str, Any]
     progress: Callable[[int, int], None]
     note: Callable[[str], None]
@@ -47,12 +51,14 @@ class Context:
 class Stage:
     """One step of a run.
 
-    ``params`` is JSON and, like everything below, part of the key. ``reads`` names earlier stages. ``sources`` are
-    packages or files of moedge whose code the body runs (``"convert"``, ``"export/ops.py"``). ``libraries`` are
-    distributions whose version matters. ``identity`` returns the digest that later stages see, when it is not simply
-    the hash of the stage's files (a stage that only points to a big folder elsewhere); it returns None when what it
-    points to is gone or changed, and then the stage runs again. ``check`` is called with the stage's finished folder,
-    reused or not, before later stages start; it raises when what was found cannot work with the rest of the recipe.
+    ``params`` is JSON and, like ``reads``, ``sources``, ``libraries`` and the source text of ``body``, part of the key.
+    ``reads`` names earlier stages. ``sources`` are packages or files of moedge whose code the body runs (``"convert"``,
+    ``"export/ops.py"``). ``libraries`` are distributions whose version matters.
+
+    ``identity`` returns the digest that later stages see, when it is not simply the hash of the stage's files (a stage
+    that only points to a big folder elsewhere); it returns None when what it points to is gone or changed, and then the
+    stage runs again. ``check`` is called with the stage's finished folder, reused or not, before later stages start; it
+    raises when what was found cannot work with the rest of the recipe.
     """
 
     name: str
@@ -91,7 +97,7 @@ def parts(stage: Stage, inputs: dict[str, str]) -> dict[str, Any]:
         "stage": stage.name,
         "params": stage.params,
         "inputs": {name: inputs[name] for name in stage.reads},
-        "code": digest(source_digests(stage.sources)),
+        "code": digest([source_digests(stage.sources), inspect.getsource(stage.body)]),
         "versions": {"moedge": moedge.__version__, **{name: version(name) for name in stage.libraries}},
     }
 
@@ -180,8 +186,7 @@ def execute(
 def _build(stage: Stage, root: Path, inputs: dict[str, str], reporter: Reporter) -> str:
     started = time.monotonic()
     with atomic_dir(root / stage.name, force=True) as out:
-        folders = {name: root / name for name in stage.reads}
-        stage.body(Context(out, folders, stage.params, reporter.progress, reporter.note))
+        stage.body(Context(out, root, stage.params, reporter.progress, reporter.note))
         outputs = hash_folder(out)
         made_from = parts(stage, inputs)
         identity = stage.identity(out) if stage.identity else digest(outputs)

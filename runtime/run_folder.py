@@ -38,9 +38,14 @@ def checkpoint(run: Path) -> Path:
     return run / "convert" / "checkpoint"
 
 
+def source(run: Path) -> dict[str, Any]:
+    """What the source stage found: spec, kind, sha256, label, folder, config."""
+    return read_json(run / "source" / "source.json")
+
+
 def dense(run: Path) -> Path:
     """Folder of the dense parent (in the cache, or where the user keeps it)."""
-    return Path(read_json(run / "source" / "source.json")["folder"])
+    return Path(source(run)["folder"])
 
 
 def bundles(run: Path) -> dict[str, Path]:
@@ -52,14 +57,17 @@ def bundles(run: Path) -> dict[str, Path]:
     return found
 
 
-def engines(run: Path) -> dict[str, Path]:
-    """Everything in a run that an engine can open: the bundles, ``"torch moe"`` and ``"torch dense"``."""
+def engines(run: Path, *, dense_bundles: bool = True) -> dict[str, Path]:
+    """Everything in a run that an engine can open: the bundles, ``"torch moe"`` and ``"torch dense"``.
+
+    ``dense_bundles=False`` leaves out exports of the dense parent (an older recipe may have left some behind).
+    """
     found = {}
     if (run / "source" / "source.json").is_file():
         found["torch dense"] = dense(run)
     if checkpoint(run).is_dir():
         found["torch moe"] = checkpoint(run)
-    return {**found, **bundles(run)}
+    return found | {label: path for label, path in bundles(run).items() if dense_bundles or not label.endswith("dense")}
 
 
 def pick(run: Path, *, model: str, target: str) -> Path:

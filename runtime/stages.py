@@ -9,25 +9,18 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moedge import MoEdgeError
 from moedge._files import digest, write_json
 from moedge.configs.recipe import Recipe
-from moedge.runtime import run_folder
+from moedge.runtime import held_out, run_folder
 from moedge.runtime.recipe import Context, Stage, cached_sha256
 
-if TYPE_CHECKING:
-    import numpy as np
-    from transformers import PreTrainedTokenizerBase
-
-    from moedge.convert.calibration import TextSet
-
-_ALWAYS = ("_files.py", "runtime/stages.py", "runtime/run_folder.py")
-_CONVERT = (*_ALWAYS, "convert", "export/ops.py")
+_ALWAYS = ("_files.py", "runtime/run_folder.py")
+_CONVERT = (*_ALWAYS, "runtime/held_out.py", "convert", "export/ops.py")
 _EXPORT = (*_CONVERT, "export")
 _ENGINES = (*_CONVERT, "export/bundle.py", "runtime/engines", "runtime/stats.py")
-_STALE = ("portable dense", "ort-cpu dense")
 _TORCH = ("torch", "transformers")
 _ONNX = ("onnx", "onnx-ir", "onnxscript", "onnxruntime")
 
@@ -47,7 +40,8 @@ def build(recipe: Recipe, machine: dict[str, Any]) -> list[Stage]:
     texts = {"calibration": calibration_text, "held_out": held_out}
     first_text = {"calibration": calibration_text, "held_out": held_out[:1]}
     convert = recipe.convert.model_dump()
-    export = recipe.export.model_dump(exclude={"dense_parent"})
+    exported = recipe.export.model_dump(exclude={"dense_parent"})
+    measured = {"texts": first_text, "machine": machine, "dense_parent": recipe.export.dense_parent}
     dense = ("export-dense",) if recipe.export.dense_parent else ()
     stages = [
         Stage(
@@ -84,8 +78,8 @@ def build(recipe: Recipe, machine: dict[str, Any]) -> list[Stage]:
         Stage(
             "export",
             f"write ONNX bundles: {', '.join(recipe.export.targets)}",
-            export_moe,
-            {**export, "notation": notation(convert)},
+            export,
+            {**exported, "kind": "moe", "notation": notation(convert)},
             reads=("source", "convert"),
             sources=_EXPORT,
             libraries=(*_TORCH, *_ONNX),
@@ -96,8 +90,8 @@ def build(recipe: Recipe, machine: dict[str, Any]) -> list[Stage]:
             Stage(
                 "export-dense",
                 "the same for the dense parent",
-                export_dense,
                 export,
+                {**exported, "kind": "dense"},
                 reads=("source",),
                 sources=_EXPORT,
                 libraries=(*_TORCH, *_ONNX),
@@ -117,7 +111,7 @@ def build(recipe: Recipe, machine: dict[str, Any]) -> list[Stage]:
             "verify",
             "compare the ONNX engines with PyTorch",
             verify,
-            {**recipe.verify.model_dump(), "texts": first_text, "machine": machine},
+            {**recipe.verify.model_dump(), **measured},
             reads=("source", "convert", "export", *dense),
             sources=(
                 *_ENGINES,
@@ -132,7 +126,7 @@ def build(recipe: Recipe, machine: dict[str, Any]) -> list[Stage]:
             "bench",
             "time the engines side by side",
             bench,
-            {**recipe.bench.model_dump(), "texts": first_text, "machine": machine},
+            {**recipe.bench.model_dump(), **measured},
             reads=("source", "convert", "export", *dense),
             sources=(*_ENGINES, "runtime/bench.py"),
             libraries=(*_TORCH, "onnxruntime"),
@@ -141,7 +135,7 @@ def build(recipe: Recipe, machine: dict[str, Any]) -> list[Stage]:
             "report",
             "write the report",
             report,
-            {"recipe": recipe.model_dump(), "machine": machine},
+            {"recipe": recipe.model_dump()},
             reads=("source", "calibrate", "convert", "export", *dense, "evaluate", "verify", "bench"),
             sources=(*_ALWAYS, "runtime/report"),
             libraries=("jinja2", "matplotlib"),
@@ -219,8 +213,8 @@ def calibrate(context: Context) -> None:
     from moedge.convert import calibration
     from moedge.convert.sources import load_model, load_tokenizer
 
-    params, folder = context.params, _dense(context)
-    text = _calibration_text(params["text"])
+    params, folder = context.params, run_folder.dense(context.root)
+    text = held_out.calibration_text(params["text"])
     windows = calibration.windows(
         load_tokenizer(folder), text, params["length"], params["windows"], bos=params["bos"], name="calibration"
     )
@@ -255,41 +249,35 @@ def convert_stage(context: Context) -> None:
     from moedge.convert.methods import METHODS
     from moedge.convert.sources import load_model, load_tokenizer
 
-    folder = _dense(context)
+    folder = run_folder.dense(context.root)
     params = {key: value for key, value in context.params.items() if key != "method"}
     model = load_model(folder)
     plan = METHODS[context.params["method"]].function(
-        calibration.load(context.inputs["calibrate"] / "statistics.safetensors"),
+        calibration.load(context.root / "calibrate" / "statistics.safetensors"),
         model,
         **params,
-        source_sha256=_source(context)["sha256"],
-        provenance=run_folder.read_json(context.inputs["calibrate"] / "calibration.json"),
+        source_sha256=run_folder.source(context.root)["sha256"],
+        provenance=run_folder.read_json(context.root / "calibrate" / "calibration.json"),
         progress=context.progress,
     )
     modeling.apply(plan, model)
     modeling.save(model, plan, load_tokenizer(folder), context.out / "checkpoint")
 
 
-def export_moe(context: Context) -> None:
-    """Export the MoE checkpoint, one bundle for each target."""
-    _export(context, run_folder.checkpoint(context.inputs["convert"].parent), f" {context.params['notation']}")
-
-
-def export_dense(context: Context) -> None:
-    """Export the dense parent in the same way."""
-    _export(context, _dense(context), "")
-
-
-def _export(context: Context, checkpoint: Path, suffix: str) -> None:
-    from moedge.export.pipeline import export
+def export(context: Context) -> None:
+    """Export the MoE checkpoint, or the dense parent in the same way, one bundle for each target."""
+    from moedge.export import pipeline
 
     def step(what: str, done: int, total: int) -> None:
         context.progress(done, total)
         if done < total:
             context.note(what)
 
-    params, label = context.params, f"{_source(context)['label']}{suffix}"
-    export(checkpoint, context.out, params["targets"], label=label, max_length=params["max_length"], progress=step)
+    params = context.params
+    moe = params["kind"] == "moe"
+    label = run_folder.source(context.root)["label"] + (f" {params['notation']}" if moe else "")
+    folder = run_folder.checkpoint(context.root) if moe else run_folder.dense(context.root)
+    pipeline.export(folder, context.out, params["targets"], label=label, max_length=params["max_length"], progress=step)
 
 
 # --- evaluate, verify, bench, report --------------------------------------------------------------------------------
@@ -303,16 +291,16 @@ def evaluate(context: Context) -> None:
     from moedge.convert.plan import MoEPlan
     from moedge.convert.sources import load_model, load_tokenizer
 
-    params, folder = context.params, _dense(context)
+    params, folder = context.params, run_folder.dense(context.root)
     tokenizer, model = load_tokenizer(folder), load_model(folder)
-    texts = {text.name: text for text in _held_out_texts(params["texts"])}
+    texts = {text.name: text for text in held_out.texts(params["texts"])}
     count = params["tokens"] // params["window"]
     windows = {
-        name: _windows(tokenizer, text, params["window"], count, params["bos"], "evaluation")
+        name: held_out.windows(tokenizer, text, params["window"], count, bos=params["bos"], name="evaluation")
         for name, text in texts.items()
     }
-    plan = MoEPlan.load(run_folder.checkpoint(context.inputs["convert"].parent))
-    statistics = calibration.load(context.inputs["calibrate"] / "statistics.safetensors")
+    plan = MoEPlan.load(run_folder.checkpoint(context.root))
+    statistics = calibration.load(context.root / "calibrate" / "statistics.safetensors")
     plans: dict[str, MoEPlan | list[MoEPlan]] = {plan.method: plan}
     for name in params["controls"]:
         seeds = params["seeds"] if name in SEEDED else [0]
@@ -322,7 +310,7 @@ def evaluate(context: Context) -> None:
         model,
         plans,
         windows,
-        {"window": params["window"], "bos": params["bos"], "documents": documents},
+        {"window": params["window"], "bos": params["bos"], "documents": documents, "texts": list(windows)},
         batch_size=params["batch_size"],
         progress=context.progress,
     )
@@ -335,11 +323,13 @@ def verify(context: Context) -> None:
     from moedge.runtime.verification import verify_run
 
     params = context.params
-    (text,) = _held_out_texts(params["texts"])
+    (text,) = held_out.texts(params["texts"])
     count = -(-params["tokens"] // params["window"])
-    windows = _windows(load_tokenizer(_dense(context)), text, params["window"], count, False, "verification")
+    windows = held_out.windows(
+        load_tokenizer(run_folder.dense(context.root)), text, params["window"], count, bos=False, name="verification"
+    )
     result = verify_run(
-        _engines(context),
+        run_folder.engines(context.root, dense_bundles=params["dense_parent"]),
         windows,
         prefill=params["prefill"],
         tolerances=params["tolerances"],
@@ -359,10 +349,13 @@ def bench(context: Context) -> None:
     from moedge.runtime.engines import open_engine
 
     params = context.params
-    (text,) = _held_out_texts(params["texts"])
-    ids = _windows(load_tokenizer(_dense(context)), text, params["prompt"], 1, False, "benchmark")[0]
+    (text,) = held_out.texts(params["texts"])
+    ids = held_out.windows(
+        load_tokenizer(run_folder.dense(context.root)), text, params["prompt"], 1, bos=False, name="benchmark"
+    )[0]
     engines = {
-        label: partial(open_engine, path, threads=params["threads"]) for label, path in _engines(context).items()
+        label: partial(open_engine, path, threads=params["threads"])
+        for label, path in run_folder.engines(context.root, dense_bundles=params["dense_parent"]).items()
     }
     options = {name: params[name] for name in ("prompt", "decode", "repeats", "warmup")}
     result = benchmark.bench(engines, ids, **options, progress=context.progress)
@@ -373,50 +366,4 @@ def report(context: Context) -> None:
     """Write report.json, report.md and report.html from what the other stages left."""
     from moedge.runtime.report import write
 
-    write(
-        context.inputs["source"].parent, context.out, recipe=context.params["recipe"], machine=context.params["machine"]
-    )
-
-
-# --- shared ---------------------------------------------------------------------------------------------------------
-
-
-def _source(context: Context) -> dict[str, Any]:
-    return run_folder.read_json(context.inputs["source"] / "source.json")
-
-
-def _dense(context: Context) -> Path:
-    return Path(_source(context)["folder"])
-
-
-def _engines(context: Context) -> dict[str, Path]:
-    found = run_folder.engines(context.inputs["source"].parent)
-    # An export of the dense parent that an older recipe left behind is not part of this run.
-    return {label: path for label, path in found.items() if "export-dense" in context.inputs or label not in _STALE}
-
-
-def _calibration_text(text: dict[str, Any]) -> TextSet:
-    from moedge.convert import calibration
-
-    return calibration.split(calibration.read_text(text["spec"]), text["every"])[0]
-
-
-def _held_out_texts(texts: dict[str, Any]) -> list[TextSet]:
-    """Held-out documents of each text: those the split keeps back, or all of a text that calibration never saw."""
-    from moedge.convert import calibration
-
-    found = []
-    for entry in texts["held_out"]:
-        text = calibration.read_text(entry["spec"])
-        if entry["is"] == texts["calibration"]["is"]:
-            text = calibration.split(text, texts["calibration"]["every"])[1]
-        found.append(text)
-    return found
-
-
-def _windows(
-    tokenizer: PreTrainedTokenizerBase, text: TextSet, length: int, count: int, bos: bool, name: str
-) -> np.ndarray:
-    from moedge.convert import calibration
-
-    return calibration.windows(tokenizer, text, length, count, bos=bos, name=name)
+    write(context.root, context.out, recipe=context.params["recipe"])

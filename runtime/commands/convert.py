@@ -13,7 +13,7 @@ from rich.markup import escape
 from moedge._files import atomic_dir
 from moedge.configs.recipe import recipe_from
 from moedge.runtime import run_folder, stages
-from moedge.runtime.bench import machine
+from moedge.runtime.machine import machine
 from moedge.runtime.progress import single
 from moedge.runtime.recipe import Context
 
@@ -44,16 +44,13 @@ def convert(
         recipe.check_model(run_folder.read_json(local), "moedge convert")
     with atomic_dir(out, force=force) as partial, single("convert", f"{model} -> {out}") as reporter:
         work = partial / ".stages"
-        done: dict[str, Path] = {}
         for stage in stages.build(recipe, machine())[:3]:
             reporter.note(stage.what)
             folder = work / stage.name
             folder.mkdir(parents=True)
-            inputs = {name: done[name] for name in stage.reads}
-            stage.body(Context(folder, inputs, stage.params, reporter.progress, reporter.note))
+            stage.body(Context(folder, work, stage.params, reporter.progress, reporter.note))
             if stage.check:
                 stage.check(folder)
-            done[stage.name] = folder
         checkpoint = run_folder.checkpoint(work)
         for path in checkpoint.iterdir():
             path.rename(partial / path.name)

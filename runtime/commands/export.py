@@ -26,8 +26,11 @@ def export(
     with atomic_dir(out, force=force) as partial, single("export", f"{checkpoint} -> {out}") as reporter:
         from moedge.export.pipeline import export as run
 
-        run(
-            checkpoint, partial, list(dict.fromkeys(wanted)), label=label or checkpoint.name, progress=reporter.progress
-        )
+        def step(what: str, done: int, total: int) -> None:
+            reporter.progress(done, total)
+            if done < total:
+                reporter.note(what)
+
+        run(checkpoint, partial, wanted, label=label or checkpoint.name, max_length=max_length, progress=step)
     for folder in sorted(path.parent for path in out.glob("*/manifest.json")):
         Console().print(escape(f"{folder.name}: {folder}"), highlight=False, soft_wrap=True)

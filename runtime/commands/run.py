@@ -14,7 +14,7 @@ from moedge import MoEdgeError
 from moedge._files import write_text
 from moedge.configs.recipe import Recipe, load_recipe
 from moedge.runtime import run_folder, stages
-from moedge.runtime.bench import machine
+from moedge.runtime.machine import machine
 from moedge.runtime.progress import Reporter
 from moedge.runtime.recipe import Stage, Status, execute, plan
 

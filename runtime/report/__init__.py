@@ -28,6 +28,7 @@ def write(run: Path, out: Path, *, recipe: dict[str, Any]) -> dict[str, Any]:
 def render(report: dict[str, Any], template: str) -> str:
     """Render a report with one of the templates in this folder; HTML escapes every value."""
     import jinja2
+    from markupsafe import Markup
 
     from moedge.runtime.report.build import ratio
     from moedge.runtime.report.plots import draw_all
@@ -45,7 +46,7 @@ def render(report: dict[str, Any], template: str) -> str:
     environment.filters["cell"] = _markdown_cell
     environment.globals["ratio"] = ratio
     # The SVG comes from matplotlib, which escapes the text it draws; everything else is escaped by jinja2.
-    plots = {name: jinja2.utils.markupsafe.Markup(svg) for name, svg in draw_all(report).items()} if html else {}
+    plots = {name: Markup(svg) for name, svg in draw_all(report).items()} if html else {}
     return environment.get_template(template).render(report=report, plots=plots)
 
 

@@ -84,7 +84,7 @@ def _short(text: str, limit: int = 34) -> str:
 
 def _quality(report: dict[str, Any]) -> Figure:
     quality = report["quality"]
-    rows, names = quality["rows"], list(quality["protocol"]["tokens"])
+    rows, names = quality["rows"], quality["protocol"]["texts"]
     dense = rows[0]["ppl"]
     figure, axes = _figure(4.2 * len(names) + 1, 0.34 * len(rows) + 0.9, len(names))
     for column, (axis, name) in enumerate(zip(axes, names, strict=True)):
@@ -138,6 +138,8 @@ def _divergence(report: dict[str, Any]) -> Figure | None:
     if not drawn:
         return None
     axis.set_yscale("log")
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")  # no TeX: labels are never parsed as mathematics
+    axis.yaxis.set_minor_formatter(lambda value, _: "")
     axis.set_xticks(range(len(keys)), ["median", "90 %", "99 %", "99.9 %", "worst token"])
     axis.set_ylabel("KL to PyTorch, nats")
     axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, 0.9))
@@ -165,6 +167,8 @@ def _speed(report: dict[str, Any]) -> Figure:
 
 
 def _dead(report: dict[str, Any]) -> Figure | None:
+    from matplotlib.ticker import MaxNLocator
+
     layers = report["conversion"]["layers"]
     series = {"all neurons": "dead_share", "routed neurons": "dead_share_of_routed"}
     if not layers or any(layer["report"].get(key) is None for key in series.values() for layer in layers):
@@ -175,6 +179,7 @@ def _dead(report: dict[str, Any]) -> Figure | None:
         shares = [100 * layer["report"][key] for layer in layers]
         axis.plot(numbers, shares, color=colour, marker="o", markersize=3, label=label)
     axis.set_ylim(bottom=0)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("layer")
     axis.set_ylabel("never marked, %")
     axis.legend(frameon=False, fontsize=8)
@@ -182,6 +187,8 @@ def _dead(report: dict[str, Any]) -> Figure | None:
 
 
 def _routing(report: dict[str, Any]) -> Figure | None:
+    from matplotlib.ticker import MaxNLocator
+
     routed = [entry for entry in report["verification"]["parity"] if entry["routing"].get("compared")]
     if not routed:
         return None
@@ -195,7 +202,8 @@ def _routing(report: dict[str, Any]) -> Figure | None:
             positions, [layers[layer] for layer in sorted(layers)], width, color=colour, label=_short(entry["name"], 60)
         )
     axis.set_ylim(0, max(1.0, axis.get_ylim()[1]))
-    axis.yaxis.get_major_locator().set_params(integer=True)
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("layer")
     axis.set_ylabel("tokens, other experts")
     axis.legend(frameon=False, fontsize=8)

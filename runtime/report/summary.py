@@ -33,7 +33,7 @@ def show(report: dict[str, Any], console: Console) -> None:
 
 def _quality(quality: dict[str, Any]) -> Table:
     protocol = quality["protocol"]
-    names = list(protocol["tokens"])
+    names = protocol["texts"]
     tokens = ", ".join(f"{name} {protocol['tokens'][name]:,} tokens" for name in names)
     table = Table(
         title=escape(f"quality on held-out text ({tokens}, window {protocol['window']}, {protocol['dtype']})")

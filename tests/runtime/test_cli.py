@@ -89,6 +89,12 @@ def test_dry_run_and_recipe_errors_need_no_torch(tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
+def test_doctor_works_without_torch() -> None:
+    result = without_heavy_packages("doctor", "--json")
+    assert result.returncode == 0, result.stderr
+    assert {"portable", "ort-cpu"} <= {target["target"] for target in json.loads(result.stdout)["targets"]}
+
+
 def folder_with(path: Path, **config: Any) -> Path:
     write_json(path / "config.json", config)
     return path

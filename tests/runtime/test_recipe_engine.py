@@ -35,7 +35,7 @@ class Toy:
     def _stage(self, name: str, reads: tuple[str, ...]) -> Stage:
         def body(context: Context) -> None:
             self.ran.append(name)
-            text = "".join((context.inputs[read] / "text").read_text() for read in reads)
+            text = "".join((context.root / read / "text").read_text() for read in reads)
             (context.out / "text").write_text(f"{name}{abs(context.params['value'])}({text})")
             if self.raises is not None and name == self.raise_in:
                 raise self.raises

@@ -130,7 +130,13 @@ def _quality() -> dict[str, Any]:
 
     return {
         "schema": "moedge.evaluation/1",
-        "protocol": {"window": 512, "bos": False, "dtype": "float32", "tokens": {"wiki": 4088, HOSTILE: 4088}},
+        "protocol": {
+            "window": 512,
+            "bos": False,
+            "dtype": "float32",
+            "texts": ["wiki", HOSTILE],
+            "tokens": {"wiki": 4088, HOSTILE: 4088},
+        },
         "rows": [
             row("dense", "dense", 23.0),
             row("cmoe", "method", 31.0),

@@ -1,0 +1,30 @@
+# Each target is one or two plain commands; README.md shows them too.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test test-slow lint clean
+
+demo: .venv/cpu.done
+	$(BIN)/moedge run smollm2-135m
+
+test: .venv/test.done
+	$(BIN)/python -m pytest -m "not slow and not network and not gpu"
+
+test-slow: .venv/test.done
+	$(BIN)/python -m pytest -m "(slow or network) and not gpu"
+
+# mypy wants to see the package under its import name; the package root is this folder.
+lint: .venv/test.done
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	mkdir -p .typing && ln -sfn .. .typing/moedge && MYPYPATH=.typing $(BIN)/mypy -p moedge
+
+clean:
+	rm -rf .venv .typing build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+.venv/cpu.done: pyproject.toml
+	$(PYTHON) -m venv .venv && $(PIP) 'torch==2.13.0'
+	$(PIP) -e '.[cpu]' && touch $@
+
+.venv/test.done: .venv/cpu.done
+	$(PIP) -e '.[cpu,test]' && touch $@

@@ -1,0 +1,47 @@
+"""Which documents a stage sees: calibration text, and the held-out text that quality and parity are measured on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedTokenizerBase
+
+    from moedge.convert.calibration import TextSet
+
+
+def calibration_text(entry: dict[str, Any]) -> TextSet:
+    """Documents of ``{"spec", "every"}`` that are not held out."""
+    from moedge.convert import calibration
+
+    return calibration.split(calibration.read_text(entry["spec"]), entry["every"])[0]
+
+
+def texts(entries: dict[str, Any]) -> list[TextSet]:
+    """Held-out documents of each text: those the split keeps back, or all of a text that calibration never saw.
+
+    Args:
+        entries: ``{"calibration": {"spec", "is", "every"}, "held_out": [{"spec", "is"}, ...]}``; ``is`` tells whether
+            two specs mean the same file.
+    """
+    from moedge.convert import calibration
+
+    found: list[TextSet] = []
+    for entry in entries["held_out"]:
+        text = calibration.read_text(entry["spec"])
+        if entry["is"] == entries["calibration"]["is"]:
+            text = calibration.split(text, entries["calibration"]["every"])[1]
+        same = sum(other.name.split(" ")[0] == text.name for other in found)
+        found.append(replace(text, name=f"{text.name} ({same + 1})") if same else text)
+    return found
+
+
+def windows(
+    tokenizer: PreTrainedTokenizerBase, text: TextSet, length: int, count: int, *, bos: bool, name: str
+) -> np.ndarray:
+    """Token windows int64 [count, length]; see :func:`moedge.convert.calibration.windows`."""
+    from moedge.convert import calibration
+
+    return calibration.windows(tokenizer, text, length, count, bos=bos, name=name)
