@@ -13,7 +13,6 @@ import functools
 import gc
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -23,8 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from moedge import MoEdgeError, __version__
+from moedge import MoEdgeError
 from moedge.runtime.engines import Engine, open_engine
+from moedge.runtime.machine import machine as machine
 from moedge.runtime.stats import bootstrap_ci, percentiles
 
 SCHEMA = "moedge.bench/1"
@@ -112,10 +112,13 @@ def bench(
         for engine in opened.values():
             engine.close()
 
+    samples = {  # [rounds, samples of a round]
+        "ttft_ms": {label: np.array(times)[:, None] for label, times in ttft.items()},
+        "tpot_ms": {label: np.array(times) for label, times in tpot.items()},
+    }
     rows = []
     for label in labels:
-        first, steps = np.array(ttft[label]), np.array(tpot[label])
-        summary = {"ttft_ms": _summary(first[:, None], seed), "tpot_ms": _summary(steps, seed)}
+        summary = {metric: _summary(times[label], seed) for metric, times in samples.items()}
         footprint = footprints.get(label, {"peak_rss_mib": None, "load_s": None, "reason": "not measured"})
         rows.append(
             {
@@ -125,7 +128,7 @@ def bench(
                 "prefill_tokens_per_s": 1e3 * prompt / summary["ttft_ms"]["p50"],
                 "decode_tokens_per_s": 1e3 / summary["tpot_ms"]["p50"],
                 **footprint,
-                "rounds": {"ttft_ms": ttft[label], "tpot_ms": [float(np.median(row)) for row in steps]},
+                "rounds": {metric: np.median(times[label], axis=1).tolist() for metric, times in samples.items()},
             }
         )
     return {
@@ -144,42 +147,8 @@ def bench(
         },
         "machine": {**machine(), "load_average_before": load_before},
         "rows": rows,
-        "ratios": _ratios(
-            labels,
-            {
-                "ttft_ms": {k: np.array(v)[:, None] for k, v in ttft.items()},
-                "tpot_ms": {k: np.array(v) for k, v in tpot.items()},
-            },
-            seed,
-        ),
+        "ratios": _ratios(labels, samples, seed),
     }
-
-
-def machine() -> dict[str, Any]:
-    """Processor, cores, memory and versions: what the numbers were measured on."""
-    import psutil
-
-    return {
-        "processor": processor_name(),
-        "cores": psutil.cpu_count(logical=False),
-        "logical_cores": psutil.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "python": platform.python_version(),
-        "moedge": __version__,
-    }
-
-
-def processor_name() -> str:
-    """Marketing name of the processor, or the machine type where the system does not tell."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as stream:  # noqa: PTH123
-            for line in stream:
-                if line.startswith(("model name", "Model")):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _timed_run(engine: Engine, ids: np.ndarray, decode: int) -> tuple[float, list[float]]:

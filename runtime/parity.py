@@ -53,8 +53,8 @@ def compare(
     Returns:
         JSON-ready dict of schema ``moedge.parity/1``. Per phase (``prefill``, ``decode``) and ``overall``: tokens;
         absolute error; relative error max|a-b| / max|a| per token; cosine; KL in nats both ways; top-1 and top-5
-        agreement outside near-ties of the reference; perplexity of both on the tokens that follow. A value that does not
-        exist (no finite token, nothing compared) is None, and its check fails.
+        agreement outside near-ties of the reference; perplexity of both on the tokens that follow. A value that does
+        not exist (no finite token, nothing compared) is None, and its check fails.
 
     Raises:
         MoEdgeError: windows of a wrong shape, engines of different vocabularies or routing, or a bad tolerance.
@@ -329,7 +329,7 @@ class _Routes:
             two = test[layer]
             if one.shape != two.shape:
                 raise MoEdgeError(
-                    f"Layer {layer} selects {one.shape[1]} experts in the reference and {two.shape[1]} in the test engine."
+                    f"Layer {layer} selects {one.shape[1]} experts in the reference, {two.shape[1]} in the test engine."
                 )
             shared = (one[:, :, None] == two[:, None, :]).any(2).sum(1)
             counted = [len(one), int((shared == one.shape[1]).sum()), int(shared.sum()), one.size]

@@ -1,6 +1,7 @@
 """One runtime per file behind one small protocol.
 
-Parity, benchmark and generation know only :class:`Engine`, so PyTorch, ONNX Runtime and TensorRT compare like with like.
+Parity, benchmark and generation know only :class:`Engine`, so PyTorch, ONNX Runtime and TensorRT compare like with
+like.
 """
 
 from __future__ import annotations

@@ -169,12 +169,12 @@ def test_memory_belongs_to_the_engines_own_process(toy_bundles: dict[str, Path])
 
 def test_an_engine_that_fails_in_its_own_process_is_named(tmp_path: Path) -> None:
     engines = {"gone": functools.partial(open_engine, tmp_path / "gone")}
-    with pytest.raises(MoEdgeError, match="gone failed in its own process.*does not exist"):
+    with pytest.raises(MoEdgeError, match=r"gone failed in its own process.*does not exist"):
         bench(engines, np.arange(30), prompt=16, decode=4, repeats=2)
 
 
 def test_bootstrap_interval_covers_the_truth_at_its_rate() -> None:
-    """Of 200 samples of 20 normal rounds, the interval of the mean holds the true mean in about 95% (bootstrap: ~93%)."""
+    """Of 200 samples of 20 normal rounds, the interval of the mean holds the true one in about 95% (bootstrap: 93%)."""
     generator = np.random.default_rng(0)
     hits = 0
     for i in range(200):

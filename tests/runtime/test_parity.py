@@ -22,7 +22,7 @@ Damage = Callable[[np.ndarray, int, str], np.ndarray]
 
 
 class Scripted:
-    """An engine whose logits depend on the token and its position; ``damage(logits [V], position, phase)`` spoils them."""
+    """Logits depend on the token and its position; ``damage(logits [V], position, phase)`` spoils them."""
 
     def __init__(self, damage: Damage | None = None, taps: bool = False, flips: dict[int, list[int]] | None = None):
         generator = np.random.default_rng(0)
@@ -121,7 +121,7 @@ def test_numbers_equal_their_definitions() -> None:
 
 
 def exchange_best_two(gap: float) -> tuple[Damage, Damage]:
-    """(reference, test): at position 7 the best two logits are ``gap`` apart in the reference and exchanged in the test."""
+    """(reference, test): at position 7 the best two logits are ``gap`` apart, and exchanged in the test."""
 
     def plant(logits: np.ndarray) -> tuple[int, int]:
         one, two = np.argsort(-logits)[:2]
@@ -233,7 +233,7 @@ def test_engines_of_different_models_are_refused() -> None:
         compare(Scripted(), other, IDS, prefill=PREFILL, tolerances=LIMITS)
     wide = Scripted(taps=True)
     wide.routes = [chosen[:, :2] for chosen in wide.routes]
-    with pytest.raises(MoEdgeError, match="selects 3 experts in the reference and 2"):
+    with pytest.raises(MoEdgeError, match="selects 3 experts in the reference, 2"):
         compare(Scripted(taps=True), wide, IDS, prefill=PREFILL, tolerances=LIMITS)
 
 

@@ -1,0 +1,298 @@
+"""What is installed here, which devices there are, and which targets are therefore possible.
+
+Versions come from package metadata; nothing heavy is imported, so the answer takes well under a second and also works
+where the heavy packages are missing or broken. ONNX Runtime alone is imported, to ask which providers it has.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from moedge.export.lowering import TARGETS
+from moedge.runtime.machine import machine, processor_features
+
+SCHEMA = "moedge.doctor/1"
+
+# What each part needs: distribution names, one of several where they are alternatives.
+_ONNX = (("onnx",), ("onnx-ir",), ("onnxscript",))
+_CONVERT = (
+    *(("torch",), ("transformers",), ("accelerate",), ("gguf",), ("huggingface-hub",), ("optimum",), ("scipy",)),
+    *_ONNX,
+)
+_ONNXRUNTIME = ("onnxruntime", "onnxruntime-gpu")
+_RTX = ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx")
+
+_PLANNED: dict[str, tuple[str, tuple[tuple[str, ...], ...], bool]] = {
+    # target: (what it is, what its engine will need, needs an NVIDIA GPU to run)
+    "portable": ("standard ONNX operators, any ONNX runtime", (_ONNXRUNTIME,), False),
+    "ort-cpu": ("ONNX Runtime's fused CPU kernels", (_ONNXRUNTIME,), False),
+    "ort-cuda": ("ONNX Runtime's CUDA kernels", (("onnxruntime-gpu",),), True),
+    "tensorrt": ("TensorRT engine with plugins", (("tensorrt",),), True),
+    "tensorrt-rtx": ("TensorRT for RTX engine", (_RTX,), True),
+}
+
+_RUNTIMES: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    ("PyTorch", ("torch",), "convert, trace, reference engine"),
+    ("Transformers", ("transformers",), "models and tokenizers"),
+    ("Optimum", ("optimum",), "names and dummy inputs of the export"),
+    ("ONNX", ("onnx",), "export, routing taps"),
+    ("ONNX Script", ("onnxscript",), "export"),
+    ("ONNX Runtime", _ONNXRUNTIME, "engine of portable and ort-cpu"),
+    ("Triton", ("triton", "triton-windows"), "not used in this release"),
+    ("TensorRT", ("tensorrt",), "not used in this release"),
+    ("TensorRT for RTX", _RTX, "not used in this release"),
+    ("OpenVINO", ("openvino",), "not used in this release"),
+)
+
+
+def examine() -> dict[str, Any]:
+    """Look at this machine.
+
+    Returns:
+        JSON-ready dict of schema ``moedge.doctor/1``: ``machine``; ``runtimes`` (name, package, version or None, tested
+        versions, warning or None, providers); ``devices`` (cpu, gpus, jetson); ``convert`` and ``targets`` with
+        ``possible``, the ``reasons`` why not, and ``warnings`` about versions that nobody has tested. A target has
+        ``export`` (make its bundle here) and ``run`` (here).
+    """
+    tested = _tested()
+    providers = _providers()
+    gpus, gpu_note = _gpus()
+    runtimes = []
+    for name, packages, use in _RUNTIMES:
+        package, installed = _installed(packages)
+        runtimes.append(
+            {
+                "name": name,
+                "package": package,
+                "version": installed,
+                "tested": tested.get(package),
+                "warning": _warning(packages, tested),
+                "use": use,
+                "providers": providers if name == "ONNX Runtime" and installed else None,
+            }
+        )
+    return {
+        "schema": SCHEMA,
+        "machine": machine(),
+        "runtimes": runtimes,
+        "devices": {
+            "cpu": {"features": processor_features(), "memory_available_gib": _available_gib()},
+            "gpus": gpus,
+            "gpu_note": gpu_note,
+            "jetson": _jetson(),
+        },
+        "convert": _answer(_CONVERT, [], tested),
+        "targets": [_target(name, providers, gpus, gpu_note, tested) for name in _PLANNED],
+    }
+
+
+def _target(
+    name: str, providers: list[str] | str, gpus: list[dict[str, Any]], gpu_note: str, tested: dict[str, str]
+) -> dict[str, Any]:
+    what, engine, needs_gpu = _PLANNED[name]
+    implemented = name in TARGETS
+    unwritten = [] if implemented else ["not implemented in this release"]
+    unfit = list(unwritten)
+    if engine[0] is _ONNXRUNTIME or name == "ort-cuda":
+        provider = "CUDAExecutionProvider" if name == "ort-cuda" else "CPUExecutionProvider"
+        if isinstance(providers, str):
+            unfit.append(providers)
+        elif providers and provider not in providers:
+            unfit.append(f"this ONNX Runtime has no {provider}")
+    if needs_gpu and not gpus:
+        unfit.append(gpu_note)
+    # A lowering is executed once to trust it, so it needs its runtime where the bundle is made.
+    needs = _CONVERT if name == "portable" else (*_CONVERT, *engine)
+    return {
+        "target": name,
+        "what": what,
+        "implemented": implemented,
+        "export": _answer(needs, unwritten, tested),
+        "run": _answer(engine, unfit, tested),
+    }
+
+
+def _answer(needs: Sequence[tuple[str, ...]], reasons: Sequence[str], tested: dict[str, str]) -> dict[str, Any]:
+    missing = [f"{packages[0]} is not installed" for packages in needs if _installed(packages)[1] is None]
+    warnings = [warning for warning in (_warning(packages, tested) for packages in needs) if warning]
+    return {"possible": not reasons and not missing, "reasons": [*reasons, *missing], "warnings": warnings}
+
+
+def _installed(packages: Sequence[str]) -> tuple[str, str | None]:
+    """First installed of several alternative packages: (name, version); the first name and None when there is none."""
+    for package in packages:
+        try:
+            return package, metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return packages[0], None
+
+
+def _warning(packages: Sequence[str], tested: dict[str, str]) -> str | None:
+    package, installed = _installed(packages)
+    if installed is not None and package in tested and not satisfies(installed, tested[package]):
+        return f"{package} {installed} is installed, tested with {tested[package]}"
+    return None
+
+
+def _tested() -> dict[str, str]:
+    """Package -> version range, as MoEdge's own metadata (pyproject.toml) states it."""
+    try:
+        lines = metadata.requires("moedge") or []
+    except metadata.PackageNotFoundError:
+        return {}
+    pattern = re.compile(r"^([A-Za-z0-9._-]+)(?:\[[^]]*\])?\s*([<>=!~][^;]*)?")
+    parsed = [match.groups() for match in map(pattern.match, lines) if match]
+    return {name.lower(): ranges.strip() for name, ranges in parsed if ranges}
+
+
+_COMPARE = {
+    ">=": lambda a, b: a >= b,
+    "<=": lambda a, b: a <= b,
+    "==": lambda a, b: a == b,
+    ">": lambda a, b: a > b,
+    "<": lambda a, b: a < b,
+}
+
+
+def satisfies(version: str, ranges: str) -> bool:
+    """Whether ``version`` lies in ``ranges`` like ``">=2.13,<2.14"``; a build tag (``+cpu``) does not count."""
+    for part in ranges.split(","):
+        match = re.match(r"\s*(>=|<=|==|>|<)\s*([0-9.]+)", part)
+        if match:
+            one, two = _release(version), _release(match[2])
+            size = max(len(one), len(two))
+            padded = [(*numbers, *[0] * (size - len(numbers))) for numbers in (one, two)]
+            if not _COMPARE[match[1]](*padded):
+                return False
+    return True
+
+
+def _release(version: str) -> tuple[int, ...]:
+    match = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(part) for part in match[0].split(".")) if match else ()
+
+
+def _providers() -> list[str] | str:
+    """Providers that ONNX Runtime was built with, or why it cannot say."""
+    if _installed(_ONNXRUNTIME)[1] is None:
+        return []
+    try:
+        import onnxruntime
+
+        return list(onnxruntime.get_available_providers())
+    except Exception as error:  # a broken installation fails in many ways; doctor reports it and goes on
+        return f"onnxruntime cannot be imported ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+
+
+def _gpus() -> tuple[list[dict[str, Any]], str]:
+    """NVIDIA GPUs by nvidia-smi, and a sentence when there are none."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return [], "no NVIDIA GPU found (nvidia-smi is not here)"
+    fields = "name,memory.total,compute_cap,driver_version"
+    try:
+        answer = subprocess.run(
+            [command, f"--query-gpu={fields}", "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return [], f"no NVIDIA GPU found (nvidia-smi: {type(error).__name__})"
+    if answer.returncode:
+        said = (answer.stderr or answer.stdout).strip().splitlines()
+        return [], f"no NVIDIA GPU found (nvidia-smi: {said[0] if said else answer.returncode})"
+    return parse_gpus(answer.stdout), "no NVIDIA GPU found (nvidia-smi lists none)"
+
+
+def parse_gpus(text: str) -> list[dict[str, Any]]:
+    """Parse ``nvidia-smi --query-gpu=name,memory.total,compute_cap,driver_version --format=csv,noheader,nounits``."""
+    gpus = []
+    for line in text.splitlines():
+        parts = [part.strip() for part in line.split(",")]
+        if len(parts) == 4:
+            # Jetson and MIG print [N/A] for memory: it is shared or split there.
+            memory = int(parts[1]) if parts[1].isdigit() else None
+            gpus.append({"name": parts[0], "memory_mib": memory, "compute_capability": parts[2], "driver": parts[3]})
+    return gpus
+
+
+def _jetson(root: Path = Path("/")) -> dict[str, str] | None:
+    """Model name and L4T release of a Jetson, None on anything else."""
+    try:
+        model = (root / "proc/device-tree/model").read_text(encoding="utf-8", errors="replace").strip("\0 \n")
+    except OSError:
+        return None
+    if not re.search("jetson|orin|xavier|thor", model, re.IGNORECASE):
+        return None
+    try:
+        release = (root / "etc/nv_tegra_release").read_text(encoding="utf-8", errors="replace").splitlines()[0]
+    except (OSError, IndexError):
+        release = "unknown"
+    return {"model": model, "l4t": release}
+
+
+def _available_gib() -> float:
+    import psutil
+
+    return round(psutil.virtual_memory().available / 2**30, 1)
+
+
+def render(result: dict[str, Any]) -> RenderableType:
+    """Return the answer of :func:`examine` as rich tables."""
+    facts, devices = result["machine"], result["devices"]
+    where = Table(title="machine", show_header=False, title_justify="left")
+    where.add_row("processor", f"{facts['processor']}, {facts['cores']} cores ({facts['logical_cores']} logical)")
+    where.add_row("instructions", " ".join(devices["cpu"]["features"]) or "unknown")
+    where.add_row("memory", f"{facts['memory_gib']} GiB, {devices['cpu']['memory_available_gib']} GiB available")
+    for gpu in devices["gpus"]:
+        memory = f"{gpu['memory_mib']} MiB, " if gpu["memory_mib"] else ""
+        text = f"{gpu['name']}, {memory}compute capability {gpu['compute_capability']}, driver {gpu['driver']}"
+        where.add_row("GPU", escape(text))
+    if not devices["gpus"]:
+        where.add_row("GPU", escape(devices["gpu_note"]))
+    if devices["jetson"]:
+        where.add_row("Jetson", escape(f"{devices['jetson']['model']}, {devices['jetson']['l4t']}"))
+    where.add_row("software", f"{facts['system']}, Python {facts['python']}, MoEdge {facts['moedge']}")
+
+    runtimes = Table(title="runtimes", title_justify="left")
+    for column in ("runtime", "version", "used for"):
+        runtimes.add_column(column)
+    for row in result["runtimes"]:
+        version = f"[yellow]{escape(row['version'])}[/yellow]" if row["warning"] else escape(row["version"] or "-")
+        providers = row["providers"]
+        text = ", ".join(providers) if isinstance(providers, list) else providers
+        runtimes.add_row(row["name"], version, escape(row["use"] + (f" ({text})" if text else "")))
+
+    possible = Table(title="what is possible here", title_justify="left")
+    for column in ("", "make", "run", "notes"):
+        possible.add_column(column)
+    possible.add_row("convert", _mark(result["convert"]), "", _notes(result["convert"]))
+    for target in result["targets"]:
+        name = f"{target['target']}\n[dim]{escape(target['what'])}[/dim]"
+        notes = _notes(target["export"], target["run"])
+        possible.add_row(name, _mark(target["export"]), _mark(target["run"]), notes)
+    return Group(where, runtimes, possible)
+
+
+def _mark(answer: dict[str, Any]) -> str:
+    if not answer["possible"]:
+        return "[red]no[/red]"
+    return "[yellow]untested[/yellow]" if answer["warnings"] else "[green]yes[/green]"
+
+
+def _notes(*answers: dict[str, Any]) -> str:
+    notes = [note for kind in ("reasons", "warnings") for answer in answers for note in answer[kind]]
+    return escape("; ".join(dict.fromkeys(notes)))

@@ -1,0 +1,50 @@
+"""Facts about this machine that stand beside every measured number."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+from moedge import __version__
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory and versions: what the numbers were measured on. Equal from run to run."""
+    import psutil
+
+    return {
+        "processor": processor_name(),
+        "cores": psutil.cpu_count(logical=False),
+        "logical_cores": psutil.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "moedge": __version__,
+    }
+
+
+def processor_name() -> str:
+    """Marketing name of the processor, or the machine type where the system does not tell."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def processor_features() -> list[str]:
+    """Instruction sets that decide which CPU kernels run, in the names that /proc/cpuinfo uses."""
+    found = set((_cpuinfo("flags") or _cpuinfo("Features")).split())
+    return [name for name in _FEATURES if name in found]
+
+
+_FEATURES = (
+    *("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+    *("amx_tile", "amx_int8"),
+    *("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2", "sme"),
+)
+
+
+def _cpuinfo(key: str) -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.split(":", 1)[0].strip() == key), "")
