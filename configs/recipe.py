@@ -96,7 +96,7 @@ class EvaluateSection(_Section):
     """How quality is measured, and against which controls."""
 
     window: Annotated[int, Field(ge=8)] = 512
-    tokens: Annotated[int, Field(ge=8)] = 16384
+    tokens: Annotated[int, Field(ge=8)] = 4096
     batch_size: Positive = 4
     bos: bool = False
     controls: list[Literal["static mask", "FLAP-MLP", "random router", "random partition", "oracle router"]] = [
