@@ -6,6 +6,7 @@ is a sum over neurons, which is what every conversion method relies on.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +90,7 @@ def ffns(model: PreTrainedModel) -> list[FFN]:
     return blocks
 
 
-def refuse_unsupported(model_type: str, where: str, build: Any) -> None:
+def refuse_unsupported(model_type: str, where: str, build: Callable[[], Any]) -> None:
     """Raise one sentence when a model of ``model_type`` cannot be converted.
 
     Args:
