@@ -1,8 +1,9 @@
 """Target ``ort-cpu``: ONNX Runtime's fused CPU kernels, float32.
 
 Rewrites, in order: norms -> (Skip)SimplifiedLayerNormalization and rotary recognition (onnxscript's own rules),
-attention -> GroupQueryAttention, routed FFN -> MoE, tied output projection -> FusedMatMul.
-Each is checked for legality, applied to every layer, and one layer of it is executed beside what it replaced. A refused rewrite leaves standard operators.
+attention -> GroupQueryAttention, routed FFN -> MoE, tied output projection -> FusedMatMul. Each is checked for
+legality, applied to every layer, and one layer of it is executed beside what it replaced. A refused rewrite leaves
+standard operators.
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@ After: ``MatMul`` q/k/v -> ``RotaryEmbedding`` (q, k) -> ``GroupQueryAttention``
 
 Two things keep a left-padded batch meaning what it means in transformers. The kernel takes lengths, so padding is
 hidden by an additive bias instead. And rotary stays outside: with ``do_rotary`` the CPU kernel ignores
-``position_ids`` on the first prompt but obeys them afterwards (ONNX Runtime 1.31.1, measured; no error), so a padded prefill and its decode
-would disagree. The cache may be bound to one preallocated buffer (past and present the same memory).
+``position_ids`` on the first prompt but obeys them afterwards (ONNX Runtime 1.31.1, measured; no error), so a padded
+prefill and its decode would disagree. The cache may be bound to one preallocated buffer (past and present the same
+memory).
 """
 
 from __future__ import annotations
