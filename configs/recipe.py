@@ -116,6 +116,7 @@ class VerifySection(_Section):
     window: Annotated[int, Field(ge=8)] = 256
     prefill: Positive = 192
     tolerances: Spec = "float32"
+    threads: Positive | None = None
 
 
 class BenchSection(_Section):
@@ -173,8 +174,10 @@ class Recipe(_Section):
             raise ValueError("\n".join(problems))
         return self
 
-    def check_model(self, config: dict[str, Any], where: str) -> None:
+    def check_model(self, config: dict[str, Any], where: str, *, only_convert: bool = False) -> None:
         """Check what can only be checked once the model's ``config.json`` is known.
+
+        ``only_convert`` leaves out what the stages after ``convert`` need.
 
         Raises:
             MoEdgeError: experts that do not divide the FFN width, or lengths beyond what the model was made for.
@@ -196,11 +199,10 @@ class Recipe(_Section):
                 problems.append(f"convert.k_a: {self.convert.k_a} is more than the FFN's {width} neurons.")
         longest = config.get("max_position_embeddings")
         if isinstance(longest, int):
-            for key, length in (
-                ("calibration.length", self.calibration.length),
-                ("evaluate.window", self.evaluate.window),
-                ("export.max_length", self.export.max_length),
-            ):
+            lengths = [("calibration.length", self.calibration.length)]
+            if not only_convert:
+                lengths += [("evaluate.window", self.evaluate.window), ("export.max_length", self.export.max_length)]
+            for key, length in lengths:
                 if length > longest:
                     problems.append(f"{key}: {length} is beyond the model's {longest} positions.")
         if problems:

@@ -334,6 +334,7 @@ def verify(context: Context) -> None:
         prefill=params["prefill"],
         tolerances=params["tolerances"],
         text=text.name,
+        threads=params["threads"],
         progress=context.progress,
         note=context.note,
     )

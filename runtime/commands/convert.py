@@ -41,7 +41,7 @@ def convert(
     )
     local = Path(model).expanduser() / "config.json"
     if local.is_file():
-        recipe.check_model(run_folder.read_json(local), "moedge convert")
+        recipe.check_model(run_folder.read_json(local), "moedge convert", only_convert=True)
     with atomic_dir(out, force=force) as partial, single("convert", f"{model} -> {out}") as reporter:
         work = partial / ".stages"
         for stage in stages.build(recipe, machine())[:3]:
@@ -49,8 +49,8 @@ def convert(
             folder = work / stage.name
             folder.mkdir(parents=True)
             stage.body(Context(folder, work, stage.params, reporter.progress, reporter.note))
-            if stage.check:
-                stage.check(folder)
+            if stage.name == "source":
+                recipe.check_model(run_folder.source(work)["config"], "moedge convert", only_convert=True)
         checkpoint = run_folder.checkpoint(work)
         for path in checkpoint.iterdir():
             path.rename(partial / path.name)

@@ -63,6 +63,18 @@ def test_the_block_of_heavy_packages_works() -> None:
     assert "blocked by the test: torch" in result.stderr
 
 
+def test_every_runtime_module_imports_without_heavy_packages() -> None:
+    """A device has none of them; what needs one imports it when it is called."""
+    code = BLOCKED.split("from moedge")[0] + (
+        "import importlib, pkgutil, moedge.runtime\n"
+        "for module in pkgutil.walk_packages(moedge.runtime.__path__, 'moedge.runtime.'):\n"
+        "    importlib.import_module(module.name); print(module.name)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.splitlines()) > 20
+
+
 def test_python_m_works_and_prints_the_version() -> None:
     command = [sys.executable, "-m", "moedge.runtime.cli", "--version"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
