@@ -17,7 +17,8 @@ test-slow: .venv/test.done
 # mypy wants to see the package under its import name; the package root is this folder.
 lint: .venv/test.done
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	mkdir -p .typing && ln -sfn .. .typing/moedge && MYPYPATH=.typing $(BIN)/mypy -p moedge
+	mkdir -p .typing && ln -sfn .. .typing/moedge
+	MYPYPATH=.typing $(BIN)/mypy -p moedge.configs -p moedge.convert -p moedge.export -p moedge.runtime
 
 clean:
 	rm -rf .venv .typing build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -136,7 +136,11 @@ def _bundle(path: Path) -> dict[str, Any]:
     from moedge.export.bundle import open_bundle
 
     manifest = open_bundle(path).manifest
-    lowering = [{**entry, "self_test": json.dumps(entry.get("self_test"))} for entry in manifest.get("lowering", [])]
+    lowering = []
+    for entry in manifest.get("lowering", []):
+        error = (entry.get("self_test") or {}).get("max_rel_error")
+        shown = {name: entry.get(name) for name in ("rewrite", "nodes", "status", "reason")}
+        lowering.append({**shown, "self-test error": error})
     files = [
         {"file": name, "MiB": entry["size"] / 2**20, "sha256": entry["sha256"]}
         for name, entry in manifest["files"].items()

@@ -139,13 +139,13 @@ def sentences(report: dict[str, Any]) -> list[str]:
         else f"{failed} of {total} checks of the exported engines against PyTorch FAILED."
     ]
     said += list(quality["verdict"]["sentences"])
-    for metric, words in (("tpot_ms", "decodes"), ("ttft_ms", "reads the prompt")):
+    for metric, words in (("tpot_ms", "Decoding"), ("ttft_ms", "Reading the prompt")):
         for baseline in ("ort-cpu dense", "torch dense"):
             entry = ratio(report, metric, "ort-cpu moe", baseline)
             if entry:
                 low, high = entry["ci95"]
                 said.append(
-                    f"ort-cpu moe {words} {entry['speedup']:.2f} times as fast as {baseline} "
-                    f"(95% interval {low:.2f} to {high:.2f}): {entry['verdict']}."
+                    f"{words}: ort-cpu moe runs at {entry['speedup']:.2f} times the speed of {baseline} "
+                    f"(95% interval {low:.2f} to {high:.2f}), {entry['verdict']}."
                 )
     return said

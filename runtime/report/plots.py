@@ -74,7 +74,9 @@ def _svg(figure: Figure, name: str) -> str:
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'href="#', f'href="#{name}-', text)
     text = re.sub(r"url\(#", f"url(#{name}-", text)
-    text = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg role="img" viewBox="\1">', text, count=1)
+    width = round(figure.get_figwidth() * 96)  # CSS pixels: no plot is drawn larger than it was made
+    svg = rf'<svg role="img" viewBox="\1" style="max-width:{width}px">'
+    text = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', svg, text, count=1)
     return text.replace("xlink:href", "href")
 
 

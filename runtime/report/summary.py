@@ -22,22 +22,25 @@ def show(report: dict[str, Any], console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    console.print(_quality(report["quality"]))
-    console.print(_verification(report["verification"]))
-    console.print(_speed(report))
+    for title, table in (
+        _quality(report["quality"]),
+        _verification(report["verification"]),
+        _speed(report),
+    ):
+        console.print(escape(f"\n{title}"), highlight=False, soft_wrap=True)
+        console.print(table)
     for sentence in report["sentences"]:
         console.print(escape(f"- {sentence}"), highlight=False, soft_wrap=True)
     verdict = "[green]passed[/green]" if report["passed"] else "[bold red]FAILED[/bold red]"
     console.print(f"verdict: {verdict}")
 
 
-def _quality(quality: dict[str, Any]) -> Table:
+def _quality(quality: dict[str, Any]) -> tuple[str, Table]:
     protocol = quality["protocol"]
     names = protocol["texts"]
     tokens = ", ".join(f"{name} {protocol['tokens'][name]:,} tokens" for name in names)
-    table = Table(
-        title=escape(f"quality on held-out text ({tokens}, window {protocol['window']}, {protocol['dtype']})")
-    )
+    title = f"quality on held-out text ({tokens}, window {protocol['window']}, {protocol['dtype']})"
+    table = Table()
     table.add_column("")
     table.add_column("active", justify="right")
     for name in names:
@@ -53,11 +56,11 @@ def _quality(quality: dict[str, Any]) -> Table:
             *(f"{kl[name]:.3g}" if name in kl else "-" for name in names),
             style="bold" if row["kind"] == "method" else "",
         )
-    return table
+    return title, table
 
 
-def _verification(verification: dict[str, Any]) -> Table:
-    table = Table(title=escape(f"the same numbers as PyTorch? (text {verification['text']})"))
+def _verification(verification: dict[str, Any]) -> tuple[str, Table]:
+    table = Table()
     for column in ("comparison", "tokens", "rel. error", "mean KL", "top-1", "expert sets", ""):
         table.add_column(column, justify="left" if column in ("comparison", "") else "right")
     for entry in verification["identity"]:
@@ -82,7 +85,7 @@ def _verification(verification: dict[str, Any]) -> Table:
             _number(routing.get("agreement"), "{:.4%}"),
             mark(entry["verdict"]["passed"]),
         )
-    return table
+    return f"the same numbers as PyTorch? (text {verification['text']})", table
 
 
 def mark(passed: bool) -> str:
@@ -94,18 +97,17 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
 
 
-def _speed(report: dict[str, Any]) -> Table:
+def _speed(report: dict[str, Any]) -> tuple[str, Table]:
     from moedge.runtime.report.build import ratio
 
     speed, sizes = report["speed"], {bundle["label"]: bundle["bytes"] for bundle in report["bundles"]}
     protocol, machine = speed["protocol"], report["machine"]
     threads = speed["rows"][0]["info"]["threads"]
-    table = Table(
-        title=escape(
-            f"speed, batch 1, prompt {protocol['prompt']}, {protocol['decode']} tokens decoded, {threads} threads, "
-            f"{machine['processor']}"
-        )
+    title = (
+        f"speed, batch 1, prompt {protocol['prompt']}, {protocol['decode']} tokens decoded, {threads} threads, "
+        f"{machine['processor']}"
     )
+    table = Table()
     table.add_column("engine")
     for column in (
         "first token ms",
@@ -129,4 +131,4 @@ def _speed(report: dict[str, Any]) -> Table:
             _number(row["peak_rss_mib"], "{:.0f}"),
             "" if size is None else f"{size / 2**20:.0f}",
         )
-    return table
+    return title, table

@@ -21,6 +21,7 @@ from moedge.runtime import report as reports
 from moedge.runtime import run_folder, stages
 from moedge.runtime.cli import INTERRUPTED, app
 from moedge.runtime.machine import machine
+from moedge.runtime.progress import Reporter
 
 RECIPE = """
 model: {{source: {model}}}
@@ -157,7 +158,7 @@ def test_an_interrupted_run_resumes_to_byte_identical_plan_and_checkpoint(
     assert sorted(path.name for path in root.iterdir()) == [".lock", "calibrate", "run.json", "source"]
     monkeypatch.undo()
     todo = stages.build(load_recipe(home / "tiny.yaml"), machine())[:3]
-    outcomes = engine.execute(todo, root, engine.Reporter())
+    outcomes = engine.execute(todo, root, Reporter())
     assert [outcome.reused for outcome in outcomes] == [True, True, False]
     assert hash_tree(root / "convert" / "checkpoint") == hash_tree(run / "convert" / "checkpoint")
 
