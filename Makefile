@@ -1,7 +1,7 @@
 # Each target is one or two plain commands; README.md shows them too.
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 .PHONY: demo test test-slow lint clean
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import sys
 from collections.abc import Callable
@@ -21,6 +22,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+
+_OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+"""Causes of an OSError that lie with the machine, not with this program: they get a sentence, not a traceback."""
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -45,6 +49,17 @@ def _command(name: str) -> Callable[[Callable[..., int | None]], Callable[..., N
             except KeyboardInterrupt:
                 _say_error("Interrupted; nothing half-written is left. Resume with the same command.")
                 raise typer.Exit(INTERRUPTED) from None
+            except OSError as error:
+                if error.errno not in _OUTSIDE:
+                    raise
+                where = f" ({error.filename})" if error.filename else ""
+                _say_error(
+                    f"{error.strerror}{where}; nothing half-written is left. Make room or choose another folder."
+                )
+                raise typer.Exit(MoEdgeError.exit_code) from None
+            except MemoryError:
+                _say_error("Out of memory; close other programs, or lower the batch sizes and windows.")
+                raise typer.Exit(MoEdgeError.exit_code) from None
             if code:
                 raise typer.Exit(code)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -184,6 +185,20 @@ def test_ctrl_c_exits_with_130_and_says_how_to_go_on(monkeypatch: pytest.MonkeyP
     result = moedge("run", "smollm2-135m", "--out", "/tmp/never-made")
     assert result.exit_code == INTERRUPTED
     assert "Resume with the same command" in result.stderr
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device", "/x/model"), MemoryError()])
+def test_a_full_disk_or_memory_is_a_sentence(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    from moedge.runtime.commands import run
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(run, "execute", fail)
+    result = moedge("run", "smollm2-135m", "--out", "/tmp/never-made")
+    assert result.exit_code == 2
+    assert len(result.stderr.strip().splitlines()) == 2, "what runs where, and one error line"
+    assert "No space left on device (/x/model)" in result.stderr or "Out of memory" in result.stderr
 
 
 def test_estimate_counts_the_parameters_of_the_default_model() -> None:
