@@ -35,8 +35,12 @@ def build(recipe: Recipe, machine: dict[str, Any]) -> list[Stage]:
         MoEdgeError: a model or text file that the recipe names does not exist.
     """
     model, text = recipe.model, recipe.text
-    calibration_text = {"spec": text.calibration, "is": fingerprint(text.calibration), "every": text.holdout_every}
-    held_out = [{"spec": spec, "is": fingerprint(spec)} for spec in text.held_out]
+    calibration_text = {
+        "spec": text.calibration,
+        "is": fingerprint(text.calibration, text=True),
+        "every": text.holdout_every,
+    }
+    held_out = [{"spec": spec, "is": fingerprint(spec, text=True)} for spec in text.held_out]
     texts = {"calibration": calibration_text, "held_out": held_out}
     first_text = {"calibration": calibration_text, "held_out": held_out[:1]}
     convert = recipe.convert.model_dump()
@@ -149,11 +153,11 @@ def notation(convert: dict[str, Any]) -> str:
     return f"{convert['method']} S{convert['shared']}A{convert['active']}E{convert['experts']}"
 
 
-def fingerprint(spec: str) -> str:
-    """Return what changes when the file, folder or asset behind a model or text spec changes.
+def fingerprint(spec: str, *, text: bool = False) -> str:
+    """Return what changes when the file, folder or asset behind a model spec (or a text spec) changes.
 
     Raises:
-        MoEdgeError: an unknown asset or a path that does not exist.
+        MoEdgeError: an unknown asset, or a path that does not exist.
     """
     if spec.startswith("asset:"):
         from moedge.convert import assets
@@ -162,10 +166,12 @@ def fingerprint(spec: str) -> str:
     path = Path(spec).expanduser()
     if path.is_file():
         return cached_sha256(path)
+    if text:
+        raise MoEdgeError(f"The text {spec} does not exist; give a .txt, .utf8 or .jsonl file, or asset:NAME.")
     if path.is_dir():
         return digest(_top_files(path))
-    if path.suffix or spec.startswith((".", "/", "~")) or spec.count("/") != 1:
-        raise MoEdgeError(f"{spec} does not exist; give an existing file or folder, a hub id org/name or asset:NAME.")
+    if spec.endswith(".gguf") or spec.startswith((".", "/", "~")) or spec.count("/") != 1:
+        raise MoEdgeError(f"Model {spec} does not exist; give a folder, a .gguf file, a hub id org/name or asset:NAME.")
     return "hub"
 
 

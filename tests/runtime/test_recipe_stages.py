@@ -1,0 +1,138 @@
+"""The stages of a recipe: which setting belongs to which stage, and agreement with the registries of the packages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from moedge import MoEdgeError
+from moedge.configs.recipe import CONTROLS, TARGETS, ConvertSection, EvaluateSection, Recipe, load_recipe, recipe_from
+from moedge.runtime import held_out, stages
+from moedge.runtime.recipe import parts
+
+MACHINE = {"processor": "toy"}
+
+
+def params(recipe: Recipe, machine: dict[str, Any] = MACHINE) -> dict[str, Any]:
+    return {stage.name: stage.params for stage in stages.build(recipe, machine)}
+
+
+def changed(**sections: dict[str, Any]) -> Recipe:
+    value = load_recipe("smollm2-135m").model_dump()
+    for name, update in sections.items():
+        value[name] = {**value[name], **update}
+    return recipe_from(value, where="test")
+
+
+@pytest.mark.parametrize(
+    ("sections", "own"),
+    [
+        ({"calibration": {"windows": 4}}, {"calibrate"}),
+        ({"convert": {"k_a": 20}}, {"calibrate", "convert"}),
+        ({"convert": {"profile": "normalised"}}, {"calibrate", "convert"}),
+        ({"convert": {"max_iters": 1}}, {"convert"}),
+        ({"convert": {"active": 4}}, {"convert", "export"}),
+        ({"export": {"targets": ["portable"]}}, {"export", "export-dense"}),
+        ({"evaluate": {"tokens": 1024}}, {"evaluate"}),
+        ({"verify": {"prefill": 128}}, {"verify"}),
+        ({"bench": {"repeats": 4}}, {"bench"}),
+        ({"text": {"held_out": ["asset:wiki"]}}, {"evaluate"}),
+        ({"text": {"held_out": ["asset:c4", "asset:wiki"]}}, {"evaluate", "verify", "bench"}),
+        ({"text": {"holdout_every": 5}}, {"calibrate", "evaluate", "verify", "bench"}),
+    ],
+)
+def test_a_setting_changes_the_key_of_its_own_stages_only(sections: dict[str, Any], own: set[str]) -> None:
+    """Stages that read these see the change through the content of what they read."""
+    before, after = params(load_recipe("smollm2-135m")), params(changed(**sections))
+    differ = {name for name in before if before[name] != after[name]}
+    assert differ - {"report"} == own
+    assert "report" in differ, "the report prints the recipe"
+
+
+def test_what_is_measured_on_a_machine_is_redone_on_another() -> None:
+    recipe = load_recipe("smollm2-135m")
+    before, after = params(recipe), params(recipe, {"processor": "another"})
+    assert {name for name in before if before[name] != after[name]} == {"verify", "bench"}
+
+
+def test_without_dense_parent_there_is_no_dense_export_and_nothing_reads_it() -> None:
+    todo = {stage.name: stage for stage in stages.build(changed(export={"dense_parent": False}), MACHINE)}
+    assert "export-dense" not in todo
+    assert all("export-dense" not in stage.reads for stage in todo.values())
+    assert todo["bench"].params["dense_parent"] is False
+
+
+def test_stages_read_only_earlier_ones_and_their_sources_exist() -> None:
+    seen: set[str] = set()
+    for stage in stages.build(load_recipe("smollm2-135m"), MACHINE):
+        assert set(stage.reads) <= seen
+        seen.add(stage.name)
+        key = parts(stage, dict.fromkeys(stage.reads, "0"))
+        assert "absent" not in key["versions"].values(), f"{stage.name} names a library that does not exist: {key}"
+        assert stage.sources
+
+
+def test_the_recipe_knows_what_the_packages_offer() -> None:
+    from moedge.convert.methods import METHODS, baselines
+    from moedge.export import lowering
+
+    assert set(get_args(ConvertSection.model_fields["method"].annotation)) == set(METHODS)
+    for name, method in METHODS.items():
+        section = ConvertSection(method=name).model_dump(exclude={"method"})
+        assert method.params(**section).model_dump() == section, "defaults and names of the method's parameters"
+    assert set(TARGETS) == set(lowering.TARGETS)
+    assert set(CONTROLS) == set(baselines.CONTROLS)
+    assert set(get_args(get_args(EvaluateSection.model_fields["controls"].annotation)[0])) == set(CONTROLS)
+
+
+def test_fingerprints_follow_the_content(tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("one")
+    first = stages.fingerprint(str(text))
+    text.write_text("two!")
+    second = stages.fingerprint(str(text))
+    assert first != second
+    folder = stages.fingerprint(str(tmp_path))
+    (tmp_path / "b.txt").write_text("new")
+    assert stages.fingerprint(str(tmp_path)) != folder
+    assert stages.fingerprint("asset:wiki") != stages.fingerprint("asset:c4")
+
+
+@pytest.mark.parametrize("spec", ["/no/such/folder", "./missing", "missing.gguf", "a/b/c", "asset:nope", "plain"])
+def test_specs_that_name_nothing_are_refused_before_any_work(spec: str) -> None:
+    for text in (False, True):
+        with pytest.raises(MoEdgeError, match=r"does not exist|Unknown asset"):
+            stages.fingerprint(spec, text=text)
+
+
+def test_hub_ids_are_models_but_not_texts() -> None:
+    assert stages.fingerprint("Qwen/Qwen2.5-0.5B") == "hub"
+    with pytest.raises(MoEdgeError, match=r"The text Qwen/Qwen2.5-0.5B does not exist"):
+        stages.fingerprint("Qwen/Qwen2.5-0.5B", text=True)
+
+
+def test_held_out_documents_are_those_that_calibration_does_not_see(tmp_path: Path) -> None:
+    own, other = tmp_path / "own.txt", tmp_path / "other.txt"
+    for path in (own, other):
+        path.write_text("\n".join(f"{path.stem} {number}" for number in range(40)))
+    calibration = {"spec": str(own), "is": stages.fingerprint(str(own)), "every": 4}
+    entries = [{"spec": str(path), "is": stages.fingerprint(str(path))} for path in (own, other)]
+    seen = {document.text for document in held_out.calibration_text(calibration).documents}
+    first, second = held_out.texts({"calibration": calibration, "held_out": entries})
+    assert len(seen) == 30
+    assert len(first.documents) == 10
+    assert not seen & {document.text for document in first.documents}
+    assert len(second.documents) == 40, "all of a text that calibration never saw is held out"
+
+
+def test_texts_of_the_same_name_stay_apart(tmp_path: Path) -> None:
+    paths = [tmp_path / name / "text.txt" for name in ("a", "b")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text(f"{path}\n" * 20)
+    calibration = {"spec": str(paths[0]), "is": "x", "every": 4}
+    entries = [{"spec": str(path), "is": str(path)} for path in paths]
+    found = held_out.texts({"calibration": calibration, "held_out": entries})
+    assert [text.name for text in found] == ["text", "text (2)"]
