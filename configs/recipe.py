@@ -114,7 +114,7 @@ class VerifySection(_Section):
 
     tokens: Annotated[int, Field(ge=2048)] = 2048
     window: Annotated[int, Field(ge=8)] = 256
-    prefill: Positive = 192
+    prefill: Positive = 224
     tolerances: Spec = "float32"
     threads: Positive | None = None
 
@@ -124,7 +124,7 @@ class BenchSection(_Section):
 
     prompt: Positive = 512
     decode: Annotated[int, Field(ge=2)] = 64
-    repeats: Annotated[int, Field(ge=3)] = 10
+    repeats: Annotated[int, Field(ge=3)] = 5
     warmup: NonNegative = 1
     threads: Positive | None = None
 

@@ -191,7 +191,7 @@ def verify(
     text: Text = "asset:wiki",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to compare on.")] = 2048,
     window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 256,
-    prefill: Annotated[int, typer.Option(min=1, help="Tokens of a window in one prefill; the rest is decoded.")] = 192,
+    prefill: Annotated[int, typer.Option(min=1, help="Tokens of a window in one prefill; the rest is decoded.")] = 224,
     tolerances: Annotated[str, typer.Option(help="Profile in configs/tolerances.yaml.")] = "float32",
     threads: Threads = None,
     as_json: Json = False,
