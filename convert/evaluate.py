@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from moedge.convert import adapters, modeling
 from moedge.convert.methods import METHODS
@@ -43,7 +42,7 @@ def perplexity(
     nll, tokens = 0.0, 0
     for start, hidden in _hidden_states(model, token_windows, batch_size):
         targets = torch.from_numpy(token_windows[start : start + len(hidden), 1:])
-        nll += _score(model, hidden, targets, None)[0]
+        nll += _score_all(model, targets.numpy(), hidden, [])[0][0] * targets.numel()
         tokens += targets.numel()
         if progress:
             progress(start + len(hidden), len(token_windows))
@@ -78,32 +77,38 @@ def evaluate(
     total = (1 + sum(map(len, variants.values()))) * sum(map(len, texts.values()))
     done = 0
 
-    def tick(windows: int) -> None:
+    def hidden_states() -> dict[str, torch.Tensor]:
         nonlocal done
-        done += windows
-        if progress:
-            progress(done, total)
+        found = {}
+        for name, ids in texts.items():
+            parts = []
+            for _, hidden in _hidden_states(dense_model, ids, batch_size):
+                parts.append(hidden)
+                done += len(hidden)
+                if progress:
+                    progress(done, total)
+            found[name] = torch.cat(parts)
+        return found
 
-    kept: dict[str, torch.Tensor] = {}
-    dense_ppl: dict[str, float] = {}
-    for name, ids in texts.items():
-        parts, nll = [], 0.0
-        for start, hidden in _hidden_states(dense_model, ids, batch_size):
-            parts.append(hidden)
-            nll += _score(dense_model, hidden, torch.from_numpy(ids[start : start + len(hidden), 1:]), None)[0]
-            tick(len(hidden))
-        kept[name] = torch.cat(parts)
-        dense_ppl[name] = math.exp(nll / ids[:, 1:].size)
-    rows = [_row("dense", "dense", 1.0, [dense_ppl], None, None)]
-    for label, group in variants.items():
-        perplexities, divergences = [], []
+    # Last hidden states are small ([tokens, H] a variant); logits are not. All variants are therefore scored together,
+    # chunk by chunk, and the dense logits exist once instead of once a variant.
+    dense = hidden_states()
+    others: list[dict[str, torch.Tensor]] = []
+    for group in variants.values():
         for plan in group:
             with swapped(dense_model, plan):
-                results = {
-                    name: _compare(dense_model, ids, kept[name], batch_size, tick) for name, ids in texts.items()
-                }
-            perplexities.append({name: ppl for name, (ppl, _) in results.items()})
-            divergences.append({name: kl for name, (_, kl) in results.items()})
+                others.append(hidden_states())
+    scores = {
+        name: _score_all(dense_model, ids[:, 1:], dense[name], [other[name] for other in others])
+        for name, ids in texts.items()
+    }
+    dense_ppl = {name: _perplexity(nll[0]) for name, (nll, _) in scores.items()}
+    rows = [_row("dense", "dense", 1.0, [dense_ppl], None, None)]
+    position = 0
+    for label, group in variants.items():
+        part = range(position, position := position + len(group))
+        perplexities = [{name: _perplexity(nll[1 + i]) for name, (nll, _) in scores.items()} for i in part]
+        divergences = [{name: kl[i] for name, (_, kl) in scores.items()} for i in part]
         seeds = [plan.params["seed"] for plan in group] if "seed" in group[0].params else None
         kind = "method" if group[0].method in METHODS else "control"
         width = float(np.mean([layer.active_width for layer in group[0].layers]))
@@ -176,19 +181,9 @@ def _row(
     }
 
 
-def _compare(
-    model: PreTrainedModel, ids: np.ndarray, dense: torch.Tensor, batch_size: int, tick: Callable[[int], None]
-) -> tuple[float, float]:
-    """Return (perplexity, mean KL(dense || this) in nats a token)."""
-    nll = kl = 0.0
-    for start, hidden in _hidden_states(model, ids, batch_size):
-        targets = torch.from_numpy(ids[start : start + len(hidden), 1:])
-        added = _score(model, hidden, targets, dense[start : start + len(hidden)])
-        nll, kl = nll + added[0], kl + added[1]
-        tick(len(hidden))
-    tokens = ids[:, 1:].size
-    # A broken control can overflow exp; the report needs a finite number.
-    return math.exp(min(nll / tokens, 700.0)), kl / tokens
+def _perplexity(nll: float) -> float:
+    """exp of a mean NLL, finite for the report even where a broken control overflows it."""
+    return math.exp(min(nll, 700.0))
 
 
 def _hidden_states(model: PreTrainedModel, ids: np.ndarray, batch_size: int) -> Iterator[tuple[int, torch.Tensor]]:
@@ -201,19 +196,35 @@ def _hidden_states(model: PreTrainedModel, ids: np.ndarray, batch_size: int) -> 
 
 
 @torch.inference_mode()
-def _score(
-    model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor, dense: torch.Tensor | None
-) -> tuple[float, float]:
-    """Return (sum of NLL, sum of KL(dense || this)) over all positions, logits made chunk by chunk."""
+def _score_all(
+    model: PreTrainedModel, targets: np.ndarray, dense: torch.Tensor, others: list[torch.Tensor]
+) -> tuple[list[float], list[float]]:
+    """Return the mean NLL of dense and every other variant, and the mean KL(dense || variant), nats a token.
+
+    With logits z and v of dense and variant, ``KL = sum_i p_i (z_i - v_i) - lse(z) + lse(v)``, ``p = exp(z - lse(z))``:
+    one product over the vocabulary per variant.
+
+    Args:
+        targets: int64 [N, L-1]. dense: last hidden states [N, L-1, H]; others: the same of each variant.
+    """
     head = model.get_output_embeddings()
-    flat, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).to(hidden.device)
-    reference = None if dense is None else dense.reshape(-1, dense.shape[-1])
-    nll = kl = 0.0
-    for start in range(0, len(flat), _CHUNK):
+    flat = [states.reshape(-1, states.shape[-1]) for states in (dense, *others)]
+    wanted = torch.from_numpy(np.ascontiguousarray(targets)).reshape(-1, 1).to(dense.device)
+    nll, kl = np.zeros(len(flat)), np.zeros(len(others))
+    for start in range(0, len(wanted), _CHUNK):
         part = slice(start, start + _CHUNK)
-        logp = F.log_softmax(head(flat[part]).float(), dim=-1)
-        nll += float(F.nll_loss(logp, wanted[part], reduction="sum"))
-        if reference is not None:
-            target = F.log_softmax(head(reference[part]).float(), dim=-1)
-            kl += float(F.kl_div(logp, target, reduction="sum", log_target=True))
-    return nll, kl
+        for i, states in enumerate(flat):
+            logits = head(states[part]).float()
+            lse = logits.logsumexp(dim=-1, keepdim=True)
+            nll[i] += float((lse - logits.gather(-1, wanted[part])).sum(dtype=torch.float64))
+            if i == 0:
+                p = (logits - lse).exp_()
+                negative_entropy = _dot(p, logits) - lse
+            else:
+                kl[i - 1] += float((negative_entropy - _dot(p, logits) + lse).sum(dtype=torch.float64))
+    return list(nll / len(wanted)), list(kl / len(wanted))
+
+
+def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Row-wise dot product of [T, V] and [T, V] without a [T, V] intermediate."""
+    return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).squeeze(2)
