@@ -39,15 +39,19 @@ class RepresentativeRouter(nn.Module):
 
 
 class LinearRouter(nn.Module):
-    """Scores ``weight x`` with weight [E, H]."""
+    """Scores ``weight x + bias`` with weight [E, H] and, if ``options["bias"]``, bias [E]."""
+
+    bias: nn.Parameter | None
 
     def __init__(self, num_experts: int, hidden_size: int, activation: str, options: dict[str, Any]) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float32))
+        bias = nn.Parameter(torch.empty(num_experts, dtype=torch.float32)) if options.get("bias") else None
+        self.register_parameter("bias", bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return scores [T, E] for x [T, H], both float32."""
-        return F.linear(x, self.weight)
+        return F.linear(x, self.weight, self.bias)
 
 
 class RandomRouter(LinearRouter):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from moedge.convert.plan import LayerPlan, MoEPlan, RouterPlan
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from moedge.convert.calibration import LayerStatistics
+    from moedge.convert.calibration import LayerStatistics, Progress
 
 Statistics = list["LayerStatistics"]
 _Make = Callable[[MoEPlan, Statistics, "PreTrainedModel", int], MoEPlan]
@@ -84,14 +84,54 @@ def flap(plan: MoEPlan, statistics: Statistics, model: PreTrainedModel) -> MoEPl
     """
     layers = []
     for layer, block, facts in zip(plan.layers, adapters.ffns(model), statistics, strict=True):
-        down = block.down.float().cpu().numpy()
-        importance = facts.variance * np.square(down).sum(axis=0)
-        order = np.argsort(-importance, kind="stable")
-        width = round(layer.active_width)
-        dropped = np.sort(order[width:])
-        bias = (down[:, dropped].astype(np.float64) @ facts.mean[dropped]).astype(np.float32)
-        layers.append(LayerPlan(np.sort(order[:width]).astype(np.int32), [], 0, output_bias=bias))
+        importance = facts.variance * np.square(block.down.float().cpu().numpy()).sum(axis=0)
+        layers.append(_flap_layer(block, facts.mean, importance, round(layer.active_width)))
     return _control(plan, "FLAP-MLP", layers)
+
+
+def _flap_layer(block: adapters.FFN, mean: np.ndarray, importance: np.ndarray, width: int) -> LayerPlan:
+    down = block.down.float().cpu().numpy()
+    order = np.argsort(-importance, kind="stable")
+    dropped = np.sort(order[width:])
+    bias = (down[:, dropped].astype(np.float64) @ mean[dropped]).astype(np.float32)
+    return LayerPlan(np.sort(order[:width]).astype(np.int32), [], 0, output_bias=bias)
+
+
+def flap_refit(
+    plan: MoEPlan,
+    token_windows: np.ndarray,
+    model: PreTrainedModel,
+    *,
+    refit: bool = True,
+    token_weight: Literal["none", "residual"] = "residual",
+    sequential: bool = True,
+    progress: Progress | None = None,
+) -> MoEPlan:
+    """FLAP on the FFN with the help that our own method gets: token weights, sequential conversion, and a refit.
+
+    Without any of the three it is :func:`flap` on these tokens. The kept neurons' down projections and the bias are
+    fitted to the dense FFN's output by least squares (:func:`moedge.convert.closed_form.refit`).
+
+    Args:
+        plan: gives the active width of each layer.
+        token_windows: calibration ids, int64 [N, L].
+    """
+    from moedge.convert import closed_form, modeling, streaming
+    from moedge.convert.methods.moedge_layer import neuron_energy
+
+    layers = []
+    for tokens in streaming.walk(model, token_windows, progress=progress):
+        if token_weight == "none":
+            tokens.weight = tokens.weight.new_ones(tokens.count)
+        mean, importance, _ = (value.cpu().numpy() for value in neuron_energy(tokens))
+        layer = _flap_layer(tokens.block, mean, importance, round(plan.layers[tokens.block.index].active_width))
+        if refit:
+            layer = closed_form.refit(tokens, layer)
+        if sequential:
+            tokens.replacement = modeling.build_ffn(tokens.block, layer)
+        layers.append(layer)
+    settings = {"refit": refit, "token_weight": token_weight, "sequential": sequential}
+    return _control(plan, "FLAP-MLP + refit" if refit else "FLAP-MLP", layers, **settings)
 
 
 CONTROLS: dict[str, _Make] = {
@@ -117,5 +157,5 @@ def controls(
     }
 
 
-def _control(plan: MoEPlan, method: str, layers: list[LayerPlan], **params: int) -> MoEPlan:
+def _control(plan: MoEPlan, method: str, layers: list[LayerPlan], **params: int | str) -> MoEPlan:
     return MoEPlan(method, {"control_of": plan.sha256, **params}, plan.model, layers, plan.provenance)

@@ -94,7 +94,7 @@ def plan(
                 f"Statistics of {block.name} were made with k_a={layer.k_a}, profile={layer.profile}, "
                 f"width {layer.width}; the plan asks for k_a={k_a}, profile={profile}. Calibrate again."
             )
-        layers.append(_layer(layer, block, shared, active, experts, distance, score, max_iters, padding))
+        layers.append(layer_plan(layer, block, shared, active, experts, distance, score, max_iters, padding))
         if progress:
             progress(len(layers), len(blocks))
     params: dict[str, Any] = {"shared": shared, "active": active, "experts": experts, "k_a": k_a, "profile": profile}
@@ -102,7 +102,7 @@ def plan(
     return MoEPlan("cmoe", params, adapters.describe(model, source_sha256), layers, provenance or {})
 
 
-def _layer(
+def layer_plan(
     statistics: LayerStatistics,
     block: adapters.FFN,
     shared: int,
@@ -113,6 +113,7 @@ def _layer(
     max_iters: int,
     padding: partition.Padding,
 ) -> LayerPlan:
+    """Make the plan of one FFN from its statistics; see :func:`plan` for the arguments."""
     shared_width, widths = partition.group_widths(statistics.width, shared, experts, padding)
     counts = statistics.counts
     order = partition.by_rate(counts)

@@ -1,0 +1,104 @@
+"""MoEdge's own method: energy partition, closed-form router, mean compensation, least-squares refit.
+
+What a token loses when neuron i is replaced by its mean is its energy ``(h_i - mean_i)^2 * |down_i|^2`` (neurons taken
+as uncorrelated); FLAP (arXiv 2312.11983) ranks neurons by the mean of it. Everything here spends or predicts energy:
+
+1. shared block: the neurons with the highest mean energy;
+2. experts: the balanced partition whose top-k experts capture the most energy (:mod:`moedge.convert.energy`), then a
+   few rounds with the selections of a fitted router in place of the best ones, so that experts are predictable;
+3. router: ridge regression from the FFN input to each expert's energy or output norm (methods.md 6-3);
+4. compensation: an expert that is left out contributes its mean output over the tokens that leave it out;
+5. refit: new down projections and compensations by least squares under the actual routing, anchored to the old ones.
+
+Each step is a switch of :class:`MoEdgeParams`; settings within a step are chosen on held-out calibration tokens.
+The work on one layer is in :mod:`moedge.convert.methods.moedge_layer`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from moedge.convert import adapters
+from moedge.convert.plan import MoEPlan
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedModel
+
+    from moedge.convert.streaming import Progress
+
+
+class MoEdgeParams(BaseModel):
+    """Typed parameters; the layout S6A6E16 is shared=6, active=6, experts=16 (10 routed experts, 6 of them run)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    shared: int = Field(ge=0)
+    active: int = Field(ge=1)
+    experts: int = Field(ge=2)
+    padding: Literal["none", "uneven"] = "none"
+    partition: Literal["energy", "correlation", "cmoe"] = "energy"
+    """``energy``: coordinate ascent; ``correlation``: its start only; ``cmoe``: CMoE's shared set and clusters."""
+    iterations: int = Field(default=10, ge=1)
+    """Most rounds of the ascent."""
+    router_rounds: int = Field(default=3, ge=0)
+    """Rounds of reassignment under a fitted router's selections, kept while they help on held-out tokens."""
+    partition_tokens: int = Field(default=8192, ge=1)
+    """Tokens that the partition looks at, evenly spaced (memory: this times the FFN width, float32)."""
+    router_target: Literal["energy", "root_energy", "norm"] = "root_energy"
+    """What the router predicts for an expert: its energy, the root of it, or the norm of its centred output."""
+    calibrate_scores: bool = False
+    compensation: Literal["none", "mean", "unselected"] = "unselected"
+    """An expert left out adds nothing, its mean output, or its mean output over the tokens that leave it out."""
+    refit: bool = True
+    token_weight: Literal["none", "residual"] = "residual"
+    """Weight of a token in every sum: 1, or see :attr:`moedge.convert.streaming.LayerTokens.weight`."""
+    sequential: bool = True
+    """Later layers are fitted on what the converted earlier ones produce."""
+    fit_to: Literal["ffn", "stream"] = "ffn"
+    """Target of the refit: the dense FFN on the same input, or the dense model's hidden states (needs sequential)."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> MoEdgeParams:
+        if self.shared + self.active > self.experts:
+            raise ValueError(f"shared + active = {self.shared + self.active} exceeds experts = {self.experts}")
+        if self.fit_to == "stream" and not (self.sequential and self.refit):
+            raise ValueError("fit_to: stream corrects earlier layers; it needs sequential: true and refit: true")
+        return self
+
+
+def plan(
+    token_windows: np.ndarray,
+    model: PreTrainedModel,
+    *,
+    source_sha256: str = "",
+    provenance: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> MoEPlan:
+    """Make a plan.
+
+    Args:
+        token_windows: calibration ids, int64 [N, L], N at least 2; one window in five is held out to choose settings.
+        model: the dense parent; it is not changed.
+        settings: the fields of :class:`MoEdgeParams`.
+        source_sha256: identity of the parent; ``provenance``: JSON about the calibration. Both are stored in the plan.
+        progress: called with (layers done, layers).
+
+    Raises:
+        MoEdgeError: a width that does not divide, too few windows, or a model without GLU FFNs.
+    """
+    from moedge.convert import modeling, streaming
+    from moedge.convert.methods.moedge_layer import make_layer
+
+    params = MoEdgeParams(**settings)
+    layers = []
+    stream = params.fit_to == "stream"
+    for tokens in streaming.walk(model, token_windows, dense_stream=stream, progress=progress):
+        layer = make_layer(tokens, params)
+        layers.append(layer)
+        if params.sequential:
+            tokens.replacement = modeling.build_ffn(tokens.block, layer)
+    return MoEPlan("moedge", params.model_dump(), adapters.describe(model, source_sha256), layers, provenance or {})
