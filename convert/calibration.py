@@ -1,7 +1,8 @@
 """Text -> token windows -> streamed activation statistics of every FFN.
 
-q tokens, H hidden, D neurons. The matrix of activations [q, D] is never kept: what a layer leaves behind is the
-indices of the K_a largest ``|h|`` of each token and the running mean and variance of h.
+q tokens, H hidden, D neurons, M samples. The matrix of activations [q, D] is never kept: what a layer leaves behind is
+the indices of the K_a largest ``|h|`` of each token, the running mean and variance of h and, when asked for, one mean
+gate activation for each sample and neuron.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 Profile = Literal["raw", "normalised"]
+Signal = Literal["abs", "signed"]
+
+STATISTICS_SCHEMA = "moedge.statistics/1"
+"""Gate profiles are optional in it; a file without them is what it was before they existed."""
 
 _DOC = re.compile(r"<doc id=\"(?P<id>[^\"]*)\"[^>]*>\n?(?P<text>.*?)</doc>", re.DOTALL)
 
@@ -126,18 +131,35 @@ def windows(
     return np.insert(result, 0, tokenizer.bos_token_id, axis=1) if bos else result
 
 
+@dataclass(frozen=True)
+class GateSampling:
+    """How gate profiles are made: the mean over a sample's tokens of ``|act(gate x)|`` (ExpertWeaver sec. 3.1).
+
+    ``sample`` consecutive positions of a window are one sample and must divide its length; None: a window is a sample.
+    ``signal`` is ``abs``, or ``signed`` for the mean without the absolute value. Tokens whose id is in ``exclude``
+    count in no mean: name the BOS token, an attention sink whose activations are far from any other token's.
+    """
+
+    sample: int | None = None
+    signal: Signal = "abs"
+    exclude: tuple[int, ...] = ()
+
+
 @dataclass
 class LayerStatistics:
     """What one FFN leaves behind after calibration.
 
     ``top_neurons`` uint16 or int32 [q, K_a], ascending within a row: the ATopK marks. ``mean`` and ``variance``
-    float32 [D] of the raw h over all q tokens (population variance).
+    float32 [D] of the raw h over all q tokens (population variance). ``gate_profile`` float32 [M, D], if it was asked
+    for, was made as ``gate_sampling`` says.
     """
 
     top_neurons: np.ndarray
     mean: np.ndarray
     variance: np.ndarray
     profile: Profile = "raw"
+    gate_profile: np.ndarray | None = None
+    gate_sampling: GateSampling | None = None
 
     @property
     def tokens(self) -> int:
@@ -167,6 +189,7 @@ def collect(
     k_a: int,
     batch_size: int = 1,
     profile: Profile = "raw",
+    gate: GateSampling | None = None,
     progress: Progress | None = None,
 ) -> list[LayerStatistics]:
     """Run calibration windows through the dense model and collect the statistics of every FFN.
@@ -176,10 +199,11 @@ def collect(
         k_a: marks per token (CMoE's K_a, 10 in the paper).
         profile: what is marked: ``raw`` the true h (the paper), or ``normalised`` h of L2-normalised x and
             L2-normalised rows of gate and up (CMoE's released code). Mean and variance are always of the raw h.
+        gate: also make gate profiles, in this way.
         progress: called with (windows done, windows in all).
 
     Raises:
-        MoEdgeError: the model has no GLU FFN, or ``k_a`` exceeds the FFN width.
+        MoEdgeError: the model has no GLU FFN, ``k_a`` exceeds the FFN width, or the windows cannot be cut into samples.
     """
     import torch
 
@@ -188,7 +212,10 @@ def collect(
     blocks = adapters.ffns(model)
     tokens = int(token_windows.size)
     streams = [_Stream(block, tokens, k_a, profile) for block in blocks]
-    handles = []
+    gates = [_GateStream(block, gate, _sample_weights(token_windows, gate)) for block in blocks] if gate else []
+    handles: list[Any] = []
+    for watched in gates:
+        handles.append(watched.block.module.get_submodule("gate_proj").register_forward_hook(watched.on_gate))
     for stream in streams:
         down = stream.block.module.get_submodule("down_proj")
         handles.append(down.register_forward_pre_hook(stream.on_hidden))
@@ -204,7 +231,49 @@ def collect(
     finally:
         for handle in handles:
             handle.remove()
-    return [stream.result() for stream in streams]
+    results = [stream.result() for stream in streams]
+    for result, watched in zip(results, gates, strict=bool(gates)):
+        result.gate_profile, result.gate_sampling = np.concatenate(watched.means), gate
+    return results
+
+
+def _sample_weights(token_windows: np.ndarray, gate: GateSampling) -> np.ndarray:
+    """Return the weight of every token in the mean of its sample, float32 [count, samples in a window, sample].
+
+    Raises:
+        MoEdgeError: the sample length does not divide the window, or a sample has only excluded tokens.
+    """
+    count, length = token_windows.shape
+    sample = gate.sample or length
+    if length % sample:
+        raise MoEdgeError(f"A window of {length} tokens cannot be cut into samples of {sample}; choose a divisor.")
+    kept = ~np.isin(token_windows, gate.exclude).reshape(count, -1, sample)
+    counted = kept.sum(axis=-1, keepdims=True)
+    if not counted.all():
+        raise MoEdgeError("A calibration sample has only excluded tokens; exclude fewer or make samples longer.")
+    return (kept / counted).astype(np.float32)
+
+
+class _GateStream:
+    """Collects one layer's gate profile, one row a sample, from the outputs of its gate projection."""
+
+    def __init__(self, block: Any, gate: GateSampling, weights: np.ndarray) -> None:
+        self.block, self.signed, self.weights = block, gate.signal == "signed", weights
+        self.means: list[np.ndarray] = []
+        self.windows = 0
+
+    def on_gate(self, module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        import torch
+
+        from moedge.export.ops import activate
+
+        active = activate(output.float(), self.block.hidden_act)
+        active = active if self.signed else active.abs()
+        weights = torch.from_numpy(self.weights[self.windows : self.windows + len(active)]).to(active.device)
+        self.windows += len(active)
+        samples, sample = weights.shape[0] * weights.shape[1], weights.shape[2]
+        means = torch.bmm(weights.reshape(samples, 1, sample), active.reshape(samples, sample, -1))
+        self.means.append(means.squeeze(1).cpu().numpy())
 
 
 class _Stream:
@@ -257,15 +326,16 @@ def save(statistics: list[LayerStatistics], path: Path) -> None:
     """Write statistics as one safetensors file (equal statistics give equal bytes)."""
     from safetensors.numpy import save_file
 
+    gate = statistics[0].gate_sampling
     tensors = {}
     for i, layer in enumerate(statistics):
-        for name in ("top_neurons", "mean", "variance"):
+        for name in _tensor_names(gate):
             tensors[f"layers.{i}.{name}"] = np.ascontiguousarray(getattr(layer, name))
+    head: dict[str, Any] = {"schema": STATISTICS_SCHEMA, "profile": statistics[0].profile, "layers": len(statistics)}
+    if gate:
+        head["gate"] = asdict(gate)
     # One metadata key: safetensors writes several in no fixed order.
-    head = canonical_json(
-        {"schema": "moedge.statistics/1", "profile": statistics[0].profile, "layers": len(statistics)}
-    )
-    save_file(tensors, path, metadata={"moedge": head.decode()})
+    save_file(tensors, path, metadata={"moedge": canonical_json(head).decode()})
 
 
 def load(path: Path) -> list[LayerStatistics]:
@@ -279,8 +349,15 @@ def load(path: Path) -> list[LayerStatistics]:
     try:
         with safe_open(path, framework="numpy") as file:
             head = json.loads(file.metadata()["moedge"])
-            names = ("top_neurons", "mean", "variance")
-            layers = [[file.get_tensor(f"layers.{i}.{name}") for name in names] for i in range(head["layers"])]
+            given = head.get("gate")
+            gate = GateSampling(given["sample"], given["signal"], tuple(given["exclude"])) if given else None
+            names = _tensor_names(gate)
+            layers = [{name: file.get_tensor(f"layers.{i}.{name}") for name in names} for i in range(head["layers"])]
+            profile = head["profile"]
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise MoEdgeError(f"Statistics file {path} is missing or damaged ({error}); calibrate again.") from error
-    return [LayerStatistics(top, mean, variance, head["profile"]) for top, mean, variance in layers]
+    return [LayerStatistics(**tensors, profile=profile, gate_sampling=gate) for tensors in layers]
+
+
+def _tensor_names(gate: GateSampling | None) -> tuple[str, ...]:
+    return ("top_neurons", "mean", "variance", *(("gate_profile",) if gate else ()))

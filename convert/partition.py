@@ -92,6 +92,37 @@ def assign_balanced(cost: np.ndarray, widths: list[int]) -> np.ndarray:
     return group_of_slot[slots]
 
 
+def assign_greedy(cost: np.ndarray, widths: list[int]) -> np.ndarray:
+    """Like :func:`assign_balanced`, but greedy: the cheapest (point, group) pair with a free slot first, and so on.
+
+    Ties go to the lower point, then the lower group. The pairs are not walked one by one: as points and groups both
+    prefer the cheaper pair, the greedy result is their only stable matching, which deferred acceptance finds in rounds
+    (every point asks its next best group, a group keeps the cheapest that fit and turns the rest away).
+
+    Args:
+        cost: [n, E] with n = sum(widths).
+
+    Returns:
+        int32 [n], the group of each point.
+    """
+    n, groups = cost.shape
+    rank = np.empty(n * groups, dtype=np.int64)
+    rank[np.argsort(cost, axis=None, kind="stable")] = np.arange(n * groups)
+    rank = rank.reshape(n, groups)
+    preference = np.argsort(rank, axis=1).astype(np.int32)
+    refusals = np.zeros(n, dtype=np.int64)
+    points, capacity = np.arange(n), np.asarray(widths)
+    while True:
+        asked = preference[points, refusals]
+        order = np.lexsort((rank[points, asked], asked))
+        sorted_groups = asked[order]
+        place = points - np.searchsorted(sorted_groups, sorted_groups)
+        refused = order[place >= capacity[sorted_groups]]
+        if not refused.size:
+            return asked
+        refusals[refused] += 1
+
+
 @dataclass
 class Clusters:
     """Result of :func:`balanced_kmeans`: ``labels`` int32 [n], ``centroids`` float64 [E, q] (means of the members)."""

@@ -37,7 +37,7 @@ _SIGNATURES: dict[str, tuple[str, str, dict[str, str]]] = {
     "SparseGLU": (
         "x:T indices:tensor(int32) weights:tensor(float) gate:T up:T down:T compensation:T?",
         "y:T",
-        {"activation": "STRING"},
+        {"activation": "STRING", "num_experts": "INT"},
     ),
     "Dispatch": (
         "x:T indices:tensor(int32)",
@@ -224,8 +224,8 @@ Combine (rows, inverse, indices, weights{compensation}) => (y) {{
 
 _SPARSE_GLU_CHAIN = """
 <domain: "moedge", opset_import: ["" : 18, "moedge" : 1]>
-SparseGLU <activation> (x, indices, weights, gate, up, down{compensation}) => (y) {{
-    rows, offsets, inverse = moedge.Dispatch <num_experts = {num_experts}> (x, indices)
+SparseGLU <activation, num_experts> (x, indices, weights, gate, up, down{compensation}) => (y) {{
+    rows, offsets, inverse = moedge.Dispatch <num_experts: int = @num_experts> (x, indices)
     hidden = moedge.GroupedGLU <activation: string = @activation> (rows, offsets, gate, up)
     out = moedge.GroupedLinear (hidden, offsets, down)
     y = moedge.Combine (out, inverse, indices, weights{compensation})
@@ -234,7 +234,7 @@ SparseGLU <activation> (x, indices, weights, gate, up, down{compensation}) => (y
 # Every expert on every token, the unselected ones times zero: T*E*I*H work but no gathered weights.
 _SPARSE_GLU_DENSE = """
 <domain: "moedge", opset_import: ["" : 18]>
-SparseGLU <activation> (x, indices, weights, gate, up, down{compensation}) => (y) {{
+SparseGLU <activation, num_experts> (x, indices, weights, gate, up, down{compensation}) => (y) {{
     {constants}
     first = Constant <value_ints = [0]> ()  minus1 = Constant <value_ints = [-1]> ()
     idx = Cast <to = 7> (indices)
@@ -304,7 +304,6 @@ def bodies(
     *,
     activation: str = "silu",
     rule: str = "unit",
-    num_experts: int = 0,
     compensation: bool = False,
     form: str = "chain",
 ) -> dict[str, onnx.FunctionProto]:
@@ -313,7 +312,6 @@ def bodies(
     Args:
         activation: gate activation, a name in ``ops.ACTIVATIONS``.
         rule: weight rule, a name in ``ops.RULES``.
-        num_experts: E, needed by the chain form.
         compensation: whether SparseGLU nodes carry that input.
         form: body of SparseGLU: ``chain`` (Dispatch, GroupedGLU, GroupedLinear, Combine: the reference meaning) or
             ``dense`` (every expert on every token).
@@ -326,7 +324,6 @@ def bodies(
         "scale": ", scale" if rule == "scaled" else "",
         "compensation": ", compensation" if compensation else "",
         "finish": _OMITTED.format() if compensation else "y = Identity (summed)",
-        "num_experts": num_experts,
     }
     texts = [_ROUTE.format(**fill), _CAUSAL_ATTENTION]
     if form == "chain":
@@ -342,7 +339,7 @@ def attach(model: ir.Model, *, form: str) -> None:
     """Give every ``moedge::`` node of the graph its function body; ``form`` is that of SparseGLU.
 
     Raises:
-        MoEdgeError: the layers mix weight rules, activations or numbers of experts.
+        MoEdgeError: the layers mix weight rules, activations, or with and without compensation.
     """
     nodes = [node for node in model.graph if node.domain == DOMAIN]
     experts = [node for node in nodes if node.op_type == "SparseGLU"]
@@ -356,7 +353,6 @@ def attach(model: ir.Model, *, form: str) -> None:
     protos = bodies(
         activation=only("activations", {node.attributes["activation"].as_string() for node in experts}, "silu"),
         rule=only("weight rules", {n.attributes["rule"].as_string() for n in nodes if n.op_type == "Route"}, "unit"),
-        num_experts=only("numbers of experts", {int(node.inputs[3].shape[0]) for node in experts}, 0),
         compensation=only("layers with and without compensation", {len(node.inputs) == 7 for node in experts}, False),
         form=form,
     )

@@ -142,7 +142,8 @@ def _translations() -> dict[Any, Any]:
 
     def sparse_glu(x, indices, weights, gate, up, down, compensation, activation):  # type: ignore[no-untyped-def]
         inputs = [x, indices, weights, gate, up, down, *([] if compensation is None else [compensation])]
-        return moedge.SparseGLU(*inputs, activation=activation)
+        # Layers differ in E, which a body cannot read from gate's shape into the attribute that Dispatch takes.
+        return moedge.SparseGLU(*inputs, activation=activation, num_experts=int(gate.shape[0]))
 
     def causal_attention(query, key, value, attention_mask, scale):  # type: ignore[no-untyped-def]
         return moedge.CausalAttention(query, key, value, attention_mask, scale=scale)

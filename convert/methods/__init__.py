@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel
 
-from moedge.convert.methods import cmoe
+from moedge.convert.methods import cmoe, expertweaver, mlpmoe, moedge
 from moedge.convert.plan import MoEPlan
 
 
@@ -23,11 +23,22 @@ class Method:
     params: type[BaseModel]
     """Typed parameters, with defaults."""
     needs: tuple[str, ...]
-    """What it reads besides the model: ``statistics``."""
+    """What it reads besides the model: ``statistics``, ``gate_profile`` (statistics made with a gate sampling),
+    ``tokens``: the calibration windows themselves, passed in place of the statistics."""
     source: str
     """Where it is published."""
 
 
 METHODS: dict[str, Method] = {
     "cmoe": Method(cmoe.plan, cmoe.CMoEParams, ("statistics",), "CMoE, arXiv 2502.04416v3, ACL 2026"),
+    "expertweaver": Method(
+        expertweaver.plan,
+        expertweaver.ExpertWeaverParams,
+        ("statistics", "gate_profile"),
+        "ExpertWeaver, arXiv 2602.15521v1",
+    ),
+    "mlpmoe": Method(
+        mlpmoe.plan, mlpmoe.MLPMoEParams, (), "reconstruction of MLPMoE, arXiv 2511.21089 (abstract only)"
+    ),
+    "moedge": Method(moedge.plan, moedge.MoEdgeParams, ("tokens",), "this project"),
 }
