@@ -78,10 +78,9 @@ def test_the_recipe_knows_what_the_packages_offer() -> None:
     from moedge.convert.methods import METHODS, baselines
     from moedge.export import lowering
 
-    assert set(get_args(ConvertSection.model_fields["method"].annotation)) == set(METHODS)
-    for name, method in METHODS.items():
+    for name in get_args(ConvertSection.model_fields["method"].annotation):
         section = ConvertSection(method=name).model_dump(exclude={"method"})
-        assert method.params(**section).model_dump() == section, "defaults and names of the method's parameters"
+        assert METHODS[name].params(**section).model_dump() == section, "defaults and names of the method's parameters"
     assert set(TARGETS) == set(lowering.TARGETS)
     assert set(CONTROLS) == set(baselines.CONTROLS)
     assert set(get_args(get_args(EvaluateSection.model_fields["controls"].annotation)[0])) == set(CONTROLS)
