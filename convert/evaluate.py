@@ -222,7 +222,7 @@ def _score_all(
                 negative_entropy = _dot(p, logits) - lse
             else:
                 kl[i - 1] += float((negative_entropy - _dot(p, logits) + lse).sum(dtype=torch.float64))
-    return list(nll / len(wanted)), list(kl / len(wanted))
+    return (nll / len(wanted)).tolist(), (kl / len(wanted)).tolist()
 
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

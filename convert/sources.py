@@ -6,10 +6,11 @@ remote code.
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -209,7 +210,8 @@ def _from_gguf(path: Path) -> tuple[Path, str]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     where = {"gguf_file": path.name, "trust_remote_code": False}
-    with atomic_dir(folder, force=True) as partial, quiet():
+    # The GGUF reader draws a tqdm bar that no transformers switch turns off.
+    with atomic_dir(folder, force=True) as partial, quiet(), redirect_stderr(io.StringIO()):
         try:
             tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
             model = AutoModelForCausalLM.from_pretrained(

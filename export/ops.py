@@ -93,7 +93,8 @@ def dispatch(
     offsets = F.pad(torch.cumsum(counts, 0), (1, 0)).to(torch.int32)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.numel(), device=order.device)
-    return x[order // indices.shape[1]], offsets, inverse.to(torch.int32)
+    # index_select: on CPU several times faster than indexing with a tensor
+    return x.index_select(0, order // indices.shape[1]), offsets, inverse.to(torch.int32)
 
 
 @dispatch.register_fake
@@ -163,7 +164,7 @@ def combine(
         compensation: [E, H] or None.
     """
     tokens, top_k = weights.shape
-    chosen = rows[inverse].view(tokens, top_k, rows.shape[1])
+    chosen = rows.index_select(0, inverse).view(tokens, top_k, rows.shape[1])
     y = torch.bmm(weights.to(rows.dtype).unsqueeze(1), chosen).squeeze(1)
     if compensation is not None:
         # A 0/1 mask, not total minus selected: exactly zero when every expert is selected (the identity test).
