@@ -69,7 +69,9 @@ def atomic_dir(path: Path, *, force: bool = False) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
     except OSError as error:
-        raise MoEdgeError(f"Cannot write to {path.parent}: {error.strerror}; choose a writable output folder.") from error
+        raise MoEdgeError(
+            f"Cannot write to {path.parent}: {error.strerror}; choose a writable output folder."
+        ) from error
     try:
         yield partial
         replaced = path.with_name(f".{path.name}.{os.getpid()}.replaced")
@@ -114,7 +116,7 @@ def hash_tree(root: Path) -> dict[str, dict[str, Any]]:
 
 
 def remove_partials(folder: Path) -> None:
-    """Delete what a killed process left behind in ``folder`` (names that :func:`atomic_dir` and :func:`write_text` use)."""
+    """Delete what a killed process left in ``folder`` (the names of :func:`atomic_dir` and :func:`write_text`)."""
     for pattern in (".*.partial", ".*.replaced"):
         for path in folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
