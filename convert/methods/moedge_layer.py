@@ -26,8 +26,8 @@ def make_layer(tokens: LayerTokens, params: MoEdgeParams) -> LayerPlan:
     if params.token_weight == "none":
         tokens.weight = torch.ones_like(tokens.weight)
     mean, mean_energy, norms = neuron_energy(tokens)
-    shared, experts, report = _partition(tokens, params, mean, mean_energy, norms)
-    targets, gains = _expert_targets(tokens, experts, mean, norms, params.router_target)
+    shared, experts, loss, report = _partition(tokens, params, mean, mean_energy, norms)
+    targets, gains = _expert_targets(tokens, experts, loss, params.router_target)
     weight = tokens.weight if params.router_target != "energy" else tokens.weight.square()
     fit = closed_form.RouterFit(tokens.x, weight, tokens.held)
     scores = fit.fit(targets, gains, params.active)
@@ -62,25 +62,65 @@ def neuron_energy(tokens: LayerTokens) -> tuple[torch.Tensor, torch.Tensor, torc
     return mean, (variance / tokens.weight.sum(dtype=torch.float64)).float() * norms, norms
 
 
+class Loss:
+    """What is lost of each routed neuron when it is left out: h less what stands in for it.
+
+    That is its mean or, given ``shared``, its least-squares prediction from the shared neurons (what a refit of their
+    down projections can make up for).
+    """
+
+    def __init__(
+        self,
+        tokens: LayerTokens,
+        neurons: np.ndarray,
+        mean: torch.Tensor,
+        norms: torch.Tensor,
+        shared: np.ndarray | None,
+    ) -> None:
+        self.tokens, self.device = tokens, mean.device
+        self.neurons = torch.from_numpy(neurons.astype(np.int64)).to(self.device)
+        self.mean, self.norms = mean[self.neurons], norms[self.neurons]
+        self.shared: torch.Tensor | None = None
+        if shared is not None and len(shared):
+            self.shared = torch.from_numpy(shared.astype(np.int64)).to(self.device)
+            self.centre = mean[self.shared]
+            moments = closed_form.Moments(len(shared), len(neurons), self.device)
+            for part in tokens.parts():
+                h = tokens.hidden(part)
+                moments.add(h[:, self.shared] - self.centre, h[:, self.neurons] - self.mean, tokens.weight[part])
+            self.predict = moments.solve(1e-3, 0).float()
+
+    def __call__(self, rows: slice) -> torch.Tensor:
+        """Return what is lost of h, [n, routed neurons], without the weights of tokens or neurons."""
+        h = self.tokens.hidden(rows)
+        lost = h[:, self.neurons] - self.mean
+        return lost if self.shared is None else lost - (h[:, self.shared] - self.centre) @ self.predict
+
+    def energy(self, rows: slice) -> torch.Tensor:
+        """Return the weighted energy of that, [n, routed neurons]."""
+        return self(rows).square_().mul_(self.norms).mul_(self.tokens.weight[rows][:, None])
+
+
 def _partition(
     tokens: LayerTokens, params: MoEdgeParams, mean: torch.Tensor, mean_energy: torch.Tensor, norms: torch.Tensor
-) -> tuple[np.ndarray, list[np.ndarray], dict[str, Any]]:
-    """Return (shared neurons, experts, report)."""
-    width = len(mean)
+) -> tuple[np.ndarray, list[np.ndarray], Loss, dict[str, Any]]:
+    """Return (shared neurons, experts, the routed neurons' loss, report); ``loss`` has them in ascending order."""
+    shared_width, widths = partition.group_widths(len(mean), params.shared, params.experts, params.padding)
     if params.partition == "cmoe":
         layout = (params.shared, params.active, params.experts)
         found = cmoe.layer_plan(_marks(tokens, mean), tokens.block, *layout, "l2", "signed", 20, params.padding)
-        return found.shared, found.experts, {}
-    shared_width, widths = partition.group_widths(width, params.shared, params.experts, params.padding)
-    order = mean_energy.argsort(descending=True, stable=True).cpu().numpy()
-    shared, rest = np.sort(order[:shared_width]), np.sort(order[shared_width:])
-
-    rows = slice(0, None, max(1, tokens.count // params.partition_tokens))
-    kept = torch.from_numpy(rest).to(mean.device)
-    energies = (tokens.hidden(rows)[:, kept] - mean[kept]).square_().mul_(norms[kept])
-    energies.mul_(tokens.weight[rows][:, None])
-    labels = energy.by_correlation(energies, widths)
+        shared = found.shared
+    else:
+        order = mean_energy.argsort(descending=True, stable=True).cpu().numpy()
+        shared = np.sort(order[:shared_width]).astype(np.int32)
     report: dict[str, Any] = {"energy_shared": _round(float(mean_energy[shared].sum() / mean_energy.sum()))}
+    rest = np.setdiff1d(np.arange(len(mean), dtype=np.int32), shared)
+    loss = Loss(tokens, rest, mean, norms, shared if params.loss == "shared" else None)
+    if params.partition == "cmoe":
+        return shared, found.experts, loss, report
+    rows = slice(0, None, max(1, tokens.count // params.partition_tokens))
+    energies = loss.energy(rows)
+    labels = energy.by_correlation(energies, widths)
     if params.partition == "energy":
         ascent = energy.ascend(energies, labels, widths, params.active, params.iterations)
         labels = ascent.labels
@@ -88,8 +128,7 @@ def _partition(
         report["captured"] = [_round(value / total) for value in ascent.objective[::2]]
         if params.router_rounds:
             labels, report["router_rounds"] = _predictable(tokens, rows, energies, labels, widths, params)
-    experts = [rest[labels == e].astype(np.int32) for e in range(len(widths))]
-    return shared.astype(np.int32), experts, report
+    return shared, [rest[labels == e] for e in range(len(widths))], loss, report
 
 
 def _predictable(
@@ -128,23 +167,20 @@ def _marks(tokens: LayerTokens, mean: torch.Tensor, k_a: int = 10) -> LayerStati
 
 
 def _expert_targets(
-    tokens: LayerTokens, experts: list[np.ndarray], mean: torch.Tensor, norms: torch.Tensor, kind: str
+    tokens: LayerTokens, experts: list[np.ndarray], loss: Loss, kind: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (regression targets [q, E] of a kind, weighted energies [q, E])."""
-    device, down = mean.device, tokens.block.down.float()
-    energies = torch.empty(tokens.count, len(experts), device=device)
-    exact = torch.empty_like(energies) if kind == "norm" else None
-    indices = [torch.from_numpy(expert.astype(np.int64)).to(device) for expert in experts]
+    """Return (regression targets [q, E] of a kind, weighted squares [q, E]: what selecting an expert is worth)."""
+    down, neurons = tokens.block.down.float(), loss.neurons.cpu().numpy()
+    members = [torch.from_numpy(np.searchsorted(neurons, expert)).to(loss.device) for expert in experts]
+    worth = torch.empty(tokens.count, len(experts), device=loss.device)
     for part in tokens.parts():
-        centred = tokens.hidden(part) - mean
-        for e, neurons in enumerate(indices):
-            own = centred[:, neurons]
-            energies[part, e] = own.square() @ norms[neurons]
-            if exact is not None:
-                exact[part, e] = (own @ down[:, neurons].T).norm(dim=1)
-    if exact is not None:
-        return exact, exact.square() * tokens.weight[:, None]
-    return energies.sqrt() if kind == "root_energy" else energies, energies * tokens.weight[:, None]
+        lost = loss(part)
+        for e, own in enumerate(members):
+            if kind == "norm":
+                worth[part, e] = (lost[:, own] @ down[:, loss.neurons[own]].T).square().sum(dim=1)
+            else:
+                worth[part, e] = lost[:, own].square() @ loss.norms[own]
+    return worth if kind == "energy" else worth.sqrt(), worth * tokens.weight[:, None]
 
 
 def _compensation(

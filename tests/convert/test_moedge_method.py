@@ -152,7 +152,8 @@ def test_targets_are_what_they_say(target: str, tiny_llama: Callable[..., Any]) 
     tokens = first(tiny_llama(layers=1))
     mean, _, norms = moedge_layer.neuron_energy(tokens)
     experts = [np.array([3, 9, 40]), np.array([1, 2])]
-    targets, gains = moedge_layer._expert_targets(tokens, experts, mean, norms, target)
+    loss = moedge_layer.Loss(tokens, np.array([1, 2, 3, 5, 9, 40]), mean, norms, None)
+    targets, gains = moedge_layer._expert_targets(tokens, experts, loss, target)
     h = tokens.hidden(slice(None)) - mean
     for e, expert in enumerate(experts):
         energies = (h[:, expert].square() * norms[expert]).sum(1)
@@ -161,6 +162,22 @@ def test_targets_are_what_they_say(target: str, tiny_llama: Callable[..., Any]) 
         torch.testing.assert_close(targets[:, e], expected, rtol=1e-4, atol=1e-5)
         worth = norm.square() if target == "norm" else energies
         torch.testing.assert_close(gains[:, e], worth * tokens.weight, rtol=1e-4, atol=1e-5)
+
+
+def test_loss_about_the_shared_neurons_is_what_they_cannot_predict(tiny_llama: Callable[..., Any]) -> None:
+    tokens = first(tiny_llama(layers=1), MANY)
+    mean, _, norms = moedge_layer.neuron_energy(tokens)
+    shared, rest = np.arange(20), np.arange(20, 64)
+    plain, predicted = (moedge_layer.Loss(tokens, rest, mean, norms, given) for given in (None, shared))
+    everything = slice(None)
+    residual, h = predicted(everything).double(), tokens.hidden(everything).double()
+    assert predicted.energy(everything).sum() < 0.97 * plain.energy(everything).sum()
+    # Normal equations: up to the small ridge, no shared neuron is left with a say in what remains.
+    w = tokens.weight.double()[:, None]
+    centred = h[:, shared] - mean.double()[shared]
+    left, before = ((centred * w).T @ value for value in (residual, h[:, rest] - mean.double()[rest]))
+    assert float(left.norm() / before.norm()) < 0.02
+    torch.testing.assert_close(plain(everything), (h[:, rest] - mean.double()[rest]).float())
 
 
 @pytest.mark.parametrize("compensation", ["mean", "unselected"])
@@ -321,6 +338,7 @@ SWITCHES: list[dict[str, Any]] = [
     {"partition": "correlation"},
     {"router_rounds": 0},
     {"router_target": "energy"},
+    {"loss": "shared"},
     {"calibrate_scores": True},
     {"compensation": "none"},
     {"compensation": "mean"},
