@@ -1,7 +1,7 @@
 """Compare two engines on the same tokens: logits, distributions, choices and routing.
 
-Every window is run twice: as one prefill, and as a prefill of its first tokens followed by teacher-forced decoding of
-the rest, one token at a time. Logits are reduced to a few numbers per token in float64 and dropped at once, so memory
+Every window is a prefill of its first tokens followed by teacher-forced decoding of the rest, one token at a time, so
+each token of the text is compared once, in one of the two phases. Logits are reduced to a few numbers per token in float64 and dropped at once, so memory
 does not grow with the text (llama.cpp's KL tool needs an 11-37 GB file for the same).
 
 Symbols: a reference logits, b test logits, p = softmax(a), q = softmax(b), V vocabulary.
@@ -154,14 +154,14 @@ def _steps(
 ) -> Iterator[tuple[str, Step, Step, np.ndarray]]:
     """Yield (phase, reference step, test step, targets): ``targets`` are the tokens that follow, -1 after the last."""
     length = windows.shape[1]
-    done, total = 0, len(windows) * (2 * length - prefill)
+    done, total = 0, len(windows) * length
     for window in windows:
         ids, targets = window[None], np.append(window[1:], -1)
-        yield "prefill", reference.prefill(ids), test.prefill(ids), targets
-        done += length
+        one, two = reference.prefill(ids[:, :prefill]), test.prefill(ids[:, :prefill])
+        yield "prefill", one, two, targets[:prefill]
+        done += prefill
         if progress:
             progress(done, total)
-        one, two = reference.prefill(ids[:, :prefill]), test.prefill(ids[:, :prefill])
         for position in range(prefill, length):
             token = ids[:, position : position + 1]
             one, two = reference.decode(token, one.cache), test.decode(token, two.cache)

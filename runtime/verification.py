@@ -54,7 +54,7 @@ def verify_run(
     """
     limits = tolerance_files.load()
     jobs = _jobs(engines)
-    per_window = 2 * windows.shape[1] - prefill
+    per_window = windows.shape[1]
     total = per_window * sum(_count(kind, test, len(windows)) for kind, _, test in jobs)
     done = 0
 
