@@ -1,9 +1,9 @@
 """Target ``ort-cpu``: ONNX Runtime's fused CPU kernels, float32.
 
 Rewrites, in order: norms -> (Skip)SimplifiedLayerNormalization and rotary recognition (onnxscript's own rules),
-attention -> GroupQueryAttention, routed FFN -> MoE, tied output projection -> FusedMatMul. Each is checked for
-legality, applied to every layer, and one layer of it is executed beside what it replaced. A refused rewrite leaves
-standard operators.
+attention -> GroupQueryAttention, routed FFN -> MoE, tied output projection -> FusedMatMul, products of one value ->
+one product. Each is checked for legality, applied to every layer, and one layer of it is executed beside what it
+replaced. A refused rewrite leaves standard operators.
 """
 
 from __future__ import annotations
@@ -67,6 +67,14 @@ def lower(model: ir.Model, *, max_length: int) -> Lowered:
             lambda: ort_matmul.fuse_transposed(model), lambda: ["logits"],
         )
     )  # fmt: skip
+    siblings: list[str] = []
+
+    def merge() -> tuple[int, str]:
+        count, outputs = ort_matmul.merge_siblings(model)
+        siblings.extend(outputs)
+        return count, "no value is multiplied by several matrices"
+
+    rewrites.append(_apply(model, before, "sibling MatMuls -> one MatMul + Split", None, merge, lambda: siblings))
     remove_unused(model)
     return Lowered(rewrites, taps, cache, limits=_limits(cache))
 
