@@ -89,7 +89,7 @@ def _convert_section(name: str, method: Method) -> type[ConvertSection]:
     section: Any = create_model(
         f"{name}_section", __base__=(method.params, ConvertSection), method=(str, name)
     )
-    return section  # type: ignore[no-any-return]
+    return section
 
 
 CONVERT_SECTIONS = {name: _convert_section(name, method) for name, method in METHODS.items()}

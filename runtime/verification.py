@@ -57,7 +57,7 @@ def verify_run(
     limits = tolerance_files.load()
     identity, identity_note = _identity_reference(engines)
     jobs = _jobs(engines, identity)
-    per_window = 2 * windows.shape[1] - prefill
+    per_window = windows.shape[1]
     total = per_window * sum(_count(kind, test, len(windows)) for kind, _, test in jobs)
     done = 0
 

@@ -37,7 +37,9 @@ def make_layer(tokens: LayerTokens, params: MoEdgeParams) -> LayerPlan:
         "linear", {"weight": scores.weight.cpu().numpy(), "bias": scores.bias.cpu().numpy()}, {"bias": True}
     )
     report["router"] = {"ridge": scores.ridge, "held_out_share_of_oracle": _round(scores.held_out_share)}
-    layer = LayerPlan(shared, experts, params.active, router, report=report)
+    # A bias of zero for load balancing: exported and trainable, like CMoE's.
+    balance = np.zeros(len(experts), dtype=np.float32)
+    layer = LayerPlan(shared, experts, params.active, router, selection_bias=balance, report=report)
     if params.compensation != "none":
         chosen = closed_form.select(scores(tokens.x), params.active)
         layer.compensation = _compensation(tokens, experts, mean, chosen, params.compensation)
