@@ -86,9 +86,7 @@ class ConvertSection(_Section):
 
 def _convert_section(name: str, method: Method) -> type[ConvertSection]:
     # The bases' order puts `method` first and lets this file's strictness win over the method's own config.
-    section: Any = create_model(
-        f"{name}_section", __base__=(method.params, ConvertSection), method=(str, name)
-    )
+    section: Any = create_model(f"{name}_section", __base__=(method.params, ConvertSection), method=(str, name))
     return section
 
 

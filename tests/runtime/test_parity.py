@@ -35,7 +35,9 @@ class Scripted:
         ]
         self.damage = damage or (lambda logits, position, phase: logits)
         self.taps, self.flips = taps, flips or {}
-        self.info = EngineInfo("scripted", "numpy", "CPU", "float32", 1, {"vocab_size": VOCAB, "moe": taps, "routed": taps})
+        self.info = EngineInfo(
+            "scripted", "numpy", "CPU", "float32", 1, {"vocab_size": VOCAB, "moe": taps, "routed": taps}
+        )
 
     def _step(self, ids: np.ndarray, start: int, phase: str) -> Step:
         rows = [self.damage(self.table[t, start + i].copy(), start + i, phase) for i, t in enumerate(ids[0])]
