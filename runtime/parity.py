@@ -1,8 +1,8 @@
 """Compare two engines on the same tokens: logits, distributions, choices and routing.
 
 Every window is a prefill of its first tokens followed by teacher-forced decoding of the rest, one token at a time, so
-each token of the text is compared once, in one of the two phases. Logits are reduced to a few numbers per token in float64 and dropped at once, so memory
-does not grow with the text (llama.cpp's KL tool needs an 11-37 GB file for the same).
+each token of the text is compared once, in one of the two phases. Logits are reduced to a few numbers per token in
+float64 and dropped at once, so memory does not grow with the text (llama.cpp's KL tool needs an 11-37 GB file for it).
 
 Symbols: a reference logits, b test logits, p = softmax(a), q = softmax(b), V vocabulary.
 """
@@ -46,8 +46,8 @@ def compare(
         token_windows: int64 [N, L], N texts of L tokens.
         prefill: tokens of each window that are prefilled before decoding starts, 1..L-2.
         tolerances: limits, a :class:`moedge.configs.tolerances.Profile` or its fields.
-        routing: judge expert sets. When both models route tokens and one engine has no taps, the verdict is then "failed":
-            what was not looked at is not passed. Pass False only where a target cannot be tapped.
+        routing: judge expert sets. When both models route tokens and one engine has no taps, the verdict is then
+            "failed": what was not looked at is not passed. Pass False only where a target cannot be tapped.
         progress: called with (tokens done, tokens in all).
 
     Returns:

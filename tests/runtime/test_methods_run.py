@@ -29,7 +29,6 @@ verify: {{tokens: 2048, window: 256, prefill: 253, threads: 1}}
 bench: {{prompt: 8, decode: 2, repeats: 3, warmup: 0, threads: 1}}
 """
 SETTINGS: dict[str, dict[str, Any]] = {
-    "cmoe": {"shared": 2, "active": 3, "experts": 8, "k_a": 6},
     "expertweaver": {"experts": 16, "k": 12, "tau_percentile": 50},  # layers with different shared widths
     "mlpmoe": {"branches": 8},
     "moedge": {"shared": 2, "active": 3, "experts": 8},
@@ -59,7 +58,8 @@ def home(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Any
     return home
 
 
-@pytest.mark.parametrize("name", METHODS)
+# CMoE's run is the one that test_recipe_run.py examines.
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "cmoe"])
 def test_a_run_of_every_method_passes_and_its_report_is_complete(
     home: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -218,7 +218,7 @@ def test_expert_sets_are_compared_as_sets_and_flips_are_counted() -> None:
 
 def test_unseen_routing_of_two_moe_models_is_not_passed() -> None:
     test = Scripted()
-    test.info.model["moe"] = True
+    test.info.model["routed"] = True
     result = compare(Scripted(taps=True), test, IDS, prefill=PREFILL, tolerances=LIMITS)
     assert failed(result) == {"routing.expert_set_agreement"}
     assert "test engine returned no routes" in result["routing"]["reason"]
