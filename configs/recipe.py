@@ -2,6 +2,9 @@
 
 Every value has a type, a range and a default; an unknown key, a wrong type or an impossible value is refused with the
 key's dotted path and one sentence. ``recipes/smollm2-135m.yaml`` documents every key.
+
+The keys of ``convert`` are ``method`` and the parameters that the method itself declares in ``convert.methods.METHODS``
+(an import without torch): no parameter is written down twice.
 """
 
 from __future__ import annotations
@@ -13,9 +16,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import CoreSchema, core_schema
 
 from moedge import MoEdgeError
+from moedge.convert.methods import METHODS, Method
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -63,18 +77,35 @@ class CalibrationSection(_Section):
 
 
 class ConvertSection(_Section):
-    """The conversion method and its parameters (CMoE's notation S6A6E16: shared, active, experts)."""
+    """The conversion method; the section of each method, in :data:`CONVERT_SECTIONS`, adds its parameters."""
 
-    method: Literal["cmoe"] = "cmoe"
-    shared: NonNegative = 6
-    active: Positive = 6
-    experts: Annotated[int, Field(ge=2)] = 16
-    k_a: Positive = 10
-    distance: Literal["l1", "l2"] = "l2"
-    score: Literal["signed", "abs"] = "signed"
-    profile: Literal["raw", "normalised"] = "raw"
-    max_iters: Positive = 20
-    padding: Literal["none", "uneven"] = "none"
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    method: str = "cmoe"
+
+
+def _convert_section(name: str, method: Method) -> type[ConvertSection]:
+    # The bases' order puts `method` first and lets this file's strictness win over the method's own config.
+    section: Any = create_model(f"{name}_section", __base__=(method.params, ConvertSection), method=(str, name))
+    return section
+
+
+CONVERT_SECTIONS = {name: _convert_section(name, method) for name, method in METHODS.items()}
+"""Method name -> its ``convert`` section."""
+
+
+class _ByMethod:
+    """Checks ``convert`` with the section of the method that it names."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        sections = {name: handler.generate_schema(section) for name, section in CONVERT_SECTIONS.items()}
+        return core_schema.tagged_union_schema(sections, discriminator=self._method)
+
+    @staticmethod
+    def _method(value: Any) -> Any:
+        if isinstance(value, dict):
+            return value.get("method", "cmoe")
+        return getattr(value, "method", "cmoe")  # what is no mapping is refused by the section
 
 
 class ExportSection(_Section):
@@ -136,7 +167,7 @@ class Recipe(_Section):
     model: ModelSection
     text: TextSection = TextSection()
     calibration: CalibrationSection = CalibrationSection()
-    convert: ConvertSection = ConvertSection()
+    convert: Annotated[ConvertSection, _ByMethod()] = CONVERT_SECTIONS["cmoe"]()
     export: ExportSection = ExportSection()
     evaluate: EvaluateSection = EvaluateSection()
     verify: VerifySection = VerifySection()
@@ -145,13 +176,9 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
         problems = []
-        convert = self.convert
-        if convert.shared + convert.active > convert.experts:
-            routed = convert.experts - convert.shared
-            problems.append(
-                f"convert.active: {convert.active} active experts cannot be chosen: {convert.experts} experts minus "
-                f"{convert.shared} shared leave {max(routed, 0)} to route to."
-            )
+        method = self.convert.method
+        if self.calibration.windows < 2 and not {"tokens", "gate_profile"}.isdisjoint(METHODS[method].needs):
+            problems.append(f"calibration.windows: {method} compares windows; it needs at least 2.")
         if self.verify.prefill >= self.verify.window:
             problems.append(
                 f"verify.prefill: {self.verify.prefill} leaves nothing to decode in a window of {self.verify.window} "
@@ -184,19 +211,20 @@ class Recipe(_Section):
         """
         problems = []
         width = config.get("intermediate_size")
-        experts = self.convert.experts
+        convert = self.convert.model_dump()
         if isinstance(width, int):
-            if width < experts:
-                problems.append(f"convert.experts: {experts} is more than the FFN's {width} neurons.")
-            elif width % experts and self.convert.padding == "none":
+            parts = {name: convert[name] for name in ("experts", "branches", "k_a") if name in convert}
+            for name, parts_wanted in parts.items():
+                if parts_wanted > width:
+                    problems.append(f"convert.{name}: {parts_wanted} is more than the FFN's {width} neurons.")
+            experts = parts.get("experts", 1)
+            if width >= experts and width % experts and convert["padding"] == "none":
                 near = sorted((n for n in range(2, width) if width % n == 0), key=lambda n: abs(n - experts))[:2]
                 options = " or ".join(str(n) for n in sorted(near)) or "another number"
                 problems.append(
                     f"convert.experts: {experts} does not divide the FFN width {width}; choose {options}, or set "
                     "convert.padding: uneven."
                 )
-            if self.convert.k_a > width:
-                problems.append(f"convert.k_a: {self.convert.k_a} is more than the FFN's {width} neurons.")
         longest = config.get("max_position_embeddings")
         if isinstance(longest, int):
             lengths = [("calibration.length", self.calibration.length)]
@@ -292,15 +320,24 @@ def _kind(value: Any) -> str:
 def _sentences(entry: Any) -> list[str]:
     """Turn one pydantic error into ``dotted.path: one sentence``."""
     kind, value, context = entry["type"], entry["input"], entry.get("ctx", {})
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in entry["loc"]).lstrip(".")
+    section = _section(entry["loc"])
+    # Below `convert` pydantic puts the method's name, which is no key, into the location.
+    location = (*entry["loc"][:1], *entry["loc"][2:]) if entry["loc"][:1] == ("convert",) else entry["loc"]
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
     got = f"got {_kind(value)}" if isinstance(value, list | dict) or value is None else f"got {value!r}"
     if kind == "value_error":
-        problem = str(context["error"])
-        return [f"{path}: {problem}"] if path else problem.split("\n")
+        lines = str(context["error"]).split("\n")
+        if section is Recipe:
+            return lines
+        # A check of a whole section starts its sentence with the key that it is about.
+        about = section is not None and lines[0].split(":")[0] in section.model_fields
+        return [f"{path}{'.' if about else ': '}{lines[0]}"]
     if kind == "extra_forbidden":
-        section = _section(entry["loc"][:-1])
-        keys = f"; known keys here: {', '.join(section.model_fields)}" if section else ""
+        keys = f"; known keys here: {', '.join(parent.model_fields)}" if (parent := _section(entry["loc"][:-1])) else ""
         return [f"{path}: unknown key{keys}."]
+    if kind == "union_tag_invalid":
+        known = f"choose {', '.join(CONVERT_SECTIONS)} (`moedge methods`)"
+        return [f"{path}.method: unknown value {context['tag']!r}; {known}."]
     if kind == "missing":
         return [f"{path}: is required."]
     if kind == "literal_error":
@@ -311,6 +348,8 @@ def _sentences(entry: Any) -> list[str]:
         "string_type": "text",
         "bool_type": "true or false",
         "list_type": "a list",
+        "tuple_type": "a list",
+        "finite_number": "a finite number",
         "model_type": "a mapping of keys",
         "model_attributes_type": "a mapping of keys",
         "int_from_float": "a whole number",
@@ -319,6 +358,7 @@ def _sentences(entry: Any) -> list[str]:
         text = " (text)" if isinstance(value, str) else ""
         return [f"{path}: must be {wanted[kind]}, {got}{text}."]
     bounds = {"greater_than_equal": ("ge", "at least"), "less_than_equal": ("le", "at most")}
+    bounds |= {"greater_than": ("gt", "more than"), "less_than": ("lt", "less than")}
     if kind in bounds:
         key, words = bounds[kind]
         return [f"{path}: must be {words} {context[key]}, {got}."]
@@ -332,6 +372,9 @@ def _sentences(entry: Any) -> list[str]:
 
 
 def _section(location: tuple[str | int, ...]) -> type[BaseModel] | None:
+    """Return the section at a location of a pydantic error, None when something else is there."""
+    if location[:1] == ("convert",) and len(location) == 2:
+        return CONVERT_SECTIONS.get(str(location[1]))
     model: Any = Recipe
     for part in location:
         fields = getattr(model, "model_fields", {})

@@ -79,6 +79,16 @@ class LayerPlan:
         mean = sum(map(len, self.experts)) / self.num_experts if self.experts else 0.0
         return len(self.shared) + self.top_k * mean
 
+    def differs_from_dense(self, width: int) -> str | None:
+        """Say why this layer is not the dense FFN even with every expert selected, or return None when it is."""
+        if len(self.shared) + sum(map(len, self.experts)) < width:
+            return "neurons are pruned"
+        if self.down is not None:
+            return "down projections are refitted"
+        if self.output_bias is not None:
+            return "an output bias is added"
+        return None if self.combine == "unit" or not self.experts else "experts are weighted"
+
     def validate(self, width: int, where: str) -> None:
         """Check the layer against a dense FFN of ``width`` neurons.
 
@@ -117,6 +127,11 @@ class MoEPlan:
         """Check every layer; see :meth:`LayerPlan.validate`."""
         for index, layer in enumerate(self.layers):
             layer.validate(int(self.model["intermediate_size"]), f"plan layer {index}")
+
+    def differs_from_dense(self) -> str | None:
+        """Say why the model is not its dense parent even with every expert selected, or return None when it is."""
+        width = int(self.model["intermediate_size"])
+        return next(filter(None, (layer.differs_from_dense(width) for layer in self.layers)), None)
 
     def _split(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         tensors: dict[str, np.ndarray] = {}

@@ -129,12 +129,22 @@ def convert(
     text: Text = "asset:wiki",
     windows: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 8,
     length: Annotated[int, typer.Option(min=8, help="Tokens per calibration window.")] = 2048,
-    method: Annotated[str, typer.Option(help="Conversion method: cmoe.")] = "cmoe",
-    shared: Annotated[int, typer.Option(min=0, help="Always-on experts.")] = 6,
-    active: Annotated[int, typer.Option(min=1, help="Routed experts that run for a token.")] = 6,
-    experts: Annotated[int, typer.Option(min=2, help="Experts in all; must divide the FFN width.")] = 16,
-    k_a: Annotated[int, typer.Option("--k-a", min=1, help="Strongest neurons that a token marks.")] = 10,
-    padding: Annotated[str, typer.Option(help="'uneven' allows a width that the experts do not divide.")] = "none",
+    method: Annotated[str, typer.Option(help="Conversion method; `moedge methods` lists them.")] = "cmoe",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the method (may be repeated)."),
+    ] = None,
+    shared: Annotated[int | None, typer.Option(min=0, help="Always-on experts; cmoe: 6.")] = None,
+    active: Annotated[int | None, typer.Option(min=1, help="Routed experts that run for a token; cmoe: 6.")] = None,
+    experts: Annotated[
+        int | None, typer.Option(min=2, help="Experts in all; must divide the FFN width; cmoe: 16.")
+    ] = None,
+    k_a: Annotated[
+        int | None, typer.Option("--k-a", min=1, help="Strongest neurons that a token marks; cmoe: 10.")
+    ] = None,
+    padding: Annotated[
+        str | None, typer.Option(help="'uneven' allows a width that the experts do not divide; 'none' by default.")
+    ] = None,
     force: Force = False,
 ) -> None:
     """Turn a dense model into a Mixture-of-Experts checkpoint.
@@ -146,13 +156,37 @@ def convert(
     Examples:
       moedge convert asset:smollm2-135m-instruct build/moe
       moedge convert ./my-llama build/moe --text my.txt --shared 3 --active 3 --experts 8
+      moedge convert ./my-llama build/moe --method expertweaver --set experts=32 --set k=24
     """
     from moedge.runtime.commands.convert import convert as command
+    from moedge.runtime.commands.convert import parse_settings
 
-    settings = {"method": method, "shared": shared, "active": active, "experts": experts, "k_a": k_a}
-    settings["padding"] = padding
-    calibration = {"windows": windows, "length": length}
-    command(model, out, revision=revision, text=text, calibration=calibration, settings=settings, force=force)
+    named = {"shared": shared, "active": active, "experts": experts, "k_a": k_a, "padding": padding}
+    command(
+        model,
+        out,
+        revision=revision,
+        text=text,
+        calibration={"windows": windows, "length": length},
+        settings={"method": method, **parse_settings(settings or [], named)},
+        force=force,
+    )
+
+
+@_command("methods")
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method; all by default.")] = None, as_json: Json = False
+) -> None:
+    """List the conversion methods: where each comes from, what it needs, its parameters and their defaults.
+
+    \b
+    Examples:
+      moedge methods
+      moedge methods expertweaver
+    """
+    from moedge.runtime.commands.methods import methods as command
+
+    command(name, as_json=as_json)
 
 
 @_command("export")

@@ -1,8 +1,8 @@
 """Compare two engines on the same tokens: logits, distributions, choices and routing.
 
 Every window is a prefill of its first tokens followed by teacher-forced decoding of the rest, one token at a time, so
-each token of the text is compared once, in one of the two phases. Logits are reduced to a few numbers per token in float64 and dropped at once, so memory
-does not grow with the text (llama.cpp's KL tool needs an 11-37 GB file for the same).
+each token of the text is compared once, in one of the two phases. Logits are reduced to a few numbers per token in
+float64 and dropped at once, so memory does not grow with the text (llama.cpp's KL tool needs an 11-37 GB file for it).
 
 Symbols: a reference logits, b test logits, p = softmax(a), q = softmax(b), V vocabulary.
 """
@@ -46,8 +46,8 @@ def compare(
         token_windows: int64 [N, L], N texts of L tokens.
         prefill: tokens of each window that are prefilled before decoding starts, 1..L-2.
         tolerances: limits, a :class:`moedge.configs.tolerances.Profile` or its fields.
-        routing: judge expert sets. When both models are MoE and one engine has no taps, the verdict is then "failed":
-            what was not looked at is not passed. Pass False only where a target cannot be tapped.
+        routing: judge expert sets. When both models route tokens and one engine has no taps, the verdict is then
+            "failed": what was not looked at is not passed. Pass False only where a target cannot be tapped.
         progress: called with (tokens done, tokens in all).
 
     Returns:
@@ -83,8 +83,8 @@ def compare(
         "tolerances": limits.model_dump(),
     }
     checks = [check for name, summary in summaries.items() for check in _checks(name, summary, limits)]
-    both_moe = bool(reference.info.model.get("moe") and test.info.model.get("moe"))
-    if routing and (both_moe or result["routing"]["compared"]):
+    both_routed = bool(reference.info.model.get("routed") and test.info.model.get("routed"))
+    if routing and (both_routed or result["routing"]["compared"]):
         agreement = result["routing"].get("agreement")
         checks.append(_check_entry("routing.expert_set_agreement", agreement, ">=", limits.expert_set_agreement))
     result["verdict"] = {"passed": all(check["passed"] for check in checks), "checks": checks}

@@ -13,7 +13,7 @@ from typing import Any
 
 from moedge import MoEdgeError
 from moedge._files import digest, write_json
-from moedge.configs.recipe import Recipe
+from moedge.configs.recipe import CONVERT_SECTIONS, Recipe
 from moedge.runtime import held_out, run_folder
 from moedge.runtime.recipe import Context, Stage, cached_sha256
 
@@ -43,7 +43,8 @@ def build(recipe: Recipe, machine: dict[str, Any]) -> list[Stage]:
     held_out = [{"spec": spec, "is": fingerprint(spec, text=True)} for spec in text.held_out]
     texts = {"calibration": calibration_text, "held_out": held_out}
     first_text = {"calibration": calibration_text, "held_out": held_out[:1]}
-    convert = recipe.convert.model_dump()
+    convert = recipe.convert.model_dump(mode="json")
+    needs = method_needs(convert)
     exported = recipe.export.model_dump(exclude={"dense_parent"})
     measured = {"texts": first_text, "machine": machine, "dense_parent": recipe.export.dense_parent}
     dense = ("export-dense",) if recipe.export.dense_parent else ()
@@ -64,18 +65,17 @@ def build(recipe: Recipe, machine: dict[str, Any]) -> list[Stage]:
             "calibrate",
             f"measure activations on {recipe.calibration.windows * recipe.calibration.length:,} tokens",
             calibrate,
-            {**recipe.calibration.model_dump(), "text": calibration_text}
-            | {name: convert[name] for name in ("k_a", "profile")},
+            {**recipe.calibration.model_dump(), "text": calibration_text, **_measured(convert)},
             reads=("source",),
             sources=_CONVERT,
             libraries=_TORCH,
         ),
         Stage(
             "convert",
-            f"split every FFN: {notation(convert)}",
+            f"convert every FFN: {notation(convert)}",
             convert_stage,
             convert,
-            reads=("source", "calibrate"),
+            reads=("source", "calibrate") if needs else ("source",),
             sources=_CONVERT,
             libraries=(*_TORCH, "scipy", "safetensors"),
         ),
@@ -148,9 +148,28 @@ def build(recipe: Recipe, machine: dict[str, Any]) -> list[Stage]:
     return stages
 
 
+def method_needs(convert: dict[str, Any]) -> tuple[str, ...]:
+    """What the method of a ``convert`` section reads besides the model; see ``convert.methods.Method.needs``."""
+    from moedge.convert.methods import METHODS
+
+    return METHODS[convert["method"]].needs
+
+
+def _measured(convert: dict[str, Any]) -> dict[str, Any]:
+    """What calibration keeps. The ATopK marks are always made: the controls of ``evaluate`` read them."""
+    needs, marks = method_needs(convert), CONVERT_SECTIONS["cmoe"]().model_dump()
+    return {
+        **{name: convert.get(name, marks[name]) for name in ("k_a", "profile")},
+        "gate_signal": convert["signal"] if "gate_profile" in needs else None,
+        "keep_windows": "tokens" in needs,
+    }
+
+
 def notation(convert: dict[str, Any]) -> str:
-    """CMoE's short form, e.g. ``cmoe S6A6E16``: shared, active, experts."""
-    return f"{convert['method']} S{convert['shared']}A{convert['active']}E{convert['experts']}"
+    """The method and its layout for people, e.g. ``cmoe S6A6E16``."""
+    from moedge.convert.methods import METHODS
+
+    return f"{convert['method']} {METHODS[convert['method']].layout(convert)}"
 
 
 def fingerprint(spec: str, *, text: bool = False) -> str:
@@ -215,24 +234,33 @@ def source_identity(folder: Path) -> str | None:
 
 
 def calibrate(context: Context) -> None:
-    """Run calibration text through the dense model; keep each layer's statistics."""
+    """Run calibration text through the dense model; keep each layer's statistics, and the token windows if asked to."""
+    from safetensors.numpy import save_file
+
     from moedge.convert import calibration
     from moedge.convert.sources import load_model, load_tokenizer
 
     params, folder = context.params, run_folder.dense(context.root)
-    text = held_out.calibration_text(params["text"])
+    text, tokenizer = held_out.calibration_text(params["text"]), load_tokenizer(folder)
     windows = calibration.windows(
-        load_tokenizer(folder), text, params["length"], params["windows"], bos=params["bos"], name="calibration"
+        tokenizer, text, params["length"], params["windows"], bos=params["bos"], name="calibration"
     )
+    gate = None
+    if params["gate_signal"]:  # a window is a sample; its BOS token is an attention sink and counts in no mean
+        exclude = (tokenizer.bos_token_id,) if params["bos"] else ()
+        gate = calibration.GateSampling(signal=params["gate_signal"], exclude=exclude)
     statistics = calibration.collect(
         load_model(folder),
         windows,
         k_a=params["k_a"],
         profile=params["profile"],
+        gate=gate,
         batch_size=params["batch_size"],
         progress=context.progress,
     )
     calibration.save(statistics, context.out / "statistics.safetensors")
+    if params["keep_windows"]:
+        save_file({"windows": windows}, context.out / "windows.safetensors")
     write_json(
         context.out / "calibration.json",
         {
@@ -251,19 +279,27 @@ def calibrate(context: Context) -> None:
 
 def convert_stage(context: Context) -> None:
     """Make the plan, apply it and save the MoE checkpoint."""
+    from safetensors.numpy import load_file
+
     from moedge.convert import calibration, modeling
     from moedge.convert.methods import METHODS
     from moedge.convert.sources import load_model, load_tokenizer
 
-    folder = run_folder.dense(context.root)
+    folder, calibrated = run_folder.dense(context.root), context.root / "calibrate"
+    method = METHODS[context.params["method"]]
     params = {key: value for key, value in context.params.items() if key != "method"}
     model = load_model(folder)
-    plan = METHODS[context.params["method"]].function(
-        calibration.load(context.root / "calibrate" / "statistics.safetensors"),
+    data: Any = None
+    if "tokens" in method.needs:
+        data = load_file(calibrated / "windows.safetensors")["windows"]
+    elif "statistics" in method.needs:
+        data = calibration.load(calibrated / "statistics.safetensors")
+    plan = method.function(
+        data,
         model,
         **params,
         source_sha256=run_folder.source(context.root)["sha256"],
-        provenance=run_folder.read_json(context.root / "calibrate" / "calibration.json"),
+        provenance=run_folder.read_json(calibrated / "calibration.json") if method.needs else {},
         progress=context.progress,
     )
     modeling.apply(plan, model)
@@ -293,7 +329,7 @@ def evaluate(context: Context) -> None:
     """Measure perplexity and divergence from the parent, of the MoE and of its controls, on held-out text."""
     from moedge.convert import calibration
     from moedge.convert import evaluate as quality
-    from moedge.convert.methods.baselines import CONTROLS, SEEDED
+    from moedge.convert.methods.baselines import CONTROLS, SEEDED, refusal
     from moedge.convert.plan import MoEPlan
     from moedge.convert.sources import load_model, load_tokenizer
 
@@ -308,7 +344,10 @@ def evaluate(context: Context) -> None:
     plan = MoEPlan.load(run_folder.checkpoint(context.root))
     statistics = calibration.load(context.root / "calibrate" / "statistics.safetensors")
     plans: dict[str, MoEPlan | list[MoEPlan]] = {plan.method: plan}
+    skipped = {name: reason for name in params["controls"] if (reason := refusal(name, plan))}
     for name in params["controls"]:
+        if name in skipped:
+            continue
         seeds = params["seeds"] if name in SEEDED else [0]
         plans[name] = [CONTROLS[name](plan, statistics, model, seed) for seed in seeds]
     documents = {name: f"{len(text.documents)} held-out documents" for name, text in texts.items()}
@@ -320,7 +359,7 @@ def evaluate(context: Context) -> None:
         batch_size=params["batch_size"],
         progress=context.progress,
     )
-    write_json(context.out / "evaluation.json", result)
+    write_json(context.out / "evaluation.json", {**result, "skipped": skipped})
 
 
 def verify(context: Context) -> None:

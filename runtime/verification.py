@@ -1,6 +1,7 @@
 """Which engines are compared with which, and the verdict over all of them.
 
-* identity: a MoE with every expert selected is its dense parent (:func:`moedge.runtime.parity.identity`);
+* identity: a MoE with every expert selected is its dense parent (:func:`moedge.runtime.parity.identity`). A plan that
+  prunes or refits is not; its exports are then compared, every expert selected, with the same MoE in PyTorch;
 * parity: an exported bundle computes what PyTorch computes (:func:`moedge.runtime.parity.compare`), the MoE bundles
   with their routing, the dense bundles without.
 """
@@ -49,11 +50,13 @@ def verify_run(
         note: called with one sentence about each finished comparison.
 
     Returns:
-        ``{"schema", "text", "identity": [...], "parity": [...], "passed"}``; entries are what :mod:`parity` returns
-        plus ``"name"``.
+        ``{"schema", "text", "identity_note", "identity": [...], "parity": [...], "passed"}``; entries are what
+        :mod:`parity` returns plus ``"name"``, the note says why the dense parent is not the identity's reference, or
+        is None.
     """
     limits = tolerance_files.load()
-    jobs = _jobs(engines)
+    identity, identity_note = _identity_reference(engines)
+    jobs = _jobs(engines, identity)
     per_window = windows.shape[1]
     total = per_window * sum(_count(kind, test, len(windows)) for kind, _, test in jobs)
     done = 0
@@ -62,15 +65,18 @@ def verify_run(
         if progress:
             progress(done + local, total)
 
-    result: dict[str, Any] = {"schema": SCHEMA, "text": text, "identity": [], "parity": []}
-    opened: tuple[str, Engine] | None = None
+    result: dict[str, Any] = {"schema": SCHEMA, "text": text, "identity_note": identity_note}
+    result |= {"identity": [], "parity": []}
+    opened: tuple[tuple[str, bool], Engine] | None = None
     try:
         for kind, reference, test in jobs:
-            routed = kind == "parity" and reference.endswith(" moe")
-            if opened is None or opened[0] != reference:
+            moe = reference.endswith(" moe")
+            routed, every = kind == "parity" and moe, kind == "identity" and moe
+            if opened is None or opened[0] != (reference, every):
                 if opened is not None:
                     opened[1].close()
-                opened = (reference, open_engine(engines[reference], threads=threads, taps=reference.endswith(" moe")))
+                top_k = {"top_k": ALL_EXPERTS} if every else {}
+                opened = (reference, every), open_engine(engines[reference], threads=threads, taps=moe, **top_k)
             options = {"top_k": ALL_EXPERTS} if kind == "identity" else {"taps": routed}
             other = open_engine(engines[test], threads=threads, **options)
             profile = limits.profile(tolerances, test.split()[0])
@@ -102,11 +108,26 @@ def verify_run(
     return result
 
 
-def _jobs(engines: dict[str, Path]) -> list[tuple[str, str, str]]:
+def _identity_reference(engines: dict[str, Path]) -> tuple[str | None, str | None]:
+    """Return which engine every MoE with all experts selected must equal, and a sentence when it is not the parent."""
+    from moedge.convert.plan import MoEPlan  # numpy and safetensors only
+
+    plan = MoEPlan.load(engines["torch moe"]) if "torch moe" in engines else None
+    differs = plan.differs_from_dense() if plan else None
+    if plan is None or differs is None:
+        return "torch dense", None
+    said = f"Even with every expert selected this plan is not its dense parent, by design ({differs})"
+    if any(layer.experts for layer in plan.layers):
+        return "torch moe", f"{said}; the identity check compares with the same MoE in PyTorch instead."
+    return None, f"{said}, and it has no experts: parity with PyTorch is the whole check."
+
+
+def _jobs(engines: dict[str, Path], identity: str | None) -> list[tuple[str, str, str]]:
     """(kind, reference, test), grouped by reference so that each is opened once."""
     jobs = []
+    if identity in engines:
+        jobs += [("identity", str(identity), label) for label in engines if label.endswith(" moe")]
     if "torch dense" in engines:
-        jobs += [("identity", "torch dense", label) for label in engines if label.endswith(" moe")]
         jobs += [("parity", "torch dense", label) for label in engines if label.endswith(" dense")]
     if "torch moe" in engines:
         jobs += [("parity", "torch moe", label) for label in engines if label.endswith(" moe")]

@@ -1,13 +1,15 @@
 """Conversion methods. Each is one file: statistics in, :class:`~moedge.convert.plan.MoEPlan` out.
 
 ``METHODS[name].function(statistics, model, **params)``, with ``params`` the fields of ``METHODS[name].params``, makes
-the plan. A new method is one new file and one line here.
+the plan. A new method is one new file and one entry here; recipes and commands know it from that entry. Importing this
+package needs neither torch nor transformers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -24,21 +26,34 @@ class Method:
     """Typed parameters, with defaults."""
     needs: tuple[str, ...]
     """What it reads besides the model: ``statistics``, ``gate_profile`` (statistics made with a gate sampling),
-    ``tokens``: the calibration windows themselves, passed in place of the statistics."""
+    ``tokens``: the calibration windows themselves, passed in place of the statistics. None of them: pass None."""
     source: str
     """Where it is published."""
+    label: str
+    """Format string over the parameters: the layout in a few words."""
 
+    def layout(self, params: dict[str, Any]) -> str:
+        """Return the layout of a conversion for people, e.g. ``S6A6E16``."""
+        return self.label.format(**params)
+
+
+_SHARED_ACTIVE = "S{shared}A{active}E{experts}"
 
 METHODS: dict[str, Method] = {
-    "cmoe": Method(cmoe.plan, cmoe.CMoEParams, ("statistics",), "CMoE, arXiv 2502.04416v3, ACL 2026"),
+    "cmoe": Method(cmoe.plan, cmoe.CMoEParams, ("statistics",), "CMoE, arXiv 2502.04416v3, ACL 2026", _SHARED_ACTIVE),
     "expertweaver": Method(
         expertweaver.plan,
         expertweaver.ExpertWeaverParams,
         ("statistics", "gate_profile"),
         "ExpertWeaver, arXiv 2602.15521v1",
+        "{experts} experts, {k} active",
     ),
     "mlpmoe": Method(
-        mlpmoe.plan, mlpmoe.MLPMoEParams, (), "reconstruction of MLPMoE, arXiv 2511.21089 (abstract only)"
+        mlpmoe.plan,
+        mlpmoe.MLPMoEParams,
+        (),
+        "reconstruction of MLPMoE, arXiv 2511.21089 (abstract only)",
+        "{branches} branches fading to {p_max:g}",
     ),
-    "moedge": Method(moedge.plan, moedge.MoEdgeParams, ("tokens",), "this project"),
+    "moedge": Method(moedge.plan, moedge.MoEdgeParams, ("tokens",), "this project", _SHARED_ACTIVE),
 }

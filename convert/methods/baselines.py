@@ -32,6 +32,8 @@ def random_partition(plan: MoEPlan, statistics: Statistics, model: PreTrainedMod
     score, distance = plan.params.get("score", "signed"), plan.params.get("distance", "l2")
 
     def deal(layer: LayerPlan, block: adapters.FFN, facts: LayerStatistics) -> LayerPlan:
+        if not layer.experts:
+            return LayerPlan(np.sort(generator.permutation(facts.width)[: len(layer.shared)]).astype(np.int32), [], 0)
         neurons = generator.permutation(facts.width).astype(np.int32)
         widths = [len(expert) for expert in layer.experts]
         parts = np.split(neurons, np.cumsum([len(layer.shared), *widths]))
@@ -55,6 +57,8 @@ def random_router(plan: MoEPlan, seed: int) -> MoEPlan:
     hidden = plan.model["hidden_size"]
 
     def reroute(layer: LayerPlan) -> LayerPlan:
+        if not layer.experts:
+            return layer
         weight = generator.standard_normal((layer.num_experts, hidden), dtype=np.float32)
         return replace(layer, router=RouterPlan("random", {"weight": weight}, {"seed": seed}), selection_bias=None)
 
@@ -63,7 +67,10 @@ def random_router(plan: MoEPlan, seed: int) -> MoEPlan:
 
 def oracle(plan: MoEPlan) -> MoEPlan:
     """Keep the partition, but choose the experts with the largest true output norm (they are all computed)."""
-    layers = [replace(layer, router=RouterPlan("oracle"), selection_bias=None) for layer in plan.layers]
+    layers = [
+        replace(layer, router=RouterPlan("oracle"), selection_bias=None) if layer.experts else layer
+        for layer in plan.layers
+    ]
     return _control(plan, "oracle router", layers)
 
 
@@ -147,13 +154,23 @@ SEEDED = ("random router", "random partition")
 """Controls that are reported as mean and standard deviation over seeds."""
 
 
+ROUTED = ("random router", "random partition", "oracle router")
+"""Controls that vary the routing or the experts."""
+
+
+def refusal(name: str, plan: MoEPlan) -> str | None:
+    """Say why a control makes no sense for a plan, or return None when it does."""
+    return "the plan has no routed experts" if name in ROUTED and not any(x.experts for x in plan.layers) else None
+
+
 def controls(
     plan: MoEPlan, statistics: Statistics, model: PreTrainedModel, seeds: tuple[int, ...] = (0, 1, 2)
 ) -> dict[str, list[MoEPlan]]:
-    """Make every control of a plan: one plan each, or one a seed for those that are :data:`SEEDED`."""
+    """Make every control that makes sense for a plan: one plan each, or one a seed for those that are seeded."""
     return {
         name: [make(plan, statistics, model, seed) for seed in (seeds if name in SEEDED else (0,))]
         for name, make in CONTROLS.items()
+        if refusal(name, plan) is None
     }
 
 

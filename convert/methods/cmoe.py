@@ -34,9 +34,9 @@ class CMoEParams(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    shared: int = Field(ge=0)
-    active: int = Field(ge=1)
-    experts: int = Field(ge=2)
+    shared: int = Field(default=6, ge=0)
+    active: int = Field(default=6, ge=1)
+    experts: int = Field(default=16, ge=2)
     k_a: int = Field(default=10, ge=1)
     profile: Literal["raw", "normalised"] = "raw"
     distance: Literal["l2", "l1"] = "l2"
@@ -46,9 +46,17 @@ class CMoEParams(BaseModel):
 
     @model_validator(mode="after")
     def _fits(self) -> CMoEParams:
-        if self.shared + self.active > self.experts:
-            raise ValueError(f"shared + active = {self.shared + self.active} exceeds experts = {self.experts}")
+        check_layout(self.shared, self.active, self.experts)
         return self
+
+
+def check_layout(shared: int, active: int, experts: int) -> None:
+    """Raise a ValueError that starts with the parameter it is about when the layout SxAyEz is impossible."""
+    if shared + active > experts:
+        raise ValueError(
+            f"active: {active} active experts cannot be chosen: {experts} experts minus {shared} shared leave "
+            f"{max(experts - shared, 0)} to route to."
+        )
 
 
 def plan(

@@ -22,10 +22,10 @@ sample length: ``tau_percentile`` takes it from the CVs of all layers instead.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
 from moedge import MoEdgeError
 from moedge.convert import adapters, partition
@@ -54,7 +54,7 @@ class ExpertWeaverParams(BaseModel):
     tau_percentile: float | None = Field(default=None, ge=0, le=100)
     eps: float = Field(default=1e-6, gt=0)
     signal: Literal["abs", "signed"] = "abs"
-    tasks: tuple[int, ...] | None = None
+    tasks: Annotated[tuple[int, ...], Strict(False)] | None = None  # a YAML list will do
     scaling: Literal["none", "l2", "zscore"] = "none"
     assignment: Literal["greedy", "lap"] = "greedy"
     init: Literal["random", "k-means++"] = "random"
@@ -66,9 +66,9 @@ class ExpertWeaverParams(BaseModel):
     @model_validator(mode="after")
     def _fits(self) -> ExpertWeaverParams:
         if self.k > self.experts:
-            raise ValueError(f"k = {self.k} exceeds experts = {self.experts}")
+            raise ValueError(f"k: {self.k} exceeds experts = {self.experts}.")
         if self.alpha_min > self.alpha_max:
-            raise ValueError(f"alpha_min = {self.alpha_min} exceeds alpha_max = {self.alpha_max}")
+            raise ValueError(f"alpha_min: {self.alpha_min} exceeds alpha_max = {self.alpha_max}.")
         return self
 
 

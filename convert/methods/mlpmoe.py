@@ -52,7 +52,7 @@ class MLPMoEParams(BaseModel):
     @model_validator(mode="after")
     def _fits(self) -> MLPMoEParams:
         if self.keep is not None and self.keep > self.branches:
-            raise ValueError(f"keep = {self.keep} exceeds branches = {self.branches}")
+            raise ValueError(f"keep: {self.keep} exceeds branches = {self.branches}.")
         return self
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from moedge.convert import adapters
+from moedge.convert.methods.cmoe import check_layout
 from moedge.convert.plan import MoEPlan
 
 if TYPE_CHECKING:
@@ -35,9 +36,9 @@ class MoEdgeParams(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    shared: int = Field(ge=0)
-    active: int = Field(ge=1)
-    experts: int = Field(ge=2)
+    shared: int = Field(default=6, ge=0)
+    active: int = Field(default=6, ge=1)
+    experts: int = Field(default=16, ge=2)
     padding: Literal["none", "uneven"] = "none"
     partition: Literal["energy", "correlation", "cmoe"] = "energy"
     """``energy``: coordinate ascent; ``correlation``: its start only; ``cmoe``: CMoE's shared set and clusters."""
@@ -65,10 +66,9 @@ class MoEdgeParams(BaseModel):
 
     @model_validator(mode="after")
     def _fits(self) -> MoEdgeParams:
-        if self.shared + self.active > self.experts:
-            raise ValueError(f"shared + active = {self.shared + self.active} exceeds experts = {self.experts}")
+        check_layout(self.shared, self.active, self.experts)
         if self.fit_to == "stream" and not (self.sequential and self.refit):
-            raise ValueError("fit_to: stream corrects earlier layers; it needs sequential: true and refit: true")
+            raise ValueError("fit_to: stream corrects earlier layers; it needs sequential: true and refit: true.")
         return self
 
 

@@ -7,9 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.markup import escape
 
+from moedge import MoEdgeError
 from moedge._files import atomic_dir
 from moedge.configs.recipe import recipe_from
 from moedge.runtime import run_folder, stages
@@ -28,7 +30,7 @@ def convert(
     settings: dict[str, Any],
     force: bool,
 ) -> None:
-    """Run the stages ``source``, ``calibrate`` and ``convert`` of a recipe made of the options; keep the checkpoint."""
+    """Run the stage ``convert``, and those that it reads, of a recipe made of the options; keep the checkpoint."""
     recipe = recipe_from(
         {
             "name": "convert",
@@ -44,7 +46,8 @@ def convert(
         recipe.check_model(run_folder.read_json(local), "moedge convert", only_convert=True)
     with atomic_dir(out, force=force) as partial, single("convert", f"{model} -> {out}") as reporter:
         work = partial / ".stages"
-        for stage in stages.build(recipe, machine())[:3]:
+        built = {stage.name: stage for stage in stages.build(recipe, machine())}
+        for stage in (*(built[name] for name in built["convert"].reads), built["convert"]):
             reporter.note(stage.what)
             folder = work / stage.name
             folder.mkdir(parents=True)
@@ -56,4 +59,29 @@ def convert(
             path.rename(partial / path.name)
         shutil.rmtree(work)
     digest = json.loads((out / "plan.json").read_text(encoding="utf-8"))["sha256"]
-    Console().print(escape(f"{out}: {stages.notation(settings)}, plan {digest}"), highlight=False, soft_wrap=True)
+    Console().print(
+        escape(f"{out}: {stages.notation(recipe.convert.model_dump())}, plan {digest}"), highlight=False, soft_wrap=True
+    )
+
+
+def parse_settings(assignments: list[str], named: dict[str, Any]) -> dict[str, Any]:
+    """Join the options of their own (``named``, None: not given) and ``KEY=VALUE`` texts, whose values are YAML.
+
+    Raises:
+        MoEdgeError: a text without ``=``, a value that is not YAML, or a parameter that is given twice.
+    """
+    found = {key: value for key, value in named.items() if value is not None}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key:
+            raise MoEdgeError(f"--set {assignment}: write KEY=VALUE, for example --set experts=8.")
+        if key in found or key == "method":
+            raise MoEdgeError(f"--set {assignment}: {key} is given twice, or has an option of its own; give it once.")
+        try:
+            found[key] = json.loads(text)  # YAML 1.1 takes 1e-6 for text, JSON does not
+        except ValueError:
+            try:
+                found[key] = yaml.safe_load(text)
+            except yaml.YAMLError:
+                raise MoEdgeError(f"--set {assignment}: the value is not readable as YAML.") from None
+    return found

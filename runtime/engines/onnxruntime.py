@@ -59,7 +59,9 @@ class OrtEngine:
         self._shared = manifest["cache"]["kind"] == "shared_buffer"
         # JSON keys are strings; layers are numbers everywhere else.
         self._taps = {int(layer): dict(tap) for layer, tap in manifest.get("taps", {}).items()} if taps else {}
-        if taps and manifest["kind"] == "moe" and not self._taps:
+        layers = (manifest["moe"] or {}).get("layers", {}) if manifest["kind"] == "moe" else {}
+        routed = any(layer["num_experts"] for layer in layers.values())  # a pruned model has layers without experts
+        if taps and routed and not self._taps:
             raise MoEdgeError(f"Bundle {bundle_path} names no routing taps; export it again or open it without taps.")
         limits = [self._model["max_position_embeddings"], manifest["cache"].get("max_length"), max_length]
         self._max_length = min(int(limit) for limit in limits if limit)
@@ -85,6 +87,7 @@ class OrtEngine:
                 "label": manifest.get("label", ""),
                 "target": manifest["target"],
                 "moe": manifest["kind"] == "moe",
+                "routed": routed,
                 "max_length": self._max_length,
                 "top_k": top_k,
             },

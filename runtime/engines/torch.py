@@ -88,6 +88,7 @@ class TorchEngine:
                 "label": self._path.name,
                 "target": "torch",
                 "moe": moe,
+                "routed": bool(self._sparse),
                 "top_k": top_k,
             },
         )

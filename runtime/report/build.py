@@ -92,10 +92,12 @@ def _conversion(run: Path) -> dict[str, Any]:
                 "report": layer["report"],
             }
         )
+    from moedge.convert.methods import METHODS  # names and formats only, no torch
+
     params = plan["params"]
     return {
         "method": plan["method"],
-        "notation": f"S{params['shared']}A{params['active']}E{params['experts']}",
+        "notation": METHODS[plan["method"]].layout(params),
         "params": params,
         "plan_sha256": plan["sha256"],
         "active_fraction": sum(layer["active_fraction"] for layer in layers) / len(layers),
@@ -138,7 +140,10 @@ def sentences(report: dict[str, Any]) -> list[str]:
         if not failed
         else f"{failed} of {total} checks of the exported engines against PyTorch FAILED."
     ]
+    if verification.get("identity_note"):
+        said.append(verification["identity_note"])
     said += list(quality["verdict"]["sentences"])
+    said += [f"The control '{name}' was left out: {why}." for name, why in quality.get("skipped", {}).items()]
     for metric, words in (("tpot_ms", "Decoding"), ("ttft_ms", "Reading the prompt")):
         for baseline in ("ort-cpu dense", "torch dense"):
             entry = ratio(report, metric, "ort-cpu moe", baseline)

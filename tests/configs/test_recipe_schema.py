@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from moedge import MoEdgeError
-from moedge.configs.recipe import CONTROLS, TARGETS, Recipe, load_recipe, packaged, parse_recipe
+from moedge.configs.recipe import CONTROLS, TARGETS, Recipe, load_recipe, packaged, parse_recipe, recipe_from
+from moedge.convert.methods import METHODS
 
 MINIMAL = "model: {source: asset:x}\n"
 
@@ -53,7 +54,26 @@ def test_a_recipe_without_a_name_takes_its_file_name(tmp_path: Path) -> None:
         ("model: {source: x}\nconvert: {shared: -1}", "convert.shared", "must be at least 0, got -1"),
         ("model: {source: x}\nconvert: {k_a: 0}", "convert.k_a", "must be at least 1, got 0"),
         ("model: {source: x}\nconvert: {active: 0}", "convert.active", "must be at least 1, got 0"),
-        ("model: {source: x}\nconvert: {method: magic}", "convert.method", "unknown value 'magic'; choose 'cmoe'"),
+        ("model: {source: x}\nconvert: {method: magic}", "convert.method", "unknown value 'magic'; choose cmoe, "),
+        ("model: {source: x}\nconvert: {method: [cmoe]}", "convert.method", "unknown value"),
+        (
+            "model: {source: x}\nconvert: {method: mlpmoe, shared: 3}",
+            "convert.shared",
+            "unknown key; known keys here: method, branches",
+        ),
+        ("model: {source: x}\nconvert: {method: mlpmoe, p_max: 1}", "convert.p_max", "must be less than 1"),
+        ("model: {source: x}\nconvert: {method: mlpmoe, p_max: .nan}", "convert.p_max", "must be a finite number"),
+        ("model: {source: x}\nconvert: {method: mlpmoe, branches: 2, keep: 3}", "convert.keep", "3 exceeds branches"),
+        ("model: {source: x}\nconvert: {method: expertweaver, eps: 0}", "convert.eps", "must be more than 0"),
+        ("model: {source: x}\nconvert: {method: expertweaver, k: 65}", "convert.k", "65 exceeds experts = 64"),
+        ("model: {source: x}\nconvert: {method: expertweaver, tasks: [a]}", "convert.tasks[0]", "must be a whole"),
+        ("model: {source: x}\nconvert: {method: moedge, active: 11}", "convert.active", "leave 10 to route to"),
+        ("model: {source: x}\nconvert: {method: moedge, refit: false, fit_to: stream}", "convert.fit_to", "needs"),
+        (
+            "model: {source: x}\nconvert: {method: moedge}\ncalibration: {windows: 1}",
+            "calibration.windows",
+            "moedge compares windows; it needs at least 2",
+        ),
         ("model: {source: x}\nconvert: {active: 11}", "convert.active", "16 experts minus 6 shared leave 10"),
         ("model: {source: x}\nconvert: {shared: 16, active: 1}", "convert.active", "leave 0 to route to"),
         ("model: {source: x}\nconvert: {shared: 20, active: 1}", "convert.active", "leave 0 to route to"),
@@ -129,6 +149,12 @@ def recipe(text: str = "") -> Recipe:
     [
         ("", {"intermediate_size": 1540}, "convert.experts: 16 does not divide the FFN width 1540; choose 14 or 20"),
         ("convert: {padding: uneven, k_a: 10}", {"intermediate_size": 9}, "convert.experts: 16 is more than"),
+        (
+            "convert: {method: mlpmoe}",
+            {"intermediate_size": 8},
+            "convert.branches: 16 is more than the FFN's 8 neurons",
+        ),
+        ("convert: {method: expertweaver}", {"intermediate_size": 96}, "convert.experts: 64 does not divide"),
         ("convert: {k_a: 65}", {"intermediate_size": 64}, "convert.k_a: 65 is more than the FFN's 64 neurons"),
         ("", {"max_position_embeddings": 1024}, "calibration.length: 2048 is beyond the model's 1024 positions"),
         ("calibration: {length: 64}", {"max_position_embeddings": 1024}, "export.max_length: 2048 is beyond"),
@@ -153,3 +179,14 @@ def test_lists_of_choices_match_the_schema() -> None:
     defaults = recipe()
     assert tuple(defaults.export.targets) == TARGETS
     assert tuple(defaults.evaluate.controls) == CONTROLS
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_makes_a_recipe_of_its_own_parameters(name: str) -> None:
+    made = recipe(f"convert: {{method: {name}}}")
+    assert made.convert.model_dump() == {"method": name, **METHODS[name].params().model_dump()}
+    assert recipe_from(made.model_dump(mode="json"), where="again") == made
+
+
+def test_a_list_in_yaml_is_a_parameter_too() -> None:
+    assert recipe("convert: {method: expertweaver, tasks: [0, 1]}").convert.model_dump()["tasks"] == (0, 1)

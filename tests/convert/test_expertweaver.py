@@ -291,9 +291,9 @@ def test_the_registry_makes_it_from_typed_parameters(
     plan = method.function(statistics, tiny_llama(layers=3), **params, source_sha256="ab", provenance={"tokens": 192})
     assert (plan.method, plan.model["sha256"], plan.provenance["tokens"]) == ("expertweaver", "ab", 192)
     assert plan.params == params
-    with pytest.raises(ValidationError, match="k = 17 exceeds experts = 16"):
+    with pytest.raises(ValidationError, match="k: 17 exceeds experts = 16"):
         method.params(experts=16, k=17)
-    with pytest.raises(ValidationError, match=r"alpha_min = .* exceeds alpha_max"):
+    with pytest.raises(ValidationError, match=r"alpha_min: .* exceeds alpha_max"):
         method.params(alpha_min=0.8)
     with pytest.raises(ValidationError, match="extra"):
         method.params(unknown=1)

@@ -139,7 +139,7 @@ def test_the_registry_says_that_it_is_a_reconstruction_and_needs_nothing(tiny_ll
     plan = method.function(None, tiny_llama(), **params, source_sha256="ab", provenance={"text": "none"})
     assert (plan.method, plan.model["sha256"], plan.provenance["text"]) == ("mlpmoe", "ab", "none")
     assert plan.params == {**params, "reconstruction": mlpmoe.RECONSTRUCTION}
-    with pytest.raises(ValidationError, match="keep = 9 exceeds branches = 8"):
+    with pytest.raises(ValidationError, match="keep: 9 exceeds branches = 8"):
         method.params(branches=8, keep=9)
     with pytest.raises(ValidationError, match="less than 1"):
         method.params(p_max=1)

@@ -379,7 +379,7 @@ def test_indivisible_width(tiny_llama: Callable[..., Any]) -> None:
 
 def test_parameters_refuse_nonsense() -> None:
     for wrong, message in (
-        ({"shared": 6, "active": 6}, "exceeds experts"),
+        ({"shared": 6, "active": 6}, "active: 6 active experts cannot be chosen"),
         ({"unknown": 1}, "extra"),
         ({"fit_to": "stream", "sequential": False}, "needs sequential: true"),
     ):

@@ -15,11 +15,12 @@ import pytest
 from typer.testing import CliRunner
 
 from moedge._files import hash_tree, write_json
+from moedge.convert.methods import METHODS
 from moedge.convert.plan import LayerPlan, MoEPlan, RouterPlan
 from moedge.runtime.cli import INTERRUPTED, app
 from moedge.runtime.commands.verify import junit_xml
 
-COMMANDS = ("run", "convert", "export", "verify", "bench", "generate", "inspect", "doctor")
+COMMANDS = ("run", "convert", "export", "verify", "bench", "generate", "inspect", "doctor", "methods")
 HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "scipy", "matplotlib", "accelerate", "gguf", "huggingface_hub")
 BLOCKED = f"""
 import sys
@@ -108,6 +109,28 @@ def test_doctor_works_without_torch() -> None:
     assert {"portable", "ort-cpu"} <= {target["target"] for target in json.loads(result.stdout)["targets"]}
 
 
+def test_methods_lists_every_parameter_without_torch() -> None:
+    result = without_heavy_packages("methods", "--json")
+    assert result.returncode == 0, result.stderr
+    listed = json.loads(result.stdout)
+    assert set(listed) == set(METHODS)
+    for name, entry in listed.items():
+        fields = METHODS[name].params.model_fields
+        assert [row["name"] for row in entry["params"]] == list(fields)
+        assert (
+            METHODS[name].params(**{row["name"]: row["default"] for row in entry["params"]}) == METHODS[name].params()
+        )
+    assert listed["moedge"]["needs"] == ["tokens"]
+    words = {row["name"]: row["values"] for row in listed["expertweaver"]["params"]}
+    assert words["tau_percentile"] == "number | null, at least 0, at most 100"
+    assert words["signal"] == "abs | signed"
+    assert words["tasks"] == "list of whole number | null"
+    table = moedge("methods", "mlpmoe").stdout
+    assert "2511.21089" in table
+    assert "geometric" in table
+    assert "needs nothing besides the model" in table
+
+
 def folder_with(path: Path, **config: Any) -> Path:
     write_json(path / "config.json", config)
     return path
@@ -132,6 +155,16 @@ def folder_with(path: Path, **config: Any) -> Path:
         (["convert", "{tmp}/model", "{tmp}/out"], "convert.experts: 16 does not divide the FFN width 100"),
         (["convert", "asset:smollm2-135m-instruct", "{tmp}/used"], "pass --force to replace it"),
         (["convert", "asset:smollm2-135m-instruct", "{tmp}/out", "--method", "magic"], "unknown value 'magic'"),
+        (
+            ["convert", "{tmp}/model", "{tmp}/out", "--set", "kA=3"],
+            "convert.kA: unknown key; known keys here: method, s",
+        ),
+        (["convert", "{tmp}/model", "{tmp}/out", "--set", "k_a=x"], "convert.k_a: must be a whole number, got 'x'"),
+        (["convert", "{tmp}/model", "{tmp}/out", "--set", "k_a"], "--set k_a: write KEY=VALUE"),
+        (["convert", "{tmp}/model", "{tmp}/out", "--set", "k_a=["], "--set k_a=[: the value is not readable as YAML"),
+        (["convert", "{tmp}/model", "{tmp}/out", "--k-a", "3", "--set", "k_a=3"], "k_a is given twice"),
+        (["convert", "{tmp}/model", "{tmp}/out", "--method", "mlpmoe", "--shared", "1"], "convert.shared: unknown key"),
+        (["methods", "magic"], "Unknown method 'magic'; known: cmoe, "),
         (["export", "{tmp}/nothing", "{tmp}/out"], "is not a checkpoint folder: it has no config.json"),
         (["export", "{tmp}/model", "{tmp}/out", "--target", "tpu"], "Unknown target 'tpu'; known: portable, ort-cpu"),
         (["export", "{tmp}/model", "{tmp}/used"], "pass --force to replace it"),

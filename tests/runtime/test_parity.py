@@ -35,7 +35,9 @@ class Scripted:
         ]
         self.damage = damage or (lambda logits, position, phase: logits)
         self.taps, self.flips = taps, flips or {}
-        self.info = EngineInfo("scripted", "numpy", "CPU", "float32", 1, {"vocab_size": VOCAB, "moe": taps})
+        self.info = EngineInfo(
+            "scripted", "numpy", "CPU", "float32", 1, {"vocab_size": VOCAB, "moe": taps, "routed": taps}
+        )
 
     def _step(self, ids: np.ndarray, start: int, phase: str) -> Step:
         rows = [self.damage(self.table[t, start + i].copy(), start + i, phase) for i, t in enumerate(ids[0])]
@@ -216,7 +218,7 @@ def test_expert_sets_are_compared_as_sets_and_flips_are_counted() -> None:
 
 def test_unseen_routing_of_two_moe_models_is_not_passed() -> None:
     test = Scripted()
-    test.info.model["moe"] = True
+    test.info.model["routed"] = True
     result = compare(Scripted(taps=True), test, IDS, prefill=PREFILL, tolerances=LIMITS)
     assert failed(result) == {"routing.expert_set_agreement"}
     assert "test engine returned no routes" in result["routing"]["reason"]

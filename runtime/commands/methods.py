@@ -1,0 +1,79 @@
+"""``moedge methods``: the conversion methods and their parameters, from the registry; needs no torch."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from moedge import MoEdgeError
+
+
+def methods(name: str | None, *, as_json: bool) -> None:
+    """Print the registry, or one entry of it.
+
+    Raises:
+        MoEdgeError: no such method.
+    """
+    from moedge.convert.methods import METHODS
+
+    if name is not None and name not in METHODS:
+        raise MoEdgeError(f"Unknown method {name!r}; known: {', '.join(METHODS)}.")
+    listed: dict[str, dict[str, Any]] = {
+        key: {"source": method.source, "needs": list(method.needs), "params": parameters(method.params)}
+        for key, method in METHODS.items()
+        if name in (None, key)
+    }
+    if as_json:
+        print(json.dumps(listed, indent=2, allow_nan=False))
+        return
+    console = Console()
+    for key, entry in listed.items():
+        needs = ", ".join(entry["needs"]).replace("_", " ") or "nothing besides the model"
+        console.print(escape(f"{key}: {entry['source']}; needs {needs}"), highlight=False, style="bold", soft_wrap=True)
+        table = Table()
+        for column in ("parameter", "default", "values"):
+            table.add_column(column, overflow="fold")
+        for row in entry["params"]:
+            default = row["default"] if isinstance(row["default"], str) else json.dumps(row["default"])
+            table.add_row(*(escape(text) for text in (row["name"], default, row["values"])))
+        console.print(table)
+
+
+def parameters(model: type[BaseModel]) -> list[dict[str, Any]]:
+    """Return name, default (JSON) and values in words of each parameter of a method."""
+    defaults = model().model_dump(mode="json")
+    return [
+        {"name": name, "default": defaults[name], "values": ", ".join([_words(field.annotation), *_bounds(field)])}
+        for name, field in model.model_fields.items()
+    ]
+
+
+def _words(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return " | ".join(map(str, get_args(kind)))
+    if kind is type(None):
+        return "null"
+    if get_origin(kind) is tuple:
+        return f"list of {_words(get_args(kind)[0])}"
+    names = {int: "whole number", float: "number", bool: "true | false", str: "text"}
+    return names[kind] if kind in names else " | ".join(_words(part) for part in get_args(kind) if not _is_note(part))
+
+
+def _is_note(part: Any) -> bool:
+    """Whether an argument of ``Annotated`` is metadata, not a type."""
+    return not isinstance(part, type) and get_origin(part) is None
+
+
+def _bounds(field: Any) -> list[str]:
+    signs = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+    return [
+        f"{words} {getattr(note, sign):g}"
+        for note in field.metadata
+        for sign, words in signs.items()
+        if getattr(note, sign, None) is not None
+    ]

@@ -1,0 +1,113 @@
+"""Every registered method through a whole run on a tiny model: new methods must not break what comes after them."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from typer.testing import CliRunner
+
+from moedge._files import hash_tree
+from moedge.convert.methods import METHODS
+from moedge.runtime import bench
+from moedge.runtime import report as reports
+from moedge.runtime.cli import app
+
+RECIPE = """
+model: {{source: {home}/model}}
+text: {{calibration: {home}/text.txt, held_out: [{home}/text.txt]}}
+calibration: {{windows: 4, length: 64}}
+convert: {convert}
+export: {{targets: [ort-cpu], dense_parent: false, max_length: 256}}
+evaluate: {{window: 64, tokens: 256}}
+verify: {{tokens: 2048, window: 256, prefill: 253, threads: 1}}
+bench: {{prompt: 8, decode: 2, repeats: 3, warmup: 0, threads: 1}}
+"""
+SETTINGS: dict[str, dict[str, Any]] = {
+    "expertweaver": {"experts": 16, "k": 12, "tau_percentile": 50},  # layers with different shared widths
+    "mlpmoe": {"branches": 8},
+    "moedge": {"shared": 2, "active": 3, "experts": 8},
+}
+EXPORTED = ("portable moe", "ort-cpu moe")
+"""A lowered bundle is made from the portable one, which is kept."""
+ROUTED = ["random router", "random partition", "oracle router"]
+
+
+def moedge(*arguments: Any) -> Any:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Any], tiny_tokenizer: Any) -> Path:
+    """A folder with a model and a text."""
+    home = tmp_path_factory.mktemp("methods")
+    tiny_llama(layers=2).save_pretrained(home / "model")
+    tiny_tokenizer.save_pretrained(home / "model")
+    letters = random.Random(0)
+    lines = ["".join(letters.choices("abcdefgh ", k=120)) for _ in range(300)]
+    (home / "text.txt").write_text("\n".join(lines), encoding="utf-8")
+    return home
+
+
+# CMoE's run is the one that test_recipe_run.py examines.
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "cmoe"])
+def test_a_run_of_every_method_passes_and_its_report_is_complete(
+    home: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The memory of an engine is measured in a process of its own, which has nothing to do with the method.
+    unknown = {"peak_rss_mib": None, "load_s": None, "reason": "not measured in this test"}
+    monkeypatch.setattr(bench, "_footprint", lambda *_: unknown)
+    convert = json.dumps({"method": name, **SETTINGS[name]})
+    (tmp_path / "tiny.yaml").write_text(RECIPE.format(home=home, convert=convert), encoding="utf-8")
+    run = tmp_path / "run"
+    printed = moedge("run", tmp_path / "tiny.yaml", "--out", run).stdout
+    report = json.loads((run / "report.json").read_text(encoding="utf-8"))
+    jsonschema.validate(report, json.loads(reports.SCHEMA_FILE.read_text(encoding="utf-8")))
+    assert report["passed"] is True
+    conversion, verification = report["conversion"], report["verification"]
+    assert conversion["method"] == name
+    label = METHODS[name].layout(conversion["params"])
+    assert conversion["notation"] == label
+    assert label in printed
+    assert label in (run / "report.md").read_text(encoding="utf-8")
+    assert label in (run / "report.html").read_text(encoding="utf-8")
+    assert {entry["name"] for entry in verification["parity"]} == {f"{label} vs torch moe" for label in EXPORTED}
+    rows = {row["label"]: row for row in report["quality"]["rows"]}
+    # Each layer keeps a whole number of neurons, so a control's width is within half a neuron of 64 of the method's.
+    for row in rows.values():
+        if row["kind"] == "control":
+            assert row["active_width_fraction"] == pytest.approx(rows[name]["active_width_fraction"], abs=0.5 / 64)
+
+    static = not any(layer["experts"] for layer in conversion["layers"])
+    assert static == (name == "mlpmoe")
+    assert sorted(report["quality"]["skipped"]) == (sorted(ROUTED) if static else [])
+    assert set(rows) >= {"dense", name, "static mask", "FLAP-MLP"} | (set() if static else set(ROUTED))
+    assert {entry["routing"]["compared"] for entry in verification["parity"]} == {not static}
+    compared = {entry["name"] for entry in verification["identity"]}
+    if static:
+        assert compared == set()
+        assert "parity with PyTorch is the whole check" in " ".join(report["sentences"])
+    elif name == "moedge":
+        assert compared == {f"{label} = torch moe" for label in EXPORTED}
+        assert "refitted" in verification["identity_note"]
+    else:
+        assert compared == {f"{label} = torch dense" for label in ("torch moe", *EXPORTED)}
+        assert verification["identity_note"] is None
+
+    facts = json.loads(moedge("inspect", run / "convert" / "checkpoint", "--json").stdout)
+    assert facts["method"] == name
+    assert "layers" in moedge("inspect", run / "convert" / "checkpoint").stdout
+    assert moedge("generate", run, "abc", "--threads", 1, "--max-new-tokens", 2).stdout.startswith("abc")
+    options = [f"--set={key}={value}" for key, value in SETTINGS[name].items()]
+    options += ["--method", name, "--text", home / "text.txt", "--windows", 4, "--length", 64]
+    assert label in moedge("convert", home / "model", tmp_path / "moe", *options).stdout
+    assert hash_tree(tmp_path / "moe") == hash_tree(run / "convert" / "checkpoint")
