@@ -108,6 +108,6 @@ def test_a_model_without_any_expert_is_exported_as_a_narrower_one(tmp_path, tiny
     for target, path in bundles.items():
         assert relative(OrtEngine(path).prefill(IDS).logits, want) < RELATIVE
         tensors = onnx.load(path / "model.onnx").graph.initializer
-        assert [len(plan.layers[0].shared), 32] in [list(tensor.dims) for tensor in tensors], target
+        assert sorted([len(plan.layers[0].shared), 32]) in [sorted(tensor.dims) for tensor in tensors], target
         # The dense FFN's 3 * 64 * 32 numbers are gone, whatever a lowering merges.
         assert sum(math.prod(tensor.dims) for tensor in tensors) < sum(p.numel() for p in dense.parameters())
