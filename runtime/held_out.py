@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from moedge import MoEdgeError
+
 if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
@@ -13,10 +15,20 @@ if TYPE_CHECKING:
 
 
 def calibration_text(entry: dict[str, Any]) -> TextSet:
-    """Documents of ``{"spec", "every"}`` that are not held out."""
+    """Documents of ``{"spec", "every"}`` that are not held out.
+
+    Raises:
+        MoEdgeError: none is left: a text of one document is all held out, for a document is never split.
+    """
     from moedge.convert import calibration
 
-    return calibration.split(calibration.read_text(entry["spec"]), entry["every"])[0]
+    text = calibration.split(calibration.read_text(entry["spec"]), entry["every"])[0]
+    if not text.documents:
+        raise MoEdgeError(
+            f"The text {entry['spec']} has no document left to calibrate on: every {entry['every']}th, the first "
+            "included, is held out for measuring. Give several documents, e.g. one a line."
+        )
+    return text
 
 
 def texts(entries: dict[str, Any]) -> list[TextSet]:

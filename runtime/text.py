@@ -34,6 +34,8 @@ class Tokenizer:
 
     def __init__(self, folder: str | Path) -> None:
         self._folder = Path(folder)
+        if not self._folder.is_dir():
+            raise MoEdgeError(f"{folder} does not exist; give a run folder, a bundle or a checkpoint.")
         path = self._folder / "tokenizer.json"
         if not path.is_file():
             raise MoEdgeError(f"No tokenizer in {folder}: tokenizer.json is missing.")
