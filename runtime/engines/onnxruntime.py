@@ -8,6 +8,7 @@ bound as both, and the runtime writes the new keys and values in place. Only ids
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,12 @@ class OrtEngine:
         top_k: int | None = None,
         max_length: int | None = None,
     ) -> None:
-        from moedge.export.bundle import open_bundle
+        from moedge.export.bundle import check_external_data, open_bundle
 
         bundle = open_bundle(Path(bundle_path))
         manifest = bundle.manifest
+        if find_spec("onnx"):  # without it ONNX Runtime's own check that data stays in the folder remains
+            check_external_data(bundle.model_path, set(manifest["files"]))
         self._path = Path(bundle_path)
         self._model: dict[str, Any] = manifest["model"]
         self._shared = manifest["cache"]["kind"] == "shared_buffer"

@@ -261,3 +261,16 @@ def test_two_exports_of_one_checkpoint_are_the_same_bytes(bundles, checkpoints, 
     again = export(checkpoints["moe"], tmp_path, ["ort-cpu"], label="moe")
     for target, path in again.items():
         assert bundle.open_bundle(path).sha256 == bundle.open_bundle(bundles[f"moe/{target}"]).sha256
+
+
+def test_an_engine_refuses_external_data_outside_even_when_the_hashes_agree(copied, tmp_path):
+    model = onnx.load(copied / "model.onnx", load_external_data=False)
+    tensor = next(t for t in model.graph.initializer if t.external_data)
+    next(entry for entry in tensor.external_data if entry.key == "location").value = "../secret"
+    (tmp_path / "secret").write_bytes(b"\0" * 1_000_000)
+    (copied / "model.onnx").write_bytes(model.SerializeToString())
+    manifest = json.loads((copied / "manifest.json").read_text())
+    (copied / "manifest.json").unlink()
+    bundle.seal(copied, {key: value for key, value in manifest.items() if key not in ("schema", "files")})
+    with pytest.raises(MoEdgeError, match="must stay inside"):
+        OrtEngine(copied)
