@@ -127,7 +127,7 @@ class EvaluateSection(_Section):
     """How quality is measured, and against which controls."""
 
     window: Annotated[int, Field(ge=8)] = 512
-    tokens: Annotated[int, Field(ge=8)] = 4096
+    tokens: Annotated[int, Field(ge=8)] = 3072
     batch_size: Positive = 4
     bos: bool = False
     controls: list[Literal["static mask", "FLAP-MLP", "random router", "random partition", "oracle router"]] = [
