@@ -26,9 +26,9 @@ from moedge._files import canonical_json, write_json
 
 PLAN_SCHEMA = "moedge.plan/1"
 
-CombineRule = Literal["unit", "scaled", "softmax"]
+CombineRule = Literal["unit", "scaled", "softmax", "probability"]
 """Weight of a selected expert: ``unit`` 1; ``scaled`` 1 + scale_e * softmax(scores)_e (CMoE sec. 3.3); ``softmax``
-softmax over the selected scores."""
+softmax over the selected scores; ``probability`` softmax over all scores, not renormalised (ExpertWeaver sec. 4)."""
 
 
 @dataclass

@@ -111,6 +111,7 @@ _WEIGHTS = {
         p = Softmax <axis = -1> (scores)  ps = Mul (p, scale)  pc = GatherElements <axis = 1> (ps, chosen)
         one = Constant <value_float = 1.0> ()  weights = Add (pc, one)""",
     "softmax": "sc = GatherElements <axis = 1> (scores, chosen)  weights = Softmax <axis = -1> (sc)",
+    "probability": "p = Softmax <axis = -1> (scores)  weights = GatherElements <axis = 1> (p, chosen)",
 }
 
 _ROUTE = """

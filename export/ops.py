@@ -5,16 +5,22 @@
 for each of them. Every operator has a fake (shapes for ``torch.export``) and an implementation in plain torch calls
 that runs on any device: tokens are sorted by expert once, and each expert is one matrix product.
 
+All of them have gradients, by the same sorted products. The gradient reaches the scores through the weights: rules
+``scaled``, ``softmax`` and ``probability`` pass it on, ``unit`` has none, and the choice of experts has none.
+``sparse_glu`` keeps its inputs only and computes the hidden activations again in the backward pass.
+
 Shapes: T tokens, H hidden, I expert width, E experts, k active experts for a token. Importing this module registers
 the operators; it needs torch only.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
-RULES = ("unit", "scaled", "softmax")
+RULES = ("unit", "scaled", "softmax", "probability")
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 
 
@@ -44,8 +50,9 @@ def route(
         selection_bias: float32 [E], added for the selection only, never to a weight.
         scale: float32 [E], for the rule ``scaled``.
         top_k: k, 1..E.
-        rule: ``unit`` (weight 1), ``scaled`` (1 + scale_e * softmax(scores)_e, CMoE sec. 3.3) or ``softmax`` (over the
-            selected scores).
+        rule: ``unit`` (weight 1), ``scaled`` (1 + scale_e * softmax(scores)_e, CMoE sec. 3.3), ``softmax`` (over the
+            selected scores) or ``probability`` (softmax over all E scores, not renormalised over the selected ones:
+            ExpertWeaver sec. 4).
 
     Returns:
         Indices int32 [T, k] by decreasing biased score, ties to the lower index, and weights float32 [T, k].
@@ -54,13 +61,15 @@ def route(
     # A stable sort, because torch.topk leaves the order of ties open and ONNX TopK does not.
     chosen = torch.sort(biased, dim=-1, descending=True, stable=True).indices[:, :top_k]
     if rule == "unit":
-        weights = torch.ones_like(chosen, dtype=torch.float32)
+        weights = torch.ones_like(chosen, dtype=scores.dtype)
     elif rule == "scaled":
         if scale is None:
             raise ValueError("rule 'scaled' needs the scale tensor [E]")
         weights = 1 + (torch.softmax(scores, dim=-1) * scale).gather(-1, chosen)
     elif rule == "softmax":
         weights = torch.softmax(scores.gather(-1, chosen), dim=-1)
+    elif rule == "probability":
+        weights = torch.softmax(scores, dim=-1).gather(-1, chosen)
     else:
         raise ValueError(f"unknown rule {rule!r}; known: {', '.join(RULES)}")
     return chosen.to(torch.int32), weights
@@ -69,7 +78,32 @@ def route(
 @route.register_fake
 def _(scores, selection_bias, scale, top_k, rule):  # type: ignore[no-untyped-def]
     shape = (scores.shape[0], top_k)
-    return scores.new_empty(shape, dtype=torch.int32), scores.new_empty(shape, dtype=torch.float32)
+    return scores.new_empty(shape, dtype=torch.int32), scores.new_empty(shape)
+
+
+def _route_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    scores, _, scale, _, ctx.rule = inputs
+    ctx.save_for_backward(scores, scale, *output)
+
+
+def _route_backward(ctx: Any, _: torch.Tensor, d_weights: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    scores, scale, indices, weights = ctx.saved_tensors
+    chosen = indices.long()
+    d_scores = d_scale = None
+    if ctx.rule == "softmax":
+        inner = weights * (d_weights - (d_weights * weights).sum(-1, keepdim=True))
+        d_scores = torch.zeros_like(scores).scatter_(-1, chosen, inner)
+    elif ctx.rule in ("scaled", "probability"):
+        p = torch.softmax(scores, dim=-1)
+        d_p = torch.zeros_like(scores).scatter_(-1, chosen, d_weights)
+        if ctx.rule == "scaled":
+            d_scale = (d_p * p).sum(0)
+            d_p = d_p * scale
+        d_scores = p * (d_p - (d_p * p).sum(-1, keepdim=True))
+    return d_scores, None, d_scale, None, None
+
+
+route.register_autograd(_route_backward, setup_context=_route_context)
 
 
 @torch.library.custom_op("moedge::dispatch", mutates_args=())
@@ -107,6 +141,24 @@ def _(x, indices, num_experts):  # type: ignore[no-untyped-def]
     )
 
 
+def _dispatch_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.tokens = inputs[0].shape[0]
+    ctx.save_for_backward(output[2])
+
+
+def _dispatch_backward(ctx: Any, d_rows: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+    (inverse,) = ctx.saved_tensors
+    return _gather_sum(d_rows, inverse, ctx.tokens), None, None
+
+
+def _gather_sum(rows: torch.Tensor, inverse: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Sum the rows of each token, [T*k, H] -> [T, H], in the order of its choices."""
+    return rows.index_select(0, inverse).view(tokens, -1, rows.shape[1]).sum(1)
+
+
+dispatch.register_autograd(_dispatch_backward, setup_context=_dispatch_context)
+
+
 def _groups(offsets: torch.Tensor) -> list[tuple[int, int, int]]:
     """List (expert, first row, end row) of the experts that own at least one row."""
     bounds = offsets.tolist()
@@ -130,6 +182,47 @@ def _(rows, offsets, gate, up, activation):  # type: ignore[no-untyped-def]
     return rows.new_empty((rows.shape[0], gate.shape[1]))
 
 
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Save the tensors among the inputs for the backward pass, and the activation (a last input, if there is one)."""
+    ctx.activation = inputs[-1] if isinstance(inputs[-1], str) else None
+    ctx.save_for_backward(*(value for value in inputs if value is None or isinstance(value, torch.Tensor)))
+
+
+def _activate_backward(d_out: torch.Tensor, x: torch.Tensor, activation: str) -> torch.Tensor:
+    if activation == "silu":
+        return torch.ops.aten.silu_backward(d_out, x)
+    approximate = "tanh" if activation == "gelu_tanh" else "none"
+    return torch.ops.aten.gelu_backward(d_out, x, approximate=approximate)
+
+
+def _outer(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None, e: int) -> None:
+    """Write ``a^T b``, [n, A] x [n, B], into matrix e of ``out`` where that gradient is wanted."""
+    if out is not None:
+        torch.mm(a.T, b, out=out[e])
+
+
+def _grouped_glu_backward(ctx: Any, d_hidden: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    rows, offsets, gate, up = ctx.saved_tensors
+    need_rows, _, need_gate, need_up, _ = ctx.needs_input_grad
+    # An expert without a row has a zero gradient.
+    d_rows = torch.empty_like(rows) if need_rows else None
+    d_gate = torch.zeros_like(gate) if need_gate else None
+    d_up = torch.zeros_like(up) if need_up else None
+    for e, start, end in _groups(offsets):
+        part = rows[start:end]
+        g, u = F.linear(part, gate[e]), F.linear(part, up[e])
+        d_g = _activate_backward(d_hidden[start:end] * u, g, ctx.activation)
+        d_u = d_hidden[start:end] * activate(g, ctx.activation)
+        if d_rows is not None:
+            torch.addmm(d_g @ gate[e], d_u, up[e], out=d_rows[start:end])
+        _outer(d_g, part, d_gate, e)
+        _outer(d_u, part, d_up, e)
+    return d_rows, None, d_gate, d_up, None
+
+
+grouped_glu.register_autograd(_grouped_glu_backward, setup_context=_keep_inputs)
+
+
 @torch.library.custom_op("moedge::grouped_linear", mutates_args=())
 def grouped_linear(rows: torch.Tensor, offsets: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """``weight_e row`` with the expert e that owns the row: [R, I] x [E, H, I] -> [R, H]."""
@@ -142,6 +235,20 @@ def grouped_linear(rows: torch.Tensor, offsets: torch.Tensor, weight: torch.Tens
 @grouped_linear.register_fake
 def _(rows, offsets, weight):  # type: ignore[no-untyped-def]
     return rows.new_empty((rows.shape[0], weight.shape[1]))
+
+
+def _grouped_linear_backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    rows, offsets, weight = ctx.saved_tensors
+    d_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
+    d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[2] else None
+    for e, start, end in _groups(offsets):
+        if d_rows is not None:
+            torch.mm(d_out[start:end], weight[e], out=d_rows[start:end])
+        _outer(d_out[start:end], rows[start:end], d_weight, e)
+    return d_rows, None, d_weight
+
+
+grouped_linear.register_autograd(_grouped_linear_backward, setup_context=_keep_inputs)
 
 
 @torch.library.custom_op("moedge::combine", mutates_args=())
@@ -167,15 +274,37 @@ def combine(
     chosen = rows.index_select(0, inverse).view(tokens, top_k, rows.shape[1])
     y = torch.bmm(weights.to(rows.dtype).unsqueeze(1), chosen).squeeze(1)
     if compensation is not None:
-        # A 0/1 mask, not total minus selected: exactly zero when every expert is selected (the identity test).
-        omitted = rows.new_ones((tokens, compensation.shape[0])).scatter_(1, indices.long(), 0)
-        y = torch.addmm(y, omitted, compensation.to(rows.dtype))
+        y = torch.addmm(y, _omitted(indices, compensation.shape[0], y), compensation.to(rows.dtype))
     return y
+
+
+def _omitted(indices: torch.Tensor, num_experts: int, like: torch.Tensor) -> torch.Tensor:
+    """1 for the experts a token has not selected, 0 for the others, [T, E]."""
+    # A 0/1 mask, not total minus selected: exactly zero when every expert is selected (the identity test).
+    return like.new_ones((indices.shape[0], num_experts)).scatter_(1, indices.long(), 0)
 
 
 @combine.register_fake
 def _(rows, inverse, indices, weights, compensation):  # type: ignore[no-untyped-def]
     return rows.new_empty((weights.shape[0], rows.shape[1]))
+
+
+def _combine_backward(ctx: Any, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    rows, inverse, indices, weights, compensation = ctx.saved_tensors
+    tokens, top_k = weights.shape
+    d_rows = d_weights = d_compensation = None
+    if ctx.needs_input_grad[0]:
+        spread = weights.to(d_y.dtype).unsqueeze(2) * d_y.unsqueeze(1)
+        d_rows = torch.empty_like(rows).index_copy_(0, inverse.long(), spread.view(tokens * top_k, -1))
+    if ctx.needs_input_grad[3]:
+        chosen = rows.index_select(0, inverse).view(tokens, top_k, -1)
+        d_weights = torch.bmm(chosen, d_y.unsqueeze(2)).squeeze(2).to(weights.dtype)
+    if ctx.needs_input_grad[4]:
+        d_compensation = (_omitted(indices, len(compensation), d_y).T @ d_y).to(compensation.dtype)
+    return d_rows, None, None, d_weights, d_compensation
+
+
+combine.register_autograd(_combine_backward, setup_context=_keep_inputs)
 
 
 @torch.library.custom_op("moedge::sparse_glu", mutates_args=())
@@ -209,3 +338,51 @@ def sparse_glu(
 @sparse_glu.register_fake
 def _(x, indices, weights, gate, up, down, compensation, activation):  # type: ignore[no-untyped-def]
     return torch.empty_like(x)
+
+
+def _sparse_glu_backward(ctx: Any, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """Go back through the chain at once, expert by expert: nothing but the rows of one expert exists at a time.
+
+    With q = d_y down_e, the gradient of a weight is <hidden, q>: the expert's output itself is not needed again.
+    """
+    x, indices, weights, gate, up, down, compensation = ctx.saved_tensors
+    need_x, _, need_weights, need_gate, need_up, need_down, need_compensation, _ = ctx.needs_input_grad
+    tokens, top_k = weights.shape
+    rows, offsets, inverse = dispatch._init_fn(x, indices, gate.shape[0])
+    position = torch.empty_like(inverse, dtype=torch.long)  # token * k + choice of each row
+    position[inverse.long()] = torch.arange(position.numel(), device=position.device)
+    d_out = d_y.index_select(0, position // top_k)
+    row_weights = weights.to(x.dtype).reshape(-1, 1).index_select(0, position)
+    d_rows = torch.empty_like(rows) if need_x else None
+    d_row_weights = row_weights.new_empty(position.numel()) if need_weights else None
+    d_gate, d_up, d_down = (
+        torch.zeros_like(weight) if need else None
+        for weight, need in ((gate, need_gate), (up, need_up), (down, need_down))
+    )
+    for e, start, end in _groups(offsets):
+        part, d_part, weight = rows[start:end], d_out[start:end], row_weights[start:end]
+        g, u = F.linear(part, gate[e]), F.linear(part, up[e])
+        a = activate(g, ctx.activation)
+        hidden, d_hidden = a * u, d_part @ down[e]
+        if d_row_weights is not None:
+            torch.sum(hidden * d_hidden, dim=1, out=d_row_weights[start:end])
+        _outer(d_part, hidden * weight, d_down, e)
+        if d_rows is None and d_gate is None and d_up is None:
+            continue
+        d_hidden = d_hidden * weight
+        d_g, d_u = _activate_backward(d_hidden * u, g, ctx.activation), d_hidden * a
+        if d_rows is not None:
+            torch.addmm(d_g @ gate[e], d_u, up[e], out=d_rows[start:end])
+        _outer(d_g, part, d_gate, e)
+        _outer(d_u, part, d_up, e)
+    d_x = None if d_rows is None else _gather_sum(d_rows, inverse, tokens)
+    d_weights = None
+    if d_row_weights is not None:
+        d_weights = d_row_weights.index_select(0, inverse).view(tokens, top_k).to(weights.dtype)
+    d_compensation = None
+    if need_compensation:
+        d_compensation = (_omitted(indices, len(compensation), d_y).T @ d_y).to(compensation.dtype)
+    return d_x, None, d_weights, d_gate, d_up, d_down, d_compensation, None
+
+
+sparse_glu.register_autograd(_sparse_glu_backward, setup_context=_keep_inputs)
