@@ -154,7 +154,7 @@ class BenchSection(_Section):
     """What is timed."""
 
     prompt: Positive = 512
-    decode: Annotated[int, Field(ge=2)] = 64
+    decode: Annotated[int, Field(ge=2)] = 32
     repeats: Annotated[int, Field(ge=3)] = 5
     warmup: NonNegative = 1
     threads: Positive | None = None

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -19,13 +19,10 @@ import numpy as np
 from moedge import MoEdgeError
 from moedge.configs.tolerances import Profile
 from moedge.runtime.engines import Engine, Step
-from moedge.runtime.stats import percentiles
+from moedge.runtime.reduction import RouteAgreement, TokenErrors
 
 SCHEMA = "moedge.parity/1"
 Progress = Callable[[int, int], None]
-
-_ROWS = 16  # tokens reduced at once: 16 x 49152 float64 is 6 MB per temporary
-_PERCENTILES = (50, 90, 99, 99.9)
 
 
 def compare(
@@ -59,13 +56,52 @@ def compare(
     Raises:
         MoEdgeError: windows of a wrong shape, engines of different vocabularies or routing, or a bad tolerance.
     """
-    limits = Profile.of(tolerances)
-    windows = _check(reference, test, token_windows, prefill)
-    phases = {"prefill": _Tokens(limits.near_tie_margin), "decode": _Tokens(limits.near_tie_margin)}
-    routes = _Routes()
-    for phase, one, two, targets in _steps(reference, test, windows, prefill, progress):
-        phases[phase].add(one.logits[0], two.logits[0], targets)
-        routes.add(one.routes, two.routes)
+    pairs = {"": (test, tolerances)}
+    return compare_all(reference, pairs, token_windows, prefill=prefill, routing=routing, progress=progress)[""]
+
+
+def compare_all(
+    reference: Engine,
+    tests: Mapping[str, tuple[Engine, Mapping[str, Any] | Profile]],
+    token_windows: np.ndarray,
+    *,
+    prefill: int,
+    routing: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Compare several engines with one reference, which runs once; see :func:`compare`.
+
+    Args:
+        tests: label -> (engine, its limits).
+    """
+    limits = {label: Profile.of(tolerances) for label, (_, tolerances) in tests.items()}
+    windows = _check(reference, [test for test, _ in tests.values()], token_windows, prefill)
+    phases = {
+        label: {phase: TokenErrors(limit.near_tie_margin) for phase in ("prefill", "decode")}
+        for label, limit in limits.items()
+    }
+    routes = {label: RouteAgreement() for label in tests}
+    engines = [test for test, _ in tests.values()]
+    for phase, one, others, targets in _steps(reference, engines, windows, prefill, progress):
+        for label, two in zip(tests, others, strict=True):
+            phases[label][phase].add(one.logits[0], two.logits[0], targets)
+            routes[label].add(one.routes, two.routes)
+    return {
+        label: _judged(reference, test, windows, prefill, phases[label], routes[label], limits[label], routing)
+        for label, (test, _) in tests.items()
+    }
+
+
+def _judged(
+    reference: Engine,
+    test: Engine,
+    windows: np.ndarray,
+    prefill: int,
+    phases: dict[str, TokenErrors],
+    routes: RouteAgreement,
+    limits: Profile,
+    routing: bool,
+) -> dict[str, Any]:
     summaries = {name: tokens.summary() for name, tokens in phases.items()}
     result: dict[str, Any] = {
         "schema": SCHEMA,
@@ -78,7 +114,7 @@ def compare(
             **{name: summary["tokens"] for name, summary in summaries.items()},
         },
         "phases": summaries,
-        "overall": _Tokens.merged(list(phases.values())).summary(),
+        "overall": TokenErrors.merged(list(phases.values())).summary(),
         "routing": routes.summary(),
         "tolerances": limits.model_dump(),
     }
@@ -116,12 +152,36 @@ def identity(
     Raises:
         MoEdgeError: as for :func:`compare`.
     """
+    tests = {"": (test, limit)}
+    return identity_all(reference, tests, token_windows, prefill=prefill, progress=progress)[""]
+
+
+def identity_all(
+    reference: Engine,
+    tests: Mapping[str, tuple[Engine, float]],
+    token_windows: np.ndarray,
+    *,
+    prefill: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Check several engines against one dense parent, which runs once; see :func:`identity`.
+
+    Args:
+        tests: label -> (engine, its limit).
+    """
     prefill = token_windows.shape[-1] // 2 if prefill is None else prefill
-    windows = _check(reference, test, token_windows, prefill)
-    tokens = _Tokens(0.0)
-    for _, one, two, targets in _steps(reference, test, windows, prefill, progress):
-        tokens.add(one.logits[0], two.logits[0], targets)
-    summary = tokens.summary()
+    engines = [test for test, _ in tests.values()]
+    windows = _check(reference, engines, token_windows, prefill)
+    tokens = {label: TokenErrors(0.0) for label in tests}
+    for _, one, others, targets in _steps(reference, engines, windows, prefill, progress):
+        for label, two in zip(tests, others, strict=True):
+            tokens[label].add(one.logits[0], two.logits[0], targets)
+    return {
+        label: _identical(reference, test, tokens[label].summary(), limit) for label, (test, limit) in tests.items()
+    }
+
+
+def _identical(reference: Engine, test: Engine, summary: dict[str, Any], limit: float) -> dict[str, Any]:
     clean = summary["non_finite"] == 0 and summary["constant"] == 0
     worst = summary["rel_error"]["max"] if clean else float("nan")
     return _json_ready(
@@ -137,226 +197,40 @@ def identity(
     )
 
 
-def _check(reference: Engine, test: Engine, token_windows: np.ndarray, prefill: int) -> np.ndarray:
+def _check(reference: Engine, tests: list[Engine], token_windows: np.ndarray, prefill: int) -> np.ndarray:
     windows = np.asarray(token_windows, dtype=np.int64)
     if windows.ndim != 2 or not len(windows) or windows.shape[1] < 3:
         raise MoEdgeError(f"Parity needs token windows [N, L >= 3], not shape {windows.shape}.")
     if not 1 <= prefill <= windows.shape[1] - 2:  # the last token has no successor to score
         raise MoEdgeError(f"prefill={prefill} must be between 1 and {windows.shape[1] - 2} (window - 2).")
-    sizes = [engine.info.model["vocab_size"] for engine in (reference, test)]
-    if sizes[0] != sizes[1]:
-        raise MoEdgeError(f"The engines have vocabularies of {sizes[0]} and {sizes[1]} tokens: not the same model.")
+    size, *others = (engine.info.model["vocab_size"] for engine in (reference, *tests))
+    for other in others:
+        if size != other:
+            raise MoEdgeError(f"The engines have vocabularies of {size} and {other} tokens: not the same model.")
     return windows
 
 
 def _steps(
-    reference: Engine, test: Engine, windows: np.ndarray, prefill: int, progress: Progress | None
-) -> Iterator[tuple[str, Step, Step, np.ndarray]]:
-    """Yield (phase, reference step, test step, targets): ``targets`` are the tokens that follow, -1 after the last."""
+    reference: Engine, tests: list[Engine], windows: np.ndarray, prefill: int, progress: Progress | None
+) -> Iterator[tuple[str, Step, list[Step], np.ndarray]]:
+    """Yield (phase, reference step, test steps, targets): ``targets`` are the tokens that follow, -1 after the last."""
     length = windows.shape[1]
     done, total = 0, len(windows) * length
     for window in windows:
         ids, targets = window[None], np.append(window[1:], -1)
-        one, two = reference.prefill(ids[:, :prefill]), test.prefill(ids[:, :prefill])
-        yield "prefill", one, two, targets[:prefill]
+        one, others = reference.prefill(ids[:, :prefill]), [test.prefill(ids[:, :prefill]) for test in tests]
+        yield "prefill", one, others, targets[:prefill]
         done += prefill
         if progress:
             progress(done, total)
         for position in range(prefill, length):
             token = ids[:, position : position + 1]
-            one, two = reference.decode(token, one.cache), test.decode(token, two.cache)
-            yield "decode", one, two, targets[position : position + 1]
+            one = reference.decode(token, one.cache)
+            others = [test.decode(token, other.cache) for test, other in zip(tests, others, strict=True)]
+            yield "decode", one, others, targets[position : position + 1]
             done += 1
             if progress:
                 progress(done, total)
-
-
-_VALUES = ("abs_max", "abs_mean", "rel", "cosine", "kl", "kl_back", "gap1", "gap5", "top1", "top5", "nll", "nll_test")
-
-
-@dataclass
-class _Tokens:
-    """Per-token numbers of one phase; each list holds float64 arrays [tokens]."""
-
-    margin: float
-    columns: dict[str, list[np.ndarray]] = field(default_factory=lambda: {name: [] for name in _VALUES})
-    tokens: int = 0
-    non_finite: int = 0
-    constant: int = 0
-
-    def add(self, reference: np.ndarray, test: np.ndarray, targets: np.ndarray) -> None:
-        """Reduce logits [T, V] of both engines; ``targets`` int64 [T], -1 where no token follows."""
-        for start in range(0, len(targets), _ROWS):
-            rows = slice(start, start + _ROWS)
-            self._add(reference[rows], test[rows], targets[rows])
-
-    def _add(self, a32: np.ndarray, b32: np.ndarray, targets: np.ndarray) -> None:
-        self.tokens += len(targets)
-        good = np.isfinite(a32).all(1) & np.isfinite(b32).all(1)
-        self.non_finite += int((~good).sum())
-        # Kernels that fail silently return zeros: a flat row is a fault even where its error happens to be small.
-        self.constant += int((b32[good].max(1) == b32[good].min(1)).sum())
-        if not good.all():
-            a32, b32, targets = a32[good], b32[good], targets[good]
-        if not len(targets):
-            return
-        a, b = a32.astype(np.float64), b32.astype(np.float64)
-        error = np.abs(a - b)
-        scale = np.abs(a).max(1)
-        norms = np.sqrt((a * a).sum(1) * (b * b).sum(1))
-        log_p, log_q = _log_softmax(a), _log_softmax(b)
-        difference = log_p - log_q
-        k = min(5, a.shape[1] - 1)
-        best_a, best_b = _best(a32, k + 1), _best(b32, k + 1)
-        top = np.take_along_axis(a, best_a, 1)
-        nll = np.full((2, len(targets)), np.nan)
-        known = np.flatnonzero(targets >= 0)
-        nll[0, known], nll[1, known] = -log_p[known, targets[known]], -log_q[known, targets[known]]
-        tiny = np.finfo(np.float64).tiny
-        values = {
-            "abs_max": error.max(1),
-            "abs_mean": error.mean(1),
-            "rel": error.max(1) / np.maximum(scale, tiny),
-            "cosine": (a * b).sum(1) / np.maximum(norms, tiny),
-            # Rounding can leave -1e-17 where the truth is 0.
-            "kl": np.maximum((np.exp(log_p) * difference).sum(1), 0.0),
-            "kl_back": np.maximum((np.exp(log_q) * -difference).sum(1), 0.0),
-            "gap1": top[:, 0] - top[:, 1],
-            "gap5": top[:, k - 1] - top[:, k],
-            "top1": (best_a[:, 0] == best_b[:, 0]).astype(np.float64),
-            "top5": (np.sort(best_a[:, :k], 1) == np.sort(best_b[:, :k], 1)).all(1).astype(np.float64),
-            "nll": nll[0],
-            "nll_test": nll[1],
-        }
-        for name, value in values.items():
-            self.columns[name].append(value)
-
-    @classmethod
-    def merged(cls, parts: list[_Tokens]) -> _Tokens:
-        """All tokens of several phases."""
-        whole = cls(parts[0].margin)
-        for part in parts:
-            whole.tokens += part.tokens
-            whole.non_finite += part.non_finite
-            whole.constant += part.constant
-            for name, values in part.columns.items():
-                whole.columns[name].extend(values)
-        return whole
-
-    def summary(self) -> dict[str, Any]:
-        """The phase as plain numbers; NaN where nothing could be measured."""
-        v = {name: np.concatenate(parts) if parts else np.zeros(0) for name, parts in self.columns.items()}
-        known = ~np.isnan(v["nll"])
-        nll = [_mean(v[name][known]) for name in ("nll", "nll_test")]
-        return {
-            "tokens": self.tokens,
-            "non_finite": self.non_finite,
-            "constant": self.constant,
-            "abs_error": {"max": _max(v["abs_max"]), "mean": _mean(v["abs_mean"])},
-            "rel_error": {"mean": _mean(v["rel"]), **percentiles(v["rel"], _PERCENTILES), "max": _max(v["rel"])},
-            "cosine": {"mean": _mean(v["cosine"]), "min": -_max(-v["cosine"])},
-            "kl_ref_test": _distribution(v["kl"]),
-            "kl_test_ref": _distribution(v["kl_back"]),
-            "top1": _agreement(v["top1"], v["gap1"], self.margin),
-            "top5": _agreement(v["top5"], v["gap5"], self.margin),
-            "perplexity": {
-                "tokens": int(known.sum()),
-                "reference": math.exp(nll[0]) if nll[0] < 700 else float("inf"),
-                "test": math.exp(nll[1]) if nll[1] < 700 else float("inf"),
-                "ratio": math.exp(nll[1] - nll[0]) if abs(nll[1] - nll[0]) < 700 else float("inf"),
-            },
-        }
-
-
-def _log_softmax(x: np.ndarray) -> np.ndarray:
-    shifted = x - x.max(1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
-
-
-def _best(x: np.ndarray, k: int) -> np.ndarray:
-    """Indices [T, k] of the k largest of each row, by decreasing value."""
-    chosen = np.argpartition(x, x.shape[1] - k, axis=1)[:, -k:]
-    order = np.argsort(-np.take_along_axis(x, chosen, 1), axis=1, kind="stable")
-    return np.take_along_axis(chosen, order, 1)
-
-
-def _mean(values: np.ndarray) -> float:
-    return float(values.mean()) if len(values) else float("nan")
-
-
-def _max(values: np.ndarray) -> float:
-    return float(values.max()) if len(values) else float("nan")
-
-
-def _distribution(values: np.ndarray) -> dict[str, float]:
-    error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else float("nan")
-    return {
-        "mean": _mean(values),
-        "standard_error": error,
-        **percentiles(values, _PERCENTILES),
-        "max": _max(values),
-    }
-
-
-def _agreement(same: np.ndarray, gap: np.ndarray, margin: float) -> dict[str, Any]:
-    clear = gap >= margin
-    return {
-        "agreement": _mean(same[clear]),
-        "compared": int(clear.sum()),
-        "disagreements": int((same[clear] == 0).sum()),
-        "near_ties_excluded": int((~clear).sum()),
-        "near_tie_share": _mean((~clear).astype(np.float64)),
-        "agreement_with_near_ties": _mean(same),
-    }
-
-
-@dataclass
-class _Routes:
-    """Expert sets of both engines, counted per layer as [tokens, tokens with the same set, shared picks, picks]."""
-
-    counts: dict[int, np.ndarray] = field(default_factory=dict)
-    reason: str = ""
-
-    def add(self, reference: dict[int, np.ndarray] | None, test: dict[int, np.ndarray] | None) -> None:
-        """Count one step: int32 [T, k] per layer and engine."""
-        if not reference or not test:
-            self.reason = f"the {'reference' if not reference else 'test'} engine returned no routes"
-            return
-        if reference.keys() != test.keys():
-            odd = sorted(reference.keys() ^ test.keys())[0]
-            raise MoEdgeError(f"Layer {odd} is routed in one engine only: these are not the same model.")
-        for layer, one in reference.items():
-            two = test[layer]
-            if one.shape != two.shape:
-                raise MoEdgeError(
-                    f"Layer {layer} selects {one.shape[1]} experts in the reference, {two.shape[1]} in the test engine."
-                )
-            shared = (one[:, :, None] == two[:, None, :]).any(2).sum(1)
-            counted = [len(one), int((shared == one.shape[1]).sum()), int(shared.sum()), one.size]
-            self.counts[layer] = self.counts.get(layer, np.zeros(4, dtype=np.int64)) + counted
-
-    def summary(self) -> dict[str, Any]:
-        """Agreement as sets: overall, the worst layer, and every layer."""
-        if not self.counts or self.reason:
-            return {"compared": False, "reason": self.reason or "nothing was run"}
-        layers = {
-            str(layer): {"agreement": same / tokens, "flips": tokens - same, "overlap": shared / picks}
-            for layer, (tokens, same, shared, picks) in sorted(
-                (layer, count.tolist()) for layer, count in self.counts.items()
-            )
-        }
-        tokens, same, shared, picks = np.sum(list(self.counts.values()), axis=0).tolist()
-        worst = min(layers, key=lambda layer: layers[layer]["agreement"])
-        return {
-            "compared": True,
-            "decisions": tokens,
-            "flips": tokens - same,
-            "agreement": same / tokens,
-            "overlap": shared / picks,
-            "worst_layer": int(worst),
-            "worst_agreement": layers[worst]["agreement"],
-            "layers": layers,
-        }
 
 
 def _checks(phase: str, summary: dict[str, Any], limits: Profile) -> list[dict[str, Any]]:

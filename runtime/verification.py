@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def verify_run(
     identity, identity_note = _identity_reference(engines)
     jobs = _jobs(engines, identity)
     per_window = windows.shape[1]
-    total = per_window * sum(_count(kind, test, len(windows)) for kind, _, test in jobs)
+    total = per_window * sum(count for _, _, count in _grouped(jobs, len(windows)))
     done = 0
 
     def step(local: int, _: int) -> None:
@@ -67,41 +68,14 @@ def verify_run(
 
     result: dict[str, Any] = {"schema": SCHEMA, "text": text, "identity_note": identity_note}
     result |= {"identity": [], "parity": []}
-    opened: tuple[tuple[str, bool], Engine] | None = None
-    try:
-        for kind, reference, test in jobs:
-            moe = reference.endswith(" moe")
-            routed, every = kind == "parity" and moe, kind == "identity" and moe
-            if opened is None or opened[0] != (reference, every):
-                if opened is not None:
-                    opened[1].close()
-                top_k = {"top_k": ALL_EXPERTS} if every else {}
-                opened = (reference, every), open_engine(engines[reference], threads=threads, taps=moe, **top_k)
-            options = {"top_k": ALL_EXPERTS} if kind == "identity" else {"taps": routed}
-            other = open_engine(engines[test], threads=threads, **options)
-            profile = limits.profile(tolerances, test.split()[0])
-            few = windows[: _count(kind, test, len(windows))]
-            try:
-                if kind == "identity":
-                    entry = parity.identity(
-                        opened[1], other, few, limit=profile.identity_rel_error, prefill=prefill, progress=step
-                    )
-                    passed, said = entry["passed"], f"max relative logit error {entry['max_rel_error']:.2g}"
-                else:
-                    entry = parity.compare(opened[1], other, few, prefill=prefill, tolerances=profile, progress=step)
-                    passed = entry["verdict"]["passed"]
-                    failed = [check["name"] for check in entry["verdict"]["checks"] if not check["passed"]]
-                    said = f"failed: {', '.join(failed)}" if failed else "every check passed"
-            finally:
-                other.close()
+    for (kind, reference, count), tests in _grouped(jobs, len(windows)).items():
+        entries = _compare(kind, reference, tests, engines, windows[:count], limits, tolerances, prefill, threads, step)
+        done += per_window * count
+        for test, entry in entries.items():
             name = f"{test} = {reference}" if kind == "identity" else f"{test} vs {reference}"
             result[kind].append({"name": name, **entry})
-            done += per_window * len(few)
             if note:
-                note(f"{kind} {name}: {'PASS' if passed else 'FAIL'}, {said}")
-    finally:
-        if opened is not None:
-            opened[1].close()
+                note(f"{kind} {name}: {_said(entry)}")
     result["passed"] = all(entry["passed"] for entry in result["identity"]) and all(
         entry["verdict"]["passed"] for entry in result["parity"]
     )
@@ -132,6 +106,51 @@ def _jobs(engines: dict[str, Path], identity: str | None) -> list[tuple[str, str
     if "torch moe" in engines:
         jobs += [("parity", "torch moe", label) for label in engines if label.endswith(" moe")]
     return [job for job in jobs if job[1] != job[2]]
+
+
+def _grouped(jobs: list[tuple[str, str, str]], windows: int) -> dict[tuple[str, str, int], list[str]]:
+    """(kind, reference, windows) -> tests: a reference runs once for all of them."""
+    found: dict[tuple[str, str, int], list[str]] = {}
+    for kind, reference, test in jobs:
+        found.setdefault((kind, reference, _count(kind, test, windows)), []).append(test)
+    return found
+
+
+def _compare(
+    kind: str,
+    reference: str,
+    tests: list[str],
+    engines: dict[str, Path],
+    windows: np.ndarray,
+    limits: tolerance_files.Tolerances,
+    tolerances: str,
+    prefill: int,
+    threads: int | None,
+    progress: Callable[[int, int], None],
+) -> dict[str, dict[str, Any]]:
+    """Open the engines of one group, compare, and close them."""
+    moe = reference.endswith(" moe")
+    every: dict[str, Any] = {"top_k": ALL_EXPERTS}
+    profiles = {test: limits.profile(tolerances, test.split()[0]) for test in tests}
+    with ExitStack() as stack:
+
+        def opened(label: str, **options: Any) -> Engine:
+            return stack.enter_context(closing(open_engine(engines[label], threads=threads, **options)))
+
+        if kind == "identity":
+            one = opened(reference, taps=moe, **(every if moe else {}))
+            checked = {test: (opened(test, **every), profiles[test].identity_rel_error) for test in tests}
+            return parity.identity_all(one, checked, windows, prefill=prefill, progress=progress)
+        one = opened(reference, taps=moe)
+        compared = {test: (opened(test, taps=moe), profiles[test]) for test in tests}
+        return parity.compare_all(one, compared, windows, prefill=prefill, progress=progress)
+
+
+def _said(entry: dict[str, Any]) -> str:
+    if "verdict" not in entry:
+        return f"{'PASS' if entry['passed'] else 'FAIL'}, max relative logit error {entry['max_rel_error']:.2g}"
+    failed = [check["name"] for check in entry["verdict"]["checks"] if not check["passed"]]
+    return f"FAIL, failed: {', '.join(failed)}" if failed else "PASS, every check passed"
 
 
 def _count(kind: str, test: str, windows: int) -> int:

@@ -1,0 +1,206 @@
+"""What parity keeps of two engines' answers: a few numbers a token, and how often they chose the same experts.
+
+Symbols: a reference logits, b test logits, p = softmax(a), q = softmax(b), V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from moedge import MoEdgeError
+from moedge.runtime.stats import percentiles
+
+_ROWS = 16  # tokens reduced at once: 16 x 49152 float64 is 6 MB per temporary
+_PERCENTILES = (50, 90, 99, 99.9)
+
+
+_VALUES = ("abs_max", "abs_mean", "rel", "cosine", "kl", "kl_back", "gap1", "gap5", "top1", "top5", "nll", "nll_test")
+
+
+@dataclass
+class TokenErrors:
+    """Per-token numbers of one phase; each list holds float64 arrays [tokens]."""
+
+    margin: float
+    columns: dict[str, list[np.ndarray]] = field(default_factory=lambda: {name: [] for name in _VALUES})
+    tokens: int = 0
+    non_finite: int = 0
+    constant: int = 0
+
+    def add(self, reference: np.ndarray, test: np.ndarray, targets: np.ndarray) -> None:
+        """Reduce logits [T, V] of both engines; ``targets`` int64 [T], -1 where no token follows."""
+        for start in range(0, len(targets), _ROWS):
+            rows = slice(start, start + _ROWS)
+            self._add(reference[rows], test[rows], targets[rows])
+
+    def _add(self, a32: np.ndarray, b32: np.ndarray, targets: np.ndarray) -> None:
+        self.tokens += len(targets)
+        good = np.isfinite(a32).all(1) & np.isfinite(b32).all(1)
+        self.non_finite += int((~good).sum())
+        # Kernels that fail silently return zeros: a flat row is a fault even where its error happens to be small.
+        self.constant += int((b32[good].max(1) == b32[good].min(1)).sum())
+        if not good.all():
+            a32, b32, targets = a32[good], b32[good], targets[good]
+        if not len(targets):
+            return
+        a, b = a32.astype(np.float64), b32.astype(np.float64)
+        error = np.abs(a - b)
+        scale = np.abs(a).max(1)
+        norms = np.sqrt((a * a).sum(1) * (b * b).sum(1))
+        log_p, log_q = _log_softmax(a), _log_softmax(b)
+        difference = log_p - log_q
+        k = min(5, a.shape[1] - 1)
+        best_a, best_b = _best(a32, k + 1), _best(b32, k + 1)
+        top = np.take_along_axis(a, best_a, 1)
+        nll = np.full((2, len(targets)), np.nan)
+        known = np.flatnonzero(targets >= 0)
+        nll[0, known], nll[1, known] = -log_p[known, targets[known]], -log_q[known, targets[known]]
+        tiny = np.finfo(np.float64).tiny
+        values = {
+            "abs_max": error.max(1),
+            "abs_mean": error.mean(1),
+            "rel": error.max(1) / np.maximum(scale, tiny),
+            "cosine": (a * b).sum(1) / np.maximum(norms, tiny),
+            # Rounding can leave -1e-17 where the truth is 0.
+            "kl": np.maximum((np.exp(log_p) * difference).sum(1), 0.0),
+            "kl_back": np.maximum((np.exp(log_q) * -difference).sum(1), 0.0),
+            "gap1": top[:, 0] - top[:, 1],
+            "gap5": top[:, k - 1] - top[:, k],
+            "top1": (best_a[:, 0] == best_b[:, 0]).astype(np.float64),
+            "top5": (np.sort(best_a[:, :k], 1) == np.sort(best_b[:, :k], 1)).all(1).astype(np.float64),
+            "nll": nll[0],
+            "nll_test": nll[1],
+        }
+        for name, value in values.items():
+            self.columns[name].append(value)
+
+    @classmethod
+    def merged(cls, parts: list[TokenErrors]) -> TokenErrors:
+        """All tokens of several phases."""
+        whole = cls(parts[0].margin)
+        for part in parts:
+            whole.tokens += part.tokens
+            whole.non_finite += part.non_finite
+            whole.constant += part.constant
+            for name, values in part.columns.items():
+                whole.columns[name].extend(values)
+        return whole
+
+    def summary(self) -> dict[str, Any]:
+        """The phase as plain numbers; NaN where nothing could be measured."""
+        v = {name: np.concatenate(parts) if parts else np.zeros(0) for name, parts in self.columns.items()}
+        known = ~np.isnan(v["nll"])
+        nll = [_mean(v[name][known]) for name in ("nll", "nll_test")]
+        return {
+            "tokens": self.tokens,
+            "non_finite": self.non_finite,
+            "constant": self.constant,
+            "abs_error": {"max": _max(v["abs_max"]), "mean": _mean(v["abs_mean"])},
+            "rel_error": {"mean": _mean(v["rel"]), **percentiles(v["rel"], _PERCENTILES), "max": _max(v["rel"])},
+            "cosine": {"mean": _mean(v["cosine"]), "min": -_max(-v["cosine"])},
+            "kl_ref_test": _distribution(v["kl"]),
+            "kl_test_ref": _distribution(v["kl_back"]),
+            "top1": _agreement(v["top1"], v["gap1"], self.margin),
+            "top5": _agreement(v["top5"], v["gap5"], self.margin),
+            "perplexity": {
+                "tokens": int(known.sum()),
+                "reference": math.exp(nll[0]) if nll[0] < 700 else float("inf"),
+                "test": math.exp(nll[1]) if nll[1] < 700 else float("inf"),
+                "ratio": math.exp(nll[1] - nll[0]) if abs(nll[1] - nll[0]) < 700 else float("inf"),
+            },
+        }
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    shifted = x - x.max(1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+
+
+def _best(x: np.ndarray, k: int) -> np.ndarray:
+    """Indices [T, k] of the k largest of each row, by decreasing value."""
+    chosen = np.argpartition(x, x.shape[1] - k, axis=1)[:, -k:]
+    order = np.argsort(-np.take_along_axis(x, chosen, 1), axis=1, kind="stable")
+    return np.take_along_axis(chosen, order, 1)
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def _max(values: np.ndarray) -> float:
+    return float(values.max()) if len(values) else float("nan")
+
+
+def _distribution(values: np.ndarray) -> dict[str, float]:
+    error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else float("nan")
+    return {
+        "mean": _mean(values),
+        "standard_error": error,
+        **percentiles(values, _PERCENTILES),
+        "max": _max(values),
+    }
+
+
+def _agreement(same: np.ndarray, gap: np.ndarray, margin: float) -> dict[str, Any]:
+    clear = gap >= margin
+    return {
+        "agreement": _mean(same[clear]),
+        "compared": int(clear.sum()),
+        "disagreements": int((same[clear] == 0).sum()),
+        "near_ties_excluded": int((~clear).sum()),
+        "near_tie_share": _mean((~clear).astype(np.float64)),
+        "agreement_with_near_ties": _mean(same),
+    }
+
+
+@dataclass
+class RouteAgreement:
+    """Expert sets of both engines, counted per layer as [tokens, tokens with the same set, shared picks, picks]."""
+
+    counts: dict[int, np.ndarray] = field(default_factory=dict)
+    reason: str = ""
+
+    def add(self, reference: dict[int, np.ndarray] | None, test: dict[int, np.ndarray] | None) -> None:
+        """Count one step: int32 [T, k] per layer and engine."""
+        if not reference or not test:
+            self.reason = f"the {'reference' if not reference else 'test'} engine returned no routes"
+            return
+        if reference.keys() != test.keys():
+            odd = sorted(reference.keys() ^ test.keys())[0]
+            raise MoEdgeError(f"Layer {odd} is routed in one engine only: these are not the same model.")
+        for layer, one in reference.items():
+            two = test[layer]
+            if one.shape != two.shape:
+                raise MoEdgeError(
+                    f"Layer {layer} selects {one.shape[1]} experts in the reference, {two.shape[1]} in the test engine."
+                )
+            shared = (one[:, :, None] == two[:, None, :]).any(2).sum(1)
+            counted = [len(one), int((shared == one.shape[1]).sum()), int(shared.sum()), one.size]
+            self.counts[layer] = self.counts.get(layer, np.zeros(4, dtype=np.int64)) + counted
+
+    def summary(self) -> dict[str, Any]:
+        """Agreement as sets: overall, the worst layer, and every layer."""
+        if not self.counts or self.reason:
+            return {"compared": False, "reason": self.reason or "nothing was run"}
+        layers = {
+            str(layer): {"agreement": same / tokens, "flips": tokens - same, "overlap": shared / picks}
+            for layer, (tokens, same, shared, picks) in sorted(
+                (layer, count.tolist()) for layer, count in self.counts.items()
+            )
+        }
+        tokens, same, shared, picks = np.sum(list(self.counts.values()), axis=0).tolist()
+        worst = min(layers, key=lambda layer: layers[layer]["agreement"])
+        return {
+            "compared": True,
+            "decisions": tokens,
+            "flips": tokens - same,
+            "agreement": same / tokens,
+            "overlap": shared / picks,
+            "worst_layer": int(worst),
+            "worst_agreement": layers[worst]["agreement"],
+            "layers": layers,
+        }
