@@ -13,7 +13,7 @@ import re
 from collections.abc import Hashable
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -38,7 +38,19 @@ Spec = Annotated[str, Field(min_length=1)]
 """What ``convert.sources.resolve`` or ``convert.calibration.read_text`` opens: ``asset:NAME``, a path, or a hub id."""
 
 TARGETS = ("portable", "ort-cpu")
-CONTROLS = ("static mask", "FLAP-MLP", "random router", "random partition", "oracle router")
+ControlName = Literal[
+    "static mask",
+    "FLAP-MLP",
+    "Wanda-structured",
+    "random router",
+    "random partition",
+    "LLaMA-MoE random",
+    "LLaMA-MoE clustering",
+    "MoEfication, centre router",
+    "oracle router",
+    "neuron top-k",
+]
+CONTROLS = get_args(ControlName)
 
 
 class _Section(BaseModel):
@@ -130,7 +142,7 @@ class EvaluateSection(_Section):
     tokens: Annotated[int, Field(ge=8)] = 3072
     batch_size: Positive = 4
     bos: bool = False
-    controls: list[Literal["static mask", "FLAP-MLP", "random router", "random partition", "oracle router"]] = [
+    controls: list[ControlName] = [
         "static mask",
         "FLAP-MLP",
         "random router",

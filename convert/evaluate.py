@@ -16,6 +16,7 @@ import torch
 
 from moedge.convert import adapters, modeling
 from moedge.convert.methods import METHODS
+from moedge.convert.methods.baselines import CEILINGS
 from moedge.convert.plan import MoEPlan
 
 if TYPE_CHECKING:
@@ -26,8 +27,6 @@ Progress = Callable[[int, int], None]
 EVALUATION_SCHEMA = "moedge.evaluation/1"
 _CHUNK = 256
 """Positions whose logits [256, V] exist at a time."""
-_BOUNDS = ("oracle router",)
-"""Rows that no router can be asked to beat: they compute every expert."""
 
 
 def perplexity(
@@ -142,7 +141,7 @@ def verdict(rows: list[dict[str, Any]]) -> dict[str, Any]:
         ``{"router_beats": {control: bool}, "sentences": [...]}``.
     """
     methods = [row for row in rows if row["kind"] == "method"]
-    controls = [row for row in rows if row["kind"] == "control" and row["label"] not in _BOUNDS]
+    controls = [row for row in rows if row["kind"] == "control" and row["label"] not in CEILINGS]
     if not methods:
         return {"router_beats": {}, "sentences": []}
     method = methods[0]

@@ -60,17 +60,29 @@ def group_widths(width: int, shared: int, experts: int, padding: Padding = "none
     return shared_width, [quotient + 1] * remainder + [quotient] * (routed - remainder)
 
 
-def distances(points: csr_matrix, centroids: np.ndarray, distance: Distance) -> np.ndarray:
-    """Return the distance of each 0/1 signature [n, q] to each centroid [E, q] as float64 [n, E].
+def distances(points: csr_matrix | np.ndarray, centroids: np.ndarray, distance: Distance) -> np.ndarray:
+    """Return the distance of each point [n, q] to each centroid [E, q] as float64 [n, E].
 
-    For a binary c and a centroid z in [0, 1]: ``|c - z|_1 = |c| + |z|_1 - 2 c.z`` and
-    ``|c - z|_2^2 = |c| + |z|_2^2 - 2 c.z``, where ``|c|`` counts the ones.
+    A sparse matrix holds 0/1 signatures. For a binary c and a centroid z in [0, 1]: ``|c - z|_1 = |c| + |z|_1 - 2 c.z``
+    and ``|c - z|_2^2 = |c| + |z|_2^2 - 2 c.z``, where ``|c|`` counts the ones. Any other points are a dense array, for
+    which there is ``l2`` only.
     """
+    if isinstance(points, np.ndarray):
+        if distance != "l2":
+            raise ValueError("the distance of dense points is l2")
+        return np.sqrt(squared_distances(points, centroids))
     ones = np.diff(points.indptr)[:, None].astype(np.float64)
     product = points @ centroids.T
     if distance == "l1":
         return np.maximum(ones + centroids.sum(axis=1) - 2 * product, 0)
     return np.sqrt(np.maximum(ones + np.square(centroids).sum(axis=1) - 2 * product, 0))
+
+
+def squared_distances(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+    """Return squared Euclidean distances [n, E] of dense points [n, q] to centroids [E, q]."""
+    squares = np.square(points).sum(axis=1)[:, None] + np.square(centroids).sum(axis=1)
+    result: np.ndarray = np.maximum(squares - 2 * (points @ centroids.T), 0)
+    return result
 
 
 def assign_balanced(cost: np.ndarray, widths: list[int]) -> np.ndarray:
@@ -134,16 +146,23 @@ class Clusters:
 
 
 def balanced_kmeans(
-    points: csr_matrix, initial: np.ndarray, widths: list[int], distance: Distance = "l2", max_iters: int = 20
+    points: csr_matrix | np.ndarray,
+    initial: np.ndarray,
+    widths: list[int],
+    distance: Distance = "l2",
+    max_iters: int = 20,
 ) -> Clusters:
     """Balanced K-means on signatures [n, q] (CMoE sec. 3.2): assign, update the means, until nothing moves.
+
+    Dense points are clustered in the same way; see :func:`distances`.
 
     Args:
         initial: indices of the E points that are the first centroids.
         widths: points in each group.
         max_iters: most assignments; 1 is what CMoE's released code does.
     """
-    centroids = np.asarray(points[initial].todense(), dtype=np.float64)
+    chosen: Any = points[initial]
+    centroids = np.asarray(chosen if isinstance(chosen, np.ndarray) else chosen.todense(), dtype=np.float64)
     labels = np.full(points.shape[0], -1, dtype=np.int32)
     converged = False
     for iteration in range(1, max_iters + 1):  # noqa: B007
@@ -156,19 +175,19 @@ def balanced_kmeans(
     return Clusters(labels, centroids, iteration, converged)
 
 
-def means(points: csr_matrix, labels: np.ndarray, groups: int) -> np.ndarray:
+def means(points: csr_matrix | np.ndarray, labels: np.ndarray, groups: int) -> np.ndarray:
     """Return the mean signature of each group, float64 [E, q]."""
     from scipy.sparse import csr_matrix
 
     n = len(labels)
     member = csr_matrix((np.ones(n), (labels, np.arange(n))), shape=(groups, n))
     counts = np.bincount(labels, minlength=groups)[:, None]
-    result: Any = (member @ points).toarray() / np.maximum(counts, 1)
-    return np.asarray(result)
+    sums: Any = member @ points
+    return np.asarray((sums if isinstance(sums, np.ndarray) else sums.toarray()) / np.maximum(counts, 1))
 
 
 def representatives(
-    points: csr_matrix, labels: np.ndarray, centroids: np.ndarray, distance: Distance = "l2"
+    points: csr_matrix | np.ndarray, labels: np.ndarray, centroids: np.ndarray, distance: Distance = "l2"
 ) -> np.ndarray:
     """Return the member of each group nearest to its centroid (CMoE sec. 3.3), ties to the lower index."""
     cost = distances(points, centroids, distance)

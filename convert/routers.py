@@ -54,6 +54,24 @@ class LinearRouter(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
+class MLPRouter(nn.Module):
+    """Scores ``second tanh(first x)`` with first [E, H] and second [E, E], no biases.
+
+    The gate of LLaMA-MoE; with ``options["normalise"]``, x scaled to length 1, the router of MoEfication.
+    """
+
+    def __init__(self, num_experts: int, hidden_size: int, activation: str, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.normalise = bool(options.get("normalise"))
+        self.first = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float32))
+        self.second = nn.Parameter(torch.empty(num_experts, num_experts, dtype=torch.float32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return scores [T, E] for x [T, H], both float32."""
+        x = F.normalize(x, dim=-1) if self.normalise else x
+        return F.linear(torch.tanh(F.linear(x, self.first)), self.second)
+
+
 class RandomRouter(LinearRouter):
     """A fixed random projection, ``options["seed"]``: the control that shows what a router's choice is worth."""
 
@@ -76,6 +94,10 @@ class OracleRouter(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return scores [T, E] for x [T, H], both float32."""
         (ffn,) = self._experts
+        if ffn.gate.shape[1] == 1:  # type: ignore[index]
+            # Experts of one neuron: |h_e| |down_e|, without a loop over neurons.
+            gate, up, down = (getattr(ffn, name).float().flatten(1) for name in ("gate", "up", "down"))
+            return (activate(F.linear(x, gate), self.activation) * F.linear(x, up)).abs() * down.norm(dim=-1)
         columns = []
         for gate, up, down in zip(ffn.gate, ffn.up, ffn.down, strict=True):  # type: ignore[arg-type]
             hidden = activate(F.linear(x, gate.float()), self.activation) * F.linear(x, up.float())
@@ -86,6 +108,7 @@ class OracleRouter(nn.Module):
 ROUTERS: dict[str, type[nn.Module]] = {
     "representative": RepresentativeRouter,
     "linear": LinearRouter,
+    "mlp": MLPRouter,
     "random": RandomRouter,
     "oracle": OracleRouter,
 }

@@ -329,10 +329,33 @@ def sparse_glu(
     Returns:
         [T, H] in the dtype of ``x``.
     """
+    if gate.shape[1] == 1:
+        return _single_neurons(x, indices, weights, gate, up, down, compensation, activation)
     # The eager bodies are called directly: dispatching five operators costs more than a small expert at T = 1.
     rows, offsets, inverse = dispatch._init_fn(x, indices, gate.shape[0])
     hidden = grouped_glu._init_fn(rows, offsets, gate, up, activation)
     return combine._init_fn(grouped_linear._init_fn(hidden, offsets, down), inverse, indices, weights, compensation)
+
+
+def _single_neurons(
+    x: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    compensation: torch.Tensor | None,
+    activation: str,
+) -> torch.Tensor:
+    """``sparse_glu`` with experts of one neuron: a mask over h, where grouping would copy x once per neuron."""
+    gate, up, down = gate.flatten(1), up.flatten(1), down.flatten(1)
+    hidden = activate(F.linear(x, gate), activation) * F.linear(x, up)
+    chosen = torch.zeros_like(hidden).scatter_(1, indices.long(), weights.to(hidden.dtype))
+    y = (hidden * chosen) @ down
+    if compensation is not None:
+        omitted = torch.ones_like(hidden).scatter_(1, indices.long(), 0)
+        y = torch.addmm(y, omitted, compensation.to(y.dtype))
+    return y
 
 
 @sparse_glu.register_fake

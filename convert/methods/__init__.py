@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from moedge.convert.methods import cmoe, expertweaver, mlpmoe, moedge
+from moedge.convert.methods.baselines import splits, static
 from moedge.convert.plan import MoEPlan
 
 
@@ -38,6 +39,8 @@ class Method:
 
 
 _SHARED_ACTIVE = "S{shared}A{active}E{experts}"
+_ALL_ROUTED = "A{active}E{experts}"
+_KEPT = "{keep:.4g} of the neurons"
 
 METHODS: dict[str, Method] = {
     "cmoe": Method(cmoe.plan, cmoe.CMoEParams, ("statistics",), "CMoE, arXiv 2502.04416v3, ACL 2026", _SHARED_ACTIVE),
@@ -56,4 +59,17 @@ METHODS: dict[str, Method] = {
         "{branches} branches fading to {p_max:g}",
     ),
     "moedge": Method(moedge.plan, moedge.MoEdgeParams, ("tokens",), "this project", _SHARED_ACTIVE),
+    "llamamoe": Method(
+        splits.llamamoe_plan, splits.LlamaMoEParams, (), "LLaMA-MoE, arXiv 2406.16554, before training", _ALL_ROUTED
+    ),
+    "moefication": Method(
+        splits.moefication_plan, splits.MoEficationParams, ("tokens",), "MoEfication, arXiv 2110.01786", _ALL_ROUTED
+    ),
+    "atopk": Method(
+        static.atopk_plan, static.ATopKParams, ("statistics",), "CMoE's activation rates as a static mask", _KEPT
+    ),
+    "wanda": Method(
+        static.wanda_plan, static.KeepParams, ("statistics",), "structured Wanda as in FLAP, arXiv 2312.11983", _KEPT
+    ),
+    "flap": Method(static.flap_plan, static.FlapParams, ("tokens",), "FLAP on the FFN, arXiv 2312.11983", _KEPT),
 }

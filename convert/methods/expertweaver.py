@@ -213,7 +213,7 @@ def cluster(
     centroids = points[_first(points, len(widths), settings.init, generator)]
     labels = np.full(len(points), -1, dtype=np.int32)
     for iteration in range(1, settings.max_iters + 1):
-        updated = assign(_squared_distances(points, centroids), widths)
+        updated = assign(partition.squared_distances(points, centroids), widths)
         if np.array_equal(updated, labels):
             return labels, iteration, True
         labels = updated
@@ -228,13 +228,7 @@ def _first(points: np.ndarray, groups: int, init: str, generator: np.random.Gene
     chosen = [int(generator.integers(len(points)))]
     nearest = np.full(len(points), np.inf)
     while len(chosen) < groups:
-        nearest = np.minimum(nearest, _squared_distances(points, points[chosen[-1:]])[:, 0])
+        nearest = np.minimum(nearest, partition.squared_distances(points, points[chosen[-1:]])[:, 0])
         total = nearest.sum()
         chosen.append(int(generator.choice(len(points), p=nearest / total if total else None)))
     return np.asarray(chosen)
-
-
-def _squared_distances(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
-    squares = np.square(points).sum(axis=1)[:, None] + np.square(centroids).sum(axis=1)
-    result: np.ndarray = np.maximum(squares - 2 * (points @ centroids.T), 0)
-    return result

@@ -178,7 +178,7 @@ def test_models_that_fit_pass() -> None:
 def test_lists_of_choices_match_the_schema() -> None:
     defaults = recipe()
     assert tuple(defaults.export.targets) == TARGETS
-    assert tuple(defaults.evaluate.controls) == CONTROLS
+    assert set(defaults.evaluate.controls) < set(CONTROLS)
 
 
 @pytest.mark.parametrize("name", METHODS)

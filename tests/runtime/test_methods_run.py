@@ -32,7 +32,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "expertweaver": {"experts": 16, "k": 12, "tau_percentile": 50},  # layers with different shared widths
     "mlpmoe": {"branches": 8},
     "moedge": {"shared": 2, "active": 3, "experts": 8},
+    "llamamoe": {"split": "clustering", "experts": 8, "active": 6},
+    "moefication": {"experts": 8, "active": 6, "compensation": "mean"},
+    "atopk": {"keep": 0.8},
+    "wanda": {"keep": 0.8},
+    "flap": {"keep": 0.8, "refit": True},
 }
+STATIC = ("mlpmoe", "atopk", "wanda", "flap")
 EXPORTED = ("portable moe", "ort-cpu moe")
 """A lowered bundle is made from the portable one, which is kept."""
 ROUTED = ["random router", "random partition", "oracle router"]
@@ -58,8 +64,15 @@ def home(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Any
     return home
 
 
-# CMoE's run is the one that test_recipe_run.py examines.
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "cmoe"])
+# CMoE's run is the one that test_recipe_run.py examines. The slow ones take the same way through export and runtime as
+# one that is not slow: a static plan, or the router of MoEfication.
+SLOW = ("llamamoe", "atopk", "wanda", "flap")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in METHODS if name != "cmoe"],
+)
 def test_a_run_of_every_method_passes_and_its_report_is_complete(
     home: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,7 +101,7 @@ def test_a_run_of_every_method_passes_and_its_report_is_complete(
             assert row["active_width_fraction"] == pytest.approx(rows[name]["active_width_fraction"], abs=0.5 / 64)
 
     static = not any(layer["experts"] for layer in conversion["layers"])
-    assert static == (name == "mlpmoe")
+    assert static == (name in STATIC)
     assert sorted(report["quality"]["skipped"]) == (sorted(ROUTED) if static else [])
     assert set(rows) >= {"dense", name, "static mask", "FLAP-MLP"} | (set() if static else set(ROUTED))
     assert {entry["routing"]["compared"] for entry in verification["parity"]} == {not static}

@@ -1,0 +1,97 @@
+"""Controls at the active width of a plan: what a routed conversion has to beat.
+
+A method that loses to one of these adds nothing (methods.md 1.8: the published router barely beats a static mask, and
+FLAP wins at 50% sparsity). Each function reads the layout from the plan under test, layer by layer, so both run the
+same number of neurons a token. Those that can be deployed are also methods of their own in
+:data:`moedge.convert.methods.METHODS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from moedge.convert.methods.baselines.routing import neuron_top_k, oracle, random_partition, random_router
+from moedge.convert.methods.baselines.splits import llamamoe, moefication
+from moedge.convert.methods.baselines.static import flap, flap_refit, static_mask, wanda
+from moedge.convert.plan import MoEPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from moedge.convert.calibration import LayerStatistics
+
+Statistics = list["LayerStatistics"]
+_Make = Callable[[MoEPlan, Statistics, "PreTrainedModel", int], MoEPlan]
+
+CONTROLS: dict[str, _Make] = {
+    "static mask": lambda plan, statistics, model, seed: static_mask(plan, statistics),
+    "FLAP-MLP": lambda plan, statistics, model, seed: flap(plan, statistics, model),
+    "Wanda-structured": lambda plan, statistics, model, seed: wanda(plan, statistics, model),
+    "random router": lambda plan, statistics, model, seed: random_router(plan, seed),
+    "random partition": random_partition,
+    "LLaMA-MoE random": lambda plan, statistics, model, seed: llamamoe(plan, model, seed, "random"),
+    "LLaMA-MoE clustering": lambda plan, statistics, model, seed: llamamoe(plan, model, seed, "clustering"),
+    "MoEfication, centre router": lambda plan, statistics, model, seed: moefication(plan, model, seed),
+    "oracle router": lambda plan, statistics, model, seed: oracle(plan),
+    "neuron top-k": lambda plan, statistics, model, seed: neuron_top_k(plan),
+}
+"""Control name -> function of (plan under test, statistics, dense model, seed)."""
+
+STANDARD = ("static mask", "FLAP-MLP", "random router", "random partition", "oracle router")
+"""The controls that a recipe asks for unless it says otherwise; the others cost more or show less."""
+
+SEEDED = (
+    "random router",
+    "random partition",
+    "LLaMA-MoE random",
+    "LLaMA-MoE clustering",
+    "MoEfication, centre router",
+)
+"""Controls that are reported as mean and standard deviation over seeds."""
+
+ROUTED = (*SEEDED, "oracle router")
+"""Controls that vary the routing or the experts."""
+
+CEILINGS = ("oracle router", "neuron top-k")
+"""Controls that no router can be asked to beat: they compute every expert, or every neuron, to choose."""
+
+__all__ = [
+    "CEILINGS",
+    "CONTROLS",
+    "ROUTED",
+    "SEEDED",
+    "STANDARD",
+    "controls",
+    "flap",
+    "flap_refit",
+    "llamamoe",
+    "moefication",
+    "neuron_top_k",
+    "oracle",
+    "random_partition",
+    "random_router",
+    "refusal",
+    "static_mask",
+    "wanda",
+]
+
+
+def refusal(name: str, plan: MoEPlan) -> str | None:
+    """Say why a control makes no sense for a plan, or return None when it does."""
+    return "the plan has no routed experts" if name in ROUTED and not any(x.experts for x in plan.layers) else None
+
+
+def controls(
+    plan: MoEPlan,
+    statistics: Statistics,
+    model: PreTrainedModel,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    names: tuple[str, ...] = STANDARD,
+) -> dict[str, list[MoEPlan]]:
+    """Make the named controls that make sense for a plan: one plan each, or one a seed for those that are seeded."""
+    return {
+        name: [CONTROLS[name](plan, statistics, model, seed) for seed in (seeds if name in SEEDED else (0,))]
+        for name in names
+        if refusal(name, plan) is None
+    }

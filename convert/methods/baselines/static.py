@@ -1,0 +1,239 @@
+"""Static pruning of the FFN: one set of neurons for every token, no router.
+
+Each exists twice: as a control at the active width of a plan, and as a method of its own that keeps a share of each
+FFN. D neurons, H hidden, W_down [H, D]; uniform over layers, as "UL" in FLAP.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from moedge import MoEdgeError
+from moedge.convert import adapters, partition
+from moedge.convert.methods.baselines.routing import control
+from moedge.convert.plan import LayerPlan, MoEPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from moedge.convert.calibration import LayerStatistics, Profile, Progress
+
+TokenWeight = Literal["none", "residual"]
+
+
+class KeepParams(BaseModel):
+    """``keep`` is the share of each FFN's neurons that stay, rounded to whole neurons."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    keep: float = Field(default=0.75, gt=0, le=1)
+
+
+class ATopKParams(KeepParams):
+    """Parameters of the static mask; a token marks its ``k_a`` strongest neurons, see CMoE for ``profile``."""
+
+    k_a: int = Field(default=10, ge=1)
+    profile: Literal["raw", "normalised"] = "raw"
+
+
+class FlapParams(KeepParams):
+    """Parameters of FLAP on the FFN; the published method has the three switches off (see :func:`flap_refit`)."""
+
+    refit: bool = False
+    token_weight: TokenWeight = "none"
+    sequential: bool = False
+
+
+def atopk_plan(
+    statistics: list[LayerStatistics],
+    model: PreTrainedModel,
+    *,
+    keep: float,
+    k_a: int = 10,
+    profile: Profile = "raw",
+    source_sha256: str = "",
+    provenance: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> MoEPlan:
+    """Keep the share ``keep`` of each FFN that the most tokens mark; a token marks its ``k_a`` largest ``|h|``.
+
+    Raises:
+        MoEdgeError: statistics of another model, or made with another ``k_a`` or ``profile``.
+    """
+    blocks = _blocks(model, statistics)
+    if (statistics[0].k_a, statistics[0].profile) != (k_a, profile):
+        raise MoEdgeError(
+            f"The statistics have k_a={statistics[0].k_a} and profile={statistics[0].profile}; the plan needs "
+            f"k_a={k_a} and profile={profile}. Calibrate again."
+        )
+    layers = [_most_active(facts, kept_width(facts.width, keep)) for facts in statistics]
+    if progress:
+        progress(len(blocks), len(blocks))
+    params = {"keep": keep, "k_a": k_a, "profile": profile}
+    return MoEPlan("atopk", params, adapters.describe(model, source_sha256), layers, provenance or {})
+
+
+def wanda_plan(
+    statistics: list[LayerStatistics],
+    model: PreTrainedModel,
+    *,
+    keep: float,
+    source_sha256: str = "",
+    provenance: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> MoEPlan:
+    """Keep the share ``keep`` of each FFN with the largest structured Wanda score; see :func:`wanda`.
+
+    Raises:
+        MoEdgeError: statistics of another model.
+    """
+    layers = []
+    for block, facts in zip(blocks := _blocks(model, statistics), statistics, strict=True):
+        layers.append(_best(wanda_score(block, facts), kept_width(facts.width, keep)))
+        if progress:
+            progress(len(layers), len(blocks))
+    return MoEPlan("wanda", {"keep": keep}, adapters.describe(model, source_sha256), layers, provenance or {})
+
+
+def flap_plan(
+    token_windows: np.ndarray,
+    model: PreTrainedModel,
+    *,
+    keep: float,
+    refit: bool = False,
+    token_weight: TokenWeight = "none",
+    sequential: bool = False,
+    source_sha256: str = "",
+    provenance: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> MoEPlan:
+    """Keep the share ``keep`` of each FFN by FLAP's score; see :func:`flap` and, for the switches, :func:`flap_refit`.
+
+    Args:
+        token_windows: calibration ids, int64 [N, L], N at least 2.
+    """
+    widths = [kept_width(len(block.gate), keep) for block in adapters.ffns(model)]
+    layers = _flap_layers(widths, token_windows, model, refit, token_weight, sequential, progress)
+    params = {"keep": keep, "refit": refit, "token_weight": token_weight, "sequential": sequential}
+    return MoEPlan("flap", params, adapters.describe(model, source_sha256), layers, provenance or {})
+
+
+def kept_width(width: int, keep: float) -> int:
+    """Return the neurons that stay of ``width``: the nearest whole number, at least one."""
+    return max(round(keep * width), 1)
+
+
+def static_mask(plan: MoEPlan, statistics: list[LayerStatistics]) -> MoEPlan:
+    """Keep the neurons with the highest activation rate, drop the rest: the shared block grown to the active width."""
+    pairs = zip(plan.layers, statistics, strict=True)
+    return control(plan, "static mask", [_most_active(facts, round(layer.active_width)) for layer, facts in pairs])
+
+
+def wanda(plan: MoEPlan, statistics: list[LayerStatistics], model: PreTrainedModel) -> MoEPlan:
+    """Structured Wanda on the FFN, uniform over layers: the "Wanda-sp" that FLAP (arXiv 2312.11983) compares with.
+
+    The score of neuron j is the mean over the rows i of ``|W_down[i, j]| * |h_j|_2``, the norm over all calibration
+    tokens. Nothing replaces what is dropped. Inputs are the dense model's; FLAP's code prunes sequentially.
+    """
+    trios = zip(plan.layers, adapters.ffns(model), statistics, strict=True)
+    layers = [_best(wanda_score(block, facts), round(layer.active_width)) for layer, block, facts in trios]
+    return control(plan, "Wanda-structured", layers)
+
+
+def wanda_score(block: adapters.FFN, facts: LayerStatistics) -> np.ndarray:
+    """Return the score of each neuron, float64 [D], up to the common factor sqrt(tokens)."""
+    norm = np.sqrt(facts.variance.astype(np.float64) + np.square(facts.mean.astype(np.float64)))
+    return norm * block.down.double().abs().mean(dim=0).cpu().numpy()
+
+
+def flap(plan: MoEPlan, statistics: list[LayerStatistics], model: PreTrainedModel) -> MoEPlan:
+    """FLAP on the FFN only, uniform over layers (arXiv 2312.11983, "WIFV" and "UL").
+
+    Keep the neurons with the largest ``variance_j * |W_down[:, j]|^2``; the others are replaced by their mean, which
+    becomes the output bias ``sum over dropped j of mean_j W_down[:, j]``. Exact when the dropped ones are constant.
+    """
+    layers = []
+    for layer, block, facts in zip(plan.layers, adapters.ffns(model), statistics, strict=True):
+        importance = facts.variance * np.square(block.down.float().cpu().numpy()).sum(axis=0)
+        layers.append(_flap_layer(block, facts.mean, importance, round(layer.active_width)))
+    return control(plan, "FLAP-MLP", layers)
+
+
+def flap_refit(
+    plan: MoEPlan,
+    token_windows: np.ndarray,
+    model: PreTrainedModel,
+    *,
+    refit: bool = True,
+    token_weight: TokenWeight = "residual",
+    sequential: bool = True,
+    progress: Progress | None = None,
+) -> MoEPlan:
+    """FLAP on the FFN with the help that our own method gets: token weights, sequential conversion, and a refit.
+
+    Without any of the three it is :func:`flap` on these tokens. The kept neurons' down projections and the bias are
+    fitted to the dense FFN's output by least squares (:func:`moedge.convert.closed_form.refit`).
+
+    Args:
+        plan: gives the active width of each layer.
+        token_windows: calibration ids, int64 [N, L].
+    """
+    widths = [round(layer.active_width) for layer in plan.layers]
+    layers = _flap_layers(widths, token_windows, model, refit, token_weight, sequential, progress)
+    settings = {"refit": refit, "token_weight": token_weight, "sequential": sequential}
+    return control(plan, "FLAP-MLP + refit" if refit else "FLAP-MLP", layers, **settings)
+
+
+def _flap_layers(
+    widths: list[int],
+    token_windows: np.ndarray,
+    model: PreTrainedModel,
+    refit: bool,
+    token_weight: TokenWeight,
+    sequential: bool,
+    progress: Progress | None,
+) -> list[LayerPlan]:
+    from moedge.convert import closed_form, modeling, streaming
+    from moedge.convert.methods.moedge_layer import neuron_energy
+
+    layers = []
+    for tokens in streaming.walk(model, token_windows, progress=progress):
+        if token_weight == "none":
+            tokens.weight = tokens.weight.new_ones(tokens.count)
+        mean, importance, _ = (value.cpu().numpy() for value in neuron_energy(tokens))
+        layer = _flap_layer(tokens.block, mean, importance, widths[tokens.block.index])
+        if refit:
+            layer = closed_form.refit(tokens, layer)
+        if sequential:
+            tokens.replacement = modeling.build_ffn(tokens.block, layer)
+        layers.append(layer)
+    return layers
+
+
+def _flap_layer(block: adapters.FFN, mean: np.ndarray, importance: np.ndarray, width: int) -> LayerPlan:
+    down = block.down.float().cpu().numpy()
+    order = np.argsort(-importance, kind="stable")
+    dropped = np.sort(order[width:])
+    bias = (down[:, dropped].astype(np.float64) @ mean[dropped]).astype(np.float32)
+    return LayerPlan(np.sort(order[:width]).astype(np.int32), [], 0, output_bias=bias)
+
+
+def _most_active(facts: LayerStatistics, width: int) -> LayerPlan:
+    return LayerPlan(np.sort(partition.by_rate(facts.counts)[:width]).astype(np.int32), [], 0)
+
+
+def _best(score: np.ndarray, width: int) -> LayerPlan:
+    return LayerPlan(np.sort(np.argsort(-score, kind="stable")[:width]).astype(np.int32), [], 0)
+
+
+def _blocks(model: PreTrainedModel, statistics: list[LayerStatistics]) -> list[adapters.FFN]:
+    blocks = adapters.ffns(model)
+    if len(blocks) != len(statistics) or len(blocks[0].gate) != statistics[0].width:
+        raise MoEdgeError(
+            f"The statistics are of {len(statistics)} layers of {statistics[0].width} neurons, the model has "
+            f"{len(blocks)} of {len(blocks[0].gate)}; calibrate this model."
+        )
+    return blocks
