@@ -89,7 +89,7 @@ def test_a_recipe_without_a_name_takes_its_file_name(tmp_path: Path) -> None:
         ("model: {source: x}\nverify: {tokens: 2047}", "verify.tokens", "must be at least 2048, got 2047"),
         ("model: {source: x}\nverify: {prefill: 256}", "verify.prefill", "leaves nothing to decode"),
         ("model: {source: x}\nbench: {repeats: 2}", "bench.repeats", "must be at least 3, got 2"),
-        ("model: {source: x}\nbench: {prompt: 2000}", "bench.prompt", "needs 2064 cache positions"),
+        ("model: {source: x}\nbench: {prompt: 2020}", "bench.prompt", "needs 2052 cache positions"),
         ("model: {source: x}\nevaluate: {tokens: 100}", "evaluate.tokens", "less than one window"),
         ("model: {source: x}\nevaluate: {seeds: []}", "evaluate.seeds", "must not be empty"),
         ("model: {source: x}\nevaluate: {seeds: [0, -1]}", "evaluate.seeds[1]", "must be at least 0, got -1"),
