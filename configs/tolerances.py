@@ -47,7 +47,7 @@ class Profile(BaseModel):
         try:
             return cls.model_validate(dict(limits))
         except ValidationError as error:
-            raise MoEdgeError(f"Tolerances: {_first(error)}.") from error
+            raise MoEdgeError(f"Tolerances: {first_problem(error)}.") from error
 
 
 class Tolerances(BaseModel):
@@ -86,9 +86,10 @@ def load(path: str | Path | None = None) -> Tolerances:
     try:
         return Tolerances.model_validate(content)
     except ValidationError as error:
-        raise MoEdgeError(f"{file}: {_first(error)}.") from error
+        raise MoEdgeError(f"{file}: {first_problem(error)}.") from error
 
 
-def _first(error: ValidationError) -> str:
+def first_problem(error: ValidationError) -> str:
+    """Return the first problem of a pydantic error in one line: the path of the key and what is wrong."""
     first = error.errors()[0]
     return f"{'.'.join(str(part) for part in first['loc']) or 'the whole'}: {first['msg']}"

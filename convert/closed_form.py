@@ -38,10 +38,11 @@ class Moments:
         self.square = 0.0
         self.total = 0.0
 
-    def add(self, z: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> None:
-        """Add rows z [T, n], y [T, m] of the same dtype with weights [T]."""
+    def add(self, z: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, *, gram: bool = True) -> None:
+        """Add rows z [T, n], y [T, m] of the same dtype with weights [T]; ``gram=False`` leaves z'z as it is."""
         weighted = z * weight.to(z)[:, None]
-        self.gram += (weighted.T @ z).double()
+        if gram:
+            self.gram += (weighted.T @ z).double()
         self.cross += (weighted.T @ y).double()
         self.square += float((y.double().square().sum(dim=1) * weight.double()).sum())
         self.total += float(weight.double().sum())
@@ -99,6 +100,7 @@ class RouterFit:
     def __init__(self, x: torch.Tensor, weight: torch.Tensor, held: torch.Tensor) -> None:
         """Keep x [q, H], token weights [q] and the mask of held-out tokens [q]."""
         self.x, self.weight, self.held = x, weight, held
+        self._grams: dict[bool, torch.Tensor] = {}  # second moments of x, the same for all targets
 
     def fit(
         self, targets: torch.Tensor, gains: torch.Tensor, top_k: int, ridges: tuple[float, ...] = ROUTER_RIDGES
@@ -108,7 +110,7 @@ class RouterFit:
         Args:
             gains: what selecting an expert is worth, [q, E] float32, zero or more.
         """
-        fitted, held = self._moments(targets, ~self.held), self._moments(targets, self.held)
+        fitted, held = self._moments(targets, held=False), self._moments(targets, held=True)
         x, gains = self.x[self.held], gains[self.held]
         best = float((select(gains, top_k) * gains).sum(dtype=torch.float64)) or 1.0
         shares = {}
@@ -129,10 +131,13 @@ class RouterFit:
         bias = slope * scores.bias.double() + target_mean - slope * score_mean
         return replace(scores, weight=(scores.weight.double() * slope[:, None]).float(), bias=bias.float())
 
-    def _moments(self, targets: torch.Tensor, chosen: torch.Tensor) -> Moments:
+    def _moments(self, targets: torch.Tensor, *, held: bool) -> Moments:
         moments = Moments(self.x.shape[1] + 1, targets.shape[1], self.x.device)
-        for rows in torch.nonzero(chosen).squeeze(1).split(4096):
-            moments.add(F.pad(self.x[rows].double(), (0, 1), value=1.0), targets[rows].double(), self.weight[rows])
+        known = self._grams.get(held)
+        for rows in torch.nonzero(self.held == held).squeeze(1).split(4096):
+            z = F.pad(self.x[rows].double(), (0, 1), value=1.0)
+            moments.add(z, targets[rows].double(), self.weight[rows], gram=known is None)
+        moments.gram = self._grams.setdefault(held, moments.gram)
         return moments
 
     @staticmethod
@@ -214,21 +219,28 @@ def refit(tokens: LayerTokens, layer: LayerPlan, ridges: tuple[float, ...] = REF
 
     The unknown is the change from the present weights, so the ridge anchors to them. The strength, or no change at all,
     is what misses least on the held-out tokens. Neurons that the plan prunes keep their columns.
+
+    ``report["refit"]`` holds the ridge, or None, and ``held_out_error``: the :func:`relative_error` before, and after a
+    fit to the other tokens alone.
     """
     down, neurons, intercepts = _solution(tokens, layer)
     free = layer.num_experts if layer.compensation is not None else 1
     sums = [Moments(len(neurons) + free, down.shape[1], tokens.x.device) for _ in range(2)]
-    for part, z, residual, _ in _residuals(tokens, layer):
+    wanted = 0.0
+    for part, z, residual, target in _residuals(tokens, layer):
         held = tokens.held[part]
+        wanted += float((tokens.weight[part][held].double() * target[held].double().square().sum(dim=1)).sum())
         for mask, moments in ((~held, sums[0]), (held, sums[1])):
             if mask.any():
                 moments.add(z[mask], residual[mask], tokens.weight[part][mask])
     fitted, held_out = sums
     losses = {ridge: held_out.loss(fitted.solve(ridge, free)) for ridge in ridges}
     ridge = min(ridges, key=lambda r: losses[r])
-    report: dict[str, Any] = {"ridge": ridge, "held_out_gain": _round(1 - losses[ridge] / (held_out.square or 1.0))}
+    before, after = (_round(value / (wanted or 1.0)) for value in (held_out.square, losses[ridge]))
+    report: dict[str, Any] = {"ridge": ridge, "held_out_error": {"before": before, "after": after}}
     if losses[ridge] >= held_out.square:
-        return replace(layer, report={**layer.report, "refit": {"ridge": None, "held_out_gain": 0.0}})
+        report = {"ridge": None, "held_out_error": {"before": before, "after": before}}
+        return replace(layer, report={**layer.report, "refit": report})
     change = (fitted + held_out).solve(ridge, free).float()
     whole = tokens.block.down.float().clone() if layer.down is None else torch.from_numpy(layer.down).clone()
     whole[:, torch.from_numpy(neurons).to(whole.device)] += change[: len(neurons)].T.to(whole.device)

@@ -55,6 +55,7 @@ def evaluate(
     protocol: Mapping[str, Any],
     *,
     batch_size: int = 4,
+    dense_states: Mapping[str, torch.Tensor] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Compare the dense parent, a conversion and its controls.
@@ -66,6 +67,7 @@ def evaluate(
         plans: label -> plan, or several plans of one control (one a seed), reported as mean and standard deviation.
             A plan of a method in ``METHODS`` is a row of kind ``method``, any other one a ``control``.
         texts: name -> windows int64 [N, L].
+        dense_states: :func:`last_hidden_states` of the dense model on these texts, if they are known already.
         protocol: JSON to print with the numbers, e.g. window, bos, documents; dtype and tokens are added.
         progress: called with (windows done, windows in all), over all variants and texts.
 
@@ -73,25 +75,25 @@ def evaluate(
         ``moedge.evaluation/1``: schema, protocol, rows and verdict.
     """
     variants = {label: [plan] if isinstance(plan, MoEPlan) else list(plan) for label, plan in plans.items()}
-    total = (1 + sum(map(len, variants.values()))) * sum(map(len, texts.values()))
+    runs = (dense_states is None) + sum(map(len, variants.values()))
+    each = sum(map(len, texts.values()))
     done = 0
 
     def hidden_states() -> dict[str, torch.Tensor]:
         nonlocal done
-        found = {}
-        for name, ids in texts.items():
-            parts = []
-            for _, hidden in _hidden_states(dense_model, ids, batch_size):
-                parts.append(hidden)
-                done += len(hidden)
-                if progress:
-                    progress(done, total)
-            found[name] = torch.cat(parts)
-        return found
+        before = done
+
+        def step(windows: int, _: int) -> None:
+            nonlocal done
+            done = before + windows
+            if progress:
+                progress(done, runs * each)
+
+        return last_hidden_states(dense_model, texts, batch_size=batch_size, progress=step)
 
     # Last hidden states are small ([tokens, H] a variant); logits are not. All variants are therefore scored together,
     # chunk by chunk, and the dense logits exist once instead of once a variant.
-    dense = hidden_states()
+    dense = hidden_states() if dense_states is None else dense_states
     others: list[dict[str, torch.Tensor]] = []
     for group in variants.values():
         for plan in group:
@@ -116,6 +118,31 @@ def evaluate(
     printed = {**protocol, "dtype": str(dense_model.dtype).removeprefix("torch.")}
     printed["tokens"] = {name: int(ids[:, 1:].size) for name, ids in texts.items()}
     return {"schema": EVALUATION_SCHEMA, "protocol": printed, "rows": rows, "verdict": verdict(rows)}
+
+
+def last_hidden_states(
+    model: PreTrainedModel,
+    texts: Mapping[str, np.ndarray],
+    *,
+    batch_size: int = 4,
+    progress: Progress | None = None,
+) -> dict[str, torch.Tensor]:
+    """Return the last hidden states of every position that predicts a next id, [N, L-1, H] per text.
+
+    Args:
+        texts: name -> windows int64 [N, L].
+        progress: called with (windows done, windows in all).
+    """
+    found, done, total = {}, 0, sum(map(len, texts.values()))
+    for name, ids in texts.items():
+        parts = []
+        for _, hidden in _hidden_states(model, ids, batch_size):
+            parts.append(hidden)
+            done += len(hidden)
+            if progress:
+                progress(done, total)
+        found[name] = torch.cat(parts)
+    return found
 
 
 @contextmanager

@@ -189,6 +189,25 @@ def methods(
     command(name, as_json=as_json)
 
 
+@_command("ablate")
+def ablate(
+    study: Annotated[str, typer.Argument(help="A packaged study, or the path of a YAML file.")],
+    out: Annotated[Path | None, typer.Option(help="Run folder; runs/<name> by default.")] = None,
+) -> None:
+    """Compare conversion methods, switches of a method, and controls on one held-out protocol; training-free.
+
+    A study is a YAML file; every row is kept, so an interrupted study goes on where it stopped.
+
+    \b
+    Examples:
+      moedge ablate smollm2-135m-methods
+      moedge ablate my-study.yaml --out runs/my-study
+    """
+    from moedge.runtime.commands.ablate import ablate as command
+
+    command(study, out)
+
+
 @_command("export")
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="MoE checkpoint from `moedge convert`, or a dense model folder.")],

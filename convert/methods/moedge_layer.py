@@ -43,10 +43,9 @@ def make_layer(tokens: LayerTokens, params: MoEdgeParams) -> LayerPlan:
     if params.compensation != "none":
         chosen = closed_form.select(scores(tokens.x), params.active)
         layer.compensation = _compensation(tokens, experts, mean, chosen, params.compensation)
-    report["held_out_error"] = {"before_refit": _round(closed_form.relative_error(tokens, layer))}
     if params.refit:
-        layer = closed_form.refit(tokens, layer)
-        layer.report["held_out_error"]["after_refit"] = _round(closed_form.relative_error(tokens, layer))
+        return closed_form.refit(tokens, layer)
+    report["held_out_error"] = _round(closed_form.relative_error(tokens, layer))
     return layer
 
 

@@ -1,0 +1,147 @@
+"""The study: one YAML file that compares conversion methods, and switches of a method, under one fixed protocol.
+
+``moedge ablate`` runs it. A row is a method with its parameters, or a control of a method's row; every row is measured
+at every sparsity on the same held-out windows. ``studies/*.yaml`` document every key.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from moedge import MoEdgeError
+from moedge.configs.recipe import CONVERT_SECTIONS, ModelSection, Name, NonNegative, Positive, Spec
+from moedge.configs.tolerances import first_problem
+
+REFITTED = "FLAP-MLP + refit"
+"""The one control that is fitted on the calibration tokens themselves."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Text(_Section):
+    """Windows of one text: ``calibration`` of its first documents and ``held_out`` of those kept back."""
+
+    source: Spec
+    holdout_every: Annotated[int, Field(ge=2)] = 10
+    calibration: NonNegative = 32
+    held_out: NonNegative = 16
+
+
+class Row(_Section):
+    """A method with parameters, or a control of the row named ``of`` (the first method row by default)."""
+
+    label: Annotated[str, Field(min_length=1)]
+    method: str | None = None
+    control: str | None = None
+    of: str | None = None
+    set: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Row:
+        if (self.method is None) == (self.control is None):
+            raise ValueError("give either `method` or `control`.")
+        if self.control is None and self.of is not None:
+            raise ValueError("`of` belongs to a control.")
+        return self
+
+
+class Sparsity(_Section):
+    """A share of the FFN that is skipped: parameters of each method that reach it."""
+
+    name: Annotated[str, Field(min_length=1)]
+    methods: dict[str, dict[str, Any]]
+
+
+class Study(_Section):
+    """A whole comparison."""
+
+    name: Name
+    model: ModelSection
+    texts: Annotated[list[Text], Field(min_length=1)]
+    window: Annotated[int, Field(ge=8)] = 512
+    bos: bool = True
+    batch_size: Positive = 4
+    seeds: Annotated[list[NonNegative], Field(min_length=1)] = [0, 1, 2]
+    sparsities: Annotated[list[Sparsity], Field(min_length=1)]
+    rows: Annotated[list[Row], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _rows_agree(self) -> Study:
+        from moedge.convert.methods.baselines import CONTROLS
+
+        labels = [row.label for row in self.rows]
+        if len(set(labels)) != len(labels):
+            raise ValueError("rows: a label is used twice; give each row its own.")
+        made = {row.label for row in self.rows if row.method}
+        if not made:
+            raise ValueError("rows: no row has a `method`; controls need one to compare with.")
+        for row in self.rows:
+            if row.control is not None:
+                if row.control not in (*CONTROLS, REFITTED):
+                    known = ", ".join((*CONTROLS, REFITTED))
+                    raise ValueError(f"rows: {row.label}: unknown control {row.control!r}; known: {known}.")
+                if row.of is not None and row.of not in made:
+                    raise ValueError(f"rows: {row.label}: no method row is called {row.of!r}.")
+                continue
+            for sparsity in self.sparsities:
+                self.parameters(row, sparsity)
+        if sum(text.calibration for text in self.texts) < 2:
+            raise ValueError("texts: fewer than 2 calibration windows; methods compare windows.")
+        if not any(text.held_out for text in self.texts):
+            raise ValueError("texts: no held_out windows; there is nothing to measure on.")
+        return self
+
+    def parameters(self, row: Row, sparsity: Sparsity) -> dict[str, Any]:
+        """Return the checked parameters of a method's row at a sparsity, with the method's defaults.
+
+        Raises:
+            ValueError: an unknown method or parameter, or an impossible value.
+        """
+        assert row.method is not None
+        section = CONVERT_SECTIONS.get(row.method)
+        if section is None:
+            raise ValueError(f"rows: {row.label}: unknown method {row.method!r}; known: {', '.join(CONVERT_SECTIONS)}.")
+        given = {"method": row.method, **sparsity.methods.get(row.method, {}), **row.set}
+        try:
+            return section.model_validate(given).model_dump(mode="json", exclude={"method"})
+        except ValidationError as error:
+            raise ValueError(f"rows: {row.label} at {sparsity.name}: {first_problem(error)}") from None
+
+    def parent(self, row: Row) -> Row:
+        """Return the method row that a control belongs to."""
+        wanted = row.of or next(other.label for other in self.rows if other.method)
+        return next(other for other in self.rows if other.label == wanted)
+
+
+def packaged() -> dict[str, Path]:
+    """Return the studies that ship with the package, ``{name: path}``."""
+    folder = Path(str(files("moedge.configs") / "studies"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_study(name_or_path: str | Path) -> Study:
+    """Read and check a study: the name of a packaged one, or a path to a YAML file.
+
+    Raises:
+        MoEdgeError: no such study, not YAML, or a key that is unknown, of a wrong type or impossible.
+    """
+    known = packaged()
+    path = known.get(str(name_or_path), Path(name_or_path))
+    if not path.is_file():
+        raise MoEdgeError(
+            f"No study {str(name_or_path)!r}: give the path of a YAML file or one of: {', '.join(known)}."
+        )
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return Study.model_validate(content)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise MoEdgeError(f"{path} cannot be read as YAML: {error}") from error
+    except ValidationError as error:
+        raise MoEdgeError(f"{path}: {first_problem(error)}") from None

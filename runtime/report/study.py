@@ -1,0 +1,77 @@
+"""Tables of a study (``moedge ablate``): results.json for programs, results.md for people."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from moedge._files import write_json, write_text
+
+STUDY_RESULTS_SCHEMA = "moedge.study-results/1"
+
+
+def write(
+    out: Path, *, study: dict[str, Any], model: str, calibration: dict[str, Any], results: list[dict[str, Any]]
+) -> None:
+    """Write both files into ``out``.
+
+    Args:
+        study: the study as JSON. model: label of the dense parent. calibration: tokens of each calibration text.
+        results: what each row left, in the order of the table: ``{"dense": row, "row": row}``.
+    """
+    rows = [result["row"] for result in results]
+    dense = results[0]["dense"]
+    data = {"schema": STUDY_RESULTS_SCHEMA, "study": study, "model": model, "calibration": calibration}
+    write_json(out / "results.json", {**data, "dense": dense, "rows": rows})
+    write_text(out / "results.md", markdown(study, model, calibration, dense, rows))
+
+
+def markdown(
+    study: dict[str, Any], model: str, calibration: dict[str, Any], dense: dict[str, Any], rows: list[dict[str, Any]]
+) -> str:
+    """The protocol, then one table for each sparsity."""
+    names = list(dense["ppl"])
+    used = ", ".join(f"{count:,} of {name}" for name, count in calibration["tokens"].items())
+    held = ", ".join(f"{text['held_out'] * (study['window'] - 1):,} of {name}" for name, text in _held(study, names))
+    lines = [
+        f"Model: {model}. Calibration: {used} tokens. Measured on held-out documents: {held} predicted tokens, windows "
+        f"of {study['window']}{' that start with BOS' if study['bos'] else ''}, each scored on its own, float32.",
+        "",
+        f"Seeds of random controls: {', '.join(map(str, study['seeds']))} (mean ± standard deviation). `active` is the "
+        "share of the FFN's neurons that run for a token; `seconds` is the time to make the plan.",
+    ]
+    for sparsity in study["sparsities"]:
+        name = sparsity["name"]
+        header = ["", *(f"{text} ppl" for text in names), *(f"{text} KL" for text in names), "active", "seconds"]
+        lines += [
+            "",
+            f"### {name} of each FFN skipped",
+            "",
+            _line(header),
+            _line(["---", *["---:"] * (len(header) - 1)]),
+        ]
+        here = [row for row in rows if row["sparsity"] == name]
+        lines.append(
+            _line(["dense", *(f"{dense['ppl'][text]:.2f}" for text in names), *["0"] * len(names), "100 %", ""])
+        )
+        for row in here:
+            label = f"**{row['label']}**" if row["kind"] == "method" else row["label"]
+            spread = row["ppl_std"]
+            ppl = [_ppl(row["ppl"][text], spread[text] if spread else None) for text in names]
+            kl = [f"{row['kl_to_dense'][text]:.3f}" for text in names]
+            active = f"{100 * row['active_width_fraction']:.1f} %"
+            lines.append(_line([label, *ppl, *kl, active, f"{row['seconds']:.0f}"]))
+    return "\n".join(lines) + "\n"
+
+
+def _held(study: dict[str, Any], names: list[str]) -> list[tuple[str, dict[str, Any]]]:
+    return list(zip(names, [text for text in study["texts"] if text["held_out"]], strict=True))
+
+
+def _ppl(value: float, spread: float | None) -> str:
+    digits = 2 if value < 1000 else 0
+    return f"{value:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "")
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

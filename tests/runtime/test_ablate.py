@@ -1,0 +1,112 @@
+"""``moedge ablate``: rows of a study, what is kept between two runs, and studies that are refused."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from moedge.configs.study import packaged
+from moedge.convert import calibration, evaluate, sources
+from moedge.convert.methods import cmoe
+from moedge.runtime.cli import app
+
+STUDY = """
+name: tiny
+model: {{source: {home}/model}}
+texts:
+  - {{source: {home}/text.txt, holdout_every: 4, calibration: 3, held_out: 2}}
+  - {{source: {home}/other.txt, holdout_every: 4, calibration: 2, held_out: 2}}
+window: 64
+bos: false
+seeds: [0, 1]
+sparsities:
+  - name: 25 %
+    methods: {{cmoe: {{shared: 3, active: 3, experts: 8}}, moedge: {{shared: 3, active: 3, experts: 8}}}}
+  - name: 50 %
+    methods: {{cmoe: {{shared: 2, active: 2, experts: 8}}, moedge: {{shared: 2, active: 2, experts: 8}}}}
+rows:
+  - {{label: CMoE, method: cmoe}}
+  - {{label: own, method: moedge, set: {{refit: {refit}}}}}
+  - {{label: random, control: random router, of: CMoE}}
+  - {{label: FLAP fitted, control: FLAP-MLP + refit}}
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Any], tiny_tokenizer: Any) -> Path:
+    """A folder with a model and two texts."""
+    home = tmp_path_factory.mktemp("ablate")
+    tiny_llama(layers=2).save_pretrained(home / "model")
+    tiny_tokenizer.save_pretrained(home / "model")
+    letters = random.Random(0)
+    for name, alphabet in (("text", "abcdefgh "), ("other", "mnopqrst ")):
+        lines = ["".join(letters.choices(alphabet, k=120)) for _ in range(60)]
+        (home / f"{name}.txt").write_text("\n".join(lines), encoding="utf-8")
+    return home
+
+
+def ablate(home: Path, text: str) -> Any:
+    (home / "study.yaml").write_text(text, encoding="utf-8")
+    return CliRunner().invoke(app, ["ablate", str(home / "study.yaml"), "--out", str(home / "run")])
+
+
+def test_rows_are_measured_on_one_protocol_and_kept(home: Path) -> None:
+    first = ablate(home, STUDY.format(home=home, refit="true"))
+    assert first.exit_code == 0, first.output
+    results = json.loads((home / "run/table/results.json").read_text())
+    rows = {(row["sparsity"], row["label"]): row for row in results["rows"]}
+    assert len(rows) == len(results["rows"]) == 8
+    assert rows["25 %", "random"]["seeds"] == [0, 1]
+    assert rows["25 %", "random"]["ppl_std"]["text"] > 0
+    assert {row["active_width_fraction"] for row in rows.values()} == {0.75, 0.5}
+    table = (home / "run/table/results.md").read_text()
+    assert f"{rows['50 %', 'own']['ppl']['other']:.2f}" in table
+
+    # The same numbers as the functions that the rows are made of.
+    folder = home / "model"
+    model, tokenizer = sources.load_model(folder), sources.load_tokenizer(folder)
+    statistics = calibration.load(home / "run/calibrate/statistics.safetensors")
+    plan = cmoe.plan(statistics, model, shared=3, active=3, experts=8)
+    held = calibration.split(calibration.read_text(str(home / "text.txt")), 4)[1]
+    windows = {"text": calibration.windows(tokenizer, held, 64, 2, bos=False, name="check")}
+    alone = evaluate.evaluate(model, {"CMoE": plan}, windows, {})["rows"][1]
+    assert rows["25 %", "CMoE"]["ppl"]["text"] == pytest.approx(alone["ppl"]["text"], rel=1e-6)
+    assert rows["25 %", "CMoE"]["kl_to_dense"]["text"] == pytest.approx(alone["kl_to_dense"]["text"], rel=1e-4)
+
+    second = ablate(home, STUDY.format(home=home, refit="false"))
+    assert second.exit_code == 0, second.output
+    redone = [line for line in second.output.splitlines() if "done in" in line]
+    assert len(redone) == 3, second.output  # `own` at both sparsities, and the table
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("method: moedge, set", "method: moe, set", "unknown method 'moe'"),
+        ("{{refit: {refit}}}", "{{refits: 1}}", "own at 25 %: refits"),
+        ("control: random router", "control: luck", "unknown control 'luck'"),
+        ("of: CMoE", "of: DIVE", "no method row is called 'DIVE'"),
+        ("label: own", "label: CMoE", "a label is used twice"),
+        ("window: 64", "window: 4", "window"),
+        ("{home}/other.txt", "{home}/missing.txt", "missing.txt does not exist"),
+        ("shared: 2, active: 2", "shared: 2, active: 9", "CMoE at 50 %"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_work(home: Path, old: str, new: str, said: str) -> None:
+    assert old in STUDY
+    result = ablate(home, STUDY.replace(old, new, 1).format(home=home, refit="true"))
+    assert result.exit_code == 2
+    assert said in " ".join(result.output.split())
+
+
+def test_packaged_studies_are_valid() -> None:
+    from moedge.configs.study import load_study
+
+    for name, path in packaged().items():
+        assert load_study(name).name == path.stem
