@@ -17,9 +17,6 @@ from moedge import MoEdgeError
 from moedge.configs.recipe import CONVERT_SECTIONS, ModelSection, Name, NonNegative, Positive, Spec
 from moedge.configs.tolerances import first_problem
 
-REFITTED = "FLAP-MLP + refit"
-"""The one control that is fitted on the calibration tokens themselves."""
-
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -49,6 +46,8 @@ class Row(_Section):
             raise ValueError("give either `method` or `control`.")
         if self.control is None and self.of is not None:
             raise ValueError("`of` belongs to a control.")
+        if self.control is not None and self.set:
+            raise ValueError("`set` belongs to a method; a control has no parameters.")
         return self
 
 
@@ -84,8 +83,8 @@ class Study(_Section):
             raise ValueError("rows: no row has a `method`; controls need one to compare with.")
         for row in self.rows:
             if row.control is not None:
-                if row.control not in (*CONTROLS, REFITTED):
-                    known = ", ".join((*CONTROLS, REFITTED))
+                if row.control not in CONTROLS:
+                    known = ", ".join(CONTROLS)
                     raise ValueError(f"rows: {row.label}: unknown control {row.control!r}; known: {known}.")
                 if row.of is not None and row.of not in made:
                     raise ValueError(f"rows: {row.label}: no method row is called {row.of!r}.")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moedge._files import digest, write_json
-from moedge.configs.study import REFITTED, Row, Sparsity, Study
+from moedge.configs.study import Row, Sparsity, Study
 from moedge.runtime import held_out, run_folder, stages
 from moedge.runtime.recipe import Context, Stage
 
@@ -85,7 +85,7 @@ def _row_stage(study: Study, sparsity: Sparsity, row: Row, *, keep: bool) -> Sta
         params |= {"method": row.method, "params": study.parameters(row, sparsity), "keep": keep}
     else:
         seeds = study.seeds if row.control in SEEDED else [0]
-        params |= {"control": row.control, "params": row.set, "seeds": seeds, "of": _name(sparsity, study.parent(row))}
+        params |= {"control": row.control, "params": {}, "seeds": seeds, "of": _name(sparsity, study.parent(row))}
         reads = (*reads, params["of"])
     what = f"{row.label} at {sparsity.name}"
     body = method_row if row.method is not None else control_row
@@ -188,8 +188,6 @@ def method_row(context: Context) -> None:
 
 def control_row(context: Context) -> None:
     """Make a control of another row's plan, once a seed, and measure."""
-    from safetensors.numpy import load_file
-
     from moedge.convert import calibration
     from moedge.convert.methods import baselines
     from moedge.convert.plan import MoEPlan
@@ -197,14 +195,10 @@ def control_row(context: Context) -> None:
 
     params, calibrated = context.params, context.root / "calibrate"
     model, parent = load_model(run_folder.dense(context.root)), MoEPlan.load(context.root / params["of"])
+    statistics = calibration.load(calibrated / "statistics.safetensors")
+    make = baselines.CONTROLS[params["control"]]
     started = time.perf_counter()
-    if params["control"] == REFITTED:
-        ids = load_file(calibrated / "windows.safetensors")["windows"]
-        plans = [baselines.flap_refit(parent, ids, model, **params["params"])]
-    else:
-        statistics = calibration.load(calibrated / "statistics.safetensors")
-        make = baselines.CONTROLS[params["control"]]
-        plans = [make(parent, statistics, model, seed) for seed in params["seeds"]]
+    plans = [make(parent, statistics, model, seed) for seed in params["seeds"]]
     _measure(context, model, plans, "control", (time.perf_counter() - started) / len(plans))
 
 

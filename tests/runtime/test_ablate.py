@@ -34,7 +34,7 @@ rows:
   - {{label: CMoE, method: cmoe}}
   - {{label: own, method: moedge, set: {{refit: {refit}}}}}
   - {{label: random, control: random router, of: CMoE}}
-  - {{label: FLAP fitted, control: FLAP-MLP + refit}}
+  - {{label: FLAP, control: FLAP-MLP}}
 """
 
 
