@@ -9,7 +9,7 @@ demo: .venv/cpu.done
 	$(BIN)/moedge run smollm2-135m
 
 test: .venv/test.done
-	$(BIN)/python -m pytest -m "not slow and not network and not gpu"
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m "not slow and not network and not gpu"
 
 test-slow: .venv/test.done
 	$(BIN)/python -m pytest -m "(slow or network) and not gpu"
