@@ -409,3 +409,27 @@ def _sparse_glu_backward(ctx: Any, d_y: torch.Tensor) -> tuple[torch.Tensor | No
 
 
 sparse_glu.register_autograd(_sparse_glu_backward, setup_context=_keep_inputs)
+
+
+def _on_cuda(operator: Any) -> None:
+    """Give an operator its Triton kernel on CUDA devices; Triton is imported at the first call there.
+
+    Without Triton, and for what the kernels do not take (float64, over 512 experts), the one above runs there too.
+    """
+
+    def run(*arguments: Any) -> Any:
+        try:
+            from moedge.export.kernels import cuda
+        except ModuleNotFoundError as error:
+            if error.name != "triton":
+                raise
+            return operator._init_fn(*arguments)
+        if not cuda.supports(operator._name, arguments):
+            return operator._init_fn(*arguments)
+        return getattr(cuda, operator._name)(*arguments)
+
+    operator.register_kernel("cuda", run)
+
+
+for _operator in (route, dispatch, grouped_glu, grouped_linear, combine, sparse_glu):
+    _on_cuda(_operator)

@@ -12,6 +12,16 @@ import pytest
 # Before torch is imported: tiny matrix products lose more to a second thread than they gain, on a busy machine 5 times.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Triton kernels run in Triton's interpreter, which has to be chosen before Triton is imported by anyone.
+
+    ``pytest -m gpu`` compiles them for the device instead.
+    """
+    if config.option.markexpr != "gpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 VOCAB = 260
 """Tokens of the tiny tokenizer: 256 bytes and 4 special tokens."""
 
