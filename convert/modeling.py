@@ -101,14 +101,24 @@ class SparseFFN(nn.Module):
         hidden = activate(F.linear(flat, self.shared_gate), self.activation) * F.linear(flat, self.shared_up)
         y = F.linear(hidden, self.shared_down, self.output_bias)
         if self.router is not None:
-            scores = self.router(flat.float())
-            indices, weights = torch.ops.moedge.route(scores, self.selection_bias, self.scale, self.top_k, self.combine)
-            if self.record_routes:
-                self.last_routes = indices
-            y = y + torch.ops.moedge.sparse_glu(
-                flat, indices, weights, self.gate, self.up, self.down, self.compensation, self.activation
-            )
+            y = y + self._routed(flat, y.dtype)
         return y.reshape(x.shape)
+
+    def _routed(self, flat: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return what the selected experts add for tokens [T, H]."""
+        assert self.router is not None
+        kind = flat.device.type
+        experts = (self.gate, self.up, self.down, self.compensation)
+        if torch.is_autocast_enabled(kind):  # it does not see into the operators, and must not round the router
+            with torch.autocast(kind, enabled=False):
+                scores = self.router(flat.float())
+            flat, *experts = (None if t is None else t.to(dtype) for t in (flat, *experts))  # type: ignore[assignment]
+        else:
+            scores = self.router(flat.float())
+        indices, weights = torch.ops.moedge.route(scores, self.selection_bias, self.scale, self.top_k, self.combine)
+        if self.record_routes:
+            self.last_routes = indices
+        return torch.ops.moedge.sparse_glu(flat, indices, weights, *experts, self.activation)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SparseFFN:
         """Move or cast, but never cast the router, the selection bias and the scale (``model.to(torch.bfloat16)``)."""
