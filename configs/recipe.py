@@ -150,6 +150,7 @@ class EvaluateSection(_Section):
         "oracle router",
     ]
     seeds: Annotated[list[NonNegative], Field(min_length=1)] = [0]
+    diagnostics: bool = False
 
 
 class VerifySection(_Section):

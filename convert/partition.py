@@ -21,6 +21,10 @@ Distance = Literal["l2", "l1"]
 Padding = Literal["none", "uneven"]
 
 
+_SQUARE = 2048
+"""Most points that are assigned as a square problem; importing the other solver costs more than it saves there."""
+
+
 def signatures(top_neurons: np.ndarray, width: int) -> csr_matrix:
     """Return the ATopK marks as a sparse 0/1 float64 matrix [D, q].
 
@@ -88,17 +92,30 @@ def squared_distances(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
 def assign_balanced(cost: np.ndarray, widths: list[int]) -> np.ndarray:
     """Give each point to one group so that group e holds exactly ``widths[e]`` points and the total cost is least.
 
-    Each group's column is repeated once per slot; the square assignment problem is solved by the modified
-    Jonker-Volgenant algorithm (CMoE sec. 3.2).
+    Up to :data:`_SQUARE` points each group's column is repeated once per slot, and the square assignment problem is
+    solved by the modified Jonker-Volgenant algorithm (CMoE sec. 3.2). Beyond, that matrix [n, n] takes gigabytes and
+    rows that are equal (dead neurons) minutes; the same problem without the copies is a transport problem [n, E], which
+    the network simplex solves exactly. Its vertices are whole numbers, as supplies and demands are.
 
     Args:
         cost: [n, E] with n = sum(widths).
 
     Returns:
         int32 [n], the group of each point.
+
+    Raises:
+        MoEdgeError: the solver gave up.
     """
     from scipy.optimize import linear_sum_assignment
 
+    if len(cost) > _SQUARE:
+        import ot
+
+        sizes = np.asarray(widths, dtype=np.float64)
+        flow, log = ot.emd(np.ones(len(cost)), sizes, cost.astype(np.float64), numItermax=1_000_000_000, log=True)
+        if log["warning"]:
+            raise MoEdgeError(f"The assignment of {len(cost)} neurons to experts failed: {log['warning']}.")
+        return flow.argmax(axis=1).astype(np.int32)
     group_of_slot = np.repeat(np.arange(len(widths), dtype=np.int32), widths)
     _, slots = linear_sum_assignment(cost[:, group_of_slot])
     return group_of_slot[slots]

@@ -350,6 +350,55 @@ def inspect(
     command(path, as_json=as_json)
 
 
+@_command("diagnose")
+def diagnose(
+    path: Annotated[Path, typer.Argument(help="MoE checkpoint or run folder.")],
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="asset:NAME or a .txt, .utf8 or .jsonl file (may be repeated); asset:wiki by default."),
+    ] = None,
+    dense: Annotated[
+        str | None, typer.Option(help="Dense parent to measure errors against; a run folder knows its own.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=8, help="Tokens of each text.")] = 4096,
+    window: Annotated[int, typer.Option(min=8, help="Tokens per window.")] = 512,
+    holdout_every: Annotated[
+        int, typer.Option(min=2, help="Of the calibration text only every Nth document is used, the held-out ones.")
+    ] = 10,
+    stability: Annotated[
+        bool, typer.Option("--stability", help="Convert again on halves and on each text; compare the partitions.")
+    ] = False,
+    k_a: Annotated[
+        int, typer.Option("--k-a", min=1, help="A neuron is dead when no token has it among its k-a strongest.")
+    ] = 10,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the first text to this .svg or .png file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the whole result to this JSON file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what the routers do: agreement with the best choice, load, dead neurons, errors, partition stability.
+
+    \b
+    Examples:
+      moedge diagnose runs/smollm2-135m
+      moedge diagnose build/moe --dense ./my-llama --text my.txt --text other.txt --stability --plot routing.svg
+    """
+    from moedge.runtime.commands.diagnose import diagnose as command
+
+    command(
+        path,
+        texts=text or ["asset:wiki"],
+        dense=dense,
+        tokens=tokens,
+        window=window,
+        every=holdout_every,
+        stability=stability,
+        k_a=k_a,
+        plot=plot,
+        out=out,
+        as_json=as_json,
+    )
+
+
 @_command("doctor")
 def doctor(as_json: Json = False) -> None:
     """Say which runtimes, versions and devices are here, and which lowerings are therefore possible.

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from moedge.convert.calibration import TextSet
+    from moedge.convert.plan import MoEPlan
 
 
 def calibration_text(entry: dict[str, Any]) -> TextSet:
@@ -48,6 +49,21 @@ def texts(entries: dict[str, Any]) -> list[TextSet]:
         same = sum(other.name.split(" ")[0] == text.name for other in found)
         found.append(replace(text, name=f"{text.name} ({same + 1})") if same else text)
     return found
+
+
+def beside(plan: MoEPlan, spec: str, every: int) -> tuple[TextSet, str]:
+    """Documents of a text that a plan was not calibrated on, and what they are in words.
+
+    Args:
+        every: of the calibration text, the documents with id (else position) 0 modulo this were held out.
+    """
+    from moedge.convert import calibration
+
+    text = calibration.read_text(spec)
+    if text.sha256 != plan.provenance.get("text_sha256"):
+        return text, f"{len(text.documents)} documents"
+    text = calibration.split(text, every)[1]
+    return text, f"{len(text.documents)} documents of the calibration text that were held out, id % {every} = 0"
 
 
 def windows(

@@ -360,6 +360,15 @@ def evaluate(context: Context) -> None:
         progress=context.progress,
     )
     write_json(context.out / "evaluation.json", {**result, "skipped": skipped})
+    if params["diagnostics"]:
+        from moedge.convert import diagnostics, modeling
+
+        converted, _, _ = modeling.load(run_folder.checkpoint(context.root))
+        found = {
+            name: {"documents": documents[name], **diagnostics.diagnose(converted, ids, dense_model=model)}
+            for name, ids in windows.items()
+        }
+        write_json(context.out / "diagnostics.json", {"schema": diagnostics.DIAGNOSTICS_SCHEMA, "texts": found})
 
 
 def verify(context: Context) -> None:

@@ -51,6 +51,8 @@ def build(run: Path, recipe: dict[str, Any]) -> dict[str, Any]:
         ],
         "recipe": recipe,
     }
+    if (run / "evaluate" / "diagnostics.json").is_file():
+        result["diagnostics"] = read_json(run / "evaluate" / "diagnostics.json")
     result["sentences"] = sentences(result)
     return result
 

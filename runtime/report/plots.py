@@ -49,6 +49,11 @@ def draw_all(report: dict[str, Any]) -> dict[str, str]:
             figure = plot(report)
             if figure is not None:
                 drawn[name] = _svg(figure, name)
+    if "diagnostics" in report:
+        from moedge.runtime.report import diagnosis
+
+        name, text = next(iter(report["diagnostics"]["texts"].items()))
+        drawn["diagnosis"] = diagnosis.draw_inline(name, text)
     return drawn
 
 

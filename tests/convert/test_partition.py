@@ -62,6 +62,23 @@ def test_distances_equal_the_definition(distance: partition.Distance) -> None:
     np.testing.assert_allclose(partition.distances(points, centroids, distance), expected, atol=1e-7)
 
 
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), widths=st.lists(st.integers(1, 9), min_size=1, max_size=5), ties=st.booleans())
+def test_the_transport_solver_finds_the_optimum_of_the_square_problem(seed: int, widths: list[int], ties: bool) -> None:
+    generator = np.random.default_rng(seed)
+    cost = generator.random((sum(widths), len(widths)))
+    cost = np.round(cost * 2) if ties else cost
+    square = partition.assign_balanced(cost, widths)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(partition, "_SQUARE", 0)
+        labels = partition.assign_balanced(cost, widths)
+    assert labels.dtype == np.int32
+    assert np.bincount(labels, minlength=len(widths)).tolist() == widths
+    rows = np.arange(len(cost))
+    # float64 sums of at most 45 costs below 2.
+    assert cost[rows, labels].sum() == pytest.approx(cost[rows, square].sum(), abs=1e-12)
+
+
 @pytest.mark.parametrize("distance", ["l1", "l2"])
 def test_kmeans_finds_planted_clusters(distance: partition.Distance) -> None:
     # 3 groups of 4 neurons that always fire together, dealt in a mixed order.

@@ -24,7 +24,7 @@ text: {{calibration: {home}/text.txt, held_out: [{home}/text.txt]}}
 calibration: {{windows: 4, length: 64}}
 convert: {convert}
 export: {{targets: [ort-cpu], dense_parent: false, max_length: 256}}
-evaluate: {{window: 64, tokens: 256}}
+evaluate: {{window: 64, tokens: 256, diagnostics: true}}
 verify: {{tokens: 2048, window: 256, prefill: 253, threads: 1}}
 bench: {{prompt: 8, decode: 2, repeats: 3, warmup: 0, threads: 1}}
 """
@@ -115,6 +115,11 @@ def test_a_run_of_every_method_passes_and_its_report_is_complete(
     else:
         assert compared == {f"{label} = torch dense" for label in ("torch moe", *EXPORTED)}
         assert verification["identity_note"] is None
+
+    (routing,) = report["diagnostics"]["texts"].values()
+    assert [layer["experts"] for layer in routing["layers"]] == [row["experts"] for row in conversion["layers"]]
+    assert (routing["mean"]["agreement"] is None) == static
+    assert "<h2>Routing</h2>" in (run / "report.html").read_text(encoding="utf-8")
 
     facts = json.loads(moedge("inspect", run / "convert" / "checkpoint", "--json").stdout)
     assert facts["method"] == name

@@ -1,0 +1,164 @@
+"""``moedge diagnose``: what the routers of a converted model do, layer by layer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from moedge import MoEdgeError
+from moedge._files import write_json
+from moedge.runtime import held_out, run_folder
+from moedge.runtime.progress import single
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedModel
+
+    from moedge.convert.plan import MoEPlan
+    from moedge.runtime.progress import Reporter
+
+
+def diagnose(
+    path: Path,
+    *,
+    texts: list[str],
+    dense: str | None,
+    tokens: int,
+    window: int,
+    every: int,
+    stability: bool,
+    k_a: int,
+    plot: Path | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Diagnose a checkpoint, or that of a run folder, on each text."""
+    from moedge.convert import diagnostics, modeling, sources
+
+    folder = run_folder.checkpoint(path) if run_folder.is_run(path) else path
+    if plot is not None and plot.suffix not in (".svg", ".png"):
+        raise MoEdgeError(f"--plot {plot}: write a .svg or .png file.")
+    if stability and dense is None and not run_folder.is_run(path):
+        raise MoEdgeError("--stability converts again, which needs the dense parent: give it with --dense.")
+    if not (folder / "plan.json").is_file():
+        raise MoEdgeError(f"{path} is neither a run folder nor a MoE checkpoint; `moedge convert` makes one.")
+    with single("diagnose", str(path)) as reporter:
+        model, plan, tokenizer = modeling.load(folder)
+        parent = None
+        if dense is not None or run_folder.is_run(path):
+            parent = sources.load_model(sources.resolve(dense).folder if dense else run_folder.dense(path))
+        count = -(-tokens // window)
+        found: dict[str, Any] = {}
+        windows = {}
+        for spec in texts:
+            text, how = held_out.beside(plan, spec, every)
+            windows[text.name] = held_out.windows(tokenizer, text, window, count, bos=False, name="diagnosed")
+            reporter.note(f"{text.name}: {how}")
+            result = diagnostics.diagnose(
+                model, windows[text.name], dense_model=parent, k_a=k_a, progress=reporter.progress
+            )
+            found[text.name] = {"documents": how, **result}
+        result = {
+            "schema": diagnostics.DIAGNOSTICS_SCHEMA,
+            "plan_sha256": plan.sha256,
+            "method": plan.method,
+            "protocol": {"window": window, "bos": False, "k_a": k_a, "dtype": str(model.dtype).removeprefix("torch.")},
+            "texts": found,
+            "stability": None,
+        }
+        if stability:
+            assert parent is not None
+            result["stability"] = _stability(parent, plan, windows, reporter)
+    if out is not None:
+        write_json(out, result)
+    if plot is not None:
+        from moedge.runtime.report import diagnosis
+
+        first = next(iter(found))
+        plot.write_bytes(diagnosis.draw(first, found[first], plot.suffix[1:]))
+    if as_json:
+        print(json.dumps(result, indent=2, allow_nan=False))
+    else:
+        _print(result)
+
+
+def _stability(
+    parent: PreTrainedModel, plan: MoEPlan, windows: dict[str, np.ndarray], reporter: Reporter
+) -> list[dict[str, Any]]:
+    """Convert again from the two halves of the first text, and from each text; compare the partitions."""
+    from moedge.convert import diagnostics
+
+    first, ids = next(iter(windows.items()))
+    half = len(ids) // 2
+    if half < 2:
+        raise MoEdgeError(f"--stability: {len(ids)} windows are too few to halve; raise --tokens to 4 windows or more.")
+    parts = {f"{first} 1/2": ids[:half], f"{first} 2/2": ids[half : 2 * half]}
+    found = []
+    for group in (parts, windows if len(windows) > 1 else {}):
+        plans = {}
+        for name, part in group.items():
+            reporter.note(f"converting again on {name}")
+            plans[name] = diagnostics.replan(parent, plan, part)
+        found += diagnostics.stability(plans)
+    return found
+
+
+def _print(result: dict[str, Any]) -> None:
+    console = Console()
+    for name, text in result["texts"].items():
+        protocol = result["protocol"]
+        console.print(
+            escape(
+                f"{result['method']} on {name} ({text['documents']}; {text['tokens']:,} tokens, window "
+                f"{protocol['window']}, {protocol['dtype']}); errors against {text['reference']}"
+            ),
+            highlight=False,
+            soft_wrap=True,
+        )
+        table = Table(box=None, padding=(0, 1, 0, 0))  # eleven columns on a terminal of 80
+        columns = ("layer", "k of E", "agree", "capt.", "load CV", "dead E", "dead n")
+        for column in (*columns, "router", "oracle", "random", "static"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for layer in [*text["layers"], {"layer": "mean", **text["mean"]}]:
+            shape = f"{layer['top_k']} of {layer['experts']}" if "experts" in layer else ""
+            table.add_row(
+                str(layer["layer"]),
+                shape,
+                _percent(layer["agreement"]),
+                _percent(layer["captured"]),
+                _number(layer["load_cv"]),
+                str(layer.get("dead_experts", "")),
+                _percent(layer["dead_neurons"]),
+                *(_number(layer["relative_error"][who]) for who in ("router", "oracle", "random", "static")),
+                style="bold" if layer["layer"] == "mean" else "",
+            )
+        console.print(table)
+        chance = text["mean"]["agreement_by_chance"]
+        if chance is not None:
+            notes = (
+                f"agree: share of the best experts (oracle) that are chosen, by chance {chance:.1%}; capt.: their value"
+            )
+            console.print(
+                f"{notes} over that of the best; dead E, n: experts, neurons that no token uses", soft_wrap=True
+            )
+        console.print("router, oracle, random, static: relative error when it chooses the experts", soft_wrap=True)
+    for entry in result["stability"] or []:
+        shown = [
+            f"{name} {part['mean']:.3f} (by chance {part['by_chance']:.3f})"
+            for name in ("shared", "experts")
+            if (part := entry[name]) is not None
+        ]
+        console.print(escape(f"Jaccard {' / '.join(entry['between'])}: {', '.join(shown)}"), highlight=False)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
