@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from moedge.convert.closed_form import select
-from moedge.convert.partition import assign_balanced
+from moedge.convert.partition import assign_transport
 
 
 def by_expert(energy: torch.Tensor, labels: np.ndarray, experts: int) -> torch.Tensor:
@@ -31,7 +31,7 @@ def reassign(energy: torch.Tensor, mask: torch.Tensor, widths: list[int]) -> tup
         energy: [q, n]. mask: 1 where a token selects an expert, [q, E]. widths: neurons of each expert.
     """
     gain = (energy.T @ mask).double().cpu().numpy()
-    labels = assign_balanced(-gain, widths)
+    labels = assign_transport(-gain, widths)
     return labels, float(gain[np.arange(len(labels)), labels].sum())
 
 
@@ -76,7 +76,7 @@ def by_correlation(energy: torch.Tensor, widths: list[int], iterations: int = 5)
     centroids = amplitude[:, energy.sum(dim=0).argsort(descending=True, stable=True)[: len(widths)]]
     labels = np.zeros(0, dtype=np.int32)
     for _ in range(iterations):
-        updated = assign_balanced(-(amplitude.T @ centroids).double().cpu().numpy(), widths)
+        updated = assign_transport(-(amplitude.T @ centroids).double().cpu().numpy(), widths)
         if np.array_equal(updated, labels):
             break
         labels = updated

@@ -94,8 +94,7 @@ def assign_balanced(cost: np.ndarray, widths: list[int]) -> np.ndarray:
 
     Up to :data:`_SQUARE` points each group's column is repeated once per slot, and the square assignment problem is
     solved by the modified Jonker-Volgenant algorithm (CMoE sec. 3.2). Beyond, that matrix [n, n] takes gigabytes and
-    rows that are equal (dead neurons) minutes; the same problem without the copies is a transport problem [n, E], which
-    the network simplex solves exactly. Its vertices are whole numbers, as supplies and demands are.
+    rows that are equal (dead neurons) minutes, and :func:`assign_transport` finds the same optimum.
 
     Args:
         cost: [n, E] with n = sum(widths).
@@ -109,16 +108,30 @@ def assign_balanced(cost: np.ndarray, widths: list[int]) -> np.ndarray:
     from scipy.optimize import linear_sum_assignment
 
     if len(cost) > _SQUARE:
-        import ot
-
-        sizes = np.asarray(widths, dtype=np.float64)
-        flow, log = ot.emd(np.ones(len(cost)), sizes, cost.astype(np.float64), numItermax=1_000_000_000, log=True)
-        if log["warning"]:
-            raise MoEdgeError(f"The assignment of {len(cost)} neurons to experts failed: {log['warning']}.")
-        return flow.argmax(axis=1).astype(np.int32)
+        return assign_transport(cost, widths)
     group_of_slot = np.repeat(np.arange(len(widths), dtype=np.int32), widths)
     _, slots = linear_sum_assignment(cost[:, group_of_slot])
     return group_of_slot[slots]
+
+
+def assign_transport(cost: np.ndarray, widths: list[int]) -> np.ndarray:
+    """Solve the problem of :func:`assign_balanced` as a transport problem [n, E], without a column per slot.
+
+    The network simplex is exact, and its vertices are whole numbers, as supplies and demands are. It takes a tenth of
+    the time of the square problem at n = 1,344, E = 56; where optima tie, the two may choose differently.
+
+    Raises:
+        MoEdgeError: the solver gave up.
+    """
+    import ot
+
+    sizes = np.asarray(widths, dtype=np.float64)
+    # Negative costs make POT's simplex report a feasible problem as infeasible; a shift changes no choice.
+    shifted = cost.astype(np.float64) - cost.min()
+    flow, log = ot.emd(np.ones(len(cost)), sizes, shifted, numItermax=1_000_000_000, log=True)
+    if log["warning"]:
+        raise MoEdgeError(f"The assignment of {len(cost)} neurons to experts failed: {log['warning']}.")
+    return flow.argmax(axis=1).astype(np.int32)
 
 
 def assign_greedy(cost: np.ndarray, widths: list[int]) -> np.ndarray:
