@@ -399,6 +399,57 @@ def diagnose(
     )
 
 
+@_command("evaluate")
+def evaluate(
+    models: Annotated[list[Path], typer.Argument(help="MoE checkpoints, dense models, or a run folder (both of its).")],
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="Perplexity on this text: asset:NAME or a file (may be repeated); asset:wiki by default."),
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="lm-eval tasks with commas between, e.g. arc_easy,piqa.")] = None,
+    task_data: Annotated[
+        list[str] | None,
+        typer.Option("--task-data", metavar="TASK=FILE", help="Local data of a task (.arrow, .jsonl, .parquet, .csv)."),
+    ] = None,
+    shots: Annotated[int, typer.Option(min=0, help="Solved examples in front of a question.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many questions of each task.")] = None,
+    tokens: Annotated[int, typer.Option(min=8, help="Tokens of each text.")] = 8192,
+    window: Annotated[int, typer.Option(min=8, help="Tokens per window; windows do not overlap.")] = 512,
+    bos: Annotated[bool, typer.Option("--bos", help="Start every window with the begin-of-sequence token.")] = False,
+    holdout_every: Annotated[
+        int, typer.Option(min=2, help="Of the calibration text only every Nth document is used, the held-out ones.")
+    ] = 10,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows or questions per forward pass.")] = 4,
+    out: Annotated[Path | None, typer.Option(help="Also write the whole result to this JSON file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure perplexity on held-out text and accuracy on lm-eval tasks (needs moedge[eval]), all from local data.
+
+    \b
+    Examples:
+      moedge evaluate runs/smollm2-135m --text asset:wiki --text asset:c4
+      moedge evaluate ./my-llama build/moe --tasks arc_easy,piqa,sciq --limit 200
+    """
+    from moedge.runtime.commands.evaluate import evaluate as command
+
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    command(
+        models,
+        texts=text or ([] if names else ["asset:wiki"]),
+        tasks=names,
+        task_data=task_data or [],
+        shots=shots,
+        limit=limit,
+        tokens=tokens,
+        window=window,
+        bos=bos,
+        every=holdout_every,
+        batch_size=batch_size,
+        out=out,
+        as_json=as_json,
+    )
+
+
 @_command("doctor")
 def doctor(as_json: Json = False) -> None:
     """Say which runtimes, versions and devices are here, and which lowerings are therefore possible.

@@ -51,6 +51,14 @@ def texts(entries: dict[str, Any]) -> list[TextSet]:
     return found
 
 
+def whole(spec: str) -> tuple[TextSet, str]:
+    """All documents of a text, and what they are in words."""
+    from moedge.convert import calibration
+
+    text = calibration.read_text(spec)
+    return text, f"{len(text.documents)} documents"
+
+
 def beside(plan: MoEPlan, spec: str, every: int) -> tuple[TextSet, str]:
     """Documents of a text that a plan was not calibrated on, and what they are in words.
 
@@ -59,9 +67,9 @@ def beside(plan: MoEPlan, spec: str, every: int) -> tuple[TextSet, str]:
     """
     from moedge.convert import calibration
 
-    text = calibration.read_text(spec)
+    text, words = whole(spec)
     if text.sha256 != plan.provenance.get("text_sha256"):
-        return text, f"{len(text.documents)} documents"
+        return text, words
     text = calibration.split(text, every)[1]
     return text, f"{len(text.documents)} documents of the calibration text that were held out, id % {every} = 0"
 

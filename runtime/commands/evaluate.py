@@ -1,0 +1,145 @@
+"""``moedge evaluate``: perplexity on held-out text and lm-eval tasks, of dense and converted models side by side."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from moedge import MoEdgeError
+from moedge._files import write_json
+from moedge.runtime import held_out, run_folder
+from moedge.runtime.progress import single
+
+if TYPE_CHECKING:
+    from moedge.convert.plan import MoEPlan
+
+SCHEMA = "moedge.scores/1"
+
+
+def evaluate(
+    paths: list[Path],
+    *,
+    texts: list[str],
+    tasks: list[str],
+    task_data: list[str],
+    shots: int,
+    limit: int | None,
+    tokens: int,
+    window: int,
+    bos: bool,
+    every: int,
+    batch_size: int,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Score each model on each text and task; the models are loaded one after the other."""
+    from moedge.convert import evaluate as quality
+    from moedge.convert import modeling, sources
+    from moedge.convert.plan import MoEPlan
+    from moedge.convert.tasks import run
+
+    data = dict(_assignment(text) for text in task_data)
+    if unused := set(data) - set(tasks):
+        raise MoEdgeError(f"--task-data names {', '.join(sorted(unused))}, which --tasks does not.")
+    models = _models(paths)
+    plans = {label: MoEPlan.load(folder) for label, folder in models.items() if (folder / "plan.json").is_file()}
+    plan: MoEPlan | None = next(iter(plans.values()), None)
+    chosen = {}
+    for spec in texts:
+        if plan is None:
+            text, how = held_out.whole(spec)
+        else:
+            text, how = held_out.beside(plan, spec, every)
+        chosen[text.name] = (text, how)
+    rows: list[dict[str, Any]] = []
+    count = -(-tokens // window)
+    with single("evaluate", ", ".join(models)) as reporter:
+        for label, folder in models.items():
+            if label in plans:
+                model, _, tokenizer = modeling.load(folder)
+            else:
+                folder = sources.resolve(str(folder)).folder
+                model, tokenizer = sources.load_model(folder), sources.load_tokenizer(folder)
+            row: dict[str, Any] = {"model": label, "perplexity": {}, "tasks": []}
+            for name, (text, _) in chosen.items():
+                reporter.note(f"{label}: perplexity on {name}")
+                windows = held_out.windows(tokenizer, text, window, count, bos=bos, name="evaluation")
+                row["perplexity"][name] = quality.perplexity(
+                    model, windows, batch_size=batch_size, progress=reporter.progress
+                )
+            if tasks:
+                reporter.note(f"{label}: {', '.join(tasks)}")
+                row["tasks"] = run(model, tokenizer, tasks, data=data, shots=shots, limit=limit, batch_size=batch_size)
+            dtype = str(model.dtype).removeprefix("torch.")
+            rows.append(row)
+            del model
+    protocol = {
+        "window": window,
+        "bos": bos,
+        "dtype": dtype,
+        "documents": {name: how for name, (_, how) in chosen.items()},
+        "shots": shots,
+        "limit": limit,
+    }
+    result = {"schema": SCHEMA, "protocol": protocol, "rows": rows}
+    if out is not None:
+        write_json(out, result)
+    if as_json:
+        print(json.dumps(result, indent=2, allow_nan=False))
+    else:
+        _print(result)
+
+
+def _models(paths: list[Path]) -> dict[str, Path]:
+    """Label -> folder; a run folder stands for its dense parent and its checkpoint."""
+    found: dict[str, Path] = {}
+    for path in paths:
+        if run_folder.is_run(path):
+            found |= {f"{path} dense": run_folder.dense(path), f"{path} moe": run_folder.checkpoint(path)}
+        else:
+            found[str(path)] = path
+    return found
+
+
+def _assignment(text: str) -> tuple[str, Path]:
+    name, equals, path = text.partition("=")
+    if not equals or not name or not path:
+        raise MoEdgeError(f"--task-data {text}: write TASK=FILE, for example --task-data sciq=my.jsonl.")
+    return name, Path(path).expanduser()
+
+
+def _print(result: dict[str, Any]) -> None:
+    console, protocol, rows = Console(), result["protocol"], result["rows"]
+    names = list(protocol["documents"])
+    if names:
+        table = Table(title=f"perplexity, windows of {protocol['window']} tokens, {protocol['dtype']}")
+        table.add_column("model")
+        for name in names:
+            table.add_column(escape(name), justify="right")
+        for row in rows:
+            table.add_row(escape(row["model"]), *(f"{row['perplexity'][name]['ppl']:.4g}" for name in names))
+        console.print(table)
+        for name, documents in protocol["documents"].items():
+            scored = rows[0]["perplexity"][name]["tokens"]
+            console.print(escape(f"{name}: {documents}; {scored:,} tokens scored"), highlight=False, soft_wrap=True)
+    if rows[0]["tasks"]:
+        table = Table(title=f"lm-eval tasks, {protocol['shots']} shots, {protocol['dtype']}")
+        for column in ("task", "questions", "metric", *(row["model"] for row in rows)):
+            table.add_column(escape(column), justify="right" if column == "questions" else "left", overflow="fold")
+        for number, task in enumerate(rows[0]["tasks"]):
+            for metric in task["metrics"]:
+                values = [row["tasks"][number]["metrics"][metric] for row in rows]
+                shown = [
+                    f"{value['value']:.4f}" + (f" ± {value['stderr']:.4f}" if value["stderr"] is not None else "")
+                    for value in values
+                ]
+                table.add_row(escape(task["task"]), f"{task['questions']:,}", escape(metric), *shown)
+        console.print(table)
+        for task in rows[0]["tasks"]:
+            note = f"{task['task']}: lm-eval version {task['version']}, {task['shots']} shots, data {task['data']}"
+            console.print(escape(note), highlight=False, soft_wrap=True)
