@@ -68,20 +68,25 @@ def open_bundle(path: Path | str) -> Bundle:
         raise MoEdgeError(f"{path / MANIFEST} is not of schema {BUNDLE_SCHEMA}; export again with this version.")
     if missing := [key for key in _REQUIRED if key not in manifest]:
         raise MoEdgeError(f"{path / MANIFEST} lacks {', '.join(missing)}; export again.")
-    _verify_files(path, manifest["files"])
+    verify_files(path, manifest["files"])
     if manifest["io"].get("model") not in manifest["files"]:
         raise MoEdgeError(f"{path / MANIFEST} names model {manifest['io'].get('model')!r}, which it does not list.")
     return Bundle(path, manifest)
 
 
-def _verify_files(path: Path, files: dict[str, dict[str, Any]]) -> None:
+def verify_files(path: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Check that ``path`` holds exactly ``files`` (and its manifest), byte for byte.
+
+    Raises:
+        MoEdgeError: a file that is missing, not listed, a link, or not what its hash says.
+    """
     present = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file() or file.is_symlink()}
     if extra := present - set(files) - {MANIFEST}:
         raise MoEdgeError(f"Bundle {path} holds {sorted(extra)[0]}, which its manifest does not list; it was changed.")
     for name, entry in files.items():
         file = safe_join(path, name)
         if not file.is_file():
-            raise MoEdgeError(f"Bundle {path} lacks {name}; copy it whole or export again.")
+            raise MoEdgeError(f"Bundle {path} lacks {name}; copy it whole or make it again.")
         if file.stat().st_size != entry["size"] or sha256_file(file) != entry["sha256"]:
             raise MoEdgeError(
                 f"Bundle {path}: {name} was changed or damaged (its size or sha256 is not the manifest's)."

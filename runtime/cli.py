@@ -235,6 +235,53 @@ def export(
     command(checkpoint, out, targets=target, label=label, max_length=max_length, force=force)
 
 
+@_command("build")
+def build(
+    bundle: Annotated[Path | None, typer.Argument(help="Bundle of target tensorrt-rtx or tensorrt.")] = None,
+    out: Annotated[Path | None, typer.Argument(help="Folder for the engine.")] = None,
+    device: Annotated[
+        list[str] | None, typer.Option(help="Device profile: a name or a .yaml file (may be repeated).")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(min=2, help="Longest sequence; at most 2048 by default.")] = None,
+    max_prompt: Annotated[
+        int | None, typer.Option(min=2, help="Most prompt tokens in one call; half of --max-length by default.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Most rows of a call.")] = 1,
+    taps: Annotated[bool, typer.Option("--taps", help="Also output the selected experts, to verify routing.")] = False,
+    timing_cache: Annotated[Path | None, typer.Option(help="TensorRT: timing cache to read and update.")] = None,
+    list_devices: Annotated[bool, typer.Option("--list", help="Print the device profiles and exit.")] = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Build a TensorRT engine. For TensorRT for RTX this needs no GPU; TensorRT builds on the device itself.
+
+    \b
+    Examples:
+      moedge build --list
+      moedge export build/moe build/bundles --target tensorrt-rtx
+      moedge build build/bundles/tensorrt-rtx build/engine --device rtx-4090 --device rtx-3090
+    """
+    from moedge.runtime.commands import build as commands
+
+    if list_devices:
+        commands.list_devices()
+        return
+    if bundle is None or out is None or not device:
+        raise MoEdgeError("Give a bundle, an output folder and --device NAME; `moedge build --list` shows the names.")
+    commands.build(
+        bundle,
+        out,
+        device=device,
+        max_length=max_length,
+        max_prompt=max_prompt,
+        batch=batch,
+        taps=taps,
+        timing_cache=timing_cache,
+        force=force,
+        as_json=as_json,
+    )
+
+
 @_command("verify")
 def verify(
     reference: Annotated[

@@ -49,8 +49,8 @@ _RUNTIMES: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("ONNX Script", ("onnxscript",), "export"),
     ("ONNX Runtime", _ONNXRUNTIME, "engine of portable and ort-cpu"),
     ("Triton", ("triton", "triton-windows"), "not used in this release"),
-    ("TensorRT", ("tensorrt",), "not used in this release"),
-    ("TensorRT for RTX", _RTX, "not used in this release"),
+    ("TensorRT", ("tensorrt",), "builds and runs tensorrt engines"),
+    ("TensorRT for RTX", _RTX, "builds (anywhere) and runs tensorrt-rtx engines"),
     ("OpenVINO", ("openvino",), "not used in this release"),
 )
 
@@ -111,8 +111,9 @@ def _target(
             unfit.append(f"this ONNX Runtime has no {provider}")
     if needs_gpu and not gpus:
         unfit.append(gpu_note)
-    # A lowering is executed once to trust it, so it needs its runtime where the bundle is made.
-    needs = _CONVERT if name == "portable" else (*_CONVERT, *engine)
+    # A lowering is executed once to trust it, so it needs its runtime where the bundle is made; the TensorRT graphs are
+    # executed in ONNX Runtime.
+    needs = _CONVERT if name == "portable" else (*_CONVERT, *((_ONNXRUNTIME,) if "tensorrt" in name else engine))
     return {
         "target": name,
         "what": what,

@@ -11,6 +11,8 @@ from typing import Any
 TARGETS = {
     "portable": "moedge.export.lowering.portable",
     "ort-cpu": "moedge.export.lowering.onnxruntime",
+    "tensorrt": "moedge.export.lowering.tensorrt",
+    "tensorrt-rtx": "moedge.export.lowering.tensorrt_rtx",
 }
 
 

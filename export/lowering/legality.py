@@ -53,3 +53,20 @@ def moe_cpu(*, dtype: str, activations: set[str], smallest_weight: float) -> str
 def attention_cpu(*, dtype: str) -> str | None:
     """``com.microsoft.GroupQueryAttention`` on the CPU provider."""
     return None if dtype == "float32" else f"only float32 was executed on the CPU kernel, the model is {dtype}"
+
+
+def half_source(dtypes: set[str]) -> str | None:
+    """Typing a graph as half precision. ``dtypes``: the weights' dtypes, integers included."""
+    floats = {name for name in dtypes if "float" in name}
+    return None if floats <= {"float"} else f"the portable graph must be float32, it holds {', '.join(sorted(floats))}"
+
+
+SMALLEST_HEAD = 16
+"""Head sizes 16 to 256 built for SM75, 86 and 120 on TensorRT-RTX 1.7.1, float16; 8 did not [M]."""
+
+
+def attention_operator(*, head_dim: int) -> str | None:
+    """ONNX ``Attention`` (opset 23) in TensorRT-RTX, float16. In float32 no head size has a kernel [M]."""
+    if head_dim < SMALLEST_HEAD:
+        return f"the Attention operator has no kernel for heads of {head_dim} (at least {SMALLEST_HEAD}) [M]"
+    return None

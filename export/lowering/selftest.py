@@ -8,7 +8,7 @@ this is where that shows.
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -91,13 +91,25 @@ def _feed(value: ir.Value, case: Case, generator: np.random.Generator) -> np.nda
     return generator.standard_normal(shape).astype(value.dtype.numpy())
 
 
+def dtype_of(ort_type: str) -> np.dtype[Any]:
+    """Return the numpy dtype of an ONNX Runtime type such as ``tensor(float16)``."""
+    name = ort_type.removeprefix("tensor(").removesuffix(")")
+    return np.dtype({"float": "float32", "double": "float64"}.get(name, name))
+
+
 def compare(
-    block: str, before: ir.Model, after: ir.Model, names: Sequence[str], limit: float, cases: Sequence[Case] = CASES
+    block: str,
+    before: ir.Model,
+    after: ir.Model,
+    names: Sequence[str],
+    limit: float,
+    cases: Sequence[Case] = CASES,
+    inside: Collection[str] = (),
 ) -> SelfTest:
     """Cut the block that computes ``names`` out of both graphs, run both in ONNX Runtime, and compare.
 
     The edges of the block are the values that both graphs know by name, outputs of Route excepted: random numbers are
-    no valid routing, so a block with a router starts at its scores.
+    no valid routing, so a block with a router starts at its scores. Values named in ``inside`` are no edges either.
 
     Raises:
         MoEdgeError: the rewritten block does not run at all (the message carries the runtime's own words).
@@ -107,12 +119,14 @@ def compare(
     known = values_by_name(before)
     outputs_before = [known[name] for name in names]
     routes = {str(value.name) for node in before.graph if node.op_type == "Route" for value in node.outputs}
+    routes |= set(inside)
     now = values_by_name(after)
     outputs_after = [now[name] for name in names]
     _, edges = upstream(outputs_after, lambda value: str(value.name) in known and str(value.name) not in routes)
     edge_names = {str(value.name) for value in edges}
     _, ends = upstream(outputs_before, lambda value: str(value.name) in edge_names)
-    everything = {str(value.name): value for value in [*edges, *ends]}
+    # The rewritten graph's types win: numbers made in half precision are the same numbers in float32.
+    everything = {str(value.name): value for value in [*ends, *edges]}
     parts = [
         cut(before, outputs_before, lambda value: str(value.name) in everything),
         cut(after, outputs_after, lambda value: str(value.name) in everything),
@@ -129,7 +143,7 @@ def compare(
             generator = np.random.default_rng(number)
             feeds = {name: _feed(everything[name], case, generator) for name in sorted(everything)}
             results = [
-                session.run(None, {entry.name: feeds[entry.name] for entry in session.get_inputs()})
+                session.run(None, {i.name: feeds[i.name].astype(dtype_of(i.type)) for i in session.get_inputs()})
                 for session in sessions
             ]
             for value, want, got in zip(outputs_before, *results, strict=True):
@@ -137,8 +151,9 @@ def compare(
                 by_token = value.shape is not None and len(value.shape) > 1 and value.shape[1] == "sequence_length"
                 if case.padding and not case.past and by_token:
                     want, got = want[:, case.padding :], got[:, case.padding :]
+                want, got = want.astype(np.float64), got.astype(np.float64)
                 scale = max(float(np.abs(want).max(initial=0.0)), float(np.finfo(np.float32).tiny))
-                error = float(np.abs(got.astype(np.float64) - want).max(initial=0.0)) / scale
+                error = float(np.abs(got - want).max(initial=0.0)) / scale
                 worst = error if not error <= worst else worst
     except Exception as error:  # onnxruntime raises its own untyped exceptions
         raise MoEdgeError(f"Self-test of {block} could not run: {error}") from error

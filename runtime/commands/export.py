@@ -9,7 +9,8 @@ from rich.markup import escape
 
 from moedge import MoEdgeError
 from moedge._files import atomic_dir
-from moedge.configs.recipe import TARGETS
+from moedge.configs.recipe import TARGETS as DEFAULT
+from moedge.export.lowering import TARGETS
 from moedge.runtime.progress import single
 
 
@@ -17,7 +18,7 @@ def export(
     checkpoint: Path, out: Path, *, targets: list[str] | None, label: str | None, max_length: int | None, force: bool
 ) -> None:
     """Write ``out/<target>/`` for each target, all or none."""
-    wanted = targets or list(TARGETS)
+    wanted = targets or list(DEFAULT)
     for target in wanted:
         if target not in TARGETS:
             raise MoEdgeError(f"Unknown target {target!r}; known: {', '.join(TARGETS)}.")

@@ -84,6 +84,10 @@ def open_engine(path: str | Path, **options: Any) -> Engine:
             raise MoEdgeError(
                 f"{folder / 'manifest.json'} is not valid JSON ({error}); export the bundle again."
             ) from error
+        if isinstance(manifest, dict) and str(manifest.get("schema", "")).startswith("moedge.engine/"):
+            from moedge.runtime.engines.tensorrt import TensorRTEngine
+
+            return TensorRTEngine(folder, **options)
         if not isinstance(manifest, dict) or not str(manifest.get("schema", "")).startswith("moedge.bundle/"):
             raise MoEdgeError(f"{folder} is not a bundle (its manifest.json has another schema); give a bundle folder.")
         target = manifest.get("target")
@@ -101,8 +105,9 @@ def open_engine(path: str | Path, **options: Any) -> Engine:
     raise MoEdgeError(f"{folder} holds neither a bundle (manifest.json) nor a checkpoint (config.json).")
 
 
-ONNX_TARGETS = ("portable", "ort-cpu")
-"""Bundle targets that run in ONNX Runtime on the CPU."""
+ONNX_TARGETS = ("portable", "ort-cpu", "tensorrt", "tensorrt-rtx")
+"""Bundle targets that run in ONNX Runtime on the CPU. For the TensorRT targets that is the graph in its own types, to
+check its numbers without a GPU; the engine is what ``moedge build`` makes of it."""
 
 
 def default_threads() -> int:

@@ -60,6 +60,7 @@ class OrtEngine:
         self._path = Path(bundle_path)
         self._model: dict[str, Any] = manifest["model"]
         self._shared = manifest["cache"]["kind"] == "shared_buffer"
+        self._dtype = np.dtype(manifest["cache"].get("dtype", "float32"))  # of the cache and the logits
         # JSON keys are strings; layers are numbers everywhere else.
         self._taps = {int(layer): dict(tap) for layer, tap in manifest.get("taps", {}).items()} if taps else {}
         layers = (manifest["moe"] or {}).get("layers", {}) if manifest["kind"] == "moe" else {}
@@ -83,7 +84,7 @@ class OrtEngine:
             name=f"{manifest['target']} {manifest['kind']}",
             runtime=f"onnxruntime {version}",
             device="CPU",
-            dtype=self._model["dtype"],
+            dtype=manifest["cache"].get("dtype", self._model["dtype"]),
             threads=threads,
             model={
                 **self._model,
@@ -102,7 +103,7 @@ class OrtEngine:
         length = self._max_length if self._shared else 0
         shape = (len(ids), self._model["num_kv_heads"], length, self._model["head_dim"])
         # np.zeros maps pages on first touch: a long buffer costs memory only for the tokens that were written.
-        empty = [np.zeros(shape, dtype=np.float32) for _ in self._past]
+        empty = [np.zeros(shape, dtype=self._dtype) for _ in self._past]
         cache = _Cache(mask[:, :0], [self._ort_value(array) for array in empty])
         return self._run(ids, mask, cache)
 
@@ -133,9 +134,9 @@ class OrtEngine:
         feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids(mask, new)}
         for name, array in feeds.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(array, dtype=np.int64))
-        logits = np.empty((batch, new, self._model["vocab_size"]), dtype=np.float32)
+        logits = np.empty((batch, new, self._model["vocab_size"]), dtype=self._dtype)
         # Outputs come back in the order in which they were first bound: logits, taps, cache.
-        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        binding.bind_output("logits", "cpu", 0, self._dtype, logits.shape, logits.ctypes.data)
         for tap in self._taps.values():
             binding.bind_output(tap["output"], "cpu")
         if not (self._shared and cache.binding):
@@ -155,7 +156,7 @@ class OrtEngine:
         routes = None
         if self._taps:
             routes = {layer: selected(outputs[1 + i].numpy(), tap) for i, (layer, tap) in enumerate(self._taps.items())}
-        return Step(logits, _Cache(mask, values, binding), routes)
+        return Step(logits.astype(np.float32, copy=False), _Cache(mask, values, binding), routes)
 
 
 def selected(values: np.ndarray, tap: dict[str, Any]) -> np.ndarray:

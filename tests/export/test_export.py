@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from moedge import MoEdgeError
+from moedge.configs.recipe import TARGETS
 from moedge.export import bundle
-from moedge.export.lowering import TARGETS, ort_moe, selftest
+from moedge.export.lowering import ort_moe, selftest
 from moedge.export.lowering.graph import values_by_name
 from moedge.export.pipeline import export
 from moedge.runtime.engines.onnxruntime import OrtEngine

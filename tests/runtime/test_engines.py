@@ -197,7 +197,7 @@ def test_a_tap_that_is_not_in_the_graph_is_refused(tmp_path: Path, make_toy_bund
         ({}, "neither a bundle"),
         ({"manifest.json": "{"}, "not valid JSON"),
         ({"manifest.json": '{"schema": "other"}'}, "not a bundle"),
-        ({"manifest.json": '{"schema": "moedge.bundle/1", "target": "tensorrt"}'}, "cannot run"),
+        ({"manifest.json": '{"schema": "moedge.bundle/1", "target": "npu"}'}, "cannot run"),
         ({"config.json": "{}"}, "model_type"),
     ],
 )

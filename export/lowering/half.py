@@ -1,0 +1,160 @@
+"""Give a float32 graph explicit half-precision types: what a strongly typed TensorRT network takes literally.
+
+TensorRT 11 and TensorRT for RTX choose no precision themselves; a graph says where it is float16 and where not. Float32
+stays where half precision is known to hurt:
+
+* the router, from the FFN's input to the indices: rounding flips ranks of experts (methods.md 1.8);
+* the sums of a norm: squares of activations overflow float16 above 255;
+* the rotary table: positions above 2048 are not integers in float16;
+* the softmax of attention, inside the body of CausalAttention.
+
+Everything else, weights and cache included, becomes half. A cast is placed once a value, where it is first needed.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from moedge import MoEdgeError
+from moedge.export.functions import DOMAIN
+
+_LARGEST = {ir.DataType.FLOAT16: 65504.0, ir.DataType.BFLOAT16: 3.3895313892515355e38}
+# Inputs of moedge nodes that stay float32: the body casts where it must.
+_FLOAT_INPUTS = {"Route": {0, 1, 2}, "SparseGLU": {2}, "CausalAttention": set()}
+_REDUCTIONS = {"Pow", "ReduceMean", "ReduceSum", "Sqrt", "Reciprocal", "Cos", "Sin", "Exp", "Log", "Softmax"}
+_NORM_PARTS = {"ReduceMean", "Sqrt", "Reciprocal"}
+_SAME_TYPE = {
+    "Reshape",
+    "Transpose",
+    "Slice",
+    "Concat",
+    "Unsqueeze",
+    "Squeeze",
+    "Expand",
+    "Gather",
+    "Identity",
+    "Split",
+}
+_ELEMENTWISE = {"Add", "Sub", "Mul", "Div", "Neg", "Clip", "Max", "Min"}
+
+
+def convert(model: ir.Model, dtype: ir.DataType = ir.DataType.FLOAT16) -> int:
+    """Type ``model`` in place; return how many nodes compute in ``dtype``.
+
+    Cache inputs and outputs become ``dtype`` too, and so do the logits.
+
+    Args:
+        model: float32 graph with ``moedge`` nodes.
+        dtype: FLOAT16 or BFLOAT16.
+
+    Raises:
+        MoEdgeError: a weight does not fit ``dtype``'s range.
+    """
+    router = _router_nodes(model)
+    casts: dict[tuple[int, ir.DataType], ir.Value] = {}
+    for value in model.graph.inputs:
+        if value.dtype == ir.DataType.FLOAT:
+            value.type = ir.TensorType(dtype)
+    count = 0
+    for node in list(model.graph):
+        wanted = ir.DataType.FLOAT if node in router else _compute_type(node, dtype)
+        if wanted is None:
+            continue
+        count += wanted == dtype
+        kept = _FLOAT_INPUTS.get(node.op_type, set()) if node.domain == DOMAIN else set()
+        for index, value in enumerate(node.inputs):
+            if value is not None and value.dtype in (ir.DataType.FLOAT, dtype):
+                target = ir.DataType.FLOAT if index in kept else wanted
+                node.replace_input_with(index, _as(model, node, value, target, casts))
+        for output in node.outputs:
+            if output.dtype in (ir.DataType.FLOAT, None) and not (node.op_type == "Route" and node.domain == DOMAIN):
+                output.type = ir.TensorType(wanted)
+    for output in model.graph.outputs:
+        if output.dtype == ir.DataType.FLOAT:
+            raise MoEdgeError(f"Graph output {output.name} stayed float32; this graph has a node that half.py misses.")
+    unused = [name for name, value in model.graph.initializers.items() if not value.uses()]
+    for name in unused:
+        del model.graph.initializers[name]
+    return count
+
+
+def _router_nodes(model: ir.Model) -> set[ir.Node]:
+    """Nodes whose every use leads to a Route and nowhere else."""
+    outputs = {id(value) for value in model.graph.outputs}
+    routers: set[ir.Node] = set()
+    for node in reversed(list(model.graph)):
+        if node.op_type == "Route" and node.domain == DOMAIN:
+            routers.add(node)
+            continue
+        users = [use.node for value in node.outputs for use in value.uses()]
+        if users and all(user in routers for user in users) and not any(id(v) in outputs for v in node.outputs):
+            routers.add(node)
+    return routers
+
+
+def _is_float(value: ir.Value | None) -> bool:
+    return value is not None and value.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+
+def _compute_type(node: ir.Node, dtype: ir.DataType) -> ir.DataType | None:
+    """Return the type that a node computes in, None for one without float inputs (or a Cast, which says it itself)."""
+    floats = [value for value in node.inputs if _is_float(value)]
+    if node.op_type == "Cast" or not floats:
+        return None
+    if node.domain == DOMAIN:
+        return ir.DataType.FLOAT if node.op_type == "Route" else dtype
+    if node.op_type in _REDUCTIONS:
+        return ir.DataType.FLOAT
+    computed = [value for value in floats if value.const_value is None]
+    if node.op_type in _SAME_TYPE | _ELEMENTWISE and computed:
+        if all(value.dtype == ir.DataType.FLOAT for value in computed):
+            return ir.DataType.FLOAT
+        producers = [value.producer() for value in computed]
+        if node.op_type in _ELEMENTWISE and any(p is not None and p.op_type in _NORM_PARTS for p in producers):
+            return ir.DataType.FLOAT
+    return dtype
+
+
+def _as(
+    model: ir.Model,
+    node: ir.Node,
+    value: ir.Value,
+    dtype: ir.DataType,
+    casts: dict[tuple[int, ir.DataType], ir.Value],
+) -> ir.Value:
+    """Return ``value`` in ``dtype``: itself, a converted weight, or a Cast."""
+    if value.dtype == dtype:
+        return value
+    key = (id(value), dtype)
+    if key not in casts:
+        if value.const_value is not None and value.producer() is None:
+            casts[key] = _weight(model, value, dtype)
+        else:
+            cast = ir.node("Cast", [value], attributes={"to": int(dtype)})
+            cast.outputs[0].name = f"{value.name}.{dtype.name.lower()}"
+            cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(dtype), value.shape
+            model.graph.insert_before(node, cast)
+            casts[key] = cast.outputs[0]
+    return casts[key]
+
+
+def _weight(model: ir.Model, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """Return a half-precision twin of an initializer; the array is converted when it is written, one at a time."""
+    source = value.const_value
+    assert source is not None
+    name = f"{value.name}.{dtype.name.lower()}"
+
+    def make() -> ir.Tensor:
+        array = source.numpy()
+        if array.size and not float(np.abs(array).max()) <= _LARGEST[dtype]:
+            raise MoEdgeError(
+                f"Weight {value.name} does not fit {dtype.name.lower()} (largest {np.abs(array).max():.3g}); "
+                "use bfloat16 or a float32 target."
+            )
+        return ir.tensor(array.astype(dtype.numpy()), name=name)
+
+    tensor = ir.LazyTensor(make, dtype=dtype, shape=ir.Shape(source.shape), name=name)
+    twin = ir.Value(name=name, shape=ir.Shape(source.shape), type=ir.TensorType(dtype), const_value=tensor)
+    model.graph.register_initializer(twin)
+    return twin

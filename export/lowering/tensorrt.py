@@ -1,0 +1,113 @@
+"""Targets ``tensorrt`` and ``tensorrt-rtx``: one strongly typed half-precision graph with a concatenated KV cache.
+
+Rewrites, in order: attention with one mask for the graph, experts in the form that suits the phase, half-precision
+types. One layer of each kind is executed in ONNX Runtime's CPU provider beside the float32 block it replaced: that
+proves the graph, not the engine, which only its device can run (``verify.py`` in the bundle, or ``moedge verify``).
+
+``tensorrt`` stays at opset 18, which every parser since TensorRT 8.6 reads (JetPack 6 has 10.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import onnx_ir as ir
+
+from moedge import MoEdgeError
+from moedge.export.functions import DOMAIN
+from moedge.export.lowering import Lowered, Rewrite, half, legality, selftest, trt_attention, trt_experts
+from moedge.export.lowering.graph import layer_of, remove_unused
+
+HALF_LIMIT = 16 * 2.0**-11
+"""Limit of a block's relative error: one rounding to float16 is at most 2^-11, and no path through an attention or an
+FFN block rounds more than 16 times (weights and input included)."""
+
+
+def lower(model: ir.Model, *, max_length: int) -> Lowered:
+    """Rewrite ``model`` in place for TensorRT; see :func:`lower_half`."""
+    return lower_half(model, max_length=max_length, attention="products")
+
+
+def lower_half(model: ir.Model, *, max_length: int, attention: trt_attention.Form) -> Lowered:
+    """Rewrite a portable float32 graph in place.
+
+    Raises:
+        MoEdgeError: the weights are not float32, no runtime is here to execute the self-tests, or one of them fails.
+    """
+    experts = [node for node in model.graph if node.domain == DOMAIN and node.op_type == "SparseGLU"]
+    routes = [node for node in model.graph if node.domain == DOMAIN and node.op_type == "Route"]
+    weights = {value.dtype for value in model.graph.initializers.values() if value.dtype is not None}
+    if reason := legality.runtime() or legality.half_source({dtype.name.lower() for dtype in weights}):
+        raise MoEdgeError(f"Cannot lower to half precision: {reason}.")
+    before = model.clone()
+    taps = {}
+    for node, route in zip(experts, routes, strict=True):
+        top_k = route.attributes["top_k"].as_int()
+        taps[layer_of(node)] = {"output": str(route.outputs[0].name), "kind": "indices", "top_k": top_k}
+    turned, rotary, table = trt_attention.rotary(model, attention)
+    edges = {
+        "rotary embedding without dynamic slices": rotary,
+        "CausalAttention -> attention with one mask": _attention_edges(before),
+        "SparseGLU -> every expert as one FFN": [str(n.outputs[0].name) for n in experts[:1] + experts[-1:]],
+    }
+    reasons = ["" if turned else "not recognised", "", _form_reason(experts)]
+    counts = [turned, trt_attention.rewrite(model, attention), trt_experts.rewrite(model, "merged")]
+    typed = half.convert(model)
+    _inline(model)
+    rewrites = []
+    for (name, names), count, reason in zip(edges.items(), counts, reasons, strict=True):
+        if count:
+            rewrites.append(Rewrite(name, count, "applied", reason, _test(name, before, model, names, table)))
+    rewrites.append(Rewrite("float32 -> float16; router, norm sums, rotary and softmax stay float32", typed, "applied"))
+    cache = {"kind": "concat", "max_length": max_length, "dtype": "float16"}
+    return Lowered(rewrites, taps, cache, limits=_limits(experts))
+
+
+def _form_reason(experts: Collection[ir.Node]) -> str:
+    return "; ".join(sorted({trt_experts.choose(*_sizes(node), 1)[1] for node in experts}))
+
+
+def _sizes(node: ir.Node) -> tuple[int, int]:
+    gate, indices = node.inputs[3], node.inputs[1]
+    assert gate is not None
+    assert gate.shape is not None
+    assert indices is not None
+    route = indices.producer()
+    assert route is not None
+    return int(gate.shape[0]), route.attributes["top_k"].as_int()
+
+
+def _limits(experts: Collection[ir.Node]) -> list[str]:
+    if not experts:
+        return []
+    return ["every expert's weights are read for every token: the engine is no faster than its dense parent"]
+
+
+def _test(name: str, before: ir.Model, model: ir.Model, edges: list[str], inside: set[str]) -> dict[str, object]:
+    test = selftest.compare(name, before, model, edges, HALF_LIMIT, inside=inside)
+    if not test.passed:
+        raise MoEdgeError(
+            f"Self-test of {name!r} failed: relative error {test.max_rel_error:.1e}, limit {test.limit:.0e}. The "
+            "half-precision graph does not compute what it replaced, or an activation left float16's range."
+        )
+    return test.to_json()
+
+
+def _attention_edges(model: ir.Model) -> list[str]:
+    """Name what the first attention block gives to the graph: output, present keys and values."""
+    for node in model.graph:
+        if node.domain == DOMAIN and node.op_type == "CausalAttention":
+            return [str(value.name) for value in (node.outputs[0], node.inputs[1], node.inputs[2]) if value is not None]
+    return []
+
+
+def _inline(model: ir.Model) -> None:
+    """Write the functions that are left (Route) into the graph: no parser has to know them."""
+    import onnx_ir.passes.common as passes
+
+    for function in model.functions.values():
+        # Route's operators (Add, TopK, Cast, Unsqueeze, Softmax, GatherElements) mean the same in opset 18 and 23.
+        function.opset_imports[""] = model.opset_imports[""]
+    passes.InlinePass()(model)
+    model.opset_imports.pop(DOMAIN, None)
+    remove_unused(model)

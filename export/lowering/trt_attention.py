@@ -1,0 +1,170 @@
+"""CausalAttention and rotary embedding for TensorRT: one mask for the graph, and operators or plain products.
+
+``operator``  the ONNX nodes ``Attention`` and ``RotaryEmbedding`` (opset 23), which TensorRT maps to layers of its own;
+``products``  MatMul, mask, float32 Softmax, MatMul, and a Gather for rotary (opset 18), for older parsers.
+
+The body of the function builds the mask again in every layer; here it is built once. Hidden positions get a finite
+bias: a padding row sees nothing, and a softmax over minus infinity would put NaN into its keys, which 0 * NaN carries
+into every row that masks them.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from moedge.export.functions import DOMAIN
+from moedge.export.lowering.graph import Builder, constant_of, remove_unused, upstream
+
+Form = Literal["operator", "products"]
+HIDDEN = -3.0e4
+"""Bias of a hidden position. exp(-3e4) is 0 in any precision, and a score of up to 3.5e4 stays finite in float16."""
+
+
+_MARK = "ai.onnxruntime._fusion"
+
+
+def rotary(model: ir.Model, form: Form) -> tuple[int, list[str], set[str]]:
+    """Replace rotary embeddings in place; return how many, the outputs of the first two, and the table's values.
+
+    The table's values (all that is computed from the positions) are no place to cut a test: its halves are equal, and
+    random numbers' are not.
+
+    x*cos + rotate_half(x)*sin reaches the graph with two Slices of a dynamic tensor, for each of which TensorRT
+    makes 25 layers of shape arithmetic: half of all layers of a whole model, and most of its build time.
+    """
+    from onnxscript.rewriter.ort_fusions.rotary_embedding import fuse_rotary_embedding
+
+    fuse_rotary_embedding(model)  # marks x, cos, sin
+    nodes = [node for node in model.graph if node.op_type == "RotaryEmbedding" and node.domain == _MARK]
+    tables: dict[tuple[int, ...], ir.Value] = {}
+    inside: set[str] = set()
+    if nodes and form == "operator":
+        model.opset_imports[""] = max(23, model.opset_imports[""])
+    for node in nodes:
+        x, cos, sin = node.inputs[:3]
+        assert x is not None
+        assert x.shape is not None
+        half = int(x.shape[3]) // 2
+        if not inside:
+            sources, _ = upstream([value for value in (cos, sin) if value is not None], lambda _: False)
+            inside = {str(value.name) for source in sources for value in source.outputs}
+        builder, output = Builder(model, before=node), node.outputs[0]
+        if form == "operator":
+            inputs = [x, *(_table(builder, value, half, tables) for value in (cos, sin))]
+            y = _typed(builder.node("RotaryEmbedding", inputs))
+        else:
+            order = constant_of(builder, [*range(half, 2 * half), *range(half)])
+            turned = _typed(builder.node("Gather", [x, order], attributes={"axis": 3}))
+            signs = constant_of(builder, [-1.0] * half + [1.0] * half, np.float32)
+            if (id(sin),) not in tables:
+                assert sin is not None
+                early = Builder(model, before=node)
+                tables[(id(sin),)] = _typed(early.node("Mul", [sin, signs]))
+            parts = [(x, cos), (turned, tables[(id(sin),)])]
+            y = _typed(builder.node("Add", [_typed(builder.node("Mul", list(part))) for part in parts]))
+        builder.replace_output(output, y)
+    names = [str(node.outputs[0].name).removesuffix(".replaced") for node in nodes[:2]]
+    remove_unused(model)
+    model.opset_imports.pop(_MARK, None)
+    return len(nodes), names, inside
+
+
+def _table(builder: Builder, value: ir.Value | None, half: int, tables: dict[tuple[int, ...], ir.Value]) -> ir.Value:
+    """Return the distinct half [B, S, D/2] of a marked cos or sin [B, 1, S, D], whose halves are equal."""
+    assert value is not None
+    if (id(value), half) not in tables:
+        flat = _typed(builder.node("Squeeze", [value, constant_of(builder, [1])]))
+        tables[id(value), half] = _typed(builder.node("Gather", [flat, constant_of(builder, list(range(half)))],
+                                                      attributes={"axis": 2}))  # fmt: skip
+    return tables[id(value), half]
+
+
+def _typed(value: ir.Value) -> ir.Value:
+    value.type = ir.TensorType(ir.DataType.FLOAT)
+    return value
+
+
+def rewrite(model: ir.Model, form: Form) -> int:
+    """Replace every CausalAttention in place; return how many. ``operator`` raises the opset to 23."""
+    nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type == "CausalAttention"]
+    if not nodes:
+        return 0
+    if form == "operator":
+        model.opset_imports[""] = max(23, model.opset_imports[""])
+    top = Builder(model, before=model.graph[0])
+    bias = _bias(top)
+    for node in nodes:
+        builder, output = Builder(model, before=node), node.outputs[0]
+        y = _operator(builder, node, bias) if form == "operator" else _products(builder, node, bias)
+        y.type = output.type
+        builder.replace_output(output, builder.node("Transpose", [y], attributes={"perm": [0, 2, 1, 3]}))
+    remove_unused(model)
+    return len(nodes)
+
+
+def _operator(builder: Builder, node: ir.Node, bias: ir.Value) -> ir.Value:
+    # No softmax_precision: TensorRT refuses the attribute, and its layer accumulates in float32 anyway.
+    scale = node.attributes["scale"].as_float()
+    y: ir.Value = builder.node("Attention", [*node.inputs[:3], bias], attributes={"scale": scale})
+    return y
+
+
+def _products(builder: Builder, node: ir.Node, bias: ir.Value) -> ir.Value:
+    query, key, value = node.inputs[:3]
+    assert query is not None
+    assert query.shape is not None
+    assert key is not None
+    assert key.shape is not None
+    heads, size, kv_heads = query.shape[1], query.shape[3], int(key.shape[1])
+    # Query heads of one key head follow each other, so groups are a reshape: [B, N, S, D] -> [B, G, (N/G)*S, D].
+    scaled = _typed(builder.node("Mul", [query, constant_of(builder, node.attributes["scale"].as_float(), np.float32)]))
+    grouped = _typed(builder.node("Reshape", [scaled, constant_of(builder, [0, kv_heads, -1, size])]))
+    turned = _typed(builder.node("Transpose", [key], attributes={"perm": [0, 1, 3, 2]}))
+    scores = _typed(builder.node("MatMul", [grouped, turned]))
+    wide = _typed(builder.node("Cast", [scores], attributes={"to": int(ir.DataType.FLOAT)}))
+    lengths = _lengths(builder, int(heads), kv_heads, int(size))
+    by_head = _typed(builder.node("Reshape", [wide, lengths[0]]))
+    p = _typed(builder.node("Softmax", [_typed(builder.node("Add", [by_head, bias]))], attributes={"axis": -1}))
+    y = _typed(builder.node("MatMul", [_typed(builder.node("Reshape", [p, lengths[1]])), value]))
+    return _typed(builder.node("Reshape", [y, lengths[2]]))
+
+
+def _lengths(builder: Builder, heads: int, kv_heads: int, size: int) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Shapes [B, N, S, L], [B, G, -1, L] and [B, N, S, D], made once for the graph."""
+    names = ("attention.shape.scores", "attention.shape.grouped", "attention.shape.output")
+    known = {str(output.name): output for node in builder.graph for output in node.outputs}
+    if names[0] in known:
+        return known[names[0]], known[names[1]], known[names[2]]
+    top = Builder(builder.model, before=builder.graph[0])
+    ids, mask = top.graph_input("input_ids"), top.graph_input("attention_mask")
+    batch = top.node("Shape", [ids], attributes={"start": 0, "end": 1})
+    new = top.node("Shape", [ids], attributes={"start": 1, "end": 2})
+    length = top.node("Shape", [mask], attributes={"start": 1, "end": 2})
+    n, g, d, rest = (constant_of(top, [value]) for value in (heads, kv_heads, size, -1))
+    made = []
+    for name, parts in zip(names, ([batch, n, new, length], [batch, g, rest, length], [batch, n, new, d]), strict=True):
+        value = top.node("Concat", parts, attributes={"axis": 0})
+        value.name = name
+        made.append(value)
+    return made[0], made[1], made[2]
+
+
+def _bias(builder: Builder) -> ir.Value:
+    """Build 0 where a new token sees a position and HIDDEN elsewhere, float32 [B, 1, S, L]."""
+    ids, mask = builder.graph_input("input_ids"), builder.graph_input("attention_mask")
+    new = builder.node("Squeeze", [builder.node("Shape", [ids], attributes={"start": 1, "end": 2})])
+    length = builder.node("Squeeze", [builder.node("Shape", [mask], attributes={"start": 1, "end": 2})])
+    zero, one = constant_of(builder, 0), constant_of(builder, 1)
+    position = builder.node("Range", [zero, length, one])
+    new_position = builder.node("Range", [builder.node("Sub", [length, new]), length, one])
+    column = builder.node("Unsqueeze", [new_position, constant_of(builder, [1])])
+    causal = builder.node("LessOrEqual", [position, column])
+    shown = builder.node("Cast", [mask], attributes={"to": int(ir.DataType.BOOL)})
+    visible = builder.node("And", [causal, builder.node("Unsqueeze", [shown, constant_of(builder, [1, 2])])])
+    cast = _typed(builder.node("Cast", [visible], attributes={"to": int(ir.DataType.FLOAT)}))
+    # (1 - visible) * HIDDEN in float32: a Where between constants would leave its type to whoever reads it.
+    hidden = _typed(builder.node("Sub", [constant_of(builder, 1.0, np.float32), cast]))
+    return _typed(builder.node("Mul", [hidden, constant_of(builder, HIDDEN, np.float32)]))

@@ -1,0 +1,138 @@
+"""SparseGLU in standard operators for TensorRT: which form a layer takes, and the two forms.
+
+``merged``  every expert on every token, as one FFN of width E*I whose hidden units are multiplied by their expert's
+            weight (zero where it is not selected). Three plain products of the size of a dense FFN; no [E, T, H]
+            intermediate and no sum over experts, which happens inside the last product, in its accumulator.
+``gather``  the selected experts' matrices are gathered for each token and multiplied: for one token only.
+
+Shapes: T tokens, H hidden, I expert width, E experts, k active.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from moedge.export.functions import DOMAIN
+from moedge.export.lowering.graph import Builder, array_of, constant_of, remove_unused
+
+Form = Literal["merged", "gather"]
+COPIES = 3
+"""Times that a gathered matrix crosses memory: read, written as a copy, read by the product."""
+
+
+def choose(num_experts: int, top_k: int, tokens: int) -> tuple[Form, str]:
+    """Choose the form of one layer for a phase with up to ``tokens`` tokens a call, and say why.
+
+    Weights bound both phases' expert cost at few tokens, so the fewer expert matrices cross memory the better: E for
+    ``merged``, 3*T*k for ``gather`` (each is copied). At a prompt the copies alone outgrow the model.
+    """
+    gathered = COPIES * tokens * top_k
+    if gathered < num_experts:
+        return "gather", f"{tokens} token(s): {gathered} expert matrices cross memory (3*T*k), {num_experts} if merged"
+    return "merged", f"{tokens} token(s): {num_experts} expert matrices cross memory, {gathered} (3*T*k) if gathered"
+
+
+def rewrite(model: ir.Model, form: Form) -> int:
+    """Replace every SparseGLU in place; return how many."""
+    nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type == "SparseGLU"]
+    for node in nodes:
+        _Layer(model, node).rewrite(form)
+    remove_unused(model)
+    return len(nodes)
+
+
+class _Layer:
+    """One SparseGLU node and the nodes that take its place; new values are float32 until half.py types the graph."""
+
+    def __init__(self, model: ir.Model, node: ir.Node) -> None:
+        self.builder = Builder(model, before=node)
+        self.node = node
+        self.x, self.indices, self.weights, self.gate, self.up, self.down = node.inputs[:6]
+        self.compensation = node.inputs[6] if len(node.inputs) > 6 else None
+        assert self.gate is not None
+        assert self.gate.shape is not None
+        self.experts, self.width, self.hidden = (int(size) for size in self.gate.shape)
+
+    def float(self, op_type: str, inputs: list[ir.Value | None], **attributes: object) -> ir.Value:
+        """Insert a node with a float32 result."""
+        value: ir.Value = self.builder.node(op_type, inputs, attributes=attributes)
+        value.type = ir.TensorType(ir.DataType.FLOAT)
+        return value
+
+    def rewrite(self, form: Form) -> None:
+        """Replace the node."""
+        y = self._merged() if form == "merged" else self._gather()
+        if self.compensation is not None:
+            omitted = self.float("Sub", [constant_of(self.builder, 1.0, np.float32), self._selected(None)])
+            y = self.float("Add", [y, self.float("MatMul", [omitted, self.compensation])])
+        self.builder.replace_output(self.node.outputs[0], y)
+
+    def _rows(self) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """Gate and up [E*I, H], down transposed [E*I, H]: the layout of both forms, so that they can share a file."""
+        shape = (self.experts * self.width, self.hidden)
+        made = []
+        for value, turn in ((self.gate, False), (self.up, False), (self.down, True)):
+            assert value is not None
+            made.append(_lazy(self.builder, value, shape, turn))
+        return made[0], made[1], made[2]
+
+    def _activate(self, g: ir.Value) -> ir.Value:
+        kind = self.node.attributes["activation"].as_string()
+        if kind == "silu":
+            return self.float("Mul", [g, self.float("Sigmoid", [g])])
+        self.builder.model.opset_imports[""] = max(20, self.builder.model.opset_imports[""])  # Gelu
+        return self.float("Gelu", [g], approximate="tanh" if kind == "gelu_tanh" else "none")
+
+    def _selected(self, weights: ir.Value | None) -> ir.Value:
+        """Weight of each expert, 0 where it is not selected, float32 [T, E]; ones for weights when None is given."""
+        b = self.builder
+        experts = constant_of(b, np.arange(self.experts)[None, None], np.int32)
+        hit = b.node("Equal", [b.node("Unsqueeze", [self.indices, constant_of(b, [2])]), experts])
+        chosen = self.float("Cast", [hit], to=int(ir.DataType.FLOAT))
+        if weights is not None:
+            chosen = self.float("Mul", [chosen, self.float("Unsqueeze", [weights, constant_of(b, [2])])])
+        return self.float("ReduceSum", [chosen, constant_of(b, [1])], keepdims=0)
+
+    def _merged(self) -> ir.Value:
+        b, (gate, up, down) = self.builder, self._rows()
+        factor = self.float("Unsqueeze", [self._selected(self.weights), constant_of(b, [2])])
+        g, u = (self.float("Gemm", [self.x, matrix], transB=1) for matrix in (gate, up))
+        h = self.float("Mul", [self._activate(g), u])
+        by_expert = self.float("Reshape", [h, constant_of(b, [-1, self.experts, self.width])])
+        weighted = self.float("Mul", [by_expert, factor])
+        flat = self.float("Reshape", [weighted, constant_of(b, [-1, self.experts * self.width])])
+        return self.float("MatMul", [flat, down])
+
+    def _gather(self) -> ir.Value:
+        b, shape = self.builder, constant_of(self.builder, [self.experts, self.width, self.hidden])
+        gate, up, down = (
+            self.float("Gather", [self.float("Reshape", [rows, shape]), self.indices], axis=0) for rows in self._rows()
+        )  # each [T, k, I, H]
+        column = self.float("Unsqueeze", [self.x, constant_of(b, [1, 3])])  # [T, 1, H, 1]
+        g, u = (self.float("MatMul", [matrix, column]) for matrix in (gate, up))
+        h = self.float("Mul", [self._activate(g), u])  # [T, k, I, 1]
+        h = self.float("Mul", [h, self.float("Unsqueeze", [self.weights, constant_of(b, [2, 3])])])
+        row = self.float("Transpose", [h], perm=[0, 1, 3, 2])
+        each = self.float("MatMul", [row, down])  # [T, k, 1, H]
+        return self.float("ReduceSum", [each, constant_of(b, [1, 2])], keepdims=0)
+
+
+def _lazy(builder: Builder, source: ir.Value, shape: tuple[int, int], turn: bool) -> ir.Value:
+    """Return the initializer [E*I, H] of a stacked weight; it is laid out when it is written, one at a time."""
+    name = f"{source.name}.rows"
+    existing = builder.graph.initializers.get(name)
+    if existing is not None:
+        return existing
+
+    def make() -> ir.TensorProtocol:
+        array = array_of(source)
+        return ir.tensor(np.ascontiguousarray((array.transpose(0, 2, 1) if turn else array).reshape(shape)), name=name)
+
+    assert source.dtype is not None
+    tensor = ir.LazyTensor(make, dtype=source.dtype, shape=ir.Shape(shape), name=name)
+    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(source.dtype), const_value=tensor)
+    builder.graph.register_initializer(value)
+    return value

@@ -1,0 +1,194 @@
+"""Bundle -> engine: build, describe, hash, all or nothing.
+
+An engine folder holds ``engine.plan``, the tokenizer files and ``manifest.json`` (schema ``moedge.engine/1``): the
+bundle it came from, what it was built with and for, its profiles and taps, and the sha256 of every file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moedge import MoEdgeError, __version__
+from moedge._files import atomic_dir, digest, hash_tree, safe_join, write_json
+from moedge.runtime import devices
+from moedge.runtime.device import moedge_trt
+
+SCHEMA = "moedge.engine/1"
+PLAN = "engine.plan"
+MANIFEST = "manifest.json"
+_REQUIRED = ("target", "kind", "label", "model", "moe", "profiles", "taps", "compute_capabilities", "versions", "files")
+
+
+@dataclass(frozen=True)
+class EngineFile:
+    """A verified engine folder."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    def plan(self) -> bytes:
+        """Read the serialized engine; its hash is checked once more on the bytes that are returned."""
+        try:
+            return moedge_trt.read_checked(safe_join(self.path, PLAN), self.manifest["files"][PLAN]["sha256"])
+        except moedge_trt.DeviceError as error:
+            raise MoEdgeError(str(error)) from error
+
+
+def build(
+    bundle_path: Path,
+    out: Path,
+    device_names: Sequence[str],
+    *,
+    max_length: int | None = None,
+    max_prompt: int | None = None,
+    batch: int = 1,
+    taps: bool = False,
+    timing_cache: Path | None = None,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Build the engine of a ``tensorrt-rtx`` bundle (on any machine) or a ``tensorrt`` bundle (on its device).
+
+    Args:
+        bundle_path: what ``moedge export`` wrote.
+        out: engine folder.
+        device_names: profiles the engine is for; see :mod:`moedge.runtime.devices`.
+        max_length: longest sequence; the bundle's limit, at most 2048, by default.
+        max_prompt: most tokens of one prefill call; half of ``max_length`` by default.
+        batch: most rows of a call.
+        taps: make every layer's selected experts outputs of the engine, to compare routing (a little slower).
+        timing_cache: see :func:`moedge_trt.build`.
+        force: replace an existing folder.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        MoEdgeError: a device that the target does not support (naming what it does), too little memory there, a
+            damaged bundle, or a graph that TensorRT cannot parse or build.
+    """
+    from moedge.export.bundle import copy_companions, open_bundle
+
+    bundle = open_bundle(bundle_path)
+    manifest = bundle.manifest
+    target, model = manifest["target"], manifest["model"]
+    profiles = [devices.load(name) for name in device_names]
+    if not profiles:
+        raise MoEdgeError(f"Name at least one device to build for; known: {', '.join(devices.names())}.")
+    for device in profiles:
+        if reason := devices.refusal(target, device):
+            raise MoEdgeError(reason)
+    if target == "tensorrt" and len({device.compute_capability for device in profiles}) > 1:
+        raise MoEdgeError(
+            "TensorRT builds for the GPU it runs on; name one device, or export tensorrt-rtx for several."
+        )
+    max_length = max_length or min(2048, model["max_position_embeddings"])
+    max_prompt = max_prompt or max(2, max_length // 2)
+    weight_bytes = sum(entry["size"] for name, entry in manifest["files"].items() if name.endswith(".data"))
+    fits = {}
+    for device in profiles:
+        fit = devices.fit(model, weight_bytes, device, max_length=max_length, max_prompt=max_prompt, batch=batch)
+        if fit.needed > fit.memory:
+            raise MoEdgeError(
+                f"The engine needs {fit.needed / 2**30:.1f} GiB (weights, cache, logits) and {device.label} has "
+                f"{device.memory_gib:g}; lower --max-length, --max-prompt or --batch, or choose another device."
+            )
+        fits[device.name] = {**vars(fit), "needed": fit.needed}
+    limits = {"max_length": max_length, "max_prompt": max_prompt, "batch": batch}
+    outputs = {tap["output"]: f"routes.{layer}" for layer, tap in manifest["taps"].items()} if taps else {}
+    try:
+        trt = _tensorrt(target, profiles[0])
+        shapes = moedge_trt.profile_shapes(model, **limits)
+        with atomic_dir(out, force=force) as partial:
+            capabilities = sorted({device.compute_capability for device in profiles}, key=float)
+            plan, facts = moedge_trt.build(
+                trt,
+                bundle.model_path,
+                shapes,
+                compute_capabilities=capabilities if target == "tensorrt-rtx" else None,
+                taps=outputs,
+                timing_cache=timing_cache,
+            )
+            moedge_trt.write_bytes(partial / PLAN, plan)
+            copy_companions(bundle.path, partial)
+            engine = {
+                "schema": SCHEMA,
+                **{key: manifest[key] for key in ("target", "kind", "label", "model", "moe")},
+                "parent": bundle.sha256,
+                "compute_capabilities": capabilities,
+                "devices": [device.name for device in profiles],
+                "profiles": limits,
+                "profile_shapes": {
+                    kind: {name: shapes[index][name] for name in ("input_ids", "attention_mask")}
+                    for kind, index in (("prefill", moedge_trt.PREFILL), ("decode", moedge_trt.DECODE))
+                },
+                "taps": {
+                    layer: {**tap, "output": f"routes.{layer}"} for layer, tap in manifest["taps"].items() if taps
+                },
+                "weight_bytes": weight_bytes,
+                "build": facts,
+                "estimate": fits,
+                "versions": {"moedge": __version__, trt.__name__: trt.__version__},
+                "files": hash_tree(partial),
+            }
+            write_json(partial / MANIFEST, engine)
+    except moedge_trt.DeviceError as error:
+        raise MoEdgeError(str(error)) from error
+    return engine
+
+
+def _tensorrt(target: str, device: devices.Device) -> Any:
+    try:
+        trt = moedge_trt.load_tensorrt(target)
+    except moedge_trt.DeviceError as error:
+        instead = (
+            "install it with: pip install 'moedge[tensorrt-rtx]'"
+            if target == "tensorrt-rtx"
+            else f"build on the device: `moedge bundle CHECKPOINT OUT.tar --target {device.name}` makes its archive"
+        )
+        raise MoEdgeError(f"{str(error).rstrip('.')}; {instead}.") from error
+    if target == "tensorrt":
+        _check_local(device)
+    return trt
+
+
+def _check_local(device: devices.Device) -> None:
+    cuda = moedge_trt.Cuda()
+    here = cuda.capability()
+    cuda.close()
+    if here != device.compute_capability:
+        raise MoEdgeError(
+            f"TensorRT builds for the GPU it runs on: this one has compute capability {here}, {device.label} has "
+            f"{device.compute_capability}. Build on that device (`moedge bundle` makes an archive for it)."
+        )
+
+
+def open_file(path: Path) -> EngineFile:
+    """Verify an engine folder: schema, every file's hash, nothing unlisted.
+
+    Raises:
+        MoEdgeError: what is wrong with it.
+    """
+    import json
+
+    from moedge.export.bundle import verify_files
+
+    try:
+        manifest = json.loads(safe_join(path, MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MoEdgeError(f"{path} is not an engine folder ({error}); make one with `moedge build`.") from error
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+        raise MoEdgeError(f"{path / MANIFEST} is not of schema {SCHEMA}; build the engine again with this version.")
+    if missing := [key for key in _REQUIRED if key not in manifest]:
+        raise MoEdgeError(f"{path / MANIFEST} lacks {', '.join(missing)}; build the engine again.")
+    verify_files(path, manifest["files"])
+    if PLAN not in manifest["files"]:
+        raise MoEdgeError(f"{path / MANIFEST} lists no {PLAN}; build the engine again.")
+    return EngineFile(path, manifest)
+
+
+def sha256(manifest: dict[str, Any]) -> str:
+    """Content hash of an engine folder: that of its manifest, which holds the hash of every file."""
+    return digest(manifest)

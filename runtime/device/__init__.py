@@ -1,0 +1,1 @@
+"""What runs on the device itself: plain Python with numpy and TensorRT only, shipped inside a device archive."""

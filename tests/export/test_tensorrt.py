@@ -1,0 +1,250 @@
+"""The half-precision graph for TensorRT: what it computes, what stays float32, and what its self-test catches."""
+
+from importlib.util import find_spec
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from moedge import MoEdgeError
+from moedge._files import atomic_dir
+from moedge.export import bundle, functions
+from moedge.export.functions import DOMAIN
+from moedge.export.lowering import half, selftest, tensorrt, trt_attention, trt_experts
+from moedge.export.lowering.graph import Builder
+from moedge.export.pipeline import _lower
+from moedge.runtime.engines import open_engine
+from moedge.runtime.engines.torch import TorchEngine
+
+# A 2-layer model: four blocks, each within tensorrt.HALF_LIMIT of its own output, added to one residual stream.
+MODEL_LIMIT = 4 * tensorrt.HALF_LIMIT
+
+
+@pytest.fixture(scope="module")
+def typed(bundles, tmp_path_factory):
+    """``{kind}/{target}`` bundles of both TensorRT targets, lowered from the portable ones."""
+    root = tmp_path_factory.mktemp("typed")
+    made = {}
+    for kind in ("dense", "moe"):
+        for target in ("tensorrt", "tensorrt-rtx"):
+            with atomic_dir(root / kind / target) as partial:
+                _lower(target, bundles[f"{kind}/portable"], partial)
+            made[f"{kind}/{target}"] = root / kind / target
+    return made
+
+
+def portable(bundles, kind="moe"):
+    return ir.load(bundles[f"{kind}/portable"] / "model.onnx")
+
+
+def relative(actual, expected):
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", ["dense/tensorrt", "moe/tensorrt", "dense/tensorrt-rtx", "moe/tensorrt-rtx"])
+def test_the_typed_graph_computes_what_pytorch_computes(typed, checkpoints, name):
+    ids = np.random.default_rng(1).integers(0, 256, (1, 24))
+    reference = TorchEngine(checkpoints[name.split("/")[0]], taps=True)
+    engine = open_engine(typed[name], taps=True)
+    assert engine.info.dtype == "float16"
+    want, got = reference.prefill(ids[:, :20]), engine.prefill(ids[:, :20])
+    agree = []
+    for position in range(20, 24):
+        assert 0 < relative(got.logits, want.logits) < MODEL_LIMIT
+        for layer, experts in (want.routes or {}).items():
+            agree.append((np.sort(got.routes[layer]) == np.sort(experts)).all(axis=1).mean())
+        token = ids[:, position : position + 1]
+        want, got = reference.decode(token, want.cache), engine.decode(token, got.cache)
+    assert relative(got.logits, want.logits) < MODEL_LIMIT
+    # The router itself is float32; only the half-precision input of the second layer's can turn a near-tie.
+    assert not agree or np.mean(agree) > 0.95
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
+def test_left_padding_changes_nothing(typed, target):
+    rng = np.random.default_rng(2)
+    short, long = rng.integers(0, 256, (1, 6)), rng.integers(0, 256, (1, 9))
+    ids = np.concatenate([np.concatenate([np.full((1, 3), 258), short], axis=1), long])
+    mask = np.ones_like(ids)
+    mask[0, :3] = 0
+    engine = open_engine(typed[f"moe/{target}"])
+    step = engine.prefill(ids[:, :8], mask[:, :8])
+    step = engine.decode(ids[:, 8:], step.cache)
+    for row, alone in enumerate((short, long)):
+        single = engine.decode(alone[:, -1:], engine.prefill(alone[:, :-1]).cache)
+        assert relative(step.logits[row, -1], single.logits[0, -1]) < MODEL_LIMIT
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
+def test_the_graph_is_standard_onnx_with_half_weights_and_float32_routers(typed, target):
+    path = typed[f"moe/{target}"] / "model.onnx"
+    onnx.checker.check_model(path, full_check=True)
+    model = onnx.load(path, load_external_data=False)
+    assert not model.functions
+    assert {node.domain for node in model.graph.node} == {""}
+    kinds = {tensor.name: onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in model.graph.initializer}
+    routers = {name: kind for name, kind in kinds.items() if ".router." in name}
+    assert routers
+    assert set(routers.values()) == {"FLOAT"}
+    matrices = [tensor for tensor in model.graph.initializer if len(tensor.dims) == 2 and ".router." not in tensor.name]
+    assert {onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in matrices} == {"FLOAT16"}
+    types = {value.name: value.type.tensor_type.elem_type for value in [*model.graph.input, *model.graph.output]}
+    assert types["past_key_values.0.key"] == types["present.1.value"] == types["logits"] == onnx.TensorProto.FLOAT16
+
+
+def test_the_manifest_records_executed_tests_and_says_what_the_engine_will_not_be(typed):
+    manifest = bundle.open_bundle(typed["moe/tensorrt-rtx"]).manifest
+    applied = {entry["rewrite"]: entry for entry in manifest["lowering"] if entry["status"] == "applied"}
+    tests = [entry["self_test"] for entry in applied.values() if entry["self_test"]]
+    assert len(tests) == 3
+    assert all(test["passed"] and 0 < test["max_rel_error"] < tensorrt.HALF_LIMIT for test in tests)
+    assert manifest["cache"]["dtype"] == "float16"
+    assert "no faster than its dense parent" in manifest["limits"][0]
+    # Heads of 8 have no kernel, so the operator was refused and plain products took its place.
+    assert any("heads of 8" in entry["reason"] for entry in manifest["lowering"] if entry["status"] == "refused")
+
+
+def _experts_test(bundles, **options):
+    before = portable(bundles)
+    after = before.clone()
+    edges = [str(node.outputs[0].name) for node in before.graph if node.op_type == "SparseGLU"]
+    trt_experts.rewrite(after, options.get("form", "merged"))
+    if options.get("half", True):
+        half.convert(after)
+    limit = tensorrt.HALF_LIMIT if options.get("half", True) else 2e-6
+    return selftest.compare("experts", before, after, edges, limit, **options.get("cases", {}))
+
+
+@pytest.mark.parametrize("form", ["merged", "gather"])
+def test_both_forms_of_the_experts_are_exact_in_float32(bundles, form):
+    test = _experts_test(bundles, form=form, half=False)
+    assert test.passed, test
+    assert test.max_rel_error > 0
+
+
+@pytest.mark.parametrize("form", ["operator", "products"])
+def test_both_forms_of_attention_are_exact_in_float32(bundles, form):
+    before = portable(bundles)
+    after = before.clone()
+    turned, rotary, table = trt_attention.rotary(after, form)
+    assert (turned, trt_attention.rewrite(after, form)) == (4, 2)
+    assert not [node for node in after.graph if node.op_type == "Slice"]
+    for edges in (rotary, tensorrt._attention_edges(before)):
+        test = selftest.compare("attention", before, after, edges, 2e-6, inside=table)
+        assert test.passed, test
+
+
+def test_other_activations_rules_and_compensation_lower(bundles):
+    """The traced graph with another weight rule, gate activation, selection bias and a compensation input."""
+    graph = portable(bundles)
+    rng = np.random.default_rng(5)
+    for node in graph.graph:
+        builder = Builder(graph, before=node)
+        if node.op_type == "Route":
+            node.attributes["rule"] = ir.AttrString("rule", "softmax")
+            bias = builder.initializer(f"{node.outputs[0].name}.bias", 0.01 * rng.standard_normal(6, np.float32))
+            node.replace_input_with(1, bias)
+        if node.op_type == "SparseGLU":
+            node.attributes["activation"] = ir.AttrString("activation", "gelu_tanh")
+            extra = builder.initializer(f"{node.name}.c", 0.1 * rng.standard_normal((6, 32), np.float32))
+            node.resize_inputs(7)
+            node.replace_input_with(6, extra)
+    functions.attach(graph, form="dense")
+    lowered = tensorrt.lower(graph, max_length=64)
+    assert [entry.self_test["passed"] for entry in lowered.rewrites if entry.self_test] == [True, True, True]
+
+
+MISTAKES = {
+    "expert weights not transposed": ("_rows", lambda self: _rows(self, turn=False)),
+    "gate and up swapped": ("_rows", lambda self: _rows(self)[1::-1] + _rows(self)[2:]),
+    "selection ignored": ("_selected", lambda self, weights: _selected(self, weights, every=True)),
+    "activation dropped": ("_activate", lambda self, g: g),
+}
+_real_rows, _real_selected = trt_experts._Layer._rows, trt_experts._Layer._selected
+
+
+def _rows(layer, turn=True):
+    gate, up, down = _real_rows(layer)
+    if not turn:
+        shape = (layer.experts * layer.width, layer.hidden)
+        down = layer.builder.initializer(f"{layer.down.name}.wrong", layer.down.const_value.numpy().reshape(shape))
+    return gate, up, down
+
+
+def _selected(layer, weights, every):
+    selected = _real_selected(layer, weights)
+    return layer.float("Add", [layer.float("Sub", [selected, selected]), layer.float("Exp", [
+        layer.float("Sub", [selected, selected])
+    ])]) if every else selected  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_the_self_test_catches(bundles, monkeypatch, mistake):
+    name, wrong = MISTAKES[mistake]
+    monkeypatch.setattr(trt_experts._Layer, name, wrong)
+    assert not _experts_test(bundles).passed
+    graph = portable(bundles)
+    with pytest.raises(MoEdgeError, match="Self-test of 'SparseGLU"):
+        tensorrt.lower(graph, max_length=64)
+
+
+def test_a_weight_beyond_half_precision_is_refused(bundles, tmp_path):
+    graph = portable(bundles)
+    name = next(name for name in graph.graph.initializers if name.endswith("mlp.down"))
+    value = graph.graph.initializers[name]
+    array = value.const_value.numpy().copy()
+    array.flat[0] = 1e5
+    value.const_value = ir.tensor(array, name=name)
+    with pytest.raises(MoEdgeError, match=r"does not fit float16|left float16's range"):
+        tensorrt.lower(graph, max_length=64)
+
+
+def test_a_half_precision_source_is_refused(bundles):
+    graph = portable(bundles)
+    half.convert(graph)
+    with pytest.raises(MoEdgeError, match="must be float32"):
+        tensorrt.lower(graph, max_length=64)
+
+
+def test_every_moedge_node_is_gone_after_lowering(bundles):
+    graph = portable(bundles)
+    tensorrt.lower(graph, max_length=64)
+    assert not [node for node in graph.graph if node.domain == DOMAIN]
+
+
+@pytest.mark.parametrize(
+    ("experts", "top_k", "tokens", "form"),
+    [(10, 6, 1, "merged"), (32, 4, 1, "gather"), (32, 4, 3, "merged"), (18, 6, 1, "merged"), (64, 1, 512, "merged")],
+)
+def test_the_form_follows_the_bytes_that_cross_memory(experts, top_k, tokens, form):
+    chosen, why = trt_experts.choose(experts, top_k, tokens)
+    assert chosen == form
+    assert str(experts) in why
+
+
+@pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx-cu13 has no package for this platform")
+@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
+def test_tensorrt_rtx_builds_the_exported_moe_without_a_gpu(typed, target):
+    """The graph of ``tensorrt`` too: its own runtime cannot be installed here, and the parsers are kin."""
+    from moedge.runtime.device import moedge_trt
+
+    opened = bundle.open_bundle(typed[f"moe/{target}"])
+    shapes = moedge_trt.profile_shapes(opened.manifest["model"], max_length=64, max_prompt=32)
+    taps = {tap["output"]: f"routes.{layer}" for layer, tap in opened.manifest["taps"].items()}
+    trt = moedge_trt.load_tensorrt("tensorrt-rtx")
+    plan, facts = moedge_trt.build(trt, opened.model_path, shapes, compute_capabilities=["8.6"], taps=taps)
+    assert len(plan) > opened.manifest["files"]["model.onnx.data"]["size"]
+    assert facts["layers"] < 500, "dynamic Slices would bring some 25 layers each"
+
+
+@pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx-cu13 has no package for this platform")
+def test_a_tap_that_the_graph_lacks_stops_the_build(typed):
+    from moedge.runtime.device import moedge_trt
+
+    opened = bundle.open_bundle(typed["moe/tensorrt"])
+    shapes = moedge_trt.profile_shapes(opened.manifest["model"], max_length=64, max_prompt=32)
+    with pytest.raises(moedge_trt.DeviceError, match="'nowhere' is not in the parsed network"):
+        moedge_trt.build(
+            moedge_trt.load_tensorrt("tensorrt-rtx"), opened.model_path, shapes, taps={"nowhere": "routes.0"}
+        )
