@@ -171,10 +171,10 @@ def shapes(
         raise ValueError(f"unknown path {path!r}; known: {', '.join(PATHS)}")
     block_e = power_of_two(experts, least=2)
     if path == "gemv":
-        # 4,096 stored weights a step and product: 16 bytes a thread and load in float16
+        # Weights a step: 32 a thread, so that the float32 sums stay in registers.
         stored = -(-k // group) * group // 2 if bits == 4 else k
         block_k = power_of_two(stored, least=16, most=512)
-        block_n = power_of_two(n, least=1, most=max(1, (4096 if products == 1 else 2048) // block_k))
+        block_n = power_of_two(n, least=1, most=max(1, 4096 // (products * (2 if bits == 4 else 1)) // block_k))
         blocks = {"BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_E": block_e}
         return blocks, (Extent(1, 0, 1), fixed(-(-n // block_n))), 4, 1
     block_m = PATHS[path]
@@ -185,11 +185,15 @@ def shapes(
         block_k = min(group, block_k)
     else:
         block_k = group
-    block_n = power_of_two(n, least=16, most=64 if products == 2 or block_k > 64 else 128)
+    widest = 64 if products == 2 or block_k > 64 else 128
+    # float32 products run on CUDA cores, operands and sums in registers: half the tile, or they spill.
+    block_n = power_of_two(n, least=16, most=widest // 2 if dtype == "fp32" else widest)
     blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_E": block_e}
     # n rows in E groups: a group of r rows takes at most (r + block_m - 1) / block_m tiles
     grid = (Extent(1, experts * (block_m - 1), block_m), fixed(-(-n // block_n)))
-    return blocks, grid, 4, 3 if block_k <= 64 else 2
+    # Integer weights pass through registers on their way to the tensor cores: share them among more threads.
+    warps = 8 if bits != 16 and block_m == 64 else 4
+    return blocks, grid, warps, 3 if block_k <= 64 else 2
 
 
 def check_weights(*, bits: int, group: int, dtype: str) -> None:

@@ -1,0 +1,274 @@
+"""The TensorRT plugins' rules (shapes, types, grids, launches), run in the interpreter as TensorRT launches them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moedge import MoEdgeError
+from moedge.export import functions, ops, plugins
+
+pytest.importorskip("triton")  # Linux only
+
+T, H, I, E, K = 5, 33, 21, 4, 2  # noqa: E741
+DYNAMIC = {"scores", "x", "indices", "rows", "inverse", "weights"}
+"""Inputs whose first dimension TensorRT knows at run time only."""
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    """One layer's tensors by input name, rows being those of the plugin that reads them."""
+    make = torch.Generator().manual_seed(0)
+    random = lambda *shape: torch.randn(shape, generator=make)  # noqa: E731
+    scores = random(T, E)
+    indices, weights = ops.route._init_fn(scores, None, None, K, "softmax")
+    x = random(T, H)
+    rows, offsets, inverse = ops.dispatch._init_fn(x, indices, E)
+    return {
+        "scores": scores,
+        "selection_bias": random(E),
+        "scale": random(E),
+        "x": x,
+        "indices": indices,
+        "weights": weights,
+        "offsets": offsets,
+        "inverse": inverse,
+        "rows": rows,
+        "gate": random(E, I, H) * 0.2,
+        "up": random(E, I, H) * 0.2,
+        "weight": random(E, I, H) * 0.2,
+        "compensation": random(E, H),
+    }
+
+
+ATTRIBUTES = {"top_k": K, "rule": "softmax", "num_experts": E, "activation": "silu", "bits": 4, "group": 32}
+
+
+def case(name: str) -> tuple[plugins.Plugin, list[torch.Tensor], dict[str, Any]]:
+    """Return a plugin with input tensors and attributes."""
+    from moedge.export.kernels import pack
+
+    plugin, found = plugins.PLUGINS[name], tensors()
+    if name.startswith("Quant"):
+        for weight in ("gate", "up", "weight"):
+            q, found[f"{weight}_scales"] = pack.quantize(found[weight], bits=4, group=32)
+            found[weight] = pack.pack_int4(q, group=32)
+    attributes = {key: ATTRIBUTES[key] for key in plugin.attributes}
+    if name == "RouteScaled":
+        attributes["rule"] = "scaled"
+    return plugin, [found[key] for key in plugin.inputs], attributes
+
+
+def reference(name: str, given: list[torch.Tensor], attributes: dict[str, Any]) -> list[torch.Tensor]:
+    """What the operator itself gives in PyTorch, for the plugin's inputs."""
+    from moedge.export.kernels import pack
+
+    def unpacked(q: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        return pack.dequantize(pack.unpack_int4(q, columns=H, group=32), scales, group=32)
+
+    if name.startswith("Route"):
+        scores, bias, scale = (*given, None)[:3]
+        return list(ops.route._init_fn(scores, bias, scale, K, attributes["rule"]))
+    if name == "Dispatch":
+        return list(ops.dispatch._init_fn(*given, E))
+    if name.endswith("GroupedGLU"):
+        weights = [unpacked(*given[2:4]), unpacked(*given[4:6])] if name.startswith("Quant") else given[2:]
+        return [ops.grouped_glu._init_fn(*given[:2], *weights, "silu")]
+    if name.endswith("GroupedLinear"):
+        weight = unpacked(*given[2:4]) if name.startswith("Quant") else given[2]
+        return [ops.grouped_linear._init_fn(*given[:2], weight)]
+    return [ops.combine._init_fn(*(*given, None)[:5])]
+
+
+NUMBERED = [(name, tactic) for name, plugin in plugins.PLUGINS.items() for tactic in plugin.tactic_numbers]
+
+
+@pytest.mark.parametrize(("name", "tactic"), NUMBERED, ids=lambda value: str(value))
+def test_a_plugin_is_its_operator(place: str, name: str, tactic: int) -> None:
+    """Launched as TensorRT launches it: output shapes, kernel, grid and arguments all come from the plugin's rules."""
+    from moedge.export.kernels import cuda
+
+    plugin, given, attributes = case(name)
+    kinds = [str(tensor.dtype).removeprefix("torch.") for tensor in given]
+    described = plugin.outputs(
+        [(tuple(tensor.shape), kind) for tensor, kind in zip(given, kinds, strict=True)], attributes
+    )
+    expected = reference(name, given, attributes)
+    assert [(tuple(dims), kind) for dims, kind in described] == [
+        (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")) for tensor in expected
+    ]
+    outputs = [torch.empty(tuple(dims), dtype=getattr(torch, kind), device=place) for dims, kind in described]
+    known = [
+        [None if i == 0 and label in DYNAMIC else size for i, size in enumerate(tensor.shape)]
+        for label, tensor in zip(plugin.inputs, given, strict=True)
+    ]
+    options = plugin.options(known, kinds, attributes)
+    assert None not in options.values(), "a kernel constant depends on a dynamic dimension"
+    launch = plugin.launch(options, tactic)
+    assert len(launch.inputs) == len(given)
+    assert len(launch.outputs) == len(outputs)
+    size = given[plugin.size[0]].shape[plugin.size[1]]
+    cuda.run(launch, [tensor.to(place) for tensor in given], outputs, size)
+    for actual, wanted in zip(outputs, expected, strict=True):
+        # The kernels' own tests hold the bounds; a wrong rule is off by the size of the result.
+        torch.testing.assert_close(actual.cpu(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_every_operator_of_the_graph_has_a_plugin_of_its_name_and_attributes() -> None:
+    functions.register_schemas()
+    for operator in ("Route", "Dispatch", "GroupedGLU", "GroupedLinear", "Combine"):
+        inputs, _, attributes = functions._SIGNATURES[operator]
+        names = [text.split(":")[0] for text in inputs.split()]
+        for count in range(sum(not text.endswith("?") for text in inputs.split()), len(names) + 1):
+            plugin = plugins.PLUGINS[plugins.node_type(operator, count)]
+            assert list(plugin.inputs) == names[:count]
+            kinds = {"INT": int, "STRING": str}
+            assert dict(plugin.attributes) == {key: kinds[kind] for key, kind in attributes.items()}
+    with pytest.raises(MoEdgeError, match="No plugin for moedge::Route with 4 inputs"):
+        plugins.node_type("Route", 4)
+
+
+def test_a_layer_asks_for_the_kernels_that_its_nodes_ask_for() -> None:
+    """The library written at export holds what TensorRT asks for when it builds."""
+    asked = plugins.layer_requests(
+        hidden=H, width=I, experts=E, top_k=K, dtype="float32", activation="silu", rule="scaled", compensated=True,
+        bits=4, group=32,
+    )  # fmt: skip
+    for request in asked[:3] + asked[4:]:
+        plugin, given, attributes = case(request.plugin)
+        kinds = [str(tensor.dtype).removeprefix("torch.") for tensor in given]
+        assert plugin.options([tuple(t.shape) for t in given], kinds, attributes) == dict(request.options)
+    assert asked[3].plugin == "QuantGroupedLinear"
+    assert asked[3].options["hidden"] == H
+
+
+@pytest.mark.parametrize(
+    ("version", "refused"), [("10.3.0", True), ("10.8", True), ("10.9.0.34", False), ("11.4", False)]
+)
+def test_old_tensorrt_falls_back_to_the_function_bodies(version: str, refused: bool) -> None:
+    reason = plugins.refusal(version)
+    assert (reason is not None) == refused
+    assert reason is None or "function bodies" in reason
+
+
+WRITE = """
+import os, sys
+from pathlib import Path
+from moedge.export import plugins
+options = {"hidden": 33, "experts": 2, "top_k": 2, "dtype": "fp16", "compensated": False}
+requests = [plugins.Request("Combine", options)] * 2
+for copy in ("a", "b"):
+    # Triton's cache is another one, so the second copy is compiled again.
+    os.environ["TRITON_CACHE_DIR"] = f"{sys.argv[1]}/cache-{copy}"
+    plugins.write_library(Path(sys.argv[1]) / copy, requests, [87])
+"""
+
+
+def test_a_library_is_deterministic_and_safe_to_open(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", WRITE, tmp_path], env=environment, check=True, timeout=600)
+    assert any((tmp_path / "cache-b").rglob("*.ptx"))
+    files = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert len(files) == 2
+    for name in files:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    library = plugins.Library(tmp_path / "a")
+    combine = plugins.PLUGINS["Combine"]
+    options = {"hidden": 33, "experts": 2, "top_k": 2, "dtype": "fp16", "compensated": False}
+    binary = library.get(combine, options, 1, 87)
+    launch = combine.launch(options, 1)
+    assert (binary.grid, binary.threads, binary.takes_size) == (launch.grid, launch.warps * 32, True)
+    # rows, inverse, indices, weights, tokens, y, and no scratch pointers of Triton's
+    assert binary.ptx.count(".param .u") == 6
+    assert str(tmp_path) not in binary.ptx
+    assert ".version 8.0" in binary.ptx
+    with pytest.raises(MoEdgeError, match="no Combine kernel for sm_110"):
+        library.get(combine, options, 1, 110)
+    for path in (tmp_path / "a").glob("*.ptx"):
+        path.write_bytes(path.read_bytes() + b"\n")
+    with pytest.raises(MoEdgeError, match="was changed after it was written"):
+        library.get(combine, options, 1, 87)
+    with pytest.raises(MoEdgeError, match=r"No kernels\.json"):
+        plugins.Library(tmp_path)
+
+
+def test_the_plugins_need_neither_tensorrt_nor_triton_nor_torch_to_be_imported() -> None:
+    """A device that builds an engine from a library has none of the last two."""
+    program = "import sys; from moedge.export import plugins; print({'torch', 'triton', 'tensorrt'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "set()"
+
+
+STAND_IN = "void *{0}(void) {{ return 0; }}\n"
+EXPORTED = (
+    "createInferBuilder_INTERNAL createInferRefitter_INTERNAL createInferRuntime_INTERNAL getBuilderPluginRegistry "
+    "createNvOnnxParserRefitter_INTERNAL createNvOnnxParser_INTERNAL getNvOnnxParserVersion getPluginRegistry "
+    "initLibNvInferPlugins"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_tensorrt_accepts_the_plugins(tmp_path: Path) -> None:
+    """NVIDIA's own Python layer registers them, and gives the shapes, tactics and launches that the rules give.
+
+    ``tensorrt-cu13-bindings`` is on PyPI, TensorRT's C++ libraries are not; empty ones let the module load.
+    """
+    compiler = shutil.which("cc")
+    assert compiler, "a C compiler makes the stand-ins for TensorRT's libraries"
+    bindings, stand_ins = tmp_path / "bindings", tmp_path / "libraries"
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", bindings]
+    subprocess.run([*install, "tensorrt-cu13-bindings>=11,<12"], check=True, timeout=300)
+    stand_ins.mkdir()
+    source = tmp_path / "stand_in.c"
+    source.write_text("".join(STAND_IN.format(name) for name in EXPORTED.split()))
+    for name in ("libnvinfer.so.11", "libnvinfer_plugin.so.11", "libnvonnxparser.so.11"):
+        command = [compiler, "-shared", "-fPIC", f"-Wl,-soname,{name}", "-o", stand_ins / name, source]
+        subprocess.run(command, check=True, timeout=60)
+
+    asked, rules = [], []
+    for name in plugins.PLUGINS:
+        plugin, given, attributes = case(name)
+        kinds = [str(tensor.dtype).removeprefix("torch.") for tensor in given]
+        dims = [
+            [(size, not (i == 0 and label in DYNAMIC)) for i, size in enumerate(tensor.shape)]
+            for label, tensor in zip(plugin.inputs, given, strict=True)
+        ]
+        asked.append({"plugin": name, "attributes": attributes, "inputs": list(zip(dims, kinds, strict=True))})
+        shapes = [tuple(tensor.shape) for tensor in given]
+        described = plugin.outputs(list(zip(shapes, kinds, strict=True)), attributes)
+        options, size = plugin.options(shapes, kinds, attributes), shapes[plugin.size[0]][plugin.size[1]]
+        launches = {}
+        for tactic in plugin.tactic_numbers:
+            launch = plugin.launch(options, tactic)
+            grid = [*launch.programs(size), 1, 1][:3]
+            scalars = [size] if launch.scalars else []
+            launches[str(tactic)] = {"grid": grid, "threads": launch.warps * 32, "scalars": scalars}
+        named = {"float32": "DataType.FLOAT", "int32": "DataType.INT32"}
+        rules.append(
+            {
+                "types": [named[kind] for _, kind in described],
+                "shapes": [list(dims) for dims, _ in described],
+                "launches": launches,
+            }
+        )
+    driver = Path(__file__).with_name("tensorrt_driver.py")
+    done = subprocess.run(
+        [sys.executable, driver, bindings, stand_ins],
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert answer["version"].startswith("11.")
+    assert answer["cases"] == rules
