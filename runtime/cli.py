@@ -282,6 +282,55 @@ def build(
     )
 
 
+@_command("bundle")
+def bundle(
+    source: Annotated[Path, typer.Argument(help="Checkpoint, or a folder with the bundles portable and tensorrt.")],
+    out: Annotated[Path, typer.Argument(help="The archive (.tar).")],
+    target: Annotated[str, typer.Option(help="Device profile: a name (`moedge build --list`) or a .yaml file.")],
+    label: Annotated[str | None, typer.Option(help="Name of the model in results.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=2, help="Longest sequence; at most 2048 by default.")] = None,
+    max_prompt: Annotated[int | None, typer.Option(min=2, help="Most prompt tokens in one call.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Most rows of a call.")] = 1,
+    force: Force = False,
+) -> None:
+    """Pack one archive for a device: graph, tokenizer, recorded answers, and scripts that build, verify and time there.
+
+    The scripts need numpy and TensorRT's Python package only. The same input gives the same bytes.
+
+    \b
+    Example:
+      moedge bundle build/moe moe-orin.tar --target jetson-agx-orin
+    """
+    from moedge.runtime.commands.bundle import bundle as command
+
+    command(
+        source,
+        out,
+        target=target,
+        label=label,
+        max_length=max_length,
+        max_prompt=max_prompt,
+        batch=batch,
+        force=force,
+    )
+
+
+@_command("report")
+def report(
+    results: Annotated[list[Path], typer.Argument(help="verify-result.json and bench-result.json of a device.")],
+    as_json: Json = False,
+) -> int | None:
+    """Print what verify.py and bench.py of a device archive wrote. Exits with 1 when a verification failed.
+
+    \b
+    Example:
+      moedge report verify-result.json bench-result.json
+    """
+    from moedge.runtime.commands.report import report as command
+
+    return command(results, as_json=as_json)
+
+
 @_command("verify")
 def verify(
     reference: Annotated[

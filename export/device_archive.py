@@ -1,0 +1,206 @@
+"""One file to carry to a device: graph, tokenizer, recorded answers, and the scripts that build, verify and time there.
+
+The archive is an uncompressed tar (half-precision weights do not compress) and deterministic: the same checkpoint and
+options give the same bytes. Inside is one folder with ``manifest.json`` (schema ``moedge.device-archive/1``), which
+holds the sha256 of every other file. Nothing in it needs MoEdge, torch or the network on the device.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tarfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moedge import MoEdgeError, __version__
+from moedge._files import digest, hash_tree, write_json
+from moedge.export.bundle import MODEL, Bundle, copy_companions, open_bundle
+from moedge.export.lowering.tensorrt import HALF_LIMIT
+from moedge.runtime.devices import Device
+
+SCHEMA = "moedge.device-archive/1"
+SCRIPTS = ("build_engine.py", "verify.py", "bench.py", "moedge_trt.py", "moedge_archive.py", "moedge_compare.py")
+PROMPTS = (
+    "The capital of France is",
+    "Water boils at a temperature of",
+    "def factorial(n):\n    ",
+    "Once upon a time there was a small village near the sea, and in it lived",
+)
+NEW_TOKENS = 16
+Progress = Callable[[str, int, int], None]
+
+
+def limits() -> dict[str, float]:
+    """What the engine may differ from the recorded float32 answers.
+
+    ``median_rel_error``: max|a-b| / max|a| of a token's logits. Each block may be off by HALF_LIMIT of its own output;
+    blocks add to one residual stream of which each is a small part, so the sum stays of that size.
+    ``near_tie_margin``: two logits that each move by that much can change places. ``mean_kl``: half the variance of the
+    logit error, with logits up to 40 and an error of a third of its maximum (the maximum is over the vocabulary).
+    ``expert_set_agreement``: the router is float32 but reads a stream that is HALF_LIMIT off; scores closer than that
+    change places.
+    """
+    return {
+        "median_rel_error": HALF_LIMIT,
+        "near_tie_margin": 2 * HALF_LIMIT,
+        "mean_kl": 0.5 * (40 * HALF_LIMIT / 3) ** 2,
+        "top1_agreement": 1.0,
+        "expert_set_agreement": 0.95,
+    }
+
+
+def write(
+    source: Path,
+    out: Path,
+    device: Device,
+    *,
+    label: str | None = None,
+    max_length: int | None = None,
+    max_prompt: int | None = None,
+    batch: int = 1,
+    prompts: Sequence[str] = PROMPTS,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write the archive.
+
+    Args:
+        source: a checkpoint folder, or a folder of bundles that holds ``portable`` and ``tensorrt``.
+        out: the tar file.
+        device: the profile it is for.
+        label: name of the model for results.
+        max_length: longest sequence of the engine; the model's, at most 2048, by default.
+        max_prompt: most tokens of a prefill call; half of ``max_length`` by default.
+        batch: most rows.
+        prompts: texts whose answers are recorded.
+        force: replace an existing file.
+        progress: called with what is being done, and how many of how many steps are finished.
+
+    Returns:
+        The archive's manifest.
+
+    Raises:
+        MoEdgeError: the device takes no TensorRT engine, an existing file, or a model that cannot be exported.
+    """
+    if "tensorrt" not in device.targets:
+        raise MoEdgeError(
+            f"{device.label} ({device.sm}) takes no TensorRT engine; export {device.targets[0]} and use `moedge build`."
+        )
+    if out.exists() and (not force or not out.is_file() or out.is_symlink()):
+        raise MoEdgeError(f"Output {out} already exists; pass --force to replace it (a plain file only).")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    report = progress or (lambda *_: None)
+    work = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        work.mkdir()
+        report("exporting", 0, 3)
+        graph, reference = _bundles(source, work / "bundles", label or source.name)
+        model = graph.manifest["model"]
+        longest = max_length or min(2048, model["max_position_embeddings"])
+        profiles = {"max_length": longest, "max_prompt": max_prompt or max(2, longest // 2), "batch": batch}
+        folder = work / "content" / f"moedge-{device.name}"
+        folder.mkdir(parents=True)
+        report("recording answers", 1, 3)
+        _record(reference.path, folder, prompts, longest)
+        for name in (MODEL, *(name for name in graph.manifest["files"] if name.endswith(".data"))):
+            _link_or_copy(graph.path / name, folder / name)
+        copy_companions(graph.path, folder)
+        scripts = Path(__file__).resolve().parents[1] / "runtime" / "device"
+        for name in SCRIPTS:
+            shutil.copyfile(scripts / name, folder / name)
+        (folder / "README.md").write_text(_README.format(label=graph.manifest["label"], device=device.label))
+        files = hash_tree(folder)
+        manifest = {
+            "schema": SCHEMA,
+            **{key: graph.manifest[key] for key in ("kind", "label", "model", "moe", "taps", "lowering")},
+            "device": device.model_dump(mode="json", by_alias=True),
+            "profiles": profiles,
+            "limits": limits(),
+            "parent": graph.sha256,
+            "versions": {"moedge": __version__},
+            "content_sha256": digest(files),
+            "files": files,
+        }
+        write_json(folder / "manifest.json", manifest)
+        report("packing", 2, 3)
+        _pack(folder, work / "archive.tar")
+        os.replace(work / "archive.tar", out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    report("done", 3, 3)
+    return manifest
+
+
+def _bundles(source: Path, scratch: Path, label: str) -> tuple[Bundle, Bundle]:
+    if not (source / "portable" / "manifest.json").is_file():
+        from moedge.export.pipeline import export
+
+        export(source, scratch, ["portable", "tensorrt"], label=label)
+        source = scratch
+    if not (source / "tensorrt" / "manifest.json").is_file():
+        raise MoEdgeError(f"{source} has no tensorrt bundle; export it with --target tensorrt, or give the checkpoint.")
+    return open_bundle(source / "tensorrt"), open_bundle(source / "portable")
+
+
+def _record(portable: Path, folder: Path, prompts: Sequence[str], max_length: int) -> None:
+    """Run the float32 graph on the prompts, greedily, and keep ids, logits of the answer and all routes."""
+    from moedge.runtime.engines import open_engine
+    from moedge.runtime.text import Tokenizer
+
+    tokenizer = Tokenizer(portable)
+    probe = json.loads((portable / "manifest.json").read_text(encoding="utf-8"))
+    engine = open_engine(portable, threads=1, taps=bool(probe["taps"]))
+    cases = []
+    try:
+        for number, prompt in enumerate(prompts):
+            ids = tokenizer.encode(prompt)[: max_length - NEW_TOKENS]
+            step = engine.prefill(np.array([ids], dtype=np.int64))
+            logits, routes, count = [step.logits[0, -1]], [step.routes or {}], len(ids)
+            for _ in range(NEW_TOKENS):
+                ids.append(int(logits[-1].argmax()))
+                step = engine.decode(np.array([[ids[-1]]], dtype=np.int64), step.cache)
+                logits.append(step.logits[0, -1])
+                routes.append(step.routes or {})
+            layers = sorted(routes[0])
+            np.save(folder / f"golden.{number}.logits.npy", np.stack(logits), allow_pickle=False)
+            for layer in layers:
+                chosen = np.concatenate([part[layer] for part in routes])
+                np.save(folder / f"golden.{number}.routes.{layer}.npy", chosen, allow_pickle=False)
+            cases.append({"text": prompt, "ids": ids, "prompt_tokens": count, "routed_layers": layers})
+    finally:
+        engine.close()
+    write_json(folder / "golden.json", {"schema": "moedge.golden/1", "reference": "portable, float32", "cases": cases})
+
+
+def _link_or_copy(source: Path, destination: Path) -> None:
+    try:
+        os.link(source, destination)
+    except OSError:
+        shutil.copyfile(source, destination)
+
+
+def _pack(folder: Path, out: Path) -> None:
+    """Write a tar whose bytes depend on names and contents only."""
+    with tarfile.open(out, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for path in sorted(folder.iterdir()):
+            entry = tarfile.TarInfo(f"{folder.name}/{path.name}")
+            entry.size, entry.mode, entry.mtime = path.stat().st_size, 0o644, 0
+            with path.open("rb") as stream:
+                archive.addfile(entry, stream)
+
+
+_README = """# {label} for {device}
+
+On the device, with numpy and TensorRT's Python package (JetPack has both):
+
+    python3 build_engine.py     # minutes; writes engine.plan, engine.json, timing.cache
+    python3 verify.py           # exit code 1 when the engine does not compute what was recorded
+    python3 bench.py --prompt 512 --decode 64 --note "nvpmodel 0, jetson_clocks"
+
+Both results are JSON. Where MoEdge is installed: moedge report verify-result.json bench-result.json
+"""

@@ -1,0 +1,57 @@
+"""``moedge bundle``: one file with everything a device needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from moedge._files import sha256_file
+from moedge.runtime import devices
+from moedge.runtime.progress import single
+
+
+def bundle(
+    source: Path,
+    out: Path,
+    *,
+    target: str,
+    label: str | None,
+    max_length: int | None,
+    max_prompt: int | None,
+    batch: int,
+    force: bool,
+) -> None:
+    """Write the archive and say what to do with it."""
+    from moedge.export import device_archive
+
+    device = devices.load(target)
+    with single("bundle", f"{source} -> {out}") as reporter:
+
+        def step(what: str, done: int, total: int) -> None:
+            reporter.progress(done, total)
+            if done < total:
+                reporter.note(what)
+
+        manifest = device_archive.write(
+            source,
+            out,
+            device,
+            label=label,
+            max_length=max_length,
+            max_prompt=max_prompt,
+            batch=batch,
+            force=force,
+            progress=step,
+        )
+    console = Console()
+    size = out.stat().st_size / 2**20
+    console.print(
+        escape(f"{out}: {size:.0f} MiB, {len(manifest['files'])} files, sha256 {sha256_file(out)}"), soft_wrap=True
+    )
+    folder = f"moedge-{device.name}"
+    console.print(
+        escape(f"On the device: tar xf {out.name} && cd {folder} && python3 build_engine.py && python3 verify.py"),
+        soft_wrap=True,
+    )

@@ -1,0 +1,71 @@
+"""``moedge report``: read back what the scripts of a device archive wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from moedge import MoEdgeError
+
+SCHEMA = "moedge.device-result/1"
+
+
+def report(results: list[Path], *, as_json: bool) -> int:
+    """Print device results; returns 1 when a verification among them failed."""
+    loaded = {str(path): read(path) for path in results}
+    if as_json:
+        print(json.dumps(loaded, indent=2, allow_nan=False))
+    else:
+        console = Console()
+        for path, result in loaded.items():
+            _print(path, result, console)
+    return 0 if all(result.get("passed", True) for result in loaded.values()) else 1
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read one result.
+
+    Raises:
+        MoEdgeError: it is missing, damaged or not a device result.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MoEdgeError(f"{path} cannot be read as a device result ({error}).") from error
+    needed = {"verify": ("checks", "logits", "routing", "passed"), "bench": ("ttft_ms", "tpot_ms", "protocol")}
+    if not isinstance(value, dict) or value.get("schema") != SCHEMA or value.get("kind") not in needed:
+        raise MoEdgeError(f"{path} is not a result of verify.py or bench.py (schema {SCHEMA}).")
+    if missing := [key for key in ("label", "device", "engine", *needed[value["kind"]]) if key not in value]:
+        raise MoEdgeError(f"{path} lacks {', '.join(missing)}; run the script again.")
+    return value
+
+
+def _print(path: str, result: dict[str, Any], console: Console) -> None:
+    device = result["device"]
+    table = Table(title=escape(f"{path}: {result['label']}"), title_justify="left")
+    if result["kind"] == "verify":
+        for column in ("check", "value", "limit", ""):
+            table.add_column(column)
+        for check in result["checks"]:
+            shown = "none" if check["value"] is None else f"{check['value']:.6g}"
+            mark = "[green]pass[/green]" if check["passed"] else "[red]FAIL[/red]"
+            table.add_row(escape(check["name"]), shown, f"{check['relation']} {check['limit']:.4g}", mark)
+    else:
+        protocol = result["protocol"]
+        for column in ("", "p50 ms", "p90", "p99", "95% CI of p50"):
+            table.add_column(column, justify="right" if column else "left")
+        for name, key in (("first token", "ttft_ms"), ("per token", "tpot_ms")):
+            t = result[key]
+            interval = f"{t['ci95_low']:.3f}-{t['ci95_high']:.3f}"
+            table.add_row(name, f"{t['p50']:.3f}", f"{t['p90']:.3f}", f"{t['p99']:.3f}", interval)
+        table.caption = escape(f"batch 1, prompt {protocol['prompt']}, decode {protocol['decode']}. {protocol['note']}")
+    console.print(table)
+    said = (
+        f"{device['name']}, SM{device['compute_capability'].replace('.', '')}, {device['runtime']}, {device['system']}"
+    )
+    console.print(escape(said), highlight=False, soft_wrap=True)

@@ -1,0 +1,76 @@
+"""Build the engine of this archive, on the device it is for.
+
+    python3 build_engine.py
+
+Needs numpy and the Python package of TensorRT (JetPack has both). A timing cache is kept in ``timing.cache``. With
+``--target tensorrt-rtx --compute-capability 8.9`` the same graph is built with TensorRT for RTX, on any machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+try:  # in an archive the files lie side by side
+    import moedge_archive
+    import moedge_trt
+except ImportError:
+    from moedge.runtime.device import moedge_archive, moedge_trt
+
+
+def main() -> int:
+    """Build, write ``engine.plan`` and ``engine.json``."""
+    folder = Path(__file__).resolve().parent
+    manifest = moedge_archive.open_archive(folder)
+    limits = manifest["profiles"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--max-length", type=int, default=limits["max_length"], help="longest sequence in tokens")
+    parser.add_argument("--max-prompt", type=int, default=limits["max_prompt"], help="most tokens of one prefill call")
+    parser.add_argument("--batch", type=int, default=limits["batch"], help="most rows of a call")
+    parser.add_argument("--no-taps", action="store_true", help="leave out the selected experts (no routing check)")
+    parser.add_argument("--target", choices=sorted(moedge_trt.PACKAGES), default="tensorrt")
+    parser.add_argument("--compute-capability", action="append", help="tensorrt-rtx only: GPUs to build for")
+    options = parser.parse_args()
+    trt = moedge_trt.load_tensorrt(options.target)
+    if options.target == "tensorrt":
+        cuda = moedge_trt.Cuda()
+        here, wanted = cuda.capability(), manifest["device"]["compute_capability"]
+        cuda.close()
+        if here != wanted:
+            print(f"note: this archive was made for compute capability {wanted}; this GPU has {here}", file=sys.stderr)
+        capabilities = [here]
+    else:
+        capabilities = options.compute_capability or [manifest["device"]["compute_capability"]]
+    limits = {"max_length": options.max_length, "max_prompt": options.max_prompt, "batch": options.batch}
+    taps = {} if options.no_taps else manifest["taps"]
+    print(f"building with {options.target} {trt.__version__} for SM{', SM'.join(capabilities)}: this takes minutes")
+    plan, built = moedge_trt.build(
+        trt,
+        folder / "model.onnx",
+        moedge_trt.profile_shapes(manifest["model"], **limits),
+        compute_capabilities=capabilities if options.target == "tensorrt-rtx" else None,
+        taps={tap["output"]: f"routes.{layer}" for layer, tap in taps.items()},
+        timing_cache=folder / "timing.cache",
+    )
+    engine = folder / moedge_archive.ENGINE
+    moedge_trt.write_bytes(engine, plan)
+    facts = {
+        "target": options.target,
+        "model": manifest["model"],
+        "profiles": limits,
+        "taps": {layer: {**tap, "output": f"routes.{layer}"} for layer, tap in taps.items()},
+        "compute_capabilities": capabilities,
+        "versions": {trt.__name__: trt.__version__},
+        "build": built,
+        "graph_sha256": manifest["files"]["model.onnx"]["sha256"],
+        "sha256": moedge_trt.sha256(engine),
+    }
+    moedge_trt.write_bytes(folder / moedge_archive.ENGINE_FACTS, (json.dumps(facts, indent=2) + "\n").encode())
+    print(f"built {engine}: {len(plan) / 2**20:.0f} MiB, {built['layers']} layers, {built['build_s']:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(moedge_archive.run(main))

@@ -1,0 +1,104 @@
+"""Open a device archive's folder: verify every file, find the engine that was built in it."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+try:  # in an archive the files lie side by side
+    import moedge_trt
+except ImportError:
+    from moedge.runtime.device import moedge_trt
+
+MANIFEST = "manifest.json"
+ENGINE = "engine.plan"
+ENGINE_FACTS = "engine.json"
+RESULT_SCHEMA = "moedge.device-result/1"
+
+
+def open_archive(folder: Path) -> dict[str, Any]:
+    """Return the manifest after checking the hash of every file that it lists.
+
+    Raises:
+        moedge_trt.DeviceError: another schema, or a file that is missing or changed.
+    """
+    manifest = moedge_trt.read_json(folder / MANIFEST)
+    if manifest.get("schema") != "moedge.device-archive/1":
+        raise moedge_trt.DeviceError(
+            f"{folder / MANIFEST} is not of schema moedge.device-archive/1; make the archive again."
+        )
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if path.is_symlink() or not path.is_file() or moedge_trt.sha256(path) != entry["sha256"]:
+            raise moedge_trt.DeviceError(f"{path} is missing, a link or damaged; unpack the archive again.")
+    return manifest
+
+
+def open_session(folder: Path) -> tuple[dict[str, Any], dict[str, Any], moedge_trt.Session]:
+    """Return the manifest, the facts of the built engine, and a session of it.
+
+    Raises:
+        moedge_trt.DeviceError: the engine is missing, changed, of another graph, or cannot run here.
+    """
+    manifest = open_archive(folder)
+    if not (folder / ENGINE_FACTS).is_file():
+        raise moedge_trt.DeviceError(f"{folder} has no engine yet; run: python3 build_engine.py")
+    facts = moedge_trt.read_json(folder / ENGINE_FACTS)
+    if facts["graph_sha256"] != manifest["files"]["model.onnx"]["sha256"]:
+        raise moedge_trt.DeviceError(f"{folder / ENGINE} was built from another graph; run: python3 build_engine.py")
+    plan = moedge_trt.read_checked(folder / ENGINE, facts["sha256"])
+    return manifest, facts, moedge_trt.Session(plan, facts)
+
+
+def golden(folder: Path) -> list[dict[str, Any]]:
+    """Return the recorded cases: ``ids`` int64 [1, L], ``prompt`` tokens, ``logits`` [L-prompt+1, V], ``routes``."""
+    cases = []
+    for number, case in enumerate(json.loads((folder / "golden.json").read_text(encoding="utf-8"))["cases"]):
+        routes = {
+            int(layer): np.load(folder / f"golden.{number}.routes.{layer}.npy", allow_pickle=False)
+            for layer in case["routed_layers"]
+        }
+        ids = np.array([case["ids"]], dtype=np.int64)
+        recorded = np.load(folder / f"golden.{number}.logits.npy", allow_pickle=False)
+        cases.append({"ids": ids, "prompt": case["prompt_tokens"], "logits": recorded, "routes": routes})
+    return cases
+
+
+def device_facts(session: moedge_trt.Session) -> dict[str, Any]:
+    """What the numbers were measured on."""
+    model = Path("/proc/device-tree/model")
+    try:
+        name = model.read_text(encoding="utf-8", errors="replace").strip("\0 \n")
+    except OSError:
+        name = platform.machine()
+    free, total = session.cuda.memory()
+    return {
+        "name": name,
+        "compute_capability": session.cuda.capability(),
+        "runtime": session.version,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()}",
+        "memory_bytes": {"free": free, "total": total},
+    }
+
+
+def finish(result: dict[str, Any], path: Path) -> None:
+    """Write a result as JSON, whole or not at all, and say where."""
+    moedge_trt.write_bytes(path, (json.dumps(result, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
+    print(f"wrote {path}; read it with: moedge report {path.name}")
+
+
+def run(main: Callable[[], int]) -> int:
+    """Run a script's main function; a DeviceError becomes one line and exit code 2."""
+    import sys
+
+    try:
+        return main()
+    except moedge_trt.DeviceError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,97 @@
+"""Compare an engine's answers with recorded ones: numpy only, so it runs on a device.
+
+Symbols: a recorded float32 logits, b the engine's, p = softmax(a), q = softmax(b).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    """Log-probabilities of each row, float64."""
+    shifted = x.astype(np.float64) - x.max(axis=-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
+
+
+def logits(reference: np.ndarray, test: np.ndarray, margin: float) -> dict[str, Any]:
+    """Compare logits [T, V] of the same tokens.
+
+    ``margin`` is the gap between the reference's best two logits, in units of its largest one, below which a token is a
+    near-tie: counted, not judged.
+    """
+    a, b = reference.astype(np.float64), test.astype(np.float64)
+    finite = np.isfinite(b).all(axis=1)
+    scale = np.abs(a).max(axis=1)
+    with np.errstate(invalid="ignore"):
+        relative = np.abs(a - b).max(axis=1) / scale
+    best = np.sort(a, axis=1)[:, -2:]
+    clear = (best[:, 1] - best[:, 0]) > margin * scale
+    log_p, log_q = log_softmax(a[finite]), log_softmax(b[finite])
+    kl = np.maximum((np.exp(log_p) * (log_p - log_q)).sum(axis=1), 0.0)
+    same = a.argmax(axis=1) == np.where(np.isfinite(b), b, -np.inf).argmax(axis=1)
+    flat = b.max(axis=1) == b.min(axis=1)  # a kernel that fails silently returns zeros
+    return {
+        "tokens": len(a),
+        "non_finite": int((~finite).sum()),
+        "constant": int(flat.sum()),
+        "median_rel_error": _number(np.median(relative)) if finite.all() else None,
+        "max_rel_error": _number(relative.max()) if finite.all() else None,
+        "mean_kl": _number(kl.mean()) if finite.all() else None,
+        "max_kl": _number(kl.max()) if finite.all() else None,
+        "near_ties": int((~clear).sum()),
+        "top1_agreement": float(same[clear].mean()) if clear.any() else None,
+    }
+
+
+def routes(reference: dict[int, np.ndarray], test: dict[int, np.ndarray]) -> dict[str, Any]:
+    """Share of (token, layer) pairs with the same set of experts; each layer int32 [T, k]."""
+    if not reference or not test:
+        return {"compared": False}
+    same = [
+        (np.sort(reference[layer], axis=1) == np.sort(test[layer], axis=1)).all(axis=1) for layer in sorted(reference)
+    ]
+    worst = int(np.argmin([part.mean() for part in same]))
+    return {
+        "compared": True,
+        "decisions": int(sum(part.size for part in same)),
+        "agreement": float(np.concatenate(same).mean()),
+        "worst_layer": sorted(reference)[worst],
+        "worst_agreement": float(same[worst].mean()),
+    }
+
+
+def judge(found: dict[str, Any], routing: dict[str, Any], limits: dict[str, float]) -> list[dict[str, Any]]:
+    """Check values against limits; a value that could not be measured fails."""
+    rows = [
+        ("non_finite", found["non_finite"], "<=", 0),
+        ("constant", found["constant"], "<=", 0),
+        ("median_rel_error", found["median_rel_error"], "<=", limits["median_rel_error"]),
+        ("mean_kl", found["mean_kl"], "<=", limits["mean_kl"]),
+        ("top1_agreement", found["top1_agreement"], ">=", limits["top1_agreement"]),
+    ]
+    if routing["compared"]:
+        rows.append(("expert_set_agreement", routing["agreement"], ">=", limits["expert_set_agreement"]))
+    checks = []
+    for name, value, relation, limit in rows:
+        passed = value is not None and (value <= limit if relation == "<=" else value >= limit)
+        checks.append({"name": name, "value": value, "relation": relation, "limit": limit, "passed": bool(passed)})
+    return checks
+
+
+def timing(samples_ms: list[float]) -> dict[str, float]:
+    """Percentiles of a list of times, and a 95% bootstrap interval of the median, in ms."""
+    values = np.asarray(samples_ms, dtype=np.float64)
+    drawn = np.random.default_rng(0).integers(0, len(values), (1000, len(values)))
+    low, high = np.percentile(np.median(values[drawn], axis=1), [2.5, 97.5])
+    p50, p90, p99 = np.percentile(values, [50, 90, 99])
+    return {
+        **{"p50": float(p50), "p90": float(p90), "p99": float(p99), "mean": float(values.mean())},
+        **{"ci95_low": float(low), "ci95_high": float(high), "samples": float(len(values))},
+    }
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if np.isfinite(value) else None

@@ -1,0 +1,263 @@
+"""The archive for a device: deterministic, whole, and its scripts work on their own (numpy and a runtime, no MoEdge).
+
+There is no GPU here, so the scripts run the archive's half-precision graph through a session that stands in for
+TensorRT's: ONNX Runtime on the very file that TensorRT would build. What is tested is everything but the engine.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moedge import MoEdgeError
+from moedge._files import atomic_dir
+from moedge.export import device_archive
+from moedge.export.pipeline import _lower
+from moedge.runtime import devices, reduction
+from moedge.runtime.commands import report
+from moedge.runtime.device import moedge_compare
+
+STAND_IN = '''
+import os
+import sys
+import numpy as np
+import onnxruntime
+import moedge_trt
+
+
+class Cuda:
+    def capability(self):
+        return "8.7"
+
+    def memory(self):
+        return 1000, 2000
+
+
+class Session:
+    """ONNX Runtime on the archived graph, with the methods of moedge_trt.Session. BREAK scales the logits."""
+
+    def __init__(self, plan, facts):
+        import onnx
+
+        model = onnx.load("model.onnx", load_external_data=False)
+        for tap in facts["archive_taps"].values():
+            model.graph.output.append(onnx.ValueInfoProto(name=tap["output"]))
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", ".")
+        self.session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+        self.facts, self.limits, self.cuda, self.version = facts, facts["profiles"], Cuda(), "stand-in"
+
+    def start(self, ids, mask):
+        return self.step(ids, None)
+
+    def step(self, ids, cache, mask=None):
+        past = cache[0].shape[2] if cache else 0
+        feeds = {"input_ids": ids, "attention_mask": np.ones((1, past + ids.shape[1]), np.int64)}
+        feeds["position_ids"] = np.arange(past, past + ids.shape[1])[None]
+        names = [i.name for i in self.session.get_inputs() if i.name.startswith("past")]
+        m = self.facts["model"]
+        empty = np.zeros((1, m["num_kv_heads"], 0, m["head_dim"]), np.float16)
+        feeds.update(zip(names, cache or [empty] * len(names)))
+        taps = self.facts["archive_taps"]
+        wanted = ["logits", *[n.replace("past_key_values", "present") for n in names]]
+        wanted += [tap["output"] for tap in taps.values()]
+        logits, *rest = self.session.run(wanted, feeds)
+        cache, routes = rest[: len(names)], rest[len(names) :]
+        return logits.astype(np.float32) * BREAK, {int(k): r for k, r in zip(taps, routes)}, cache
+
+    def close(self):
+        pass
+
+
+moedge_trt.Session = Session
+script, BREAK, *sys.argv[1:] = sys.argv[1], float(sys.argv[2]), *sys.argv[3:]
+sys.argv[0] = script
+path = os.path.abspath(script)
+exec(compile(open(script).read(), script, "exec"), {"__name__": "__main__", "__file__": path})
+'''
+
+
+@pytest.fixture(scope="module")
+def source(bundles, tmp_path_factory):
+    """A folder with the bundles ``portable`` and ``tensorrt`` of the tiny MoE."""
+    root = tmp_path_factory.mktemp("source")
+    shutil.copytree(bundles["moe/portable"], root / "portable")
+    with atomic_dir(root / "tensorrt") as partial:
+        _lower("tensorrt", root / "portable", partial)
+    return root
+
+
+@pytest.fixture(scope="module")
+def archive(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("archive") / "moe.tar"
+    device_archive.write(source, out, devices.load("jetson-agx-orin"), max_length=64, max_prompt=48)
+    return out
+
+
+@pytest.fixture
+def unpacked(archive, tmp_path):
+    """The archive's folder, with a file in place of the engine (nothing here can deserialize one)."""
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path, filter="data")
+    folder = tmp_path / "moedge-jetson-agx-orin"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "engine.plan").write_bytes(b"stand-in")
+    facts = {
+        **{
+            "target": "tensorrt",
+            "model": manifest["model"],
+            "profiles": manifest["profiles"],
+            "taps": manifest["taps"],
+        },
+        "archive_taps": manifest["taps"],
+        "graph_sha256": manifest["files"]["model.onnx"]["sha256"],
+        "sha256": "04bd79e8d6a6b2bba9d3ba97e5eaa72ae1dd3d7d9a3ee58a9a7d9a3e2d8b1b4f",
+    }
+    import hashlib
+
+    facts["sha256"] = hashlib.sha256(b"stand-in").hexdigest()
+    (folder / "engine.json").write_text(json.dumps(facts))
+    return folder
+
+
+def run(folder: Path, script: str, *more: str, scale: float = 1.0) -> subprocess.CompletedProcess:
+    (folder.parent / "stand_in.py").write_text(STAND_IN)
+    code = f"import sys; sys.path.insert(0, '.'); exec(open({str(folder.parent / 'stand_in.py')!r}).read())"
+    # -I: without this checkout on the path, as on a device.
+    command = [sys.executable, "-I", "-c", code, script, str(scale), *more]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_same_input_gives_the_same_bytes(source, archive, tmp_path):
+    again = tmp_path / "again.tar"
+    device_archive.write(source, again, devices.load("jetson-agx-orin"), max_length=64, max_prompt=48)
+    assert again.read_bytes() == archive.read_bytes()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_manifest_lists_every_file_and_nothing_is_a_path_outside(archive):
+    with tarfile.open(archive) as tar:
+        names = sorted(member.name for member in tar)
+        assert all(member.isfile() and member.mtime == 0 and member.uid == 0 for member in tar)
+        manifest = json.loads(tar.extractfile("moedge-jetson-agx-orin/manifest.json").read())
+    assert names == sorted(f"moedge-jetson-agx-orin/{name}" for name in [*manifest["files"], "manifest.json"])
+    assert {"model.onnx", "model.onnx.data", "tokenizer.json", "golden.json", *device_archive.SCRIPTS} <= set(
+        manifest["files"]
+    )
+
+
+def test_verify_passes_the_half_precision_graph_and_report_reads_the_result(unpacked, capsys):
+    child = run(unpacked, "verify.py")
+    assert child.returncode == 0, child.stdout + child.stderr
+    result = json.loads((unpacked / "verify-result.json").read_text())
+    assert result["passed"]
+    assert result["routing"]["compared"]
+    assert result["logits"]["tokens"] == len(device_archive.PROMPTS) * (device_archive.NEW_TOKENS + 1)
+    assert 0 < result["logits"]["median_rel_error"] <= device_archive.limits()["median_rel_error"]
+    assert report.report([unpacked / "verify-result.json"], as_json=False) == 0
+    assert "median_rel_error" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("scale", "failed"), [(0.9, "median_rel_error"), (0.0, "constant"), (float("nan"), "non_finite")]
+)
+def test_verify_fails_an_engine_that_computes_something_else(unpacked, scale, failed):
+    child = run(unpacked, "verify.py", scale=scale)
+    assert child.returncode == 1, child.stdout + child.stderr
+    assert f"FAIL  {failed}" in child.stdout
+    assert report.report([unpacked / "verify-result.json"], as_json=True) == 1
+
+
+def test_bench_times_and_report_reads_the_result(unpacked, capsys):
+    child = run(unpacked, "bench.py", "--prompt", "20", "--decode", "3", "--repeats", "3", "--note", "test")
+    assert child.returncode == 0, child.stdout + child.stderr
+    result = json.loads((unpacked / "bench-result.json").read_text())
+    assert result["protocol"] == {"batch": 1, "prompt": 20, "decode": 3, "repeats": 3, "warmup": 2, "note": "test"}
+    assert result["tpot_ms"]["samples"] == 9
+    assert 0 < result["tpot_ms"]["ci95_low"] <= result["tpot_ms"]["p50"] <= result["tpot_ms"]["p99"]
+    assert report.report([unpacked / "bench-result.json"], as_json=False) == 0
+    assert "per token" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "model.onnx.data").write_bytes(b"x"), "model.onnx.data is missing, a link or damaged"),
+        (lambda f: (f / "engine.plan").write_bytes(b"other"), "engine.plan was changed or damaged"),
+        (lambda f: (f / "engine.json").unlink(), "has no engine yet; run: python3 build_engine.py"),
+        (lambda f: (f / "moedge_compare.py").write_text("#"), "moedge_compare.py is missing, a link or damaged"),
+    ],
+)
+def test_nothing_damaged_is_run(unpacked, damage, message):
+    damage(unpacked)
+    child = run(unpacked, "verify.py")
+    assert child.returncode != 0
+    if "compare" not in message:  # a damaged module fails when it is imported, before anything is checked
+        assert message in child.stderr
+
+
+def test_the_build_script_says_what_is_missing(unpacked):
+    command = [sys.executable, "build_engine.py"]
+    child = subprocess.run(command, cwd=unpacked, capture_output=True, text=True, timeout=60, check=False)
+    if find_spec("tensorrt") is None:
+        assert child.returncode == 2
+        assert "The Python package tensorrt of target tensorrt cannot be imported" in child.stderr
+
+
+@pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx-cu13 has no package for this platform")
+def test_the_build_script_builds_with_tensorrt_rtx_without_a_gpu(unpacked):
+    command = [sys.executable, "build_engine.py", "--target", "tensorrt-rtx", "--compute-capability", "8.6"]
+    child = subprocess.run(command, cwd=unpacked, capture_output=True, text=True, timeout=300, check=False)
+    assert child.returncode == 0, child.stderr
+    facts = json.loads((unpacked / "engine.json").read_text())
+    assert facts["build"]["engine_bytes"] == (unpacked / "engine.plan").stat().st_size > 10_000
+    assert facts["taps"]["1"]["output"] == "routes.1"
+
+
+def test_what_cannot_be_packed_is_refused(source, tmp_path):
+    with pytest.raises(MoEdgeError, match="export tensorrt-rtx and use `moedge build`"):
+        device_archive.write(source, tmp_path / "x.tar", devices.load("rtx-2080-ti"))
+    (tmp_path / "mine.tar").write_text("keep")
+    with pytest.raises(MoEdgeError, match="--force"):
+        device_archive.write(source, tmp_path / "mine.tar", devices.load("jetson-agx-orin"))
+    assert (tmp_path / "mine.tar").read_text() == "keep"
+    shutil.copytree(source / "portable", tmp_path / "half" / "portable")
+    with pytest.raises(MoEdgeError, match="no tensorrt bundle"):
+        device_archive.write(tmp_path / "half", tmp_path / "y.tar", devices.load("jetson-agx-orin"))
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_device_metrics_are_those_of_parity():
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal((40, 300)).astype(np.float32)
+    b = (a + 0.05 * rng.standard_normal(a.shape)).astype(np.float32)
+    found = moedge_compare.logits(a, b, 0.0)
+    tokens = reduction.TokenErrors(0.0)
+    tokens.add(a, b, np.full(40, -1))
+    want = tokens.summary()
+    assert found["median_rel_error"] == pytest.approx(want["rel_error"]["p50"])
+    assert found["mean_kl"] == pytest.approx(want["kl_ref_test"]["mean"])
+    assert found["max_kl"] == pytest.approx(want["kl_ref_test"]["max"])
+    assert found["top1_agreement"] == want["top1"]["agreement_with_near_ties"]
+
+
+def test_routes_are_compared_as_sets_by_layer():
+    one = {0: np.array([[1, 2], [3, 4]], np.int32), 3: np.array([[0, 1], [0, 1]], np.int32)}
+    two = {0: np.array([[2, 1], [3, 5]], np.int32), 3: one[3]}
+    found = moedge_compare.routes(one, two)
+    assert (found["agreement"], found["worst_layer"], found["worst_agreement"]) == (0.75, 0, 0.5)
+    assert moedge_compare.routes(one, {}) == {"compared": False}
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"schema": "moedge.device-result/1", "kind": "verify"}'])
+def test_report_refuses_what_is_no_result(tmp_path, content):
+    (tmp_path / "r.json").write_text(content)
+    with pytest.raises(MoEdgeError, match=r"r\.json"):
+        report.read(tmp_path / "r.json")
