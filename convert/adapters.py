@@ -16,8 +16,28 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""Model types whose blocks are ``model.layers.N.mlp`` with ``gate_proj``, ``up_proj`` and ``down_proj``."""
+
+@dataclass(frozen=True)
+class Family:
+    """How the layers of one model type are written; every one has its FFN at ``model.layers.N.mlp``."""
+
+    fused: bool = False
+    """Gate and up are the two halves of one ``gate_up_proj`` (Phi-3), not ``gate_proj`` and ``up_proj``."""
+    post_norm: bool = False
+    """The FFN's output is normalised before it is added to the residual stream."""
+
+
+FAMILIES = {
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(),
+    "phi3": Family(fused=True),
+    "gemma2": Family(post_norm=True),
+    "gemma3_text": Family(post_norm=True),
+    "olmo2": Family(post_norm=True),
+}
+"""Model types that can be converted."""
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -43,24 +63,67 @@ class FFN:
     hidden_act: str
     """Activation of the gate: ``silu``, ``gelu_tanh`` or ``gelu``."""
 
+    family: Family = Family()
+
     @property
     def gate(self) -> torch.Tensor:
         """Gate projection [D, H]."""
-        return self._weight("gate_proj")
+        return self._weight("gate_up_proj").chunk(2)[0] if self.family.fused else self._weight("gate_proj")
 
     @property
     def up(self) -> torch.Tensor:
         """Up projection [D, H]."""
-        return self._weight("up_proj")
+        return self._weight("gate_up_proj").chunk(2)[1] if self.family.fused else self._weight("up_proj")
 
     @property
     def down(self) -> torch.Tensor:
         """Down projection [H, D]."""
         return self._weight("down_proj")
 
+    @property
+    def gate_bias(self) -> torch.Tensor | None:
+        """Bias of the gate projection [D], or None."""
+        return self._bias("gate_proj")
+
+    @property
+    def up_bias(self) -> torch.Tensor | None:
+        """Bias of the up projection [D], or None."""
+        return self._bias("up_proj")
+
+    @property
+    def down_bias(self) -> torch.Tensor | None:
+        """Bias of the down projection [H], or None. It belongs to no neuron: it is added once, whatever is routed."""
+        return self._bias("down_proj")
+
     def _weight(self, name: str) -> torch.Tensor:
         weight: torch.Tensor = self.module.get_submodule(name).weight.detach()  # type: ignore[operator]
         return weight
+
+    def _bias(self, name: str) -> torch.Tensor | None:
+        if self.family.fused:
+            return None  # ffns() refuses a fused projection with a bias
+        bias: torch.Tensor | None = self.module.get_submodule(name).bias  # type: ignore[assignment]
+        return None if bias is None else bias.detach()
+
+    def gate_of(self, output: torch.Tensor) -> torch.Tensor:
+        """Return the gate part of what the module :attr:`gate_module` puts out."""
+        return output.chunk(2, dim=-1)[0] if self.family.fused else output
+
+    @property
+    def gate_module(self) -> torch.nn.Module:
+        """The linear layer that computes the gate, perhaps together with up (see :meth:`gate_of`)."""
+        return self.module.get_submodule("gate_up_proj" if self.family.fused else "gate_proj")
+
+    def hidden(self, x: torch.Tensor) -> torch.Tensor:
+        """Return h = act(gate x) * (up x), biases included, of inputs [n, H]: float32 [n, D], computed in float32."""
+        import torch.nn.functional as F
+
+        from moedge.export.ops import activate
+
+        x = x.float()
+        biases = (None if bias is None else bias.float() for bias in (self.gate_bias, self.up_bias))
+        gate, up = (F.linear(x, w.float(), b) for w, b in zip((self.gate, self.up), biases, strict=True))
+        return activate(gate, self.hidden_act) * up
 
 
 def ffns(model: PreTrainedModel) -> list[FFN]:
@@ -72,22 +135,26 @@ def ffns(model: PreTrainedModel) -> list[FFN]:
     import torch
 
     refuse_unsupported(model.config.model_type, "the model", lambda: model)
-    activation = ACTIVATIONS.get(model.config.hidden_act)
-    if activation is None:
-        raise MoEdgeError(
-            f"FFN activation {model.config.hidden_act!r} is not supported; known: {', '.join(sorted(ACTIVATIONS))}."
-        )
+    family, name = FAMILIES[model.config.model_type], hidden_act(model.config)
+    if name not in ACTIVATIONS:
+        raise MoEdgeError(f"FFN activation {name!r} is not supported; known: {', '.join(sorted(ACTIVATIONS))}.")
+    activation = ACTIVATIONS[name]
     blocks = []
     for index, layer in enumerate(model.model.layers):
         name = f"model.layers.{index}.mlp"
-        for part in ("gate_proj", "up_proj", "down_proj"):
+        for part in ("gate_up_proj", "down_proj") if family.fused else ("gate_proj", "up_proj", "down_proj"):
             linear = getattr(layer.mlp, part, None)
             if not isinstance(linear, torch.nn.Linear) or not linear.weight.is_floating_point():
                 raise MoEdgeError(f"{name}.{part} is not a plain floating-point linear layer; convert a dense model.")
-            if linear.bias is not None:
-                raise MoEdgeError(f"{name}.{part} has a bias; only FFNs without biases can be converted.")
-        blocks.append(FFN(index, name, layer.mlp, activation))
+            if linear.bias is not None and family.fused:
+                raise MoEdgeError(f"{name}.{part} has a bias, which no {model.config.model_type} model should have.")
+        blocks.append(FFN(index, name, layer.mlp, activation, family))
     return blocks
+
+
+def hidden_act(config: Any) -> str:
+    """Return the name of the gate's activation in a config (``hidden_activation`` in Gemma's)."""
+    return str(getattr(config, "hidden_activation", None) or config.hidden_act)
 
 
 def refuse_unsupported(model_type: str, where: str, build: Callable[[], Any]) -> None:
@@ -123,6 +190,6 @@ def describe(model: PreTrainedModel, sha256: str = "") -> dict[str, Any]:
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
         "num_layers": config.num_hidden_layers,
-        "hidden_act": ACTIVATIONS.get(config.hidden_act, config.hidden_act),
+        "hidden_act": ACTIVATIONS.get(hidden_act(config), hidden_act(config)),
         "sha256": sha256,
     }

@@ -215,7 +215,7 @@ def collect(
     gates = [_GateStream(block, gate, _sample_weights(token_windows, gate)) for block in blocks] if gate else []
     handles: list[Any] = []
     for watched in gates:
-        handles.append(watched.block.module.get_submodule("gate_proj").register_forward_hook(watched.on_gate))
+        handles.append(watched.block.gate_module.register_forward_hook(watched.on_gate))
     for stream in streams:
         down = stream.block.module.get_submodule("down_proj")
         handles.append(down.register_forward_pre_hook(stream.on_hidden))
@@ -267,7 +267,7 @@ class _GateStream:
 
         from moedge.export.ops import activate
 
-        active = activate(output.float(), self.block.hidden_act)
+        active = activate(self.block.gate_of(output).float(), self.block.hidden_act)
         active = active if self.signed else active.abs()
         weights = torch.from_numpy(self.weights[self.windows : self.windows + len(active)]).to(active.device)
         self.windows += len(active)

@@ -62,6 +62,8 @@ class SparseFFN(nn.Module):
     scale: torch.Tensor | None
     compensation: torch.Tensor | None
     output_bias: torch.Tensor | None
+    shared_gate_bias: torch.Tensor | None
+    shared_up_bias: torch.Tensor | None
 
     def __init__(self, layer_index: int, hidden_size: int, spec: dict[str, Any]) -> None:
         super().__init__()
@@ -75,8 +77,14 @@ class SparseFFN(nn.Module):
         experts, inner, shared = self.num_experts, spec["expert_width"], spec["shared_width"]
         shapes: dict[str, tuple[int, ...]] = {"shared_gate": (shared, hidden_size), "shared_up": (shared, hidden_size)}
         shapes |= {"shared_down": (hidden_size, shared)}
+        # Experts keep a bias of gate or up as the weight of one more input that is always 1: every kernel of the
+        # routed FFN then has it without knowing.
+        self.biased: bool = spec.get("biased", False)
+        for name in ("shared_gate_bias", "shared_up_bias"):
+            self.register_parameter(name, nn.Parameter(torch.empty(shared)) if self.biased else None)
         if experts:
-            shapes |= {"gate": (experts, inner, hidden_size), "up": (experts, inner, hidden_size)}
+            columns = hidden_size + self.biased
+            shapes |= {"gate": (experts, inner, columns), "up": (experts, inner, columns)}
             shapes |= {"down": (experts, hidden_size, inner)}
         for name, shape in shapes.items():
             setattr(self, name, nn.Parameter(torch.empty(shape)))
@@ -98,7 +106,8 @@ class SparseFFN(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the FFN output, same shape and dtype as x [..., H]."""
         flat = x.reshape(-1, x.shape[-1])
-        hidden = activate(F.linear(flat, self.shared_gate), self.activation) * F.linear(flat, self.shared_up)
+        gate = F.linear(flat, self.shared_gate, self.shared_gate_bias)
+        hidden = activate(gate, self.activation) * F.linear(flat, self.shared_up, self.shared_up_bias)
         y = F.linear(hidden, self.shared_down, self.output_bias)
         if self.router is not None:
             y = y + self._routed(flat, y.dtype)
@@ -118,7 +127,8 @@ class SparseFFN(nn.Module):
         indices, weights = torch.ops.moedge.route(scores, self.selection_bias, self.scale, self.top_k, self.combine)
         if self.record_routes:
             self.last_routes = indices
-        return torch.ops.moedge.sparse_glu(flat, indices, weights, *experts, self.activation)
+        inputs = F.pad(flat, (0, 1), value=1.0) if self.biased else flat
+        return torch.ops.moedge.sparse_glu(inputs, indices, weights, *experts, self.activation)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SparseFFN:
         """Move or cast, but never cast the router, the selection bias and the scale (``model.to(torch.bfloat16)``)."""
@@ -133,8 +143,14 @@ class SparseFFN(nn.Module):
         return self
 
 
-def layer_config(layer: LayerPlan, activation: str) -> dict[str, Any]:
-    """Return what config.json says about one layer: all that :class:`SparseFFN` needs to build itself."""
+def layer_config(
+    layer: LayerPlan, activation: str, *, biased: bool = False, output_bias: bool = False
+) -> dict[str, Any]:
+    """Return what config.json says about one layer: all that :class:`SparseFFN` needs to build itself.
+
+    Args:
+        biased: the dense FFN has a bias in gate or up. output_bias: it has one in down.
+    """
     router = layer.router and {"kind": layer.router.kind, "options": layer.router.options}
     optional = ("selection_bias", "scale", "compensation", "output_bias")
     return {
@@ -146,15 +162,32 @@ def layer_config(layer: LayerPlan, activation: str) -> dict[str, Any]:
         "activation": activation,
         "combine": layer.combine,
         "router": router if layer.experts else None,
-        "tensors": [name for name in optional if getattr(layer, name) is not None],
+        "tensors": [
+            name for name in optional if getattr(layer, name) is not None or (name == "output_bias" and output_bias)
+        ],
+        **({"biased": True} if biased else {}),
     }
+
+
+def block_config(block: adapters.FFN, layer: LayerPlan) -> dict[str, Any]:
+    """Return :func:`layer_config` of a layer of one dense FFN."""
+    biased = block.gate_bias is not None or block.up_bias is not None
+    return layer_config(layer, block.hidden_act, biased=biased, output_bias=block.down_bias is not None)
+
+
+def _with_bias(weight: torch.Tensor, bias: torch.Tensor | None, biased: bool) -> torch.Tensor:
+    """Return [D, H], or [D, H + 1] with the bias (zero where there is none) as last column."""
+    if not biased:
+        return weight
+    column = weight.new_zeros(len(weight)) if bias is None else bias
+    return torch.cat([weight, column[:, None]], dim=1)
 
 
 @torch.no_grad()
 def build_ffn(block: adapters.FFN, layer: LayerPlan) -> SparseFFN:
     """Cut one dense FFN by its layer plan; the result owns copies of the rows and columns it uses."""
     weight = block.down
-    spec = layer_config(layer, block.hidden_act)
+    spec = block_config(block, layer)
     with torch.device("meta"):
         ffn = SparseFFN(block.index, weight.shape[0], spec)
     down = weight if layer.down is None else torch.from_numpy(layer.down).to(weight)
@@ -163,16 +196,23 @@ def build_ffn(block: adapters.FFN, layer: LayerPlan) -> SparseFFN:
         setattr(ffn, name, nn.Parameter(tensor.contiguous(), requires_grad=False))
 
     shared = torch.from_numpy(layer.shared.astype(np.int64)).to(weight.device)
-    own("shared_gate", block.gate[shared])
-    own("shared_up", block.up[shared])
+    dense_gate = _with_bias(block.gate, block.gate_bias, ffn.biased)
+    dense_up = _with_bias(block.up, block.up_bias, ffn.biased)
+    inputs = weight.shape[0]
+    own("shared_gate", dense_gate[shared, :inputs])
+    own("shared_up", dense_up[shared, :inputs])
     own("shared_down", down[:, shared])
+    if ffn.biased:
+        own("shared_gate_bias", dense_gate[shared, inputs])
+        own("shared_up_bias", dense_up[shared, inputs])
     if layer.experts:
-        shape = (layer.num_experts, layer.expert_width, weight.shape[0])
-        gate, up, rows = (weight.new_zeros(shape) for _ in range(3))
+        shape = (layer.num_experts, layer.expert_width)
+        gate, up = (weight.new_zeros(*shape, inputs + ffn.biased) for _ in range(2))
+        rows = weight.new_zeros(*shape, inputs)
         for e, expert in enumerate(layer.experts):
             neurons = torch.from_numpy(expert.astype(np.int64)).to(weight.device)
-            gate[e, : len(expert)] = block.gate[neurons]
-            up[e, : len(expert)] = block.up[neurons]
+            gate[e, : len(expert)] = dense_gate[neurons]
+            up[e, : len(expert)] = dense_up[neurons]
             rows[e, : len(expert)] = down[:, neurons].T
         own("gate", gate)
         own("up", up)
@@ -183,7 +223,13 @@ def build_ffn(block: adapters.FFN, layer: LayerPlan) -> SparseFFN:
         ffn._bind_router()
     for name in spec["tensors"]:
         dtype = torch.float32 if f"mlp.{name}" in _FLOAT32 else weight.dtype
-        setattr(ffn, name, torch.from_numpy(getattr(layer, name)).to(weight.device, dtype))
+        value = getattr(layer, name)
+        tensor = None if value is None else torch.from_numpy(value).to(weight.device)
+        if name == "output_bias" and block.down_bias is not None:
+            own_bias = block.down_bias.float()
+            tensor = own_bias.clone() if tensor is None else tensor + own_bias
+        assert tensor is not None
+        setattr(ffn, name, tensor.to(dtype))
     return ffn.train(block.module.training)
 
 
@@ -198,6 +244,7 @@ def apply(plan: MoEPlan, model: PreTrainedModel) -> PreTrainedModel:
     """
     check_fits(plan, model)
     pending = deque(adapters.ffns(model))
+    specs = [block_config(block, layer) for block, layer in zip(pending, plan.layers, strict=True)]
     while pending:
         block = pending.popleft()
         ffn = build_ffn(block, plan.layers[block.index])
@@ -205,14 +252,13 @@ def apply(plan: MoEPlan, model: PreTrainedModel) -> PreTrainedModel:
     del block
     gc.collect()
     base = model.config.model_type
-    activation = plan.model["hidden_act"]
     dense = model.config
     config = CONFIGS[base].from_dict({**dense.to_dict(), "model_type": adapters.MOE_PREFIX + base})
     config.moedge = {
         "schema": CHECKPOINT_SCHEMA,
         "plan_sha256": plan.sha256,
         "method": plan.method,
-        "layers": [layer_config(layer, activation) for layer in plan.layers],
+        "layers": specs,
     }
     config.architectures = [MODELS[base].__name__]
     config._attn_implementation = dense._attn_implementation
@@ -259,6 +305,8 @@ def save(
 
 def load(folder: Path, dtype: str = "float32") -> tuple[PreTrainedModel, MoEPlan, PreTrainedTokenizerBase]:
     """Read a checkpoint folder: (model in eval mode, plan, tokenizer).
+
+    ``dtype`` is that of the model, whatever was saved; ``auto`` is what was saved.
 
     Raises:
         MoEdgeError: not a MoEdge checkpoint, damaged, or its plan is not the one the weights were made with.

@@ -47,7 +47,8 @@ class LayerPlan:
     Shapes: H hidden size, E ``len(experts)``. Widths of experts may differ.
     ``shared`` int32 [S]; ``experts`` E arrays int32 [I_e]; ``selection_bias`` float32 [E] (added to the scores for
     selection only); ``scale`` float32 [E] (``scaled`` rule only); ``compensation`` float32 [E, H];
-    ``output_bias`` float32 [H]; ``down`` float32 [H, D], a refitted down projection in the dense neuron order.
+    ``output_bias`` float32 [H], added to what the dense FFN's down projection has of its own; ``down`` float32 [H, D],
+    a refitted down projection in the dense neuron order.
     ``report`` is plain JSON for people (dead-neuron share, iterations); it is part of the content hash.
     """
 

@@ -22,8 +22,12 @@ if TYPE_CHECKING:
 class RepresentativeRouter(nn.Module):
     """Score of expert e = hidden activation of its representative neuron, ``act(gate_e x) * (up_e x)`` (CMoE sec. 3.3).
 
-    ``options["score"]`` is ``signed`` (the paper) or ``abs`` (CMoE's released code). Tensors gate and up are [E, H].
+    ``options["score"]`` is ``signed`` (the paper) or ``abs`` (CMoE's released code). Tensors gate and up are [E, H],
+    and with ``options["bias"]`` gate_bias and up_bias [E].
     """
+
+    gate_bias: nn.Parameter | None
+    up_bias: nn.Parameter | None
 
     def __init__(self, num_experts: int, hidden_size: int, activation: str, options: dict[str, Any]) -> None:
         super().__init__()
@@ -31,10 +35,14 @@ class RepresentativeRouter(nn.Module):
         self.absolute = options.get("score", "signed") == "abs"
         self.gate = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float32))
         self.up = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float32))
+        for name in ("gate_bias", "up_bias"):
+            bias = nn.Parameter(torch.empty(num_experts, dtype=torch.float32)) if options.get("bias") else None
+            self.register_parameter(name, bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return scores [T, E] for x [T, H], both float32."""
-        scores = activate(F.linear(x, self.gate), self.activation) * F.linear(x, self.up)
+        gate = F.linear(x, self.gate, self.gate_bias)
+        scores = activate(gate, self.activation) * F.linear(x, self.up, self.up_bias)
         return scores.abs() if self.absolute else scores
 
 
@@ -88,12 +96,14 @@ class OracleRouter(nn.Module):
         self._experts: tuple[nn.Module, ...] = ()  # a tuple, so that the FFN is not registered as a child of its router
 
     def bind(self, ffn: nn.Module) -> None:
-        """Use the gate, up [E, I, H] and down [E, H, I] of this FFN."""
+        """Use the gate, up [E, I, H] (H + 1 with biases) and down [E, H, I] of this FFN."""
         self._experts = (ffn,)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return scores [T, E] for x [T, H], both float32."""
         (ffn,) = self._experts
+        if ffn.gate.shape[-1] > x.shape[-1]:  # type: ignore[index]
+            x = F.pad(x, (0, 1), value=1.0)  # the column of the biases
         if ffn.gate.shape[1] == 1:  # type: ignore[index]
             # Experts of one neuron: |h_e| |down_e|, without a loop over neurons.
             gate, up, down = (getattr(ffn, name).float().flatten(1) for name in ("gate", "up", "down"))

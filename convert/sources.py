@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _IDENTITY = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
+DTYPES = ("float32", "bfloat16", "float16")
+_GGUF_NAMES = {"gemma3": "gemma3_text"}
+"""Architectures that a GGUF file names otherwise than transformers does."""
 _TOKENIZER = ("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "vocab.json", "merges.txt", "*.jinja")
 
 
@@ -76,7 +79,7 @@ def load_model(folder: Path, dtype: str = "float32") -> PreTrainedModel:
 
     Args:
         folder: Hugging Face folder with safetensors.
-        dtype: torch dtype name.
+        dtype: torch dtype name, or ``auto`` for that of the folder.
 
     Raises:
         MoEdgeError: the folder cannot be loaded.
@@ -88,11 +91,30 @@ def load_model(folder: Path, dtype: str = "float32") -> PreTrainedModel:
     options = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
     try:
         with quiet():
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **options)
+            wanted = getattr(torch, own_dtype(folder) if dtype == "auto" else dtype)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted, **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise MoEdgeError(f"Cannot load the model in {folder}: {_first_sentence(error)}") from error
     _align(model)
     return model.eval().requires_grad_(False)
+
+
+def own_dtype(folder: Path) -> str:
+    """Return the dtype that a Hugging Face folder says its weights have, a torch dtype name.
+
+    Raises:
+        MoEdgeError: config.json is missing, damaged, or names a dtype other than float32, bfloat16 and float16.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found = config.get("dtype") or config.get("torch_dtype") or "float32"  # the second: before transformers 5
+    except (OSError, ValueError, AttributeError) as error:
+        raise MoEdgeError(
+            f"{folder / 'config.json'} is missing or damaged; give a Hugging Face model folder."
+        ) from error
+    if found not in DTYPES:
+        raise MoEdgeError(f"{folder}: weights of dtype {found!r} are not supported; supported: {', '.join(DTYPES)}.")
+    return str(found)
 
 
 def _align(model: PreTrainedModel) -> None:
@@ -250,7 +272,7 @@ def _check_gguf(path: Path) -> str:
             sizes[tensor.tensor_type.name] += int(tensor.n_bytes)
     except Exception as error:  # the reader indexes a memory map: a damaged file raises almost anything
         raise MoEdgeError(f"{path} is not a whole GGUF file (truncated or damaged); download it again.") from error
-    if architecture not in adapters.FAMILIES:
+    if _GGUF_NAMES.get(architecture, architecture) not in adapters.FAMILIES:
         supported = ", ".join(adapters.FAMILIES)
         raise MoEdgeError(f"{path}: unknown architecture {architecture!r} in the GGUF file; supported: {supported}.")
     return sizes.most_common(1)[0][0]

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 
 from moedge import MoEdgeError
 from moedge.convert import adapters
-from moedge.export.ops import activate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,7 +42,8 @@ class LayerTokens:
         x: its inputs [q, H], in the model's dtype.
         weight: float32 [q], mean 1: one over the mean square of the residual stream behind the layer. The next layer
             normalises that stream, so an error counts in proportion to it; without the weight a few tokens with huge
-            activations (the first of a window) decide every least-squares fit.
+            activations (the first of a window) decide every least-squares fit. Where the FFN's output is itself
+            normalised (``Family.post_norm``), also divided by the mean square of that output.
         held: bool [q], tokens to choose settings on, whole windows, one in five.
         shift: [q, H] or None: what the dense stream has and this one lacks in front of the FFN (see :func:`walk`).
         replacement: set it to a module, and the following layers see its output instead of the dense FFN's.
@@ -74,8 +74,7 @@ class LayerTokens:
         return self._compute(part) if self._hidden is None else self._hidden[part]
 
     def _compute(self, part: slice) -> torch.Tensor:
-        x, block = self.x[part], self.block
-        return (activate(F.linear(x, block.gate), block.hidden_act) * F.linear(x, block.up)).float()
+        return self.block.hidden(self.x[part])
 
     def target(self, part: slice) -> torch.Tensor:
         """Return what the FFN should output, float32 [n, H]: the dense FFN on x, plus ``shift``."""
@@ -96,16 +95,22 @@ def walk(
         token_windows: int64 [N, L], N at least 2 (some are held out).
         dense_stream: carry the dense model's hidden states along, so that after a replacement ``shift`` holds
             the FFN output that would bring the stream back to the dense one, less the dense FFN's output here. Made for
-            blocks of the form ``r + ffn(norm(r))``, which all of ``adapters.FAMILIES`` have.
+            blocks of the form ``r + ffn(norm(r))``, which families with a norm behind the FFN do not have.
         progress: called with (layers done, layers).
 
     Raises:
-        MoEdgeError: fewer than 2 windows, or a model without GLU FFNs.
+        MoEdgeError: fewer than 2 windows, a model without GLU FFNs, or ``dense_stream`` for a family that normalises
+            the FFN's output.
     """
     blocks = adapters.ffns(model)
     count, length = token_windows.shape
     if count < 2:
         raise MoEdgeError(f"{count} calibration window is too few; give at least 2, one is held out to choose on.")
+    if dense_stream and blocks[0].family.post_norm:
+        raise MoEdgeError(
+            f"fit_to: stream cannot be used for {model.config.model_type}: it normalises the FFN's output, so no FFN "
+            "output brings the stream back; use fit_to: ffn."
+        )
     runner = _Runner(model, token_windows)
     states = runner.embed()
     dense = states.clone() if dense_stream else None
@@ -121,6 +126,8 @@ def walk(
             dense = dense_after
             del dense_x
         tokens = LayerTokens(block, x, _weights(after), held, shift)
+        if block.family.post_norm:
+            tokens.weight = _post_norm_weights(tokens)
         yield tokens
         if tokens.replacement is not None:
             model.set_submodule(block.name, tokens.replacement)
@@ -135,6 +142,13 @@ def walk(
 
 def _weights(after: torch.Tensor) -> torch.Tensor:
     weight = 1 / after.flatten(0, 1).float().square().mean(dim=1).clamp_min(1e-12)
+    return weight / weight.mean()
+
+
+def _post_norm_weights(tokens: LayerTokens) -> torch.Tensor:
+    """Weights of a family that normalises the FFN's output: an error also counts in proportion to that output."""
+    squares = [tokens.target(part).square().mean(dim=1) for part in tokens.parts()]
+    weight = tokens.weight / torch.cat(squares).clamp_min(1e-12)
     return weight / weight.mean()
 
 

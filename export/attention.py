@@ -23,11 +23,14 @@ def attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor,
     scale: float,
+    window: int,
+    softcap: float,
 ) -> torch.Tensor:
     """Causal grouped-query attention over a cache.
 
-    Query position s (of S) sees key position l (of L) when ``l <= L - S + s`` and ``attention_mask[b, l]`` is true.
-    A row that sees nothing (a padding token) returns the mean of its values, never NaN.
+    Query position s (of S) sees key position l (of L) when ``l <= L - S + s`` and ``attention_mask[b, l]`` is true;
+    with a window W also ``l > L - S + s - W``, so W positions, its own one included. Positions count padding, as the
+    masks of transformers do. A row that sees nothing (a padding token) returns some mean of values, never NaN.
 
     Args:
         query: [B, N, S, D], rotary applied.
@@ -35,21 +38,34 @@ def attention(
         value: [B, G, L, D].
         attention_mask: bool [B, L], false for padding.
         scale: factor of query times key.
+        window: W of a sliding-window layer, 0 for full attention.
+        softcap: c of ``c tanh(scores / c)`` before the mask (Gemma 2), 0 for none.
 
     Returns:
         [B, S, N, D].
     """
     new, total = query.shape[2], key.shape[2]
     position = torch.arange(total, device=query.device)
-    causal = position[None, :] <= position[total - new :, None]
+    own = position[total - new :, None]
+    causal = position[None, :] <= own
+    if window:
+        causal = causal & (position[None, :] > own - window)
     visible = causal[None, None] & attention_mask[:, None, None, :]
-    bias = torch.where(visible, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
-    y = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=True)
+    # In float32 where something is added to it: the lowest float16 less anything is -inf, and a row of those is NaN.
+    dtype = torch.promote_types(query.dtype, torch.float32) if softcap else query.dtype
+    bias = torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
+    if softcap:
+        groups = query.shape[1] // key.shape[1]
+        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+        scores = torch.tanh(query @ key.transpose(2, 3) * (scale / softcap)) * softcap + bias
+        y = torch.softmax(scores, dim=-1).to(value.dtype) @ value
+    else:
+        y = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=True)
     return y.transpose(1, 2).contiguous()
 
 
 @attention.register_fake
-def _(query, key, value, attention_mask, scale):  # type: ignore[no-untyped-def]
+def _(query, key, value, attention_mask, scale, window, softcap):  # type: ignore[no-untyped-def]
     batch, heads, new, size = query.shape
     return query.new_empty((batch, new, heads, size))
 
@@ -63,10 +79,9 @@ def _forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    if kwargs.get("sliding_window") or kwargs.get("softcap"):
-        raise NotImplementedError("moedge::attention has no sliding window and no soft cap")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    return torch.ops.moedge.attention(query, key, value, attention_mask, scale), None
+    window, softcap = int(kwargs.get("sliding_window") or 0), float(kwargs.get("softcap") or 0)
+    return torch.ops.moedge.attention(query, key, value, attention_mask, scale, window, softcap), None
 
 
 def _mask(attention_mask: torch.Tensor, **_: Any) -> torch.Tensor:

@@ -52,7 +52,11 @@ _SIGNATURES: dict[str, tuple[str, str, dict[str, str]]] = {
         {},
     ),
     # Not "Attention": TensorRT's importer takes that name in any domain (peers.md 2.2).
-    "CausalAttention": ("query:T key:T value:T attention_mask:tensor(bool)", "y:T", {"scale": "FLOAT"}),
+    "CausalAttention": (
+        "query:T key:T value:T attention_mask:tensor(bool)",
+        "y:T",
+        {"scale": "FLOAT", "window": "INT", "softcap": "FLOAT"},
+    ),
 }
 
 
@@ -263,7 +267,7 @@ SparseGLU <activation, num_experts> (x, indices, weights, gate, up, down{compens
 
 _CAUSAL_ATTENTION = """
 <domain: "moedge", opset_import: ["" : 18]>
-CausalAttention <scale> (query, key, value, attention_mask) => (y) {
+CausalAttention <scale, window, softcap> (query, key, value, attention_mask) => (y) {{
     zero = Constant <value_int = 0> ()  one = Constant <value_int = 1> ()
     minus1 = Constant <value_ints = [-1]> ()  two = Constant <value_ints = [2]> ()
     head_axes = Constant <value_ints = [1, 2, 3]> ()
@@ -281,13 +285,15 @@ CausalAttention <scale> (query, key, value, attention_mask) => (y) {
     kt = Transpose <perm = [0, 1, 2, 4, 3]> (k5)
     qk = MatMul (q5, kt)
     qk32 = Cast <to = 1> (qk)
-    scores = Mul (qk32, factor)
+    scaled = Mul (qk32, factor)
+    {cap}
     l = Squeeze (l1)  s = Squeeze (s1)
     past = Sub (l, s)
     position = Range (zero, l, one)
     new_position = Range (past, l, one)
     new_column = Unsqueeze (new_position, minus1)
-    causal = LessOrEqual (position, new_column)
+    until_own = LessOrEqual (position, new_column)
+    {local}
     key_mask = Unsqueeze (attention_mask, head_axes)
     visible = And (causal, key_mask)
     bias = Where (visible, shown, hidden)
@@ -298,7 +304,19 @@ CausalAttention <scale> (query, key, value, attention_mask) => (y) {
     shape = Shape (query)
     y4 = Reshape (y5, shape)
     y = Transpose <perm = [0, 2, 1, 3]> (y4)
-}"""
+}}"""
+
+_CAP = """
+    cap = Constant <value_float: float = @softcap> ()
+    relative = Div (scaled, cap)  bounded = Tanh (relative)  scores = Mul (bounded, cap)"""
+
+# Layers with and without a window share one body: window 0 reaches past the first position.
+_LOCAL = """
+    width = Constant <value_int: int = @window> ()
+    no_window = Equal (width, zero)  anything = Constant <value_int = 2147483647> ()
+    reach = Where (no_window, anything, width)
+    behind = Sub (new_column, reach)  near = Greater (position, behind)
+    causal = And (until_own, near)"""
 
 
 def bodies(
@@ -306,6 +324,8 @@ def bodies(
     activation: str = "silu",
     rule: str = "unit",
     compensation: bool = False,
+    window: bool = False,
+    softcap: bool = False,
     form: str = "chain",
 ) -> dict[str, onnx.FunctionProto]:
     """Return the function body of every operator for one model, by operator name.
@@ -314,6 +334,8 @@ def bodies(
         activation: gate activation, a name in ``ops.ACTIVATIONS``.
         rule: weight rule, a name in ``ops.RULES``.
         compensation: whether SparseGLU nodes carry that input.
+        window: whether some CausalAttention nodes have a sliding window.
+        softcap: whether CausalAttention nodes cap their scores.
         form: body of SparseGLU: ``chain`` (Dispatch, GroupedGLU, GroupedLinear, Combine: the reference meaning) or
             ``dense`` (every expert on every token).
     """
@@ -324,9 +346,11 @@ def bodies(
         "weights": _WEIGHTS[rule],
         "scale": ", scale" if rule == "scaled" else "",
         "compensation": ", compensation" if compensation else "",
+        "cap": _CAP if softcap else "scores = Identity (scaled)",
+        "local": _LOCAL if window else "causal = Identity (until_own)",
         "finish": _OMITTED.format() if compensation else "y = Identity (summed)",
     }
-    texts = [_ROUTE.format(**fill), _CAUSAL_ATTENTION]
+    texts = [_ROUTE.format(**fill), _CAUSAL_ATTENTION.format(**fill)]
     if form == "chain":
         texts += [_DISPATCH, _GROUPED_LINEAR.format(**fill), _GROUPED_GLU.format(**fill), _COMBINE.format(**fill)]
         texts.append(_SPARSE_GLU_CHAIN.format(**fill))
@@ -340,10 +364,11 @@ def attach(model: ir.Model, *, form: str) -> None:
     """Give every ``moedge::`` node of the graph its function body; ``form`` is that of SparseGLU.
 
     Raises:
-        MoEdgeError: the layers mix weight rules, activations, or with and without compensation.
+        MoEdgeError: the layers mix weight rules, activations, or with and without compensation or soft capping.
     """
     nodes = [node for node in model.graph if node.domain == DOMAIN]
     experts = [node for node in nodes if node.op_type == "SparseGLU"]
+    attention = [node for node in nodes if node.op_type == "CausalAttention"]
 
     def only(what: str, values: set[Any], default: Any) -> Any:
         if len(values) > 1:
@@ -355,6 +380,10 @@ def attach(model: ir.Model, *, form: str) -> None:
         activation=only("activations", {node.attributes["activation"].as_string() for node in experts}, "silu"),
         rule=only("weight rules", {n.attributes["rule"].as_string() for n in nodes if n.op_type == "Route"}, "unit"),
         compensation=only("layers with and without compensation", {len(node.inputs) == 7 for node in experts}, False),
+        window=any(node.attributes["window"].as_int() for node in attention),
+        softcap=only(
+            "capped and uncapped attention", {n.attributes["softcap"].as_float() > 0 for n in attention}, False
+        ),
         form=form,
     )
     model.functions.clear()

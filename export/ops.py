@@ -322,7 +322,8 @@ def sparse_glu(
 
     Args:
         x: [T, H]. indices: int32 [T, k]. weights: float32 [T, k].
-        gate: [E, I, H]. up: [E, I, H]. down: [E, H, I].
+        gate: [E, I, H]. up: [E, I, H]. down: [E, H, I]. Experts with biases have them as the weights of one more
+            input that is always 1: x is then [T, H + 1] and gate and up [E, I, H + 1].
         compensation: [E, H] or None, see :func:`combine`.
         activation: a name in :data:`ACTIVATIONS`.
 
@@ -360,7 +361,7 @@ def _single_neurons(
 
 @sparse_glu.register_fake
 def _(x, indices, weights, gate, up, down, compensation, activation):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x)
+    return x.new_empty((x.shape[0], down.shape[1]))
 
 
 def _sparse_glu_backward(ctx: Any, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

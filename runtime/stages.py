@@ -278,12 +278,13 @@ def calibrate(context: Context) -> None:
 
 
 def convert_stage(context: Context) -> None:
-    """Make the plan, apply it and save the MoE checkpoint."""
+    """Make the plan on float32 weights, apply it and save the MoE checkpoint in the dense model's own dtype."""
+    import torch
     from safetensors.numpy import load_file
 
     from moedge.convert import calibration, modeling
     from moedge.convert.methods import METHODS
-    from moedge.convert.sources import load_model, load_tokenizer
+    from moedge.convert.sources import load_model, load_tokenizer, own_dtype
 
     folder, calibrated = run_folder.dense(context.root), context.root / "calibrate"
     method = METHODS[context.params["method"]]
@@ -302,7 +303,7 @@ def convert_stage(context: Context) -> None:
         provenance=run_folder.read_json(calibrated / "calibration.json") if method.needs else {},
         progress=context.progress,
     )
-    modeling.apply(plan, model)
+    modeling.apply(plan, model).to(getattr(torch, own_dtype(folder)))
     modeling.save(model, plan, load_tokenizer(folder), context.out / "checkpoint")
 
 

@@ -26,6 +26,30 @@ VOCAB = 260
 """Tokens of the tiny tokenizer: 256 bytes and 4 special tokens."""
 
 
+FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 5},
+    "phi3": {"tie_word_embeddings": False},
+    "gemma2": {"sliding_window": 5, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    # Of 2 layers the first is local and the second global, with rotary bases of their own.
+    "gemma3_text": {"sliding_window": 5, "sliding_window_pattern": 2},
+}
+"""Config entries that a model type needs besides the common ones of ``tiny_model``."""
+
+
+METHOD_SETTINGS: dict[str, dict[str, Any]] = {
+    "cmoe": {"shared": 2, "active": 3, "experts": 8, "k_a": 6},
+    "expertweaver": {"experts": 16, "k": 12, "tau_percentile": 50},
+    "mlpmoe": {"branches": 8, "p_max": 0.0},
+    "moedge": {"shared": 2, "active": 3, "experts": 8, "refit": False},
+    "llamamoe": {"experts": 8, "active": 5},
+    "moefication": {"experts": 8, "active": 5, "epochs": 2},
+    "atopk": {"keep": 1.0},
+    "wanda": {"keep": 1.0},
+    "flap": {"keep": 1.0},
+}
+"""Settings for tiny models under which a plan with every expert selected is the dense model, by method."""
+
+
 @pytest.fixture
 def moedge_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder, set as MOEDGE_CACHE."""
@@ -56,7 +80,7 @@ def tiny_model() -> Callable[..., Any]:
     """Return a factory of tiny random models: ``tiny_model("llama", layers=2, width=64, seed=0, **config)``.
 
     float32, eval mode, no gradients. Weights are larger than usual (0.2), so that activations matter and expert scores
-    differ clearly.
+    differ clearly; norms and biases are random but in a Llama without FFN biases.
     """
 
     def make(
@@ -79,11 +103,16 @@ def tiny_model() -> Callable[..., Any]:
             bos_token_id=256,
             eos_token_id=257,
             pad_token_id=258,
-            **{"tie_word_embeddings": True, **more},
+            **{"tie_word_embeddings": True, **FAMILY_CONFIGS.get(family, {}), **more},
         )
         state = torch.random.get_rng_state()
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        if family != "llama" or more.get("mlp_bias"):
+            # Norms start at one value and biases at zero: a family that lost or misplaced one would not show it.
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.data += 0.2 * torch.randn_like(parameter)
         torch.random.set_rng_state(state)
         return model.eval().requires_grad_(False)
 
@@ -94,3 +123,28 @@ def tiny_model() -> Callable[..., Any]:
 def tiny_llama(tiny_model: Callable[..., Any]) -> Callable[..., Any]:
     """``tiny_model`` for Llama."""
     return lambda **more: tiny_model("llama", **more)
+
+
+@pytest.fixture(scope="session")
+def convert_tiny() -> Callable[..., Any]:
+    """Return a function (tiny model, method, **settings) -> plan; ``METHOD_SETTINGS`` unless told otherwise."""
+
+    def convert(model: Any, method: str, **more: Any) -> Any:
+        import numpy as np
+
+        from moedge.convert import calibration
+        from moedge.convert.methods import METHODS
+
+        tokens = np.random.default_rng(0).integers(0, 256, size=(4, 48))
+        entry, settings = METHODS[method], {**METHOD_SETTINGS[method], **more}
+        given: Any = None
+        if "tokens" in entry.needs:
+            given = tokens
+        elif entry.needs:
+            gate = calibration.GateSampling(sample=12) if "gate_profile" in entry.needs else None
+            given = calibration.collect(
+                model, tokens, k_a=entry.params(**settings).model_dump().get("k_a", 6), gate=gate
+            )
+        return entry.function(given, model, **settings)
+
+    return convert

@@ -148,11 +148,17 @@ def layer_plan(
 
 
 def representative_router(block: adapters.FFN, neurons: np.ndarray, score: str, *, normalised: bool) -> RouterPlan:
-    """Copy the gate and up rows of the representative neurons, float32 [E, H] each.
+    """Copy the gate and up rows of the representative neurons, float32 [E, H] each, and their biases if there are any.
 
     ``normalised`` scales every row to length 1, as CMoE's released code does.
     """
     tensors = {name: getattr(block, name)[neurons].float().cpu().numpy() for name in ("gate", "up")}
     if normalised:
         tensors = {name: rows / np.linalg.norm(rows, axis=1, keepdims=True) for name, rows in tensors.items()}
-    return RouterPlan("representative", tensors, {"score": score})
+    options: dict[str, Any] = {"score": score}
+    if block.gate_bias is not None or block.up_bias is not None:
+        options["bias"] = True
+        for name, bias in (("gate_bias", block.gate_bias), ("up_bias", block.up_bias)):
+            zeros = np.zeros(len(neurons), dtype=np.float32)
+            tensors[name] = zeros if bias is None else bias[neurons].float().cpu().numpy()
+    return RouterPlan("representative", tensors, options)

@@ -190,12 +190,15 @@ def _layer(block: adapters.FFN, profile: np.ndarray, share: float, settings: Exp
     labels, iterations, converged = cluster(profile[:, rest].T, widths, settings, generator)
     experts = [rest[labels == e] for e in range(len(widths))]
     gate = block.gate.float().cpu().numpy()
-    router = np.stack([gate[expert].mean(axis=0, dtype=np.float64) for expert in experts]).astype(np.float32)
+    router = {"weight": np.stack([gate[e].mean(axis=0, dtype=np.float64) for e in experts]).astype(np.float32)}
+    if block.gate_bias is not None:
+        bias = block.gate_bias.double().cpu().numpy()
+        router["bias"] = np.array([bias[expert].mean() for expert in experts], dtype=np.float32)
     return LayerPlan(
         shared=np.sort(order[:shared_width]),
         experts=experts,
         top_k=settings.k - n_se,
-        router=RouterPlan("linear", {"weight": router}),
+        router=RouterPlan("linear", router, {"bias": True} if "bias" in router else {}),
         selection_bias=np.zeros(len(widths), dtype=np.float32),
         report={**report, "iterations": iterations, "converged": converged},
     )

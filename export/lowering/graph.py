@@ -11,6 +11,7 @@ import onnx
 import onnx_ir as ir
 
 from moedge import MoEdgeError
+from moedge.export.functions import DOMAIN
 
 
 class Builder:
@@ -90,6 +91,16 @@ def layer_of(sparse_glu: ir.Node) -> int:
     if found is None:
         raise MoEdgeError(f"Node {sparse_glu.name} has no layer number in the name of its weights.")
     return int(found[1])
+
+
+def attention_kinds(model: ir.Model) -> list[ir.Node]:
+    """Return the first CausalAttention of each kind: full, sliding window, soft-capped."""
+    kinds: dict[tuple[int, float, float], ir.Node] = {}
+    for node in model.graph:
+        if node.domain == DOMAIN and node.op_type == "CausalAttention":
+            window, cap, scale = (node.attributes[name].value for name in ("window", "softcap", "scale"))
+            kinds.setdefault((window, cap, scale), node)
+    return list(kinds.values())
 
 
 def same_shape_input(reshape: ir.Node) -> bool:

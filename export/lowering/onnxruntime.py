@@ -15,8 +15,8 @@ import onnx_ir as ir
 
 from moedge import MoEdgeError
 from moedge.export.functions import DOMAIN
-from moedge.export.lowering import Lowered, Rewrite, legality, ort_attention, ort_matmul, ort_moe, selftest
-from moedge.export.lowering.graph import array_of, remove_unused
+from moedge.export.lowering import Lowered, Rewrite, legality, ort_attention, ort_matmul, ort_moe, portable, selftest
+from moedge.export.lowering.graph import array_of, attention_kinds, remove_unused
 
 # Two float32 evaluations of one block differ by the order of their sums: about sqrt(n) * 2^-24 of the largest output
 # with n terms. n is the widest product of a block (at most some 16k: 8e-6); ordinary widths stay well under 2e-6.
@@ -42,6 +42,7 @@ def lower(model: ir.Model, *, max_length: int) -> Lowered:
         _apply(
             model, before, "CausalAttention -> GroupQueryAttention", legality.attention_cpu(dtype=dtype_name),
             lambda: ort_attention.fuse(model, max_length), lambda: _attention_edges(before),
+            selftest.attention_cases(before),
         )
     )  # fmt: skip
     if rewrites[-1].status == "applied":
@@ -61,6 +62,7 @@ def lower(model: ir.Model, *, max_length: int) -> Lowered:
         )
         edges = [str(node.outputs[0].name) for node in (experts[0], experts[-1])]
         rewrites.append(_apply(model, before, "Route + SparseGLU -> MoE", illegal, fuse_experts, lambda: edges))
+        taps = taps or portable.taps(model)
     rewrites.append(
         _apply(
             model, before, "tied output projection -> FusedMatMul", None,
@@ -86,6 +88,7 @@ def _apply(
     illegal: str | None,
     rewrite: Callable[[], tuple[int, str]],
     edges: Callable[[], Sequence[str]],
+    cases: Sequence[selftest.Case] = selftest.CASES,
 ) -> Rewrite:
     """Apply one rewrite unless it is illegal, then execute the block that computes ``edges`` before and after."""
     if illegal:
@@ -93,7 +96,7 @@ def _apply(
     count, reason = rewrite()
     if not count:
         return Rewrite(name, 0, "refused", reason)
-    test = selftest.compare(name, before, model, edges(), BLOCK_LIMIT)
+    test = selftest.compare(name, before, model, edges(), BLOCK_LIMIT, cases)
     if not test.passed:
         raise MoEdgeError(
             f"Self-test of {name!r} failed: relative error {test.max_rel_error:.1e}, limit {test.limit:.0e}. "
@@ -122,12 +125,12 @@ def _norms(model: ir.Model, before: ir.Model) -> Rewrite:
 
 
 def _attention_edges(model: ir.Model) -> list[str]:
-    """Name what the first attention block gives to the rest of the graph: output, present keys and values."""
-    for node in model.graph:
-        if node.domain == DOMAIN and node.op_type == "CausalAttention":
-            reshape = node.outputs[0].uses()[0].node
-            return [str(reshape.outputs[0].name), str(node.inputs[1].name), str(node.inputs[2].name)]
-    return []
+    """Name what a block of each kind gives to the rest of the graph: output, present keys and values."""
+    names = []
+    for node in attention_kinds(model):
+        reshape = node.outputs[0].uses()[0].node
+        names += [str(reshape.outputs[0].name), str(node.inputs[1].name), str(node.inputs[2].name)]
+    return names
 
 
 def _smallest_weight(model: ir.Model) -> float:

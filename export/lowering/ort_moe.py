@@ -46,6 +46,8 @@ def fuse(model: ir.Model) -> tuple[int, str, dict[int, Tap]]:
     activations = {node.attributes["activation"].as_string() for node in nodes}
     if activations != {"silu"}:
         return 0, f"com.microsoft.MoE on CPU gates with SiLU only, the model with {', '.join(sorted(activations))}", {}
+    if any(node.inputs[3].shape[2] != node.inputs[5].shape[1] for node in nodes):
+        return 0, "the experts have biases in gate or up, kept as a further input that the kernel has no place for", {}
     taps = {}
     for node in nodes:
         layer = layer_of(node)

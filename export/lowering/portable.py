@@ -17,12 +17,20 @@ from moedge.export.lowering.graph import layer_of
 def lower(model: ir.Model, *, max_length: int) -> Lowered:
     """Give SparseGLU its dense-all body, in place. The weights are untouched."""
     attach(model, form="dense")
-    nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type == "SparseGLU"]
-    taps = {}
-    for node in nodes:
-        route = node.inputs[1].producer() if node.inputs[1] is not None else None
-        assert route is not None
-        name = str(node.inputs[1].name)
-        taps[layer_of(node)] = {"output": name, "kind": "indices", "top_k": route.attributes["top_k"].as_int()}
-    rewrites = [Rewrite("SparseGLU body -> every expert on every token", len(nodes), "applied")] if nodes else []
-    return Lowered(rewrites, taps, {"kind": "concat", "max_length": max_length})
+    found = taps(model)
+    rewrites = [Rewrite("SparseGLU body -> every expert on every token", len(found), "applied")] if found else []
+    return Lowered(rewrites, found, {"kind": "concat", "max_length": max_length})
+
+
+def taps(model: ir.Model) -> dict[int, dict[str, object]]:
+    """Say where each layer's routing can be read: the indices that its Route node gives to SparseGLU."""
+    found: dict[int, dict[str, object]] = {}
+    for node in model.graph:
+        if node.domain == DOMAIN and node.op_type == "SparseGLU":
+            indices = node.inputs[1]
+            route = indices.producer() if indices is not None else None
+            assert indices is not None
+            assert route is not None
+            top_k = route.attributes["top_k"].as_int()
+            found[layer_of(node)] = {"output": str(indices.name), "kind": "indices", "top_k": top_k}
+    return found

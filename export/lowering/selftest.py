@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from moedge import MoEdgeError
-from moedge.export.lowering.graph import cut, upstream, values_by_name
+from moedge.export.lowering.graph import attention_kinds, cut, upstream, values_by_name
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,14 @@ class Case:
 
 # Prefill, one decoded token, a short chunk after a past, and a padded batch in both phases.
 CASES = (Case(1, 7, 0), Case(1, 1, 9), Case(1, 3, 4), Case(2, 6, 0, 2), Case(2, 1, 6, 2))
+
+
+def attention_cases(model: ir.Model) -> list[Case]:
+    """Return the usual cases and, for each sliding window, one token and a chunk after a past that is longer."""
+    cases = list(CASES)
+    for window in sorted({node.attributes["window"].as_int() for node in attention_kinds(model)} - {0}):
+        cases += [Case(1, 1, window + 2), Case(1, 3, window), Case(2, 1, window + 3, 2)]
+    return cases
 
 
 @dataclass(frozen=True)

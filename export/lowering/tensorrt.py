@@ -16,7 +16,7 @@ import onnx_ir as ir
 from moedge import MoEdgeError
 from moedge.export.functions import DOMAIN
 from moedge.export.lowering import Lowered, Rewrite, half, legality, selftest, trt_attention, trt_experts
-from moedge.export.lowering.graph import layer_of, remove_unused
+from moedge.export.lowering.graph import attention_kinds, layer_of, remove_unused
 
 HALF_LIMIT = 16 * 2.0**-11
 """Limit of a block's relative error: one rounding to float16 is at most 2^-11, and no path through an attention or an
@@ -84,7 +84,8 @@ def _limits(experts: Collection[ir.Node]) -> list[str]:
 
 
 def _test(name: str, before: ir.Model, model: ir.Model, edges: list[str], inside: set[str]) -> dict[str, object]:
-    test = selftest.compare(name, before, model, edges, HALF_LIMIT, inside=inside)
+    cases = selftest.attention_cases(before) if name.startswith("CausalAttention") else selftest.CASES
+    test = selftest.compare(name, before, model, edges, HALF_LIMIT, cases, inside=inside)
     if not test.passed:
         raise MoEdgeError(
             f"Self-test of {name!r} failed: relative error {test.max_rel_error:.1e}, limit {test.limit:.0e}. The "
@@ -94,11 +95,9 @@ def _test(name: str, before: ir.Model, model: ir.Model, edges: list[str], inside
 
 
 def _attention_edges(model: ir.Model) -> list[str]:
-    """Name what the first attention block gives to the graph: output, present keys and values."""
-    for node in model.graph:
-        if node.domain == DOMAIN and node.op_type == "CausalAttention":
-            return [str(value.name) for value in (node.outputs[0], node.inputs[1], node.inputs[2]) if value is not None]
-    return []
+    """Name what an attention block of each kind gives to the graph: output, present keys and values."""
+    values = [v for node in attention_kinds(model) for v in (node.outputs[0], node.inputs[1], node.inputs[2])]
+    return [str(value.name) for value in values if value is not None]
 
 
 def _inline(model: ir.Model) -> None:

@@ -48,9 +48,9 @@ def rotary(model: ir.Model, form: Form) -> tuple[int, list[str], set[str]]:
         assert x is not None
         assert x.shape is not None
         half = int(x.shape[3]) // 2
-        if not inside:
+        if cos is not None and str(cos.name) not in inside:
             sources, _ = upstream([value for value in (cos, sin) if value is not None], lambda _: False)
-            inside = {str(value.name) for source in sources for value in source.outputs}
+            inside |= {str(value.name) for source in sources for value in source.outputs}
         builder, output = Builder(model, before=node), node.outputs[0]
         if form == "operator":
             inputs = [x, *(_table(builder, value, half, tables) for value in (cos, sin))]
@@ -88,17 +88,23 @@ def _typed(value: ir.Value) -> ir.Value:
 
 
 def rewrite(model: ir.Model, form: Form) -> int:
-    """Replace every CausalAttention in place; return how many. ``operator`` raises the opset to 23."""
+    """Replace every CausalAttention in place; return how many. ``operator`` raises the opset to 23.
+
+    Soft-capped scores always take the form ``products``.
+    """
     nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type == "CausalAttention"]
     if not nodes:
         return 0
     if form == "operator":
         model.opset_imports[""] = max(23, model.opset_imports[""])
-    top = Builder(model, before=model.graph[0])
-    bias = _bias(top)
+    first = model.graph[0]
+    windows = sorted({node.attributes["window"].as_int() for node in nodes})
+    biases = {window: _bias(Builder(model, before=first), window) for window in windows}
     for node in nodes:
         builder, output = Builder(model, before=node), node.outputs[0]
-        y = _operator(builder, node, bias) if form == "operator" else _products(builder, node, bias)
+        bias = biases[node.attributes["window"].as_int()]
+        operator = form == "operator" and not node.attributes["softcap"].as_float()
+        y = _operator(builder, node, bias) if operator else _products(builder, node, bias)
         y.type = output.type
         builder.replace_output(output, builder.node("Transpose", [y], attributes={"perm": [0, 2, 1, 3]}))
     remove_unused(model)
@@ -125,6 +131,10 @@ def _products(builder: Builder, node: ir.Node, bias: ir.Value) -> ir.Value:
     turned = _typed(builder.node("Transpose", [key], attributes={"perm": [0, 1, 3, 2]}))
     scores = _typed(builder.node("MatMul", [grouped, turned]))
     wide = _typed(builder.node("Cast", [scores], attributes={"to": int(ir.DataType.FLOAT)}))
+    if softcap := node.attributes["softcap"].as_float():
+        cap = constant_of(builder, softcap, np.float32)
+        wide = _typed(builder.node("Tanh", [_typed(builder.node("Div", [wide, cap]))]))
+        wide = _typed(builder.node("Mul", [wide, cap]))
     lengths = _lengths(builder, int(heads), kv_heads, int(size))
     by_head = _typed(builder.node("Reshape", [wide, lengths[0]]))
     p = _typed(builder.node("Softmax", [_typed(builder.node("Add", [by_head, bias]))], attributes={"axis": -1}))
@@ -152,8 +162,8 @@ def _lengths(builder: Builder, heads: int, kv_heads: int, size: int) -> tuple[ir
     return made[0], made[1], made[2]
 
 
-def _bias(builder: Builder) -> ir.Value:
-    """Build 0 where a new token sees a position and HIDDEN elsewhere, float32 [B, 1, S, L]."""
+def _bias(builder: Builder, window: int) -> ir.Value:
+    """Build 0 where a new token sees a position and HIDDEN elsewhere, float32 [B, 1, S, L]; window 0 is none."""
     ids, mask = builder.graph_input("input_ids"), builder.graph_input("attention_mask")
     new = builder.node("Squeeze", [builder.node("Shape", [ids], attributes={"start": 1, "end": 2})])
     length = builder.node("Squeeze", [builder.node("Shape", [mask], attributes={"start": 1, "end": 2})])
@@ -162,6 +172,9 @@ def _bias(builder: Builder) -> ir.Value:
     new_position = builder.node("Range", [builder.node("Sub", [length, new]), length, one])
     column = builder.node("Unsqueeze", [new_position, constant_of(builder, [1])])
     causal = builder.node("LessOrEqual", [position, column])
+    if window:
+        near = builder.node("Greater", [position, builder.node("Sub", [column, constant_of(builder, window)])])
+        causal = builder.node("And", [causal, near])
     shown = builder.node("Cast", [mask], attributes={"to": int(ir.DataType.BOOL)})
     visible = builder.node("And", [causal, builder.node("Unsqueeze", [shown, constant_of(builder, [1, 2])])])
     cast = _typed(builder.node("Cast", [visible], attributes={"to": int(ir.DataType.FLOAT)}))

@@ -276,7 +276,7 @@ def test_every_router_scores_every_expert_in_float32(
     model = tiny_llama(layers=1)
     plan, _ = make_plan(model)
     generator = np.random.default_rng(0)
-    shapes = dict.fromkeys(routers.build(kind, 6, 32, "silu", {}).state_dict(), (6, 32))
+    shapes = {name: tuple(tensor.shape) for name, tensor in routers.build(kind, 6, 32, "silu", {}).state_dict().items()}
     tensors = {name: generator.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     layer = replace(plan.layers[0], router=RouterPlan(kind, tensors))
     ffn = modeling.build_ffn(adapters.ffns(model)[0], layer)

@@ -140,14 +140,18 @@ def test_every_torch_operator_passes_opcheck():
             torch.randn(2, 2, 5, 8),
             torch.ones(2, 5, dtype=torch.bool),
             0.3,
+            2,
+            1.5,
         ),
     }
     for op, arguments in calls.items():
         torch.library.opcheck(op, arguments)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 0.7])
+@pytest.mark.parametrize("window", [0, 1, 3])
 @pytest.mark.parametrize(("new", "total"), [(5, 5), (1, 6), (3, 8)])
-def test_causal_attention_with_cache_and_left_padding(new, total):
+def test_causal_attention_with_cache_and_left_padding(new, total, window, softcap):
     generator = torch.Generator().manual_seed(2)
     query = torch.randn(2, 6, new, 8, generator=generator)
     key, value = torch.randn(2, 2, 2, total, 8, generator=generator)
@@ -156,7 +160,21 @@ def test_causal_attention_with_cache_and_left_padding(new, total):
     if new == total:
         mask[0, :2] = True  # a query row that sees nothing is undefined, and masked by every caller
         mask[0, 3] = False
-    check("CausalAttention", torch.ops.moedge.attention, [query, key, value, mask], {"scale": 8**-0.5}, bodies())
+    attributes = {"scale": 8**-0.5, "window": window, "softcap": softcap}
+    functions = bodies(window=True, softcap=softcap > 0)
+    check("CausalAttention", torch.ops.moedge.attention, [query, key, value, mask], attributes, functions)
+
+
+def test_windowed_attention_is_the_definition():
+    generator = torch.Generator().manual_seed(3)
+    query, key, value = (torch.randn(1, 1, 6, 4, generator=generator, dtype=torch.double) for _ in range(3))
+    mask = torch.ones(1, 6, dtype=torch.bool)
+    got = torch.ops.moedge.attention(query, key, value, mask, 0.5, 2, 1.5)
+    for s in range(6):
+        seen = [s] if s == 0 else [s - 1, s]
+        scores = torch.stack([1.5 * torch.tanh(0.5 * (query[0, 0, s] @ key[0, 0, i]) / 1.5) for i in seen])
+        want = torch.softmax(scores, 0) @ value[0, 0, seen]
+        torch.testing.assert_close(got[0, s, 0], want)
 
 
 def test_mutation_swapped_gate_and_up_is_seen():
