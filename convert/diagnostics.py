@@ -136,11 +136,14 @@ class _Layer:
     def _count(self, x: torch.Tensor, y: torch.Tensor) -> None:
         ffn: Any = self.ffn
         self.tokens += len(x)
-        h = [activate(F.linear(x, ffn.shared_gate), ffn.activation) * F.linear(x, ffn.shared_up)]
+        gate = F.linear(x, ffn.shared_gate, ffn.shared_gate_bias)
+        h = [activate(gate, ffn.activation) * F.linear(x, ffn.shared_up, ffn.shared_up_bias)]
         base = F.linear(h[0], ffn.shared_down, ffn.output_bias).float()
         deltas = x.new_zeros(0, len(x), x.shape[1])
         if ffn.num_experts:
-            inner = activate(x @ ffn.gate.transpose(1, 2), ffn.activation) * (x @ ffn.up.transpose(1, 2))  # [E, T, I]
+            inputs = F.pad(x, (0, 1), value=1.0) if ffn.biased else x  # as in SparseFFN
+            inner = inputs @ ffn.up.transpose(1, 2)  # [E, T, I]
+            inner = activate(inputs @ ffn.gate.transpose(1, 2), ffn.activation) * inner
             deltas = (inner @ ffn.down.transpose(1, 2)).float()
             h.append(inner.transpose(0, 1).flatten(1))
         hidden = torch.cat(h, dim=1).abs()

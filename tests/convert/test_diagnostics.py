@@ -136,6 +136,33 @@ def test_static_layers_and_weights_that_sum_to_one_leave_out_what_does_not_apply
     assert alone["relative_error"]["static"] is None
 
 
+def test_biases_of_the_ffn_count(tiny_llama: Callable[..., Any], make_plan: Callable[..., Any]) -> None:
+    def biased() -> Any:
+        model = tiny_llama(mlp_bias=True)
+        generator = torch.Generator().manual_seed(1)
+        for layer in model.model.layers:
+            for part in (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj):
+                part.bias.copy_(torch.randn(part.bias.shape, generator=generator))
+        return model
+
+    plan, _ = make_plan(biased())
+    for given in (plan, baselines.oracle(plan)):
+        own, parent = (
+            diagnostics.diagnose(modeling.apply(given, biased()), WINDOWS, dense_model=dense)
+            for dense in (None, biased())
+        )
+        for a, b in zip(own["layers"], parent["layers"], strict=True):
+            assert a["relative_error"] == pytest.approx(b["relative_error"], rel=1e-3)
+            assert (a["agreement"] == 1) == (given is not plan)
+    ceiling = baselines.neuron_top_k(plan)
+    every = replace(ceiling, layers=[replace(layer, top_k=64) for layer in ceiling.layers])
+    ids = torch.from_numpy(WINDOWS)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            modeling.apply(every, biased())(ids).logits, biased()(ids).logits, atol=1e-4, rtol=1e-4
+        )
+
+
 def test_padding_is_not_counted_as_dead(tiny_llama: Callable[..., Any], make_plan: Callable[..., Any]) -> None:
     model = tiny_llama(width=66)
     plan, _ = make_plan(model, padding="uneven")
