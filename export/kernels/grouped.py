@@ -186,8 +186,8 @@ def shapes(
     else:
         block_k = group
     widest = 64 if products == 2 or block_k > 64 else 128
-    # float32 products run on CUDA cores, operands and sums in registers: half the tile, or they spill.
-    block_n = power_of_two(n, least=16, most=widest // 2 if dtype == "fp32" else widest)
+    # float32 products run on CUDA cores, operands and sums in registers: a narrower tile, or they spill.
+    block_n = power_of_two(n, least=16, most=32 if dtype == "fp32" else widest)
     blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_E": block_e}
     # n rows in E groups: a group of r rows takes at most (r + block_m - 1) / block_m tiles
     grid = (Extent(1, experts * (block_m - 1), block_m), fixed(-(-n // block_n)))

@@ -109,11 +109,11 @@ def costs() -> list[dict[str, Any]]:
     return rows
 
 
-def render(capabilities: list[int]) -> str:
-    """Return both tables as Markdown."""
+def render(measured: list[dict[str, Any]]) -> str:
+    """Return both tables as Markdown, the first from the rows of :func:`resources`."""
     from importlib.metadata import version
 
-    measured = resources(capabilities)
+    capabilities = sorted({row["capability"] for row in measured})
     by_kernel: dict[str, dict[int, dict[str, Any]]] = {}
     for row in measured:
         by_kernel.setdefault(row["kernel"], {})[row["capability"]] = row
@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path, metavar="FILE", help="replace the tables in this Markdown file")
     parser.add_argument("--capability", type=int, action="append", help="a compute capability; all by default")
     arguments = parser.parse_args()
-    text = render(arguments.capability or list(PTX_VERSIONS))
+    text = render(resources(arguments.capability or list(PTX_VERSIONS)))
     if arguments.write is None:
         print(text)
         return
