@@ -213,7 +213,10 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(help="MoE checkpoint from `moedge convert`, or a dense model folder.")],
     out: Annotated[Path, typer.Argument(help="Folder for the bundles, one sub-folder per target.")],
     target: Annotated[
-        list[str] | None, typer.Option("--target", help="portable or ort-cpu (may be repeated); both by default.")
+        list[str] | None,
+        typer.Option(
+            "--target", help="portable, ort-cpu, tensorrt or tensorrt-rtx (may be repeated); the first two by default."
+        ),
     ] = None,
     label: Annotated[
         str | None, typer.Option(help="Name of the model in reports; the folder's name by default.")
