@@ -231,7 +231,7 @@ class Recipe(_Section):
                 if parts_wanted > width:
                     problems.append(f"convert.{name}: {parts_wanted} is more than the FFN's {width} neurons.")
             experts = parts.get("experts", 1)
-            if width >= experts and width % experts and convert["padding"] == "none":
+            if width >= experts and width % experts and convert.get("padding") == "none":
                 near = sorted((n for n in range(2, width) if width % n == 0), key=lambda n: abs(n - experts))[:2]
                 options = " or ".join(str(n) for n in sorted(near)) or "another number"
                 problems.append(

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from moedge import MoEdgeError
 from moedge.configs.recipe import CONVERT_SECTIONS, ModelSection, Name, NonNegative, Positive, Spec
 from moedge.configs.tolerances import first_problem
+from moedge.convert.methods import METHODS
 
 
 class _Section(BaseModel):
@@ -107,6 +108,8 @@ class Study(_Section):
         section = CONVERT_SECTIONS.get(row.method)
         if section is None:
             raise ValueError(f"rows: {row.label}: unknown method {row.method!r}; known: {', '.join(CONVERT_SECTIONS)}.")
+        if "domains" in METHODS[row.method].needs:
+            raise ValueError(f"rows: {row.label}: {row.method} reads texts of its own; run it by a recipe.")
         given = {"method": row.method, **sparsity.methods.get(row.method, {}), **row.set}
         try:
             return section.model_validate(given).model_dump(mode="json", exclude={"method"})

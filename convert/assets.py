@@ -34,6 +34,10 @@ class Asset:
     """Hash of that file."""
     licence: str
     what: str
+    lines: int = 1
+    """A plain text: so many lines are one document. A line of code or of a manual is none."""
+    fields: tuple[str, ...] = ("text",)
+    """A JSON list: the keys whose values, joined by a line break, are one document."""
 
 
 def cache_dir() -> Path:

@@ -55,12 +55,14 @@ def read_text(spec: str) -> TextSet:
     """Read documents from ``asset:NAME`` or a .txt, .utf8 or .jsonl file.
 
     A file of ``<doc id=".." ...>`` entries is split at them; a .jsonl file holds ``{"text": .., "id": ..}`` lines; any
-    other file is one document a line, blank lines skipped.
+    other file is one document a line, blank lines skipped. An asset may say that several lines are one document, or
+    which fields of a JSON list are its text.
 
     Raises:
         MoEdgeError: missing file, not UTF-8, bad JSON line or no text.
     """
-    path = assets.fetch(spec.removeprefix("asset:")) if spec.startswith("asset:") else Path(spec).expanduser()
+    asset = assets.find(spec.removeprefix("asset:")) if spec.startswith("asset:") else None
+    path = assets.fetch(asset.name) if asset else Path(spec).expanduser()
     try:
         text = path.read_bytes().decode("utf-8")
     except OSError as error:
@@ -71,11 +73,18 @@ def read_text(spec: str) -> TextSet:
         documents = _json_lines(path, text)
     elif text.lstrip().startswith("<doc id="):
         documents = [Document(match["id"], match["text"].strip()) for match in _DOC.finditer(text)]
+    elif asset and path.suffix == ".json":
+        entries = json.loads(text)
+        documents = [Document(str(i), "\n".join(str(e[name]) for name in asset.fields)) for i, e in enumerate(entries)]
+    elif asset and asset.lines > 1:
+        rows = text.splitlines()
+        parts = ["\n".join(rows[start : start + asset.lines]) for start in range(0, len(rows), asset.lines)]
+        documents = [Document(str(i), part) for i, part in enumerate(parts) if part.strip()]
     else:
         documents = [Document(str(i), line) for i, line in enumerate(text.splitlines()) if line.strip()]
     if not documents:
         raise MoEdgeError(f"{path} holds no text.")
-    return TextSet(path.stem, documents, sha256_file(path))
+    return TextSet(asset.name if asset else path.stem, documents, sha256_file(path))
 
 
 def _json_lines(path: Path, text: str) -> list[Document]:

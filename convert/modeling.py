@@ -42,7 +42,8 @@ _FLOAT32 = ("mlp.router", "mlp.selection_bias", "mlp.scale")
 class SparseFFN(nn.Module):
     """A GLU FFN cut into a shared block and routed experts.
 
-    ``y = shared(x) + sum over selected e of w_e E_e(x) + sum over the others of compensation_e + output_bias``.
+    ``y = shared(x) + sum over selected e of w_e (E_e(x) + expert_bias_e) + sum over the others of compensation_e +
+    output_bias``.
 
     It is made from its layer's section of config.json alone (see :func:`layer_config`), with empty weights. Without
     experts (a static plan) only the shared block and the output bias run.
@@ -51,6 +52,8 @@ class SparseFFN(nn.Module):
         layer_index: position in the model.
         num_experts: E. top_k: k; settable, and with ``top_k = num_experts`` and unit weights the FFN is the dense one.
         activation: ``silu``, ``gelu_tanh`` or ``gelu``.
+        straight_through: for training: the weights of selected experts get the gradient of a softmax over all experts,
+            and keep their values. A weight that is always 1 (top-1 softmax, unit) would teach the router nothing.
         record_routes: when True, ``last_routes`` holds the selected experts of the latest call, int32 [T, k].
     """
 
@@ -61,6 +64,7 @@ class SparseFFN(nn.Module):
     selection_bias: torch.Tensor | None
     scale: torch.Tensor | None
     compensation: torch.Tensor | None
+    expert_bias: torch.Tensor | None
     output_bias: torch.Tensor | None
     shared_gate_bias: torch.Tensor | None
     shared_up_bias: torch.Tensor | None
@@ -72,6 +76,7 @@ class SparseFFN(nn.Module):
         self.top_k: int = spec["top_k"]
         self.activation: str = spec["activation"]
         self.combine: str = spec["combine"]
+        self.straight_through = False
         self.record_routes = False
         self.last_routes: torch.Tensor | None = None
         experts, inner, shared = self.num_experts, spec["expert_width"], spec["shared_width"]
@@ -89,6 +94,7 @@ class SparseFFN(nn.Module):
         for name, shape in shapes.items():
             setattr(self, name, nn.Parameter(torch.empty(shape)))
         optional = {"selection_bias": (experts,), "scale": (experts,), "compensation": (experts, hidden_size)}
+        optional["expert_bias"] = (experts, hidden_size)
         for name, shape in {**optional, "output_bias": (hidden_size,)}.items():
             # Buffers that are saved: a plain tensor would be lost on save or .to(device), the known CMoE bug.
             dtype = torch.float32 if f"mlp.{name}" in _FLOAT32 else None
@@ -125,10 +131,17 @@ class SparseFFN(nn.Module):
         else:
             scores = self.router(flat.float())
         indices, weights = torch.ops.moedge.route(scores, self.selection_bias, self.scale, self.top_k, self.combine)
+        if self.straight_through:
+            p = torch.softmax(scores, dim=-1).gather(-1, indices.long())
+            weights = weights + (p - p.detach())
         if self.record_routes:
             self.last_routes = indices
         inputs = F.pad(flat, (0, 1), value=1.0) if self.biased else flat
-        return torch.ops.moedge.sparse_glu(inputs, indices, weights, *experts, self.activation)
+        y = torch.ops.moedge.sparse_glu(inputs, indices, weights, *experts, self.activation)
+        if self.expert_bias is not None:
+            # Standard operators and no reshape by k: it exports to every target, and k may be changed there.
+            y = y + torch.zeros_like(scores).scatter(1, indices.long(), weights).to(y.dtype) @ self.expert_bias
+        return y
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SparseFFN:
         """Move or cast, but never cast the router, the selection bias and the scale (``model.to(torch.bfloat16)``)."""
@@ -152,7 +165,7 @@ def layer_config(
         biased: the dense FFN has a bias in gate or up. output_bias: it has one in down.
     """
     router = layer.router and {"kind": layer.router.kind, "options": layer.router.options}
-    optional = ("selection_bias", "scale", "compensation", "output_bias")
+    optional = ("selection_bias", "scale", "compensation", "expert_bias", "output_bias")
     return {
         "num_experts": layer.num_experts,
         "top_k": layer.top_k,

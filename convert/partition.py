@@ -40,6 +40,22 @@ def signatures(top_neurons: np.ndarray, width: int) -> csr_matrix:
     return csr_matrix((np.ones(rows.size), (rows, columns)), shape=(width, tokens))
 
 
+def flap(down: np.ndarray, mean: np.ndarray, variance: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ``width`` neurons that FLAP keeps, int32 ascending, and the bias that stands for the others [H].
+
+    FLAP (arXiv 2312.11983, "WIFV") scores ``variance_j * |W_down[:, j]|^2``; ties keep the lower index, so the width is
+    exact. A dropped neuron is replaced by its mean: the bias is ``sum over dropped j of mean_j W_down[:, j]``.
+
+    Args:
+        down: float32 [H, D].
+        mean: of h over the calibration tokens [D]; ``variance`` likewise.
+    """
+    order = np.argsort(-(variance.astype(np.float64) * np.square(down, dtype=np.float64).sum(axis=0)), kind="stable")
+    dropped = np.sort(order[width:])
+    bias = down[:, dropped].astype(np.float64) @ mean[dropped].astype(np.float64)
+    return np.sort(order[:width]).astype(np.int32), bias.astype(np.float32)
+
+
 def by_rate(marks: np.ndarray) -> np.ndarray:
     """Return neuron indices by decreasing activation count, ties to the lower index."""
     return np.argsort(-marks.astype(np.int64), kind="stable")

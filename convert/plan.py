@@ -6,9 +6,10 @@ It is saved as ``plan.json`` + ``plan.safetensors`` and named by a content hash:
 
 Semantics, for one token ``x`` with selected set ``K`` (``|K| = top_k``)::
 
-    y = shared(x) + sum_{e in K} w_e(x) * E_e(x) + sum_{e not in K} compensation_e + output_bias
+    y = shared(x) + sum_{e in K} w_e(x) * (E_e(x) + expert_bias_e) + sum_{e not in K} compensation_e + output_bias
 
-A neuron that is in neither the shared set nor an expert is pruned (static methods prune, partitions do not).
+Experts share no neuron unless the layer says ``overlapping`` (DIVE: every expert is a pruned copy of the FFN). A neuron
+that is in neither the shared set nor an expert is pruned (static methods prune, partitions do not).
 """
 
 from __future__ import annotations
@@ -47,8 +48,10 @@ class LayerPlan:
     Shapes: H hidden size, E ``len(experts)``. Widths of experts may differ.
     ``shared`` int32 [S]; ``experts`` E arrays int32 [I_e]; ``selection_bias`` float32 [E] (added to the scores for
     selection only); ``scale`` float32 [E] (``scaled`` rule only); ``compensation`` float32 [E, H];
-    ``output_bias`` float32 [H], added to what the dense FFN's down projection has of its own; ``down`` float32 [H, D],
-    a refitted down projection in the dense neuron order.
+    ``expert_bias`` float32 [E, H], part of an expert's output, so it is weighted with it; ``output_bias`` float32 [H],
+    added to what the dense FFN's down projection has of its own; ``down`` float32 [H, D], a refitted down projection
+    in the dense neuron order.
+    ``overlapping`` allows a neuron in several experts (each keeps its own copy), but not twice in one of them.
     ``report`` is plain JSON for people (dead-neuron share, iterations); it is part of the content hash.
     """
 
@@ -60,9 +63,11 @@ class LayerPlan:
     selection_bias: np.ndarray | None = None
     scale: np.ndarray | None = None
     compensation: np.ndarray | None = None
+    expert_bias: np.ndarray | None = None
     output_bias: np.ndarray | None = None
     down: np.ndarray | None = None
     report: dict[str, Any] = field(default_factory=dict)
+    overlapping: bool = False
 
     @property
     def num_experts(self) -> int:
@@ -82,11 +87,13 @@ class LayerPlan:
 
     def differs_from_dense(self, width: int) -> str | None:
         """Say why this layer is not the dense FFN even with every expert selected, or return None when it is."""
+        if self.overlapping:
+            return "experts share neurons"
         if len(self.shared) + sum(map(len, self.experts)) < width:
             return "neurons are pruned"
         if self.down is not None:
             return "down projections are refitted"
-        if self.output_bias is not None:
+        if self.output_bias is not None or self.expert_bias is not None:
             return "an output bias is added"
         return None if self.combine == "unit" or not self.experts else "experts are weighted"
 
@@ -94,17 +101,21 @@ class LayerPlan:
         """Check the layer against a dense FFN of ``width`` neurons.
 
         Raises:
-            MoEdgeError: a neuron out of range or used twice, top_k out of range, or experts without a router.
+            MoEdgeError: a neuron out of range or used twice, top_k out of range, experts without a router, or a bias
+                of another number of experts.
         """
         neurons = np.concatenate([self.shared, *self.experts]) if self.experts else self.shared
         if neurons.size and (neurons.min() < 0 or neurons.max() >= width):
             raise MoEdgeError(f"{where}: a neuron index is outside 0..{width - 1}; the plan is for another model.")
-        if np.unique(neurons).size != neurons.size:
+        sets = [np.concatenate([self.shared, expert]) for expert in self.experts] if self.overlapping else [neurons]
+        if any(np.unique(part).size != part.size for part in sets):
             raise MoEdgeError(f"{where}: a neuron is assigned twice; every neuron belongs to at most one expert.")
         if not 0 <= self.top_k <= self.num_experts:
             raise MoEdgeError(f"{where}: top_k={self.top_k} must be between 0 and num_experts={self.num_experts}.")
         if self.top_k and self.router is None:
             raise MoEdgeError(f"{where}: {self.num_experts} experts but no router.")
+        if self.expert_bias is not None and len(self.expert_bias) != self.num_experts:
+            raise MoEdgeError(f"{where}: {len(self.expert_bias)} expert biases for {self.num_experts} experts.")
         if not neurons.size:
             raise MoEdgeError(f"{where}: no neuron is kept.")
 
@@ -157,6 +168,8 @@ class MoEPlan:
                     "combine": layer.combine,
                     "router": router,
                     "report": layer.report,
+                    # Only when set, so that plans without it keep their hash.
+                    **({"overlapping": True} if layer.overlapping else {}),
                 }
             )
         head = {
@@ -239,10 +252,11 @@ class MoEPlan:
                     router=router,
                     combine=entry["combine"],
                     report=entry["report"],
+                    overlapping=entry.get("overlapping", False),
                     **optional,
                 )
             )
         return cls(head["method"], head["params"], head["model"], layers, head["provenance"])
 
 
-_OPTIONAL = ("selection_bias", "scale", "compensation", "output_bias", "down")
+_OPTIONAL = ("selection_bias", "scale", "compensation", "expert_bias", "output_bias", "down")

@@ -189,6 +189,55 @@ def methods(
     command(name, as_json=as_json)
 
 
+@_command("domains")
+def domains(
+    model: Annotated[str, typer.Argument(help="Hugging Face folder, .gguf file, hub id org/name, or asset:NAME.")],
+    out: Annotated[Path, typer.Argument(help="Folder for affinity.json, affinity.html and affinity.png.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the method dive (may be repeated)."),
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Find out which named texts are so alike that one pruned expert serves them (DIVE's first step).
+
+    \b
+    Examples:
+      moedge domains asset:smollm2-135m-instruct build/domains
+      moedge domains ./my-llama build/domains --set 'domains={"mail": "mail.txt", "code": "code.txt"}' --set experts=2
+    """
+    from moedge.runtime.commands.convert import parse_settings
+    from moedge.runtime.commands.domains import domains as command
+
+    command(model, out, settings=parse_settings(settings or [], {}), force=force)
+
+
+@_command("retrain")
+def retrain(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint that `moedge convert --method dive` wrote.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the retrained checkpoint.")],
+    tokens: Annotated[int | None, typer.Option(min=1, help="Budget of both stages together; 100,000.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Another setting, e.g. lr=1e-3 (may be repeated)."),
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Retrain a DIVE checkpoint on its domains: the router alone, then router, norms and low-rank expert updates.
+
+    Held-out perplexity of every domain is measured before, between and after, and kept in retrain.json. The same
+    command goes on after an interruption.
+
+    \b
+    Examples:
+      moedge retrain build/dive build/dive-trained --tokens 50000 --set router_lr=1e-3 --set lr=1e-3
+    """
+    from moedge.runtime.commands.convert import parse_settings
+    from moedge.runtime.commands.retrain import retrain as command
+
+    command(checkpoint, out, settings=parse_settings(settings or [], {"tokens": tokens}), force=force)
+
+
 @_command("ablate")
 def ablate(
     study: Annotated[str, typer.Argument(help="A packaged study, or the path of a YAML file.")],

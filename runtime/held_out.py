@@ -36,15 +36,17 @@ def texts(entries: dict[str, Any]) -> list[TextSet]:
     """Held-out documents of each text: those the split keeps back, or all of a text that calibration never saw.
 
     Args:
-        entries: ``{"calibration": {"spec", "is", "every"}, "held_out": [{"spec", "is"}, ...]}``; ``is`` tells whether
-            two specs mean the same file.
+        entries: ``{"calibration": {"spec", "is", "every"}, "held_out": [{"spec", "is"}, ...]}`` and, where a method
+            calibrates on more texts, ``"domains": [{"is", ...}, ...]``; ``is`` tells whether two specs
+            mean the same file.
     """
     from moedge.convert import calibration
 
     found: list[TextSet] = []
+    seen = {entry["is"] for entry in (entries["calibration"], *entries.get("domains", ()))}
     for entry in entries["held_out"]:
         text = calibration.read_text(entry["spec"])
-        if entry["is"] == entries["calibration"]["is"]:
+        if entry["is"] in seen:
             text = calibration.split(text, entries["calibration"]["every"])[1]
         same = sum(other.name.split(" ")[0] == text.name for other in found)
         found.append(replace(text, name=f"{text.name} ({same + 1})") if same else text)

@@ -42,9 +42,11 @@ def build(recipe: Recipe, machine: dict[str, Any]) -> list[Stage]:
     }
     held_out = [{"spec": spec, "is": fingerprint(spec, text=True)} for spec in text.held_out]
     texts = {"calibration": calibration_text, "held_out": held_out}
-    first_text = {"calibration": calibration_text, "held_out": held_out[:1]}
     convert = recipe.convert.model_dump(mode="json")
     needs = method_needs(convert)
+    domains = _domains(convert, text.holdout_every) if "domains" in needs else {}
+    texts |= {"domains": domains["texts"]} if domains else {}
+    first_text = {**texts, "held_out": held_out[:1]}
     exported = recipe.export.model_dump(exclude={"dense_parent"})
     measured = {"texts": first_text, "machine": machine, "dense_parent": recipe.export.dense_parent}
     dense = ("export-dense",) if recipe.export.dense_parent else ()
@@ -65,7 +67,7 @@ def build(recipe: Recipe, machine: dict[str, Any]) -> list[Stage]:
             "calibrate",
             f"measure activations on {recipe.calibration.windows * recipe.calibration.length:,} tokens",
             calibrate,
-            {**recipe.calibration.model_dump(), "text": calibration_text, **_measured(convert)},
+            {**recipe.calibration.model_dump(), "text": calibration_text, **_measured(convert), "domains": domains},
             reads=("source",),
             sources=_CONVERT,
             libraries=_TORCH,
@@ -165,6 +167,15 @@ def _measured(convert: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _domains(convert: dict[str, Any], every: int) -> dict[str, Any]:
+    """What the windows of a method's domains are made from; the keys but ``texts`` are those of ``domains.read``."""
+    texts = [
+        {"name": name, "spec": spec, "is": fingerprint(spec, text=True), "every": every}
+        for name, spec in convert["domains"].items()
+    ]
+    return {"texts": texts, **{name: convert[name] for name in ("length", "samples", "score_samples", "seed")}}
+
+
 def notation(convert: dict[str, Any]) -> str:
     """The method and its layout for people, e.g. ``cmoe S6A6E16``."""
     from moedge.convert.methods import METHODS
@@ -237,7 +248,7 @@ def calibrate(context: Context) -> None:
     """Run calibration text through the dense model; keep each layer's statistics, and the token windows if asked to."""
     from safetensors.numpy import save_file
 
-    from moedge.convert import calibration
+    from moedge.convert import calibration, domains
     from moedge.convert.sources import load_model, load_tokenizer
 
     params, folder = context.params, run_folder.dense(context.root)
@@ -245,6 +256,11 @@ def calibrate(context: Context) -> None:
     windows = calibration.windows(
         tokenizer, text, params["length"], params["windows"], bos=params["bos"], name="calibration"
     )
+    facts: dict[str, Any] = {}
+    if params["domains"]:
+        options = {key: value for key, value in params["domains"].items() if key != "texts"}
+        found, facts["domains"] = domains.read(tokenizer, params["domains"]["texts"], bos=params["bos"], **options)
+        domains.save(found, context.out / "domains.safetensors")
     gate = None
     if params["gate_signal"]:  # a window is a sample; its BOS token is an attention sink and counts in no mean
         exclude = (tokenizer.bos_token_id,) if params["bos"] else ()
@@ -273,6 +289,7 @@ def calibrate(context: Context) -> None:
             "bos": params["bos"],
             "tokens": int(windows.size),
             "tokens_sha256": digest(windows.tolist()),
+            **facts,
         },
     )
 
@@ -282,7 +299,7 @@ def convert_stage(context: Context) -> None:
     import torch
     from safetensors.numpy import load_file
 
-    from moedge.convert import calibration, modeling
+    from moedge.convert import calibration, domains, modeling
     from moedge.convert.methods import METHODS
     from moedge.convert.sources import load_model, load_tokenizer, own_dtype
 
@@ -293,6 +310,8 @@ def convert_stage(context: Context) -> None:
     data: Any = None
     if "tokens" in method.needs:
         data = load_file(calibrated / "windows.safetensors")["windows"]
+    elif "domains" in method.needs:
+        data = domains.load(calibrated / "domains.safetensors")
     elif "statistics" in method.needs:
         data = calibration.load(calibrated / "statistics.safetensors")
     plan = method.function(

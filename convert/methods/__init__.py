@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from moedge.convert.methods import cmoe, expertweaver, mlpmoe, moedge
+from moedge.convert.methods import cmoe, dive, expertweaver, mlpmoe, moedge
 from moedge.convert.methods.baselines import splits, static
 from moedge.convert.plan import MoEPlan
 
@@ -27,7 +27,8 @@ class Method:
     """Typed parameters, with defaults."""
     needs: tuple[str, ...]
     """What it reads besides the model: ``statistics``, ``gate_profile`` (statistics made with a gate sampling),
-    ``tokens``: the calibration windows themselves, passed in place of the statistics. None of them: pass None."""
+    ``tokens``: the calibration windows themselves, passed in place of the statistics; ``domains``: windows of the texts
+    that its parameter ``domains`` names, likewise. None of them: pass None."""
     source: str
     """Where it is published."""
     label: str
@@ -57,6 +58,13 @@ METHODS: dict[str, Method] = {
         (),
         "reconstruction of MLPMoE, arXiv 2511.21089 (abstract only)",
         "{branches} branches fading to {p_max:g}",
+    ),
+    "dive": Method(
+        dive.plan,
+        dive.DiveParams,
+        ("domains",),
+        "DIVE, ACL 2025, 2025.acl-long.951",
+        "{active} of {experts} domain experts of {keep:.0%}",
     ),
     "moedge": Method(moedge.plan, moedge.MoEdgeParams, ("tokens",), "this project", _SHARED_ACTIVE),
     "llamamoe": Method(

@@ -105,6 +105,17 @@ def _zeros_at_top_k(
     best, chosen = builder.node("TopK", [scores, count], outputs=2, attributes={"axis": -1, "largest": 1, "sorted": 1})
     chosen.name = f"layers.{layer}.router.indices"
     zeros = builder.node("Sub", [best, best])
+    # What else reads the routing (an expert bias) follows the TopK, whose k can be changed, and Route can go.
+    for old, uses in zip(route.outputs, [list(value.uses()) for value in route.outputs], strict=True):
+        others = [use for use in uses if use.node.op_type != "SparseGLU"]
+        if others:
+            new = (
+                builder.node("Cast", [chosen], attributes={"to": 6})
+                if old is route.outputs[0]
+                else builder.node("Add", [zeros, constant_of(builder, 1.0, np.float32)])
+            )
+            for use in others:
+                use.node.replace_input_with(use.idx, new)
     floor = _floor(builder, num_experts)
     return chosen, builder.node("ScatterElements", [floor, chosen, zeros], attributes={"axis": 1})
 

@@ -58,6 +58,8 @@ def _words(kind: Any) -> str:
         return " | ".join(map(str, get_args(kind)))
     if kind is type(None):
         return "null"
+    if get_origin(kind) is dict:
+        return "mapping of names to " + _words(get_args(kind)[1])
     if get_origin(kind) is tuple:
         return f"list of {_words(get_args(kind)[0])}"
     names = {int: "whole number", float: "number", bool: "true | false", str: "text"}

@@ -96,15 +96,19 @@ def _conversion(run: Path) -> dict[str, Any]:
         )
     from moedge.convert.methods import METHODS  # names and formats only, no torch
 
-    params = plan["params"]
+    params, provenance = plan["params"], dict(plan["provenance"])
+    affinity = provenance.pop("affinity", None)
+    if affinity:
+        affinity["domains"] = provenance.pop("domains", [])
     return {
         "method": plan["method"],
         "notation": METHODS[plan["method"]].layout(params),
         "params": params,
         "plan_sha256": plan["sha256"],
         "active_fraction": sum(layer["active_fraction"] for layer in layers) / len(layers),
-        "calibration": plan["provenance"],
+        "calibration": provenance,
         "layers": layers,
+        **({"affinity": affinity} if affinity else {}),
     }
 
 

@@ -18,7 +18,7 @@ def draw(name: str, text: dict[str, Any], form: str) -> bytes:
     """Return the plot of one entry of ``texts`` as a file of this form, ``svg`` or ``png``."""
     import matplotlib
 
-    with matplotlib.rc_context(plots._STYLE):
+    with matplotlib.rc_context(plots.STYLE):
         figure = _draw(name, text)
         stream = io.BytesIO()
         figure.savefig(stream, format=form, dpi=150, metadata={"Date": None} if form == "svg" else None)
@@ -29,8 +29,8 @@ def draw_inline(name: str, text: dict[str, Any]) -> str:
     """Return the same plot as SVG text that can stand in the report."""
     import matplotlib
 
-    with matplotlib.rc_context(plots._STYLE):
-        return plots._svg(_draw(name, text), "diagnosis")
+    with matplotlib.rc_context(plots.STYLE):
+        return plots.svg(_draw(name, text), "diagnosis")
 
 
 def _draw(name: str, text: dict[str, Any]) -> Figure:

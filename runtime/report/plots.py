@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 INK, MUTED, GRID = "#1d2733", "#66727f", "#e3e8ee"
 DENSE, MOE, CONTROL, BOUND, BAD = "#8795a5", "#1f6feb", "#c6cdd6", "#b9a3e3", "#c9372c"
-_STYLE = {
+STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "moedge",
     "font.family": "sans-serif",
@@ -34,21 +34,24 @@ _STYLE = {
 
 def draw_all(report: dict[str, Any]) -> dict[str, str]:
     """Return ``{name: SVG}`` for every plot that the report's data allows."""
+    from moedge.runtime.report import affinity as affinity_plot
+
     plots: dict[str, Callable[[dict[str, Any]], Figure | None]] = {
         "quality": _quality,
         "kl": _divergence,
         "speed": _speed,
         "dead": _dead,
         "routing": _routing,
+        "affinity": affinity_plot.figure,
     }
     import matplotlib
 
     drawn = {}
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         for name, plot in plots.items():
             figure = plot(report)
             if figure is not None:
-                drawn[name] = _svg(figure, name)
+                drawn[name] = svg(figure, name)
     if "diagnostics" in report:
         from moedge.runtime.report import diagnosis
 
@@ -67,7 +70,7 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list
     return figure, list(axes)
 
 
-def _svg(figure: Figure, name: str) -> str:
+def svg(figure: Figure, name: str) -> str:
     """SVG text that can stand in HTML: no prolog, no metadata, ids that no other plot of the page uses."""
     stream = io.StringIO()
     # Every metadata entry set to None drops the RDF block, the only place with links.

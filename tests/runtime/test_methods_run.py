@@ -37,8 +37,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "atopk": {"keep": 0.8},
     "wanda": {"keep": 0.8},
     "flap": {"keep": 0.8, "refit": True},
+    "dive": {"experts": 3, "samples": 8, "score_samples": 2, "length": 32},
 }
 STATIC = ("mlpmoe", "atopk", "wanda", "flap")
+DOMAINS = ("letters", "digits", "signs", "vowels")
 EXPORTED = ("portable moe", "ort-cpu moe")
 """A lowered bundle is made from the portable one, which is kept."""
 ROUTED = ["random router", "random partition", "oracle router"]
@@ -61,6 +63,9 @@ def home(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Any
     letters = random.Random(0)
     lines = ["".join(letters.choices("abcdefgh ", k=120)) for _ in range(300)]
     (home / "text.txt").write_text("\n".join(lines), encoding="utf-8")
+    for name, alphabet in zip(DOMAINS, ("abcdefgh ", "0123456789", "+-*/=()", "aeiou "), strict=True):
+        lines = ["".join(letters.choices(alphabet, k=60)) for _ in range(60)]
+        (home / f"{name}.txt").write_text("\n".join(lines), encoding="utf-8")
     return home
 
 
@@ -79,7 +84,10 @@ def test_a_run_of_every_method_passes_and_its_report_is_complete(
     # The memory of an engine is measured in a process of its own, which has nothing to do with the method.
     unknown = {"peak_rss_mib": None, "load_s": None, "reason": "not measured in this test"}
     monkeypatch.setattr(bench, "_footprint", lambda *_: unknown)
-    convert = json.dumps({"method": name, **SETTINGS[name]})
+    settings = dict(SETTINGS[name])
+    if "domains" in METHODS[name].needs:
+        settings["domains"] = {domain: f"{home}/{domain}.txt" for domain in DOMAINS}
+    convert = json.dumps({"method": name, **settings})
     (tmp_path / "tiny.yaml").write_text(RECIPE.format(home=home, convert=convert), encoding="utf-8")
     run = tmp_path / "run"
     printed = moedge("run", tmp_path / "tiny.yaml", "--out", run).stdout
@@ -102,16 +110,20 @@ def test_a_run_of_every_method_passes_and_its_report_is_complete(
 
     static = not any(layer["experts"] for layer in conversion["layers"])
     assert static == (name in STATIC)
-    assert sorted(report["quality"]["skipped"]) == (sorted(ROUTED) if static else [])
-    assert set(rows) >= {"dense", name, "static mask", "FLAP-MLP"} | (set() if static else set(ROUTED))
+    overlapping = name == "dive"
+    skipped = ROUTED if static else ["random partition", "oracle router"] if overlapping else []
+    assert sorted(report["quality"]["skipped"]) == sorted(skipped)
+    assert set(rows) >= {"dense", name, "static mask", "FLAP-MLP"} | (set(ROUTED) - set(skipped))
+    assert ("affinity" in conversion) == overlapping
+    assert ("<h3>Domains</h3>" in (run / "report.html").read_text(encoding="utf-8")) == overlapping
     assert {entry["routing"]["compared"] for entry in verification["parity"]} == {not static}
     compared = {entry["name"] for entry in verification["identity"]}
     if static:
         assert compared == set()
         assert "parity with PyTorch is the whole check" in " ".join(report["sentences"])
-    elif name == "moedge":
+    elif name in ("moedge", "dive"):
         assert compared == {f"{label} = torch moe" for label in EXPORTED}
-        assert "refitted" in verification["identity_note"]
+        assert ("refitted" if name == "moedge" else "experts share neurons") in verification["identity_note"]
     else:
         assert compared == {f"{label} = torch dense" for label in ("torch moe", *EXPORTED)}
         assert verification["identity_note"] is None
@@ -125,7 +137,7 @@ def test_a_run_of_every_method_passes_and_its_report_is_complete(
     assert facts["method"] == name
     assert "layers" in moedge("inspect", run / "convert" / "checkpoint").stdout
     assert moedge("generate", run, "abc", "--threads", 1, "--max-new-tokens", 2).stdout.startswith("abc")
-    options = [f"--set={key}={value}" for key, value in SETTINGS[name].items()]
+    options = [f"--set={key}={json.dumps(value)}" for key, value in settings.items()]
     options += ["--method", name, "--text", home / "text.txt", "--windows", 4, "--length", 64]
     assert label in moedge("convert", home / "model", tmp_path / "moe", *options).stdout
     assert hash_tree(tmp_path / "moe") == hash_tree(run / "convert" / "checkpoint")

@@ -53,12 +53,16 @@ SEEDED = (
 ROUTED = (*SEEDED, "oracle router")
 """Controls that vary the routing or the experts."""
 
+PARTITIONS = tuple(name for name in ROUTED if name != "random router")
+"""Controls that make a partition of their own, or take an expert's output for what is missed without it."""
+
 CEILINGS = ("oracle router", "neuron top-k")
 """Controls that no router can be asked to beat: they compute every expert, or every neuron, to choose."""
 
 __all__ = [
     "CEILINGS",
     "CONTROLS",
+    "PARTITIONS",
     "ROUTED",
     "SEEDED",
     "STANDARD",
@@ -79,7 +83,11 @@ __all__ = [
 
 def refusal(name: str, plan: MoEPlan) -> str | None:
     """Say why a control makes no sense for a plan, or return None when it does."""
-    return "the plan has no routed experts" if name in ROUTED and not any(x.experts for x in plan.layers) else None
+    if name in ROUTED and not any(layer.experts for layer in plan.layers):
+        return "the plan has no routed experts"
+    if name in PARTITIONS and any(layer.overlapping for layer in plan.layers):
+        return "the plan's experts overlap, they are no partition"
+    return None
 
 
 def controls(

@@ -1,0 +1,63 @@
+"""``moedge domains``: which named texts are alike, without converting anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from rich.console import Console
+from rich.markup import escape
+
+from moedge import MoEdgeError
+from moedge._files import atomic_dir, write_json, write_text
+from moedge.runtime.progress import single
+
+HOLDOUT_EVERY = 10
+"""One document in so many is held out, as in recipes."""
+
+
+def domains(model: str, out: Path, *, settings: dict[str, Any], force: bool) -> None:
+    """Mine the affinity of named texts; write affinity.json, affinity.html and affinity.svg into ``out``."""
+    from moedge.convert import domains as mining
+    from moedge.convert import sources
+    from moedge.convert.methods import dive
+
+    params = checked(dive.DiveParams, settings)
+    found = sources.resolve(model)
+    entries = [{"name": name, "spec": spec, "every": HOLDOUT_EVERY} for name, spec in params.domains.items()]
+    with atomic_dir(out, force=force) as partial, single("domains", f"{found.label} -> {out}") as reporter:
+        options = {name: getattr(params, name) for name in ("length", "samples", "score_samples", "seed")}
+        texts, facts = mining.read(sources.load_tokenizer(found.folder), entries, bos=False, **options)
+        mined, _ = dive.mine(texts, sources.load_model(found.folder), params, progress=reporter.progress)
+        result = {**mined.to_json(), "domains": facts, "model": {"label": found.label, "sha256": found.sha256}}
+        write_json(partial / "affinity.json", {**result, "params": params.model_dump()})
+        _draw(result, partial, f"Domains of {found.label}")
+    for number, group in enumerate(mined.groups, start=1):
+        Console().print(escape(f"group {number}: {', '.join(group)}"), highlight=False, soft_wrap=True)
+
+
+def _draw(affinity: dict[str, Any], folder: Path, title: str) -> None:
+    import matplotlib
+
+    from moedge.runtime.report.affinity import draw, page
+    from moedge.runtime.report.plots import STYLE
+
+    write_text(folder / "affinity.html", page(affinity, title))
+    with matplotlib.rc_context(STYLE):
+        draw(affinity).savefig(folder / "affinity.png", dpi=150)
+
+
+def checked(kind: type[BaseModel], settings: dict[str, Any]) -> Any:
+    """Return the settings as ``kind``.
+
+    Raises:
+        MoEdgeError: an unknown key or an impossible value; one sentence about the first of them.
+    """
+    try:
+        return kind(**settings)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        known = f"; known: {', '.join(kind.model_fields)}" if first["type"] == "extra_forbidden" else ""
+        raise MoEdgeError(f"{where + ': ' if where else ''}{first['msg']}{known}.") from None

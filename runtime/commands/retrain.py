@@ -1,0 +1,46 @@
+"""``moedge retrain``: DIVE's two stages on the text of a checkpoint's own domains."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from moedge import MoEdgeError
+from moedge._files import atomic_dir, write_json
+from moedge.runtime.commands.domains import checked
+from moedge.runtime.progress import single
+
+
+def retrain(checkpoint: Path, out: Path, *, settings: dict[str, Any], force: bool) -> None:
+    """Retrain a DIVE checkpoint on the text of its domains and save it with what was measured (``retrain.json``)."""
+    from moedge.convert import domains as mining
+    from moedge.convert import modeling
+    from moedge.convert import retrain as training
+
+    wanted = checked(training.RetrainSettings, settings)
+    model, plan, tokenizer = modeling.load(checkpoint)
+    facts = plan.provenance.get("domains")
+    if plan.method != "dive" or not facts:
+        raise MoEdgeError(f"{checkpoint} was made by {plan.method}, not by dive; retraining in stages is DIVE's.")
+    entries = [{"name": fact["name"], "spec": fact["text"], "every": fact["every"]} for fact in facts]
+    # An interrupted run leaves its state beside the output, and goes on from there.
+    state = out.with_name(f".{out.name}.training")
+    with single("retrain", f"{checkpoint} -> {out}") as reporter:
+        train, held = mining.training_windows(
+            tokenizer, entries, length=wanted.length, count=-(-wanted.tokens // wanted.length), seed=wanted.seed
+        )
+        reporter.note(f"{wanted.tokens:,} tokens from {train.size:,} of {len(entries)} domains; state in {state}")
+        with atomic_dir(out, force=force) as partial:
+            result = training.retrain(
+                model,
+                train,
+                wanted,
+                held_out=held,
+                state=state,
+                progress=reporter.progress,
+                note=reporter.note,
+            )
+            modeling.save(model, plan, tokenizer, partial, force=True)
+            write_json(partial / "retrain.json", result.to_json(wanted))
+    shutil.rmtree(state, ignore_errors=True)

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from moedge.runtime.cli import app
+
+
+@pytest.fixture
+def home(tmp_path: Path, tiny_llama: Callable[..., Any], tiny_tokenizer: Any) -> Path:
+    tiny_llama(layers=1).save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    letters = random.Random(0)
+    for name, alphabet in {"a": "abcdef ", "b": "0123456789", "c": "abcdeg "}.items():
+        lines = ["".join(letters.choices(alphabet, k=60)) for _ in range(40)]
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines), encoding="utf-8")
+    return tmp_path
+
+
+def command(home: Path, *settings: str) -> Any:
+    texts = json.dumps({name: str(home / f"{name}.txt") for name in "abc"})
+    options = [f"--set={part}" for part in (f"domains={texts}", "experts=2", "samples=4", "length=32", *settings)]
+    return CliRunner().invoke(app, ["domains", str(home / "model"), str(home / "out"), *options])
+
+
+def test_it_writes_the_affinity_as_json_page_and_picture(home: Path) -> None:
+    result = command(home)
+    assert result.exit_code == 0, result.output
+    found = json.loads((home / "out" / "affinity.json").read_text(encoding="utf-8"))
+    assert found["names"] == ["a", "b", "c"]
+    assert sorted(sum(found["groups"], [])) == ["a", "b", "c"]  # noqa: RUF017 - two lists
+    assert f"group 1: {', '.join(found['groups'][0])}" in result.output
+    assert [fact["tokens"] for fact in found["domains"]] == [4 * 32] * 3
+    assert "<svg" in (home / "out" / "affinity.html").read_text(encoding="utf-8")
+    assert (home / "out" / "affinity.png").read_bytes().startswith(b"\x89PNG")
+    assert "already exists" in command(home).output
+
+
+def test_a_bad_setting_is_one_sentence_and_leaves_nothing(home: Path) -> None:
+    for setting, said in (("nothing=1", "nothing: Extra inputs"), ("linkage=ward", "linkage: Input should be")):
+        result = command(home, setting)
+        assert result.exit_code != 0
+        assert said in result.output
+        assert not (home / "out").exists()
+
+
+def test_a_checkpoint_is_retrained_on_its_domains(home: Path) -> None:
+    texts = json.dumps({name: str(home / f"{name}.txt") for name in "abc"})
+    options = [f"--set={part}" for part in (f"domains={texts}", "experts=2", "samples=4", "length=32")]
+    options += ["--method", "dive", "--text", str(home / "a.txt"), "--windows", "2", "--length", "32"]
+    made = CliRunner().invoke(app, ["convert", str(home / "model"), str(home / "moe"), *options])
+    assert made.exit_code == 0, made.output
+    settings = ["--set=length=16", "--set=batch=2", "--set=lr=0.01", "--set=router_lr=0.01", "--set=router_share=0.5"]
+    command = ["retrain", str(home / "moe"), str(home / "out"), "--tokens", "256", *settings]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    found = json.loads((home / "out" / "retrain.json").read_text(encoding="utf-8"))
+    assert set(found["perplexity"]) == {"before", "after stage 1, router", "after stage 2, experts"}
+    assert set(found["perplexity"]["before"]) == {"a", "b", "c"}
+    assert found["tokens"] == found["settings"]["tokens"] == 256
+    assert not list(home.glob(".out.*"))
+    # The result is a checkpoint like the one before: it loads, and measures what the run said.
+    from moedge.convert import domains, evaluate, modeling
+
+    model, plan, tokenizer = modeling.load(home / "out")
+    entries = [{"name": fact["name"], "spec": fact["text"], "every": 10} for fact in plan.provenance["domains"]]
+    _, held = domains.training_windows(tokenizer, entries, length=16, count=16, seed=0)
+    for name, ids in held.items():
+        said = found["perplexity"]["after stage 2, experts"][name]
+        assert evaluate.perplexity(model, ids)["ppl"] == pytest.approx(said, rel=1e-5)
+    again = CliRunner().invoke(app, command)
+    assert "already exists" in again.output
+
+
+def test_a_checkpoint_of_another_method_is_refused(home: Path) -> None:
+    options = ["--text", str(home / "a.txt"), "--windows", "2", "--length", "32"]
+    options += ["--method", "mlpmoe", "--set", "branches=8"]
+    made = CliRunner().invoke(app, ["convert", str(home / "model"), str(home / "moe"), *options])
+    assert made.exit_code == 0, made.output
+    result = CliRunner().invoke(app, ["retrain", str(home / "moe"), str(home / "out")])
+    assert "was made by mlpmoe, not by dive" in result.output
+    assert not (home / "out").exists()
