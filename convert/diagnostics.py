@@ -64,8 +64,8 @@ def diagnose(
         - ``captured``: mean over tokens of value selected / value that the oracle selects;
         - ``relative_error``: for each of :data:`ERRORS` the root of the mean over tokens of ``|F - y|^2 / |F|^2``.
 
-        What does not apply is None: a layer without experts is ``static``; with weights that sum to one (softmax)
-        an expert has no value of its own. ``mean`` averages over the layers.
+        What does not apply is None: a layer without experts is ``static``; with weights that sum to one (softmax, or
+        pruned copies of the FFN as DIVE makes) an expert has no value of its own. ``mean`` averages over the layers.
 
     Raises:
         MoEdgeError: the model is not converted, or the dense model is of another shape.
@@ -123,8 +123,12 @@ class _Layer:
 
     @property
     def valued(self) -> bool:
-        """Whether an expert's output counts by itself: not where the weights of the selected ones sum to one."""
-        return self.ffn.num_experts > 0 and self.ffn.combine in ("unit", "scaled")
+        """Whether an expert's output counts by itself: not where the weights of the selected ones sum to one.
+
+        Experts with biases of their own are such copies of the whole FFN too (DIVE).
+        """
+        ffn = self.ffn
+        return ffn.num_experts > 0 and ffn.combine in ("unit", "scaled") and ffn.expert_bias is None
 
     def on_call(self, module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
         """Hook: count what this call of the FFN did."""

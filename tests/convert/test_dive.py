@@ -177,3 +177,18 @@ def test_impossible_parameters_are_refused(settings: dict[str, Any], message: st
 def test_windows_of_other_domains_are_refused(texts: Any, tiny_llama: Callable[..., Any]) -> None:
     with pytest.raises(MoEdgeError, match="windows are of a, b, c, d, e, f, the settings of p, q"):
         dive.plan(texts, tiny_llama(), domains={"p": "x", "q": "y"}, experts=2)
+
+
+def test_diagnostics_measure_the_router_but_no_oracle_by_output_norm(
+    plan: MoEPlan, texts: Any, tiny_llama: Callable[..., Any]
+) -> None:
+    from moedge.convert import diagnostics
+
+    model = modeling.apply(plan, tiny_llama())
+    found = diagnostics.diagnose(model, texts["a"].score, dense_model=tiny_llama())
+    for layer in found["layers"]:
+        assert layer["agreement"] is None
+        assert set(layer["relative_error"]) >= {"router", "oracle"}
+        assert layer["relative_error"]["oracle"] is None
+        assert 0 < layer["relative_error"]["router"] < 1
+        assert sum(layer["load"]) == pytest.approx(1)
