@@ -285,7 +285,7 @@ def _simplify(model: ir.Model) -> None:
     )
     optimizer.inline(model)
     for _ in range(2):
-        optimizer.fold_constants(model)
+        optimizer.fold_constants(model, onnx_shape_inference=True)  # lowerings need the types of all values
         rewriter.rewrite(model, chosen)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     passes.DeduplicateInitializersPass()(model)

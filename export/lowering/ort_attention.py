@@ -129,7 +129,7 @@ def rotary_table(model: ir.Model, value: ir.Value, positions: int) -> np.ndarray
     """
     ids = np.arange(positions, dtype=np.int64)[None]
     table = evaluate(model, value, {"position_ids": ids})[0]
-    if not np.array_equal(table[:1], evaluate(model, value, {"position_ids": ids[:, :1]})[0]) or not np.array_equal(
+    if not np.array_equal(table[:2], evaluate(model, value, {"position_ids": ids[:, :2]})[0]) or not np.array_equal(
         table[: positions // 2], evaluate(model, value, {"position_ids": ids[:, : positions // 2]})[0]
     ):
         raise MoEdgeError("the rotary table depends on the longest position of a call (longrope)")
