@@ -99,3 +99,11 @@ def variation(counts: torch.Tensor) -> float:
     """Coefficient of variation of the load: standard deviation over mean (0: even)."""
     load = counts.double()
     return float(load.std(correction=0) / load.mean()) if load.any() else 0.0
+
+
+def add_bias(model: nn.Module) -> None:
+    """Give every routed FFN without a selection bias one of zeros."""
+    for ffn in model.modules():
+        if isinstance(ffn, SparseFFN) and ffn.router is not None and ffn.selection_bias is None:
+            device = next(ffn.parameters()).device
+            ffn.selection_bias = torch.zeros(ffn.num_experts, dtype=torch.float32, device=device)

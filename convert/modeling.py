@@ -242,7 +242,7 @@ def build_ffn(block: adapters.FFN, layer: LayerPlan) -> SparseFFN:
             own_bias = block.down_bias.float()
             tensor = own_bias.clone() if tensor is None else tensor + own_bias
         assert tensor is not None
-        setattr(ffn, name, tensor.to(dtype))
+        setattr(ffn, name, tensor.to(dtype, copy=True))
     return ffn.train(block.module.training)
 
 
@@ -286,8 +286,12 @@ def check_fits(plan: MoEPlan, model: PreTrainedModel) -> None:
     """Check that a plan was made for a model of this shape.
 
     Raises:
-        MoEdgeError: it was not, or the plan is inconsistent.
+        MoEdgeError: it was not, the plan is inconsistent, or its checkpoint's weights were trained afterwards.
     """
+    if plan.trained_weights:
+        raise MoEdgeError(
+            "The plan belongs to fine-tuned weights, so it cannot be applied to a dense model; load its checkpoint."
+        )
     found = adapters.describe(model)
     for key in ("model_type", "hidden_size", "intermediate_size", "num_layers", "hidden_act"):
         if plan.model.get(key) != found[key]:

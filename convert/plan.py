@@ -140,8 +140,15 @@ class MoEPlan:
         for index, layer in enumerate(self.layers):
             layer.validate(int(self.model["intermediate_size"]), f"plan layer {index}")
 
+    @property
+    def trained_weights(self) -> bool:
+        """Whether weights outside the plan were trained, so that it cannot be applied to its dense parent any more."""
+        return bool(self.provenance.get("finetune", {}).get("weights"))
+
     def differs_from_dense(self) -> str | None:
         """Say why the model is not its dense parent even with every expert selected, or return None when it is."""
+        if self.trained_weights:
+            return "weights are trained"
         width = int(self.model["intermediate_size"])
         return next(filter(None, (layer.differs_from_dense(width) for layer in self.layers)), None)
 

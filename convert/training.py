@@ -232,9 +232,9 @@ class _Run:
         self.settings, self.windows, self.held_out = settings, token_windows, held_out
         self.accelerator, self.state, self.teacher = accelerator, state, teacher
         self.trainable = trainable.prepare(model, settings.groups, settings.lora)
-        self.observer = balance.LoadObserver(model, scores=settings.balance == "loss")
         if settings.balance == "bias":
-            _add_bias(self.observer.ffns)
+            balance.add_bias(model)
+        self.observer = balance.LoadObserver(model, scores=settings.balance == "loss")
         if settings.gradient_checkpointing:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()
@@ -297,6 +297,7 @@ class _Run:
         settings = self.settings
         if not self.load():
             self.evaluate(on_eval)
+            self.save()
         while (done := self.done()) < 1.0:
             self.one_step(done)
             if self.step % settings.eval_every == 0:
@@ -330,7 +331,7 @@ class _Run:
                 self.observer.observe()
                 accelerator.backward(loss)
                 if accelerator.sync_gradients and settings.clip:
-                    accelerator.clip_grad_norm_(self.trainable.parameters, settings.clip)
+                    accelerator.clip_grad_norm_(list(self.model.parameters()), settings.clip)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             total += float(shown)
@@ -416,9 +417,7 @@ class _Run:
         from torch.distributed.checkpoint.state_dict import StateDictOptions
 
         many = self.accelerator.num_processes > 1
-        return StateDictOptions(
-            full_state_dict=True, cpu_offload=many, ignore_frozen_params=True, broadcast_from_rank0=many, strict=False
-        )
+        return StateDictOptions(full_state_dict=True, cpu_offload=many, ignore_frozen_params=True, strict=False)
 
     def save(self) -> None:
         """Write the state: trained tensors, Adam's moments, counters and the curve."""
@@ -428,7 +427,8 @@ class _Run:
         from torch.distributed.checkpoint.state_dict import get_state_dict
 
         tensors, optimizer = get_state_dict(self.model, self.optimizer.optimizer, options=self.options())
-        loads = self.observer.counts
+        loads = [self.sum(counts) for counts in self.observer.counts]
+        losses = float(self.sum(torch.tensor([self.losses], dtype=torch.float64)))
         if not self.accelerator.is_main_process:
             return
         kept: dict[str, Any] = {f"model.{name}": value for name, value in tensors.items()}
@@ -437,7 +437,7 @@ class _Run:
             kept |= {f"optimizer.{name}/{key}": torch.as_tensor(value) for key, value in values.items()}
         kept |= {f"load.{index}": counts for index, counts in enumerate(loads)}
         kept = {name: value.detach().cpu().contiguous().clone() for name, value in kept.items()}
-        counters = {"step": self.step, "losses": self.losses, "since": self.since, "seconds": self.elapsed()}
+        counters = {"step": self.step, "losses": losses, "since": self.since, "seconds": self.elapsed()}
         with atomic_dir(self.state, force=True) as partial:
             save_file(kept, partial / "state.safetensors")
             head = {"schema": STATE_SCHEMA, "key": self.key, **counters, "curve": self.result.curve}
@@ -481,10 +481,12 @@ class _Run:
             optim_state_dict={"state": moments, "param_groups": groups},  # type: ignore[dict-item]
             options=options,
         )
-        self.step, self.losses, self.since = head["step"], head["losses"], head["since"]
+        self.step, self.since = head["step"], head["since"]
         self.seconds, self.clock = head["seconds"], time.monotonic()
         self.result.curve = head["curve"]
-        self.observer.counts = [kept[f"load.{index}"] for index in range(len(self.observer.ffns))]
+        if self.accelerator.is_main_process:  # sums over the processes go on in one of them
+            self.losses = head["losses"]
+            self.observer.counts = [kept[f"load.{index}"] for index in range(len(self.observer.ffns))]
         return True
 
     def finish(self) -> TrainResult:
@@ -498,10 +500,11 @@ class _Run:
             tensors: Any = get_model_state_dict(self.model, options=self.options())
             result.tensors = dict(tensors)
         else:
-            self.accelerator.unwrap_model(self.model)
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             if self.settings.gradient_checkpointing:
                 self.trainable.inner.activation_checkpointing_disable()
             result.model = trainable.finish(self.trainable)
+        self.accelerator.free_memory()  # it holds on to what it prepared
         return result
 
 
@@ -517,12 +520,6 @@ def hidden_distance(student: tuple[torch.Tensor, ...], teacher: tuple[torch.Tens
         (s.float() - t.float()).square().sum() / t.float().square().sum() for s, t in zip(student, teacher, strict=True)
     ]
     return torch.stack(terms).mean()
-
-
-def _add_bias(ffns: list[Any]) -> None:
-    for ffn in ffns:
-        if ffn.selection_bias is None:
-            ffn.selection_bias = torch.zeros(ffn.num_experts, dtype=torch.float32, device=ffn.gate.device)
 
 
 def _hash(array: np.ndarray) -> str:

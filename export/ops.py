@@ -89,7 +89,8 @@ def _route_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 def _route_backward(ctx: Any, _: torch.Tensor, d_weights: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     scores, scale, indices, weights = ctx.saved_tensors
     chosen = indices.long()
-    d_scores = d_scale = None
+    d_scale = None
+    d_scores = torch.zeros_like(scores)  # of "unit"; not None: DDP waits for every gradient
     if ctx.rule == "softmax":
         inner = weights * (d_weights - (d_weights * weights).sum(-1, keepdim=True))
         d_scores = torch.zeros_like(scores).scatter_(-1, chosen, inner)

@@ -257,6 +257,70 @@ def ablate(
     command(study, out)
 
 
+@_command("finetune")
+def finetune(
+    checkpoint: Annotated[Path, typer.Argument(help="MoE checkpoint from `moedge convert`.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the trained checkpoint.")],
+    text: Annotated[
+        list[str] | None, typer.Option("--text", help="Text to train on (may be repeated); asset:wiki by default.")
+    ] = None,
+    held_out: Annotated[
+        list[str] | None,
+        typer.Option(help="Text to measure perplexity on; by default what training holds out of its own text."),
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Budget in tokens: exact, repeatable.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Budget in minutes, evaluations included.")] = None,
+    train: Annotated[
+        str | None, typer.Option(help="What is trained, joined by +; lora+scale+router by default.")
+    ] = None,
+    lora_rank: Annotated[int | None, typer.Option(min=1, help="Rank of the low-rank updates; 8 by default.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate; 2e-4 by default.")] = None,
+    length: Annotated[int | None, typer.Option(min=8, help="Tokens in a window; 512 by default.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Windows in a pass of one process; 4 by default.")] = None,
+    distill: Annotated[str | None, typer.Option(help="Learn from the dense parent too: logits or hidden.")] = None,
+    parent: Annotated[str | None, typer.Option(help="The dense parent, for --distill: folder, hub id, asset:.")] = None,
+    balance: Annotated[str | None, typer.Option(help="Even the experts' load: bias (CMoE's rule) or loss.")] = None,
+    precision: Annotated[str | None, typer.Option(help="no, bf16 or fp16; routers stay in float32.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; docs/finetune.md lists them."),
+    ] = None,
+    eval_windows: Annotated[int, typer.Option(min=1, help="Windows of each held-out text.")] = 8,
+    holdout_every: Annotated[int, typer.Option(min=2, help="Every so many documents are never trained on.")] = 10,
+    state: Annotated[Path | None, typer.Option(help="Where an interrupted run is kept; beside OUT by default.")] = None,
+    threads: Threads = None,
+    force: Force = False,
+) -> None:
+    """Train a converted checkpoint to get quality back; the result is a checkpoint again, with its curve.
+
+    The same command resumes an interrupted run. Under `accelerate launch` it runs on many processes.
+
+    \b
+    Examples:
+      moedge finetune build/moe build/tuned --minutes 10
+      moedge finetune build/moe build/tuned --tokens 200000 --distill logits --parent asset:smollm2-135m-instruct
+      moedge finetune build/moe build/tuned --tokens 50000 --train router+norms+lora --balance bias --set lora_alpha=16
+    """
+    from moedge.runtime.commands.convert import parse_settings
+    from moedge.runtime.commands.finetune import finetune as command
+
+    named = {"tokens": tokens, "minutes": minutes, "trainable": train, "lora_rank": lora_rank, "lr": lr}
+    named |= {"length": length, "batch": batch, "distill": distill, "balance": balance, "mixed_precision": precision}
+    command(
+        checkpoint,
+        out,
+        text=text or ["asset:wiki"],
+        held_out_texts=held_out,
+        every=holdout_every,
+        eval_windows=eval_windows,
+        parent=parent,
+        options=parse_settings(settings or [], named),
+        state=state,
+        threads=threads,
+        force=force,
+    )
+
+
 @_command("export")
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="MoE checkpoint from `moedge convert`, or a dense model folder.")],

@@ -1,4 +1,4 @@
-"""ExpertWeaver, training-free: gate activation patterns say what to share and what to route (arXiv 2602.15521v1).
+"""ExpertWeaver: gate activation patterns say what to share and what to route (arXiv 2602.15521v1).
 
 From the gate profiles a_ij = mean over the tokens of sample j of ``|act(gate x)|_i``, layer by layer:
 
@@ -14,7 +14,8 @@ D1 the absolute activation (``signal``); D2 variation over samples, or over the 
 standard deviation, ``eps`` 1e-6; D4 "highest absolute average" = |mean of the profile|; D5 profiles clustered as they
 are (``scaling``); D6 all (neuron, centroid) pairs in order of distance (``assignment``); D7 random rows as first
 centroids, until nothing moves or ``max_iters`` (``init``, ``seed``); D8 the router has a row for each routed expert
-only; D9 one pass over the dense model; D10 N_se above k - 1 is cut to it (``clip``); D12 fixed windows, whose excluded
+only; D9 one pass over the dense model; D10 N_se above k - 1 is cut to it (``clip``); D11
+softmax over all routed logits when downcycling (``rescale``); D12 fixed windows, whose excluded
 tokens count in no mean (``calibration.GateSampling``). Averages over longer samples vary less, so tau is tied to the
 sample length: ``tau_percentile`` takes it from the CVs of all layers instead.
 """
@@ -29,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
 from moedge import MoEdgeError
 from moedge.convert import adapters, partition
-from moedge.convert.plan import LayerPlan, MoEPlan, RouterPlan
+from moedge.convert.plan import CombineRule, LayerPlan, MoEPlan, RouterPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,6 +43,11 @@ class ExpertWeaverParams(BaseModel):
 
     ``k`` counts the experts that run for a token, the shared ones too. ``tasks`` gives each sample the number of its
     task. ``clip="k"`` allows layers whose whole budget is shared: they have no router, and their rest is pruned.
+
+    ``downcycle`` makes a start for continued pre-training (sec. 4): the same shared size in every layer, few experts
+    active, and a softmax gate. Its defaults are E64-A14-S2 of the paper: k 16, alpha_min and alpha_max 2 / experts.
+    Expert e then weighs its softmax probability over all routed experts, as printed, which makes the routed part small
+    at first (D11); ``rescale="selected"`` divides by the sum over the selected ones.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -62,9 +68,23 @@ class ExpertWeaverParams(BaseModel):
     seed: int = Field(default=0, ge=0)
     clip: Literal["k-1", "k"] = "k-1"
     padding: partition.Padding = "none"
+    downcycle: bool = False
+    rescale: Literal["none", "selected"] = "none"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _downcycle_defaults(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("downcycle") is not True:
+            return given
+        share = 2 / given["experts"] if isinstance(given.get("experts"), int) and given["experts"] > 0 else 2 / 64
+        return {"k": 16, "alpha_min": given.get("alpha_max", share), "alpha_max": given.get("alpha_min", share)} | given
 
     @model_validator(mode="after")
     def _fits(self) -> ExpertWeaverParams:
+        if self.downcycle and self.alpha_min != self.alpha_max:
+            raise ValueError("alpha_min: downcycling shares as much in every layer; set it to alpha_max.")
+        if self.rescale != "none" and not self.downcycle:
+            raise ValueError("rescale: belongs to downcycle; unit weights need none.")
         if self.k > self.experts:
             raise ValueError(f"k: {self.k} exceeds experts = {self.experts}.")
         if self.alpha_min > self.alpha_max:
@@ -109,6 +129,8 @@ def plan(
             progress(len(layers), len(blocks))
     sizes = [layer.report["n_se"] for layer in layers]
     note = {"tau": tau, "r_l": [round(share, 6) for share in shares], "n_se": sizes}
+    if settings.downcycle:
+        note["training"] = {"balance": "loss", "balance_weight": 0.01}  # sec. 4; `moedge finetune` takes it up
     if text := bound_warning(sizes, settings, tau):
         note["warning"] = text
         warnings.warn(text, stacklevel=2)
@@ -199,9 +221,16 @@ def _layer(block: adapters.FFN, profile: np.ndarray, share: float, settings: Exp
         experts=experts,
         top_k=settings.k - n_se,
         router=RouterPlan("linear", router, {"bias": True} if "bias" in router else {}),
+        combine=_combine(settings),
         selection_bias=np.zeros(len(widths), dtype=np.float32),
         report={**report, "iterations": iterations, "converged": converged},
     )
+
+
+def _combine(settings: ExpertWeaverParams) -> CombineRule:
+    if not settings.downcycle:
+        return "unit"
+    return "probability" if settings.rescale == "none" else "softmax"
 
 
 def cluster(

@@ -297,3 +297,64 @@ def test_the_registry_makes_it_from_typed_parameters(
         method.params(alpha_min=0.8)
     with pytest.raises(ValidationError, match="extra"):
         method.params(unknown=1)
+
+
+# --- downcycling ----------------------------------------------------------------------------------------------------
+
+
+def test_downcycle_defaults_are_the_papers_layout() -> None:
+    assert ExpertWeaverParams(downcycle=True).model_dump() == {
+        **ExpertWeaverParams().model_dump(),
+        **{"downcycle": True, "k": 16, "alpha_min": 2 / 64, "alpha_max": 2 / 64},
+    }
+    chosen = ExpertWeaverParams(downcycle=True, experts=16, k=5, alpha_max=0.25)
+    assert (chosen.k, chosen.alpha_min, chosen.alpha_max) == (5, 0.25, 0.25)
+    for given, says in (
+        ({"downcycle": True, "alpha_min": 0.1, "alpha_max": 0.2}, "alpha_min: downcycling"),
+        ({"rescale": "selected"}, "rescale: belongs to downcycle"),
+    ):
+        with pytest.raises(ValidationError, match=says):
+            ExpertWeaverParams(**given)
+
+
+@pytest.mark.parametrize(("rescale", "rule"), [("none", "probability"), ("selected", "softmax")])
+def test_downcycle_is_a_softmax_gate_over_uniform_layers(
+    rescale: str, rule: str, tiny_llama: Callable[..., Any], statistics: list[LayerStatistics]
+) -> None:
+    model = tiny_llama(layers=3)
+    params = {"experts": 16, "k": 4, "downcycle": True, "rescale": rescale}
+    plan = expertweaver.plan(statistics, model, **params)
+    assert {layer.combine for layer in plan.layers} == {rule}
+    assert {(len(layer.shared), layer.num_experts, layer.top_k) for layer in plan.layers} == {(8, 14, 2)}
+    assert plan.provenance["expertweaver"]["training"] == {"balance": "loss", "balance_weight": 0.01}
+    modeling.apply(plan, model)
+    ffn = modeling.sparse_ffns(model)[1]
+    x = torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
+    scores = ffn.router(x)
+    indices, weights = torch.ops.moedge.route(scores, None, None, 2, ffn.combine)
+    p = torch.softmax(scores, -1).gather(1, indices.long())
+    expected = p if rescale == "none" else p / p.sum(-1, keepdim=True)
+    torch.testing.assert_close(weights, expected)
+    whole = torch.softmax(scores, -1)
+    hidden = torch.nn.functional.silu(torch.einsum("th,eih->tei", x, ffn.gate)) * torch.einsum("th,eih->tei", x, ffn.up)
+    each = torch.einsum("tei,ehi->teh", hidden, ffn.down)
+    mix = torch.zeros_like(whole).scatter(1, indices.long(), expected)
+    shared = (torch.nn.functional.silu(x @ ffn.shared_gate.T) * (x @ ffn.shared_up.T)) @ ffn.shared_down.T
+    torch.testing.assert_close(ffn(x), shared + torch.einsum("te,teh->th", mix, each), rtol=1e-4, atol=1e-5)
+
+
+def test_a_downcycled_model_learns_and_its_load_evens_out(
+    tiny_llama: Callable[..., Any], statistics: list[LayerStatistics], token_windows: np.ndarray
+) -> None:
+    from moedge.convert import training
+
+    model = tiny_llama(layers=3)
+    modeling.apply(expertweaver.plan(statistics, model, experts=16, k=4, downcycle=True), model)
+    groups = "router+experts+shared+norms"
+    chosen = training.TrainSettings(
+        trainable=groups, tokens=30 * 96, length=48, batch=2, lr=3e-3, router_lr=3e-3, eval_every=10, balance="loss",
+        balance_weight=0.3,
+    )  # fmt: skip
+    curve = training.train(model, token_windows % 64, chosen, held_out={"t": token_windows % 64}).curve
+    assert curve[-1]["ppl"]["t"] < 0.7 * curve[0]["ppl"]["t"]
+    assert curve[-1]["load_cv"] < 0.8 * curve[1]["load_cv"]

@@ -1,0 +1,164 @@
+"""``moedge finetune``: a checkpoint is trained and becomes a checkpoint again, with the curve of its recovery."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from moedge import MoEdgeError
+from moedge._files import atomic_dir
+from moedge.runtime import held_out
+from moedge.runtime.progress import single
+
+
+def finetune(
+    checkpoint: Path,
+    out: Path,
+    *,
+    text: list[str],
+    held_out_texts: list[str] | None,
+    every: int,
+    eval_windows: int,
+    parent: str | None,
+    options: dict[str, Any],
+    state: Path | None,
+    threads: int | None,
+    force: bool,
+) -> None:
+    """Train ``checkpoint`` into ``out``; an interrupted run goes on from ``state``."""
+    from moedge.convert import finetune as core
+    from moedge.convert import sources, training
+    from moedge.convert.plan import MoEPlan
+
+    if not (checkpoint / "plan.json").is_file():
+        raise MoEdgeError(f"{checkpoint} is not a checkpoint of `moedge convert`: it has no plan.json.")
+    given = {key: value for key, value in options.items() if value is not None}
+    settings = settings_from({**core.recommended(MoEPlan.load(checkpoint)), **given})
+    if settings.distill != "none" and parent is None:
+        raise MoEdgeError(f"--distill {settings.distill} needs --parent: the dense model that was converted.")
+    if out.exists() and not force and any(out.iterdir()):
+        raise MoEdgeError(f"Output folder {out} already exists and is not empty; pass --force to replace it.")
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+    folder = None if parent is None else sources.resolve(parent).folder
+    tokenizer = sources.load_tokenizer(checkpoint)
+    windows, measured, about = _texts(tokenizer, text, held_out_texts, every, eval_windows, settings)
+    accelerator = training.make(settings)
+    main = accelerator.is_main_process
+    where = state or out.with_name(f".{out.name}.training")
+    with ExitStack() as stack:
+        reporter = stack.enter_context(single("finetune", f"{checkpoint} -> {out}")) if main else None
+        if reporter and where.is_dir():
+            reporter.note(f"resuming from {where}")
+        # Only the first process writes; the others get a folder that they never use.
+        partial = stack.enter_context(atomic_dir(out, force=force)) if main else out
+        record = core.finetune(
+            checkpoint,
+            partial,
+            windows,
+            settings,
+            held_out=measured,
+            parent=folder,
+            state=where,
+            about=about,
+            accelerator=accelerator,
+            on_eval=(lambda entry: reporter.note(_line(entry))) if reporter else None,
+            progress=reporter.progress if reporter else None,
+        )
+        if main:
+            from moedge.runtime.report.curve import draw
+
+            draw(record, partial / "curve.png")
+    if main:
+        shutil.rmtree(where, ignore_errors=True)
+        _print(record, out)
+
+
+def settings_from(options: dict[str, Any]) -> Any:
+    """Check options and return ``TrainSettings``.
+
+    Raises:
+        MoEdgeError: an unknown one, or a value that is not possible.
+    """
+    from moedge.convert.training import TrainSettings
+
+    given = dict(options)
+    lora = {key.removeprefix("lora_"): given.pop(key) for key in list(given) if key.startswith("lora_")}
+    if lora:
+        given["lora"] = lora
+    try:
+        return TrainSettings(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = "_".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise MoEdgeError(f"{name}: {message}" if name else message) from None
+
+
+def _texts(
+    tokenizer: Any, text: list[str], held_out_texts: list[str] | None, every: int, count: int, settings: Any
+) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """Return windows to train on, windows to measure on by text name, and JSON about both."""
+    import numpy as np
+
+    from moedge.convert import calibration, finetune
+
+    parts, limit = [], settings.tokens
+    for spec in text:
+        documents = held_out.calibration_text({"spec": spec, "every": every})
+        parts.append(finetune.all_windows(tokenizer, documents, settings.length, limit=limit))
+    measured: dict[str, Any] = {}
+    named: dict[str, str] = {}
+    for spec in held_out_texts if held_out_texts is not None else text:
+        found = calibration.read_text(spec)
+        # A text that is trained on gives its held-out documents, any other one all of them.
+        found = calibration.split(found, every)[1] if spec in text else found
+        name = f"{found.name} ({len(measured) + 1})" if found.name in measured else found.name
+        measured[name] = calibration.windows(tokenizer, found, settings.length, count, bos=False, name="held-out")
+        named[name] = spec
+    windows = np.concatenate(parts)
+    about = {
+        "text": text,
+        "train_windows": len(windows),
+        "held_out": named,
+        "held_out_every": every,
+        "held_out_tokens": {name: int(ids[:, 1:].size) for name, ids in measured.items()},
+        "window": settings.length,
+    }
+    return windows, measured, about
+
+
+def _line(entry: dict[str, Any]) -> str:
+    ppl = ", ".join(f"{name} {value:.2f}" for name, value in entry["ppl"].items())
+    loss = "" if entry["loss"] is None else f", training loss {entry['loss']:.3f}"
+    return f"step {entry['step']}, {entry['tokens']:,} tokens, {entry['seconds']:.0f} s: perplexity {ppl}{loss}"
+
+
+def _print(record: dict[str, Any], out: Path) -> None:
+    table = Table(box=None)
+    for heading in ("held-out text", "before", "after", "change"):
+        table.add_column(heading, justify="left" if heading == "held-out text" else "right")
+    first, last = record["curve"][0]["ppl"], record["curve"][-1]["ppl"]
+    for name, before in first.items():
+        table.add_row(name, f"{before:.2f}", f"{last[name]:.2f}", f"{100 * (last[name] / before - 1):+.1f}%")
+    console = Console()
+    console.print(table)
+    trained = ", ".join(f"{name} {count:,}" for name, count in record["trained"].items())
+    speed = record["tokens"] / max(record["seconds"], 1e-9)
+    console.print(
+        escape(
+            f"{out}: {record['steps']} steps, {record['tokens']:,} tokens in {record['seconds']:.0f} s "
+            f"({speed:.0f} tokens/s with evaluations); trained: {trained}; finetune.json and curve.png are in it"
+        ),
+        highlight=False,
+        soft_wrap=True,
+    )

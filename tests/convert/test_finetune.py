@@ -1,0 +1,159 @@
+"""From checkpoint to checkpoint: what training changed is in the plan, the weights and the exported engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from moedge import MoEdgeError
+from moedge._files import hash_tree
+from moedge.convert import calibration, finetune, modeling, training
+from moedge.convert.plan import MoEPlan
+from moedge.runtime.cli import app
+
+LENGTH = 16
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "dogs", "run"]
+
+
+@pytest.fixture
+def checkpoint(
+    tmp_path: Path, tiny_llama: Callable[..., Any], tiny_tokenizer: Any, make_plan: Callable[..., Any]
+) -> Path:
+    """A converted tiny Llama of unit weights, with mean compensation, and its dense parent beside it."""
+    from dataclasses import replace
+
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "dense")
+    tiny_tokenizer.save_pretrained(tmp_path / "dense")
+    plan = make_plan(model)[0]
+    fill = np.full((6, 32), 0.01, np.float32)
+    plan = replace(plan, layers=[replace(layer, compensation=fill) for layer in plan.layers])
+    modeling.save(modeling.apply(plan, model), plan, tiny_tokenizer, tmp_path / "moe")
+    return tmp_path / "moe"
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    generator = np.random.default_rng(0)
+    lines = [" ".join(generator.choice(WORDS, 12)) for _ in range(60)]
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def tune(checkpoint: Path, out: Path, text: Path, **more: Any) -> dict[str, Any]:
+    from transformers import AutoTokenizer
+
+    options = {"tokens": 4 * 4 * LENGTH, "length": LENGTH, "batch": 4, "lr": 1e-2, "router_lr": 1e-2, "eval_every": 2}
+    settings = training.TrainSettings(**{**options, **more})
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    windows = finetune.all_windows(tokenizer, calibration.read_text(str(text)), LENGTH)
+    out.mkdir()
+    return finetune.finetune(checkpoint, out, windows[4:], settings, held_out={"t": windows[:4]})
+
+
+def test_the_result_is_a_checkpoint_that_holds_what_was_trained(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    groups = "lora+scale+router+compensation"
+    record = tune(checkpoint, tmp_path / "tuned", text, trainable=groups, balance="bias")
+    assert record["curve"][-1]["ppl"]["t"] < record["curve"][0]["ppl"]["t"]
+    assert json.loads((tmp_path / "tuned" / "finetune.json").read_text()) == record
+    model, plan, _ = modeling.load(tmp_path / "tuned")
+    before = MoEPlan.load(checkpoint)
+    assert plan.sha256 == record["plan_sha256"] != before.sha256 == record["parent_plan_sha256"]
+    for layer, old, ffn in zip(plan.layers, before.layers, modeling.sparse_ffns(model), strict=True):
+        assert layer.combine == ffn.combine == "scaled"
+        assert old.combine == "unit"
+        for name in ("scale", "selection_bias", "compensation"):
+            assert np.array_equal(getattr(layer, name), getattr(ffn, name).numpy())
+            assert getattr(layer, name).any()
+        for name, value in layer.router.tensors.items():
+            assert np.array_equal(value, ffn.router.state_dict()[name].numpy())
+            assert not np.array_equal(value, old.router.tensors[name])
+    # the weights changed too, so the plan alone is no longer the model
+    assert plan.differs_from_dense() == "weights are trained"
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    with pytest.raises(MoEdgeError, match="fine-tuned weights"):
+        modeling.apply(plan, dense)
+
+
+def test_a_run_that_trains_what_the_plan_holds_leaves_a_plan_for_the_dense_model(
+    checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    tune(checkpoint, tmp_path / "tuned", text, trainable="scale+router+compensation")
+    model, plan, _ = modeling.load(tmp_path / "tuned")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    again = modeling.apply(plan, dense)
+    ids = torch.arange(2, 34).reshape(2, 16)
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_two_runs_of_one_seed_are_one_checkpoint(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        tune(checkpoint, tmp_path / name, text, balance="bias")
+    one, two = (hash_tree(tmp_path / name) for name in ("one", "two"))
+    one.pop("finetune.json")  # holds seconds
+    two.pop("finetune.json")
+    assert one == two
+    tune(checkpoint, tmp_path / "three", text, balance="bias", seed=1)
+    assert MoEPlan.load(tmp_path / "one").sha256 != MoEPlan.load(tmp_path / "three").sha256
+
+
+def test_the_command_writes_checkpoint_record_and_picture(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tuned"
+    options = ["--length", "16", "--batch", "2", "--eval-windows", "2", "--set", "eval_every=2", "--set", "lr=0.01"]
+    options += ["--tokens", "128", "--distill", "logits", "--parent", str(tmp_path / "dense")]
+    result = CliRunner().invoke(app, ["finetune", str(checkpoint), str(out), "--text", str(text), *options])
+    assert result.exit_code == 0, result.output
+    assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
+    record = json.loads((out / "finetune.json").read_text())
+    assert [entry["step"] for entry in record["curve"]] == [0, 2, 4]
+    assert record["about"]["held_out_tokens"] == {"text": 30}
+    assert record["settings"]["distill"] == "logits"
+    assert not (tmp_path / ".tuned.training").exists()
+    modeling.load(out)
+    again = CliRunner().invoke(app, ["finetune", str(checkpoint), str(out), "--text", str(text), *options])
+    assert again.exit_code != 0
+    assert "--force" in again.output
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--tokens", "64", "--distill", "logits"], "--parent"),
+        ([], "either tokens or minutes"),
+        (["--tokens", "64", "--train", "everything"], "unknown group"),
+        (["--tokens", "64", "--set", "learning=1"], "learning"),
+    ],
+)
+def test_what_cannot_work_is_one_sentence(checkpoint: Path, tmp_path: Path, options: list[str], says: str) -> None:
+    result = CliRunner().invoke(app, ["finetune", str(checkpoint), str(tmp_path / "no"), *options])
+    assert result.exit_code not in (0, 1) or result.output.startswith("error: ")
+    assert says in result.output
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_tuned_checkpoint_exports_and_computes_the_same(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    from moedge.export.pipeline import export
+    from moedge.runtime.engines import open_engine
+
+    tune(checkpoint, tmp_path / "tuned", text, trainable="lora+scale+router", balance="bias")
+    model, _, _ = modeling.load(tmp_path / "tuned")
+    folder = export(tmp_path / "tuned", tmp_path / "bundles", ["ort-cpu"], label="tuned")["ort-cpu"]
+    ids = np.arange(2, 18, dtype=np.int64).reshape(1, 16)
+    with torch.no_grad():
+        wanted = model(torch.from_numpy(ids)).logits.numpy()
+    engine = open_engine(folder)
+    got = engine.prefill(ids).logits
+    engine.close()
+    # float32 sums of some hundred terms in another order, through two layers
+    assert np.abs(got.reshape(-1) - wanted[:, -got.shape[1] :].reshape(-1)).max() < 1e-4 * np.abs(wanted).max()
