@@ -297,7 +297,6 @@ class _Run:
         settings = self.settings
         if not self.load():
             self.evaluate(on_eval)
-            self.save()
         while (done := self.done()) < 1.0:
             self.one_step(done)
             if self.step % settings.eval_every == 0:
@@ -421,7 +420,8 @@ class _Run:
 
     def save(self) -> None:
         """Write the state: trained tensors, Adam's moments, counters and the curve."""
-        if self.state is None:
+        # An optimizer that made no step must not be read: torch then makes one, with zeros, which Adam counts.
+        if self.state is None or not self.optimizer.optimizer.state:
             return
         from safetensors.torch import save_file
         from torch.distributed.checkpoint.state_dict import get_state_dict
