@@ -38,6 +38,7 @@ Spec = Annotated[str, Field(min_length=1)]
 """What ``convert.sources.resolve`` or ``convert.calibration.read_text`` opens: ``asset:NAME``, a path, or a hub id."""
 
 TARGETS = ("portable", "ort-cpu")
+"""What a recipe exports to when it does not say."""
 ControlName = Literal[
     "static mask",
     "FLAP-MLP",
@@ -123,7 +124,10 @@ class _ByMethod:
 class ExportSection(_Section):
     """Which bundles to write."""
 
-    targets: Annotated[list[Literal["portable", "ort-cpu"]], Field(min_length=1)] = ["portable", "ort-cpu"]
+    targets: Annotated[list[Literal["portable", "ort-cpu", "ort-cpu-int8", "ort-cpu-int4"]], Field(min_length=1)] = [
+        "portable",
+        "ort-cpu",
+    ]
     dense_parent: bool = True
     max_length: Annotated[int, Field(ge=16)] = 2048
 

@@ -34,6 +34,8 @@ class Profile(BaseModel):
     top5_agreement: Share
     perplexity_drift: Positive
     expert_set_agreement: Share
+    kl_ratio_to_dense: Positive | None = None
+    """Quantised targets: mean KL of the MoE's bundle over that of its dense parent's bundle of the same target."""
 
     @classmethod
     def of(cls, limits: Profile | Mapping[str, Any]) -> Profile:

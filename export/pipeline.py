@@ -149,6 +149,8 @@ def _seal(partial: Path, graph: Any, lowered: Lowered, manifest: dict[str, Any])
         "cache": lowered.cache,
         "limits": lowered.limits,
     }
+    if lowered.quantization is not None:
+        lowering["quantization"] = lowered.quantization
     bundle.seal(partial, {**manifest, **lowering, "io": io, "versions": _versions()})
 
 

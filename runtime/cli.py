@@ -328,7 +328,9 @@ def export(
     target: Annotated[
         list[str] | None,
         typer.Option(
-            "--target", help="portable, ort-cpu, tensorrt or tensorrt-rtx (may be repeated); the first two by default."
+            "--target",
+            help="portable, ort-cpu, ort-cpu-int8, ort-cpu-int4, tensorrt or tensorrt-rtx (may be repeated); by "
+            "default the first two.",
         ),
     ] = None,
     label: Annotated[
@@ -512,7 +514,9 @@ def generate(
     model: Annotated[Path, typer.Argument(help="Run folder, bundle or checkpoint.")],
     prompt: Annotated[str, typer.Argument(help="Text to continue; '-' reads it from stdin.")],
     which: Annotated[str, typer.Option("--model", help="Run folders: moe or dense.")] = "moe",
-    target: Annotated[str, typer.Option(help="Run folders: ort-cpu, portable or torch.")] = "ort-cpu",
+    target: Annotated[
+        str, typer.Option(help="Run folders: ort-cpu, ort-cpu-int8, ort-cpu-int4, portable or torch.")
+    ] = "ort-cpu",
     chat: Annotated[
         bool, typer.Option("--chat", help="Send the prompt as a chat message (the model's template).")
     ] = False,

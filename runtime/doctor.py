@@ -36,6 +36,8 @@ _PLANNED: dict[str, tuple[str, tuple[tuple[str, ...], ...], bool]] = {
     # target: (what it is, what its engine will need, needs an NVIDIA GPU to run)
     "portable": ("standard ONNX operators, any ONNX runtime", (_ONNXRUNTIME,), False),
     "ort-cpu": ("ONNX Runtime's fused CPU kernels", (_ONNXRUNTIME,), False),
+    "ort-cpu-int8": ("the same with 8-bit weights", (_ONNXRUNTIME,), False),
+    "ort-cpu-int4": ("the same with 4-bit weights", (_ONNXRUNTIME,), False),
     "ort-cuda": ("ONNX Runtime's CUDA kernels", (("onnxruntime-gpu",),), True),
     "tensorrt": ("TensorRT engine with plugins", (("tensorrt",),), True),
     "tensorrt-rtx": ("TensorRT for RTX engine", (_RTX,), True),

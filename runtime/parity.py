@@ -257,6 +257,19 @@ def _check_entry(name: str, value: float | None, relation: str, limit: float) ->
     return {"name": name, "value": value, "relation": relation, "limit": limit, "passed": passed}
 
 
+def judge_ratio(entry: dict[str, Any], baseline: dict[str, Any], limit: float) -> None:
+    """Add to ``entry`` the check that its mean KL is at most ``limit`` times that of ``baseline``, in place.
+
+    Both are results of :func:`compare`, each against the float32 model that it was made from: quantising a converted
+    model may cost little more than quantising its dense parent.
+    """
+    values = [result["overall"]["kl_ref_test"]["mean"] for result in (entry, baseline)]
+    ratio = values[0] / values[1] if values[0] is not None and values[1] else None
+    verdict = entry["verdict"]
+    verdict["checks"].append(_check_entry("kl_ratio_to_dense", ratio, "<=", limit))
+    verdict["passed"] = all(check["passed"] for check in verdict["checks"])
+
+
 def _json_ready(value: Any) -> Any:
     """Replace NaN and infinity, which JSON does not know, with None."""
     if isinstance(value, dict):

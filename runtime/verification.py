@@ -3,7 +3,10 @@
 * identity: a MoE with every expert selected is its dense parent (:func:`moedge.runtime.parity.identity`). A plan that
   prunes or refits is not; its exports are then compared, every expert selected, with the same MoE in PyTorch;
 * parity: an exported bundle computes what PyTorch computes (:func:`moedge.runtime.parity.compare`), the MoE bundles
-  with their routing, the dense bundles without.
+  with their routing, the dense bundles without. A quantised bundle is another model than its checkpoint; against
+  PyTorch it is held to the looser limits of what quantisation costs, and
+* kernels: against the portable graph that runs on the bundle's own de-quantised weights in float32 it is held to what
+  its kernels may do (profiles ``dequantized/...``). Nothing is identical to the dense parent after quantisation.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ from moedge.runtime.engines import Engine, open_engine
 SCHEMA = "moedge.verify/1"
 ALL_EXPERTS = 1 << 16
 """A top_k beyond any layer's number of experts; engines take it as "all of them"."""
+DEQUANTIZED = "dequantized"
+"""Profiles of quantised kernels against float32 on their own weights: ``dequantized/<target>``."""
 IDENTITY_WINDOWS = 2
 DENSE_WINDOWS = 2
 """Identity and the dense parents are checked on fewer windows: a wrong kernel shows in the first one, and what the run
@@ -73,9 +78,23 @@ def verify_run(
         done += per_window * count
         for test, entry in entries.items():
             name = f"{test} = {reference}" if kind == "identity" else f"{test} vs {reference}"
-            result[kind].append({"name": name, **entry})
+            if kind == "kernels":
+                name = f"{test} vs its de-quantised weights"
+            result["identity" if kind == "identity" else "parity"].append({"name": name, **entry})
             if note:
                 note(f"{kind} {name}: {_said(entry)}")
+    found = {entry["name"]: entry for entry in result["parity"]}
+    for label in engines:
+        target = label.split()[0]
+        entry, baseline = found.get(f"{label} vs torch moe"), found.get(f"{target} dense vs torch dense")
+        limit = limits.profile(tolerances, target).kl_ratio_to_dense if entry and baseline else None
+        if entry and baseline and limit:
+            parity.judge_ratio(entry, baseline, limit)
+            if note:
+                check = entry["verdict"]["checks"][-1]
+                note(
+                    f"{label}: its mean KL is {check['value'] or float('nan'):.2f} times the dense parent's at {target}"
+                )
     result["passed"] = all(entry["passed"] for entry in result["identity"]) and all(
         entry["verdict"]["passed"] for entry in result["parity"]
     )
@@ -99,20 +118,34 @@ def _identity_reference(engines: dict[str, Path]) -> tuple[str | None, str | Non
 def _jobs(engines: dict[str, Path], identity: str | None) -> list[tuple[str, str, str]]:
     """(kind, reference, test), grouped by reference so that each is opened once."""
     jobs = []
+    quantised = {label for label in engines if is_quantised(label.split()[0])}
     if identity in engines:
-        jobs += [("identity", str(identity), label) for label in engines if label.endswith(" moe")]
+        jobs += [
+            ("identity", str(identity), label) for label in engines if label.endswith(" moe") and label not in quantised
+        ]
     if "torch dense" in engines:
         jobs += [("parity", "torch dense", label) for label in engines if label.endswith(" dense")]
     if "torch moe" in engines:
         jobs += [("parity", "torch moe", label) for label in engines if label.endswith(" moe")]
+    for label in engines:
+        reference = f"portable {label.split()[-1]}"
+        if label in quantised and reference in engines:
+            jobs.append(("kernels", reference, label))
     return [job for job in jobs if job[1] != job[2]]
+
+
+def is_quantised(target: str) -> bool:
+    """Whether bundles of a target hold integer weights."""
+    return "-int" in target
 
 
 def _grouped(jobs: list[tuple[str, str, str]], windows: int) -> dict[tuple[str, str, int], list[str]]:
     """(kind, reference, windows) -> tests: a reference runs once for all of them."""
     found: dict[tuple[str, str, int], list[str]] = {}
     for kind, reference, test in jobs:
-        found.setdefault((kind, reference, _count(kind, test, windows)), []).append(test)
+        # The reference of "kernels" runs on the weights of its test, so each has its own.
+        key = f"{reference} <- {test}" if kind == "kernels" else reference
+        found.setdefault((kind, key, _count(kind, test, windows)), []).append(test)
     return found
 
 
@@ -129,9 +162,11 @@ def _compare(
     progress: Callable[[int, int], None],
 ) -> dict[str, dict[str, Any]]:
     """Open the engines of one group, compare, and close them."""
+    reference, _, rounded = reference.partition(" <- ")
     moe = reference.endswith(" moe")
     every: dict[str, Any] = {"top_k": ALL_EXPERTS}
-    profiles = {test: limits.profile(tolerances, test.split()[0]) for test in tests}
+    kept = DEQUANTIZED if kind == "kernels" else tolerances
+    profiles = {test: limits.profile(kept, test.split()[0]) for test in tests}
     with ExitStack() as stack:
 
         def opened(label: str, **options: Any) -> Engine:
@@ -141,7 +176,7 @@ def _compare(
             one = opened(reference, taps=moe, **(every if moe else {}))
             checked = {test: (opened(test, **every), profiles[test].identity_rel_error) for test in tests}
             return parity.identity_all(one, checked, windows, prefill=prefill, progress=progress)
-        one = opened(reference, taps=moe)
+        one = opened(reference, taps=moe, **({"weights_of": engines[rounded]} if rounded else {}))
         compared = {test: (opened(test, taps=moe), profiles[test]) for test in tests}
         return parity.compare_all(one, compared, windows, prefill=prefill, progress=progress)
 
@@ -154,6 +189,6 @@ def _said(entry: dict[str, Any]) -> str:
 
 
 def _count(kind: str, test: str, windows: int) -> int:
-    if kind == "identity":
+    if kind in ("identity", "kernels"):
         return min(IDENTITY_WINDOWS, windows)
     return min(DENSE_WINDOWS, windows) if test.endswith(" dense") else windows

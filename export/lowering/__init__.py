@@ -11,6 +11,8 @@ from typing import Any
 TARGETS = {
     "portable": "moedge.export.lowering.portable",
     "ort-cpu": "moedge.export.lowering.onnxruntime",
+    "ort-cpu-int8": "moedge.export.lowering.ort_int8",
+    "ort-cpu-int4": "moedge.export.lowering.ort_int4",
     "tensorrt": "moedge.export.lowering.tensorrt",
     "tensorrt-rtx": "moedge.export.lowering.tensorrt_rtx",
 }
@@ -35,3 +37,4 @@ class Lowered:
     taps: dict[int, dict[str, Any]]
     cache: dict[str, Any]
     limits: list[str] = field(default_factory=list)
+    quantization: dict[str, Any] | None = None

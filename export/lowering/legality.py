@@ -21,6 +21,10 @@ def onnxruntime_version() -> tuple[int, ...] | None:
     return None
 
 
+OLDEST_QUANTISED_ORT = (1, 31)
+"""QMoE with ``router_weights`` and ``accuracy_level``: 1.23 refuses the first, 1.27 the second (peers.md 5.3)."""
+
+
 def runtime() -> str | None:
     """Whether an ONNX Runtime is here to execute the self-tests, and new enough."""
     installed = onnxruntime_version()
@@ -69,4 +73,30 @@ def attention_operator(*, head_dim: int) -> str | None:
     """ONNX ``Attention`` (opset 23) in TensorRT-RTX, float16. In float32 no head size has a kernel [M]."""
     if head_dim < SMALLEST_HEAD:
         return f"the Attention operator has no kernel for heads of {head_dim} (at least {SMALLEST_HEAD}) [M]"
+    return None
+
+
+def quantized_cpu(
+    *, dtypes: set[str], activations: set[str], smallest_weight: float, hidden_sizes: set[int]
+) -> str | None:
+    """``com.microsoft.QMoE`` and ``MatMulNBits`` on the CPU provider, blocks of 32.
+
+    Args:
+        dtypes: dtypes of the float weights.
+        activations: gate activations of the model's experts.
+        smallest_weight: lower bound of the combination weights.
+        hidden_sizes: H of the layers with experts.
+    """
+    installed = onnxruntime_version()
+    if installed is not None and installed < OLDEST_QUANTISED_ORT:
+        oldest, found = (".".join(map(str, version)) for version in (OLDEST_QUANTISED_ORT, installed))
+        return f"quantised experts need onnxruntime {oldest}, this is {found}; pip install -U onnxruntime"
+    if dtypes - {"FLOAT"}:
+        return f"weights are quantised from float32, the model holds {', '.join(sorted(dtypes)).lower()}"
+    if activations - {"silu"}:
+        return f"the QMoE kernel gates with SiLU only, the model uses {', '.join(sorted(activations))} [M]"
+    if not smallest_weight > 0:
+        return "an expert weight can be zero or negative; the QMoE kernel drops such experts without an error [M]"
+    if odd := sorted(size for size in hidden_sizes if size % 32):
+        return f"the hidden size {odd[0]} is not a multiple of the block of 32, which the QMoE kernel needs [R]"
     return None

@@ -66,11 +66,11 @@ def _replace(model: ir.Model, node: ir.Node, layer: int) -> Tap:
     builder = Builder(model, before=node)
     unit = route.attributes["rule"].as_string() == "unit"
     if unit:
-        indices, logits = _zeros_at_top_k(builder, route, layer, top_k, len(array_of(gate)))
+        indices, logits = zeros_at_top_k(builder, route, layer, top_k, len(array_of(gate)))
         # An initializer of its own, so that a check with another k (every expert: the dense model) can set it.
         total = builder.initializer(f"layers.{layer}.router.weight_sum", np.array(top_k, np.float32))
     else:
-        logits = _log_weights(builder, route, indices, weights)
+        logits = log_weights(builder, route, indices, weights)
         total = builder.node("ReduceSum", [weights, constant_of(builder, [-1])], attributes={"keepdims": 1})
     fc1 = builder.initializer(f"layers.{layer}.experts.gate_up", interleave(array_of(gate), array_of(up)))
     y = builder.node(
@@ -88,12 +88,12 @@ def _replace(model: ir.Model, node: ir.Node, layer: int) -> Tap:
     )
     y = builder.node("Mul", [y, total])
     if rest:
-        y = builder.node("Add", [y, _compensation(builder, logits, rest[0])])
+        y = builder.node("Add", [y, compensated(builder, logits, rest[0])])
     builder.replace_output(node.outputs[0], y)
     return Tap(str(indices.name), "indices", top_k)
 
 
-def _zeros_at_top_k(
+def zeros_at_top_k(
     builder: Builder, route: ir.Node, layer: int, top_k: int, num_experts: int
 ) -> tuple[ir.Value, ir.Value]:
     """Return the selected experts int64 [T, k] and logits [T, E] that are 0 there and UNSELECTED elsewhere."""
@@ -121,20 +121,24 @@ def _zeros_at_top_k(
 
 
 def _floor(builder: Builder, num_experts: int) -> ir.Value:
-    """Return UNSELECTED as [T, E], computed once for the whole graph (T is the number of fed tokens)."""
+    """Return UNSELECTED as [T, E], computed once for the whole graph."""
     name = f"router.floor.{num_experts}"
     existing = values_by_name(builder.model).get(name)
-    if existing is not None:
-        return existing
+    return existing if existing is not None else by_token(builder, name, num_experts, UNSELECTED)
+
+
+def by_token(builder: Builder, name: str, num_experts: int, fill: float) -> ir.Value:
+    """Return ``fill`` as [T, E] at the top of the graph, called ``name`` (T is the number of fed tokens)."""
     top = Builder(builder.model, before=builder.graph[0])
     tokens = top.node("Reshape", [top.node("Size", [top.graph_input("input_ids")]), constant_of(top, [1])])
     shape = top.node("Concat", [tokens, constant_of(top, [num_experts])], attributes={"axis": 0})
-    value = top.node("ConstantOfShape", [shape], attributes={"value": ir.tensor(np.array([UNSELECTED], np.float32))})
+    value = top.node("ConstantOfShape", [shape], attributes={"value": ir.tensor(np.array([fill], np.float32))})
     value.name = name
     return value
 
 
-def _log_weights(builder: Builder, route: ir.Node, indices: ir.Value, weights: ir.Value) -> ir.Value:
+def log_weights(builder: Builder, route: ir.Node, indices: ir.Value, weights: ir.Value) -> ir.Value:
+    """Return logits [T, E]: log(w) at the selected experts, UNSELECTED elsewhere."""
     shape = builder.node("Shape", [route.inputs[0]])
     fill = ir.tensor(np.array([UNSELECTED], np.float32))
     floor = builder.node("ConstantOfShape", [shape], attributes={"value": fill})
@@ -142,7 +146,7 @@ def _log_weights(builder: Builder, route: ir.Node, indices: ir.Value, weights: i
     return builder.node("ScatterElements", [floor, chosen, builder.node("Log", [weights])], attributes={"axis": 1})
 
 
-def _compensation(builder: Builder, logits: ir.Value, compensation: ir.Value | None) -> ir.Value:
+def compensated(builder: Builder, logits: ir.Value, compensation: ir.Value | None) -> ir.Value:
     """What the unselected experts contribute on average: the selected ones are those whose logit is above the floor."""
     below = builder.node("Less", [logits, constant_of(builder, UNSELECTED / 2, np.float32)])
     return builder.node("MatMul", [builder.node("Cast", [below], attributes={"to": 1}), compensation])

@@ -11,6 +11,8 @@ from moedge import MoEdgeError
 from moedge._files import atomic_dir
 from moedge.configs.recipe import TARGETS as DEFAULT
 from moedge.export.lowering import TARGETS
+from moedge.runtime import run_folder
+from moedge.runtime.commands.sizes import size_table
 from moedge.runtime.progress import single
 
 
@@ -34,4 +36,7 @@ def export(
 
         run(checkpoint, partial, wanted, label=label or checkpoint.name, max_length=max_length, progress=step)
     for folder in sorted(path.parent for path in out.glob("*/manifest.json")):
-        Console().print(escape(f"{folder.name}: {folder}"), highlight=False, soft_wrap=True)
+        console = Console()
+        console.print(escape(f"{folder.name}: {folder}"), highlight=False, soft_wrap=True)
+        if sizes := run_folder.read_json(folder / "manifest.json").get("quantization"):
+            console.print(size_table(sizes))

@@ -15,7 +15,7 @@ from moedge.runtime.engines import open_engine
 from moedge.runtime.text import Message, Tokenizer
 
 MODELS = ("moe", "dense")
-TARGETS = ("ort-cpu", "portable", "torch")
+TARGETS = ("ort-cpu", "ort-cpu-int8", "ort-cpu-int4", "portable", "torch")
 
 
 def generate(

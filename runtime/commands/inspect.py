@@ -12,6 +12,7 @@ from rich.table import Table
 
 from moedge import MoEdgeError
 from moedge.runtime import run_folder
+from moedge.runtime.commands.sizes import size_rows
 
 
 def inspect(path: Path, *, as_json: bool) -> None:
@@ -142,7 +143,8 @@ def _bundle(path: Path) -> dict[str, Any]:
     for entry in manifest.get("lowering", []):
         error = (entry.get("self_test") or {}).get("max_rel_error")
         shown = {name: entry.get(name) for name in ("rewrite", "nodes", "status", "reason")}
-        lowering.append({**shown, "self-test error": error})
+        quantised = (entry.get("self_test") or {}).get("quantisation_error")
+        lowering.append({**shown, "self-test error": error, **({"quantisation error": quantised} if quantised else {})})
     files = [
         {"file": name, "MiB": entry["size"] / 2**20, "sha256": entry["sha256"]}
         for name, entry in manifest["files"].items()
@@ -151,6 +153,7 @@ def _bundle(path: Path) -> dict[str, Any]:
         "kind": "bundle",
         **{name: manifest.get(name) for name in ("target", "label", "model", "moe", "cache", "versions", "parent")},
         "holds": manifest["kind"],
+        **({"sizes": size_rows(manifest["quantization"])} if "quantization" in manifest else {}),
         "lowering": lowering,
         "files": files,
     }

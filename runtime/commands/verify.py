@@ -18,7 +18,7 @@ from moedge.runtime import parity, run_folder
 from moedge.runtime.commands.tokens import token_windows
 from moedge.runtime.engines import open_engine
 from moedge.runtime.progress import single
-from moedge.runtime.verification import SCHEMA, verify_run
+from moedge.runtime.verification import DEQUANTIZED, SCHEMA, is_quantised, verify_run
 
 
 def verify(
@@ -76,22 +76,41 @@ def _pair(
     threads: int | None,
     progress: Any,
 ) -> dict[str, Any]:
-    one = open_engine(reference, threads=threads, taps=_is_moe(reference))
-    two = open_engine(test, threads=threads, taps=_is_moe(test))
-    try:
-        limits = tolerance_files.load().profile(tolerances, str(two.info.model["target"]))
-        found = parity.compare(one, two, windows, prefill=prefill, tolerances=limits, progress=progress)
-    finally:
-        one.close()
-        two.close()
-    entry = {"name": f"{test} vs {reference}", **found}
+    """Compare two engines; a quantised one also with float32 on its own de-quantised weights, if it has the bundle."""
+    target = _target(test)
+    jobs = [(reference, f"{test} vs {reference}", tolerances, {})]
+    if is_quantised(target):
+        found = [path for path in (reference, test.parent / "portable") if _target(path) == "portable"]
+        if found:
+            jobs.append((found[0], f"{test} vs its de-quantised weights", DEQUANTIZED, {"weights_of": test}))
+    entries = []
+    for number, (folder, name, dtype, options) in enumerate(jobs):
+        one = open_engine(folder, threads=threads, taps=_is_moe(folder), **options)
+        two = open_engine(test, threads=threads, taps=_is_moe(test))
+
+        def step(done: int, total: int, number: int = number) -> None:
+            progress(done + number * total, total * len(jobs))
+
+        try:
+            limits = tolerance_files.load().profile(dtype, str(two.info.model["target"]))
+            entry = parity.compare(one, two, windows, prefill=prefill, tolerances=limits, progress=step)
+        finally:
+            one.close()
+            two.close()
+        entries.append({"name": name, **entry})
     return {
         "schema": SCHEMA,
         "text": text,
         "identity": [],
-        "parity": [entry],
-        "passed": entry["verdict"]["passed"],
+        "parity": entries,
+        "passed": all(entry["verdict"]["passed"] for entry in entries),
     }
+
+
+def _target(folder: Path) -> str:
+    """Target of a bundle, or an empty string for anything else."""
+    manifest = folder / "manifest.json"
+    return str(run_folder.read_json(manifest).get("target", "")) if manifest.is_file() else ""
 
 
 def _is_moe(folder: Path) -> bool:

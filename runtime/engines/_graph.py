@@ -11,8 +11,16 @@ from typing import Any
 from moedge import MoEdgeError
 
 
-def edited(path: Path, manifest: dict[str, Any], taps: dict[int, dict[str, Any]], top_k: int | None) -> bytes:
+def edited(
+    path: Path,
+    manifest: dict[str, Any],
+    taps: dict[int, dict[str, Any]],
+    top_k: int | None,
+    float32_activations: bool = False,
+) -> bytes:
     """Return the model at ``path`` as bytes, with ``taps`` as outputs and every layer run with ``top_k`` experts.
+
+    ``float32_activations`` sets ``accuracy_level`` of quantised products to 0: no rounding of activations to int8.
 
     Raises:
         MoEdgeError: ``onnx`` is missing, a tap is not in the graph, or there is no routing whose k could be changed.
@@ -33,14 +41,20 @@ def edited(path: Path, manifest: dict[str, Any], taps: dict[int, dict[str, Any]]
             model.graph.output.append(onnx.ValueInfoProto(name=name))
     if top_k is not None:
         _set_top_k(model, path, manifest, top_k)
+    if float32_activations:
+        for node in model.graph.node:
+            for attribute in node.attribute:
+                if attribute.name == "accuracy_level":
+                    attribute.i = 0
     return bytes(model.SerializeToString())
 
 
 def _set_top_k(model: Any, path: Path, manifest: dict[str, Any], top_k: int) -> None:
     """Set k of every routed layer to ``top_k``, or to the layer's number of experts where that is less.
 
-    k stands in attributes: ``top_k`` of ``moedge::Route`` and ``k`` of ``com.microsoft::MoE``. Where the lowering has
-    replaced Route (unit weights, export/lowering/ort_moe.py) it also stands in two initializers of the layer.
+    k stands in attributes: ``top_k`` of ``moedge::Route`` and ``k`` of ``com.microsoft::MoE`` and ``QMoE``. Where the
+    lowering has replaced Route (unit weights, export/lowering/ort_moe.py) it also stands in two initializers of the
+    layer.
     """
     import numpy as np
     from onnx import numpy_helper
@@ -52,7 +66,8 @@ def _set_top_k(model: Any, path: Path, manifest: dict[str, Any], top_k: int) -> 
     counts = [min(top_k, facts[str(layer)]["num_experts"]) for layer in layers]
     named = {value.name: value for value in model.graph.initializer}
     routed: set[int] = set()  # layers whose selection has been changed
-    for domain, kind, attribute in (("moedge", "Route", "top_k"), ("com.microsoft", "MoE", "k")):
+    places = (("moedge", "Route", "top_k"), ("com.microsoft", "MoE", "k"), ("com.microsoft", "QMoE", "k"))
+    for domain, kind, attribute in places:
         # Layers follow each other in the graph, so the n-th node is the n-th routed layer.
         nodes = [node for node in model.graph.node if (node.domain, node.op_type) == (domain, kind)]
         if nodes and len(nodes) != len(layers):
@@ -62,7 +77,8 @@ def _set_top_k(model: Any, path: Path, manifest: dict[str, Any], top_k: int) -> 
             if value is None:
                 raise MoEdgeError(f"{path}: node {node.name!r} has no attribute {attribute!r}; export it again.")
             value.i = count
-            if kind == "Route":
+            # QMoE selects by itself where it is given scores; as a log-weight form it follows the initializers below.
+            if kind == "Route" or (kind == "QMoE" and f"layers.{layer}.router.top_k" not in named):
                 routed.add(layer)
     for layer, count in zip(layers, counts, strict=True):
         if f"layers.{layer}.router.top_k" in named:

@@ -37,6 +37,10 @@ class OrtEngine:
         taps: also return the experts that each layer selected (needs the ``onnx`` package).
         top_k: run every layer with this many experts, or all of them where a layer has fewer (needs ``onnx``).
         max_length: tokens that a shared-buffer cache is made for; the bundle's own limit by default.
+        weights_of: a quantised bundle of the same model whose de-quantised weights take the place of this bundle's own
+            (portable bundles only): the float32 model that the quantised one is a rounding of (needs ``onnx``).
+        float32_activations: run a quantised bundle without rounding activations to int8 (needs ``onnx``). Experts of 8
+            bits have no such kernel.
 
     Raises:
         MoEdgeError: a damaged bundle, an unusable option, or ``onnxruntime`` / ``onnx`` is not installed.
@@ -50,6 +54,8 @@ class OrtEngine:
         taps: bool = False,
         top_k: int | None = None,
         max_length: int | None = None,
+        weights_of: str | Path | None = None,
+        float32_activations: bool = False,
     ) -> None:
         from moedge.export.bundle import check_external_data, open_bundle
 
@@ -70,7 +76,14 @@ class OrtEngine:
         limits = [self._model["max_position_embeddings"], manifest["cache"].get("max_length"), max_length]
         self._max_length = min(int(limit) for limit in limits if limit)
         threads = threads or default_threads()
-        self._session, version = _open_session(bundle.path, manifest, threads, self._taps, top_k)
+        graph = None
+        if self._taps or top_k is not None or float32_activations:
+            from moedge.runtime.engines import _graph
+
+            graph = _graph.edited(bundle.model_path, manifest, self._taps, top_k, float32_activations)
+        # The session reads this memory as long as it lives.
+        self._weights = _dequantized(bundle, weights_of) if weights_of is not None else {}
+        self._session, version = _open_session(bundle.path, manifest, threads, graph, self._weights)
         if top_k is not None:
             for layer, tap in self._taps.items():
                 tap["top_k"] = min(top_k, manifest["moe"]["layers"][str(layer)]["num_experts"])
@@ -80,11 +93,14 @@ class OrtEngine:
         missing = [name for name in ("input_ids", "attention_mask", "position_ids", *self._past) if name not in given]
         if missing:
             raise MoEdgeError(f"Bundle {bundle_path}: the graph has no input {missing[0]!r}; export it again.")
+        quantization = manifest.get("quantization")
         self.info = EngineInfo(
             name=f"{manifest['target']} {manifest['kind']}",
             runtime=f"onnxruntime {version}",
             device="CPU",
-            dtype=manifest["cache"].get("dtype", self._model["dtype"]),
+            dtype=f"int{quantization['bits']} weights"
+            if quantization
+            else manifest["cache"].get("dtype", self._model["dtype"]),
             threads=threads,
             model={
                 **self._model,
@@ -117,6 +133,7 @@ class OrtEngine:
     def close(self) -> None:
         """Free the session. The engine cannot be used afterwards."""
         self._session = None
+        self._weights = {}
 
     @staticmethod
     def _ort_value(array: np.ndarray) -> Any:
@@ -166,8 +183,27 @@ def selected(values: np.ndarray, tap: dict[str, Any]) -> np.ndarray:
     return np.argsort(-values, axis=1, kind="stable")[:, : tap["top_k"]].astype(np.int32)
 
 
+def _dequantized(bundle: Any, other: str | Path) -> dict[str, tuple[np.ndarray, Any]]:
+    """De-quantised weights of the bundle ``other`` for the graph of ``bundle``: arrays and the OrtValues over them.
+
+    Raises:
+        MoEdgeError: ``bundle`` is not portable, or the two are not exports of the same model.
+    """
+    from moedge.export.bundle import open_bundle
+    from moedge.export.quantize import dequantized_weights
+
+    quantised = open_bundle(Path(other))
+    if bundle.manifest["target"] != "portable" or quantised.manifest["parent"] != bundle.sha256:
+        raise MoEdgeError(f"{other} was not lowered from {bundle.path}; give the portable bundle of the same export.")
+    return {name: (array, OrtEngine._ort_value(array)) for name, array in dequantized_weights(quantised)}
+
+
 def _open_session(
-    folder: Path, manifest: dict[str, Any], threads: int, taps: dict[int, dict[str, Any]], top_k: int | None
+    folder: Path,
+    manifest: dict[str, Any],
+    threads: int,
+    graph: bytes | None,
+    weights: dict[str, tuple[np.ndarray, Any]],
 ) -> tuple[Any, str]:
     try:
         import onnxruntime
@@ -182,10 +218,10 @@ def _open_session(
     options.add_session_config_entry("session.force_spinning_stop", "1")
     path = folder / manifest["io"]["model"]
     model: str | bytes = str(path)
-    if taps or top_k is not None:
-        from moedge.runtime.engines import _graph
-
-        model = _graph.edited(path, manifest, taps, top_k)
+    if weights:  # not add_initializer: it leaves some of the file's own values in use (1.31.1, no error)
+        options.add_external_initializers(list(weights), [value for _, value in weights.values()])
+    if graph is not None:
+        model = graph
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     try:
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

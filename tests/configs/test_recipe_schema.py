@@ -80,7 +80,7 @@ def test_a_recipe_without_a_name_takes_its_file_name(tmp_path: Path) -> None:
         (
             "model: {source: x}\nexport: {targets: [portable, tpu]}",
             "export.targets[1]",
-            "unknown value 'tpu'; choose 'portable' or 'ort-cpu'",
+            "unknown value 'tpu'; choose 'portable', 'ort-cpu', 'ort-cpu-int8' or 'ort-cpu-int4'",
         ),
         ("model: {source: x}\nexport: {targets: []}", "export.targets", "must not be empty"),
         ("model: {source: x}\nexport: {targets: [portable, portable]}", "export.targets", "names a target twice"),

@@ -173,7 +173,7 @@ def folder_with(path: Path, **config: Any) -> Path:
         (["verify", "{tmp}/used", "{tmp}/used"], "tokenizer.json is missing"),
         (["bench", "{tmp}/used"], "tokenizer.json is missing"),
         (["generate", "{tmp}/nothing", "hi"], "{tmp}/nothing"),
-        (["generate", "{tmp}/used", "hi", "--target", "tpu"], "--target tpu: unknown; choose ort-cpu or portable"),
+        (["generate", "{tmp}/used", "hi", "--target", "tpu"], "--target tpu: unknown; choose ort-cpu or ort-cpu-int8"),
         (["generate", "{tmp}/used", "hi", "--model", "big"], "--model big: unknown; choose moe or dense"),
         (["inspect", "{tmp}/nothing"], "{tmp}/nothing does not exist"),
         (["inspect", "{tmp}/used"], "is not a run folder, a checkpoint, a bundle or a model folder"),
