@@ -83,15 +83,15 @@ def verify_run(
             result["identity" if kind == "identity" else "parity"].append({"name": name, **entry})
             if note:
                 note(f"{kind} {name}: {_said(entry)}")
-    found = {entry["name"]: entry for entry in result["parity"]}
+    found: dict[str, dict[str, Any]] = {entry["name"]: entry for entry in result["parity"]}
     for label in engines:
         target = label.split()[0]
-        entry, baseline = found.get(f"{label} vs torch moe"), found.get(f"{target} dense vs torch dense")
-        limit = limits.profile(tolerances, target).kl_ratio_to_dense if entry and baseline else None
-        if entry and baseline and limit:
-            parity.judge_ratio(entry, baseline, limit)
+        converted, baseline = found.get(f"{label} vs torch moe"), found.get(f"{target} dense vs torch dense")
+        limit = limits.profile(tolerances, target).kl_ratio_to_dense if converted and baseline else None
+        if converted and baseline and limit:
+            parity.judge_ratio(converted, baseline, limit)
             if note:
-                check = entry["verdict"]["checks"][-1]
+                check = converted["verdict"]["checks"][-1]
                 note(
                     f"{label}: its mean KL is {check['value'] or float('nan'):.2f} times the dense parent's at {target}"
                 )

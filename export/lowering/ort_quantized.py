@@ -21,9 +21,19 @@ import onnx_ir as ir
 
 from moedge import MoEdgeError
 from moedge.export.functions import DOMAIN
-from moedge.export.lowering import Lowered, Rewrite, legality, ort_matmul, ort_nbits, ort_qmoe, selftest, weights
+from moedge.export.lowering import (
+    Lowered,
+    Rewrite,
+    legality,
+    mistakes,
+    ort_matmul,
+    ort_nbits,
+    ort_qmoe,
+    selftest,
+    weights,
+)
 from moedge.export.lowering import onnxruntime as ort_cpu
-from moedge.export.lowering.graph import array_of, remove_unused
+from moedge.export.lowering.graph import array_of, layer_of, remove_unused
 from moedge.export.quantize import BLOCK, QUANTISED, Quantized, account, quantize, stored_bytes
 
 INT8_LIMIT = 4e-2
@@ -122,7 +132,7 @@ def dequantized_graph(model: ir.Model, packed: dict[str, Quantized], table: dict
 
 
 def _ffn(model: ir.Model, routed: str, packed: dict[str, Quantized], bits: int) -> dict[str, Any]:
-    node = selftest.mistakes.FFN.find(model, routed).node
+    node = mistakes.FFN.find(model, routed).node
     stacks = [packed[str(value.name)] for value in node.inputs[3:6] if value is not None]
     # 8-bit experts have no kernel with float32 activations (docs/quantization.md).
     return {"routed": routed, "weights": stacks, "exact": bits == 4}
@@ -224,7 +234,7 @@ def _where(model: ir.Model, chosen: dict[str, weights.Weight], before: ir.Model)
                 row += rows
     for node in before.graph:
         if node.domain == DOMAIN and node.op_type == "SparseGLU":
-            layer = ort_qmoe.layer_of(node)
+            layer = layer_of(node)
             for part, value in zip(("gate", "up", "down"), node.inputs[3:6], strict=True):
                 assert value is not None
                 shape = chosen[str(value.name)].shape

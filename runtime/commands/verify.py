@@ -78,7 +78,7 @@ def _pair(
 ) -> dict[str, Any]:
     """Compare two engines; a quantised one also with float32 on its own de-quantised weights, if it has the bundle."""
     target = _target(test)
-    jobs = [(reference, f"{test} vs {reference}", tolerances, {})]
+    jobs: list[tuple[Path, str, str, dict[str, Any]]] = [(reference, f"{test} vs {reference}", tolerances, {})]
     if is_quantised(target):
         found = [path for path in (reference, test.parent / "portable") if _target(path) == "portable"]
         if found:

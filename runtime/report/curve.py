@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moedge.runtime.report.plots import _STYLE, CONTROL, MOE, MUTED
+from moedge.runtime.report.plots import CONTROL, MOE, MUTED, STYLE
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
@@ -16,7 +16,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
 
     curve = record["curve"]
     names = list(curve[0]["ppl"])
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(3.6 * max(len(names), 1), 2.8), layout="constrained")
         FigureCanvasAgg(figure)
         for number, name in enumerate(names, 1):
