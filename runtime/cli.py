@@ -449,6 +449,32 @@ def report(
     return command(results, as_json=as_json)
 
 
+@_command("export-hf")
+def export_hf(
+    checkpoint: Annotated[Path, typer.Argument(help="MoE checkpoint from `moedge convert`.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the Hugging Face checkpoint.")],
+    text: Text = "asset:wiki",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to measure router scores and logits on.")] = 2048,
+    window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 128,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure and print; write nothing.")] = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint that stock transformers, vLLM and SGLang load, without code of ours.
+
+    Models with a linear router and unit weights become Glm4MoeForCausalLM, pruned models without experts a narrower
+    model of their own family. What cannot be represented is refused with the reason.
+
+    \b
+    Examples:
+      moedge export-hf build/moe build/stock
+      moedge export-hf build/moe build/stock --text my.txt --dry-run
+    """
+    from moedge.runtime.commands.export_hf import export_hf as command
+
+    command(checkpoint, out, text=text, tokens=tokens, window=window, dry_run=dry_run, force=force, as_json=as_json)
+
+
 @_command("verify")
 def verify(
     reference: Annotated[

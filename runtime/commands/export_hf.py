@@ -1,0 +1,79 @@
+"""``moedge export-hf``: a converted model as a plain Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from moedge import MoEdgeError
+from moedge.runtime.commands.tokens import token_windows
+from moedge.runtime.progress import single
+
+
+def export_hf(
+    checkpoint: Path, out: Path, *, text: str, tokens: int, window: int, dry_run: bool, force: bool, as_json: bool
+) -> None:
+    """Write ``out`` and print what was measured; with ``dry_run`` measure and print, but keep nothing."""
+    if not (checkpoint / "plan.json").is_file():
+        raise MoEdgeError(f"{checkpoint} is not a checkpoint that `moedge convert` wrote: it has no plan.json.")
+    _, windows = token_windows(checkpoint, text, window, -(-tokens // window))
+    with single("export-hf", f"{checkpoint} -> {out}") as reporter:
+        from moedge.export.hf import export_hf as run
+
+        def step(what: str, done: int, total: int) -> None:
+            reporter.progress(done, total)
+            if done < total:
+                reporter.note(what)
+
+        record = run(checkpoint, out, windows, force=force, keep=not dry_run, progress=step)
+    if as_json:
+        print(json.dumps(record, indent=2, allow_nan=False))
+        return
+    console = Console()
+    _print(console, record)
+    said = (
+        "nothing written (--dry-run)" if dry_run else f"{out}: {record['architecture']}, plan {record['plan_sha256']}"
+    )
+    console.print(escape(said), highlight=False, soft_wrap=True)
+
+
+def _print(console: Console, record: dict[str, Any]) -> None:
+    measured = record["measured"]
+    if measured["layers"]:
+        table = Table(title="router of each layer")
+        for name in ("layer", "eps", "std", "bound on |w - 1|", "largest |w - 1|", "ties below", "sets changed"):
+            table.add_column(name, justify="right")
+        for layer in measured["layers"]:
+            table.add_row(
+                str(layer["layer"]),
+                f"2^{math.frexp(layer['eps'])[1] - 1}",
+                f"{layer['std']:.4f}",
+                f"{layer['weight_bound']:.2e}",
+                f"{layer['max_weight_error']:.2e}",
+                f"{layer['resolution']:.2e}",
+                str(layer["changed"]),
+            )
+        console.print(table)
+    logits, changed = measured["logits"], measured["changed"]
+    console.print(
+        f"logits: largest difference {logits['max_difference']:.3g} before any set of the window changes "
+        f"({logits['covered']:.1%} of tokens; derived bound {logits['bound']:.3g}, predicted from the weights "
+        f"{abs(logits['prediction']):.3g}), {logits['max_difference_all']:.3g} in all; largest logit "
+        f"{logits['max_logit']:.3g}",
+        highlight=False,
+    )
+    console.print(
+        f"mean KL {logits['mean_kl']:.3g}, best token equal {logits['top1_agreement']:.2%}; expert sets changed: "
+        f"{changed['pairs']:.4%} of (token, layer) pairs, {changed['tokens']:.3%} of {measured['tokens']:,} tokens",
+        highlight=False,
+    )
+    if record["zero_share_of_ffn_weights"]:
+        console.print(f"padding: {record['zero_share_of_ffn_weights']:.1%} of the FFN weights are zeros")
+    for note in record["notes"]:
+        console.print(escape(f"note: {note}"), highlight=False)
