@@ -30,6 +30,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from moedge import MoEdgeError
 from moedge.convert.methods import METHODS, Method
+from moedge.convert.moe_adapters import FAMILIES as MOE_FAMILIES
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -227,7 +228,22 @@ class Recipe(_Section):
             MoEdgeError: experts that do not divide the FFN width, or lengths beyond what the model was made for.
         """
         problems = []
-        width = config.get("intermediate_size")
+        method = METHODS[self.convert.method]
+        model_type = str(config.get("model_type"))
+        if (method.parents == "moe") != (model_type in MOE_FAMILIES):
+            wanted = (
+                "splits the experts of a Mixture-of-Experts" if method.parents == "moe" else "converts dense models"
+            )
+            others = ", ".join(name for name, other in METHODS.items() if other.parents != method.parents)
+            problems.append(f"convert.method: {self.convert.method} {wanted}, this is {model_type}; choose {others}.")
+        elif method.parents == "moe" and not only_convert:
+            problems.append(
+                f"convert.method: `moedge run` compares with dense controls, which {self.convert.method} has none of; "
+                "use `moedge convert`, `moedge export`, `moedge verify` and `moedge bench`."
+            )
+        # Qwen3-MoE has dense layers too, so its experts' width has a name of its own.
+        width = config.get("moe_intermediate_size") if method.parents == "moe" else None
+        width = width or config.get("intermediate_size")
         convert = self.convert.model_dump()
         if isinstance(width, int):
             parts = {name: convert[name] for name in ("experts", "branches", "k_a") if name in convert}

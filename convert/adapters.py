@@ -175,6 +175,11 @@ def refuse_unsupported(model_type: str, where: str, build: Callable[[], Any]) ->
             f"{where} is already a MoEdge Mixture-of-Experts ({model_type}); give its dense parent instead."
         )
     names = {name.rpartition(".")[2] for name, _ in build().named_modules()}
+    if "experts" in names:
+        raise MoEdgeError(
+            f"{where} is a Mixture-of-Experts already ({model_type}); `--method cmoe-hierarchical` splits the experts "
+            "of olmoe, qwen3_moe and mixtral models."
+        )
     if not names & {"gate_proj", "gate_up_proj"}:
         raise MoEdgeError(
             f"{where} has no GLU FFN (model type {model_type!r}: no gate projection); MoEdge converts gated FFNs only."

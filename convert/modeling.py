@@ -4,8 +4,9 @@ T tokens, H hidden, S shared width, I widest routed expert, E routed experts, k 
 
 For each family in :data:`moedge.convert.adapters.FAMILIES` importing this module registers one config and one model
 class with the Auto classes: model type ``moedge_<family>``, whose FFNs are built from the ``moedge`` section of
-config.json. Without this import transformers refuses such a checkpoint as an unknown architecture, which is meant:
-loading it as its dense family would silently give random FFNs.
+config.json; likewise for :data:`moedge.convert.moe_adapters.FAMILIES` (:mod:`moedge.convert.hierarchical`). Without
+this import transformers refuses such a checkpoint as an unknown architecture, which is meant: loading it as its dense
+family would silently give random FFNs.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 import moedge.export.ops  # noqa: F401  registers torch.ops.moedge
 from moedge import MoEdgeError
 from moedge._files import atomic_dir
-from moedge.convert import adapters, routers, sources
+from moedge.convert import adapters, hierarchical, moe_adapters, routers, sources
 from moedge.convert.plan import LayerPlan, MoEPlan
 from moedge.export.ops import activate
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CHECKPOINT_SCHEMA = "moedge.checkpoint/1"
-_FLOAT32 = ("mlp.router", "mlp.selection_bias", "mlp.scale")
+_FLOAT32 = ("mlp.router", "mlp.selection_bias", "mlp.scale", "mlp.no_bias")
 """Kept in float32 whatever the model's dtype: bfloat16 rounding flips ranks of experts (methods.md 1.8)."""
 
 
@@ -256,15 +257,20 @@ def apply(plan: MoEPlan, model: PreTrainedModel) -> PreTrainedModel:
         MoEdgeError: the plan was made for a model of another shape.
     """
     check_fits(plan, model)
-    pending = deque(adapters.ffns(model))
-    specs = [block_config(block, layer) for block, layer in zip(pending, plan.layers, strict=True)]
+    base = model.config.model_type
+    nested = base in moe_adapters.FAMILIES
+    pending: deque[Any] = deque(moe_adapters.blocks(model) if nested else adapters.ffns(model))
+    config_of: Callable[[Any, LayerPlan], Any] = hierarchical.block_config if nested else block_config
+    build: Callable[[Any, LayerPlan], nn.Module] = hierarchical.build_ffn if nested else build_ffn
+    # Made first: what cannot be built is refused before anything is changed.
+    specs = [config_of(block, layer) for block, layer in zip(pending, plan.layers, strict=True)]
     while pending:
         block = pending.popleft()
-        ffn = build_ffn(block, plan.layers[block.index])
-        model.set_submodule(block.name, ffn)
+        model.set_submodule(block.name, build(block, plan.layers[block.index]))
     del block
     gc.collect()
-    base = model.config.model_type
+    if nested:  # names of the hub's files for the parent's experts; these tensors are others
+        model.__dict__.pop("_weight_conversions", None)
     dense = model.config
     config = CONFIGS[base].from_dict({**dense.to_dict(), "model_type": adapters.MOE_PREFIX + base})
     config.moedge = {
@@ -292,7 +298,8 @@ def check_fits(plan: MoEPlan, model: PreTrainedModel) -> None:
         raise MoEdgeError(
             "The plan belongs to fine-tuned weights, so it cannot be applied to a dense model; load its checkpoint."
         )
-    found = adapters.describe(model)
+    nested = model.config.model_type in moe_adapters.FAMILIES
+    found = moe_adapters.describe(model) if nested else adapters.describe(model)
     for key in ("model_type", "hidden_size", "intermediate_size", "num_layers", "hidden_act"):
         if plan.model.get(key) != found[key]:
             raise MoEdgeError(
@@ -300,6 +307,11 @@ def check_fits(plan: MoEPlan, model: PreTrainedModel) -> None:
             )
     if len(plan.layers) != found["num_layers"]:
         raise MoEdgeError(f"The plan has {len(plan.layers)} layers, the model {found['num_layers']}; convert again.")
+    counts = {len(layer.children) for layer in plan.layers if layer.children}
+    if nested and (any(layer.children is None for layer in plan.layers) or counts != {found["num_experts"]}):
+        raise MoEdgeError(f"The plan does not split the model's {found['num_experts']} experts; convert again.")
+    if not nested and counts:
+        raise MoEdgeError("The plan splits experts, the model is dense; convert again.")
     plan.validate()
 
 
@@ -336,6 +348,11 @@ def load(folder: Path, dtype: str = "float32") -> tuple[PreTrainedModel, MoEPlan
     return model, plan, sources.load_tokenizer(folder)
 
 
+def hierarchical_ffns(model: PreTrainedModel) -> list[hierarchical.HierarchicalFFN]:
+    """List the HierarchicalFFN modules of a converted Mixture-of-Experts, first layer first."""
+    return [module for module in model.modules() if isinstance(module, hierarchical.HierarchicalFFN)]
+
+
 def sparse_ffns(model: PreTrainedModel) -> list[SparseFFN]:
     """List the SparseFFN modules of a converted model, first layer first."""
     return [module for module in model.modules() if isinstance(module, SparseFFN)]
@@ -357,15 +374,18 @@ def _register(base: str) -> tuple[type, type]:
         if not getattr(config, "moedge", None):
             raise MoEdgeError(f"config.json of a {config.model_type} model has no moedge section; convert again.")
         dense_model.__init__(self, config)
-        for index, layer in enumerate(self.model.layers):
-            layer.mlp = SparseFFN(index, config.hidden_size, config.moedge["layers"][index])
+        for index, (layer, spec) in enumerate(zip(self.model.layers, config.moedge["layers"], strict=True)):
+            if base in adapters.FAMILIES:
+                layer.mlp = SparseFFN(index, config.hidden_size, spec)
+            elif spec is not None:
+                layer.mlp = hierarchical.HierarchicalFFN(index, config.hidden_size, spec, layer.mlp.gate)
 
     model_class = type(
         f"{name}ForCausalLM",
         (dense_model,),
         {
             "__module__": __name__,
-            "__doc__": f"{dense_model.__name__} whose FFNs are :class:`SparseFFN`.",
+            "__doc__": f"{dense_model.__name__} with the FFNs of a plan.",
             "__init__": __init__,
             "config_class": config_class,
             "_keep_in_fp32_modules_strict": set(_FLOAT32),
@@ -378,5 +398,5 @@ def _register(base: str) -> tuple[type, type]:
 
 CONFIGS: dict[str, Any] = {}
 MODELS: dict[str, Any] = {}
-for _base in adapters.FAMILIES:
+for _base in (*adapters.FAMILIES, *moe_adapters.FAMILIES):
     CONFIGS[_base], MODELS[_base] = _register(_base)

@@ -53,6 +53,10 @@ class LayerPlan:
     in the dense neuron order.
     ``overlapping`` allows a neuron in several experts (each keeps its own copy), but not twice in one of them.
     ``report`` is plain JSON for people (dead-neuron share, iterations); it is part of the content hash.
+
+    ``children`` nests: one plan for each expert of a parent that is a Mixture-of-Experts already, against the width of
+    that expert. Such a layer has nothing else; a child without experts that shares every neuron stays dense, and
+    ``children=[]`` leaves the whole layer as it is.
     """
 
     shared: np.ndarray
@@ -68,6 +72,7 @@ class LayerPlan:
     down: np.ndarray | None = None
     report: dict[str, Any] = field(default_factory=dict)
     overlapping: bool = False
+    children: list[LayerPlan] | None = None
 
     @property
     def num_experts(self) -> int:
@@ -81,12 +86,16 @@ class LayerPlan:
 
     @property
     def active_width(self) -> float:
-        """Neurons that run for one token: shared plus top_k times the mean expert width."""
+        """Neurons that run for one token: shared plus top_k times the mean expert width (of a mean child)."""
+        if self.children:
+            return sum(child.active_width for child in self.children) / len(self.children)
         mean = sum(map(len, self.experts)) / self.num_experts if self.experts else 0.0
         return len(self.shared) + self.top_k * mean
 
     def differs_from_dense(self, width: int) -> str | None:
         """Say why this layer is not the dense FFN even with every expert selected, or return None when it is."""
+        if self.children is not None:
+            return next(filter(None, (child.differs_from_dense(width) for child in self.children)), None)
         if self.overlapping:
             return "experts share neurons"
         if len(self.shared) + sum(map(len, self.experts)) < width:
@@ -104,6 +113,12 @@ class LayerPlan:
             MoEdgeError: a neuron out of range or used twice, top_k out of range, experts without a router, or a bias
                 of another number of experts.
         """
+        if self.children is not None:
+            if self.experts or self.shared.size:
+                raise MoEdgeError(f"{where}: a layer with children has no neurons of its own.")
+            for number, child in enumerate(self.children):
+                child.validate(width, f"{where}, expert {number}")
+            return
         neurons = np.concatenate([self.shared, *self.experts]) if self.experts else self.shared
         if neurons.size and (neurons.min() < 0 or neurons.max() >= width):
             raise MoEdgeError(f"{where}: a neuron index is outside 0..{width - 1}; the plan is for another model.")
@@ -154,31 +169,7 @@ class MoEPlan:
 
     def _split(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         tensors: dict[str, np.ndarray] = {}
-        layers = []
-        for i, layer in enumerate(self.layers):
-            tensors[f"layers.{i}.shared"] = layer.shared.astype(np.int32)
-            routed = np.concatenate(layer.experts) if layer.experts else np.zeros(0)
-            tensors[f"layers.{i}.experts"] = routed.astype(np.int32)
-            for name in _OPTIONAL:
-                value = getattr(layer, name)
-                if value is not None:
-                    tensors[f"layers.{i}.{name}"] = np.ascontiguousarray(value, dtype=np.float32)
-            router = None
-            if layer.router is not None:
-                router = {"kind": layer.router.kind, "options": layer.router.options}
-                for name, value in layer.router.tensors.items():
-                    tensors[f"layers.{i}.router.{name}"] = np.ascontiguousarray(value)
-            layers.append(
-                {
-                    "expert_widths": [len(expert) for expert in layer.experts],
-                    "top_k": layer.top_k,
-                    "combine": layer.combine,
-                    "router": router,
-                    "report": layer.report,
-                    # Only when set, so that plans without it keep their hash.
-                    **({"overlapping": True} if layer.overlapping else {}),
-                }
-            )
+        layers = [_split_layer(layer, f"layers.{i}.", tensors) for i, layer in enumerate(self.layers)]
         head = {
             "schema": PLAN_SCHEMA,
             "method": self.method,
@@ -239,31 +230,77 @@ class MoEPlan:
 
     @classmethod
     def _join(cls, head: dict[str, Any], tensors: dict[str, np.ndarray]) -> MoEPlan:
-        layers = []
-        for i, entry in enumerate(head["layers"]):
-            widths = entry["expert_widths"]
-            routed = tensors[f"layers.{i}.experts"]
-            if sum(widths) != routed.size:
-                raise ValueError(f"layer {i}: expert widths do not add up")
-            router = None
-            if entry["router"] is not None:
-                prefix = f"layers.{i}.router."
-                named = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
-                router = RouterPlan(entry["router"]["kind"], named, entry["router"]["options"])
-            optional = {name: tensors.get(f"layers.{i}.{name}") for name in _OPTIONAL}
-            layers.append(
-                LayerPlan(
-                    shared=tensors[f"layers.{i}.shared"],
-                    experts=np.split(routed, np.cumsum(widths)[:-1]) if widths else [],
-                    top_k=entry["top_k"],
-                    router=router,
-                    combine=entry["combine"],
-                    report=entry["report"],
-                    overlapping=entry.get("overlapping", False),
-                    **optional,
-                )
-            )
+        routers: dict[str, dict[str, np.ndarray]] = {}
+        for key, value in tensors.items():
+            prefix, _, name = key.rpartition(".router.")
+            if prefix:
+                routers.setdefault(f"{prefix}.", {})[name] = value
+        layers = [_join_layer(entry, f"layers.{i}.", tensors, routers) for i, entry in enumerate(head["layers"])]
         return cls(head["method"], head["params"], head["model"], layers, head["provenance"])
 
 
 _OPTIONAL = ("selection_bias", "scale", "compensation", "expert_bias", "output_bias", "down")
+
+
+def _split_layer(layer: LayerPlan, prefix: str, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Return the JSON part of a layer; its tensors go into ``tensors`` under names that start with ``prefix``."""
+    if layer.children is not None:
+        children = [_split_layer(child, f"{prefix}children.{c}.", tensors) for c, child in enumerate(layer.children)]
+        return {"children": children, "report": layer.report}
+    tensors[f"{prefix}shared"] = layer.shared.astype(np.int32)
+    routed = np.concatenate(layer.experts) if layer.experts else np.zeros(0)
+    tensors[f"{prefix}experts"] = routed.astype(np.int32)
+    for name in _OPTIONAL:
+        value = getattr(layer, name)
+        if value is not None:
+            tensors[f"{prefix}{name}"] = np.ascontiguousarray(value, dtype=np.float32)
+    router = None
+    if layer.router is not None:
+        router = {"kind": layer.router.kind, "options": layer.router.options}
+        for name, value in layer.router.tensors.items():
+            tensors[f"{prefix}router.{name}"] = np.ascontiguousarray(value)
+    return {
+        "expert_widths": [len(expert) for expert in layer.experts],
+        "top_k": layer.top_k,
+        "combine": layer.combine,
+        "router": router,
+        "report": layer.report,
+        # Only when set, so that plans without it keep their hash.
+        **({"overlapping": True} if layer.overlapping else {}),
+    }
+
+
+def _join_layer(
+    entry: dict[str, Any],
+    prefix: str,
+    tensors: dict[str, np.ndarray],
+    routers: dict[str, dict[str, np.ndarray]],
+) -> LayerPlan:
+    """Undo :func:`_split_layer`; ``routers`` holds the router tensors of each prefix."""
+    if "children" in entry:
+        children = [
+            _join_layer(child, f"{prefix}children.{c}.", tensors, routers) for c, child in enumerate(entry["children"])
+        ]
+        return LayerPlan(np.zeros(0, np.int32), [], 0, report=entry["report"], children=children)
+    widths = entry["expert_widths"]
+    routed = tensors[f"{prefix}experts"]
+    if sum(widths) != routed.size:
+        raise ValueError(f"{prefix.rstrip('.')}: expert widths do not add up")
+    router = None
+    if entry["router"] is not None:
+        router = RouterPlan(entry["router"]["kind"], routers.get(prefix, {}), entry["router"]["options"])
+    return LayerPlan(
+        shared=tensors[f"{prefix}shared"],
+        experts=np.split(routed, np.cumsum(widths)[:-1]) if widths else [],
+        top_k=entry["top_k"],
+        router=router,
+        combine=entry["combine"],
+        report=entry["report"],
+        selection_bias=tensors.get(f"{prefix}selection_bias"),
+        scale=tensors.get(f"{prefix}scale"),
+        compensation=tensors.get(f"{prefix}compensation"),
+        expert_bias=tensors.get(f"{prefix}expert_bias"),
+        output_bias=tensors.get(f"{prefix}output_bias"),
+        down=tensors.get(f"{prefix}down"),
+        overlapping=entry.get("overlapping", False),
+    )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from moedge import MoEdgeError
 from moedge._files import atomic_dir, digest, sha256_file, write_json
-from moedge.convert import adapters, assets
+from moedge.convert import adapters, assets, moe_adapters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -181,7 +181,8 @@ def check_folder(folder: Path) -> None:
                 f"{folder} holds pickle weights (.bin) only, which can run code when loaded; save safetensors first."
             )
         raise MoEdgeError(f"{folder} holds no *.safetensors weights.")
-    adapters.refuse_unsupported(model_type, str(folder), _skeleton(folder, model_type))
+    if model_type not in moe_adapters.FAMILIES:
+        adapters.refuse_unsupported(model_type, str(folder), _skeleton(folder, model_type))
 
 
 def _skeleton(folder: Path, model_type: str) -> Callable[[], Any]:

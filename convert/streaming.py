@@ -10,9 +10,9 @@ after the layer, x), two more with ``dense_stream``, and h [q, D] float32 of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,23 @@ KEEP_BYTES = 1 << 29
 _ROWS = 2048
 """Tokens whose h is computed at a time."""
 _HELD_EVERY = 5
+
+
+class Block(Protocol):
+    """An FFN's place in a model."""
+
+    @property
+    def index(self) -> int:
+        """Position of its layer."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """Module path, e.g. ``model.layers.0.mlp``."""
+        ...
+
+
+BlockT = TypeVar("BlockT", bound=Block)
 
 
 @dataclass
@@ -140,6 +157,23 @@ def walk(
             progress(block.index + 1, len(blocks))
 
 
+@torch.no_grad()
+def inputs(
+    model: PreTrainedModel, token_windows: np.ndarray, blocks: Sequence[BlockT]
+) -> Iterator[tuple[BlockT, torch.Tensor]]:
+    """Yield every layer's FFN, of any kind, with its inputs [q, H], first layer first; nothing is replaced.
+
+    Args:
+        token_windows: int64 [N, L].
+        blocks: one for each layer of the model, with its ``index`` and module ``name``.
+    """
+    runner = _Runner(model, token_windows)
+    states = runner.embed()
+    for block in blocks:
+        x, states = runner.run(block, states)
+        yield block, x
+
+
 def _weights(after: torch.Tensor) -> torch.Tensor:
     weight = 1 / after.flatten(0, 1).float().square().mean(dim=1).clamp_min(1e-12)
     return weight / weight.mean()
@@ -194,7 +228,7 @@ class _Runner:
             handle.remove()
         return torch.cat(seen)
 
-    def run(self, block: adapters.FFN, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(self, block: Block, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (FFN inputs [q, H], hidden states behind the layer [N, L, H])."""
         layer, (args, kwargs) = self.layers[block.index], self.arguments[block.index]
         inputs, after = torch.empty_like(states), torch.empty_like(states)

@@ -247,7 +247,7 @@ SparseGLU <activation, num_experts> (x, indices, weights, gate, up, down{compens
     e1 = Shape <start = 0, end = 1> (gate)
     shape = Concat <axis = 0> (t1, e1)
     none = ConstantOfShape <value = float[1] {{0.0}}> (shape)
-    mask32 = ScatterElements <axis = 1> (none, idx, weights)
+    mask32 = ScatterElements <axis = 1{scatter}> (none, idx, weights)
     mask = CastLike (mask32, x)
     by_expert = Transpose <perm = [1, 0]> (mask)
     factor = Unsqueeze (by_expert, minus1)
@@ -327,6 +327,7 @@ def bodies(
     window: bool = False,
     softcap: bool = False,
     form: str = "chain",
+    repeats: bool = False,
 ) -> dict[str, onnx.FunctionProto]:
     """Return the function body of every operator for one model, by operator name.
 
@@ -338,8 +339,11 @@ def bodies(
         softcap: whether CausalAttention nodes cap their scores.
         form: body of SparseGLU: ``chain`` (Dispatch, GroupedGLU, GroupedLinear, Combine: the reference meaning) or
             ``dense`` (every expert on every token).
+        repeats: whether a token's indices may name an expert twice (hierarchical layers; their weights then add up).
+            Not always on: not every runtime knows the attribute that it needs.
     """
     fill = {
+        "scatter": ', reduction = "add"' if repeats else "",
         "owner": _OWNER,
         "activate": _ACTIVATE[activation],
         "constants": _CONSTANTS[activation],
@@ -358,6 +362,13 @@ def bodies(
         texts.append(_SPARSE_GLU_DENSE.format(**fill))
     functions = [onnx.parser.parse_function(text) for text in texts]
     return {function.name: function for function in functions}
+
+
+def routed_directly(sparse_glu: ir.Node) -> bool:
+    """Whether a Route node gives a SparseGLU its experts; those of a hierarchical layer are composed after it."""
+    indices = sparse_glu.inputs[1]
+    route = indices.producer() if indices is not None else None
+    return route is not None and route.op_type == "Route"
 
 
 def attach(model: ir.Model, *, form: str) -> None:
@@ -385,6 +396,7 @@ def attach(model: ir.Model, *, form: str) -> None:
             "capped and uncapped attention", {n.attributes["softcap"].as_float() > 0 for n in attention}, False
         ),
         form=form,
+        repeats=any(not routed_directly(node) for node in experts),
     )
     model.functions.clear()
     needed = {node.op_type for node in nodes}

@@ -101,6 +101,8 @@ def refusal(model: PreTrainedModel) -> str | None:
     routed = any(ffn.num_experts for ffn in ffns)
     for ffn in ffns:
         where = f"layer {ffn.layer_index}"
+        if ffn.biased:
+            return f"{where} has biases on its gate or up projection, which Glm4Moe lacks; choose a model without"
         if ffn.output_bias is not None and bool(ffn.output_bias.any()) and (routed or family != "llama"):
             return f"{where} adds an output bias, for which stock FFNs have no place; convert with refit=false"
         if not ffn.num_experts:
@@ -113,6 +115,8 @@ def refusal(model: PreTrainedModel) -> str | None:
             )
         if ffn.combine != "unit" and not (ffn.scale is not None and ffn.combine == "scaled" and not ffn.scale.any()):
             return f"{where} weights its experts ({ffn.combine}); only weight 1 fits. Convert with unit weights"
+        if ffn.expert_bias is not None and bool(ffn.expert_bias.any()):
+            return f"{where} has experts with an output bias of their own, which no stock MoE has; convert without"
         if ffn.compensation is not None and bool(ffn.compensation.any()):
             return (
                 f"{where} adds what left-out experts contribute on average (compensation), which no stock MoE does; "

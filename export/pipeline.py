@@ -104,9 +104,9 @@ def _export_portable(checkpoint: Path, partial: Path, label: str, max_length: in
 
 
 def _moe_facts(model: Any, plan_sha256: str | None) -> dict[str, Any]:
-    from moedge.convert.modeling import SparseFFN
+    from moedge.convert.modeling import SparseFFN, hierarchical_ffns
 
-    layers = {
+    layers: dict[str, dict[str, Any]] = {
         str(block.layer_index): {
             "num_experts": block.num_experts,
             "top_k": block.top_k,
@@ -116,6 +116,16 @@ def _moe_facts(model: Any, plan_sha256: str | None) -> dict[str, Any]:
         for block in model.modules()
         if isinstance(block, SparseFFN)
     }
+    for nested in hierarchical_ffns(model):
+        split = nested.get_parameter("shared_gate").shape[0]
+        layers[str(nested.layer_index)] = {
+            "num_experts": nested.num_experts,
+            "top_k": nested.top_k,
+            "shared_width": nested.get_parameter("shared_gate").shape[1],
+            "expert_width": nested.get_parameter("gate").shape[1],
+            "parents": split + nested.dense_parents,
+            "dense_parents": nested.dense_parents,
+        }
     return {"plan_sha256": plan_sha256, "layers": layers}
 
 

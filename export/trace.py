@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ONNX_IR_VERSION = 10
+_SAME_NAMES = {"olmoe": "qwen3_moe"}
+"""Families that optimum does not know, and one whose config uses the same names."""
 BASE_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
@@ -61,6 +63,7 @@ class Architecture:
 def _normalized(config: Any, model_type: str) -> Any:
     from optimum.utils import NormalizedConfigManager, NormalizedTextConfig
 
+    model_type = _SAME_NAMES.get(model_type, model_type)
     try:
         return NormalizedConfigManager.get_normalized_config_class(model_type)(config)
     except KeyError:
@@ -225,6 +228,11 @@ def trace(model: PreTrainedModel) -> ir.Model:
     config = model.config
     facts = Architecture.of(config)
     layers = facts.num_layers
+    if kept := [name for name, module in model.named_modules() if name.endswith(".mlp") and hasattr(module, "experts")]:
+        raise MoEdgeError(
+            f"Layer {kept[0].split('.')[-2]} keeps the experts of its parent ({facts.model_type}), which cannot be "
+            "exported; convert with --method cmoe-hierarchical on more text, or with a lower min_tokens, to split it."
+        )
     batch, new = torch.export.Dim("batch_size"), torch.export.Dim("sequence_length")
     past, total = torch.export.Dim("past_sequence_length"), torch.export.Dim("total_sequence_length")
     token_dims, cache_dims = {0: batch, 1: new}, {0: batch, 2: past}

@@ -159,11 +159,15 @@ def method_needs(convert: dict[str, Any]) -> tuple[str, ...]:
 
 def _measured(convert: dict[str, Any]) -> dict[str, Any]:
     """What calibration keeps. The ATopK marks are always made: the controls of ``evaluate`` read them."""
+    from moedge.convert.methods import METHODS
+
     needs, marks = method_needs(convert), CONVERT_SECTIONS["cmoe"]().model_dump()
+    parents = METHODS[convert["method"]].parents
     return {
         **{name: convert.get(name, marks[name]) for name in ("k_a", "profile")},
         "gate_signal": convert["signal"] if "gate_profile" in needs else None,
         "keep_windows": "tokens" in needs,
+        **({"statistics": False} if parents == "moe" else {}),
     }
 
 
@@ -265,16 +269,17 @@ def calibrate(context: Context) -> None:
     if params["gate_signal"]:  # a window is a sample; its BOS token is an attention sink and counts in no mean
         exclude = (tokenizer.bos_token_id,) if params["bos"] else ()
         gate = calibration.GateSampling(signal=params["gate_signal"], exclude=exclude)
-    statistics = calibration.collect(
-        load_model(folder),
-        windows,
-        k_a=params["k_a"],
-        profile=params["profile"],
-        gate=gate,
-        batch_size=params["batch_size"],
-        progress=context.progress,
-    )
-    calibration.save(statistics, context.out / "statistics.safetensors")
+    if params.get("statistics", True):  # a Mixture-of-Experts has them for each expert, made when it is split
+        statistics = calibration.collect(
+            load_model(folder),
+            windows,
+            k_a=params["k_a"],
+            profile=params["profile"],
+            gate=gate,
+            batch_size=params["batch_size"],
+            progress=context.progress,
+        )
+        calibration.save(statistics, context.out / "statistics.safetensors")
     if params["keep_windows"]:
         save_file({"windows": windows}, context.out / "windows.safetensors")
     write_json(

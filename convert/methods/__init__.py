@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from moedge.convert.methods import cmoe, dive, expertweaver, mlpmoe, moedge
+from moedge.convert.methods import cmoe, cmoe_hierarchical, dive, expertweaver, mlpmoe, moedge
 from moedge.convert.methods.baselines import splits, static
 from moedge.convert.plan import MoEPlan
 
@@ -33,6 +33,8 @@ class Method:
     """Where it is published."""
     label: str
     """Format string over the parameters: the layout in a few words."""
+    parents: Literal["dense", "moe"] = "dense"
+    """What it converts: dense models, or the experts of a Mixture-of-Experts (``moe_adapters.FAMILIES``)."""
 
     def layout(self, params: dict[str, Any]) -> str:
         """Return the layout of a conversion for people, e.g. ``S6A6E16``."""
@@ -45,6 +47,14 @@ _KEPT = "{keep:.4g} of the neurons"
 
 METHODS: dict[str, Method] = {
     "cmoe": Method(cmoe.plan, cmoe.CMoEParams, ("statistics",), "CMoE, arXiv 2502.04416v3, ACL 2026", _SHARED_ACTIVE),
+    "cmoe-hierarchical": Method(
+        cmoe_hierarchical.plan,
+        cmoe_hierarchical.HierarchicalParams,
+        ("tokens",),
+        "CMoE on the experts of a Mixture-of-Experts, arXiv 2502.04416v3",
+        _SHARED_ACTIVE,
+        parents="moe",
+    ),
     "expertweaver": Method(
         expertweaver.plan,
         expertweaver.ExpertWeaverParams,

@@ -103,6 +103,20 @@ def attention_kinds(model: ir.Model) -> list[ir.Node]:
     return list(kinds.values())
 
 
+def holds_experts(sparse_glu: ir.Node) -> bool:
+    """Whether a SparseGLU holds a layer's routed experts: a hierarchical layer has others, of other parts."""
+    return str(getattr(sparse_glu.inputs[3], "name", "")).endswith(".mlp.gate")
+
+
+def active_of(sparse_glu: ir.Node) -> int:
+    """Return how many experts a SparseGLU runs for one token."""
+    indices = sparse_glu.inputs[1]
+    shape = indices.shape if indices is not None else None
+    if shape is None or not isinstance(shape[1], int):
+        raise MoEdgeError(f"Node {sparse_glu.name} does not say how many experts it runs; it was not traced by moedge.")
+    return int(shape[1])
+
+
 def same_shape_input(reshape: ir.Node) -> bool:
     """Whether a Reshape merges the last two of four dimensions: [B, S, N, D] -> [B, S, N*D]."""
     before, after = reshape.inputs[0], reshape.outputs[0]

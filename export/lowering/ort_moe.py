@@ -16,8 +16,17 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from moedge.export.functions import DOMAIN
-from moedge.export.lowering.graph import Builder, array_of, constant_of, layer_of, remove_unused, values_by_name
+from moedge.export.functions import DOMAIN, routed_directly
+from moedge.export.lowering.graph import (
+    Builder,
+    active_of,
+    array_of,
+    constant_of,
+    holds_experts,
+    layer_of,
+    remove_unused,
+    values_by_name,
+)
 
 UNSELECTED = -1.0e4
 """Logit of an unselected expert: its softmax weight is exactly 0 beside any log(w) above -9.9e3; fits float16."""
@@ -51,19 +60,27 @@ def fuse(model: ir.Model) -> tuple[int, str, dict[int, Tap]]:
     taps = {}
     for node in nodes:
         layer = layer_of(node)
-        taps[layer] = _replace(model, node, layer)
+        tap = _replace(model, node, layer)
+        if holds_experts(node):
+            taps[layer] = tap
+    remove_unused(model)
+    # What is left composes the experts of hierarchical layers; its weights are 1.
+    for route in [node for node in model.graph if node.domain == DOMAIN and node.op_type == "Route"]:
+        _replace_route(Builder(model, before=route), route)
     remove_unused(model)
     return len(nodes), "", taps
 
 
 def _replace(model: ir.Model, node: ir.Node, layer: int) -> Tap:
-    x, indices, weights, gate, up, down, *rest = node.inputs
+    _, indices, weights, gate, _, _, *rest = node.inputs
     assert indices is not None
     assert weights is not None
     route = indices.producer()
     assert route is not None
-    top_k = route.attributes["top_k"].as_int()
     builder = Builder(model, before=node)
+    if not routed_directly(node):
+        return _replace_composed(builder, node, layer)
+    top_k = route.attributes["top_k"].as_int()
     unit = route.attributes["rule"].as_string() == "unit"
     if unit:
         indices, logits = zeros_at_top_k(builder, route, layer, top_k, len(array_of(gate)))
@@ -72,8 +89,18 @@ def _replace(model: ir.Model, node: ir.Node, layer: int) -> Tap:
     else:
         logits = log_weights(builder, route, indices, weights)
         total = builder.node("ReduceSum", [weights, constant_of(builder, [-1])], attributes={"keepdims": 1})
-    fc1 = builder.initializer(f"layers.{layer}.experts.gate_up", interleave(array_of(gate), array_of(up)))
-    y = builder.node(
+    y = _moe(builder, node, logits, top_k, f"layers.{layer}.experts")
+    y = builder.node("Mul", [y, total])
+    if rest:
+        y = builder.node("Add", [y, compensated(builder, logits, rest[0])])
+    builder.replace_output(node.outputs[0], y)
+    return Tap(str(indices.name), "indices", top_k)
+
+
+def _moe(builder: Builder, node: ir.Node, logits: ir.Value, top_k: int, name: str) -> ir.Value:
+    x, _, _, gate, up, down = node.inputs[:6]
+    fc1 = builder.initializer(f"{name}.gate_up", interleave(array_of(gate), array_of(up)))
+    y: ir.Value = builder.node(
         "MoE",
         [x, logits, fc1, None, down],
         domain="com.microsoft",
@@ -86,11 +113,43 @@ def _replace(model: ir.Model, node: ir.Node, layer: int) -> Tap:
             "normalize_routing_weights": 1,
         },
     )
-    y = builder.node("Mul", [y, total])
-    if rest:
-        y = builder.node("Add", [y, compensated(builder, logits, rest[0])])
-    builder.replace_output(node.outputs[0], y)
+    return y
+
+
+def _replace_composed(builder: Builder, node: ir.Node, layer: int) -> Tap:
+    """Replace a SparseGLU of a hierarchical layer: weights of any size from 0 on, an expert may be named twice.
+
+    ``mask[t, e]`` is the sum of the weights that name e. Logits are its logarithm (-1e4 for 0), so the kernel's softmax
+    over its k best gives mask / sum(mask), which the factor sum(mask) undoes.
+    """
+    indices, weights, gate = node.inputs[1], node.inputs[2], node.inputs[3]
+    assert indices is not None
+    assert gate is not None
+    experts = len(array_of(gate))
+    tokens = builder.node("Shape", [indices], attributes={"start": 0, "end": 1})
+    shape = builder.node("Concat", [tokens, constant_of(builder, [experts])], attributes={"axis": 0})
+    none = builder.node("ConstantOfShape", [shape], attributes={"value": ir.tensor(np.zeros(1, np.float32))})
+    chosen = builder.node("Cast", [indices], attributes={"to": 7})
+    attributes = {"axis": 1, "reduction": "add"}
+    mask = builder.node("ScatterElements", [none, chosen, weights], attributes=attributes)
+    logits = builder.node("Max", [builder.node("Log", [mask]), constant_of(builder, UNSELECTED, np.float32)])
+    total = builder.node("ReduceSum", [mask, constant_of(builder, [-1])], attributes={"keepdims": 1})
+    top_k = active_of(node)
+    part = str(gate.name).rpartition(".mlp.")[2]
+    y = _moe(builder, node, logits, min(top_k, experts), f"layers.{layer}.experts.{part}")
+    builder.replace_output(node.outputs[0], builder.node("Mul", [y, total]))
     return Tap(str(indices.name), "indices", top_k)
+
+
+def _replace_route(builder: Builder, route: ir.Node) -> None:
+    scores, bias = route.inputs[:2]
+    if array_of(bias).any():
+        scores = builder.node("Add", [scores, bias])
+    count = constant_of(builder, [route.attributes["top_k"].as_int()])
+    best, chosen = builder.node("TopK", [scores, count], outputs=2, attributes={"axis": -1, "largest": 1, "sorted": 1})
+    ones = builder.node("Add", [builder.node("Sub", [best, best]), constant_of(builder, 1, np.float32)])
+    builder.replace_output(route.outputs[0], builder.node("Cast", [chosen], attributes={"to": 6}))
+    builder.replace_output(route.outputs[1], ones)
 
 
 def zeros_at_top_k(

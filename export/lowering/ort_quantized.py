@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from moedge import MoEdgeError
-from moedge.export.functions import DOMAIN
+from moedge.export.functions import DOMAIN, routed_directly
 from moedge.export.lowering import (
     Lowered,
     Rewrite,
@@ -103,6 +103,8 @@ def lower(model: ir.Model, *, max_length: int, bits: int, method: str = "rtn") -
 def _check(model: ir.Model, target: str) -> None:
     """Refuse what the kernels cannot hold; see :mod:`legality`."""
     experts = [node for node in model.graph if node.domain == DOMAIN and node.op_type == "SparseGLU"]
+    if not all(map(routed_directly, experts)):
+        raise MoEdgeError(f"Cannot lower experts inside experts for {target}; export a hierarchical model to ort-cpu.")
     dtypes = {value.dtype for value in model.graph.initializers.values() if value.dtype}
     floats = {dtype.name for dtype in dtypes if dtype.is_floating_point()}
     reason = legality.runtime() or legality.quantized_cpu(

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from moedge.export.functions import DOMAIN, attach
 from moedge.export.lowering import Lowered, Rewrite
-from moedge.export.lowering.graph import layer_of
+from moedge.export.lowering.graph import active_of, holds_experts, layer_of
 
 
 def lower(model: ir.Model, *, max_length: int) -> Lowered:
@@ -23,14 +23,11 @@ def lower(model: ir.Model, *, max_length: int) -> Lowered:
 
 
 def taps(model: ir.Model) -> dict[int, dict[str, object]]:
-    """Say where each layer's routing can be read: the indices that its Route node gives to SparseGLU."""
+    """Say where each layer's routing can be read: the indices of the SparseGLU that holds its routed experts."""
     found: dict[int, dict[str, object]] = {}
     for node in model.graph:
-        if node.domain == DOMAIN and node.op_type == "SparseGLU":
+        if node.domain == DOMAIN and node.op_type == "SparseGLU" and holds_experts(node):
             indices = node.inputs[1]
-            route = indices.producer() if indices is not None else None
             assert indices is not None
-            assert route is not None
-            top_k = route.attributes["top_k"].as_int()
-            found[layer_of(node)] = {"output": str(indices.name), "kind": "indices", "top_k": top_k}
+            found[layer_of(node)] = {"output": str(indices.name), "kind": "indices", "top_k": active_of(node)}
     return found

@@ -14,7 +14,7 @@ from collections.abc import Collection
 import onnx_ir as ir
 
 from moedge import MoEdgeError
-from moedge.export.functions import DOMAIN
+from moedge.export.functions import DOMAIN, routed_directly
 from moedge.export.lowering import Lowered, Rewrite, half, legality, selftest, trt_attention, trt_experts
 from moedge.export.lowering.graph import attention_kinds, layer_of, remove_unused
 
@@ -37,6 +37,10 @@ def lower_half(model: ir.Model, *, max_length: int, attention: trt_attention.For
     experts = [node for node in model.graph if node.domain == DOMAIN and node.op_type == "SparseGLU"]
     routes = [node for node in model.graph if node.domain == DOMAIN and node.op_type == "Route"]
     weights = {value.dtype for value in model.graph.initializers.values() if value.dtype is not None}
+    if not all(map(routed_directly, experts)):
+        raise MoEdgeError(
+            "Cannot lower experts inside experts to half precision; export a hierarchical model to portable or ort-cpu."
+        )
     if reason := legality.runtime() or legality.half_source({dtype.name.lower() for dtype in weights}):
         raise MoEdgeError(f"Cannot lower to half precision: {reason}.")
     before = model.clone()

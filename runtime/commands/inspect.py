@@ -112,6 +112,9 @@ def _checkpoint(path: Path) -> dict[str, Any]:
     width = int(plan.model["intermediate_size"])
     layers = []
     for index, layer in enumerate(plan.layers):
+        if layer.children is not None:
+            layers.append(_nested(index, layer.children, width))
+            continue
         layers.append(
             {
                 "layer": index,
@@ -133,6 +136,18 @@ def _checkpoint(path: Path) -> dict[str, Any]:
         "provenance": plan.provenance,
         "layers": layers,
     }
+
+
+def _nested(index: int, children: list[Any], width: int) -> dict[str, Any]:
+    """One row for a layer whose parent has experts; ``kept dense`` of them were not split."""
+    split = [child for child in children if child.experts]
+    row: dict[str, Any] = {"layer": index, "parents": len(children), "kept dense": len(children) - len(split)}
+    if split:
+        active = sum(child.active_width for child in children) / len(children) / width
+        first = split[0]
+        row |= {"shared": len(first.shared), "experts": first.num_experts, "width": first.expert_width}
+        row |= {"top_k": first.top_k, "active": active, "router": first.router.kind}
+    return row
 
 
 def _bundle(path: Path) -> dict[str, Any]:

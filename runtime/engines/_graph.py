@@ -63,6 +63,10 @@ def _set_top_k(model: Any, path: Path, manifest: dict[str, Any], top_k: int) -> 
         raise MoEdgeError(f"top_k={top_k} must be at least 1.")
     facts = (manifest.get("moe") or {}).get("layers", {})
     layers = sorted(int(layer) for layer in facts if facts[layer]["num_experts"])
+    if any("parents" in entry for entry in facts.values()):
+        raise MoEdgeError(
+            f"{path}: top_k of a hierarchical model is fixed when it is exported; open its checkpoint in PyTorch."
+        )
     counts = [min(top_k, facts[str(layer)]["num_experts"]) for layer in layers]
     named = {value.name: value for value in model.graph.initializer}
     routed: set[int] = set()  # layers whose selection has been changed

@@ -25,8 +25,12 @@ LAYOUT: dict[str, dict[str, Any]] = {
     "atopk": {"k_a": 6},
 }
 """Parameters other than the defaults: 64 neurons are few."""
-NAMES = [name for name, method in METHODS.items() if set(method.needs) <= {"statistics", "gate_profile", "tokens"}]
-"""Methods that read one calibration text (several domains: test_dive.py)."""
+NAMES = [
+    name
+    for name, method in METHODS.items()
+    if set(method.needs) <= {"statistics", "gate_profile", "tokens"} and method.parents == "dense"
+]
+"""Methods that read one calibration text (several domains: test_dive.py) and a dense model (test_hierarchical.py)."""
 
 
 def make(name: str, model: Any, windows: np.ndarray) -> MoEPlan:

@@ -68,9 +68,12 @@ def test_logits_stay_within_the_derived_bound(
     # 12 neurons are shared by every layer; the rest of the widest, 28, are 7 experts beside its 2 that are routed.
     assert record["layout"] == {"experts": 13, "top_k": 9, "width": 4, "shared_width": 12}
     measured = record["measured"]
-    assert measured["changed"]["tokens"] == 0
+    # 192 tokens, 3 layers; two scores of a token are closer than the resolution, 1e-4 of their spread, in about 4e-4 of
+    # the cases: 0.2 expected, 3 in one of 10,000 draws.
+    assert measured["changed"]["pairs"] * 192 * 3 <= 3
     found = measured["logits"]
-    assert float((logits(stock) - want).abs().max()) == pytest.approx(found["max_difference"], rel=1e-2)
+    assert found["covered"] > 0.5
+    assert float((logits(stock) - want).abs().max()) == pytest.approx(found["max_difference_all"], rel=1e-2)
     # The difference is what the weights alone predict, up to rounding (1e-5 of the largest logit) and third order.
     assert abs(found["prediction"]) == pytest.approx(found["max_difference"], abs=1e-5 * found["max_logit"])
     assert hf_check.ROUNDING * found["max_logit"] < found["max_difference"] < found["bound"]
@@ -109,7 +112,7 @@ def test_stock_transformers_needs_nothing_of_ours(
     np.save(tmp_path / "ids.npy", IDS)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env={**environment, "HF_HUB_OFFLINE": "1"}, check=True, timeout=120
+        [sys.executable, "-c", code], cwd=tmp_path, env={**environment, "HF_HUB_OFFLINE": "1"}, check=True, timeout=900
     )
     assert np.abs(np.load(tmp_path / "out.npy") - want.numpy()).max() <= bound
     names = json.loads((tmp_path / "stock" / "config.json").read_text())
