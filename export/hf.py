@@ -49,8 +49,11 @@ EXPORT_SCHEMA = "moedge.export_hf/1"
 RECORD = "moedge_export.json"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Dense families whose attention, norms and rotary embedding Glm4Moe also has."""
-TARGET_STD = 2.0**-8
-"""Largest standard deviation of eps * scores over a layer's tokens and experts; a power of two keeps it above half."""
+TARGET_STD = 2.0**-10
+"""Largest standard deviation of eps * scores over a layer's tokens and experts; a power of two keeps it above half.
+
+Measured on SmolLM2-135M by ExpertWeaver (24 of 32 experts, 1,024 tokens of C4 text), mean KL and tokens that change
+experts anywhere: 2^-8 0.006, 21 %; 2^-9 0.009, 21 %; 2^-10 0.005, 15 %; 2^-11 0.016, 37 %; 2^-12 0.023, 49 %."""
 Progress = Callable[[str, int, int], None]
 
 

@@ -68,9 +68,9 @@ def test_logits_stay_within_the_derived_bound(
     # 12 neurons are shared by every layer; the rest of the widest, 28, are 7 experts beside its 2 that are routed.
     assert record["layout"] == {"experts": 13, "top_k": 9, "width": 4, "shared_width": 12}
     measured = record["measured"]
-    # 192 tokens, 3 layers; two scores of a token are closer than the resolution, 1e-4 of their spread, in about 4e-4 of
-    # the cases: 0.2 expected, 3 in one of 10,000 draws.
-    assert measured["changed"]["pairs"] * 192 * 3 <= 3
+    # 192 tokens, 3 layers; two scores of a token are closer than the resolution, 4e-4 of their spread, in about 1.6e-3
+    # of the cases: 1 expected, more than 5 in one of 1,000 draws.
+    assert measured["changed"]["pairs"] * 192 * 3 <= 5
     found = measured["logits"]
     assert found["covered"] > 0.5
     assert float((logits(stock) - want).abs().max()) == pytest.approx(found["max_difference_all"], rel=1e-2)
@@ -287,6 +287,7 @@ def test_the_default_model_stays_within_the_bound(tmp_path: Path) -> None:
     measured = record["measured"]
     assert measured["logits"]["max_difference"] <= measured["logits"]["bound"]
     assert measured["logits"]["prediction"] == pytest.approx(measured["logits"]["max_difference"], rel=0.05)
-    # methods.md 7.4 measured 0.02 % of tokens a layer at this standard deviation; 30 layers, and three times that.
-    assert measured["changed"]["pairs"] < 6e-4
-    assert measured["logits"]["top1_agreement"] > 0.99
+    # A change is a jump that moves the inputs of later layers and tokens. Twice what was measured (hf.TARGET_STD):
+    # 1.5 % of pairs, 1.7 % of best tokens; a wrong router changes most of them.
+    assert measured["changed"]["pairs"] < 0.03
+    assert measured["logits"]["top1_agreement"] > 0.966
