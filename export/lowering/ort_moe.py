@@ -64,9 +64,10 @@ def fuse(model: ir.Model) -> tuple[int, str, dict[int, Tap]]:
         if holds_experts(node):
             taps[layer] = tap
     remove_unused(model)
-    # What is left composes the experts of hierarchical layers; its weights are 1.
+    # A Route that is left either weighs experts (its body stays), or composes a hierarchy with weights 1.
     for route in [node for node in model.graph if node.domain == DOMAIN and node.op_type == "Route"]:
-        _replace_route(Builder(model, before=route), route)
+        if route.attributes["rule"].as_string() == "unit":
+            _replace_route(Builder(model, before=route), route)
     remove_unused(model)
     return len(nodes), "", taps
 

@@ -110,7 +110,8 @@ def test_straight_through_keeps_values_and_has_the_gradient_of_a_softmax_over_al
     x = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
     weight = ffn.router.weight.requires_grad_(True)  # type: ignore[union-attr]
     plain = ffn(x)
-    assert plain.grad_fn is None or torch.autograd.grad(plain.sum(), weight, allow_unused=True)[0] is None
+    without = torch.autograd.grad(plain.sum(), weight, allow_unused=True)[0]
+    assert without is None or not without.any()
     with retrain.straight_through(ffn):
         y = ffn(x)
     assert torch.equal(y, plain)
