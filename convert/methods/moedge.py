@@ -48,9 +48,9 @@ class MoEdgeParams(BaseModel):
     """Rounds of reassignment under a fitted router's selections, kept while they help on held-out tokens."""
     partition_tokens: int = Field(default=8192, ge=1)
     """Tokens that the partition looks at, evenly spaced (memory: this times the FFN width, float32)."""
-    loss: Literal["mean", "shared"] = "mean"
+    loss: Literal["mean", "shared"] = "shared"
     """Energy is counted about a neuron's mean, or about its best linear prediction from the shared neurons, which a
-    refit can make up for."""
+    refit can make up for; without a refit, ``mean`` is the one that says what is lost."""
     router_target: Literal["energy", "root_energy", "norm"] = "root_energy"
     """What the router predicts for an expert: its energy, the root of it, or the norm of its centred output."""
     calibrate_scores: bool = False

@@ -338,7 +338,7 @@ SWITCHES: list[dict[str, Any]] = [
     {"partition": "correlation"},
     {"router_rounds": 0},
     {"router_target": "energy"},
-    {"loss": "shared"},
+    {"loss": "mean"},
     {"calibrate_scores": True},
     {"compensation": "none"},
     {"compensation": "mean"},

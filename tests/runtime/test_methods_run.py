@@ -134,7 +134,8 @@ def test_a_run_of_every_method_passes_and_its_report_is_complete(
 
     (routing,) = report["diagnostics"]["texts"].values()
     assert [layer["experts"] for layer in routing["layers"]] == [row["experts"] for row in conversion["layers"]]
-    assert (routing["mean"]["agreement"] is None) == static
+    # Experts that share neurons have no oracle set: what one adds depends on the others.
+    assert (routing["mean"]["agreement"] is None) == (static or overlapping)
     assert "<h2>Routing</h2>" in (run / "report.html").read_text(encoding="utf-8")
 
     facts = json.loads(moedge("inspect", run / "convert" / "checkpoint", "--json").stdout)
