@@ -1,0 +1,5 @@
+"""``python -m moedge.runtime.cli``."""
+
+from moedge.runtime.cli import main
+
+main()
