@@ -10,12 +10,9 @@ The keys of ``convert`` are ``method`` and the parameters that the method itself
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -29,6 +26,8 @@ from pydantic import (
 from pydantic_core import CoreSchema, core_schema
 
 from moedge import MoEdgeError
+from moedge.configs import files as yaml_files
+from moedge.configs.files import name_of
 from moedge.convert.methods import METHODS, Method
 from moedge.convert.moe_adapters import FAMILIES as MOE_FAMILIES
 
@@ -270,40 +269,19 @@ class Recipe(_Section):
             raise MoEdgeError("\n".join(f"{where}: {problem}" for problem in problems))
 
 
-def packaged() -> dict[str, Path]:
-    """Return the recipes that ship with the package, ``{name: path}``."""
-    folder = Path(str(files("moedge.configs") / "recipes"))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-
-
 def load_recipe(name_or_path: str | Path) -> Recipe:
     """Read and check a recipe: the name of a packaged one, or a path to a YAML file.
 
     Raises:
         MoEdgeError: no such recipe, not YAML, or a key that is unknown, of a wrong type or impossible.
     """
-    known = packaged()
-    path = Path(name_or_path)
-    if str(name_or_path) in known:
-        path = known[str(name_or_path)]
-    elif not path.is_file():
-        raise MoEdgeError(
-            f"No recipe {str(name_or_path)!r}: give the path of a YAML file or one of: {', '.join(known)}."
-        )
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise MoEdgeError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
-    except OSError as error:
-        raise MoEdgeError(f"Cannot read {path}: {error.strerror}.") from error
+    path, text = yaml_files.read(name_or_path, "recipe")
     return parse_recipe(text, where=str(path), name=path.stem)
 
 
 def parse_recipe(text: str, *, where: str = "recipe", name: str = "recipe") -> Recipe:
     """Check a recipe's YAML text. ``name`` is used when the text has no ``name`` key."""
-    value = _read_yaml(text, where)
-    if not isinstance(value, dict):
-        raise MoEdgeError(f"{where}: a recipe is a mapping of keys; this file holds {_kind(value)}.")
+    value = yaml_files.parse(text, where, "recipe")
     return recipe_from({"name": re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "recipe", **value}, where=where)
 
 
@@ -316,40 +294,6 @@ def recipe_from(value: dict[str, Any], *, where: str) -> Recipe:
         raise MoEdgeError("\n".join(f"{where}: {line}" for line in lines)) from None
 
 
-class _Loader(yaml.SafeLoader):
-    """``yaml.safe_load``'s loader, except that a key given twice is an error instead of the last one winning."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable) and key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is given twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise MoEdgeError(f"{where}{line}: {problem}.") from error
-    except (TypeError, ValueError, RecursionError) as error:
-        raise MoEdgeError(f"{where}: not a readable YAML file ({error}).") from error
-
-
-_KINDS = {bool: "true/false", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a mapping"}
-
-
-def _kind(value: Any) -> str:
-    return "nothing" if value is None else _KINDS.get(type(value), type(value).__name__)
-
-
 def _sentences(entry: Any) -> list[str]:
     """Turn one pydantic error into ``dotted.path: one sentence``."""
     kind, value, context = entry["type"], entry["input"], entry.get("ctx", {})
@@ -357,7 +301,7 @@ def _sentences(entry: Any) -> list[str]:
     # Below `convert` pydantic puts the method's name, which is no key, into the location.
     location = (*entry["loc"][:1], *entry["loc"][2:]) if entry["loc"][:1] == ("convert",) else entry["loc"]
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
-    got = f"got {_kind(value)}" if isinstance(value, list | dict) or value is None else f"got {value!r}"
+    got = f"got {name_of(value)}" if isinstance(value, list | dict) or value is None else f"got {value!r}"
     if kind == "value_error":
         lines = str(context["error"]).split("\n")
         if section is Recipe:

@@ -6,14 +6,13 @@ at every sparsity on the same held-out windows. ``studies/*.yaml`` document ever
 
 from __future__ import annotations
 
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from moedge import MoEdgeError
+from moedge.configs import files as yaml_files
 from moedge.configs.recipe import CONVERT_SECTIONS, ModelSection, Name, NonNegative, Positive, Spec
 from moedge.configs.tolerances import first_problem
 from moedge.convert.methods import METHODS
@@ -122,28 +121,14 @@ class Study(_Section):
         return next(other for other in self.rows if other.label == wanted)
 
 
-def packaged() -> dict[str, Path]:
-    """Return the studies that ship with the package, ``{name: path}``."""
-    folder = Path(str(files("moedge.configs") / "studies"))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-
-
 def load_study(name_or_path: str | Path) -> Study:
     """Read and check a study: the name of a packaged one, or a path to a YAML file.
 
     Raises:
         MoEdgeError: no such study, not YAML, or a key that is unknown, of a wrong type or impossible.
     """
-    known = packaged()
-    path = known.get(str(name_or_path), Path(name_or_path))
-    if not path.is_file():
-        raise MoEdgeError(
-            f"No study {str(name_or_path)!r}: give the path of a YAML file or one of: {', '.join(known)}."
-        )
+    path, text = yaml_files.read(name_or_path, "study")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return Study.model_validate(content)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise MoEdgeError(f"{path} cannot be read as YAML: {error}") from error
+        return Study.model_validate(yaml_files.parse(text, str(path), "study"))
     except ValidationError as error:
         raise MoEdgeError(f"{path}: {first_problem(error)}") from None

@@ -40,17 +40,30 @@ def signatures(top_neurons: np.ndarray, width: int) -> csr_matrix:
     return csr_matrix((np.ones(rows.size), (rows, columns)), shape=(width, tokens))
 
 
+def kept_width(width: int, keep: float) -> int:
+    """Return the neurons that stay of ``width``: the nearest whole number, at least one."""
+    return max(round(keep * width), 1)
+
+
 def flap(down: np.ndarray, mean: np.ndarray, variance: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the ``width`` neurons that FLAP keeps, int32 ascending, and the bias that stands for the others [H].
 
-    FLAP (arXiv 2312.11983, "WIFV") scores ``variance_j * |W_down[:, j]|^2``; ties keep the lower index, so the width is
-    exact. A dropped neuron is replaced by its mean: the bias is ``sum over dropped j of mean_j W_down[:, j]``.
+    FLAP (arXiv 2312.11983, "WIFV") scores ``variance_j * |W_down[:, j]|^2``; a dropped neuron is replaced by its mean.
 
     Args:
         down: float32 [H, D].
         mean: of h over the calibration tokens [D]; ``variance`` likewise.
     """
-    order = np.argsort(-(variance.astype(np.float64) * np.square(down, dtype=np.float64).sum(axis=0)), kind="stable")
+    score = variance.astype(np.float64) * np.square(down, dtype=np.float64).sum(axis=0)
+    return keep_with_bias(down, mean, score, width)
+
+
+def keep_with_bias(down: np.ndarray, mean: np.ndarray, score: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ``width`` neurons of the highest score, int32 ascending, and a bias [H] for the others.
+
+    The bias is ``sum over dropped j of mean_j W_down[:, j]``. Ties keep the lower index, so the width is exact.
+    """
+    order = np.argsort(-score, kind="stable")
     dropped = np.sort(order[width:])
     bias = down[:, dropped].astype(np.float64) @ mean[dropped].astype(np.float64)
     return np.sort(order[:width]).astype(np.int32), bias.astype(np.float32)

@@ -17,10 +17,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 
 from moedge import MoEdgeError
 from moedge.convert import adapters, partition
+from moedge.convert.methods.layout import LayoutParams
 from moedge.convert.plan import LayerPlan, MoEPlan, RouterPlan
 
 if TYPE_CHECKING:
@@ -29,34 +30,14 @@ if TYPE_CHECKING:
     from moedge.convert.calibration import LayerStatistics, Profile, Progress
 
 
-class CMoEParams(BaseModel):
-    """Typed parameters; the layout S6A6E16 is shared=6, active=6, experts=16 (so 10 routed experts, 6 of them run)."""
+class CMoEParams(LayoutParams):
+    """Typed parameters; see :func:`plan` for each."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    shared: int = Field(default=6, ge=0)
-    active: int = Field(default=6, ge=1)
-    experts: int = Field(default=16, ge=2)
     k_a: int = Field(default=10, ge=1)
     profile: Literal["raw", "normalised"] = "raw"
     distance: Literal["l2", "l1"] = "l2"
     score: Literal["signed", "abs"] = "signed"
     max_iters: int = Field(default=20, ge=1)
-    padding: Literal["none", "uneven"] = "none"
-
-    @model_validator(mode="after")
-    def _fits(self) -> CMoEParams:
-        check_layout(self.shared, self.active, self.experts)
-        return self
-
-
-def check_layout(shared: int, active: int, experts: int) -> None:
-    """Raise a ValueError that starts with the parameter it is about when the layout SxAyEz is impossible."""
-    if shared + active > experts:
-        raise ValueError(
-            f"active: {active} active experts cannot be chosen: {experts} experts minus {shared} shared leave "
-            f"{max(experts - shared, 0)} to route to."
-        )
 
 
 def plan(

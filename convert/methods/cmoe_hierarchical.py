@@ -13,10 +13,10 @@ unchanged model (one pass).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 
 from moedge import MoEdgeError
 from moedge.convert import moe_adapters, partition
@@ -30,27 +30,14 @@ if TYPE_CHECKING:
     from moedge.convert.calibration import LayerStatistics, Profile, Progress
 
 
-class HierarchicalParams(BaseModel):
+class HierarchicalParams(cmoe.CMoEParams):
     """Typed parameters; the layout S3A3E8 splits every expert into 3 shared and 5 routed parts of which 3 run."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     shared: int = Field(default=3, ge=0)
     active: int = Field(default=3, ge=1)
     experts: int = Field(default=8, ge=2)
     min_tokens: int = Field(default=256, ge=1)
     """An expert with fewer calibration tokens stays dense."""
-    k_a: int = Field(default=10, ge=1)
-    profile: Literal["raw", "normalised"] = "raw"
-    distance: Literal["l2", "l1"] = "l2"
-    score: Literal["signed", "abs"] = "signed"
-    max_iters: int = Field(default=20, ge=1)
-    padding: Literal["none", "uneven"] = "none"
-
-    @model_validator(mode="after")
-    def _fits(self) -> HierarchicalParams:
-        cmoe.check_layout(self.shared, self.active, self.experts)
-        return self
 
 
 def plan(

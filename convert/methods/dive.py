@@ -138,7 +138,7 @@ def mine(
     for number, (name, text) in enumerate(texts.items()):
         report = _shifted(progress, number * params.samples, total)
         statistics[name] = domains.moments(model, text.prune, progress=report)
-    width = _width(model.config.intermediate_size, params)
+    width = partition.kept_width(model.config.intermediate_size, params.keep)
     plans = [domains.pruned(model, statistics[name], width) for name in texts]
     report = _shifted(progress, len(texts) * params.samples, total)
     matrix, dense = domains.perplexities(model, plans, texts, progress=report)
@@ -149,14 +149,10 @@ def mine(
     return found, statistics
 
 
-def _width(neurons: int, params: DiveParams) -> int:
-    return max(1, round(neurons * params.keep))
-
-
 def _experts(block: adapters.FFN, pools: list[Moments], params: DiveParams) -> LayerPlan:
     """Return a layer of one expert a pool, without a router."""
     down = block.down.float().cpu().numpy()
-    width = _width(down.shape[1], params)
+    width = partition.kept_width(down.shape[1], params.keep)
     combine: CombineRule = "probability" if params.weights == "all" else "softmax" if params.active > 1 else "unit"
     parts = [partition.flap(down, pool.mean, pool.variance, width) for pool in pools]
     experts = [kept for kept, _ in parts]

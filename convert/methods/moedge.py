@@ -18,10 +18,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from moedge.convert import adapters
-from moedge.convert.methods.cmoe import check_layout
+from moedge.convert.methods.layout import LayoutParams
 from moedge.convert.plan import MoEPlan
 
 if TYPE_CHECKING:
@@ -31,15 +31,9 @@ if TYPE_CHECKING:
     from moedge.convert.streaming import Progress
 
 
-class MoEdgeParams(BaseModel):
-    """Typed parameters; the layout S6A6E16 is shared=6, active=6, experts=16 (10 routed experts, 6 of them run)."""
+class MoEdgeParams(LayoutParams):
+    """Typed parameters; every ingredient is a switch."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    shared: int = Field(default=6, ge=0)
-    active: int = Field(default=6, ge=1)
-    experts: int = Field(default=16, ge=2)
-    padding: Literal["none", "uneven"] = "none"
     partition: Literal["energy", "correlation", "cmoe"] = "energy"
     """``energy``: coordinate ascent; ``correlation``: its start only; ``cmoe``: CMoE's shared set and clusters."""
     iterations: int = Field(default=10, ge=1)
@@ -66,7 +60,6 @@ class MoEdgeParams(BaseModel):
 
     @model_validator(mode="after")
     def _fits(self) -> MoEdgeParams:
-        check_layout(self.shared, self.active, self.experts)
         if self.fit_to == "stream" and not (self.sequential and self.refit):
             raise ValueError("fit_to: stream corrects earlier layers; it needs sequential: true and refit: true.")
         return self

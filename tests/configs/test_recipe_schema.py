@@ -9,21 +9,22 @@ import pytest
 import yaml
 
 from moedge import MoEdgeError
-from moedge.configs.recipe import CONTROLS, TARGETS, Recipe, load_recipe, packaged, parse_recipe, recipe_from
+from moedge.configs.files import packaged
+from moedge.configs.recipe import CONTROLS, TARGETS, Recipe, load_recipe, parse_recipe, recipe_from
 from moedge.convert.methods import METHODS
 
 MINIMAL = "model: {source: asset:x}\n"
 
 
-@pytest.mark.parametrize("name", packaged())
+@pytest.mark.parametrize("name", packaged("recipe"))
 def test_packaged_recipes_load_and_are_named_after_their_file(name: str) -> None:
     assert load_recipe(name).name == name
-    assert load_recipe(packaged()[name]) == load_recipe(name)
+    assert load_recipe(packaged("recipe")[name]) == load_recipe(name)
 
 
 def test_the_default_recipe_writes_out_every_key_and_every_default() -> None:
     """A reader of the file must see all there is: no hidden key, and a comment on every line that sets one."""
-    text = packaged()["smollm2-135m"].read_text(encoding="utf-8")
+    text = packaged("recipe")["smollm2-135m"].read_text(encoding="utf-8")
     recipe = load_recipe("smollm2-135m")
     assert yaml.safe_load(text) == recipe.model_dump()
     assert recipe == parse_recipe("model: {source: asset:smollm2-135m-instruct}", name="smollm2-135m")

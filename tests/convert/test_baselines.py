@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moedge.convert import adapters, calibration, modeling, routers
+from moedge.convert import adapters, calibration, modeling, partition, routers
 from moedge.convert.methods import METHODS, baselines
-from moedge.convert.methods.baselines import splits, static
+from moedge.convert.methods.baselines import splits
 from moedge.convert.plan import LayerPlan, MoEPlan
 from moedge.export import ops
 
@@ -213,4 +213,4 @@ def test_statistics_of_another_kind_are_refused(model: Any, data: dict[str, Any]
 
 
 def test_a_narrow_ffn_keeps_at_least_one_neuron() -> None:
-    assert [static.kept_width(64, keep) for keep in (1e-6, 0.5, 1.0)] == [1, 32, 64]
+    assert [partition.kept_width(64, keep) for keep in (1e-6, 0.5, 1.0)] == [1, 32, 64]

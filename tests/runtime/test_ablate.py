@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from moedge.configs.study import packaged
+from moedge.configs.files import packaged
 from moedge.convert import calibration, evaluate, sources
 from moedge.convert.methods import cmoe
 from moedge.runtime.cli import app
@@ -108,5 +108,5 @@ def test_what_cannot_work_is_refused_before_any_work(home: Path, old: str, new: 
 def test_packaged_studies_are_valid() -> None:
     from moedge.configs.study import load_study
 
-    for name, path in packaged().items():
+    for name, path in packaged("study").items():
         assert load_study(name).name == path.stem

@@ -69,7 +69,7 @@ def atopk_plan(
             f"The statistics have k_a={statistics[0].k_a} and profile={statistics[0].profile}; the plan needs "
             f"k_a={k_a} and profile={profile}. Calibrate again."
         )
-    layers = [_most_active(facts, kept_width(facts.width, keep)) for facts in statistics]
+    layers = [_most_active(facts, partition.kept_width(facts.width, keep)) for facts in statistics]
     if progress:
         progress(len(blocks), len(blocks))
     params = {"keep": keep, "k_a": k_a, "profile": profile}
@@ -92,7 +92,7 @@ def wanda_plan(
     """
     layers = []
     for block, facts in zip(blocks := _blocks(model, statistics), statistics, strict=True):
-        layers.append(_best(wanda_score(block, facts), kept_width(facts.width, keep)))
+        layers.append(_best(wanda_score(block, facts), partition.kept_width(facts.width, keep)))
         if progress:
             progress(len(layers), len(blocks))
     return MoEPlan("wanda", {"keep": keep}, adapters.describe(model, source_sha256), layers, provenance or {})
@@ -115,15 +115,10 @@ def flap_plan(
     Args:
         token_windows: calibration ids, int64 [N, L], N at least 2.
     """
-    widths = [kept_width(len(block.gate), keep) for block in adapters.ffns(model)]
+    widths = [partition.kept_width(len(block.gate), keep) for block in adapters.ffns(model)]
     layers = _flap_layers(widths, token_windows, model, refit, token_weight, sequential, progress)
     params = {"keep": keep, "refit": refit, "token_weight": token_weight, "sequential": sequential}
     return MoEPlan("flap", params, adapters.describe(model, source_sha256), layers, provenance or {})
-
-
-def kept_width(width: int, keep: float) -> int:
-    """Return the neurons that stay of ``width``: the nearest whole number, at least one."""
-    return max(round(keep * width), 1)
 
 
 def static_mask(plan: MoEPlan, statistics: list[LayerStatistics]) -> MoEPlan:
@@ -150,15 +145,15 @@ def wanda_score(block: adapters.FFN, facts: LayerStatistics) -> np.ndarray:
 
 
 def flap(plan: MoEPlan, statistics: list[LayerStatistics], model: PreTrainedModel) -> MoEPlan:
-    """FLAP on the FFN only, uniform over layers (arXiv 2312.11983, "WIFV" and "UL").
+    """FLAP on the FFN only, uniform over layers (arXiv 2312.11983, "WIFV" and "UL"); see :func:`partition.flap`.
 
-    Keep the neurons with the largest ``variance_j * |W_down[:, j]|^2``; the others are replaced by their mean, which
-    becomes the output bias ``sum over dropped j of mean_j W_down[:, j]``. Exact when the dropped ones are constant.
+    Exact when the dropped neurons are constant.
     """
     layers = []
     for layer, block, facts in zip(plan.layers, adapters.ffns(model), statistics, strict=True):
-        importance = facts.variance * np.square(block.down.float().cpu().numpy()).sum(axis=0)
-        layers.append(_flap_layer(block, facts.mean, importance, round(layer.active_width)))
+        down = block.down.float().cpu().numpy()
+        kept, bias = partition.flap(down, facts.mean, facts.variance, round(layer.active_width))
+        layers.append(LayerPlan(kept, [], 0, output_bias=bias))
     return control(plan, "FLAP-MLP", layers)
 
 
@@ -204,21 +199,15 @@ def _flap_layers(
         if token_weight == "none":
             tokens.weight = tokens.weight.new_ones(tokens.count)
         mean, importance, _ = (value.cpu().numpy() for value in neuron_energy(tokens))
-        layer = _flap_layer(tokens.block, mean, importance, widths[tokens.block.index])
+        down = tokens.block.down.float().cpu().numpy()
+        kept, bias = partition.keep_with_bias(down, mean, importance, widths[tokens.block.index])
+        layer = LayerPlan(kept, [], 0, output_bias=bias)
         if refit:
             layer = closed_form.refit(tokens, layer)
         if sequential:
             tokens.replacement = modeling.build_ffn(tokens.block, layer)
         layers.append(layer)
     return layers
-
-
-def _flap_layer(block: adapters.FFN, mean: np.ndarray, importance: np.ndarray, width: int) -> LayerPlan:
-    down = block.down.float().cpu().numpy()
-    order = np.argsort(-importance, kind="stable")
-    dropped = np.sort(order[width:])
-    bias = (down[:, dropped].astype(np.float64) @ mean[dropped]).astype(np.float32)
-    return LayerPlan(np.sort(order[:width]).astype(np.int32), [], 0, output_bias=bias)
 
 
 def _most_active(facts: LayerStatistics, width: int) -> LayerPlan:

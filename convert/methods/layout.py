@@ -1,0 +1,27 @@
+"""The parameters of every method that has shared and routed experts."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from moedge.convert import partition
+
+
+class LayoutParams(BaseModel):
+    """The layout S6A6E16 is shared=6, active=6, experts=16 (so 10 routed experts, 6 of them run)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    shared: int = Field(default=6, ge=0)
+    active: int = Field(default=6, ge=1)
+    experts: int = Field(default=16, ge=2)
+    padding: partition.Padding = "none"
+
+    @model_validator(mode="after")
+    def _exists(self) -> LayoutParams:
+        if self.shared + self.active > self.experts:
+            raise ValueError(
+                f"active: {self.active} active experts cannot be chosen: {self.experts} experts minus {self.shared} "
+                f"shared leave {max(self.experts - self.shared, 0)} to route to."
+            )
+        return self
