@@ -1,7 +1,12 @@
-"""``accelerate launch`` on two CPU processes computes what one process with twice the batch computes."""
+"""Two CPU processes compute what one process with twice the batch computes.
+
+``accelerate launch`` starts CPU processes through MPI only; torchrun starts them without, and Accelerate reads the same
+environment variables that its launcher sets.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -16,24 +21,22 @@ import torch
 from moedge.convert import modeling
 
 MODES = {
-    "ddp": [],
-    "fsdp": [
-        "--use_fsdp",
-        "--fsdp_version=2",
-        "--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP",
-        "--fsdp_transformer_layer_cls_to_wrap=LlamaDecoderLayer",
-    ],
+    "ddp": {},
+    "fsdp": {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
+    },
 }
 
 
-def launch(arguments: list[str], options: list[str]) -> None:
-    """Run ``moedge finetune`` under ``accelerate launch`` with these options, or alone without any."""
-    command = [sys.executable, "-m", "moedge.runtime.cli", "finetune", *arguments]
-    if options:
-        head = ["-m", "accelerate.commands.launch", *options, "--module", "moedge.runtime.cli"]
-        command = [sys.executable, *head, "finetune", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+def launch(arguments: list[str], processes: int, environment: dict[str, str]) -> None:
+    """Run ``moedge finetune`` in one process, or in several under torchrun."""
+    head = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    command = [sys.executable, *head, "-m", "moedge.runtime.cli", "finetune", *arguments]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **environment}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -49,9 +52,10 @@ def test_two_processes_are_one_with_twice_the_batch(
     (tmp_path / "text.txt").write_text("\n".join(map(" ".join, words)), encoding="utf-8")
     shared = ["--text", str(tmp_path / "text.txt"), "--length=16", "--tokens=256", "--eval-windows=3", "--lr=0.003"]
     shared += ["--train=lora+scale+router+norms", "--balance=bias", "--set", "eval_every=2"]
-    many = ["--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-    launch([str(tmp_path / "moe"), str(tmp_path / "one"), "--batch=4", *shared], [])
-    launch([str(tmp_path / "moe"), str(tmp_path / "two"), "--batch=2", *shared], [*many, *MODES[mode]])
+    launch([str(tmp_path / "moe"), str(tmp_path / "one"), "--batch=4", *shared], 1, {})
+    launch([str(tmp_path / "moe"), str(tmp_path / "two"), "--batch=2", *shared], 2, MODES[mode])
+    records = [json.loads((tmp_path / name / "finetune.json").read_text(encoding="utf-8")) for name in ("one", "two")]
+    assert [(record["processes"], record["steps"]) for record in records] == [(1, 4), (2, 4)]
     one, two = (modeling.load(tmp_path / name)[0].state_dict() for name in ("one", "two"))
     start = modeling.load(tmp_path / "moe")[0].state_dict()
     moved = max(float((one[name] - start[name]).abs().max()) for name in start)
