@@ -131,8 +131,7 @@ def walk(
     runner = _Runner(model, token_windows)
     states = runner.embed()
     dense = states.clone() if dense_stream else None
-    held = torch.arange(count, device=states.device) % min(_HELD_EVERY, count) == min(_HELD_EVERY, count) - 1
-    held = held.repeat_interleave(length)
+    held = torch.from_numpy(held_out(count)).to(states.device).repeat_interleave(length)
     for block in blocks:
         x, after = runner.run(block, states)
         shift = None
@@ -155,6 +154,12 @@ def walk(
         states = after
         if progress:
             progress(block.index + 1, len(blocks))
+
+
+def held_out(windows: int) -> np.ndarray:
+    """Return which of N windows are held out to choose settings on, bool [N]: one in five, and at least one."""
+    every = min(_HELD_EVERY, windows)
+    return np.arange(windows) % every == every - 1
 
 
 @torch.no_grad()

@@ -10,13 +10,16 @@ as uncorrelated); FLAP (arXiv 2312.11983) ranks neurons by the mean of it. Every
 4. compensation: an expert that is left out contributes its mean output over the tokens that leave it out;
 5. refit: new down projections and compensations by least squares under the actual routing, anchored to the old ones.
 
+Layers may differ: ``budget: measured`` spreads the active experts over them by what skipping costs the model
+(:mod:`moedge.convert.budgets`), ``layouts`` lets each layer choose how many experts it has and shares.
+
 Each step is a switch of :class:`MoEdgeParams`; settings within a step are chosen on held-out calibration tokens.
 The work on one layer is in :mod:`moedge.convert.methods.moedge_layer`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -58,11 +61,31 @@ class MoEdgeParams(LayoutParams):
     fit_to: Literal["ffn", "stream"] = "ffn"
     """Target of the refit: the dense FFN on the same input, or the dense model's hidden states (needs sequential)."""
 
+    budget: Literal["uniform", "measured"] = "uniform"
+    """``active`` experts run in every layer, or on average, by each layer's measured cost of skipping."""
+    budget_tokens: int = Field(default=4096, ge=1)
+    """Tokens that the measurement looks at, in whole windows."""
+    most_skipped: float = Field(default=1.5, ge=1, allow_inf_nan=False)
+    """With a measured budget, no layer skips more than this times the mean share of the routed experts."""
+    layouts: list[Annotated[str, Field(pattern=r"^S\d+E[1-9]\d*$")]] = Field(default=[])
+    """Other numbers of shared experts and of experts, e.g. ``[S2E16, S16E128]``: every layer is converted by each, at
+    the same active width, and keeps what misses least of its output on held-out tokens."""
+
     @model_validator(mode="after")
     def _fits(self) -> MoEdgeParams:
+        for layout in self.layouts:
+            if self.variant(layout, self.active).active < 1:
+                raise ValueError(f"layouts: {layout} shares more experts than are to be active.")
         if self.fit_to == "stream" and not (self.sequential and self.refit):
             raise ValueError("fit_to: stream corrects earlier layers; it needs sequential: true and refit: true.")
         return self
+
+    def variant(self, layout: str, active: int) -> MoEdgeParams:
+        """Return these parameters with another layout of the same active width as ``active`` routed experts here."""
+        shared, experts = map(int, layout[1:].split("E"))
+        share = (self.shared + active) / self.experts
+        changed = {"shared": shared, "experts": experts, "active": round(share * experts) - shared}
+        return self.model_copy(update=changed)
 
 
 def plan(
@@ -90,11 +113,29 @@ def plan(
     from moedge.convert.methods.moedge_layer import make_layer
 
     params = MoEdgeParams(**settings)
+    active = [params.active] * len(adapters.ffns(model))
+    if params.budget == "measured":
+        active = _measured(model, token_windows, params)
     layers = []
     stream = params.fit_to == "stream"
     for tokens in streaming.walk(model, token_windows, dense_stream=stream, progress=progress):
-        layer = make_layer(tokens, params)
+        here = params.model_copy(update={"active": active[tokens.block.index]})
+        tried = [
+            make_layer(tokens, one) for one in (here, *(params.variant(name, here.active) for name in params.layouts))
+        ]
+        layer = min(tried, key=lambda one: one.report["held_out_error"])
         layers.append(layer)
         if params.sequential:
             tokens.replacement = modeling.build_ffn(tokens.block, layer)
     return MoEPlan("moedge", params.model_dump(), adapters.describe(model, source_sha256), layers, provenance or {})
+
+
+def _measured(model: PreTrainedModel, token_windows: np.ndarray, params: MoEdgeParams) -> list[int]:
+    """Return the active experts of each layer; the measurement sees the windows that no fit is judged on."""
+    from moedge.convert import budgets, partition, streaming
+
+    seen = token_windows[~streaming.held_out(len(token_windows))]
+    windows = seen[: max(1, params.budget_tokens // token_windows.shape[1])]
+    curves = budgets.loss_curves(model, windows)
+    shared, widths = partition.group_widths(len(curves[0]) - 1, params.shared, params.experts, params.padding)
+    return budgets.spread(curves, shared, widths, params.active, params.most_skipped)

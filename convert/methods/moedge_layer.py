@@ -44,8 +44,10 @@ def make_layer(tokens: LayerTokens, params: MoEdgeParams) -> LayerPlan:
         chosen = closed_form.select(scores(tokens.x), params.active)
         layer.compensation = _compensation(tokens, experts, mean, chosen, params.compensation)
     if params.refit:
-        return closed_form.refit(tokens, layer)
-    report["held_out_error"] = _round(closed_form.relative_error(tokens, layer))
+        layer = closed_form.refit(tokens, layer)
+        layer.report["held_out_error"] = layer.report["refit"]["held_out_error"]["after"]
+    else:
+        report["held_out_error"] = _round(closed_form.relative_error(tokens, layer))
     return layer
 
 

@@ -346,6 +346,8 @@ SWITCHES: list[dict[str, Any]] = [
     {"token_weight": "none"},
     {"sequential": False},
     {"fit_to": "stream"},
+    {"budget": "measured"},
+    {"layouts": ["S4E16"]},
 ]
 
 
@@ -369,6 +371,27 @@ def test_sequential_layers_see_the_converted_prefix(tiny_llama: Callable[..., An
     assert not np.array_equal(alone.layers[1].down, chained.layers[1].down)
 
 
+def test_each_layer_keeps_the_layout_that_misses_least(tiny_llama: Callable[..., Any]) -> None:
+    model = tiny_llama()
+    plan = moedge.plan(WINDOWS, model, **LAYOUT, layouts=["S4E16", "S0E8"], sequential=False)
+    alone = [
+        moedge.plan(WINDOWS, model, shared=shared, active=active, experts=experts, sequential=False)
+        for shared, active, experts in ((2, 3, 8), (4, 6, 16), (0, 5, 8))
+    ]
+    for index, layer in enumerate(plan.layers):
+        errors = [other.layers[index].report["held_out_error"] for other in alone]
+        assert layer.report["held_out_error"] == min(errors)
+        assert layer.active_width == 40
+    assert len({(layer.num_experts, layer.top_k) for other in alone for layer in other.layers}) == 3
+
+
+def test_a_measured_budget_keeps_the_mean_width(tiny_llama: Callable[..., Any]) -> None:
+    model = tiny_llama()
+    plan = moedge.plan(WINDOWS, model, **LAYOUT, budget="measured")
+    assert sum(layer.active_width for layer in plan.layers) == 2 * 40
+    assert {layer.num_experts for layer in plan.layers} == {6}
+
+
 def test_indivisible_width(tiny_llama: Callable[..., Any]) -> None:
     model = tiny_llama(width=66)
     with pytest.raises(MoEdgeError, match="66 does not divide into 8"):
@@ -382,6 +405,8 @@ def test_parameters_refuse_nonsense() -> None:
         ({"shared": 6, "active": 6}, "active: 6 active experts cannot be chosen"),
         ({"unknown": 1}, "extra"),
         ({"fit_to": "stream", "sequential": False}, "needs sequential: true"),
+        ({"layouts": ["S5E8"]}, "layouts: S5E8 shares more experts"),
+        ({"layouts": ["5 of 8"]}, "layouts"),
     ):
         with pytest.raises(ValidationError, match=message):
             moedge.MoEdgeParams(**{**LAYOUT, **wrong})
