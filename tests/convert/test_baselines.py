@@ -188,9 +188,9 @@ def test_experts_of_one_neuron_compute_what_grouped_experts_do(top_k: int) -> No
     indices = torch.rand(50, 24, generator=generator).argsort(dim=1)[:, :top_k].to(torch.int32)
     weights = torch.rand(50, top_k, generator=generator)
     for given in (None, compensation):
-        # Zero padding to two neurons takes the grouped path.
-        wide = [F.pad(gate, (0, 0, 0, 1)), F.pad(up, (0, 0, 0, 1)), F.pad(down, (0, 1))]
-        expected = ops.sparse_glu(X, indices, weights, *wide, given, "silu")
+        rows, offsets, inverse = ops.dispatch(X, indices, 24)
+        rows = ops.grouped_linear(ops.grouped_glu(rows, offsets, gate, up, "silu"), offsets, down)
+        expected = ops.combine(rows, inverse, indices, weights, given)
         found = ops.sparse_glu(X, indices, weights, gate, up, down, given, "silu")
         # Sums of 24 products of size up to ~100 in two orders: 24 * 100 * 2^-24 = 1.4e-4.
         torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-5)

@@ -9,7 +9,7 @@ import torch
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
-from moedge.export import attention, ops  # noqa: F401 - registers the torch operators
+from moedge.export import ops
 from moedge.export.functions import DOMAIN, OPSET, bodies
 
 # fp32 sums of up to ~100 terms of order 1, in another order: 100 * 2^-24 = 6e-6 of the largest value.
@@ -114,14 +114,17 @@ def test_sparse_glu(form, activation, compensated):
 
 
 @pytest.mark.parametrize("compensated", [False, True])
-def test_sparse_glu_matches_the_definition_in_float64(compensated):
-    x, indices, weights, gate, up, down, compensation = problem(tokens=13, experts=6, top_k=2)
+@pytest.mark.parametrize("tokens", [13, 40], ids=["grouped", "all at once"])
+def test_sparse_glu_matches_the_definition_in_float64(compensated, tokens):
+    x, indices, weights, gate, up, down, compensation = problem(tokens=tokens, experts=6, top_k=2)
+    assert ops._all_at_once(x, gate, 2) == (tokens == 40)
+    assert not ops._all_at_once(x.half(), gate, 2)
     extra = compensation if compensated else None
     got = torch.ops.moedge.sparse_glu(x, indices, weights, gate, up, down, extra, "silu")
     x, gate, up, down = (t.double() for t in (x, gate, up, down))
     hidden = torch.nn.functional.silu(torch.einsum("th,eih->tei", x, gate)) * torch.einsum("th,eih->tei", x, up)
     each = torch.einsum("tei,ehi->teh", hidden, down)
-    mix = torch.zeros(13, 6, dtype=torch.double).scatter(1, indices.long(), weights.double())
+    mix = torch.zeros(tokens, 6, dtype=torch.double).scatter(1, indices.long(), weights.double())
     want = torch.einsum("te,teh->th", mix, each)
     if compensated:
         want += (mix == 0).double() @ compensation.double()
