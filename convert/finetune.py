@@ -21,6 +21,7 @@ from moedge._files import write_json
 from moedge.convert import balance, modeling, sources, trainable, training
 from moedge.convert.modeling import SparseFFN
 from moedge.convert.plan import LayerPlan, MoEPlan, RouterPlan
+from moedge.convert.train_settings import TrainSettings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -38,7 +39,7 @@ def finetune(
     checkpoint: Path,
     out: Path,
     token_windows: np.ndarray,
-    settings: training.TrainSettings,
+    settings: TrainSettings,
     *,
     held_out: Mapping[str, np.ndarray] | None = None,
     parent: Path | None = None,
@@ -120,9 +121,7 @@ def recommended(plan: MoEPlan) -> dict[str, Any]:
     return dict(found)
 
 
-def write_back(
-    model: PreTrainedModel, plan: MoEPlan, settings: training.TrainSettings, about: Mapping[str, Any]
-) -> MoEPlan:
+def write_back(model: PreTrainedModel, plan: MoEPlan, settings: TrainSettings, about: Mapping[str, Any]) -> MoEPlan:
     """Return the plan with what training changed in it; the model's config follows.
 
     When weights outside the plan were trained, the provenance holds their hash, a refitted ``down`` is dropped (the
@@ -199,7 +198,7 @@ def _layer(layer: LayerPlan, ffn: SparseFFN, weights: bool) -> LayerPlan:
     return replace(layer, combine=ffn.combine, **changed)  # type: ignore[arg-type]
 
 
-def _rebuild(checkpoint: Path, settings: training.TrainSettings, tensors: dict[str, torch.Tensor]) -> PreTrainedModel:
+def _rebuild(checkpoint: Path, settings: TrainSettings, tensors: dict[str, torch.Tensor]) -> PreTrainedModel:
     """Load the checkpoint again and put trained tensors, gathered from a sharded model, into it."""
     model, _, _ = modeling.load(checkpoint)
     start_scale(model, settings.groups)

@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from moedge import MoEdgeError
 from moedge.convert import evaluate, modeling, routers, training
+from moedge.convert.train_settings import TrainSettings
 from moedge.convert.trainable import LoRASettings
 
 if TYPE_CHECKING:
@@ -60,14 +61,14 @@ class RetrainSettings(BaseModel):
     gradient_checkpointing: bool = False
     seed: int = Field(default=0, ge=0)
 
-    def stages(self, top_k: int) -> dict[str, training.TrainSettings]:
+    def stages(self, top_k: int) -> dict[str, TrainSettings]:
         """Return the settings of each stage for a model with ``top_k`` active experts."""
         names = ("length", "batch", "accumulate", "router_lr", "lr", "eval_every", "gradient_checkpointing", "seed")
         common: dict[str, Any] = {name: getattr(self, name) for name in names}
         first = round(self.tokens * self.router_share)
         found = {}
         if first:
-            found["router"] = training.TrainSettings(
+            found["router"] = TrainSettings(
                 **common,
                 trainable="router",
                 tokens=first,
@@ -78,7 +79,7 @@ class RetrainSettings(BaseModel):
             )
         if self.tokens > first:
             groups: dict[str, Any] = {"trainable": "router+norms+lora", "lora": self.lora}
-            found["experts"] = training.TrainSettings(**common, **groups, tokens=self.tokens - first)
+            found["experts"] = TrainSettings(**common, **groups, tokens=self.tokens - first)
         return found
 
 
@@ -166,7 +167,7 @@ def retrain(
 def _train(
     model: PreTrainedModel,
     token_windows: np.ndarray,
-    stage: training.TrainSettings,
+    stage: TrainSettings,
     result: RetrainResult,
     settings: RetrainSettings,
     state: Path | None,

@@ -89,7 +89,7 @@ def settings_from(options: dict[str, Any]) -> Any:
     Raises:
         MoEdgeError: an unknown one, or a value that is not possible.
     """
-    from moedge.convert.training import TrainSettings
+    from moedge.convert.train_settings import TrainSettings
 
     given = dict(options)
     lora = {key.removeprefix("lora_"): given.pop(key) for key in list(given) if key.startswith("lora_")}

@@ -16,6 +16,7 @@ from moedge.convert.calibration import GateSampling, LayerStatistics
 from moedge.convert.methods import METHODS, expertweaver
 from moedge.convert.methods.expertweaver import ExpertWeaverParams
 from moedge.convert.plan import MoEPlan
+from moedge.convert.train_settings import TrainSettings
 
 IDS = torch.arange(2, 34).reshape(2, 16)
 # 16 experts of 4 neurons; the median CV tells the layers apart on any model.
@@ -351,7 +352,7 @@ def test_a_downcycled_model_learns_and_its_load_evens_out(
     model = tiny_llama(layers=3)
     modeling.apply(expertweaver.plan(statistics, model, experts=16, k=4, downcycle=True), model)
     groups = "router+experts+shared+norms"
-    chosen = training.TrainSettings(
+    chosen = TrainSettings(
         trainable=groups, tokens=30 * 96, length=48, batch=2, lr=3e-3, router_lr=3e-3, eval_every=10, balance="loss",
         balance_weight=0.3,
     )  # fmt: skip

@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 
 from moedge import MoEdgeError
 from moedge._files import hash_tree
-from moedge.convert import calibration, finetune, modeling, training
+from moedge.convert import calibration, finetune, modeling
 from moedge.convert.plan import MoEPlan
+from moedge.convert.train_settings import TrainSettings
 from moedge.runtime.cli import app
 
 LENGTH = 16
@@ -53,7 +54,7 @@ def tune(checkpoint: Path, out: Path, text: Path, **more: Any) -> dict[str, Any]
     from transformers import AutoTokenizer
 
     options = {"tokens": 4 * 4 * LENGTH, "length": LENGTH, "batch": 4, "lr": 1e-2, "router_lr": 1e-2, "eval_every": 2}
-    settings = training.TrainSettings(**{**options, **more})
+    settings = TrainSettings(**{**options, **more})
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     windows = finetune.all_windows(tokenizer, calibration.read_text(str(text)), LENGTH)
     out.mkdir()

@@ -15,6 +15,7 @@ from torch import nn
 
 from moedge import MoEdgeError
 from moedge.convert import balance, modeling, trainable, training
+from moedge.convert.train_settings import TrainSettings
 from moedge.convert.trainable import GROUPS, LoRASettings
 
 IDS = torch.arange(2, 34).reshape(2, 16)
@@ -43,9 +44,9 @@ def windows() -> np.ndarray:
     return np.where(noise, generator.integers(0, 256, ids.size), ids).reshape(24, LENGTH)
 
 
-def settings(steps: int = 4, **more: Any) -> training.TrainSettings:
+def settings(steps: int = 4, **more: Any) -> TrainSettings:
     base = {"tokens": steps * 2 * LENGTH, "length": LENGTH, "batch": 2, "lr": 1e-2, "router_lr": 1e-2, "eval_every": 2}
-    return training.TrainSettings(**{**base, **more})
+    return TrainSettings(**{**base, **more})
 
 
 def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
@@ -327,10 +328,10 @@ def test_every_pass_over_the_text_is_a_permutation() -> None:
 
 
 def test_schedule_rises_peaks_and_ends() -> None:
-    chosen = training.TrainSettings(tokens=100, warmup=0.1, final_lr=0.2)
-    rates = [training.learning_rate(chosen, done) for done in (0.0, 0.05, 0.1, 0.55, 1.0)]
+    chosen = TrainSettings(tokens=100, warmup=0.1, final_lr=0.2)
+    rates = [chosen.rate_factor(done) for done in (0.0, 0.05, 0.1, 0.55, 1.0)]
     np.testing.assert_allclose(rates, [0.01, 0.5, 1.0, 0.6, 0.2], atol=1e-12)
-    assert training.learning_rate(training.TrainSettings(minutes=1, schedule="constant"), 0.9) == 1.0
+    assert TrainSettings(minutes=1, schedule="constant").rate_factor(0.9) == 1.0
 
 
 def test_a_budget_of_minutes_ends_in_time(converted: Any, windows: np.ndarray) -> None:
@@ -351,4 +352,4 @@ def test_a_budget_of_minutes_ends_in_time(converted: Any, windows: np.ndarray) -
 )
 def test_impossible_settings_are_refused(given: dict[str, Any], says: str) -> None:
     with pytest.raises(ValidationError, match=says):
-        training.TrainSettings(**given)
+        TrainSettings(**given)
