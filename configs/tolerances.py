@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from moedge import MoEdgeError
 
@@ -29,13 +29,24 @@ class Profile(BaseModel):
     mean_rel_error: Positive
     mean_kl: Positive
     max_kl: Positive
-    min_cosine: Share
+    min_cosine: Share | None
+    """None where the cosine is reported and not judged."""
     top1_agreement: Share
     top5_agreement: Share
     perplexity_drift: Positive
-    expert_set_agreement: Share
+    expert_set_agreement: Share | None = None
+    """Limit for the free-running comparison. None where ``router_set_agreement`` takes its place."""
+    router_set_agreement: Share | None = None
+    """Set for quantised targets: a routed model is judged by route replay, see :mod:`moedge.runtime.replay`. The engine
+    must select what the reference's router selects for the engine's own input to it."""
     kl_ratio_to_dense: Positive | None = None
     """Quantised targets: mean KL of the MoE's bundle over that of its dense parent's bundle of the same target."""
+
+    @model_validator(mode="after")
+    def _routing_is_judged_once(self) -> Profile:
+        if (self.expert_set_agreement is None) == (self.router_set_agreement is None):
+            raise ValueError("give one of expert_set_agreement and router_set_agreement")
+        return self
 
     @classmethod
     def of(cls, limits: Profile | Mapping[str, Any]) -> Profile:

@@ -18,8 +18,9 @@ import numpy as np
 
 from moedge import MoEdgeError
 from moedge.configs.tolerances import Profile
-from moedge.runtime.engines import Engine, Step
+from moedge.runtime.engines import Engine, ReplayEngine, Step
 from moedge.runtime.reduction import RouteAgreement, TokenErrors
+from moedge.runtime.replay import Replay
 
 SCHEMA = "moedge.parity/1"
 Progress = Callable[[int, int], None]
@@ -45,13 +46,16 @@ def compare(
         tolerances: limits, a :class:`moedge.configs.tolerances.Profile` or its fields.
         routing: judge expert sets. When both models route tokens and one engine has no taps, the verdict is then
             "failed": what was not looked at is not passed. Pass False only where a target cannot be tapped.
+            Limits with ``router_set_agreement`` judge a routed model by route replay (:mod:`moedge.runtime.replay`):
+            open the reference with ``replay=True`` and the test with ``router_inputs=True`` too.
         progress: called with (tokens done, tokens in all).
 
     Returns:
         JSON-ready dict of schema ``moedge.parity/1``. Per phase (``prefill``, ``decode``) and ``overall``: tokens;
         absolute error; relative error max|a-b| / max|a| per token; cosine; KL in nats both ways; top-1 and top-5
         agreement outside near-ties of the reference; perplexity of both on the tokens that follow. A value that does
-        not exist (no finite token, nothing compared) is None, and its check fails.
+        not exist (no finite token, nothing compared) is None, and its check fails. ``replay`` is the same for the
+        reference under the test's own choice of experts, or None; ``verdict.parts`` says which part of it passed.
 
     Raises:
         MoEdgeError: windows of a wrong shape, engines of different vocabularies or routing, or a bad tolerance.
@@ -82,14 +86,36 @@ def compare_all(
     }
     routes = {label: RouteAgreement() for label in tests}
     engines = [test for test, _ in tests.values()]
-    for phase, one, others, targets in _steps(reference, engines, windows, prefill, progress):
+    replays = {
+        label: Replay(_replaying(reference, test), limits[label])
+        for label, (test, _) in tests.items()
+        if routing and limits[label].router_set_agreement is not None and _both_routed(reference, test)
+    }
+    for phase, ids, one, others, targets in _steps(reference, engines, windows, prefill, progress):
         for label, two in zip(tests, others, strict=True):
             phases[label][phase].add(one.logits[0], two.logits[0], targets)
             routes[label].add(one.routes, two.routes)
+            if label in replays:
+                replays[label].add(phase, ids, two, targets)
     return {
-        label: _judged(reference, test, windows, prefill, phases[label], routes[label], limits[label], routing)
+        label: _judged(
+            reference, test, windows, prefill, phases[label], routes[label], limits[label], routing, replays.get(label)
+        )
         for label, (test, _) in tests.items()
     }
+
+
+def _both_routed(reference: Engine, test: Engine) -> bool:
+    return bool(reference.info.model.get("routed") and test.info.model.get("routed"))
+
+
+def _replaying(reference: Engine, test: Engine) -> ReplayEngine:
+    if not isinstance(reference, ReplayEngine):
+        raise MoEdgeError(
+            f"{test.info.name} is judged under its own choice of experts, which {reference.info.name} cannot replay; "
+            "compare it with the portable bundle or the checkpoint."
+        )
+    return reference
 
 
 def _judged(
@@ -101,6 +127,7 @@ def _judged(
     routes: RouteAgreement,
     limits: Profile,
     routing: bool,
+    replay: Replay | None,
 ) -> dict[str, Any]:
     summaries = {name: tokens.summary() for name, tokens in phases.items()}
     result: dict[str, Any] = {
@@ -116,15 +143,53 @@ def _judged(
         "phases": summaries,
         "overall": TokenErrors.merged(list(phases.values())).summary(),
         "routing": routes.summary(),
+        "replay": replay.summary() if replay else None,
         "tolerances": limits.model_dump(),
     }
-    checks = [check for name, summary in summaries.items() for check in _checks(name, summary, limits)]
-    both_routed = bool(reference.info.model.get("routed") and test.info.model.get("routed"))
-    if routing and (both_routed or result["routing"]["compared"]):
-        agreement = result["routing"].get("agreement")
-        checks.append(_check_entry("routing.expert_set_agreement", agreement, ">=", limits.expert_set_agreement))
-    result["verdict"] = {"passed": all(check["passed"] for check in checks), "checks": checks}
+    if replay:
+        parts = _replay_checks(result, limits)
+    else:
+        whole = [check for name, summary in summaries.items() for check in _checks(name, summary, limits)]
+        if (
+            routing
+            and limits.expert_set_agreement is not None
+            and (_both_routed(reference, test) or result["routing"]["compared"])
+        ):
+            agreement = result["routing"].get("agreement")
+            whole.append(_check_entry("routing.expert_set_agreement", agreement, ">=", limits.expert_set_agreement))
+        parts = {"whole": whole}
+    checks = [check for part in parts.values() for check in part]
+    result["verdict"] = {
+        "passed": all(check["passed"] for check in checks),
+        "parts": {name: all(check["passed"] for check in part) for name, part in parts.items()},
+        "checks": checks,
+    }
     return _json_ready(result)
+
+
+def _replay_checks(result: dict[str, Any], limits: Profile) -> dict[str, list[dict[str, Any]]]:
+    """Checks of a comparison with route replay by the part of the engine that they judge."""
+    replayed, router = result["replay"]["phases"], result["replay"]["router"]
+    arithmetic = [
+        check for name, summary in replayed.items() for check in _checks(f"arithmetic.{name}", summary, limits)
+    ]
+    agreement = limits.router_set_agreement
+    assert agreement is not None
+    selection = [_check_entry("router.expert_set_agreement", router.get("agreement"), ">=", agreement)]
+    # Free-running, the engine and the reference may run different experts, and every later layer and token sees that.
+    # Only what no choice of experts explains is judged: broken rows, and a loss of quality beyond chance.
+    free = [
+        _check_entry(f"free.{name}.{kind}_tokens", summary[kind], "<=", 0)
+        for name, summary in result["phases"].items()
+        for kind in ("non_finite", "constant")
+    ]
+    perplexity = result["overall"]["perplexity"]
+    ratio, error = perplexity["ratio"], perplexity["standard_error"]
+    drift = float("nan")
+    if math.isfinite(ratio) and ratio > 0 and math.isfinite(error):
+        drift = math.expm1(max(0.0, abs(math.log(ratio)) - 3 * error))
+    free.append(_check_entry("free.perplexity.drift_beyond_3_errors", drift, "<=", limits.perplexity_drift))
+    return {"arithmetic": arithmetic, "router": selection, "free": free}
 
 
 def identity(
@@ -173,7 +238,7 @@ def identity_all(
     engines = [test for test, _ in tests.values()]
     windows = _check(reference, engines, token_windows, prefill)
     tokens = {label: TokenErrors(0.0) for label in tests}
-    for _, one, others, targets in _steps(reference, engines, windows, prefill, progress):
+    for _, _, one, others, targets in _steps(reference, engines, windows, prefill, progress):
         for label, two in zip(tests, others, strict=True):
             tokens[label].add(one.logits[0], two.logits[0], targets)
     return {
@@ -212,14 +277,14 @@ def _check(reference: Engine, tests: list[Engine], token_windows: np.ndarray, pr
 
 def _steps(
     reference: Engine, tests: list[Engine], windows: np.ndarray, prefill: int, progress: Progress | None
-) -> Iterator[tuple[str, Step, list[Step], np.ndarray]]:
-    """Yield (phase, reference step, test steps, targets): ``targets`` are the tokens that follow, -1 after the last."""
+) -> Iterator[tuple[str, np.ndarray, Step, list[Step], np.ndarray]]:
+    """Yield (phase, fed ids, reference step, test steps, the tokens that follow: -1 after the last)."""
     length = windows.shape[1]
     done, total = 0, len(windows) * length
     for window in windows:
         ids, targets = window[None], np.append(window[1:], -1)
         one, others = reference.prefill(ids[:, :prefill]), [test.prefill(ids[:, :prefill]) for test in tests]
-        yield "prefill", one, others, targets[:prefill]
+        yield "prefill", ids[:, :prefill], one, others, targets[:prefill]
         done += prefill
         if progress:
             progress(done, total)
@@ -227,7 +292,7 @@ def _steps(
             token = ids[:, position : position + 1]
             one = reference.decode(token, one.cache)
             others = [test.decode(token, other.cache) for test, other in zip(tests, others, strict=True)]
-            yield "decode", one, others, targets[position : position + 1]
+            yield "decode", token, one, others, targets[position : position + 1]
             done += 1
             if progress:
                 progress(done, total)
@@ -243,12 +308,13 @@ def _checks(phase: str, summary: dict[str, Any], limits: Profile) -> list[dict[s
         ("kl_ref_test.mean", summary["kl_ref_test"]["mean"], "<=", limits.mean_kl),
         ("kl_ref_test.max", summary["kl_ref_test"]["max"], "<=", limits.max_kl),
         ("kl_test_ref.mean", summary["kl_test_ref"]["mean"], "<=", limits.mean_kl),
-        ("cosine.min", summary["cosine"]["min"], ">=", limits.min_cosine),
         ("top1.agreement", top1["agreement"], ">=", limits.top1_agreement),
         ("top5.agreement", top5["agreement"], ">=", limits.top5_agreement),
         ("top1.near_tie_share", top1["near_tie_share"], "<=", limits.max_near_tie_share),
         ("perplexity.drift", abs(ratio - 1), "<=", limits.perplexity_drift),
     ]
+    if limits.min_cosine is not None:
+        rows.insert(6, ("cosine.min", summary["cosine"]["min"], ">=", limits.min_cosine))
     return [_check_entry(f"{phase}.{name}", value, relation, limit) for name, value, relation, limit in rows]
 
 
@@ -261,13 +327,15 @@ def judge_ratio(entry: dict[str, Any], baseline: dict[str, Any], limit: float) -
     """Add to ``entry`` the check that its mean KL is at most ``limit`` times that of ``baseline``, in place.
 
     Both are results of :func:`compare`, each against the float32 model that it was made from: quantising a converted
-    model may cost little more than quantising its dense parent.
+    model may cost little more than quantising its dense parent. The converted model is taken under route replay: what
+    other experts cost is not the weights' error.
     """
-    values = [result["overall"]["kl_ref_test"]["mean"] for result in (entry, baseline)]
+    values = [(result.get("replay") or result)["overall"]["kl_ref_test"]["mean"] for result in (entry, baseline)]
     ratio = values[0] / values[1] if values[0] is not None and values[1] else None
     verdict = entry["verdict"]
     verdict["checks"].append(_check_entry("kl_ratio_to_dense", ratio, "<=", limit))
-    verdict["passed"] = all(check["passed"] for check in verdict["checks"])
+    verdict["parts"]["ratio"] = verdict["checks"][-1]["passed"]
+    verdict["passed"] = all(verdict["parts"].values())
 
 
 def _json_ready(value: Any) -> Any:

@@ -95,6 +95,7 @@ class TokenErrors:
         v = {name: np.concatenate(parts) if parts else np.zeros(0) for name, parts in self.columns.items()}
         known = ~np.isnan(v["nll"])
         nll = [_mean(v[name][known]) for name in ("nll", "nll_test")]
+        moved = _distribution(v["nll_test"][known] - v["nll"][known])
         return {
             "tokens": self.tokens,
             "non_finite": self.non_finite,
@@ -111,6 +112,7 @@ class TokenErrors:
                 "reference": math.exp(nll[0]) if nll[0] < 700 else float("inf"),
                 "test": math.exp(nll[1]) if nll[1] < 700 else float("inf"),
                 "ratio": math.exp(nll[1] - nll[0]) if abs(nll[1] - nll[0]) < 700 else float("inf"),
+                "standard_error": moved["standard_error"],  # of log(ratio), tokens taken as independent
             },
         }
 

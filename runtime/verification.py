@@ -4,7 +4,8 @@
   prunes or refits is not; its exports are then compared, every expert selected, with the same MoE in PyTorch;
 * parity: an exported bundle computes what PyTorch computes (:func:`moedge.runtime.parity.compare`), the MoE bundles
   with their routing, the dense bundles without. A quantised bundle is another model than its checkpoint; against
-  PyTorch it is held to the looser limits of what quantisation costs, and
+  PyTorch it is held to the looser limits of what quantisation costs, if it is routed under its own choice of experts
+  (:mod:`moedge.runtime.replay`), and
 * kernels: against the portable graph that runs on the bundle's own de-quantised weights in float32 it is held to what
   its kernels may do (profiles ``dequantized/...``). Nothing is identical to the dense parent after quantisation.
 """
@@ -176,8 +177,13 @@ def _compare(
             one = opened(reference, taps=moe, **(every if moe else {}))
             checked = {test: (opened(test, **every), profiles[test].identity_rel_error) for test in tests}
             return parity.identity_all(one, checked, windows, prefill=prefill, progress=progress)
-        one = opened(reference, taps=moe, **({"weights_of": engines[rounded]} if rounded else {}))
-        compared = {test: (opened(test, taps=moe), profiles[test]) for test in tests}
+        replay = moe and any(is_quantised(test.split()[0]) for test in tests)
+        options = {"weights_of": engines[rounded]} if rounded else {}
+        one = opened(reference, taps=moe, **({"replay": True} if replay else {}), **options)
+        compared = {}
+        for test in tests:
+            seen = {"router_inputs": True} if moe and is_quantised(test.split()[0]) else {}
+            compared[test] = (opened(test, taps=moe, **seen), profiles[test])
         return parity.compare_all(one, compared, windows, prefill=prefill, progress=progress)
 
 
@@ -185,7 +191,12 @@ def _said(entry: dict[str, Any]) -> str:
     if "verdict" not in entry:
         return f"{'PASS' if entry['passed'] else 'FAIL'}, max relative logit error {entry['max_rel_error']:.2g}"
     failed = [check["name"] for check in entry["verdict"]["checks"] if not check["passed"]]
-    return f"FAIL, failed: {', '.join(failed)}" if failed else "PASS, every check passed"
+    said = f"FAIL, failed: {', '.join(failed)}" if failed else "PASS, every check passed"
+    if replay := entry["replay"]:
+        values = [found["overall"]["kl_ref_test"]["mean"] for found in (replay, entry)]
+        if None not in values:
+            said += f"; KL {values[0]:.2g} under the engine's own choice of experts, {values[1]:.2g} free-running"
+    return said
 
 
 def _count(kind: str, test: str, windows: int) -> int:

@@ -85,8 +85,8 @@ def _pair(
             jobs.append((found[0], f"{test} vs its de-quantised weights", DEQUANTIZED, {"weights_of": test}))
     entries = []
     for number, (folder, name, dtype, options) in enumerate(jobs):
-        one = open_engine(folder, threads=threads, taps=_is_moe(folder), **options)
-        two = open_engine(test, threads=threads, taps=_is_moe(test))
+        one = open_engine(folder, threads=threads, **_seen(folder, reference_of=target), **options)
+        two = open_engine(test, threads=threads, **_seen(test))
 
         def step(done: int, total: int, number: int = number) -> None:
             progress(done + number * total, total * len(jobs))
@@ -111,6 +111,19 @@ def _target(folder: Path) -> str:
     """Target of a bundle, or an empty string for anything else."""
     manifest = folder / "manifest.json"
     return str(run_folder.read_json(manifest).get("target", "")) if manifest.is_file() else ""
+
+
+def _seen(folder: Path, reference_of: str | None = None) -> dict[str, bool]:
+    """What an engine must show of its routing; a quantised one is replayed by its reference."""
+    moe = _is_moe(folder)
+    if reference_of is None:
+        return {"taps": moe, **({"router_inputs": True} if moe and is_quantised(_target(folder)) else {})}
+    if moe and is_quantised(reference_of) and _target(folder) not in ("portable", ""):
+        raise MoEdgeError(
+            f"{reference_of} is judged under its own choice of experts, which {folder} cannot replay; compare it with "
+            "the portable bundle or the checkpoint."
+        )
+    return {"taps": moe, **({"replay": True} if moe and is_quantised(reference_of) else {})}
 
 
 def _is_moe(folder: Path) -> bool:
@@ -147,6 +160,27 @@ def junit_xml(result: dict[str, Any]) -> str:
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"
 
 
+def explained(entry: dict[str, Any], replay: dict[str, Any]) -> str:
+    """One sentence: the error of the arithmetic, the router, and what changed choices cost."""
+
+    def shown(value: float | None, form: str) -> str:
+        return "none" if value is None else format(value, form)
+
+    free, forced = entry["overall"], replay["overall"]
+    return (
+        f"{entry['name']}: KL {shown(forced['kl_ref_test']['mean'], '.3g')} under the engine's own choice of experts "
+        f"(the arithmetic), router right in {shown(replay['router'].get('agreement'), '.4%')} of its decisions; "
+        f"free-running KL {shown(free['kl_ref_test']['mean'], '.3g')}, the same set in "
+        f"{shown(entry['routing'].get('agreement'), '.1%')}, perplexity x{shown(free['perplexity']['ratio'], '.3f')} "
+        "(the cost of changed choices, a property of the model)"
+    )
+
+
+def _parts(entry: dict[str, Any]) -> str:
+    said = [f"{name} {'passed' if ok else 'FAILED'}" for name, ok in entry["verdict"]["parts"].items()]
+    return f"{entry['name']}: {', '.join(said)}"
+
+
 def _print(result: dict[str, Any]) -> None:
     table = Table(title=f"verify on {escape(result['text'])}")
     for column in ("comparison", "check", "value", "limit", ""):
@@ -157,4 +191,8 @@ def _print(result: dict[str, Any]) -> None:
         table.add_row(escape(comparison), name, shown, f"{relation} {limit:g}", mark)
     console = Console()
     console.print(table)
+    for entry in result["parity"]:
+        if replay := entry["replay"]:
+            for line in (explained(entry, replay), _parts(entry)):
+                console.print(escape(line), highlight=False, soft_wrap=True)
     console.print("[green]verdict: passed[/green]" if result["passed"] else "[red]verdict: FAILED[/red]")

@@ -10,7 +10,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -40,12 +40,14 @@ class Step:
     """Result of one forward call.
 
     ``logits`` float32 [B, S, V] for the S positions that were fed; ``cache`` to pass on; ``routes`` per layer the
-    selected experts, int32 [B*S, k] sorted by decreasing score, when the engine was opened with ``taps=True``.
+    selected experts, int32 [B*S, k] sorted by decreasing score, when the engine was opened with ``taps=True``;
+    ``router_inputs`` per layer what its router read, float32 [B*S, H], when opened with ``router_inputs=True``.
     """
 
     logits: np.ndarray
     cache: Any
     routes: dict[int, np.ndarray] | None = None
+    router_inputs: dict[int, np.ndarray] | None = None
 
 
 class Engine(Protocol):
@@ -59,6 +61,38 @@ class Engine(Protocol):
 
     def decode(self, ids: np.ndarray, cache: Any) -> Step:
         """Run ``ids`` int64 [B, S] (S is 1 when generating) after what ``cache`` holds."""
+        ...
+
+    def close(self) -> None:
+        """Free the runtime's memory."""
+        ...
+
+
+@runtime_checkable
+class ReplayEngine(Protocol):
+    """An engine, opened with ``replay=True``, that can be told which experts to run: the reference of route replay.
+
+    The weight of a forced expert follows the layer's rule from the engine's own scores.
+    """
+
+    info: EngineInfo
+
+    def prefill(
+        self,
+        ids: np.ndarray,
+        attention_mask: np.ndarray | None = None,
+        *,
+        experts: dict[int, np.ndarray] | None = None,
+    ) -> Step:
+        """As :meth:`Engine.prefill` with ``experts`` int [B*S, k] per layer instead of the router's choice."""
+        ...
+
+    def decode(self, ids: np.ndarray, cache: Any, *, experts: dict[int, np.ndarray] | None = None) -> Step:
+        """As :meth:`Engine.decode`, with ``experts`` as in :meth:`prefill`."""
+        ...
+
+    def choose(self, router_inputs: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
+        """Which experts int32 [T, k] each layer's router selects when it reads float32 [T, H]."""
         ...
 
     def close(self) -> None:
@@ -134,6 +168,27 @@ def check_batch(ids: np.ndarray, attention_mask: np.ndarray | None, vocab_size: 
     if mask.shape != ids.shape or (np.diff(mask, axis=1) < 0).any() or not (mask[:, -1] == 1).all():
         raise MoEdgeError(f"The attention mask must have shape {ids.shape} and hold zeros on the left only.")
     return mask
+
+
+FORCED = np.float32(2.0**100)
+"""Added to the selection score of a forced expert: far above any score, far below the largest float32."""
+
+
+def forcing(experts: np.ndarray | None, tokens: int, num_experts: int, top_k: int) -> np.ndarray:
+    """Return float32 [T, E] to add to selection scores so that exactly ``experts`` [T, k] are selected; zeros for None.
+
+    Raises:
+        MoEdgeError: the choice is for another number of tokens or experts.
+    """
+    bias = np.zeros((tokens, num_experts), dtype=np.float32)
+    if experts is not None:
+        if experts.shape != (tokens, top_k) or experts.min() < 0 or experts.max() >= num_experts:
+            raise MoEdgeError(
+                f"A choice of shape {experts.shape} cannot be replayed for {tokens} tokens and {top_k} of {num_experts}"
+                " experts: these are not the same model."
+            )
+        np.put_along_axis(bias, experts.astype(np.int64), FORCED, axis=1)
+    return bias
 
 
 def check_length(total: int, max_length: int) -> None:

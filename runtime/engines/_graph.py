@@ -17,10 +17,14 @@ def edited(
     taps: dict[int, dict[str, Any]],
     top_k: int | None,
     float32_activations: bool = False,
+    router_inputs: dict[int, str] | None = None,
+    replay: bool = False,
 ) -> bytes:
     """Return the model at ``path`` as bytes, with ``taps`` as outputs and every layer run with ``top_k`` experts.
 
     ``float32_activations`` sets ``accuracy_level`` of quantised products to 0: no rounding of activations to int8.
+    ``router_inputs`` (see :func:`expert_inputs`) become outputs too. With ``replay`` each routed layer gets an input
+    ``layers.N.forced`` float32 [T, E] that is added to the scores it selects by, and to no weight.
 
     Raises:
         MoEdgeError: ``onnx`` is missing, a tap is not in the graph, or there is no routing whose k could be changed.
@@ -39,6 +43,9 @@ def edited(
         if name not in outputs:
             # Without a type: the runtime infers it.
             model.graph.output.append(onnx.ValueInfoProto(name=name))
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in (router_inputs or {}).values())
+    if replay:
+        _add_forced(model, path, manifest)
     if top_k is not None:
         _set_top_k(model, path, manifest, top_k)
     if float32_activations:
@@ -47,6 +54,78 @@ def edited(
                 if attribute.name == "accuracy_level":
                     attribute.i = 0
     return bytes(model.SerializeToString())
+
+
+def routed_layers(manifest: dict[str, Any]) -> list[int]:
+    """Layers with experts, in order."""
+    facts = (manifest.get("moe") or {}).get("layers", {})
+    return sorted(int(layer) for layer in facts if facts[layer]["num_experts"])
+
+
+def forced_input(layer: int) -> str:
+    """Name of the graph input that forces the experts of a layer."""
+    return f"layers.{layer}.forced"
+
+
+def _add_forced(model: Any, path: Path, manifest: dict[str, Any]) -> None:
+    from onnx import TensorProto, helper
+
+    layers = routed_layers(manifest)
+    # Layers follow each other in the graph, so the n-th node is the n-th routed layer.
+    nodes = [node for node in model.graph.node if (node.domain, node.op_type) == ("moedge", "Route")]
+    if len(nodes) != len(layers) or any("parents" in entry for entry in manifest["moe"]["layers"].values()):
+        raise MoEdgeError(
+            f"{path}: experts can be forced in a portable bundle whose layers each choose once; this is none."
+        )
+    for layer, node in zip(layers, nodes, strict=True):
+        name = forced_input(layer)
+        model.graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, None]))
+        # The selection bias is in no weight (export/functions.py), so this changes the choice and nothing else.
+        added = helper.make_node("Add", [node.input[1], name], [f"{name}.bias"])
+        model.graph.node.insert(list(model.graph.node).index(node), added)
+        node.input[1] = f"{name}.bias"
+
+
+def expert_inputs(path: Path, manifest: dict[str, Any]) -> dict[int, str]:
+    """Return by layer the value that its quantised experts and its router read.
+
+    Raises:
+        MoEdgeError: ``onnx`` is missing, or the layers' experts are not one ``QMoE`` node each.
+    """
+    import onnx
+
+    layers = routed_layers(manifest)
+    graph = onnx.load(path, load_external_data=False).graph
+    names = [node.input[0] for node in graph.node if (node.domain, node.op_type) == ("com.microsoft", "QMoE")]
+    if len(names) != len(layers):
+        raise MoEdgeError(f"{path}: {len(names)} QMoE nodes for {len(layers)} routed layers; export it again.")
+    return dict(zip(layers, names, strict=True))
+
+
+def routers(path: Path, taps: dict[int, dict[str, Any]]) -> tuple[bytes, dict[int, str], list[str]]:
+    """Cut the routers out of a portable graph.
+
+    Returns:
+        A model from what each layer's router reads to the experts it selects, the input's name by layer, and the
+        outputs' names in the order of ``taps``.
+
+    Raises:
+        MoEdgeError: a router reads something else than its layer's input.
+    """
+    import onnx_ir as ir
+
+    from moedge.export.lowering.graph import cut, layer_of, values_by_name
+
+    model = ir.load(path)
+    experts = [node for node in model.graph if (node.domain, node.op_type) == ("moedge", "SparseGLU")]
+    inputs = {layer_of(node): str(node.inputs[0].name) for node in experts if node.inputs[0] is not None}
+    stops = set(inputs.values())
+    outputs = [tap["output"] for tap in taps.values()]
+    values = values_by_name(model)
+    part = cut(model, [values[name] for name in outputs], lambda value: value.name in stops)
+    if not inputs.keys() >= taps.keys() or {entry.name for entry in part.graph.input} - stops:
+        raise MoEdgeError(f"{path}: a router reads more than the input of its experts, so it cannot be run alone.")
+    return bytes(part.SerializeToString()), {layer: inputs[layer] for layer in taps}, outputs
 
 
 def _set_top_k(model: Any, path: Path, manifest: dict[str, Any], top_k: int) -> None:
@@ -62,7 +141,7 @@ def _set_top_k(model: Any, path: Path, manifest: dict[str, Any], top_k: int) -> 
     if top_k < 1:
         raise MoEdgeError(f"top_k={top_k} must be at least 1.")
     facts = (manifest.get("moe") or {}).get("layers", {})
-    layers = sorted(int(layer) for layer in facts if facts[layer]["num_experts"])
+    layers = routed_layers(manifest)
     if any("parents" in entry for entry in facts.values()):
         raise MoEdgeError(
             f"{path}: top_k of a hierarchical model is fixed when it is exported; open its checkpoint in PyTorch."

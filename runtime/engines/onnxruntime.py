@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from moedge import MoEdgeError
-from moedge.runtime.engines import EngineInfo, Step, check_batch, check_length, default_threads, position_ids
+from moedge.runtime.engines import EngineInfo, Step, check_batch, check_length, default_threads, forcing, position_ids
 
 
 @dataclass
@@ -41,6 +41,9 @@ class OrtEngine:
             (portable bundles only): the float32 model that the quantised one is a rounding of (needs ``onnx``).
         float32_activations: run a quantised bundle without rounding activations to int8 (needs ``onnx``). Experts of 8
             bits have no such kernel.
+        router_inputs: also return what each layer's router read (quantised bundles; needs ``onnx``).
+        replay: let the caller force the experts (portable bundles; needs ``onnx``), see
+            :class:`moedge.runtime.engines.ReplayEngine`.
 
     Raises:
         MoEdgeError: a damaged bundle, an unusable option, or ``onnxruntime`` / ``onnx`` is not installed.
@@ -56,6 +59,8 @@ class OrtEngine:
         max_length: int | None = None,
         weights_of: str | Path | None = None,
         float32_activations: bool = False,
+        router_inputs: bool = False,
+        replay: bool = False,
     ) -> None:
         from moedge.export.bundle import check_external_data, open_bundle
 
@@ -77,10 +82,27 @@ class OrtEngine:
         self._max_length = min(int(limit) for limit in limits if limit)
         threads = threads or default_threads()
         graph = None
-        if self._taps or top_k is not None or float32_activations:
+        self._router_inputs: dict[int, str] = {}
+        self._forced: dict[int, tuple[int, int]] = {}  # layer -> number of experts, how many of them run
+        self._model_path = bundle.model_path
+        self._routers: Any = None
+        if self._taps or top_k is not None or float32_activations or router_inputs or replay:
             from moedge.runtime.engines import _graph
 
-            graph = _graph.edited(bundle.model_path, manifest, self._taps, top_k, float32_activations)
+            if router_inputs:
+                self._router_inputs = _graph.expert_inputs(bundle.model_path, manifest)
+            if replay:
+                self._forced = {int(n): (entry["num_experts"], entry["top_k"]) for n, entry in layers.items()}
+                self._forced = {n: self._forced[n] for n in _graph.routed_layers(manifest)}
+            graph = _graph.edited(
+                bundle.model_path,
+                manifest,
+                self._taps,
+                top_k,
+                float32_activations,
+                self._router_inputs,
+                replay,
+            )
         # The session reads this memory as long as it lives.
         self._weights = _dequantized(bundle, weights_of) if weights_of is not None else {}
         self._session, version = _open_session(bundle.path, manifest, threads, graph, self._weights)
@@ -113,7 +135,13 @@ class OrtEngine:
             },
         )
 
-    def prefill(self, ids: np.ndarray, attention_mask: np.ndarray | None = None) -> Step:
+    def prefill(
+        self,
+        ids: np.ndarray,
+        attention_mask: np.ndarray | None = None,
+        *,
+        experts: dict[int, np.ndarray] | None = None,
+    ) -> Step:
         """Run ``ids`` int64 [B, S] from an empty cache; see :class:`moedge.runtime.engines.Engine`."""
         mask = check_batch(ids, attention_mask, self._model["vocab_size"])
         length = self._max_length if self._shared else 0
@@ -121,18 +149,35 @@ class OrtEngine:
         # np.zeros maps pages on first touch: a long buffer costs memory only for the tokens that were written.
         empty = [np.zeros(shape, dtype=self._dtype) for _ in self._past]
         cache = _Cache(mask[:, :0], [self._ort_value(array) for array in empty])
-        return self._run(ids, mask, cache)
+        return self._run(ids, mask, cache, experts)
 
-    def decode(self, ids: np.ndarray, cache: Any) -> Step:
+    def decode(self, ids: np.ndarray, cache: Any, *, experts: dict[int, np.ndarray] | None = None) -> Step:
         """Run ``ids`` int64 [B, S] after what ``cache`` holds; the cache is used up."""
         mask = check_batch(ids, None, self._model["vocab_size"])
         if not isinstance(cache, _Cache) or cache.used or len(cache.mask) != len(ids):
             raise MoEdgeError("This cache was used before or belongs to another engine or batch; prefill again.")
-        return self._run(ids, np.concatenate([cache.mask, mask], axis=1), cache)
+        return self._run(ids, np.concatenate([cache.mask, mask], axis=1), cache, experts)
+
+    def choose(self, router_inputs: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
+        """Experts int32 [T, k] that each layer's router selects for float32 [T, H]; needs ``replay`` and ``taps``."""
+        if not self._forced or not self._taps:
+            raise MoEdgeError(f"{self._path} was not opened with replay and taps, so its routers cannot be asked.")
+        if self._routers is None:
+            import onnxruntime
+
+            from moedge.runtime.engines import _graph
+
+            part, names, outputs = _graph.routers(self._model_path, self._taps)
+            session = onnxruntime.InferenceSession(part, _session_options(self.info.threads), _PROVIDERS)
+            self._routers = (session, names, outputs)
+        session, names, outputs = self._routers
+        found = session.run(outputs, {name: router_inputs[layer] for layer, name in names.items()})
+        return {layer: selected(value, tap) for (layer, tap), value in zip(self._taps.items(), found, strict=True)}
 
     def close(self) -> None:
         """Free the session. The engine cannot be used afterwards."""
         self._session = None
+        self._routers = None
         self._weights = {}
 
     @staticmethod
@@ -141,7 +186,7 @@ class OrtEngine:
 
         return onnxruntime.OrtValue.ortvalue_from_numpy(array)
 
-    def _run(self, ids: np.ndarray, mask: np.ndarray, cache: _Cache) -> Step:
+    def _run(self, ids: np.ndarray, mask: np.ndarray, cache: _Cache, experts: dict[int, np.ndarray] | None) -> Step:
         """One session run; ``mask`` int64 [B, P + S] covers the cache and ``ids``."""
         if self._session is None:
             raise MoEdgeError(f"The engine for {self._path} is closed; open it again.")
@@ -151,11 +196,18 @@ class OrtEngine:
         feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids(mask, new)}
         for name, array in feeds.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(array, dtype=np.int64))
+        if experts is not None and not self._forced:
+            raise MoEdgeError(f"{self._path} was not opened with replay, so its experts cannot be forced.")
+        for layer, (count, top_k) in self._forced.items():
+            chosen = None if experts is None else experts[layer]
+            binding.bind_cpu_input(f"layers.{layer}.forced", forcing(chosen, batch * new, count, top_k))
         logits = np.empty((batch, new, self._model["vocab_size"]), dtype=self._dtype)
         # Outputs come back in the order in which they were first bound: logits, taps, cache.
         binding.bind_output("logits", "cpu", 0, self._dtype, logits.shape, logits.ctypes.data)
         for tap in self._taps.values():
             binding.bind_output(tap["output"], "cpu")
+        for name in self._router_inputs.values():
+            binding.bind_output(name, "cpu")
         if not (self._shared and cache.binding):
             for past, present, value in zip(self._past, self._present, cache.values, strict=True):
                 binding.bind_ortvalue_input(past, value)
@@ -168,12 +220,17 @@ class OrtEngine:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime raises one class per status code, without a base class of its own
             raise MoEdgeError(f"ONNX Runtime failed on {self._path}: {str(error).splitlines()[0]}") from error
-        outputs = binding.get_outputs() if self._taps or not self._shared else []
-        values = cache.values if self._shared else outputs[1 + len(self._taps) :]
+        extra = len(self._taps) + len(self._router_inputs)
+        outputs = binding.get_outputs() if extra or not self._shared else []
+        values = cache.values if self._shared else outputs[1 + extra :]
         routes = None
         if self._taps:
             routes = {layer: selected(outputs[1 + i].numpy(), tap) for i, (layer, tap) in enumerate(self._taps.items())}
-        return Step(logits.astype(np.float32, copy=False), _Cache(mask, values, binding), routes)
+        read = None
+        if self._router_inputs:
+            tapped = outputs[1 + len(self._taps) : 1 + extra]
+            read = {n: value.numpy() for n, value in zip(self._router_inputs, tapped, strict=True)}
+        return Step(logits.astype(np.float32, copy=False), _Cache(mask, values, binding), routes, read)
 
 
 def selected(values: np.ndarray, tap: dict[str, Any]) -> np.ndarray:
@@ -198,6 +255,22 @@ def _dequantized(bundle: Any, other: str | Path) -> dict[str, tuple[np.ndarray, 
     return {name: (array, OrtEngine._ort_value(array)) for name, array in dequantized_weights(quantised)}
 
 
+_PROVIDERS = ["CPUExecutionProvider"]
+
+
+def _session_options(threads: int) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors only: warnings about unused initializers are noise to a user
+    # Worker threads stop spinning when a run ends; else an idle engine steals the cores from the next one.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
 def _open_session(
     folder: Path,
     manifest: dict[str, Any],
@@ -209,13 +282,7 @@ def _open_session(
         import onnxruntime
     except ImportError as error:
         raise MoEdgeError("Running a bundle needs ONNX Runtime; install it with: pip install 'moedge[cpu]'") from error
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # errors only: warnings about unused initializers are noise to a user
-    # Worker threads stop spinning when a run ends; else an idle engine steals the cores from the next one.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options = _session_options(threads)
     path = folder / manifest["io"]["model"]
     model: str | bytes = str(path)
     if weights:  # not add_initializer: it leaves some of the file's own values in use (1.31.1, no error)
@@ -224,7 +291,7 @@ def _open_session(
         model = graph
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     try:
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(model, options, _PROVIDERS)
     except Exception as error:
         raise MoEdgeError(f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]}") from error
     return session, onnxruntime.__version__

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from moedge import MoEdgeError
-from moedge.runtime.engines import EngineInfo, Step, check_batch, check_length, default_threads, position_ids
+from moedge.runtime.engines import EngineInfo, Step, check_batch, check_length, default_threads, forcing, position_ids
 
 
 @dataclass
@@ -31,6 +33,7 @@ class TorchEngine:
         taps: also return the experts that each MoE layer selected.
         top_k: run every MoE layer with this many experts, or all of them where a layer has fewer.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
+        replay: let the caller force the experts, see :class:`moedge.runtime.engines.ReplayEngine`.
 
     Raises:
         MoEdgeError: torch or transformers is missing, or the folder cannot be loaded.
@@ -44,6 +47,7 @@ class TorchEngine:
         taps: bool = False,
         top_k: int | None = None,
         dtype: str = "float32",
+        replay: bool = False,
     ) -> None:
         try:
             import torch
@@ -64,6 +68,10 @@ class TorchEngine:
             for module in self._sparse.values():
                 module.top_k = min(top_k, module.num_experts)
         self._taps = taps
+        nested = [module for module in self._sparse.values() if not hasattr(module, "selection_bias")]
+        if replay and nested:
+            raise MoEdgeError(f"{self._path}: experts inside experts cannot be replayed; open it without replay.")
+        self._replay = replay
         for module in self._sparse.values():
             module.record_routes = taps
         config = self._module.config
@@ -93,20 +101,57 @@ class TorchEngine:
             },
         )
 
-    def prefill(self, ids: np.ndarray, attention_mask: np.ndarray | None = None) -> Step:
+    def prefill(
+        self,
+        ids: np.ndarray,
+        attention_mask: np.ndarray | None = None,
+        *,
+        experts: dict[int, np.ndarray] | None = None,
+    ) -> Step:
         """Run ``ids`` int64 [B, S] from an empty cache; see :class:`moedge.runtime.engines.Engine`."""
         from transformers import DynamicCache
 
         mask = check_batch(ids, attention_mask, self._vocab_size)
-        return self._run(ids, mask, DynamicCache())
+        with self._forced(experts, ids.size):
+            return self._run(ids, mask, DynamicCache())
 
-    def decode(self, ids: np.ndarray, cache: Any) -> Step:
+    def decode(self, ids: np.ndarray, cache: Any, *, experts: dict[int, np.ndarray] | None = None) -> Step:
         """Run ``ids`` int64 [B, S] after what ``cache`` holds; the cache is used up."""
         mask = check_batch(ids, None, self._vocab_size)
         if not isinstance(cache, _Cache) or cache.used or len(cache.mask) != len(ids):
             raise MoEdgeError("This cache was used before or belongs to another engine or batch; prefill again.")
         cache.used = True
-        return self._run(ids, np.concatenate([cache.mask, mask], axis=1), cache.past)
+        with self._forced(experts, ids.size):
+            return self._run(ids, np.concatenate([cache.mask, mask], axis=1), cache.past)
+
+    def choose(self, router_inputs: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
+        """Experts int32 [T, k] that each layer's router selects for float32 [T, H]."""
+        torch = self._torch
+        found = {}
+        with torch.inference_mode():
+            for layer, module in sorted(self._sparse.items()):
+                scores = module.router(torch.from_numpy(router_inputs[layer]))
+                rule = (module.selection_bias, module.scale, module.top_k, module.combine)
+                found[layer] = _indices(torch.ops.moedge.route(scores, *rule)[0])
+        return found
+
+    @contextmanager
+    def _forced(self, experts: dict[int, np.ndarray] | None, tokens: int) -> Iterator[None]:
+        """Run with ``experts`` per layer in place of the routers' choice, through the bias that only selects."""
+        if experts is None:
+            yield
+            return
+        if not self._replay:
+            raise MoEdgeError(f"{self._path} was not opened with replay, so its experts cannot be forced.")
+        own = {layer: module.selection_bias for layer, module in self._sparse.items()}
+        try:
+            for layer, module in self._sparse.items():
+                bias = forcing(experts[layer], tokens, module.num_experts, module.top_k)
+                module.selection_bias = self._torch.from_numpy(bias)
+            yield
+        finally:
+            for layer, module in self._sparse.items():
+                module.selection_bias = own[layer]
 
     def close(self) -> None:
         """Free the weights. The engine cannot be used afterwards."""

@@ -75,16 +75,19 @@ def _verification(verification: dict[str, Any]) -> tuple[str, Table]:
             mark(entry["passed"]),
         )
     for entry in verification["parity"]:
-        overall, routing = entry["overall"], entry["routing"]
-        table.add_row(
-            escape(entry["name"]),
-            f"{overall['tokens']:,}",
-            _number(overall["rel_error"]["p50"], "med {:.1e}"),
-            _number(overall["kl_ref_test"]["mean"], "{:.1e}"),
-            _number(overall["top1"]["agreement"], "{:.2%}"),
-            _number(routing.get("agreement"), "{:.4%}"),
-            mark(entry["verdict"]["passed"]),
-        )
+        rows = [(entry["name"], entry["overall"], entry["routing"], entry["verdict"]["passed"])]
+        if replay := entry.get("replay"):  # a quantised routed model: the arithmetic and the router apart
+            rows.append((f"{entry['name']}, same experts", replay["overall"], replay["router"], None))
+        for name, overall, routing, passed in rows:
+            table.add_row(
+                escape(name),
+                f"{overall['tokens']:,}",
+                _number(overall["rel_error"]["p50"], "med {:.1e}"),
+                _number(overall["kl_ref_test"]["mean"], "{:.1e}"),
+                _number(overall["top1"]["agreement"], "{:.2%}"),
+                _number(routing.get("agreement"), "{:.4%}"),
+                "" if passed is None else mark(passed),
+            )
     return f"the same numbers as PyTorch? (text {verification['text']})", table
 
 

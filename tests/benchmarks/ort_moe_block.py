@@ -127,13 +127,16 @@ class Chain:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        for name, array in self.weights.items():  # as values of their own: a model in one message ends at 2 GiB
+        small = {name: array for name, array in self.weights.items() if array.nbytes <= 1024}  # sizes: shape inference
+        model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in small.items())
+        large = {name: array for name, array in self.weights.items() if name not in small}
+        for name, array in large.items():  # as values of their own: a model in one message ends at 2 GiB
             tensor = onnx.TensorProto(name=name, dims=array.shape)
             tensor.data_type = helper.np_dtype_to_tensor_dtype(array.dtype)
             tensor.data_location = TensorProto.EXTERNAL
             tensor.external_data.add(key="location", value="memory")
             model.graph.initializer.append(tensor)
-        self.values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in self.weights.items()}
+        self.values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in large.items()}
         options.add_external_initializers(list(self.values), list(self.values.values()))
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
