@@ -113,9 +113,9 @@ def _target(
             unfit.append(f"this ONNX Runtime has no {provider}")
     if needs_gpu and not gpus:
         unfit.append(gpu_note)
-    # A lowering is executed once to trust it, so it needs its runtime where the bundle is made; the TensorRT graphs are
-    # executed in ONNX Runtime.
-    needs = _CONVERT if name == "portable" else (*_CONVERT, *((_ONNXRUNTIME,) if "tensorrt" in name else engine))
+    # A lowering is executed once to trust it, so it needs its runtime where the bundle is made; what needs a GPU
+    # is executed in ONNX Runtime on the CPU.
+    needs = _CONVERT if name == "portable" else (*_CONVERT, *((_ONNXRUNTIME,) if needs_gpu else engine))
     return {
         "target": name,
         "what": what,

@@ -11,6 +11,7 @@ from typing import Any
 TARGETS = {
     "portable": "moedge.export.lowering.portable",
     "ort-cpu": "moedge.export.lowering.onnxruntime",
+    "ort-cuda": "moedge.export.lowering.ort_cuda",
     "ort-cpu-int8": "moedge.export.lowering.ort_int8",
     "ort-cpu-int4": "moedge.export.lowering.ort_int4",
     "tensorrt": "moedge.export.lowering.tensorrt",
@@ -38,3 +39,5 @@ class Lowered:
     cache: dict[str, Any]
     limits: list[str] = field(default_factory=list)
     quantization: dict[str, Any] | None = None
+    plugins: dict[str, Any] | None = None
+    """For ``tensorrt``: the kernels that its nodes need (``kernels``: plugin and options) and the oldest TensorRT."""

@@ -58,18 +58,22 @@ def convert(model: ir.Model, dtype: ir.DataType = ir.DataType.FLOAT16) -> int:
             value.type = ir.TensorType(dtype)
     count = 0
     for node in list(model.graph):
-        wanted = ir.DataType.FLOAT if node in router else _compute_type(node, dtype)
+        wanted = _compute_type(node, dtype)
         if wanted is None:
             continue
+        if node in router:
+            wanted = ir.DataType.FLOAT
         count += wanted == dtype
         kept = _FLOAT_INPUTS.get(node.op_type, set()) if node.domain == DOMAIN else set()
         for index, value in enumerate(node.inputs):
             if value is not None and value.dtype in (ir.DataType.FLOAT, dtype):
                 target = ir.DataType.FLOAT if index in kept else wanted
                 node.replace_input_with(index, _as(model, node, value, target, casts))
-        for output in node.outputs:
+        for index, output in enumerate(node.outputs):
             if output.dtype in (ir.DataType.FLOAT, None) and not (node.op_type == "Route" and node.domain == DOMAIN):
-                output.type = ir.TensorType(wanted)
+                # A fused norm's mean and inverse deviation are float32 whatever it normalises.
+                statistic = node.op_type.endswith("SimplifiedLayerNormalization") and index in (1, 2)
+                output.type = ir.TensorType(ir.DataType.FLOAT if statistic else wanted)
     for output in model.graph.outputs:
         if output.dtype == ir.DataType.FLOAT:
             raise MoEdgeError(f"Graph output {output.name} stayed float32; this graph has a node that half.py misses.")
@@ -80,15 +84,17 @@ def convert(model: ir.Model, dtype: ir.DataType = ir.DataType.FLOAT16) -> int:
 
 
 def _router_nodes(model: ir.Model) -> set[ir.Node]:
-    """Nodes whose every use leads to a Route and nowhere else."""
+    """Nodes whose every use leads to a Route, or to the logits of a fused MoE, and nowhere else."""
     outputs = {id(value) for value in model.graph.outputs}
     routers: set[ir.Node] = set()
     for node in reversed(list(model.graph)):
-        if node.op_type == "Route" and node.domain == DOMAIN:
+        # Less: the mask of unselected experts (ort_moe.compensated) is read off the logits.
+        if (node.op_type == "Route" and node.domain == DOMAIN) or node.op_type == "Less":
             routers.add(node)
             continue
-        users = [use.node for value in node.outputs for use in value.uses()]
-        if users and all(user in routers for user in users) and not any(id(v) in outputs for v in node.outputs):
+        uses = [use for value in node.outputs for use in value.uses()]
+        inside = all(use.node in routers or (use.node.op_type == "MoE" and use.idx == 1) for use in uses)
+        if uses and inside and not any(id(v) in outputs for v in node.outputs):
             routers.add(node)
     return routers
 
@@ -98,9 +104,12 @@ def _is_float(value: ir.Value | None) -> bool:
 
 
 def _compute_type(node: ir.Node, dtype: ir.DataType) -> ir.DataType | None:
-    """Return the type that a node computes in, None for one without float inputs (or a Cast, which says it itself)."""
+    """Return the type that a node computes in.
+
+    None for one without float inputs, a Cast, which says it itself, and a Shape or Size, which read no values.
+    """
     floats = [value for value in node.inputs if _is_float(value)]
-    if node.op_type == "Cast" or not floats:
+    if node.op_type in ("Cast", "Shape", "Size") or not floats:
         return None
     if node.domain == DOMAIN:
         return ir.DataType.FLOAT if node.op_type == "Route" else dtype

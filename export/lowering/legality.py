@@ -54,6 +54,19 @@ def moe_cpu(*, dtype: str, activations: set[str], smallest_weight: float) -> str
     return None
 
 
+def moe_cuda(*, activations: set[str], smallest_weight: float) -> str | None:
+    """``com.microsoft.MoE`` on the CUDA provider, float16, ``normalize_routing_weights=1`` with the log-weight form.
+
+    Before 1.28 the kernel's SwiGLU had gpt-oss constants, whatever the attributes said (onnxruntime-genai #2062) [R];
+    the extra ``moedge[cuda]`` asks for 1.31.
+    """
+    if activations - {"silu"}:
+        return f"the node form gates with SiLU only, the model uses {', '.join(sorted(activations))}"
+    if not smallest_weight > 0:
+        return "an expert weight can be zero or negative, which no logit expresses"
+    return None
+
+
 def attention_cpu(*, dtype: str) -> str | None:
     """``com.microsoft.GroupQueryAttention`` on the CPU provider."""
     return None if dtype == "float32" else f"only float32 was executed on the CPU kernel, the model is {dtype}"

@@ -41,10 +41,10 @@ def lower(model: ir.Model, *, max_length: int) -> Lowered:
             activations={node.attributes["activation"].as_string() for node in experts},
             smallest_weight=smallest_weight(before),
         )
-        rewrites.append(_fuse_experts(model, before, illegal, taps))
+        rewrites.append(fuse_experts(model, before, illegal, taps))
         taps = taps or portable.taps(model)
     rewrites.append(
-        _apply(
+        apply(
             model, before, "tied output projection -> FusedMatMul", None,
             lambda: ort_matmul.fuse_transposed(model), lambda: ["logits"],
         )
@@ -56,22 +56,25 @@ def lower(model: ir.Model, *, max_length: int) -> Lowered:
         siblings.extend(outputs)
         return count, "no value is multiplied by several matrices"
 
-    rewrites.append(_apply(model, before, "sibling MatMuls -> one MatMul + Split", None, merge, lambda: siblings))
+    rewrites.append(apply(model, before, "sibling MatMuls -> one MatMul + Split", None, merge, lambda: siblings))
     remove_unused(model)
     return Lowered(rewrites, taps, cache, limits=limits(cache))
 
 
 def lower_norms_and_attention(
-    model: ir.Model, before: ir.Model, max_length: int
+    model: ir.Model, before: ir.Model, max_length: int, *, padding: bool = True
 ) -> tuple[list[Rewrite], dict[str, object]]:
-    """Apply the rewrites that touch no weight matrix; return them and the cache's manifest entry."""
+    """Apply the rewrites that touch no weight matrix; return them and the cache's manifest entry.
+
+    ``padding=False`` gives attention no bias that hides left padding.
+    """
     cache: dict[str, object] = {"kind": "concat", "max_length": max_length}
     rewrites = [_norms(model, before)]
     rewrites.append(
-        _apply(
+        apply(
             model, before, "CausalAttention -> GroupQueryAttention", legality.attention_cpu(dtype=_dtype(before)),
-            lambda: ort_attention.fuse(model, max_length), lambda: _attention_edges(before),
-            selftest.attention_cases(before),
+            lambda: ort_attention.fuse(model, max_length, padding=padding), lambda: attention_edges(before),
+            [case for case in selftest.attention_cases(before) if padding or not case.padding],
         )
     )  # fmt: skip
     if rewrites[-1].status == "applied":
@@ -85,9 +88,7 @@ def _dtype(model: ir.Model) -> str:
     return "float32" if dtype in (ir.DataType.FLOAT, ir.DataType.INT64) else str(dtype.name).lower()
 
 
-def _fuse_experts(
-    model: ir.Model, before: ir.Model, illegal: str | None, taps: dict[int, dict[str, object]]
-) -> Rewrite:
+def fuse_experts(model: ir.Model, before: ir.Model, illegal: str | None, taps: dict[int, dict[str, object]]) -> Rewrite:
     """Rewrite the experts and execute the first and the last whole FFN: shared expert and router included."""
     name = "Route + SparseGLU -> MoE"
     if illegal:
@@ -113,7 +114,7 @@ def _judge(test: selftest.SelfTest) -> None:
         )
 
 
-def _apply(
+def apply(
     model: ir.Model,
     before: ir.Model,
     name: str,
@@ -147,12 +148,12 @@ def _norms(model: ir.Model, before: ir.Model) -> Rewrite:
         return len(fused), "no RMS normalisation was recognised"
 
     name = "RMS norms -> (Skip)SimplifiedLayerNormalization"
-    rewrite = _apply(model, before, name, None, fuse, lambda: [str(n.outputs[0].name) for n in (fused[0], fused[-1])])
+    rewrite = apply(model, before, name, None, fuse, lambda: [str(n.outputs[0].name) for n in (fused[0], fused[-1])])
     fuse_rotary_embedding(model)  # only marks the pattern; the attention rewrite consumes the marks
     return rewrite
 
 
-def _attention_edges(model: ir.Model) -> list[str]:
+def attention_edges(model: ir.Model) -> list[str]:
     """Name what a block of each kind gives to the rest of the graph: output, present keys and values."""
     names = []
     for node in attention_kinds(model):

@@ -169,10 +169,11 @@ def _rotate(here: Builder, heads: _Heads, count: int, position_ids: ir.Value, ta
     return here.node("Reshape", [by_token, constant_of(here, [0, 0, -1])])
 
 
-def fuse(model: ir.Model, max_length: int) -> tuple[int, str]:
+def fuse(model: ir.Model, max_length: int, *, padding: bool = True) -> tuple[int, str]:
     """Replace every CausalAttention of ``model``; return how many, and why the rest (if any) were left.
 
-    ``max_length`` is the longest sequence that the rotary tables, hence the graph, can hold.
+    ``max_length`` is the longest sequence that the rotary tables, hence the graph, can hold. ``padding=False`` leaves
+    out the bias that hides left padding: the rows of a batch are then equally long.
     """
     nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type == "CausalAttention"]
     if not nodes:
@@ -204,7 +205,10 @@ def fuse(model: ir.Model, max_length: int) -> tuple[int, str]:
             attributes["softcap"] = softcap
         result, present_key, present_value = here.node(
             "GroupQueryAttention",
-            [query, key, match.value, match.past_key, match.past_value, seqlens, total, None, None, None, bias],
+            [
+                *(query, key, match.value, match.past_key, match.past_value, seqlens, total),
+                *([None, None, None, bias] if padding else []),
+            ],
             domain="com.microsoft",
             outputs=3,
             attributes=attributes,

@@ -163,7 +163,7 @@ def zeros_at_top_k(
         scores = builder.node("Add", [scores, bias])
     count = builder.initializer(f"layers.{layer}.router.top_k", np.array([top_k], np.int64))
     best, chosen = builder.node("TopK", [scores, count], outputs=2, attributes={"axis": -1, "largest": 1, "sorted": 1})
-    chosen.name = f"layers.{layer}.router.indices"
+    chosen.name, chosen.type = f"layers.{layer}.router.indices", ir.TensorType(ir.DataType.INT64)
     zeros = builder.node("Sub", [best, best])
     # What else reads the routing (an expert bias) follows the TopK, whose k can be changed, and Route can go.
     for old, uses in zip(route.outputs, [list(value.uses()) for value in route.outputs], strict=True):
@@ -209,4 +209,7 @@ def log_weights(builder: Builder, route: ir.Node, indices: ir.Value, weights: ir
 def compensated(builder: Builder, logits: ir.Value, compensation: ir.Value | None) -> ir.Value:
     """What the unselected experts contribute on average: the selected ones are those whose logit is above the floor."""
     below = builder.node("Less", [logits, constant_of(builder, UNSELECTED / 2, np.float32)])
-    return builder.node("MatMul", [builder.node("Cast", [below], attributes={"to": 1}), compensation])
+    below.type = ir.TensorType(ir.DataType.BOOL)
+    omitted = builder.node("Cast", [below], attributes={"to": 1})
+    omitted.type = ir.TensorType(ir.DataType.FLOAT)
+    return builder.node("MatMul", [omitted, compensation])

@@ -29,7 +29,7 @@ class _Cache:
 
 
 class OrtEngine:
-    """A bundle in an ONNX Runtime CPU session.
+    """A bundle in an ONNX Runtime session: on the CPU, and of target ``ort-cuda`` on the first CUDA device.
 
     Args:
         bundle_path: bundle folder; every file's sha256 is checked before anything is parsed.
@@ -46,7 +46,8 @@ class OrtEngine:
             :class:`moedge.runtime.engines.ReplayEngine`.
 
     Raises:
-        MoEdgeError: a damaged bundle, an unusable option, or ``onnxruntime`` / ``onnx`` is not installed.
+        MoEdgeError: a damaged bundle, an unusable option, ``onnxruntime`` / ``onnx`` is not installed, or a bundle for
+            CUDA where ONNX Runtime has no CUDA provider.
     """
 
     def __init__(
@@ -69,6 +70,9 @@ class OrtEngine:
         if find_spec("onnx"):  # without it ONNX Runtime's own check that data stays in the folder remains
             check_external_data(bundle.model_path, set(manifest["files"]))
         self._path = Path(bundle_path)
+        self._device = "cuda" if manifest["target"] == "ort-cuda" else "cpu"
+        if self._device == "cuda":
+            check_cuda(self._path)
         self._model: dict[str, Any] = manifest["model"]
         self._shared = manifest["cache"]["kind"] == "shared_buffer"
         self._dtype = np.dtype(manifest["cache"].get("dtype", "float32"))  # of the cache and the logits
@@ -119,7 +123,7 @@ class OrtEngine:
         self.info = EngineInfo(
             name=f"{manifest['target']} {manifest['kind']}",
             runtime=f"onnxruntime {version}",
-            device="CPU",
+            device="CPU" if self._device == "cpu" else "CUDA device 0",
             dtype=f"int{quantization['bits']} weights"
             if quantization
             else manifest["cache"].get("dtype", self._model["dtype"]),
@@ -144,11 +148,13 @@ class OrtEngine:
     ) -> Step:
         """Run ``ids`` int64 [B, S] from an empty cache; see :class:`moedge.runtime.engines.Engine`."""
         mask = check_batch(ids, attention_mask, self._model["vocab_size"])
+        if self._device == "cuda" and not mask.all():
+            raise MoEdgeError("An ort-cuda bundle takes no padding: give rows of equal length, or one row at a time.")
         length = self._max_length if self._shared else 0
         shape = (len(ids), self._model["num_kv_heads"], length, self._model["head_dim"])
         # np.zeros maps pages on first touch: a long buffer costs memory only for the tokens that were written.
         empty = [np.zeros(shape, dtype=self._dtype) for _ in self._past]
-        cache = _Cache(mask[:, :0], [self._ort_value(array) for array in empty])
+        cache = _Cache(mask[:, :0], [self._ort_value(array, self._device) for array in empty])
         return self._run(ids, mask, cache, experts)
 
     def decode(self, ids: np.ndarray, cache: Any, *, experts: dict[int, np.ndarray] | None = None) -> Step:
@@ -168,7 +174,9 @@ class OrtEngine:
             from moedge.runtime.engines import _graph
 
             part, names, outputs = _graph.routers(self._model_path, self._taps)
-            session = onnxruntime.InferenceSession(part, _session_options(self.info.threads), _PROVIDERS)
+            session = onnxruntime.InferenceSession(
+                part, _session_options(self.info.threads), [_PROVIDERS[self._device]]
+            )
             self._routers = (session, names, outputs)
         session, names, outputs = self._routers
         found = session.run(outputs, {name: router_inputs[layer] for layer, name in names.items()})
@@ -181,10 +189,10 @@ class OrtEngine:
         self._weights = {}
 
     @staticmethod
-    def _ort_value(array: np.ndarray) -> Any:
+    def _ort_value(array: np.ndarray, device: str = "cpu") -> Any:
         import onnxruntime
 
-        return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+        return onnxruntime.OrtValue.ortvalue_from_numpy(array, device, 0)
 
     def _run(self, ids: np.ndarray, mask: np.ndarray, cache: _Cache, experts: dict[int, np.ndarray] | None) -> Step:
         """One session run; ``mask`` int64 [B, P + S] covers the cache and ``ids``."""
@@ -255,7 +263,24 @@ def _dequantized(bundle: Any, other: str | Path) -> dict[str, tuple[np.ndarray, 
     return {name: (array, OrtEngine._ort_value(array)) for name, array in dequantized_weights(quantised)}
 
 
-_PROVIDERS = ["CPUExecutionProvider"]
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def check_cuda(what: Path | str) -> None:
+    """Refuse what is made for ONNX Runtime's CUDA provider where there is none.
+
+    Raises:
+        MoEdgeError: there is none.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MoEdgeError("Running a bundle needs ONNX Runtime; install it with: pip install 'moedge[cuda]'") from error
+    if _PROVIDERS["cuda"] not in onnxruntime.get_available_providers():
+        raise MoEdgeError(
+            f"{what} is for ONNX Runtime's CUDA provider, which onnxruntime {onnxruntime.__version__} here does not "
+            "have; run it on a machine with an NVIDIA GPU and `pip install 'moedge[cuda]'`, or use ort-cpu."
+        )
 
 
 def _session_options(threads: int) -> Any:
@@ -290,8 +315,11 @@ def _open_session(
     if graph is not None:
         model = graph
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    provider = _PROVIDERS["cuda" if manifest["target"] == "ort-cuda" else "cpu"]
     try:
-        session = onnxruntime.InferenceSession(model, options, _PROVIDERS)
+        session = onnxruntime.InferenceSession(model, options, providers=[provider])
     except Exception as error:
         raise MoEdgeError(f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]}") from error
+    if session.get_providers()[0] != provider:  # ONNX Runtime goes on with the CPU, with a warning in its log
+        raise MoEdgeError(f"ONNX Runtime could not start {provider} for {path}; check the driver and cuDNN.")
     return session, onnxruntime.__version__

@@ -1,0 +1,114 @@
+"""Target ort-cuda: the file in float16 on the CPU provider, what it refuses without CUDA; ``-m gpu`` runs it there."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from moedge import MoEdgeError
+from moedge._files import atomic_dir
+from moedge.configs.recipe import recipe_from
+from moedge.export import bundle
+from moedge.export.lowering import legality, tensorrt
+from moedge.export.pipeline import lower
+from moedge.runtime import stages
+from moedge.runtime.engines import open_engine
+
+# A 2-layer model: four blocks, each within HALF_LIMIT of its own output, added to one residual stream.
+MODEL_LIMIT = 4 * tensorrt.HALF_LIMIT
+IDS = np.random.default_rng(1).integers(0, 256, (2, 24))
+
+
+@pytest.fixture(scope="module")
+def made(bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("cuda")
+    for kind in ("dense", "moe"):
+        with atomic_dir(root / kind) as partial:
+            lower("ort-cuda", bundles[f"{kind}/portable"], partial)
+    return {kind: root / kind for kind in ("dense", "moe")}
+
+
+def relative(actual: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(actual.astype(np.float32) - expected).max() / np.abs(expected).max())
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_the_file_computes_what_the_portable_one_computes(made, bundles, kind) -> None:
+    """Prefill and decode, past and present one buffer, with the CPU provider's own float16 kernels."""
+    session = onnxruntime.InferenceSession(made[kind] / "model.onnx", providers=["CPUExecutionProvider"])
+    reference = open_engine(bundles[f"{kind}/portable"])
+    want = reference.prefill(IDS[:, :20])
+    length = bundle.open_bundle(made[kind]).manifest["cache"]["max_length"]
+    caches = {i.name: np.zeros((2, i.shape[1], length, i.shape[3]), np.float16) for i in session.get_inputs()[3:]}
+    assert len(caches) == 4
+    for start, end in ((0, 20), (20, 21), (21, 22)):
+        feeds = {"input_ids": IDS[:, start:end], "attention_mask": np.ones((2, end), np.int64)}
+        feeds["position_ids"] = np.repeat(np.arange(start, end)[None], 2, axis=0)
+        logits, *presents = session.run(None, {**feeds, **caches})
+        caches = dict(zip(caches, presents, strict=True))
+        if start:
+            want = reference.decode(IDS[:, start:end], want.cache)
+        assert 0 < relative(logits, want.logits) < MODEL_LIMIT
+
+
+def test_experts_and_cache_are_half_and_routers_are_not(made) -> None:
+    model = onnx.load(made["moe"] / "model.onnx", load_external_data=False)
+    kinds = {t.name: onnx.TensorProto.DataType.Name(t.data_type) for t in model.graph.initializer}
+    assert {kind for name, kind in kinds.items() if ".mlp.router." in name} == {"FLOAT"}
+    assert {kind for name, kind in kinds.items() if ".experts." in name} == {"FLOAT16"}
+    types = {v.name: v.type.tensor_type.elem_type for v in [*model.graph.input, *model.graph.output]}
+    assert types["past_key_values.0.key"] == types["present.1.value"] == types["logits"] == onnx.TensorProto.FLOAT16
+    operators = [node.op_type for node in model.graph.node if node.domain == "com.microsoft"]
+    assert {name: operators.count(name) for name in ("MoE", "GroupQueryAttention")} == {
+        "MoE": 2,
+        "GroupQueryAttention": 2,
+    }
+    # The CUDA kernel refused a bias until 1.28 and takes its slowest path with one since.
+    attention = [node for node in model.graph.node if node.op_type == "GroupQueryAttention"]
+    assert all(len(node.input) <= 7 for node in attention)
+    moe = next(node for node in model.graph.node if node.op_type == "MoE")
+    attributes = {item.name: onnx.helper.get_attribute_value(item) for item in moe.attribute}
+    assert attributes["normalize_routing_weights"] == 1
+
+
+def test_the_manifest_says_what_was_executed_and_what_not(made) -> None:
+    manifest = bundle.open_bundle(made["moe"]).manifest
+    tests = {entry["rewrite"]: entry["self_test"] for entry in manifest["lowering"] if entry["status"] == "applied"}
+    assert all(test["passed"] for test in tests.values())
+    halves = [name for name, test in tests.items() if test["limit"] == tensorrt.HALF_LIMIT]
+    assert halves == ["float32 -> float16; the router stays float32"]
+    assert {"Route + SparseGLU -> MoE", "CausalAttention -> GroupQueryAttention"} < set(tests)
+    assert any("no CUDA device was used" in limit for limit in manifest["limits"])
+    assert any("equally long" in limit for limit in manifest["limits"])
+
+
+def test_legality() -> None:
+    assert legality.moe_cuda(activations={"silu"}, smallest_weight=1.0) is None
+    assert "SiLU only" in str(legality.moe_cuda(activations={"gelu"}, smallest_weight=1.0))
+    assert "zero or negative" in str(legality.moe_cuda(activations={"silu"}, smallest_weight=0.0))
+
+
+def test_without_cuda_everything_that_would_run_it_refuses_in_one_sentence(made, monkeypatch) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(MoEdgeError, match=r"CUDA provider, which onnxruntime [\d.]+ here does not have; run it on"):
+        open_engine(made["moe"])
+    value = {"name": "x", "model": {"source": "asset:wiki"}, "export": {"targets": ["portable", "ort-cuda"]}}
+    with pytest.raises(MoEdgeError, match=r"x: export\.targets: ort-cuda is for ONNX Runtime's CUDA provider"):
+        stages.build(recipe_from(value, where="test"), {})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_cuda_computes_what_the_cpu_computes(made, bundles, kind) -> None:
+    reference, engine = open_engine(bundles[f"{kind}/portable"]), open_engine(made[kind])
+    want, got = reference.prefill(IDS[:, :20]), engine.prefill(IDS[:, :20])
+    for position in range(20, 24):
+        assert 0 < relative(got.logits, want.logits) < MODEL_LIMIT
+        token = IDS[:, position : position + 1]
+        want, got = reference.decode(token, want.cache), engine.decode(token, got.cache)
+    mask = np.ones_like(IDS[:, :6])
+    mask[0, 0] = 0
+    with pytest.raises(MoEdgeError, match="takes no padding"):
+        engine.prefill(IDS[:, :6], mask)
