@@ -37,6 +37,7 @@ Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][
 Spec = Annotated[str, Field(min_length=1)]
 """What ``convert.sources.resolve`` or ``convert.calibration.read_text`` opens: ``asset:NAME``, a path, or a hub id."""
 
+TargetName = Literal["portable", "ort-cpu", "ort-cpu-int8", "ort-cpu-int4", "ort-cuda", "tensorrt", "tensorrt-rtx"]
 TARGETS = ("portable", "ort-cpu")
 """What a recipe exports to when it does not say."""
 ControlName = Literal[
@@ -124,10 +125,9 @@ class _ByMethod:
 class ExportSection(_Section):
     """Which bundles to write."""
 
-    targets: Annotated[list[Literal["portable", "ort-cpu", "ort-cpu-int8", "ort-cpu-int4"]], Field(min_length=1)] = [
-        "portable",
-        "ort-cpu",
-    ]
+    targets: Annotated[list[TargetName], Field(min_length=1)] = ["portable", "ort-cpu"]
+    build: list[Spec] = []
+    """Device profiles for which the bundle ``tensorrt-rtx`` of the MoE becomes one engine."""
     dense_parent: bool = True
     max_length: Annotated[int, Field(ge=16)] = 2048
 
@@ -137,6 +137,22 @@ class ExportSection(_Section):
         if len(set(value)) != len(value):
             raise ValueError("names a target twice; list each target once.")
         return value
+
+    @field_validator("build")
+    @classmethod
+    def _devices_take_engines(cls, value: list[str]) -> list[str]:
+        from moedge.runtime import devices
+
+        for name in value:
+            if reason := devices.refusal("tensorrt-rtx", devices.load(name)):
+                raise ValueError(reason)
+        return value
+
+    @model_validator(mode="after")
+    def _there_is_something_to_build(self) -> ExportSection:
+        if self.build and "tensorrt-rtx" not in self.targets:
+            raise ValueError("build needs the target tensorrt-rtx; add it to targets.")
+        return self
 
 
 class EvaluateSection(_Section):

@@ -70,6 +70,18 @@ def engines(run: Path, *, dense_bundles: bool = True) -> dict[str, Path]:
     return found | {label: path for label, path in bundles(run).items() if dense_bundles or not label.endswith("dense")}
 
 
+def executable(found: dict[str, Path]) -> tuple[dict[str, Path], dict[str, str]]:
+    """Split :func:`engines` into what this machine executes and, label by label, why the rest is not executed.
+
+    A bundle of a TensorRT target is a graph for an engine: its numbers on a CPU say nothing about the engine's.
+    """
+    here = {label: path for label, path in found.items() if not label.startswith("tensorrt")}
+    reason = (
+        "not executed here: an engine runs on its device; `moedge verify` checks the half-precision graph on this CPU"
+    )
+    return here, dict.fromkeys(found.keys() - here.keys(), reason)
+
+
 def pick(run: Path, *, model: str, target: str) -> Path:
     """Return one engine folder of a run.
 

@@ -14,7 +14,7 @@ from typing import Any
 from moedge import MoEdgeError
 from moedge._files import digest, write_json
 from moedge.configs.recipe import CONVERT_SECTIONS, Recipe
-from moedge.runtime import held_out, run_folder
+from moedge.runtime import devices, held_out, run_folder
 from moedge.runtime.recipe import Context, Stage, cached_sha256
 
 _ALWAYS = ("_files.py", "runtime/run_folder.py")
@@ -47,7 +47,11 @@ def build(recipe: Recipe, machine: dict[str, Any]) -> list[Stage]:
     domains = _domains(convert, text.holdout_every) if "domains" in needs else {}
     texts |= {"domains": domains["texts"]} if domains else {}
     first_text = {**texts, "held_out": held_out[:1]}
-    exported = recipe.export.model_dump(exclude={"dense_parent"})
+    exported = recipe.export.model_dump(exclude={"dense_parent", "build"})
+    if "ort-cuda" in recipe.export.targets:
+        from moedge.runtime.engines.onnxruntime import check_cuda
+
+        check_cuda(f"{recipe.name}: export.targets: ort-cuda")
     measured = {"texts": first_text, "machine": machine, "dense_parent": recipe.export.dense_parent}
     dense = ("export-dense",) if recipe.export.dense_parent else ()
     stages = [
@@ -91,6 +95,19 @@ def build(recipe: Recipe, machine: dict[str, Any]) -> list[Stage]:
             libraries=(*_TORCH, *_ONNX),
         ),
     ]
+    if recipe.export.build:
+        profiles = [devices.load(name).model_dump(mode="json", by_alias=True) for name in recipe.export.build]
+        stages.append(
+            Stage(
+                "build",
+                f"build the engine for {', '.join(recipe.export.build)}",
+                build_engine,
+                {"devices": recipe.export.build, "profiles": profiles},
+                reads=("export",),
+                sources=(*_ALWAYS, "export/bundle.py", "runtime/build.py", "runtime/devices.py", "runtime/device"),
+                libraries=("tensorrt-rtx-cu13",),
+            )
+        )
     if dense:
         stages.append(
             Stage(
@@ -347,6 +364,15 @@ def export(context: Context) -> None:
     pipeline.export(folder, context.out, params["targets"], label=label, max_length=params["max_length"], progress=step)
 
 
+def build_engine(context: Context) -> None:
+    """Make one engine of the MoE for every device of the recipe; no GPU is needed, and none executes it."""
+    from moedge.runtime import build
+
+    bundle = run_folder.bundles(context.root)["tensorrt-rtx moe"]
+    facts = build.build(bundle, context.out / "tensorrt-rtx", context.params["devices"])["build"]
+    context.note(f"{facts['engine_bytes'] / 2**20:.0f} MiB, {facts['layers']} layers; not executed here")
+
+
 # --- evaluate, verify, bench, report --------------------------------------------------------------------------------
 
 
@@ -407,8 +433,11 @@ def verify(context: Context) -> None:
     windows = held_out.windows(
         load_tokenizer(run_folder.dense(context.root)), text, params["window"], count, bos=False, name="verification"
     )
+    found, not_executed = run_folder.executable(run_folder.engines(context.root, dense_bundles=params["dense_parent"]))
+    for label, reason in not_executed.items():
+        context.note(f"{label}: {reason}")
     result = verify_run(
-        run_folder.engines(context.root, dense_bundles=params["dense_parent"]),
+        found,
         windows,
         prefill=params["prefill"],
         tolerances=params["tolerances"],
@@ -417,7 +446,7 @@ def verify(context: Context) -> None:
         progress=context.progress,
         note=context.note,
     )
-    write_json(context.out / "verify.json", result)
+    write_json(context.out / "verify.json", {**result, "not_executed": not_executed})
 
 
 def bench(context: Context) -> None:
@@ -433,12 +462,12 @@ def bench(context: Context) -> None:
     ids = held_out.windows(
         load_tokenizer(run_folder.dense(context.root)), text, params["prompt"], 1, bos=False, name="benchmark"
     )[0]
-    found = run_folder.engines(context.root, dense_bundles=params["dense_parent"])
+    found, not_executed = run_folder.executable(run_folder.engines(context.root, dense_bundles=params["dense_parent"]))
     found.pop("portable dense", None)  # nobody's choice for speed: the lowered parent is the one to beat
     engines = {label: partial(open_engine, path, threads=params["threads"]) for label, path in found.items()}
     options = {name: params[name] for name in ("prompt", "decode", "repeats", "warmup")}
     result = benchmark.bench(engines, ids, **options, progress=context.progress)
-    write_json(context.out / "bench.json", {**result, "text": text.name})
+    write_json(context.out / "bench.json", {**result, "text": text.name, "not_executed": not_executed})
 
 
 def report(context: Context) -> None:

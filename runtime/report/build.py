@@ -67,7 +67,7 @@ _CONFIG = (
     "vocab_size",
     "max_position_embeddings",
 )
-_ORDER = ["source", "calibrate", "convert", "export", "export-dense", "evaluate", "verify", "bench"]
+_ORDER = ["source", "calibrate", "convert", "export", "build", "export-dense", "evaluate", "verify", "bench"]
 
 
 def _merge(entries: Any) -> dict[str, str]:
@@ -148,6 +148,7 @@ def sentences(report: dict[str, Any]) -> list[str]:
     ]
     if verification.get("identity_note"):
         said.append(verification["identity_note"])
+    said += [f"{label}: {why}." for label, why in sorted(verification.get("not_executed", {}).items())]
     said += list(quality["verdict"]["sentences"])
     said += [f"The control '{name}' was left out: {why}." for name, why in quality.get("skipped", {}).items()]
     for metric, words in (("tpot_ms", "Decoding"), ("ttft_ms", "Reading the prompt")):

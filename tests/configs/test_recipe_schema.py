@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
 from moedge import MoEdgeError
 from moedge.configs.files import packaged
-from moedge.configs.recipe import CONTROLS, TARGETS, Recipe, load_recipe, parse_recipe, recipe_from
+from moedge.configs.recipe import CONTROLS, TARGETS, Recipe, TargetName, load_recipe, parse_recipe, recipe_from
 from moedge.convert.methods import METHODS
+from moedge.export.lowering import TARGETS as LOWERINGS
 
 MINIMAL = "model: {source: asset:x}\n"
 
@@ -81,7 +82,7 @@ def test_a_recipe_without_a_name_takes_its_file_name(tmp_path: Path) -> None:
         (
             "model: {source: x}\nexport: {targets: [portable, tpu]}",
             "export.targets[1]",
-            "unknown value 'tpu'; choose 'portable', 'ort-cpu', 'ort-cpu-int8' or 'ort-cpu-int4'",
+            "unknown value 'tpu'; choose 'portable', 'ort-cpu', 'ort-cpu-int8', 'ort-cpu-int4', 'ort-cuda',",
         ),
         ("model: {source: x}\nexport: {targets: []}", "export.targets", "must not be empty"),
         ("model: {source: x}\nexport: {targets: [portable, portable]}", "export.targets", "names a target twice"),
@@ -176,7 +177,23 @@ def test_models_that_fit_pass() -> None:
     recipe("convert: {padding: uneven}").check_model({**fits, "intermediate_size": 1540}, "r.yaml")
 
 
+@pytest.mark.parametrize(
+    ("export", "sentence"),
+    [
+        ("{build: [rtx-4090]}", "build needs the target tensorrt-rtx"),
+        ("{targets: [tensorrt-rtx], build: [jetson-agx-orin]}", "TensorRT for RTX has no engines for"),
+        ("{targets: [tensorrt-rtx], build: [rtx-9090]}", "Unknown device 'rtx-9090'"),
+    ],
+)
+def test_engines_are_built_for_devices_that_take_them(export: str, sentence: str) -> None:
+    with pytest.raises(MoEdgeError, match=sentence):
+        recipe(f"export: {export}")
+    made = recipe("export: {targets: [portable, tensorrt, tensorrt-rtx], build: [rtx-4090, rtx-3090]}")
+    assert made.export.build == ["rtx-4090", "rtx-3090"]
+
+
 def test_lists_of_choices_match_the_schema() -> None:
+    assert set(get_args(TargetName)) == set(LOWERINGS)
     defaults = recipe()
     assert tuple(defaults.export.targets) == TARGETS
     assert set(defaults.evaluate.controls) < set(CONTROLS)

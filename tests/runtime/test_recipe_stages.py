@@ -9,8 +9,8 @@ import pytest
 
 from moedge import MoEdgeError
 from moedge.configs.recipe import CONTROLS, TARGETS, EvaluateSection, Recipe, load_recipe, recipe_from
-from moedge.runtime import held_out, stages
-from moedge.runtime.recipe import parts
+from moedge.runtime import held_out, run_folder, stages
+from moedge.runtime.recipe import Context, parts
 
 MACHINE = {"processor": "toy"}
 
@@ -68,6 +68,35 @@ def test_calibration_keeps_what_the_method_and_the_controls_read(
     assert todo["convert"].reads == reads
     assert tuple(todo["calibrate"].params[name] for name in ("k_a", "gate_signal", "keep_windows")) == measured
     assert "calibrate" in todo["evaluate"].reads
+
+
+def test_an_engine_is_a_stage_of_its_own_and_nothing_here_pretends_to_run_it(tmp_path: Path, monkeypatch: Any) -> None:
+    recipe = changed(export={"targets": ["portable", "tensorrt-rtx"], "build": ["rtx-4090"]})
+    todo = {stage.name: stage for stage in stages.build(recipe, MACHINE)}
+    assert todo["build"].reads == ("export",)
+    assert todo["build"].params["profiles"][0]["compute_capability"] == "8.9"
+    assert "build" not in todo["export"].params, "another device does not export again"
+    assert "build" not in params(changed(export={"targets": ["portable", "tensorrt-rtx"]}))
+
+    asked: list[Any] = []
+
+    def build(bundle: Path, out: Path, devices: list[str]) -> dict[str, Any]:
+        asked.append((bundle, out, devices))
+        return {"build": {"engine_bytes": 1 << 20, "layers": 7}}
+
+    monkeypatch.setattr("moedge.runtime.build.build", build)
+    (tmp_path / "export" / "tensorrt-rtx").mkdir(parents=True)
+    (tmp_path / "export" / "tensorrt-rtx" / "manifest.json").write_text("{}")
+    said: list[str] = []
+    context = Context(tmp_path / "build", tmp_path, todo["build"].params, lambda *_: None, said.append)
+    todo["build"].body(context)
+    assert asked == [(tmp_path / "export" / "tensorrt-rtx", tmp_path / "build" / "tensorrt-rtx", ["rtx-4090"])]
+    assert said == ["1 MiB, 7 layers; not executed here"]
+    found = {"portable moe": Path("a"), "tensorrt-rtx moe": Path("b"), "tensorrt dense": Path("c")}
+    here, not_executed = run_folder.executable(found)
+    assert set(here) == {"portable moe"}
+    assert set(not_executed) == {"tensorrt-rtx moe", "tensorrt dense"}
+    assert all(reason.startswith("not executed here") for reason in not_executed.values())
 
 
 def test_what_is_measured_on_a_machine_is_redone_on_another() -> None:
