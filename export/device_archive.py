@@ -18,13 +18,18 @@ from typing import Any
 import numpy as np
 
 from moedge import MoEdgeError, __version__
-from moedge._files import digest, hash_tree, write_json
+from moedge._files import atomic_dir, digest, hash_tree, write_json
 from moedge.export.bundle import MODEL, Bundle, copy_companions, open_bundle
 from moedge.export.lowering.tensorrt import HALF_LIMIT
+from moedge.export.plugins import Request, compile_library
+from moedge.runtime.device.moedge_plugins import FOLDER
 from moedge.runtime.devices import Device
 
 SCHEMA = "moedge.device-archive/1"
-SCRIPTS = ("build_engine.py", "verify.py", "bench.py", "moedge_trt.py", "moedge_archive.py", "moedge_compare.py")
+SCRIPTS = (
+    *("build_engine.py", "verify.py", "bench.py", "moedge_trt.py", "moedge_archive.py", "moedge_compare.py"),
+    "moedge_plugins.py",
+)
 PROMPTS = (
     "The capital of France is",
     "Water boils at a temperature of",
@@ -60,6 +65,7 @@ def write(
     device: Device,
     *,
     label: str | None = None,
+    tensorrt: str | None = None,
     max_length: int | None = None,
     max_prompt: int | None = None,
     batch: int = 1,
@@ -70,10 +76,12 @@ def write(
     """Write the archive.
 
     Args:
-        source: a checkpoint folder, or a folder of bundles that holds ``portable`` and ``tensorrt``.
+        source: a checkpoint folder, or a folder of bundles that holds ``portable``.
         out: the tar file.
         device: the profile it is for.
         label: name of the model for results.
+        tensorrt: version of TensorRT on the device; that of its profile by default. It decides whether experts are
+            plugins, whose kernels the archive then holds, or standard operators.
         max_length: longest sequence of the engine; the model's, at most 2048, by default.
         max_prompt: most tokens of a prefill call; half of ``max_length`` by default.
         batch: most rows.
@@ -99,7 +107,9 @@ def write(
     try:
         work.mkdir()
         report("exporting", 0, 3)
-        graph, reference = _bundles(source, work / "bundles", label or source.name)
+        version = tensorrt or device.tensorrt
+        assert version is not None, "a profile with the target tensorrt names its version"
+        graph, reference = _bundles(source, work / "bundles", label or source.name, version)
         model = graph.manifest["model"]
         longest = max_length or min(2048, model["max_position_embeddings"])
         profiles = {"max_length": longest, "max_prompt": max_prompt or max(2, longest // 2), "batch": batch}
@@ -110,6 +120,10 @@ def write(
         for name in (MODEL, *(name for name in graph.manifest["files"] if name.endswith(".data"))):
             _link_or_copy(graph.path / name, folder / name)
         copy_companions(graph.path, folder)
+        if plugins := graph.manifest.get("plugins"):
+            report("compiling kernels", 1, 3)
+            requests = [Request(**kernel) for kernel in plugins["kernels"]]
+            compile_library(folder / FOLDER, requests, [int(device.compute_capability.replace(".", ""))])
         scripts = Path(__file__).resolve().parents[1] / "runtime" / "device"
         for name in SCRIPTS:
             shutil.copyfile(scripts / name, folder / name)
@@ -118,7 +132,9 @@ def write(
         manifest = {
             "schema": SCHEMA,
             **{key: graph.manifest[key] for key in ("kind", "label", "model", "moe", "taps", "lowering")},
+            **({"plugins": plugins} if plugins else {}),
             "device": device.model_dump(mode="json", by_alias=True),
+            "tensorrt": version,
             "profiles": profiles,
             "limits": limits(),
             "parent": graph.sha256,
@@ -136,15 +152,18 @@ def write(
     return manifest
 
 
-def _bundles(source: Path, scratch: Path, label: str) -> tuple[Bundle, Bundle]:
-    if not (source / "portable" / "manifest.json").is_file():
-        from moedge.export.pipeline import export
+def _bundles(source: Path, scratch: Path, label: str, tensorrt: str) -> tuple[Bundle, Bundle]:
+    """Return the graph for the device, lowered for its version of TensorRT, and the float32 graph."""
+    from moedge.export import pipeline
 
-        export(source, scratch, ["portable", "tensorrt"], label=label)
-        source = scratch
-    if not (source / "tensorrt" / "manifest.json").is_file():
-        raise MoEdgeError(f"{source} has no tensorrt bundle; export it with --target tensorrt, or give the checkpoint.")
-    return open_bundle(source / "tensorrt"), open_bundle(source / "portable")
+    if (source / "portable" / "manifest.json").is_file():
+        portable = open_bundle(source / "portable")
+        with atomic_dir(scratch / "tensorrt") as partial:
+            pipeline.lower("tensorrt", portable.path, partial, tensorrt=tensorrt)
+    else:
+        pipeline.export(source, scratch, ["portable", "tensorrt"], label=label, tensorrt=tensorrt)
+        portable = open_bundle(scratch / "portable")
+    return open_bundle(scratch / "tensorrt"), portable
 
 
 def _record(portable: Path, folder: Path, prompts: Sequence[str], max_length: int) -> None:
@@ -187,8 +206,8 @@ def _link_or_copy(source: Path, destination: Path) -> None:
 def _pack(folder: Path, out: Path) -> None:
     """Write a tar whose bytes depend on names and contents only."""
     with tarfile.open(out, "w", format=tarfile.USTAR_FORMAT) as archive:
-        for path in sorted(folder.iterdir()):
-            entry = tarfile.TarInfo(f"{folder.name}/{path.name}")
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            entry = tarfile.TarInfo(path.relative_to(folder.parent).as_posix())
             entry.size, entry.mode, entry.mtime = path.stat().st_size, 0o644, 0
             with path.open("rb") as stream:
                 archive.addfile(entry, stream)

@@ -60,6 +60,10 @@ _SIGNATURES: dict[str, tuple[str, str, dict[str, str]]] = {
 }
 
 
+_PLUGIN_ATTRIBUTES = ("plugin_namespace", "plugin_version")
+"""What a parser of TensorRT reads to find a node's plugin (``lowering/trt_plugins.py``); nobody else looks."""
+
+
 @cache
 def register_schemas() -> None:
     """Register an ``OpSchema`` for each operator in this process (exporters and shape inference look there)."""
@@ -74,6 +78,10 @@ def register_schemas() -> None:
             attributes=[
                 onnx.defs.OpSchema.Attribute(key, getattr(onnx.defs.OpSchema.AttrType, kind), required=True)
                 for key, kind in attributes.items()
+            ]
+            + [
+                onnx.defs.OpSchema.Attribute(key, onnx.defs.OpSchema.AttrType.STRING, required=False)
+                for key in _PLUGIN_ATTRIBUTES
             ],
         )
         onnx.defs.register_schema(schema)

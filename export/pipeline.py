@@ -25,6 +25,7 @@ def export(
     *,
     label: str,
     max_length: int | None = None,
+    tensorrt: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Path]:
@@ -38,6 +39,7 @@ def export(
         targets: names in ``lowering.TARGETS``.
         label: name of the model for reports.
         max_length: longest sequence (cache and rotary tables); the model's own maximum by default.
+        tensorrt: version of TensorRT on the device that the bundle ``tensorrt`` is for; the newest by default.
         force: replace existing bundles.
         progress: see :data:`Progress`.
 
@@ -57,7 +59,7 @@ def export(
             if target == "portable":
                 _export_portable(checkpoint, partial, label, max_length)
             else:
-                _lower(target, out / "portable", partial)
+                lower(target, out / "portable", partial, tensorrt=tensorrt)
         written[target] = destination
     report("done", len(order), len(order))
     return written
@@ -129,14 +131,19 @@ def _moe_facts(model: Any, plan_sha256: str | None) -> dict[str, Any]:
     return {"plan_sha256": plan_sha256, "layers": layers}
 
 
-def _lower(target: str, portable: Path, partial: Path) -> None:
-    """Lower a portable bundle. Needs onnx and the target's runtime, not torch; weights stay memory-mapped."""
+def lower(target: str, portable: Path, partial: Path, *, tensorrt: str | None = None) -> None:
+    """Lower a portable bundle; ``tensorrt`` as in :func:`export`.
+
+    Needs onnx and the target's runtime, not torch; weights stay memory-mapped.
+    """
     import onnx_ir as ir
 
     source = bundle.open_bundle(portable)
     bundle.check_external_data(source.model_path, set(source.manifest["files"]))
     graph = ir.load(source.model_path)
-    lowered = _lowering(target).lower(graph, max_length=source.manifest["model"]["max_position_embeddings"])
+    options = {"tensorrt": tensorrt} if target == "tensorrt" and tensorrt else {}
+    longest = source.manifest["model"]["max_position_embeddings"]
+    lowered = _lowering(target).lower(graph, max_length=longest, **options)
     ir.save(graph, partial / bundle.MODEL, external_data=bundle.WEIGHTS)
     bundle.copy_companions(portable, partial)
     kept = {key: source.manifest[key] for key in ("kind", "label", "model", "moe")}
@@ -159,8 +166,9 @@ def _seal(partial: Path, graph: Any, lowered: Lowered, manifest: dict[str, Any])
         "cache": lowered.cache,
         "limits": lowered.limits,
     }
-    if lowered.quantization is not None:
-        lowering["quantization"] = lowered.quantization
+    for name in ("quantization", "plugins"):
+        if getattr(lowered, name) is not None:
+            lowering[name] = getattr(lowered, name)
     bundle.seal(partial, {**manifest, **lowering, "io": io, "versions": _versions()})
 
 

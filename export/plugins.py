@@ -1,227 +1,46 @@
-"""The operators as TensorRT plugins whose PTX is baked into the engine.
+"""From a lowered graph to the kernels of its plugins: which constants they need, and the PTX for a device.
 
-A plugin is described by plain Python: its inputs and attributes, the shape and type of its outputs, its tactics, and
-how constant dimensions and attributes become a kernel. :func:`register` hands these to ``tensorrt.plugin`` (TensorRT
-10.9 and newer); the finished engine needs no Python, PyTorch, Triton or plugin library. TensorRT does not store
-attributes for such plugins, so they are compile-time constants of the kernel, as are all dimensions but one.
-
-PTX comes from Triton (:class:`Compiler`) or, on a device that has none, from a folder written before
-(:func:`write_library`, :class:`Library`). This module imports neither TensorRT, Triton nor torch by itself.
-
-A node ``moedge::Name`` of an ONNX file becomes the plugin of that name; every other runtime takes the function body.
-Plugins have a fixed number of inputs, so nodes with an optional one carry another name: :func:`node_type`.
+What the plugins are, and how TensorRT gets them, is in :mod:`moedge.runtime.device.moedge_plugins`, which also works
+on a device; this half needs Triton, and only when it compiles.
 """
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
-import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from moedge import MoEdgeError
-from moedge._files import atomic_dir, canonical_json
-from moedge.export.kernels.launch import DTYPES, Extent, Launch
-
-DOMAIN = "moedge"
-OLDEST = (10, 9)
-"""The first TensorRT with ``tensorrt.plugin.aot_impl`` for PTX."""
-
-_TRT = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT32": "int32", "INT8": "int8"}
-"""TensorRT's name of a type -> ours."""
-_COMBINATION = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16", "int32": "INT32", "int8": "INT8"}
-
-Dims = Sequence[Any]
-Tensor = tuple[Dims, str]
-"""Dimensions (ints, or TensorRT's symbolic ones) and type of a tensor."""
+from moedge._files import atomic_dir
+from moedge.export.kernels.launch import Launch
+from moedge.runtime.device.moedge_plugins import PLUGINS, Binary, Plugin, key_of
 
 
-@dataclass(frozen=True)
-class Plugin:
-    """One plugin, as rules over the dimensions and types of its inputs.
-
-    Attributes:
-        name: operator name in the domain ``moedge``.
-        inputs: input names.
-        attributes: attribute name -> ``int`` or ``str``.
-        outputs: (input tensors, attributes) -> output tensors; dimensions support ``*``, ``+``, ``//``.
-        size: (input, dimension) of the one dynamic size n that grid and scalars depend on.
-        options: (constant input dimensions, input types, attributes) -> the arguments of the kernel's ``launch``;
-            the dynamic dimensions are None there.
-        module: the kernel's module in ``moedge.export.kernels``.
-        tactics: values of ``launch``'s ``path``; TensorRT measures them and takes the fastest. They are numbered
-            from 1.
-    """
-
-    name: str
-    inputs: tuple[str, ...]
-    attributes: Mapping[str, type]
-    outputs: Callable[[Sequence[Tensor], Mapping[str, Any]], list[Tensor]]
-    size: tuple[int, int]
-    options: Callable[[Sequence[Dims], Sequence[str], Mapping[str, Any]], dict[str, Any]]
-    module: str
-    tactics: tuple[str, ...] = ()
-
-    def launch(self, options: Mapping[str, Any], tactic: int) -> Launch:
-        """Return the kernel of a tactic (needs Triton)."""
-        path = {"path": self.tactics[tactic - 1]} if self.tactics else {}
-        launch: Launch = import_module(f"moedge.export.kernels.{self.module}").launch(**options, **path)
-        return launch
-
-    @property
-    def tactic_numbers(self) -> range:
-        """The tactics' numbers, from 1."""
-        return range(1, max(1, len(self.tactics)) + 1)
-
-
-PATHS = ("gemv", "gemm16", "gemm32", "gemm64")
-
-
-def _route(scaled: bool) -> Plugin:
-    def outputs(tensors: Sequence[Tensor], attributes: Mapping[str, Any]) -> list[Tensor]:
-        tokens = tensors[0][0][0]
-        return [((tokens, attributes["top_k"]), "int32"), ((tokens, attributes["top_k"]), "float32")]
-
-    def options(dims: Sequence[Dims], types: Sequence[str], attributes: Mapping[str, Any]) -> dict[str, Any]:
-        return {"experts": dims[0][1], "top_k": attributes["top_k"], "rule": attributes["rule"]}
-
-    names = ("scores", "selection_bias", "scale") if scaled else ("scores", "selection_bias")
-    kind = {"top_k": int, "rule": str}
-    return Plugin("RouteScaled" if scaled else "Route", names, kind, outputs, (0, 0), options, "route")
-
-
-def _dispatch() -> Plugin:
-    def outputs(tensors: Sequence[Tensor], attributes: Mapping[str, Any]) -> list[Tensor]:
-        (x, kind), (indices, _) = tensors
-        rows = indices[0] * indices[1]
-        return [((rows, x[1]), kind), ((attributes["num_experts"] + 1,), "int32"), ((rows,), "int32")]
-
-    def options(dims: Sequence[Dims], types: Sequence[str], attributes: Mapping[str, Any]) -> dict[str, Any]:
-        experts, top_k = attributes["num_experts"], dims[1][1]
-        return {"hidden": dims[0][1], "experts": experts, "top_k": top_k, "dtype": DTYPES[types[0]]}
-
-    return Plugin("Dispatch", ("x", "indices"), {"num_experts": int}, outputs, (1, 0), options, "dispatch")
-
-
-def _grouped(glu: bool, quantized: bool) -> Plugin:
-    def outputs(tensors: Sequence[Tensor], attributes: Mapping[str, Any]) -> list[Tensor]:
-        (rows, kind), _, (weight, _) = tensors[:3]
-        return [((rows[0], weight[1]), kind)]
-
-    def options(dims: Sequence[Dims], types: Sequence[str], attributes: Mapping[str, Any]) -> dict[str, Any]:
-        into, out = dims[0][1], dims[2][1]
-        found = {"experts": dims[2][0], "dtype": DTYPES[types[0]], **attributes}
-        return found | ({"hidden": into, "width": out} if glu else {"hidden": out, "width": into})
-
-    weights: tuple[str, ...] = ("gate", "up") if glu else ("weight",)
-    if quantized:
-        weights = tuple(name for weight in weights for name in (weight, f"{weight}_scales"))
-    attributes: dict[str, type] = {"activation": str} if glu else {}
-    name = "GroupedGLU" if glu else "GroupedLinear"
-    return Plugin(
-        f"Quant{name}" if quantized else name,
-        ("rows", "offsets", *weights),
-        attributes | ({"bits": int, "group": int} if quantized else {}),
-        outputs,
-        (0, 0),
-        options,
-        "grouped_glu" if glu else "grouped_linear",
-        PATHS,
-    )
-
-
-def _combine(compensated: bool) -> Plugin:
-    def outputs(tensors: Sequence[Tensor], attributes: Mapping[str, Any]) -> list[Tensor]:
-        (rows, kind), (weights, _) = tensors[0], tensors[3]
-        return [((weights[0], rows[1]), kind)]
-
-    def options(dims: Sequence[Dims], types: Sequence[str], attributes: Mapping[str, Any]) -> dict[str, Any]:
-        top_k = dims[3][1]
-        experts = dims[4][0] if compensated else top_k
-        found = {"hidden": dims[0][1], "experts": experts, "top_k": top_k, "dtype": DTYPES[types[0]]}
-        return found | {"compensated": compensated}
-
-    names = ("rows", "inverse", "indices", "weights") + (("compensation",) if compensated else ())
-    return Plugin("CombineCompensated" if compensated else "Combine", names, {}, outputs, (3, 0), options, "combine")
-
-
-PLUGINS = {
-    plugin.name: plugin
-    for plugin in (
-        _route(False),
-        _route(True),
-        _dispatch(),
-        _grouped(True, False),
-        _grouped(False, False),
-        _grouped(True, True),
-        _grouped(False, True),
-        _combine(False),
-        _combine(True),
-    )
-}
-
-
-def node_type(operator: str, inputs: int) -> str:
-    """Return the plugin that an operator's node becomes, by the number of its inputs: ``Route`` with 3: RouteScaled."""
-    variant = {("Route", 3): "RouteScaled", ("Combine", 5): "CombineCompensated"}.get((operator, inputs), operator)
-    if variant not in PLUGINS or len(PLUGINS[variant].inputs) != inputs:
-        raise MoEdgeError(f"No plugin for moedge::{operator} with {inputs} inputs; known: {', '.join(PLUGINS)}.")
-    return variant
-
-
-def refusal(version: str) -> str | None:
-    """Return why a TensorRT version cannot take the plugins, or None: then the function bodies are used."""
-    found = tuple(int(part) for part in version.split(".")[:2])
-    if found >= OLDEST:
-        return None
-    return (
-        f"TensorRT {version} cannot bake PTX into an engine, {'.'.join(map(str, OLDEST))} is the first that can "
-        "(JetPack 6.2 ships 10.3): the operators' function bodies in standard ONNX are used"
-    )
-
-
-# ---- kernels
-
-
-@dataclass(frozen=True)
-class Binary:
-    """A kernel as TensorRT takes it."""
-
-    name: str
-    ptx: str
-    threads: int
-    shared: int
-    grid: tuple[Extent, ...]
-    takes_size: bool
-
-
-class Kernels(Protocol):
-    """Where a plugin's PTX comes from."""
-
-    def get(self, plugin: Plugin, options: Mapping[str, Any], tactic: int, capability: int) -> Binary:
-        """Return the kernel of a tactic for a compute capability."""
+def launch_of(plugin: Plugin, options: Mapping[str, Any], tactic: int) -> Launch:
+    """Return the kernel of a tactic (needs Triton)."""
+    path = {"path": plugin.tactics[tactic - 1]} if plugin.tactics else {}
+    launch: Launch = import_module(f"moedge.export.kernels.{plugin.module}").launch(**options, **path)
+    return launch
 
 
 class Compiler:
     """Compiles with Triton, on the machine that builds the engine."""
 
     def get(self, plugin: Plugin, options: Mapping[str, Any], tactic: int, capability: int) -> Binary:
-        """See :class:`Kernels`."""
+        """See :class:`moedge.runtime.device.moedge_plugins.Kernels`."""
         from moedge.export.kernels.compile import PLUGIN_SHARED, compile_launch
 
-        launch = plugin.launch(options, tactic)
+        launch = launch_of(plugin, options, tactic)
         made = compile_launch(launch, capability, most_shared=PLUGIN_SHARED)
         return Binary(made.name, made.ptx, made.threads, made.shared, launch.grid, bool(launch.scalars))
-
-
-def _key(plugin: Plugin, options: Mapping[str, Any], tactic: int, capability: int) -> str:
-    asked = {"plugin": plugin.name, "options": dict(options), "tactic": tactic, "capability": capability}
-    return canonical_json(asked).decode()
 
 
 @dataclass(frozen=True)
@@ -249,7 +68,7 @@ def write_library(
                     binary = compiler.get(plugin, request.options, tactic, capability)
                     digest = hashlib.sha256(binary.ptx.encode()).hexdigest()
                     (made / f"{digest[:16]}.ptx").write_text(binary.ptx, encoding="utf-8", newline="\n")
-                    entries[_key(plugin, request.options, tactic, capability)] = {
+                    entries[key_of(plugin, request.options, tactic, capability)] = {
                         "name": binary.name,
                         "sha256": digest,
                         "threads": binary.threads,
@@ -261,173 +80,36 @@ def write_library(
         (made / "kernels.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
-class Library:
-    """Reads what :func:`write_library` wrote; needs neither Triton nor torch."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
-        try:
-            self.index = json.loads((self.folder / "kernels.json").read_text(encoding="utf-8"))["kernels"]
-        except FileNotFoundError:
-            raise MoEdgeError(f"No kernels.json in {self.folder}; it is written by the tensorrt export.") from None
-
-    def get(self, plugin: Plugin, options: Mapping[str, Any], tactic: int, capability: int) -> Binary:
-        """See :class:`Kernels`.
-
-        Raises:
-            MoEdgeError: the kernel is not in the library, or its file is not the one that was written.
-        """
-        entry = self.index.get(_key(plugin, options, tactic, capability))
-        if entry is None:
-            raise MoEdgeError(
-                f"{self.folder} has no {plugin.name} kernel for sm_{capability} with {dict(options)}; "
-                "export again for this device."
-            )
-        path = self.folder / f"{entry['sha256'][:16]}.ptx"
-        ptx = path.read_bytes()
-        if hashlib.sha256(ptx).hexdigest() != entry["sha256"]:
-            raise MoEdgeError(f"{path} was changed after it was written; export again.")
-        grid = tuple(Extent(*numbers) for numbers in entry["grid"])
-        text = ptx.decode()
-        return Binary(entry["name"], text, entry["threads"], entry["shared"], grid, entry["takes_size"])
+def check_triton() -> None:
+    """Raise a MoEdgeError when Triton is not installed."""
+    if find_spec("triton") is None:
+        raise MoEdgeError(
+            "The kernels of TensorRT plugins are compiled with Triton, which is not installed: pip install "
+            "'moedge[plugins]', or choose experts in standard operators with --tensorrt 10.8."
+        )
 
 
-def layer_requests(
-    *,
-    hidden: int,
-    width: int,
-    experts: int,
-    top_k: int,
-    dtype: str,
-    activation: str,
-    rule: str,
-    compensated: bool = False,
-    bits: int = 16,
-    group: int = 128,
-) -> list[Request]:
-    """Return the plugins of one MoE layer; ``dtype`` is float16, bfloat16 or float32, ``bits`` 16, 8 or 4."""
-    kind = DTYPES[dtype]
-    shape = {"hidden": hidden, "width": width, "experts": experts, "dtype": kind}
-    prefix, stored = ("", {}) if bits == 16 else ("Quant", {"bits": bits, "group": group})
-    return [
-        Request("RouteScaled" if rule == "scaled" else "Route", {"experts": experts, "top_k": top_k, "rule": rule}),
-        Request("Dispatch", {"hidden": hidden, "experts": experts, "top_k": top_k, "dtype": kind}),
-        Request(f"{prefix}GroupedGLU", shape | stored | {"activation": activation}),
-        Request(f"{prefix}GroupedLinear", shape | stored),
-        Request(
-            "CombineCompensated" if compensated else "Combine",
-            {
-                "hidden": hidden,
-                "experts": experts if compensated else top_k,
-                "top_k": top_k,
-                "dtype": kind,
-                "compensated": compensated,
-            },
-        ),
-    ]
-
-
-# ---- TensorRT
-
-
-def device_capability() -> int:
-    """Return major * 10 + minor of the first CUDA device, asked of the driver.
+def compile_library(folder: Path, requests: Sequence[Request], capabilities: Sequence[int]) -> None:
+    """:func:`write_library` in a process of its own: Triton reads once whether it shall interpret or compile.
 
     Raises:
-        MoEdgeError: there is no driver or no device.
+        MoEdgeError: Triton is not installed, or a kernel does not compile.
     """
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        raise MoEdgeError("No NVIDIA driver (libcuda.so.1) here; name the compute capability.") from None
-    device, value = ctypes.c_int(), ctypes.c_int()
-    numbers = []
-    failed = driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0)
-    for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
-        failed = failed or driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
-        numbers.append(value.value)
-    if failed:
-        raise MoEdgeError(f"The NVIDIA driver finds no device (error {failed}); name the compute capability.")
-    return numbers[0] * 10 + numbers[1]
+    check_triton()
+    asked = {"requests": [asdict(request) for request in requests], "capabilities": list(capabilities)}
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", __name__, str(folder)]
+    done = subprocess.run(
+        command, input=json.dumps(asked), env=environment, capture_output=True, text=True, timeout=3600, check=False
+    )
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1].rpartition("MoEdgeError: ")[2]
+        raise MoEdgeError(
+            f"The kernels of the TensorRT plugins do not compile: {reason.rstrip('.')}; choose experts in standard "
+            "operators with --tensorrt 10.8."
+        )
 
 
-def register(kernels: Kernels, *, capability: int | None = None) -> None:
-    """Register every plugin with ``tensorrt.plugin``, once a process, before the ONNX file is parsed.
-
-    Args:
-        kernels: :class:`Compiler` or :class:`Library`.
-        capability: compute capability of the engine's device; that of the device here by default.
-
-    Raises:
-        MoEdgeError: TensorRT is too old (see :func:`refusal`) or there is no device to ask.
-    """
-    import tensorrt
-
-    reason = refusal(tensorrt.__version__)
-    if reason is not None:
-        raise MoEdgeError(reason + ".")
-    target = device_capability() if capability is None else capability
-    for plugin in PLUGINS.values():
-        _register(tensorrt, plugin, kernels, target)
-
-
-def _register(trt: Any, plugin: Plugin, kernels: Kernels, capability: int) -> None:
-    import tensorrt.plugin as api
-
-    identity = f"{DOMAIN}::{plugin.name}"
-    ours = {getattr(trt.DataType, theirs): name for theirs, name in _TRT.items() if hasattr(trt.DataType, theirs)}
-    theirs = {name: kind for kind, name in ours.items()}
-    count = len(plugin.inputs)
-    positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    tensors = [inspect.Parameter(name, positional, annotation=api.TensorDesc) for name in plugin.inputs]
-    attributes = [inspect.Parameter(name, positional, annotation=kind) for name, kind in plugin.attributes.items()]
-    extra = [inspect.Parameter(name, positional) for name in ("outputs", "tactic")]
-
-    def signed(function: Callable[..., Any], parameters: list[inspect.Parameter], returns: Any) -> Callable[..., Any]:
-        # TensorRT reads the signature; one function serves every plugin, so it is stated here.
-        function.__signature__ = inspect.Signature(parameters, return_annotation=returns)  # type: ignore[attr-defined]
-        function.__name__ = plugin.name
-        return function
-
-    def values(given: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Any]:
-        return dict(zip(plugin.attributes, given, strict=False)) | dict(named)
-
-    def describe(*given: Any, **named: Any) -> Any:
-        inputs = [(tuple(tensor.shape_expr), ours[tensor.dtype]) for tensor in given[:count]]
-        found = [
-            api.from_shape_expr(tuple(dims), theirs[kind])
-            for dims, kind in plugin.outputs(inputs, values(given[count:], named))
-        ]
-        return tuple(found) if len(found) > 1 else found[0]
-
-    def tune(*given: Any) -> Any:
-        # Types are the network's (strongly typed); only the tactic is open.
-        types = [_COMBINATION[ours[tensor.dtype]] for tensor in (*given[:count], *given[-1])]
-        return [api.AutoTuneCombination(", ".join(types), "LINEAR", list(plugin.tactic_numbers))]
-
-    def implement(*given: Any) -> Any:
-        inputs, tactic = given[:count], given[-1]
-        dims = [[d.constant_value() if d.is_constant else None for d in tensor.shape_expr] for tensor in inputs]
-        types = [ours[tensor.dtype] for tensor in inputs]
-        options = plugin.options(dims, types, values(given[count:-2], {}))
-        missing = [name for name, value in options.items() if value is None]
-        if missing:
-            raise MoEdgeError(f"{identity}: {', '.join(missing)} must be constant in the network.")
-        binary = kernels.get(plugin, options, tactic, capability)
-        size = inputs[plugin.size[0]].shape_expr[plugin.size[1]]
-        launch = api.KernelLaunchParams()
-        for axis, extent in zip("xyz", binary.grid, strict=False):
-            setattr(launch, f"grid_{axis}", extent(size))
-        launch.block_x, launch.shared_mem = binary.threads, binary.shared
-        scalars = api.SymIntExprs(1 if binary.takes_size else 0)
-        if binary.takes_size:
-            scalars[0] = api.SymInt32(size)
-        return binary.name, binary.ptx, launch, scalars
-
-    outputs = len(plugin.outputs([((1,) * 3, "float32")] * count, dict.fromkeys(plugin.attributes, 1)))
-    described = tuple.__class_getitem__((api.TensorDesc,) * outputs) if outputs > 1 else api.TensorDesc
-    text = str | bytes
-    implemented = tuple.__class_getitem__((text, text, api.KernelLaunchParams, api.SymIntExprs))
-    api.register(identity)(signed(describe, [*tensors, *attributes], described))
-    api.autotune(identity)(signed(tune, [*tensors, *attributes, extra[0]], inspect.Parameter.empty))
-    api.aot_impl(identity)(signed(implement, [*tensors, *attributes, *extra], implemented))
+if __name__ == "__main__":
+    _asked = json.load(sys.stdin)
+    write_library(Path(sys.argv[1]), [Request(**request) for request in _asked["requests"]], _asked["capabilities"])

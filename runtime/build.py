@@ -14,7 +14,7 @@ from typing import Any
 from moedge import MoEdgeError, __version__
 from moedge._files import atomic_dir, digest, hash_tree, safe_join, write_json
 from moedge.runtime import devices
-from moedge.runtime.device import moedge_trt
+from moedge.runtime.device import moedge_plugins, moedge_trt
 
 SCHEMA = "moedge.engine/1"
 PLAN = "engine.plan"
@@ -80,6 +80,11 @@ def build(
     for device in profiles:
         if reason := devices.refusal(target, device):
             raise MoEdgeError(reason)
+        if target == "tensorrt-rtx" and device.compute_capability == "7.5" and devices.routed(manifest["moe"]):
+            raise MoEdgeError(
+                f"TensorRT for RTX has no float32 matrix product for {device.label} (SM75), and routers are float32; "
+                "build the dense parent for it, or take ort-cuda."
+            )
     if target == "tensorrt" and len({device.compute_capability for device in profiles}) > 1:
         raise MoEdgeError(
             "TensorRT builds for the GPU it runs on; name one device, or export tensorrt-rtx for several."
@@ -87,19 +92,21 @@ def build(
     max_length = max_length or min(2048, model["max_position_embeddings"])
     max_prompt = max_prompt or max(2, max_length // 2)
     weight_bytes = sum(entry["size"] for name, entry in manifest["files"].items() if name.endswith(".data"))
-    fits = {}
+    fits, limits = {}, {"max_length": max_length, "max_prompt": max_prompt, "batch": batch}
+    unread = devices.unread_bytes(manifest["moe"], model["hidden_size"]) if "plugins" in manifest else 0
     for device in profiles:
-        fit = devices.fit(model, weight_bytes, device, max_length=max_length, max_prompt=max_prompt, batch=batch)
+        fit = devices.fit(model, weight_bytes, device, **limits, unread=unread)
         if fit.needed > fit.memory:
             raise MoEdgeError(
                 f"The engine needs {fit.needed / 2**30:.1f} GiB (weights, cache, logits) and {device.label} has "
                 f"{device.memory_gib:g}; lower --max-length, --max-prompt or --batch, or choose another device."
             )
         fits[device.name] = {**vars(fit), "needed": fit.needed}
-    limits = {"max_length": max_length, "max_prompt": max_prompt, "batch": batch}
     outputs = {tap["output"]: f"routes.{layer}" for layer, tap in manifest["taps"].items()} if taps else {}
     try:
         trt = _tensorrt(target, profiles[0])
+        if "plugins" in manifest:
+            _register_plugins(profiles[0])
         shapes = moedge_trt.profile_shapes(model, **limits)
         with atomic_dir(out, force=force) as partial:
             capabilities = sorted({device.compute_capability for device in profiles}, key=float)
@@ -152,6 +159,14 @@ def _tensorrt(target: str, device: devices.Device) -> Any:
     if target == "tensorrt":
         _check_local(device)
     return trt
+
+
+def _register_plugins(device: devices.Device) -> None:
+    """Let TensorRT compile the graph's plugins here, for the device that is here."""
+    from moedge.export.plugins import Compiler, check_triton
+
+    check_triton()
+    moedge_plugins.register(Compiler(), capability=int(device.compute_capability.replace(".", "")))
 
 
 def _check_local(device: devices.Device) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from moedge import MoEdgeError
 
@@ -35,6 +35,14 @@ class Device(BaseModel):
     bandwidth_gb_s: Positive
     unified_memory: bool
     targets: Annotated[tuple[Literal["tensorrt", "tensorrt-rtx"], ...], Field(min_length=1, strict=False)]
+    tensorrt: Annotated[str, Field(pattern=r"^\d{1,2}\.\d{1,2}$")] | None = None
+    """The TensorRT that its system ships, or the oldest to install there where nothing ships one."""
+
+    @model_validator(mode="after")
+    def _says_its_version(self) -> Device:
+        if "tensorrt" in self.targets and self.tensorrt is None:
+            raise ValueError("target tensorrt needs the key tensorrt: the version on the device, such as 10.3")
+        return self
 
     @property
     def sm(self) -> str:
@@ -107,23 +115,32 @@ class Fit:
 
 
 def fit(
-    model: dict[str, Any], weight_bytes: int, device: Device, *, max_length: int, max_prompt: int, batch: int
+    model: dict[str, Any],
+    weight_bytes: int,
+    device: Device,
+    *,
+    max_length: int,
+    max_prompt: int,
+    batch: int,
+    unread: int = 0,
 ) -> Fit:
-    """Estimate memory, and the decode speed that bandwidth allows: every byte of weights, and a cache half full.
+    """Estimate memory, and the decode speed that bandwidth allows: the bytes of weights read, and a cache half full.
 
     Args:
         model: the ``model`` section of a bundle's manifest.
-        weight_bytes: of the lowered graph. Its engine reads all of them for each token, the experts included
-            (:mod:`moedge.export.lowering.trt_experts`), except the embedding table, of which it reads one row.
+        weight_bytes: of the lowered graph. Its engine reads all of them for each token but ``unread``, and of an untied
+            embedding table it reads one row.
         device: the profile.
         max_length: tokens of the cache.
         max_prompt: most tokens of a prefill.
         batch: rows.
+        unread: bytes of the experts that one token does not select, where they are plugins; 0 where every expert is
+            computed (:mod:`moedge.export.lowering.trt_experts`).
     """
     per_token = 2 * model["num_layers"] * model["num_kv_heads"] * model["head_dim"] * 2
     cache = per_token * max_length * batch
     # A tied embedding is read whole, as the output projection. The cache is half full on average.
-    active = weight_bytes + cache // 2
+    active = weight_bytes - unread + cache // 2
     return Fit(
         weights=weight_bytes,
         cache=2 * cache,
@@ -132,3 +149,19 @@ def fit(
         active=active,
         bound_tokens_per_s=batch * device.bandwidth_gb_s * 1e9 / active,
     )
+
+
+def routed(moe: dict[str, Any] | None) -> bool:
+    """Whether a model has a router: its bundle's ``moe`` section names a layer with experts."""
+    return any(entry["num_experts"] for entry in (moe or {"layers": {}})["layers"].values())
+
+
+def unread_bytes(moe: dict[str, Any] | None, hidden: int) -> int:
+    """Bytes of float16 experts that one token does not select: (E - k) * 3 * I * H * 2 in each layer.
+
+    Args:
+        moe: the ``moe`` section of a bundle's manifest.
+        hidden: H.
+    """
+    layers = (moe or {"layers": {}})["layers"].values()
+    return sum((entry["num_experts"] - entry["top_k"]) * 3 * entry["expert_width"] * hidden * 2 for entry in layers)

@@ -22,11 +22,11 @@ from moedge import MoEdgeError
 from moedge.export.kernels.cuda import kernel_of
 from moedge.export.kernels.launch import Launch
 
-PTX_VERSIONS = {80: 80, 86: 80, 87: 80, 89: 80, 90: 80, 110: 90, 120: 87}
+PTX_VERSIONS = {80: 80, 86: 80, 87: 80, 89: 80, 90: 80, 110: 90, 120: 87, 121: 88}
 """Compute capability -> PTX version to write: not the newest, so that older drivers load it (8.0: CUDA 12.0, 8.7: 12.8,
-9.0: 13.0, the first with sm_110)."""
+8.8: 12.9, the first with sm_121; 9.0: 13.0, the first with sm_110)."""
 
-MOST_SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 110: 227, 120: 99}
+MOST_SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 110: 227, 120: 99, 121: 99}
 """Compute capability -> KiB of shared memory a block can ask for (CUDA C++ Programming Guide, table of technical
 specifications)."""
 
@@ -57,7 +57,7 @@ class Resources:
 
 
 def compile_launch(launch: Launch, capability: int, *, most_shared: int | None = None) -> Compiled:
-    """Compile for a compute capability (80, 86, 87, 89, 90, 110 or 120).
+    """Compile for a compute capability (80, 86, 87, 89, 90, 110, 120 or 121).
 
     Args:
         launch: what to compile.

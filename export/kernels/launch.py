@@ -1,7 +1,7 @@
 """What it takes to launch one kernel: constants, argument types and a grid that is a formula of one size.
 
 The same record serves PyTorch (:func:`run`), the ahead-of-time compiler (``compile.py``), the TensorRT plugin
-(``export/plugins.py``) and the tests, so the grid that is tested is the grid that runs. This module needs no Triton.
+(``moedge_plugins.py``) and the tests, so the grid that is tested is the grid that runs. This module needs no Triton.
 """
 
 from __future__ import annotations
@@ -10,28 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32", "int8": "i8"}
-"""Triton's name of each element type that a kernel takes."""
+from moedge.runtime.device.moedge_plugins import DTYPES, Extent
 
-
-@dataclass(frozen=True)
-class Extent:
-    """A grid dimension as a formula of the kernel's one dynamic size n: ``(times * n + plus) // over``.
-
-    Only these three operations, so that TensorRT can evaluate it on a symbolic dimension.
-    """
-
-    times: int = 0
-    plus: int = 1
-    over: int = 1
-
-    def __call__(self, n: Any) -> Any:
-        """Evaluate for n >= 0: an int, or any object with ``*``, ``+`` and ``//``."""
-        if not self.times:
-            return self.plus // self.over
-        scaled = n * self.times if self.times != 1 else n
-        shifted = scaled + self.plus if self.plus else scaled
-        return shifted // self.over if self.over != 1 else shifted
+__all__ = ["DTYPES", "Extent", "Launch", "cover", "fixed", "power_of_two"]
 
 
 def cover(block: int, *, times: int = 1) -> Extent:

@@ -1,35 +1,47 @@
 """Targets ``tensorrt`` and ``tensorrt-rtx``: one strongly typed half-precision graph with a concatenated KV cache.
 
-Rewrites, in order: attention with one mask for the graph, experts in the form that suits the phase, half-precision
-types. One layer of each kind is executed in ONNX Runtime's CPU provider beside the float32 block it replaced: that
-proves the graph, not the engine, which only its device can run (``verify.py`` in the bundle, or ``moedge verify``).
+Rewrites, in order: attention with one mask for the graph, experts in the form that the device's TensorRT can take
+(``trt_experts.choose``: plugins from 10.9 on), half-precision types. One layer of each kind is executed in ONNX
+Runtime's CPU provider beside the float32 block it replaced: that proves the graph, not the engine, which only its
+device can run (``verify.py`` in the bundle, or ``moedge verify``). Plugins are executed there as their function bodies.
 
 ``tensorrt`` stays at opset 18, which every parser since TensorRT 8.6 reads (JetPack 6 has 10.3).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from dataclasses import asdict
 
 import onnx_ir as ir
 
 from moedge import MoEdgeError
 from moedge.export.functions import DOMAIN, routed_directly
-from moedge.export.lowering import Lowered, Rewrite, half, legality, selftest, trt_attention, trt_experts
+from moedge.export.lowering import Lowered, Rewrite, half, legality, selftest, trt_attention, trt_experts, trt_plugins
 from moedge.export.lowering.graph import attention_kinds, layer_of, remove_unused
+from moedge.runtime.device.moedge_plugins import OLDEST
 
+NEWEST = "11.0"
+"""What a bundle that names no device is for."""
 HALF_LIMIT = 16 * 2.0**-11
 """Limit of a block's relative error: one rounding to float16 is at most 2^-11, and no path through an attention or an
 FFN block rounds more than 16 times (weights and input included)."""
 
 
-def lower(model: ir.Model, *, max_length: int) -> Lowered:
-    """Rewrite ``model`` in place for TensorRT; see :func:`lower_half`."""
-    return lower_half(model, max_length=max_length, attention="products")
+def lower(model: ir.Model, *, max_length: int, tensorrt: str = NEWEST) -> Lowered:
+    """Rewrite ``model`` in place for TensorRT; ``tensorrt`` is the version on the device. See :func:`lower_half`."""
+    return lower_half(model, max_length=max_length, attention="products", tensorrt=tensorrt)
 
 
-def lower_half(model: ir.Model, *, max_length: int, attention: trt_attention.Form) -> Lowered:
+def lower_half(
+    model: ir.Model, *, max_length: int, attention: trt_attention.Form, tensorrt: str | None = None
+) -> Lowered:
     """Rewrite a portable float32 graph in place.
+
+    Args:
+        model: the graph.
+        max_length: longest sequence.
+        attention: form of attention and rotary embedding.
+        tensorrt: version of TensorRT on the device, None for TensorRT for RTX.
 
     Raises:
         MoEdgeError: the weights are not float32, no runtime is here to execute the self-tests, or one of them fails.
@@ -48,43 +60,43 @@ def lower_half(model: ir.Model, *, max_length: int, attention: trt_attention.For
     for node, route in zip(experts, routes, strict=True):
         top_k = route.attributes["top_k"].as_int()
         taps[layer_of(node)] = {"output": str(route.outputs[0].name), "kind": "indices", "top_k": top_k}
+    form, why = trt_experts.choose(model, tensorrt)
     turned, rotary, table = trt_attention.rotary(model, attention)
     edges = {
         "rotary embedding without dynamic slices": rotary,
         "CausalAttention -> attention with one mask": _attention_edges(before),
-        "SparseGLU -> every expert as one FFN": [str(n.outputs[0].name) for n in experts[:1] + experts[-1:]],
+        _EXPERTS[form]: [str(n.outputs[0].name) for n in experts[:1] + experts[-1:]],
     }
-    reasons = ["" if turned else "not recognised", "", _form_reason(experts)]
-    counts = [turned, trt_attention.rewrite(model, attention), trt_experts.rewrite(model, "merged")]
-    typed = half.convert(model)
-    _inline(model)
+    reasons = ["" if turned else "not recognised", "", why]
+    counts = [turned, trt_attention.rewrite(model, attention)]
+    plugins = None
+    if form == "plugins" and experts:
+        typed = half.convert(model)
+        counts.append(trt_plugins.rewrite(model))
+        kernels = [asdict(request) for request in trt_plugins.requests(model)]
+        plugins = {"oldest_tensorrt": ".".join(map(str, OLDEST)), "kernels": kernels}
+    else:
+        counts.append(trt_experts.rewrite(model, "merged"))
+        typed = half.convert(model)
+        _inline(model)
     rewrites = []
     for (name, names), count, reason in zip(edges.items(), counts, reasons, strict=True):
         if count:
             rewrites.append(Rewrite(name, count, "applied", reason, _test(name, before, model, names, table)))
     rewrites.append(Rewrite("float32 -> float16; router, norm sums, rotary and softmax stay float32", typed, "applied"))
     cache = {"kind": "concat", "max_length": max_length, "dtype": "float16"}
-    return Lowered(rewrites, taps, cache, limits=_limits(experts))
+    limits = [_LIMITS[form]] if experts else []
+    return Lowered(rewrites, taps, cache, limits=limits, plugins=plugins)
 
 
-def _form_reason(experts: Collection[ir.Node]) -> str:
-    return "; ".join(sorted({trt_experts.choose(*_sizes(node), 1)[1] for node in experts}))
-
-
-def _sizes(node: ir.Node) -> tuple[int, int]:
-    gate, indices = node.inputs[3], node.inputs[1]
-    assert gate is not None
-    assert gate.shape is not None
-    assert indices is not None
-    route = indices.producer()
-    assert route is not None
-    return int(gate.shape[0]), route.attributes["top_k"].as_int()
-
-
-def _limits(experts: Collection[ir.Node]) -> list[str]:
-    if not experts:
-        return []
-    return ["every expert's weights are read for every token: the engine is no faster than its dense parent"]
+_EXPERTS = {
+    "plugins": "SparseGLU -> Dispatch, GroupedGLU, GroupedLinear, Combine as plugins",
+    "merged": "SparseGLU -> every expert as one FFN",
+}
+_LIMITS = {
+    "plugins": "engines are built by TensorRT 10.9 or newer; elsewhere the plugins' function bodies run, slowly",
+    "merged": "every expert's weights are read for every token: the engine is no faster than its dense parent",
+}
 
 
 def _test(name: str, before: ir.Model, model: ir.Model, edges: list[str], inside: set[str]) -> dict[str, object]:

@@ -1,5 +1,6 @@
-"""SparseGLU in standard operators for TensorRT: which form a layer takes, and the two forms.
+"""SparseGLU for TensorRT: which form it takes, and the two forms in standard operators.
 
+``plugins`` the selected experts only, in kernels of our own that become part of the engine (``trt_plugins.py``).
 ``merged``  every expert on every token, as one FFN of width E*I whose hidden units are multiplied by their expert's
             weight (zero where it is not selected). Three plain products of the size of a dense FFN; no [E, T, H]
             intermediate and no sum over experts, which happens inside the last product, in its accumulator.
@@ -15,16 +16,48 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
+from moedge import MoEdgeError
 from moedge.export.functions import DOMAIN
-from moedge.export.lowering.graph import Builder, array_of, constant_of, remove_unused
+from moedge.export.lowering import trt_plugins
+from moedge.export.lowering.graph import Builder, active_of, array_of, constant_of, remove_unused
+from moedge.runtime.device.moedge_plugins import refusal
+from moedge.runtime.device.moedge_trt import DeviceError
 
-Form = Literal["merged", "gather"]
+Form = Literal["plugins", "merged", "gather"]
 COPIES = 3
 """Times that a gathered matrix crosses memory: read, written as a copy, read by the product."""
 
 
-def choose(num_experts: int, top_k: int, tokens: int) -> tuple[Form, str]:
-    """Choose the form of one layer for a phase with up to ``tokens`` tokens a call, and say why.
+def choose(model: ir.Model, tensorrt: str | None) -> tuple[Form, str]:
+    """Choose the form of a model's experts for an engine, and say why: the one place where this is decided.
+
+    An engine holds prefill and decode in one graph, and for a prompt gathering costs more memory than the model, so
+    without plugins all experts are computed.
+
+    Args:
+        model: the float32 graph.
+        tensorrt: version of TensorRT on the device (from its profile), or None for a runtime that takes no plugins.
+    """
+    try:
+        reason = "TensorRT for RTX takes no kernels compiled ahead of time" if tensorrt is None else refusal(tensorrt)
+    except DeviceError as error:
+        raise MoEdgeError(str(error)) from None
+    reason = reason or trt_plugins.refusal(model)
+    if reason is None:
+        return "plugins", f"TensorRT {tensorrt} takes kernels compiled ahead of time"
+    one_token = {by_bytes(*_sizes(node), 1)[1] for node in trt_plugins.experts(model)}
+    return "merged", "; ".join([reason, *sorted(one_token)])
+
+
+def _sizes(node: ir.Node) -> tuple[int, int]:
+    """E and k of a SparseGLU."""
+    assert node.inputs[3] is not None
+    assert node.inputs[3].shape is not None
+    return int(node.inputs[3].shape[0]), active_of(node)
+
+
+def by_bytes(num_experts: int, top_k: int, tokens: int) -> tuple[Form, str]:
+    """Return the form in standard operators that moves less for a call of up to ``tokens`` tokens, and why.
 
     Weights bound both phases' expert cost at few tokens, so the fewer expert matrices cross memory the better: E for
     ``merged``, 3*T*k for ``gather`` (each is copied). At a prompt the copies alone outgrow the model.

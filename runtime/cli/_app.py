@@ -27,6 +27,14 @@ _OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
+TensorRT = Annotated[
+    str | None,
+    typer.Option(
+        "--tensorrt",
+        metavar="VERSION",
+        help="TensorRT on the device, such as 10.13, where it is not its profile's: from 10.9 on experts are plugins.",
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all physical cores by default.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the whole result as JSON on stdout.")]

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moedge import MoEdgeError
-from moedge.runtime.cli._app import Force, Json, Text, command
+from moedge.runtime.cli._app import Force, Json, TensorRT, Text, command
 
 PANEL = "Export"
 
@@ -21,8 +21,8 @@ def export(
         list[str] | None,
         typer.Option(
             "--target",
-            help="portable, ort-cpu, ort-cpu-int8, ort-cpu-int4, tensorrt or tensorrt-rtx (may be repeated); by "
-            "default the first two.",
+            help="portable, ort-cpu, ort-cpu-int8, ort-cpu-int4, ort-cuda, tensorrt or tensorrt-rtx (may be "
+            "repeated); by default the first two.",
         ),
     ] = None,
     label: Annotated[
@@ -31,6 +31,7 @@ def export(
     max_length: Annotated[
         int | None, typer.Option(min=16, help="Longest prompt + answer in tokens; the model's own limit by default.")
     ] = None,
+    tensorrt: TensorRT = None,
     force: Force = False,
 ) -> None:
     """Write an ONNX bundle with KV cache for each target.
@@ -42,7 +43,7 @@ def export(
     """
     from moedge.runtime.commands.export import export as body
 
-    body(checkpoint, out, targets=target, label=label, max_length=max_length, force=force)
+    body(checkpoint, out, targets=target, label=label, max_length=max_length, tensorrt=tensorrt, force=force)
 
 
 @command("export-hf", PANEL)
@@ -120,13 +121,14 @@ def build(
 
 @command("bundle", PANEL)
 def bundle(
-    source: Annotated[Path, typer.Argument(help="Checkpoint, or a folder with the bundles portable and tensorrt.")],
+    source: Annotated[Path, typer.Argument(help="Checkpoint, or a folder with the bundle portable.")],
     out: Annotated[Path, typer.Argument(help="The archive (.tar).")],
     target: Annotated[str, typer.Option(help="Device profile: a name (`moedge build --list`) or a .yaml file.")],
     label: Annotated[str | None, typer.Option(help="Name of the model in results.")] = None,
     max_length: Annotated[int | None, typer.Option(min=2, help="Longest sequence; at most 2048 by default.")] = None,
     max_prompt: Annotated[int | None, typer.Option(min=2, help="Most prompt tokens in one call.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Most rows of a call.")] = 1,
+    tensorrt: TensorRT = None,
     force: Force = False,
 ) -> None:
     """Pack one archive for a device: graph, tokenizer, recorded answers, and scripts that build, verify and time there.
@@ -147,5 +149,6 @@ def bundle(
         max_length=max_length,
         max_prompt=max_prompt,
         batch=batch,
+        tensorrt=tensorrt,
         force=force,
     )

@@ -21,6 +21,7 @@ def bundle(
     max_length: int | None,
     max_prompt: int | None,
     batch: int,
+    tensorrt: str | None,
     force: bool,
 ) -> None:
     """Write the archive and say what to do with it."""
@@ -42,6 +43,7 @@ def bundle(
             max_length=max_length,
             max_prompt=max_prompt,
             batch=batch,
+            tensorrt=tensorrt,
             force=force,
             progress=step,
         )
@@ -50,6 +52,8 @@ def bundle(
     console.print(
         escape(f"{out}: {size:.0f} MiB, {len(manifest['files'])} files, sha256 {sha256_file(out)}"), soft_wrap=True
     )
+    form = "plugins" if "plugins" in manifest else "standard operators"
+    console.print(escape(f"For TensorRT {manifest['tensorrt']}: experts as {form}"), soft_wrap=True)
     folder = f"moedge-{device.name}"
     console.print(
         escape(f"On the device: tar xf {out.name} && cd {folder} && python3 build_engine.py && python3 verify.py"),

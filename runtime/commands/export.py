@@ -17,7 +17,14 @@ from moedge.runtime.progress import single
 
 
 def export(
-    checkpoint: Path, out: Path, *, targets: list[str] | None, label: str | None, max_length: int | None, force: bool
+    checkpoint: Path,
+    out: Path,
+    *,
+    targets: list[str] | None,
+    label: str | None,
+    max_length: int | None,
+    tensorrt: str | None,
+    force: bool,
 ) -> None:
     """Write ``out/<target>/`` for each target, all or none."""
     wanted = targets or list(DEFAULT)
@@ -34,7 +41,8 @@ def export(
             if done < total:
                 reporter.note(what)
 
-        run(checkpoint, partial, wanted, label=label or checkpoint.name, max_length=max_length, progress=step)
+        label = label or checkpoint.name
+        run(checkpoint, partial, wanted, label=label, max_length=max_length, tensorrt=tensorrt, progress=step)
     for folder in sorted(path.parent for path in out.glob("*/manifest.json")):
         console = Console()
         console.print(escape(f"{folder.name}: {folder}"), highlight=False, soft_wrap=True)

@@ -15,9 +15,10 @@ from pathlib import Path
 
 try:  # in an archive the files lie side by side
     import moedge_archive
+    import moedge_plugins
     import moedge_trt
 except ImportError:
-    from moedge.runtime.device import moedge_archive, moedge_trt
+    from moedge.runtime.device import moedge_archive, moedge_plugins, moedge_trt
 
 
 def main() -> int:
@@ -43,6 +44,14 @@ def main() -> int:
         capabilities = [here]
     else:
         capabilities = options.compute_capability or [manifest["device"]["compute_capability"]]
+    if "plugins" in manifest:
+        if options.target != "tensorrt":
+            raise moedge_trt.DeviceError(
+                "This archive's experts are plugins, which TensorRT for RTX does not take; export target tensorrt-rtx."
+            )
+        # Before the graph is parsed: the parser looks every node up in the registry.
+        library = moedge_plugins.Library(folder / moedge_plugins.FOLDER)
+        moedge_plugins.register(library, capability=int(capabilities[0].replace(".", "")))
     limits = {"max_length": options.max_length, "max_prompt": options.max_prompt, "batch": options.batch}
     taps = {} if options.no_taps else manifest["taps"]
     print(f"building with {options.target} {trt.__version__} for SM{', SM'.join(capabilities)}: this takes minutes")

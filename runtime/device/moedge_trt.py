@@ -111,7 +111,6 @@ def build(
     compute_capabilities: list[str] | None = None,
     taps: dict[str, str] | None = None,
     timing_cache: Path | None = None,
-    plugins: list[Path] | None = None,
 ) -> tuple[bytes, dict[str, Any]]:
     """Parse a graph and build a strongly typed engine with one optimisation profile for each entry of ``profiles``.
 
@@ -124,7 +123,6 @@ def build(
         taps: name of an inner int32 tensor -> name of the output that it becomes (selected experts of a layer).
         timing_cache: TensorRT only: file that is read when it exists and written when the build ends. It saves time; a
             damaged or foreign one is ignored by TensorRT.
-        plugins: plugin libraries to load into the registry first; give only files whose hash was checked.
 
     Returns:
         The serialized engine and facts about it: ``layers`` of the network, ``parse_s``, ``build_s``,
@@ -135,8 +133,6 @@ def build(
     """
     log = logger_class(trt)()
     builder = trt.Builder(log)
-    for library in plugins or []:
-        trt.get_plugin_registry().load_library(str(library))
     strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(1 << int(strongly_typed) if strongly_typed is not None else 0)
     parser = trt.OnnxParser(network, log)

@@ -13,7 +13,8 @@ from moedge.export import bundle, functions
 from moedge.export.functions import DOMAIN
 from moedge.export.lowering import half, selftest, tensorrt, trt_attention, trt_experts
 from moedge.export.lowering.graph import Builder
-from moedge.export.pipeline import _lower
+from moedge.export.pipeline import lower
+from moedge.runtime import devices
 from moedge.runtime.engines import open_engine
 from moedge.runtime.engines.torch import TorchEngine
 
@@ -23,13 +24,14 @@ MODEL_LIMIT = 4 * tensorrt.HALF_LIMIT
 
 @pytest.fixture(scope="module")
 def typed(bundles, tmp_path_factory):
-    """``{kind}/{target}`` bundles of both TensorRT targets, lowered from the portable ones."""
+    """``{kind}/{target}`` bundles of both TensorRT targets; ``plugins`` is target tensorrt for a newer TensorRT."""
     root = tmp_path_factory.mktemp("typed")
     made = {}
     for kind in ("dense", "moe"):
-        for target in ("tensorrt", "tensorrt-rtx"):
+        for target, version in (("tensorrt", "10.3"), ("tensorrt-rtx", None), ("plugins", "10.13")):
+            name = "tensorrt" if target == "plugins" else target
             with atomic_dir(root / kind / target) as partial:
-                _lower(target, bundles[f"{kind}/portable"], partial)
+                lower(name, bundles[f"{kind}/portable"], partial, tensorrt=version)
             made[f"{kind}/{target}"] = root / kind / target
     return made
 
@@ -42,7 +44,9 @@ def relative(actual, expected):
     return float(np.abs(actual - expected).max() / np.abs(expected).max())
 
 
-@pytest.mark.parametrize("name", ["dense/tensorrt", "moe/tensorrt", "dense/tensorrt-rtx", "moe/tensorrt-rtx"])
+@pytest.mark.parametrize(
+    "name", ["dense/tensorrt", "moe/tensorrt", "dense/tensorrt-rtx", "moe/tensorrt-rtx", "moe/plugins"]
+)
 def test_the_typed_graph_computes_what_pytorch_computes(typed, checkpoints, name):
     ids = np.random.default_rng(1).integers(0, 256, (1, 24))
     reference = TorchEngine(checkpoints[name.split("/")[0]], taps=True)
@@ -61,7 +65,7 @@ def test_the_typed_graph_computes_what_pytorch_computes(typed, checkpoints, name
     assert not agree or np.mean(agree) > 0.95
 
 
-@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
+@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx", "plugins"])
 def test_left_padding_changes_nothing(typed, target):
     rng = np.random.default_rng(2)
     short, long = rng.integers(0, 256, (1, 6)), rng.integers(0, 256, (1, 9))
@@ -105,6 +109,36 @@ def test_the_manifest_records_executed_tests_and_says_what_the_engine_will_not_b
     assert any("heads of 8" in entry["reason"] for entry in manifest["lowering"] if entry["status"] == "refused")
 
 
+def test_the_device_decides_the_form_and_the_manifest_says_so(typed, bundles):
+    graph = portable(bundles)
+    for name in devices.names():
+        device = devices.load(name)
+        if "tensorrt" in device.targets:
+            form, why = trt_experts.choose(graph, device.tensorrt)
+            assert form == ("merged" if device.tensorrt == "10.3" else "plugins")
+            assert device.tensorrt in why
+    assert trt_experts.choose(graph, None)[0] == "merged"
+    with pytest.raises(MoEdgeError, match="no version of TensorRT"):
+        trt_experts.choose(graph, "new")
+    old, new = (bundle.open_bundle(typed[f"moe/{name}"]).manifest for name in ("tensorrt", "plugins"))
+    assert "plugins" not in old
+    assert len(new["plugins"]["kernels"]) == 5
+    reasons = [next(e["reason"] for e in m["lowering"] if e["rewrite"].startswith("SparseGLU")) for m in (old, new)]
+    assert "TensorRT 10.3 cannot bake kernels" in reasons[0]
+    assert "TensorRT 10.13 takes kernels" in reasons[1]
+    assert "no faster than its dense parent" in old["limits"][0]
+    assert "TensorRT 10.9 or newer" in new["limits"][0]
+    assert "plugins" not in bundle.open_bundle(typed["dense/plugins"]).manifest
+
+
+def test_kernels_refuse_what_they_cannot_compute(bundles):
+    graph = portable(bundles)
+    gate = next(node for node in graph.graph if node.op_type == "SparseGLU").inputs[3]
+    gate.shape = ir.Shape([513, *gate.shape[1:]])
+    assert trt_experts.choose(graph, "11.0")[0] == "merged"
+    assert "513 experts" in trt_experts.choose(graph, "11.0")[1]
+
+
 def _experts_test(bundles, **options):
     before = portable(bundles)
     after = before.clone()
@@ -135,7 +169,8 @@ def test_both_forms_of_attention_are_exact_in_float32(bundles, form):
         assert test.passed, test
 
 
-def test_other_activations_rules_and_compensation_lower(bundles):
+@pytest.mark.parametrize("version", ["10.3", "10.13"])
+def test_other_activations_rules_and_compensation_lower(bundles, version):
     """The traced graph with another weight rule, gate activation, selection bias and a compensation input."""
     graph = portable(bundles)
     rng = np.random.default_rng(5)
@@ -151,8 +186,10 @@ def test_other_activations_rules_and_compensation_lower(bundles):
             node.resize_inputs(7)
             node.replace_input_with(6, extra)
     functions.attach(graph, form="dense")
-    lowered = tensorrt.lower(graph, max_length=64)
+    lowered = tensorrt.lower(graph, max_length=64, tensorrt=version)
     assert [entry.self_test["passed"] for entry in lowered.rewrites if entry.self_test] == [True, True, True]
+    names = {node.op_type for node in graph.graph if node.domain == DOMAIN}
+    assert ("CombineCompensated" in names) == (version == "10.13")
 
 
 MISTAKES = {
@@ -186,7 +223,7 @@ def test_the_self_test_catches(bundles, monkeypatch, mistake):
     assert not _experts_test(bundles).passed
     graph = portable(bundles)
     with pytest.raises(MoEdgeError, match="Self-test of 'SparseGLU"):
-        tensorrt.lower(graph, max_length=64)
+        tensorrt.lower(graph, max_length=64, tensorrt="10.3")
 
 
 def test_a_weight_beyond_half_precision_is_refused(bundles, tmp_path):
@@ -197,19 +234,19 @@ def test_a_weight_beyond_half_precision_is_refused(bundles, tmp_path):
     array.flat[0] = 1e5
     value.const_value = ir.tensor(array, name=name)
     with pytest.raises(MoEdgeError, match=r"does not fit float16|left float16's range"):
-        tensorrt.lower(graph, max_length=64)
+        tensorrt.lower(graph, max_length=64, tensorrt="10.3")
 
 
 def test_a_half_precision_source_is_refused(bundles):
     graph = portable(bundles)
     half.convert(graph)
     with pytest.raises(MoEdgeError, match="must be float32"):
-        tensorrt.lower(graph, max_length=64)
+        tensorrt.lower(graph, max_length=64, tensorrt="10.3")
 
 
 def test_every_moedge_node_is_gone_after_lowering(bundles):
     graph = portable(bundles)
-    tensorrt.lower(graph, max_length=64)
+    tensorrt.lower(graph, max_length=64, tensorrt="10.3")
     assert not [node for node in graph.graph if node.domain == DOMAIN]
 
 
@@ -218,15 +255,18 @@ def test_every_moedge_node_is_gone_after_lowering(bundles):
     [(10, 6, 1, "merged"), (32, 4, 1, "gather"), (32, 4, 3, "merged"), (18, 6, 1, "merged"), (64, 1, 512, "merged")],
 )
 def test_the_form_follows_the_bytes_that_cross_memory(experts, top_k, tokens, form):
-    chosen, why = trt_experts.choose(experts, top_k, tokens)
+    chosen, why = trt_experts.by_bytes(experts, top_k, tokens)
     assert chosen == form
     assert str(experts) in why
 
 
 @pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx-cu13 has no package for this platform")
-@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
+@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx", "plugins"])
 def test_tensorrt_rtx_builds_the_exported_moe_without_a_gpu(typed, target):
-    """The graph of ``tensorrt`` too: its own runtime cannot be installed here, and the parsers are kin."""
+    """The graphs of ``tensorrt`` too: its own runtime cannot be installed here, and the parsers are kin.
+
+    With plugins none is registered, so the function bodies are built: the rest of the graph is what TensorRT gets.
+    """
     from moedge.runtime.device import moedge_trt
 
     opened = bundle.open_bundle(typed[f"moe/{target}"])
@@ -235,7 +275,7 @@ def test_tensorrt_rtx_builds_the_exported_moe_without_a_gpu(typed, target):
     trt = moedge_trt.load_tensorrt("tensorrt-rtx")
     plan, facts = moedge_trt.build(trt, opened.model_path, shapes, compute_capabilities=["8.6"], taps=taps)
     assert len(plan) > opened.manifest["files"]["model.onnx.data"]["size"]
-    assert facts["layers"] < 500, "dynamic Slices would bring some 25 layers each"
+    assert facts["layers"] < (1000 if target == "plugins" else 500), "dynamic Slices would bring some 25 layers each"
 
 
 @pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx-cu13 has no package for this platform")

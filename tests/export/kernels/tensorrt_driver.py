@@ -24,7 +24,8 @@ import tensorrt.plugin as api  # noqa: E402
 from tensorrt.plugin._lib import QDP_REGISTRY  # noqa: E402
 from tensorrt.plugin._tensor import ShapeExprs, SymIntExpr  # noqa: E402
 
-from moedge.export import plugins  # noqa: E402
+from moedge.export.plugins import launch_of  # noqa: E402
+from moedge.runtime.device import moedge_plugins as plugins  # noqa: E402
 
 
 class Expression:
@@ -61,7 +62,7 @@ class Rules:
     """Kernels without their PTX."""
 
     def get(self, plugin: Any, options: Any, tactic: int, capability: int) -> plugins.Binary:
-        launch = plugin.launch(options, tactic)
+        launch = launch_of(plugin, options, tactic)
         return plugins.Binary("kernel", "ptx", launch.warps * 32, 0, launch.grid, bool(launch.scalars))
 
 

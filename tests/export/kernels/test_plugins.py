@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from moedge import MoEdgeError
-from moedge.export import functions, ops, plugins
+from moedge.export import functions, ops
+from moedge.export import plugins as compiling
+from moedge.runtime.device import moedge_plugins as plugins
+from moedge.runtime.device.moedge_trt import DeviceError
 
 pytest.importorskip("triton")  # Linux only
 
@@ -111,7 +113,7 @@ def test_a_plugin_is_its_operator(place: str, name: str, tactic: int) -> None:
     ]
     options = plugin.options(known, kinds, attributes)
     assert None not in options.values(), "a kernel constant depends on a dynamic dimension"
-    launch = plugin.launch(options, tactic)
+    launch = compiling.launch_of(plugin, options, tactic)
     assert len(launch.inputs) == len(given)
     assert len(launch.outputs) == len(outputs)
     size = given[plugin.size[0]].shape[plugin.size[1]]
@@ -131,31 +133,19 @@ def test_every_operator_of_the_graph_has_a_plugin_of_its_name_and_attributes() -
             assert list(plugin.inputs) == names[:count]
             kinds = {"INT": int, "STRING": str}
             assert dict(plugin.attributes) == {key: kinds[kind] for key, kind in attributes.items()}
-    with pytest.raises(MoEdgeError, match="No plugin for moedge::Route with 4 inputs"):
+    with pytest.raises(DeviceError, match="No plugin for moedge::Route with 4 inputs"):
         plugins.node_type("Route", 4)
-
-
-def test_a_layer_asks_for_the_kernels_that_its_nodes_ask_for() -> None:
-    """The library written at export holds what TensorRT asks for when it builds."""
-    asked = plugins.layer_requests(
-        hidden=H, width=I, experts=E, top_k=K, dtype="float32", activation="silu", rule="scaled", compensated=True,
-        bits=4, group=32,
-    )  # fmt: skip
-    for request in asked[:3] + asked[4:]:
-        plugin, given, attributes = case(request.plugin)
-        kinds = [str(tensor.dtype).removeprefix("torch.") for tensor in given]
-        assert plugin.options([tuple(t.shape) for t in given], kinds, attributes) == dict(request.options)
-    assert asked[3].plugin == "QuantGroupedLinear"
-    assert asked[3].options["hidden"] == H
 
 
 @pytest.mark.parametrize(
     ("version", "refused"), [("10.3.0", True), ("10.8", True), ("10.9.0.34", False), ("11.4", False)]
 )
-def test_old_tensorrt_falls_back_to_the_function_bodies(version: str, refused: bool) -> None:
+def test_old_tensorrt_takes_no_plugins(version: str, refused: bool) -> None:
     reason = plugins.refusal(version)
     assert (reason is not None) == refused
-    assert reason is None or "function bodies" in reason
+    assert reason is None or "10.9 is the first that can" in reason
+    with pytest.raises(DeviceError, match="'x' is no version"):
+        plugins.refusal("x")
 
 
 WRITE = """
@@ -183,25 +173,28 @@ def test_a_library_is_deterministic_and_safe_to_open(tmp_path: Path) -> None:
     combine = plugins.PLUGINS["Combine"]
     options = {"hidden": 33, "experts": 2, "top_k": 2, "dtype": "fp16", "compensated": False}
     binary = library.get(combine, options, 1, 87)
-    launch = combine.launch(options, 1)
+    launch = compiling.launch_of(combine, options, 1)
     assert (binary.grid, binary.threads, binary.takes_size) == (launch.grid, launch.warps * 32, True)
     # rows, inverse, indices, weights, tokens, y, and no scratch pointers of Triton's
     assert binary.ptx.count(".param .u") == 6
     assert str(tmp_path) not in binary.ptx
     assert ".version 8.0" in binary.ptx
-    with pytest.raises(MoEdgeError, match="no Combine kernel for sm_110"):
+    with pytest.raises(DeviceError, match="no Combine kernel for sm_110"):
         library.get(combine, options, 1, 110)
     for path in (tmp_path / "a").glob("*.ptx"):
         path.write_bytes(path.read_bytes() + b"\n")
-    with pytest.raises(MoEdgeError, match="was changed after it was written"):
+    with pytest.raises(DeviceError, match="was changed after it was written"):
         library.get(combine, options, 1, 87)
-    with pytest.raises(MoEdgeError, match=r"No kernels\.json"):
+    with pytest.raises(DeviceError, match=r"No kernels\.json"):
         plugins.Library(tmp_path)
 
 
 def test_the_plugins_need_neither_tensorrt_nor_triton_nor_torch_to_be_imported() -> None:
     """A device that builds an engine from a library has none of the last two."""
-    program = "import sys; from moedge.export import plugins; print({'torch', 'triton', 'tensorrt'} & set(sys.modules))"
+    program = (
+        "import sys; from moedge.runtime.device import moedge_plugins; "
+        "print({'torch', 'triton', 'tensorrt'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "set()"
 
@@ -216,20 +209,24 @@ EXPORTED = (
 
 @pytest.mark.slow
 @pytest.mark.network
-def test_tensorrt_accepts_the_plugins(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("wheel", "major"), [("tensorrt-cu13-bindings>=11,<12", 11), ("tensorrt-cu12-bindings==10.9.0.34", 10)]
+)
+def test_tensorrt_accepts_the_plugins(tmp_path: Path, wheel: str, major: int) -> None:
     """NVIDIA's own Python layer registers them, and gives the shapes, tactics and launches that the rules give.
 
-    ``tensorrt-cu13-bindings`` is on PyPI, TensorRT's C++ libraries are not; empty ones let the module load.
+    The bindings are on PyPI (the newest, and the oldest that takes the plugins), TensorRT's C++ libraries are not;
+    empty ones let the module load.
     """
     compiler = shutil.which("cc")
     assert compiler, "a C compiler makes the stand-ins for TensorRT's libraries"
     bindings, stand_ins = tmp_path / "bindings", tmp_path / "libraries"
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", bindings]
-    subprocess.run([*install, "tensorrt-cu13-bindings>=11,<12"], check=True, timeout=300)
+    subprocess.run([*install, wheel], check=True, timeout=300)
     stand_ins.mkdir()
     source = tmp_path / "stand_in.c"
     source.write_text("".join(STAND_IN.format(name) for name in EXPORTED.split()))
-    for name in ("libnvinfer.so.11", "libnvinfer_plugin.so.11", "libnvonnxparser.so.11"):
+    for name in (f"{library}.so.{major}" for library in ("libnvinfer", "libnvinfer_plugin", "libnvonnxparser")):
         command = [compiler, "-shared", "-fPIC", f"-Wl,-soname,{name}", "-o", stand_ins / name, source]
         subprocess.run(command, check=True, timeout=60)
 
@@ -247,7 +244,7 @@ def test_tensorrt_accepts_the_plugins(tmp_path: Path) -> None:
         options, size = plugin.options(shapes, kinds, attributes), shapes[plugin.size[0]][plugin.size[1]]
         launches = {}
         for tactic in plugin.tactic_numbers:
-            launch = plugin.launch(options, tactic)
+            launch = compiling.launch_of(plugin, options, tactic)
             grid = [*launch.programs(size), 1, 1][:3]
             scalars = [size] if launch.scalars else []
             launches[str(tactic)] = {"grid": grid, "threads": launch.warps * 32, "scalars": scalars}
@@ -270,5 +267,5 @@ def test_tensorrt_accepts_the_plugins(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout.splitlines()[-1])
-    assert answer["version"].startswith("11.")
+    assert answer["version"].startswith(f"{major}.")
     assert answer["cases"] == rules
