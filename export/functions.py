@@ -259,7 +259,7 @@ SparseGLU <activation, num_experts> (x, indices, weights, gate, up, down{compens
     mask = CastLike (mask32, x)
     by_expert = Transpose <perm = [1, 0]> (mask)
     factor = Unsqueeze (by_expert, minus1)
-    xe = Unsqueeze (x, first)
+    {by_expert}
     gate_t = Transpose <perm = [0, 2, 1]> (gate)
     up_t = Transpose <perm = [0, 2, 1]> (up)
     down_t = Transpose <perm = [0, 2, 1]> (down)
@@ -272,6 +272,10 @@ SparseGLU <activation, num_experts> (x, indices, weights, gate, up, down{compens
     summed = ReduceSum <keepdims = 0> (each, first)
     {finish}
 }}"""
+
+_TILED = """
+    x1 = Unsqueeze (x, first)  ones = Constant <value_ints = [1, 1]> ()
+    copies = Concat <axis = 0> (e1, ones)  xe = Tile (x1, copies)"""
 
 _CAUSAL_ATTENTION = """
 <domain: "moedge", opset_import: ["" : 18]>
@@ -345,8 +349,9 @@ def bodies(
         compensation: whether SparseGLU nodes carry that input.
         window: whether some CausalAttention nodes have a sliding window.
         softcap: whether CausalAttention nodes cap their scores.
-        form: body of SparseGLU: ``chain`` (Dispatch, GroupedGLU, GroupedLinear, Combine: the reference meaning) or
-            ``dense`` (every expert on every token).
+        form: body of SparseGLU: ``chain`` (Dispatch, GroupedGLU, GroupedLinear, Combine: the reference meaning),
+            ``dense`` (every expert on every token) or ``tiled`` (the same, with the tokens copied for each expert:
+            OpenVINO 2026.4 loads the other and refuses to run it, "Can not clone with new dims").
         repeats: whether a token's indices may name an expert twice (hierarchical layers; their weights then add up).
             Not always on: not every runtime knows the attribute that it needs.
     """
@@ -360,6 +365,7 @@ def bodies(
         "compensation": ", compensation" if compensation else "",
         "cap": _CAP if softcap else "scores = Identity (scaled)",
         "local": _LOCAL if window else "causal = Identity (until_own)",
+        "by_expert": _TILED if form == "tiled" else "xe = Unsqueeze (x, first)",
         "finish": _OMITTED.format() if compensation else "y = Identity (summed)",
     }
     texts = [_ROUTE.format(**fill), _CAUSAL_ATTENTION.format(**fill)]

@@ -11,7 +11,7 @@ from typing import Any
 
 from moedge import MoEdgeError, __version__
 from moedge._files import atomic_dir
-from moedge.export import bundle
+from moedge.export import bundle, loaders
 from moedge.export.lowering import TARGETS, Lowered
 
 Progress = Callable[[str, int, int], None]
@@ -138,12 +138,15 @@ def lower(target: str, portable: Path, partial: Path, *, tensorrt: str | None = 
     """
     import onnx_ir as ir
 
+    from moedge.export.lowering import shapes
+
     source = bundle.open_bundle(portable)
     bundle.check_external_data(source.model_path, set(source.manifest["files"]))
     graph = ir.load(source.model_path)
     options = {"tensorrt": tensorrt} if target == "tensorrt" and tensorrt else {}
     longest = source.manifest["model"]["max_position_embeddings"]
     lowered = _lowering(target).lower(graph, max_length=longest, **options)
+    shapes.complete(graph)
     ir.save(graph, partial / bundle.MODEL, external_data=bundle.WEIGHTS)
     bundle.copy_companions(portable, partial)
     kept = {key: source.manifest[key] for key in ("kind", "label", "model", "moe")}
@@ -169,6 +172,7 @@ def _seal(partial: Path, graph: Any, lowered: Lowered, manifest: dict[str, Any])
     for name in ("quantization", "plugins"):
         if getattr(lowered, name) is not None:
             lowering[name] = getattr(lowered, name)
+    loaders.describe(partial, {**manifest, **lowering})
     bundle.seal(partial, {**manifest, **lowering, "io": io, "versions": _versions()})
 
 

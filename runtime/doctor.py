@@ -35,6 +35,7 @@ _RTX = ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx")
 _PLANNED: dict[str, tuple[str, tuple[tuple[str, ...], ...], bool]] = {
     # target: (what it is, what its engine will need, needs an NVIDIA GPU to run)
     "portable": ("standard ONNX operators, any ONNX runtime", (_ONNXRUNTIME,), False),
+    "openvino": ("portable without functions, for OpenVINO", (_ONNXRUNTIME,), False),
     "ort-cpu": ("ONNX Runtime's fused CPU kernels", (_ONNXRUNTIME,), False),
     "ort-cpu-int8": ("the same with 8-bit weights", (_ONNXRUNTIME,), False),
     "ort-cpu-int4": ("the same with 4-bit weights", (_ONNXRUNTIME,), False),
@@ -53,7 +54,7 @@ _RUNTIMES: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("Triton", ("triton", "triton-windows"), "not used in this release"),
     ("TensorRT", ("tensorrt",), "builds and runs tensorrt engines"),
     ("TensorRT for RTX", _RTX, "builds (anywhere) and runs tensorrt-rtx engines"),
-    ("OpenVINO", ("openvino",), "not used in this release"),
+    ("OpenVINO", ("openvino",), "opens openvino bundles (docs/interop.md)"),
 )
 
 

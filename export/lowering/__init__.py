@@ -14,6 +14,7 @@ TARGETS = {
     "ort-cuda": "moedge.export.lowering.ort_cuda",
     "ort-cpu-int8": "moedge.export.lowering.ort_int8",
     "ort-cpu-int4": "moedge.export.lowering.ort_int4",
+    "openvino": "moedge.export.lowering.openvino",
     "tensorrt": "moedge.export.lowering.tensorrt",
     "tensorrt-rtx": "moedge.export.lowering.tensorrt_rtx",
 }

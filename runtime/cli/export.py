@@ -21,8 +21,8 @@ def export(
         list[str] | None,
         typer.Option(
             "--target",
-            help="portable, ort-cpu, ort-cpu-int8, ort-cpu-int4, ort-cuda, tensorrt or tensorrt-rtx (may be "
-            "repeated); by default the first two.",
+            help="portable, ort-cpu, ort-cpu-int8, ort-cpu-int4, ort-cuda, openvino, tensorrt or tensorrt-rtx (may "
+            "be repeated); by default the first two.",
         ),
     ] = None,
     label: Annotated[

@@ -139,7 +139,16 @@ def open_engine(path: str | Path, **options: Any) -> Engine:
     raise MoEdgeError(f"{folder} holds neither a bundle (manifest.json) nor a checkpoint (config.json).")
 
 
-ONNX_TARGETS = ("portable", "ort-cpu", "ort-cuda", "ort-cpu-int8", "ort-cpu-int4", "tensorrt", "tensorrt-rtx")
+ONNX_TARGETS = (
+    "portable",
+    "ort-cpu",
+    "ort-cuda",
+    "ort-cpu-int8",
+    "ort-cpu-int4",
+    "openvino",
+    "tensorrt",
+    "tensorrt-rtx",
+)
 """Bundle targets that run in ONNX Runtime: ort-cuda on its CUDA provider, the others on the CPU.
 
 For the TensorRT targets that is the graph in its own types, to check its numbers without a GPU; the engine is what

@@ -103,7 +103,7 @@ def test_chain_links(tokens, experts, top_k):
     check("Combine", torch.ops.moedge.combine, [out, inverse, indices, weights, compensation], {}, with_compensation)
 
 
-@pytest.mark.parametrize("form", ["chain", "dense"])
+@pytest.mark.parametrize("form", ["chain", "dense", "tiled"])
 @pytest.mark.parametrize("activation", ops.ACTIVATIONS)
 @pytest.mark.parametrize("compensated", [False, True])
 def test_sparse_glu(form, activation, compensated):
@@ -191,6 +191,6 @@ def test_mutation_swapped_gate_and_up_is_seen():
 
 
 def test_bodies_hold_no_data_dependent_control_flow():
-    for form in ("chain", "dense"):
+    for form in ("chain", "dense", "tiled"):
         for function in bodies(form=form).values():
             assert not {node.op_type for node in function.node} & {"Loop", "If", "Scan", "NonZero"}

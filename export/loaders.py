@@ -1,0 +1,105 @@
+"""Files by which other programs open a bundle: Hugging Face's config.json and tokenizer, onnxruntime-genai's config.
+
+The graph has the inputs and outputs of optimum's decoder-with-past export. A loader that knows the dense family
+therefore runs the converted model as well; it only has to be told the family's name, not ours.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from moedge._files import write_json
+
+GENAI_CONFIG = "genai_config.json"
+GENAI_TARGETS = ("portable", "ort-cpu", "ort-cpu-int8", "ort-cpu-int4", "openvino")
+"""Targets that onnxruntime-genai has generated the same tokens with (docs/interop.md)."""
+
+
+def describe(folder: Path, manifest: dict[str, Any]) -> None:
+    """Make the files of a bundle in the making fit other loaders.
+
+    Args:
+        folder: holds the companions of a checkpoint or of the bundle that this one was lowered from.
+        manifest: needs ``target``, ``cache`` and ``model`` (architecture facts, token ids, longest sequence).
+    """
+    _name_the_family(folder / "config.json", manifest["model"]["model_type"])
+    _name_a_known_tokenizer(folder / "tokenizer_config.json")
+    if manifest["target"] in GENAI_TARGETS:
+        write_json(folder / GENAI_CONFIG, genai_config(folder, manifest))
+
+
+def _edit(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _name_the_family(path: Path, model_type: str) -> None:
+    """``moedge_llama`` -> ``llama``: no checkpoint is here that the former could open, and loaders know the latter."""
+    config = _edit(path)
+    if str(config.get("model_type", "")).startswith("moedge_"):
+        names = [str(name).removeprefix("MoEdge") for name in config.get("architectures") or []]
+        write_json(path, {**config, "model_type": model_type, "architectures": names})
+
+
+def _name_a_known_tokenizer(path: Path) -> None:
+    """Give transformers 5's only class for a tokenizer.json the name that transformers 4 knows, too."""
+    config = _edit(path)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        write_json(path, {**config, "tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def genai_config(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return onnxruntime-genai's description of a bundle.
+
+    The type is ``decoder``, its generic one: what a family needs of its own (windows, soft caps, rotary scaling) is
+    part of the graph. Search is greedy by default, and the tokens that end a text are those of ``moedge generate``.
+    """
+    from moedge.runtime.text import Tokenizer
+
+    model = manifest["model"]
+    ends = list(model["eos_token_ids"])
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = Tokenizer(folder)
+        if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+            ends.append(tokenizer.eos_token_id)
+    pad = model["pad_token_id"]
+    length = model["max_position_embeddings"]
+    caches = {
+        f"{kind}_{part}_names": f"{prefix}.%d.{part}"
+        for kind, prefix in (("past", "past_key_values"), ("present", "present"))
+        for part in ("key", "value")
+    }
+    described: dict[str, Any] = {
+        "type": "decoder",
+        "vocab_size": model["vocab_size"],
+        "context_length": length,
+        # genai wants a number here; it pads only batches, and what it pads is masked.
+        "pad_token_id": pad if pad is not None else next(iter(ends), 0),
+        "decoder": {
+            "filename": "model.onnx",
+            "session_options": {"provider_options": []},
+            "hidden_size": model["hidden_size"],
+            "head_size": model["head_dim"],
+            "num_attention_heads": model["num_attention_heads"],
+            "num_key_value_heads": model["num_kv_heads"],
+            "num_hidden_layers": model["num_layers"],
+            "inputs": {name: name for name in ("input_ids", "attention_mask", "position_ids")}
+            | {name: text for name, text in caches.items() if name.startswith("past")},
+            "outputs": {"logits": "logits"}
+            | {name: text for name, text in caches.items() if name.startswith("present")},
+        },
+    }
+    if ends:
+        described["eos_token_id"] = ends
+    if model["bos_token_id"] is not None:
+        described["bos_token_id"] = model["bos_token_id"]
+    return {
+        "model": described,
+        "search": {
+            "do_sample": False,
+            "max_length": length,
+            "num_beams": 1,
+            "past_present_share_buffer": manifest["cache"]["kind"] == "shared_buffer",
+        },
+    }

@@ -1,0 +1,135 @@
+"""What other programs read in a bundle: family, tokenizer, genai's description, and the type of every value."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.inliner
+import onnx_ir as ir
+import pytest
+
+from moedge.export import bundle, loaders
+from moedge.export.lowering import shapes
+from moedge.export.pipeline import export
+from moedge.runtime.engines.onnxruntime import OrtEngine
+from moedge.runtime.text import Tokenizer
+
+ALL = [f"{kind}/{target}" for kind in ("dense", "moe") for target in ("portable", "ort-cpu")]
+IDS = np.random.default_rng(1).integers(0, 256, (1, 12))
+
+
+@pytest.fixture(scope="module")
+def openvino(checkpoints: dict[str, Path], tmp_path_factory: Any) -> dict[str, Path]:
+    made = export(checkpoints["moe"], tmp_path_factory.mktemp("openvino"), ["openvino"], label="moe")
+    return made
+
+
+def test_a_bundle_names_the_family_that_other_loaders_know(bundles, checkpoints):
+    from transformers import AutoConfig, AutoTokenizer
+
+    before = json.loads((checkpoints["moe"] / "config.json").read_text())
+    assert before["model_type"] == "moedge_llama", "the checkpoint stays ours"
+    for target in ("portable", "ort-cpu"):
+        config = AutoConfig.from_pretrained(bundles[f"moe/{target}"])
+        assert (type(config).__name__, config.architectures) == ("LlamaConfig", ["LlamaForCausalLM"])
+        facts = bundle.open_bundle(bundles[f"moe/{target}"]).manifest["model"]
+        assert config.num_key_value_heads == facts["num_kv_heads"]
+        # transformers 4 knows the class by this name only.
+        described = json.loads((bundles[f"moe/{target}"] / "tokenizer_config.json").read_text())
+        assert described["tokenizer_class"] == "PreTrainedTokenizerFast"
+        text = "Grüße, 世界!"
+        theirs = AutoTokenizer.from_pretrained(bundles[f"moe/{target}"])(text)["input_ids"]
+        assert theirs == Tokenizer(bundles[f"moe/{target}"]).encode(text)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_genai_config_describes_the_graph_that_it_lies_beside(bundles, name):
+    folder = bundles[name]
+    manifest, described = bundle.open_bundle(folder).manifest, json.loads((folder / "genai_config.json").read_text())
+    decoder = described["model"]["decoder"]
+    for side in ("inputs", "outputs"):
+        named = [
+            template % layer if "%d" in template else template
+            for template in decoder[side].values()
+            for layer in range(decoder["num_hidden_layers"] if "%d" in template else 1)
+        ]
+        assert sorted(named) == sorted(manifest["io"][side])
+    cache = next(v for v in onnx.load(folder / decoder["filename"]).graph.input if v.name == "past_key_values.0.key")
+    dims = [dim.dim_value for dim in cache.type.tensor_type.shape.dim]
+    assert (decoder["num_key_value_heads"], decoder["head_size"]) == (dims[1], dims[3])
+    assert described["model"]["eos_token_id"] == [257]
+    assert described["model"]["context_length"] == described["search"]["max_length"] == 256
+    assert described["search"]["past_present_share_buffer"] == name.endswith("ort-cpu")
+
+
+def test_a_model_without_end_and_padding_still_gets_what_genai_requires(tmp_path):
+    facts: dict[str, Any] = {"eos_token_ids": [], "bos_token_id": None, "pad_token_id": None}
+    sizes = ("vocab_size", "hidden_size", "head_dim", "num_attention_heads", "num_kv_heads", "num_layers")
+    facts |= dict.fromkeys((*sizes, "max_position_embeddings"), 8)
+    described = loaders.genai_config(tmp_path, {"model": facts, "cache": {"kind": "concat"}})["model"]
+    assert described["pad_token_id"] == 0
+    assert "bos_token_id" not in described
+    assert "eos_token_id" not in described
+
+
+def untyped(model: onnx.ModelProto) -> list[str]:
+    """Counted on the file itself, as a viewer sees it: outputs of nodes without element type or rank."""
+    typed = {
+        value.name
+        for value in (*model.graph.value_info, *model.graph.output)
+        if value.type.tensor_type.elem_type and value.type.tensor_type.HasField("shape")
+    }
+    return [name for node in model.graph.node for name in node.output if name and name not in typed]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_value_of_a_bundle_has_a_type_and_a_rank(bundles, name):
+    model = onnx.load(bundles[name] / "model.onnx")
+    assert len(model.graph.value_info) > 40
+    assert untyped(model) == []
+    if model.functions:  # a viewer shows a function's body once, without types; inlined, all of it can be inferred
+        inlined = onnx.inliner.inline_local_functions(model)
+        assert len(untyped(inlined)) > 70
+        assert untyped(onnx.shape_inference.infer_shapes(inlined, data_prop=True)) == []
+
+
+def test_types_are_inferred_through_contrib_operators(bundles):
+    graph = ir.load(bundles["moe/ort-cpu"] / "model.onnx")
+    want = {value.name: (value.dtype, value.shape) for node in graph.graph for value in node.outputs if value.name}
+    borders = {"GroupQueryAttention"}  # its cache comes from the trace: present = past + new
+    for node in graph.graph:
+        for value in node.outputs if node.op_type not in borders else ():
+            if not value.is_graph_output():
+                value.shape = value.type = None
+    assert len(shapes.unknown(graph)) > 40
+    shapes.complete(graph)
+    assert shapes.unknown(graph) == []
+    for node in graph.graph:
+        for value in node.outputs:
+            if value.name:
+                assert (value.dtype, len(value.shape)) == (want[value.name][0], len(want[value.name][1]))
+                static = [(a, b) for a, b in zip(value.shape, want[value.name][1], strict=True) if isinstance(a, int)]
+                assert all(a == b for a, b in static)
+
+
+def test_openvino_gets_standard_operators_without_functions_and_the_same_numbers(openvino):
+    folder = openvino["openvino"]
+    model = onnx.load(folder / "model.onnx")
+    assert not model.functions
+    assert [entry.domain for entry in model.opset_import] == [""]
+    assert {node.domain for node in model.graph.node} == {""}
+    assert untyped(model) == []
+    onnx.checker.check_model(model, full_check=True)
+    rewrite = bundle.open_bundle(folder).manifest["lowering"][0]
+    assert rewrite["self_test"]["passed"]
+    assert rewrite["nodes"] == 6  # two layers of attention, route and experts
+    one, two = (OrtEngine(openvino[target], taps=True) for target in ("portable", "openvino"))
+    want, got = one.prefill(IDS), two.prefill(IDS)
+    for _ in range(2):
+        # The runtime inlines the functions itself, so it is the same arithmetic.
+        np.testing.assert_array_equal(got.logits, want.logits)
+        for layer, experts in want.routes.items():
+            np.testing.assert_array_equal(got.routes[layer], experts)
+        want, got = one.decode(IDS[:, :1], want.cache), two.decode(IDS[:, :1], got.cache)
