@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow interop lint clean
 
 demo: .venv/cpu.done
 	$(BIN)/moedge run smollm2-135m
@@ -14,6 +14,10 @@ test: .venv/test.done
 test-slow: .venv/test.done
 	$(BIN)/python -m pytest -m "(slow or network) and not gpu"
 
+# optimum, onnxruntime-genai and OpenVINO in an environment of their own; more bundles: make interop BUNDLES="a b"
+interop: .venv/test.done
+	MOEDGE_INTEROP_BUNDLES="$(BUNDLES)" $(BIN)/python -m pytest -s tests/interop
+
 # mypy wants to see the package under its import name; the package root is this folder.
 lint: .venv/test.done
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -21,7 +25,7 @@ lint: .venv/test.done
 	MYPYPATH=.typing $(BIN)/mypy -p moedge.configs -p moedge.convert -p moedge.export -p moedge.runtime
 
 clean:
-	rm -rf .venv .typing build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-interop .typing build *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 .venv/cpu.done: pyproject.toml
 	$(PYTHON) -m venv .venv && $(PIP) 'torch==2.13.0'

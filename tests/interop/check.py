@@ -1,0 +1,127 @@
+"""Open bundles with optimum, onnxruntime-genai and OpenVINO, in the environment of requirements.txt, without moedge.
+
+usage: python check.py WORK.json RESULT.json
+
+WORK.json holds ``bundles``: each with ``path``, ``loaders``, ``prompts`` (text and ids), ``new_tokens``, ``ends`` (ids
+that end a text), ``steps`` (a prompt and the tokens to feed after it) and ``logits`` (where to write theirs).
+RESULT.json gets, for each loader, what it computed or its error.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def optimum(bundle: dict[str, Any]) -> dict[str, Any]:
+    """Greedy tokens of ``ORTModelForCausalLM.generate``: each prompt alone, then all in one left-padded batch."""
+    import torch
+    from optimum.onnxruntime import ORTModelForCausalLM
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(bundle["path"])
+    model = ORTModelForCausalLM.from_pretrained(bundle["path"])
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def generate(rows: list[list[int]]) -> list[list[int]]:
+        width = max(map(len, rows))
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        made = model.generate(
+            ids, attention_mask=mask, max_new_tokens=bundle["new_tokens"], do_sample=False, pad_token_id=pad
+        )
+        return [until_end(row, bundle["ends"]) for row in made[:, width:].tolist()]
+
+    ids = [prompt["ids"] for prompt in bundle["prompts"]]
+    return {
+        "encoded": [tokenizer(prompt["text"])["input_ids"] for prompt in bundle["prompts"]],
+        "alone": [generate([row])[0] for row in ids],
+        "batch": generate(ids),
+    }
+
+
+def genai(bundle: dict[str, Any]) -> dict[str, Any]:
+    """Greedy tokens of onnxruntime-genai's generator with the settings of the bundle's own genai_config.json."""
+    import onnxruntime_genai as og
+
+    model = og.Model(bundle["path"])
+    tokenizer = og.Tokenizer(model)
+
+    def generate(row: list[int]) -> list[int]:
+        params = og.GeneratorParams(model)
+        params.set_search_options(max_length=len(row) + bundle["new_tokens"])
+        generator = og.Generator(model, params)
+        generator.append_tokens(np.array([row], dtype=np.int32))
+        while not generator.is_done():
+            generator.generate_next_token()
+        return until_end([int(token) for token in generator.get_sequence(0)[len(row) :]], bundle["ends"])
+
+    return {
+        "encoded": [tokenizer.encode(prompt["text"]).tolist() for prompt in bundle["prompts"]],
+        "alone": [generate(prompt["ids"]) for prompt in bundle["prompts"]],
+    }
+
+
+def openvino(bundle: dict[str, Any]) -> dict[str, Any]:
+    """Logits of OpenVINO's CPU plugin in float32 for each step: the prompt, then one token at a time with its cache."""
+    import openvino as ov
+
+    core = ov.Core()
+    model = core.read_model(Path(bundle["path"]) / "model.onnx")
+    # The plugin computes in bfloat16 by default where the processor has it.
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    names = [value.get_any_name() for value in model.inputs]
+    past = {name: model.input(name).partial_shape for name in names if name.startswith("past_key_values.")}
+    cache = {
+        name: np.zeros((1, shape[1].get_length(), 0, shape[3].get_length()), np.float32) for name, shape in past.items()
+    }
+    logits, length = [], 0
+    for ids in bundle["steps"]:
+        feeds = {
+            "input_ids": np.array([ids], np.int64),
+            "attention_mask": np.ones((1, length + len(ids)), np.int64),
+            "position_ids": np.arange(length, length + len(ids), dtype=np.int64)[None],
+        }
+        result = compiled({**feeds, **cache})
+        logits.append(result["logits"][0])
+        cache = {name: result[name.replace("past_key_values.", "present.")].copy() for name in cache}
+        length += len(ids)
+    target = Path(bundle["logits"])
+    np.save(target, np.concatenate(logits))
+    return {"logits": str(target)}
+
+
+def until_end(ids: list[int], ends: list[int]) -> list[int]:
+    """The tokens before the one that ends the text: some programs keep that one or pad after it."""
+    return next((ids[:i] for i, token in enumerate(ids) if token in ends), ids)
+
+
+LOADERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "optimum": optimum,
+    "genai": genai,
+    "openvino": openvino,
+}
+
+
+def main(work: Path, result: Path) -> None:
+    found: dict[str, Any] = {"versions": {}, "bundles": {}}
+    for name in ("optimum-onnx", "optimum", "transformers", "onnxruntime", "onnxruntime-genai", "openvino"):
+        found["versions"][name] = version(name)
+    for bundle in json.loads(work.read_text())["bundles"]:
+        entry = found["bundles"][bundle["name"]] = {}
+        for loader in bundle["loaders"]:
+            try:
+                entry[loader] = LOADERS[loader](bundle)
+            except Exception as error:  # each program has its own; the report names it
+                entry[loader] = {"error": f"{type(error).__name__}: {error}"}
+    result.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,156 @@
+"""Bundles in other programs: optimum, onnxruntime-genai and OpenVINO compute what ``moedge generate`` does.
+
+``make interop`` runs this. The first run makes an environment for those programs (``requirements.txt``; some minutes
+and 1.5 GiB) at ``$MOEDGE_INTEROP_VENV`` or ``.venv-interop``. ``$MOEDGE_INTEROP_BUNDLES`` names more bundles, separated
+by spaces. The table that is printed at the end is also written to ``build/interop.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moedge.configs.tolerances import load
+from moedge.export.bundle import open_bundle
+from moedge.runtime.engines.onnxruntime import OrtEngine
+from moedge.runtime.generate import generate
+from moedge.runtime.text import Tokenizer
+
+pytestmark = [pytest.mark.slow, pytest.mark.network]
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+TARGETS = ("portable", "openvino", "ort-cpu", "ort-cpu-int8", "ort-cpu-int4")
+TINY = tuple(f"{kind}/{target}" for kind in ("dense", "moe") for target in TARGETS)
+GIVEN = tuple(os.environ.get("MOEDGE_INTEROP_BUNDLES", "").split())
+NEW_TOKENS = 24
+PROMPTS = ("The capital of France is", "def fibonacci(n):\n    ", "Rain is water that")
+
+
+@pytest.fixture(scope="session")
+def python() -> Path:
+    """The interpreter of the environment, made when it is not there or its requirements changed."""
+    venv = Path(os.environ.get("MOEDGE_INTEROP_VENV", ROOT / ".venv-interop"))
+    wanted, stamp = (HERE / "requirements.txt").read_text(encoding="utf-8"), venv / "moedge-interop.txt"
+    if not stamp.is_file() or stamp.read_text(encoding="utf-8") != wanted:
+        subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+        install = [venv / "bin/python", "-m", "pip", "install", "-q", "-r", HERE / "requirements.txt"]
+        subprocess.run(install, check=True, timeout=3600)
+        stamp.write_text(wanted, encoding="utf-8")
+    return venv / "bin/python"
+
+
+@pytest.fixture(scope="session")
+def bundles(tiny_llama: Any, tiny_tokenizer: Any, convert_tiny: Any, tmp_path_factory: Any) -> dict[str, Path]:
+    """A tiny dense Llama and its CMoE conversion for every target, of a shape that the quantised kernels hold."""
+    from moedge.convert import modeling
+    from moedge.export.pipeline import export
+
+    root = tmp_path_factory.mktemp("interop")
+    model = tiny_llama(hidden=64, width=256)
+    model.save_pretrained(root / "checkpoints/dense")
+    tiny_tokenizer.save_pretrained(root / "checkpoints/dense")
+    plan = convert_tiny(model, "cmoe", k_a=8)
+    modeling.save(modeling.apply(plan, model), plan, tiny_tokenizer, root / "checkpoints/moe")
+    made = {}
+    for kind in ("dense", "moe"):
+        for target, path in export(root / "checkpoints" / kind, root / kind, TARGETS, label=kind).items():
+            made[f"{kind}/{target}"] = path
+    return made | {name: Path(name) for name in GIVEN}
+
+
+def loaders(path: Path) -> list[str]:
+    """OpenVINO takes standard operators without functions."""
+    return ["optimum", "genai", *(["openvino"] if path.name == "openvino" else [])]
+
+
+@pytest.fixture(scope="session")
+def references(bundles: dict[str, Path], tmp_path_factory: Any) -> dict[str, dict[str, Any]]:
+    """What ``moedge generate`` makes of each prompt, and the logits of the first prompt and its continuation."""
+    folder, made = tmp_path_factory.mktemp("logits"), {}
+    for number, (name, path) in enumerate(bundles.items()):
+        manifest, tokenizer = open_bundle(path).manifest, Tokenizer(path)
+        ends = sorted({*manifest["model"]["eos_token_ids"], tokenizer.eos_token_id} - {None})
+        engine = OrtEngine(path, threads=1)
+        texts = [generate(engine, tokenizer, prompt, max_new_tokens=NEW_TOKENS).ids for prompt in PROMPTS]
+        prompts = [{"text": prompt, "ids": tokenizer.encode(prompt)} for prompt in PROMPTS]
+        steps = [prompts[0]["ids"], *([token] for token in texts[0][:8])]
+        step, logits = engine.prefill(np.array([steps[0]])), []
+        for ids in steps[1:]:
+            logits.append(step.logits[0])
+            step = engine.decode(np.array([ids]), step.cache)
+        logits.append(step.logits[0])
+        engine.close()
+        made[name] = {
+            "name": name,
+            "path": str(path),
+            "loaders": loaders(path),
+            "prompts": prompts,
+            "new_tokens": NEW_TOKENS,
+            "steps": steps,
+            "ends": ends,
+            "logits": str(folder / f"{number}.npy"),
+            "expected": [[token for token in ids if token not in ends] for ids in texts],
+            "expected_logits": np.concatenate(logits),
+        }
+    return made
+
+
+@pytest.fixture(scope="session")
+def results(python: Path, references: dict[str, Any], tmp_path_factory: Any) -> Iterator[dict[str, Any]]:
+    """What the other programs computed, all in one process of their environment."""
+    folder = tmp_path_factory.mktemp("work")
+    work = [{key: value for key, value in entry.items() if "expected" not in key} for entry in references.values()]
+    (folder / "work.json").write_text(json.dumps({"bundles": work}), encoding="utf-8")
+    command = [python, HERE / "check.py", folder / "work.json", folder / "result.json"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run(command, check=True, timeout=1800, env=environment)
+    found = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    found["seen"] = {}
+    yield found
+    (ROOT / "build").mkdir(exist_ok=True)
+    (ROOT / "build/interop.json").write_text(json.dumps({**found["seen"], "versions": found["versions"]}, indent=1))
+    print(f"\n{found['versions']}")
+    for name, seen in found["seen"].items():
+        print(f"{name}: {seen}")
+
+
+@pytest.mark.parametrize("name", [*TINY, *GIVEN])
+@pytest.mark.parametrize("loader", ["optimum", "genai"])
+def test_the_same_tokens(name: str, loader: str, references: dict[str, Any], results: dict[str, Any]) -> None:
+    reference, found = references[name], results["bundles"][name][loader]
+    assert "error" not in found, found["error"]
+    assert found["encoded"] == [prompt["ids"] for prompt in reference["prompts"]]
+    assert found["alone"] == reference["expected"]
+    assert sum(map(len, found["alone"])) > 2 * len(PROMPTS), "the texts end too early to show anything"
+    if loader == "optimum":
+        assert found["batch"] == reference["expected"]
+    results["seen"].setdefault(name, {})[loader] = f"{sum(map(len, found['alone']))} tokens equal"
+
+
+@pytest.mark.parametrize("name", [name for name in (*TINY, *GIVEN) if Path(name).name == "openvino"])
+def test_the_same_logits_in_openvino(name: str, references: dict[str, Any], results: dict[str, Any]) -> None:
+    """Both compute in float32, so the limits are those of another float32 runtime (configs/tolerances.yaml)."""
+    limits, found = load().profile("float32", "portable"), results["bundles"][name]["openvino"]
+    assert "error" not in found, found["error"]
+    want, got = references[name]["expected_logits"].astype(np.float64), np.load(found["logits"]).astype(np.float64)
+    assert got.shape == want.shape
+    errors = np.abs(got - want).max(axis=1) / np.abs(want).max(axis=1)
+    log_p, log_q = (x - x.max(1, keepdims=True) for x in (want, got))
+    log_p, log_q = (x - np.log(np.exp(x).sum(1, keepdims=True)) for x in (log_p, log_q))
+    kl = (np.exp(log_p) * (log_p - log_q)).sum(1)
+    assert np.median(errors) <= limits.median_rel_error
+    assert errors.mean() <= limits.mean_rel_error
+    assert kl.mean() <= limits.mean_kl
+    results["seen"].setdefault(name, {})["openvino"] = (
+        f"logits of {len(want)} tokens: relative error median {np.median(errors):.1e}, largest {errors.max():.1e}; "
+        f"mean KL {kl.mean():.1e}"
+    )
