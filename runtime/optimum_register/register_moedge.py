@@ -27,6 +27,7 @@ class MoEdgeExportCommand(BaseOptimumCLICommand):
         parser.add_argument("--target", action="append", help="As of `moedge export` (may be repeated).")
         parser.add_argument("--label", help="Name of the model in reports; the folder's name by default.")
         parser.add_argument("--max-length", type=int, help="Longest prompt + answer in tokens.")
+        parser.add_argument("--tensorrt", metavar="VERSION", help="Of TensorRT on the device; the newest by default.")
         parser.add_argument("--force", action="store_true", help="Replace existing output.")
 
     def run(self) -> None:
@@ -37,7 +38,7 @@ class MoEdgeExportCommand(BaseOptimumCLICommand):
 
         given = self.args
         assert given is not None
-        options = {name: getattr(given, name) for name in ("target", "label", "max_length", "force")}
+        options = {name: getattr(given, name) for name in ("target", "label", "max_length", "tensorrt", "force")}
         try:
             export(given.model, given.output, **options)
         except typer.Exit as stop:

@@ -29,7 +29,7 @@ def test_the_command_is_found_and_answers_as_moedge_export_does(tmp_path: Path) 
     register.symlink_to(ROOT / "runtime/optimum_register", target_is_directory=True)
     shown = optimum_cli(tmp_path / "site", "export", "moedge", "--help")
     assert shown.returncode == 0, shown.stderr
-    for option in ("--model", "output", "--target", "--label", "--max-length", "--force"):
+    for option in ("--model", "output", "--target", "--label", "--max-length", "--tensorrt", "--force"):
         assert option in shown.stdout
     request = ("export", "moedge", "--model", str(tmp_path), str(tmp_path / "out"), "--target", "portable")
     refused = optimum_cli(tmp_path / "site", *request)
