@@ -233,6 +233,10 @@ def trace(model: PreTrainedModel) -> ir.Model:
             f"Layer {kept[0].split('.')[-2]} keeps the experts of its parent ({facts.model_type}), which cannot be "
             "exported; convert with --method cmoe-hierarchical on more text, or with a lower min_tokens, to split it."
         )
+    for module in model.modules():
+        # A plan may have no selection bias, but Route's is a required input, and what a lowering or replay adds to.
+        if getattr(module, "num_experts", 0) and module._buffers.get("selection_bias", module) is None:
+            module.selection_bias = torch.zeros(module.num_experts, device=model.device)
     batch, new = torch.export.Dim("batch_size"), torch.export.Dim("sequence_length")
     past, total = torch.export.Dim("past_sequence_length"), torch.export.Dim("total_sequence_length")
     token_dims, cache_dims = {0: batch, 1: new}, {0: batch, 2: past}

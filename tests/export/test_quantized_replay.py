@@ -168,3 +168,19 @@ def test_what_cannot_be_replayed_is_refused(folders):
     with pytest.raises(MoEdgeError, match="not the same model"):
         forcing(np.array([[0, 7]]), 1, EXPERTS, TOP_K)
     np.testing.assert_array_equal(forcing(np.array([[2, 0]]), 1, 3, 2), [[FORCED, 0, FORCED]])
+
+
+def test_a_plan_without_selection_bias_is_exported_with_a_bias_of_zero(tiny_llama):
+    from moedge.convert import adapters, modeling
+    from moedge.convert.plan import LayerPlan, MoEPlan, RouterPlan
+    from moedge.export.trace import trace
+
+    model = tiny_llama(layers=1)
+    shared, *experts = np.split(np.arange(64, dtype=np.int32), 4)
+    router = RouterPlan(
+        "random", {"weight": np.random.default_rng(0).standard_normal((3, 32), np.float32)}, {"seed": 0}
+    )
+    plan = MoEPlan("test", {}, adapters.describe(model), [LayerPlan(shared, experts, 1, router)])
+    graph = trace(modeling.apply(plan, model))
+    (route,) = [node for node in graph.graph if node.op_type == "Route"]
+    np.testing.assert_array_equal(route.inputs[1].const_value.numpy(), np.zeros(3))
