@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 from collections.abc import Callable, Sequence
@@ -9,11 +10,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moedge import MoEdgeError, __version__
 from moedge._files import atomic_dir
 from moedge.export import bundle, loaders
 from moedge.export.lowering import TARGETS, Lowered
 
+CALIBRATED = ("ort-cpu-int4",)
+"""Targets whose weights may be chosen on a text."""
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, and how many of how many steps are finished."""
 
@@ -28,6 +33,7 @@ def export(
     tensorrt: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
+    calibration: np.ndarray | None = None,
 ) -> dict[str, Path]:
     """Export a dense or converted Hugging Face folder to ``out/<target>/`` bundles.
 
@@ -42,6 +48,7 @@ def export(
         tensorrt: version of TensorRT on the device that the bundle ``tensorrt`` is for; the newest by default.
         force: replace existing bundles.
         progress: see :data:`Progress`.
+        calibration: int64 [N, L], text for which 4-bit weights are chosen by GPTQ instead of rounding to the nearest.
 
     Raises:
         MoEdgeError: unknown target, a model that cannot be traced, an existing bundle without ``force``, or a lowering
@@ -59,7 +66,7 @@ def export(
             if target == "portable":
                 _export_portable(checkpoint, partial, label, max_length)
             else:
-                lower(target, out / "portable", partial, tensorrt=tensorrt)
+                lower(target, out / "portable", partial, tensorrt=tensorrt, calibration=calibration)
         written[target] = destination
     report("done", len(order), len(order))
     return written
@@ -131,8 +138,15 @@ def _moe_facts(model: Any, plan_sha256: str | None) -> dict[str, Any]:
     return {"plan_sha256": plan_sha256, "layers": layers}
 
 
-def lower(target: str, portable: Path, partial: Path, *, tensorrt: str | None = None) -> None:
-    """Lower a portable bundle; ``tensorrt`` as in :func:`export`.
+def lower(
+    target: str,
+    portable: Path,
+    partial: Path,
+    *,
+    tensorrt: str | None = None,
+    calibration: np.ndarray | None = None,
+) -> None:
+    """Lower a portable bundle; ``tensorrt`` and ``calibration`` as in :func:`export`.
 
     Needs onnx and the target's runtime, not torch; weights stay memory-mapped.
     """
@@ -143,9 +157,20 @@ def lower(target: str, portable: Path, partial: Path, *, tensorrt: str | None = 
     source = bundle.open_bundle(portable)
     bundle.check_external_data(source.model_path, set(source.manifest["files"]))
     graph = ir.load(source.model_path)
-    options = {"tensorrt": tensorrt} if target == "tensorrt" and tensorrt else {}
+    options: dict[str, Any] = {"tensorrt": tensorrt} if target == "tensorrt" and tensorrt else {}
+    on_text = calibration is not None and target in CALIBRATED
+    if calibration is not None and on_text:
+        from moedge.export.calibrate import moments
+
+        options = {"method": "gptq", "moments": moments(source, calibration)}
     longest = source.manifest["model"]["max_position_embeddings"]
     lowered = _lowering(target).lower(graph, max_length=longest, **options)
+    if calibration is not None and on_text and lowered.quantization is not None:
+        ids = np.ascontiguousarray(calibration, np.int64)
+        lowered.quantization["calibration"] = {
+            "tokens": ids.size,
+            "sha256": hashlib.sha256(ids.tobytes()).hexdigest(),
+        }
     shapes.complete(graph)
     ir.save(graph, partial / bundle.MODEL, external_data=bundle.WEIGHTS)
     bundle.copy_companions(portable, partial)

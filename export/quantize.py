@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 
 BLOCK = 32
 BITS = (4, 8)
-METHODS = ("rtn", "rtn-asymmetric")
+METHODS = ("rtn", "rtn-asymmetric", "gptq")
 """``rtn`` rounds to the nearest of 2**bits levels around zero; ``rtn-asymmetric`` fits the levels to each block's range
-and stores a zero point a block (4 or 8 bits more)."""
+and stores a zero point a block (4 or 8 bits more). ``gptq`` has the format and size of ``rtn`` and moves the error of
+each input to those that are still to be rounded (Frantar et al., 2023); it needs the second moments of the inputs
+(:mod:`moedge.export.calibrate`)."""
 
 
 @dataclass(frozen=True)
@@ -78,18 +80,24 @@ def _unpack(packed: np.ndarray, bits: int) -> np.ndarray:
     return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
 
 
-def quantize(weight: np.ndarray, bits: int, method: str = "rtn") -> Quantized:
+def quantize(weight: np.ndarray, bits: int, method: str = "rtn", moments: np.ndarray | None = None) -> Quantized:
     """Quantise float32 [N, K] or [E, N, K] with ONNX Runtime's own quantiser, one matrix after the other.
 
+    Args:
+        moments: of the inputs, float32 [K, K] (for every matrix of a stack) or [E, K, K]. With method ``gptq``; without
+            them it rounds to the nearest.
+
     Raises:
-        MoEdgeError: unknown bits or method, or a value that is not finite.
+        MoEdgeError: unknown bits or method, a value that is not finite, or GPTQ with 8 bits.
     """
     if bits not in BITS or method not in METHODS:
         raise MoEdgeError(f"Weights cannot be quantised to {bits} bits by {method!r}; known: 4 and 8, {METHODS}.")
     if not np.isfinite(weight).all():
         raise MoEdgeError("A weight is NaN or infinite; it cannot be quantised. Check the checkpoint.")
     if weight.ndim == 3:
-        parts = [quantize(matrix, bits, method) for matrix in weight]
+        shared = moments is None or moments.ndim == 2
+        each = [moments] * len(weight) if shared or moments is None else list(moments)
+        parts = [quantize(matrix, bits, method, inputs) for matrix, inputs in zip(weight, each, strict=True)]
         zero_points = [part.zero_points for part in parts if part.zero_points is not None]
         return Quantized(
             np.stack([part.packed for part in parts]),
@@ -98,8 +106,51 @@ def quantize(weight: np.ndarray, bits: int, method: str = "rtn") -> Quantized:
             bits,
             weight.shape[2],
         )
+    if method == "gptq" and moments is not None:
+        return _gptq(weight, bits, moments)
     packed, scales, zero_points_2d = _block_quantizer(bits, method)(np.ascontiguousarray(weight.T, np.float32))
     return Quantized(packed, scales, zero_points_2d if method == "rtn-asymmetric" else None, bits, weight.shape[1])
+
+
+DAMPING = 0.01
+"""Added to the diagonal of the moments, as a share of its mean: GPTQ's own default."""
+
+
+def _gptq(weight: np.ndarray, bits: int, moments: np.ndarray) -> Quantized:
+    """GPTQ of one matrix [N, K] by moments [K, K] (Frantar et al., ICLR 2023, algorithm 1; blocks of the format).
+
+    Not ``onnxruntime.quantization``'s ``gptq``: it reads its triangular factor by columns where rows are meant (up to
+    1.31.1), so no error is passed on and the result is that of rounding to the nearest.
+    """
+    if bits != 4:
+        raise MoEdgeError("GPTQ is for 4 bits; 8 bits lose nothing that it could win back. Use method rtn.")
+    columns = weight.shape[1]
+    padding = -columns % BLOCK
+    rest = np.pad(weight.astype(np.float64), ((0, 0), (0, padding)))
+    hessian = np.pad(moments.astype(np.float64), ((0, padding), (0, padding)))
+    mean = float(np.diagonal(moments).astype(np.float64).mean())
+    hessian[np.diag_indices_from(hessian)] += DAMPING * mean if mean > 0 else 1.0
+    upper = np.linalg.cholesky(np.linalg.inv(hessian)).T
+    half = 2 ** (bits - 1)
+    q = np.empty(rest.shape, np.uint8)
+    scales = np.empty((len(rest), rest.shape[1] // BLOCK), np.float32)
+    passed = np.empty((len(rest), BLOCK))
+    for block, start in enumerate(range(0, rest.shape[1], BLOCK)):
+        end = start + BLOCK
+        now = rest[:, start:end]
+        # The largest weight of a block is its lowest level, as in ONNX Runtime's rounding to the nearest.
+        peak = np.take_along_axis(now, np.abs(now).argmax(1)[:, None], 1)[:, 0]
+        scales[:, block] = np.where(peak == 0, 1, peak / -half)
+        scale = scales[:, block].astype(np.float64)
+        for place in range(BLOCK):
+            column = start + place
+            level = np.clip(np.round(rest[:, column] / scale), -half, half - 1)
+            q[:, column] = level + half
+            passed[:, place] = (rest[:, column] - level * scale) / upper[column, column]
+            rest[:, column + 1 : end] -= np.outer(passed[:, place], upper[column, column + 1 : end])
+        rest[:, end:] -= passed @ upper[start:end, end:]
+    grouped = q.reshape(len(rest), -1, BLOCK)
+    return Quantized(grouped[..., ::2] | (grouped[..., 1::2] << 4), scales, None, bits, columns)
 
 
 def _block_quantizer(bits: int, method: str) -> Any:
@@ -111,7 +162,8 @@ def _block_quantizer(bits: int, method: str) -> Any:
     )
 
     root.handlers[:], root.level = handlers, level  # importing that module sets the root logger to INFO
-    config = DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=method == "rtn", bits=bits)
+    symmetric = method != "rtn-asymmetric"
+    config = DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=symmetric, bits=bits)
     return DefaultWeightOnlyQuantizer(config).qbits_block_quant
 
 

@@ -12,7 +12,7 @@ judged, because it is a property of the model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -43,8 +43,19 @@ each product's input. An FFN has three such inputs in a chain and SiLU's slope: 
 the largest output, H 32 to 576). Two and a half times that; every known mistake gives more than 10 %."""
 
 
-def lower(model: ir.Model, *, max_length: int, bits: int, method: str = "rtn") -> Lowered:
+def lower(
+    model: ir.Model,
+    *,
+    max_length: int,
+    bits: int,
+    method: str = "rtn",
+    moments: Mapping[str, np.ndarray] | None = None,
+) -> Lowered:
     """Rewrite ``model`` in place for ONNX Runtime's CPU provider with weights of ``bits`` bits.
+
+    Args:
+        moments: of the inputs by weight, for method ``gptq``; a weight without (the embedding) is rounded to the
+            nearest.
 
     Raises:
         MoEdgeError: the model cannot be quantised (the message says why), a block does not compute what it replaced,
@@ -62,7 +73,11 @@ def lower(model: ir.Model, *, max_length: int, bits: int, method: str = "rtn") -
         )
     chosen = {name: weight for name, weight in table.items() if weight.tensor_class in QUANTISED}
     values = before.graph.initializers
-    packed = {name: quantize(weights.array(values[name], weight), bits, method) for name, weight in chosen.items()}
+    known = moments or {}
+    packed = {
+        name: quantize(weights.array(values[name], weight), bits, method, known.get(name))
+        for name, weight in chosen.items()
+    }
     reference = dequantized_graph(before, packed, table)
 
     rewrites, cache = ort_cpu.lower_norms_and_attention(model, before, max_length)

@@ -32,6 +32,11 @@ def export(
         int | None, typer.Option(min=16, help="Longest prompt + answer in tokens; the model's own limit by default.")
     ] = None,
     tensorrt: TensorRT = None,
+    gptq: Annotated[
+        str | None,
+        typer.Option(help="asset:NAME or a text file: choose the weights of ort-cpu-int4 by GPTQ on this text."),
+    ] = None,
+    gptq_tokens: Annotated[int, typer.Option(min=32, help="Tokens of that text.")] = 4096,
     force: Force = False,
 ) -> None:
     """Write an ONNX bundle with KV cache for each target.
@@ -40,10 +45,21 @@ def export(
     Examples:
       moedge export build/moe build/bundles
       moedge export ./my-llama build/dense --target ort-cpu
+      moedge export build/moe build/bundles --target ort-cpu-int4 --gptq my.txt
     """
     from moedge.runtime.commands.export import export as body
 
-    body(checkpoint, out, targets=target, label=label, max_length=max_length, tensorrt=tensorrt, force=force)
+    body(
+        checkpoint,
+        out,
+        targets=target,
+        label=label,
+        max_length=max_length,
+        tensorrt=tensorrt,
+        force=force,
+        gptq_text=gptq,
+        gptq_tokens=gptq_tokens,
+    )
 
 
 @command("export-hf", PANEL)

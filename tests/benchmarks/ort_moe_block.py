@@ -30,8 +30,8 @@ from moedge.export.lowering.ort_qmoe import interleave
 class Chain:
     """Builds a chain of FFN blocks as one ONNX graph."""
 
-    def __init__(self, hidden: int, layers: int, bits: int | None, seed: int = 0) -> None:
-        self.hidden, self.layers, self.bits = hidden, layers, bits
+    def __init__(self, hidden: int, layers: int, bits: int | None, method: str = "rtn", seed: int = 0) -> None:
+        self.hidden, self.layers, self.bits, self.method = hidden, layers, bits, method
         self.generator = np.random.default_rng(seed)
         self.nodes: list[onnx.NodeProto] = []
         self.weights: dict[str, np.ndarray] = {"norm": np.ones(hidden, np.float32)}
@@ -49,10 +49,14 @@ class Chain:
         if self.bits is None or kept:
             self.weights[name] = np.ascontiguousarray(matrix.T)
             return self.add("MatMul", [x, name], [f"{name}.y"])
-        value = quantize.quantize(matrix, self.bits)
+        value = quantize.quantize(matrix, self.bits, self.method)
         self.weights[f"{name}.q"], self.weights[f"{name}.s"] = value.packed, value.scales
+        inputs = [x, f"{name}.q", f"{name}.s"]
+        if value.zero_points is not None:
+            self.weights[f"{name}.z"] = value.zero_points
+            inputs.append(f"{name}.z")
         sizes = {"K": columns, "N": rows, "bits": self.bits, "block_size": quantize.BLOCK, "accuracy_level": 4}
-        return self.add("MatMulNBits", [x, f"{name}.q", f"{name}.s"], [f"{name}.y"], "com.microsoft", **sizes)
+        return self.add("MatMulNBits", inputs, [f"{name}.y"], "com.microsoft", **sizes)
 
     def glu(self, name: str, x: str, width: int) -> str:
         """A GLU of ``width`` as the lowering writes it: one product for gate and up."""
@@ -85,12 +89,16 @@ class Chain:
             y = self.add("MoE", inputs, [f"{name}.raw"], "com.microsoft", normalize_routing_weights=1, **common)
             self.weights["sum"] = np.array(active, np.float32)
             return self.add("Mul", [y, "sum"], [f"{name}.y"])
-        one = interleave(quantize.quantize(gate, self.bits), quantize.quantize(up, self.bits))
-        two = quantize.quantize(down, self.bits)
+        one = interleave(*(quantize.quantize(matrix, self.bits, self.method) for matrix in (gate, up)))
+        two = quantize.quantize(down, self.bits, self.method)
+        zeros = ["", ""]
         for number, value in (("1", one), ("2", two)):
             self.weights[f"{name}.q{number}"] = value.packed.reshape(*value.packed.shape[:2], -1)
             self.weights[f"{name}.s{number}"] = value.scales
-        inputs = [x, scores, f"{name}.q1", f"{name}.s1", "", f"{name}.q2", f"{name}.s2", *[""] * 7, "ones"]
+            if value.zero_points is not None:
+                self.weights[f"{name}.z{number}"] = value.zero_points
+                zeros[int(number) - 1] = f"{name}.z{number}"
+        inputs = [x, scores, f"{name}.q1", f"{name}.s1", "", f"{name}.q2", f"{name}.s2", *[""] * 4, *zeros, "", "ones"]
         sizes = {"expert_weight_bits": self.bits, "block_size": quantize.BLOCK, "accuracy_level": 4}
         return self.add("QMoE", inputs, [f"{name}.y"], "com.microsoft", normalize_routing_weights=0, **sizes, **common)
 
@@ -167,6 +175,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--tokens", default="1,8,128,512")
     parser.add_argument("--bits", default="4,8,32")
+    parser.add_argument("--method", default="rtn", choices=quantize.METHODS, help="how blocks are quantised")
     parser.add_argument("--skipped", default="0.25,0.5", help="shares of the width that a token skips")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
@@ -180,7 +189,9 @@ def main() -> None:
         for share in (float(value) for value in options.skipped.split(",")):
             active = round(options.experts * (1 - share)) - options.shared
             forms[f"{share:.0%} skipped"] = moe(options.width, options.experts, options.shared, active)
-        chains = {name: Chain(options.hidden, options.layers, None if bits == 32 else bits) for name in forms}
+        chains = {
+            name: Chain(options.hidden, options.layers, None if bits == 32 else bits, options.method) for name in forms
+        }
         for chain in chains.values():
             chain.by_token("ones", options.experts - options.shared, 1.0)
             chain.by_token("floor", options.experts - options.shared, -1e4)
