@@ -172,9 +172,10 @@ def _test(
         MoEdgeError: kernel error above its limit.
     """
     found: dict[str, list[selftest.SelfTest]] = {"exact": [], "int8": [], "quantisation": []}
+    exact_limit = ort_cpu.block_limit(before)
     for block in blocks:
         for kind, one, two, limit in (
-            ("exact", reference, exact, ort_cpu.BLOCK_LIMIT),
+            ("exact", reference, exact, exact_limit),
             ("int8", reference, model, INT8_LIMIT),
             ("quantisation", before, reference, float("inf")),
         ):
