@@ -37,7 +37,9 @@ Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][
 Spec = Annotated[str, Field(min_length=1)]
 """What ``convert.sources.resolve`` or ``convert.calibration.read_text`` opens: ``asset:NAME``, a path, or a hub id."""
 
-TargetName = Literal["portable", "ort-cpu", "ort-cpu-int8", "ort-cpu-int4", "ort-cuda", "tensorrt", "tensorrt-rtx"]
+TargetName = Literal[
+    "portable", "ort-cpu", "ort-cpu-int8", "ort-cpu-int4", "ort-cuda", "openvino", "tensorrt", "tensorrt-rtx"
+]
 TARGETS = ("portable", "ort-cpu")
 """What a recipe exports to when it does not say."""
 ControlName = Literal[
