@@ -30,13 +30,13 @@ def describe(folder: Path, manifest: dict[str, Any]) -> None:
         write_json(folder / GENAI_CONFIG, genai_config(folder, manifest))
 
 
-def _edit(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _name_the_family(path: Path, model_type: str) -> None:
     """``moedge_llama`` -> ``llama``: no checkpoint is here that the former could open, and loaders know the latter."""
-    config = _edit(path)
+    config = _read(path)
     if str(config.get("model_type", "")).startswith("moedge_"):
         names = [str(name).removeprefix("MoEdge") for name in config.get("architectures") or []]
         write_json(path, {**config, "model_type": model_type, "architectures": names})
@@ -44,7 +44,7 @@ def _name_the_family(path: Path, model_type: str) -> None:
 
 def _name_a_known_tokenizer(path: Path) -> None:
     """Give transformers 5's only class for a tokenizer.json the name that transformers 4 knows, too."""
-    config = _edit(path)
+    config = _read(path)
     if config.get("tokenizer_class") == "TokenizersBackend":
         write_json(path, {**config, "tokenizer_class": "PreTrainedTokenizerFast"})
 
