@@ -366,7 +366,8 @@ def _masked(
     """``sparse_glu`` as one wide FFN, its hidden units times the weight of their expert (0: not selected)."""
     experts, width = gate.shape[:2]
     hidden = activate(F.linear(x, gate.flatten(0, 1)), activation).mul_(F.linear(x, up.flatten(0, 1)))
-    chosen = x.new_zeros((x.shape[0], experts)).scatter_(1, indices.long(), weights.to(x.dtype))
+    # An index may stand twice in a row (with weight 0, where an expert has no parts): the weights add up.
+    chosen = x.new_zeros((x.shape[0], experts)).scatter_add_(1, indices.long(), weights.to(x.dtype))
     hidden.view(-1, experts, width).mul_(chosen.unsqueeze(2))
     y = hidden @ down.transpose(1, 2).reshape(experts * width, -1)
     if compensation is not None:
