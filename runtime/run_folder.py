@@ -16,6 +16,18 @@ def is_run(path: Path) -> bool:
     return (path / "run.json").is_file()
 
 
+def check_free(root: Path) -> None:
+    """Refuse a place for a run that holds something else.
+
+    Raises:
+        MoEdgeError: ``root`` is a file, or a folder with content that no run has left there.
+    """
+    if root.exists() and not root.is_dir():
+        raise MoEdgeError(f"{root} exists and is not a folder; choose another one with --out.")
+    if root.is_dir() and any(root.iterdir()) and not is_run(root) and not (root / ".lock").exists():
+        raise MoEdgeError(f"{root} is not empty and not a run folder; choose another one with --out.")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object that a stage wrote.
 

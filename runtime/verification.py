@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -140,6 +140,16 @@ def is_quantised(target: str) -> bool:
     return "-int" in target
 
 
+def reference_options(targets: Iterable[str], *, moe: bool) -> dict[str, bool]:
+    """How to open the engine that bundles of ``targets`` are compared with; choices of quantised ones are replayed."""
+    return {"taps": moe, "replay": True} if moe and any(map(is_quantised, targets)) else {"taps": moe}
+
+
+def tested_options(target: str, *, moe: bool) -> dict[str, bool]:
+    """How to open an engine under test: what it must show of its routing to be judged."""
+    return {"taps": moe, "router_inputs": True} if moe and is_quantised(target) else {"taps": moe}
+
+
 def _grouped(jobs: list[tuple[str, str, str]], windows: int) -> dict[tuple[str, str, int], list[str]]:
     """(kind, reference, windows) -> tests: a reference runs once for all of them."""
     found: dict[tuple[str, str, int], list[str]] = {}
@@ -177,13 +187,12 @@ def _compare(
             one = opened(reference, taps=moe, **(every if moe else {}))
             checked = {test: (opened(test, **every), profiles[test].identity_rel_error) for test in tests}
             return parity.identity_all(one, checked, windows, prefill=prefill, progress=progress)
-        replay = moe and any(is_quantised(test.split()[0]) for test in tests)
         options = {"weights_of": engines[rounded]} if rounded else {}
-        one = opened(reference, taps=moe, **({"replay": True} if replay else {}), **options)
-        compared = {}
-        for test in tests:
-            seen = {"router_inputs": True} if moe and is_quantised(test.split()[0]) else {}
-            compared[test] = (opened(test, taps=moe, **seen), profiles[test])
+        targets = {test: test.split()[0] for test in tests}
+        one = opened(reference, **reference_options(targets.values(), moe=moe), **options)
+        compared = {
+            test: (opened(test, **tested_options(target, moe=moe)), profiles[test]) for test, target in targets.items()
+        }
         return parity.compare_all(one, compared, windows, prefill=prefill, progress=progress)
 
 

@@ -74,18 +74,22 @@ class MoEdgeParams(LayoutParams):
     @model_validator(mode="after")
     def _fits(self) -> MoEdgeParams:
         for layout in self.layouts:
-            if self.variant(layout, self.active).active < 1:
+            if self.variant(layout).active < 1:
                 raise ValueError(f"layouts: {layout} shares more experts than are to be active.")
         if self.fit_to == "stream" and not (self.sequential and self.refit):
             raise ValueError("fit_to: stream corrects earlier layers; it needs sequential: true and refit: true.")
         return self
 
-    def variant(self, layout: str, active: int) -> MoEdgeParams:
-        """Return these parameters with another layout of the same active width as ``active`` routed experts here."""
+    def variant(self, layout: str) -> MoEdgeParams:
+        """Return these parameters with another layout of the same active width."""
         shared, experts = map(int, layout[1:].split("E"))
-        share = (self.shared + active) / self.experts
+        share = (self.shared + self.active) / self.experts
         changed = {"shared": shared, "experts": experts, "active": round(share * experts) - shared}
         return self.model_copy(update=changed)
+
+    def variants(self) -> list[MoEdgeParams]:
+        """Return these parameters by each of ``layouts``, without those that would have no routed expert active."""
+        return [one for one in map(self.variant, self.layouts) if one.active >= 1]
 
 
 def plan(
@@ -120,9 +124,7 @@ def plan(
     stream = params.fit_to == "stream"
     for tokens in streaming.walk(model, token_windows, dense_stream=stream, progress=progress):
         here = params.model_copy(update={"active": active[tokens.block.index]})
-        tried = [
-            make_layer(tokens, one) for one in (here, *(params.variant(name, here.active) for name in params.layouts))
-        ]
+        tried = [make_layer(tokens, one) for one in (here, *here.variants())]
         layer = min(tried, key=lambda one: one.report["held_out_error"])
         layers.append(layer)
         if params.sequential:

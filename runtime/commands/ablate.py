@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.markup import escape
 
-from moedge import MoEdgeError
 from moedge.configs.study import load_study
 from moedge.runtime import run_folder, study
 from moedge.runtime.progress import Reporter
@@ -19,10 +18,7 @@ def ablate(name_or_path: str, out: Path | None) -> None:
     """Run a study, or what is left of it, and print its table."""
     wanted = load_study(name_or_path)
     root = out or Path("runs") / wanted.name
-    if root.exists() and not root.is_dir():
-        raise MoEdgeError(f"{root} exists and is not a folder; choose another one with --out.")
-    if root.is_dir() and any(root.iterdir()) and not run_folder.is_run(root) and not (root / ".lock").exists():
-        raise MoEdgeError(f"{root} is not empty and not a run folder; choose another one with --out.")
+    run_folder.check_free(root)
     console = Console(stderr=True)
     reporter = Reporter(console)
     console.print(escape(f"{wanted.name}: {wanted.model.source} -> {root}"), highlight=False)

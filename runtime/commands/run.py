@@ -26,10 +26,7 @@ def run(recipe_name: str, out: Path | None, *, dry_run: bool, force: list[str], 
     """Run a recipe, or say what would run. Returns 1 when the verdict of the run is "failed"."""
     recipe = load_recipe(recipe_name)
     root = out or Path("runs") / recipe.name
-    if root.exists() and not root.is_dir():
-        raise MoEdgeError(f"{root} exists and is not a folder; choose another one with --out.")
-    if root.is_dir() and any(root.iterdir()) and not run_folder.is_run(root) and not (root / ".lock").exists():
-        raise MoEdgeError(f"{root} is not empty and not a run folder; choose another one with --out.")
+    run_folder.check_free(root)
     check_early(recipe, root)
     todo = stages.build(recipe, machine())
     forced = _forced(todo, force, start)

@@ -18,7 +18,14 @@ from moedge.runtime import parity, run_folder
 from moedge.runtime.commands.tokens import token_windows
 from moedge.runtime.engines import open_engine
 from moedge.runtime.progress import single
-from moedge.runtime.verification import DEQUANTIZED, SCHEMA, is_quantised, verify_run
+from moedge.runtime.verification import (
+    DEQUANTIZED,
+    SCHEMA,
+    is_quantised,
+    reference_options,
+    tested_options,
+    verify_run,
+)
 
 
 def verify(
@@ -85,8 +92,8 @@ def _pair(
             jobs.append((found[0], f"{test} vs its de-quantised weights", DEQUANTIZED, {"weights_of": test}))
     entries = []
     for number, (folder, name, dtype, options) in enumerate(jobs):
-        one = open_engine(folder, threads=threads, **_seen(folder, reference_of=target), **options)
-        two = open_engine(test, threads=threads, **_seen(test))
+        one = open_engine(folder, threads=threads, **_reference_options(folder, target), **options)
+        two = open_engine(test, threads=threads, **tested_options(target, moe=_is_moe(test)))
 
         def step(done: int, total: int, number: int = number) -> None:
             progress(done + number * total, total * len(jobs))
@@ -113,17 +120,14 @@ def _target(folder: Path) -> str:
     return str(run_folder.read_json(manifest).get("target", "")) if manifest.is_file() else ""
 
 
-def _seen(folder: Path, reference_of: str | None = None) -> dict[str, bool]:
-    """What an engine must show of its routing; a quantised one is replayed by its reference."""
-    moe = _is_moe(folder)
-    if reference_of is None:
-        return {"taps": moe, **({"router_inputs": True} if moe and is_quantised(_target(folder)) else {})}
-    if moe and is_quantised(reference_of) and _target(folder) not in ("portable", ""):
+def _reference_options(folder: Path, target: str) -> dict[str, bool]:
+    options = reference_options([target], moe=_is_moe(folder))
+    if options.get("replay") and _target(folder) not in ("portable", ""):
         raise MoEdgeError(
-            f"{reference_of} is judged under its own choice of experts, which {folder} cannot replay; compare it with "
+            f"{target} is judged under its own choice of experts, which {folder} cannot replay; compare it with "
             "the portable bundle or the checkpoint."
         )
-    return {"taps": moe, **({"replay": True} if moe and is_quantised(reference_of) else {})}
+    return options
 
 
 def _is_moe(folder: Path) -> bool:

@@ -15,7 +15,16 @@ from typing import Any
 import numpy as np
 
 from moedge import MoEdgeError
-from moedge.runtime.engines import EngineInfo, Step, check_batch, check_length, default_threads, forcing, position_ids
+from moedge.runtime.engines import (
+    EngineInfo,
+    Step,
+    _graph,
+    check_batch,
+    check_length,
+    default_threads,
+    forcing,
+    position_ids,
+)
 
 
 @dataclass
@@ -91,13 +100,11 @@ class OrtEngine:
         self._model_path = bundle.model_path
         self._routers: Any = None
         if self._taps or top_k is not None or float32_activations or router_inputs or replay:
-            from moedge.runtime.engines import _graph
-
             if router_inputs:
                 self._router_inputs = _graph.expert_inputs(bundle.model_path, manifest)
             if replay:
-                self._forced = {int(n): (entry["num_experts"], entry["top_k"]) for n, entry in layers.items()}
-                self._forced = {n: self._forced[n] for n in _graph.routed_layers(manifest)}
+                for layer in _graph.routed_layers(manifest):
+                    self._forced[layer] = (layers[str(layer)]["num_experts"], layers[str(layer)]["top_k"])
             graph = _graph.edited(
                 bundle.model_path,
                 manifest,
@@ -171,8 +178,6 @@ class OrtEngine:
         if self._routers is None:
             import onnxruntime
 
-            from moedge.runtime.engines import _graph
-
             part, names, outputs = _graph.routers(self._model_path, self._taps)
             session = onnxruntime.InferenceSession(
                 part, _session_options(self.info.threads), [_PROVIDERS[self._device]]
@@ -208,7 +213,7 @@ class OrtEngine:
             raise MoEdgeError(f"{self._path} was not opened with replay, so its experts cannot be forced.")
         for layer, (count, top_k) in self._forced.items():
             chosen = None if experts is None else experts[layer]
-            binding.bind_cpu_input(f"layers.{layer}.forced", forcing(chosen, batch * new, count, top_k))
+            binding.bind_cpu_input(_graph.forced_input(layer), forcing(chosen, batch * new, count, top_k))
         logits = np.empty((batch, new, self._model["vocab_size"]), dtype=self._dtype)
         # Outputs come back in the order in which they were first bound: logits, taps, cache.
         binding.bind_output("logits", "cpu", 0, self._dtype, logits.shape, logits.ctypes.data)
