@@ -13,11 +13,13 @@ from typing import Any
 
 from moedge._files import digest, write_json
 from moedge.configs.study import Row, Sparsity, Study
-from moedge.runtime import held_out, run_folder, stages
+from moedge.runtime import held_out, run_folder
+from moedge.runtime import stage_bodies as bodies
+from moedge.runtime.fingerprint import fingerprint
 from moedge.runtime.recipe import Context, Stage
+from moedge.runtime.stages import CONVERT_CODE, SOURCE_CODE
 
 STUDY_SCHEMA = "moedge.study/1"
-_ALWAYS = ("_files.py", "runtime/run_folder.py", "runtime/held_out.py", "convert", "export/ops.py")
 _LIBRARIES = ("torch", "transformers", "scipy", "scikit-learn")
 
 
@@ -27,17 +29,17 @@ def build(study: Study) -> list[Stage]:
     Raises:
         MoEdgeError: a model or text file that the study names does not exist.
     """
-    texts = [{**text.model_dump(), "is": stages.fingerprint(text.source, text=True)} for text in study.texts]
+    texts = [{**text.model_dump(), "is": fingerprint(text.source, text=True)} for text in study.texts]
     protocol = {"texts": texts, "window": study.window, "bos": study.bos}
     found = [
         Stage(
             "source",
             "open the dense model",
-            stages.source,
-            {**study.model.model_dump(), "is": stages.fingerprint(study.model.source)},
-            sources=("_files.py", "convert/sources.py", "convert/assets.py", "convert/adapters.py"),
+            bodies.source,
+            {**study.model.model_dump(), "is": fingerprint(study.model.source)},
+            sources=SOURCE_CODE,
             libraries=("torch", "transformers", "gguf"),
-            identity=stages.source_identity,
+            identity=bodies.source_identity,
         ),
         Stage(
             "calibrate",
@@ -45,7 +47,7 @@ def build(study: Study) -> list[Stage]:
             calibrate,
             protocol,
             reads=("source",),
-            sources=_ALWAYS,
+            sources=CONVERT_CODE,
             libraries=_LIBRARIES,
         ),
         Stage(
@@ -54,7 +56,7 @@ def build(study: Study) -> list[Stage]:
             dense,
             {**protocol, "batch_size": study.batch_size},
             reads=("source",),
-            sources=_ALWAYS,
+            sources=CONVERT_CODE,
             libraries=_LIBRARIES,
         ),
     ]
@@ -70,7 +72,7 @@ def build(study: Study) -> list[Stage]:
             table,
             {"study": study.model_dump(mode="json"), "rows": rows},
             reads=("source", "calibrate", "dense", *rows),
-            sources=("_files.py", "runtime/run_folder.py", "runtime/report"),
+            sources=(*CONVERT_CODE, "runtime/report"),
         )
     )
     return found
@@ -89,7 +91,7 @@ def _row_stage(study: Study, sparsity: Sparsity, row: Row, *, keep: bool) -> Sta
         reads = (*reads, params["of"])
     what = f"{row.label} at {sparsity.name}"
     body = method_row if row.method is not None else control_row
-    return Stage(_name(sparsity, row), what, body, params, reads=reads, sources=_ALWAYS, libraries=_LIBRARIES)
+    return Stage(_name(sparsity, row), what, body, params, reads=reads, sources=CONVERT_CODE, libraries=_LIBRARIES)
 
 
 def _name(sparsity: Sparsity, row: Row) -> str:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import moedge as package
 from moedge import MoEdgeError
 from moedge.configs.recipe import CONTROLS, TARGETS, EvaluateSection, Recipe, load_recipe, recipe_from
-from moedge.runtime import held_out, run_folder, stages
-from moedge.runtime.recipe import Context, parts
+from moedge.configs.study import load_study
+from moedge.runtime import held_out, run_folder, stages, study
+from moedge.runtime.fingerprint import fingerprint
+from moedge.runtime.recipe import Context, Stage, parts, source_digests
 
 MACHINE = {"processor": "toy"}
 
@@ -122,6 +128,70 @@ def test_stages_read_only_earlier_ones_and_their_sources_exist() -> None:
         assert stage.sources
 
 
+PACKAGE = Path(package.__file__).parent
+ENGINE_OF_STAGES = {"runtime/__init__.py", "runtime/recipe.py", "runtime/progress.py"}
+"""What runs the stages; a change of it says nothing about what a stage wrote."""
+NOT_RUN = {"runtime/build.py", "runtime/devices.py", "export/plugins.py"}
+"""Behind the engine of TensorRT, which no stage opens, and the device's scripts in ``runtime/device``."""
+
+
+def imported(node: ast.AST) -> set[Path]:
+    """Files of moedge that an import statement names."""
+    names: list[str] = []
+    if isinstance(node, ast.ImportFrom):
+        names = [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+    elif isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+    paths = [PACKAGE.joinpath(*name.split(".")[1:]) for name in names if name.split(".")[0] == "moedge"]
+    found = {file for path in paths for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()}
+    return found - {PACKAGE / "__init__.py"}
+
+
+def imports(tree: ast.AST, *, lazy: bool) -> set[Path]:
+    """What a module imports when it is loaded, with ``lazy`` also what its functions import."""
+    if isinstance(tree, ast.If) and ast.unparse(tree.test) == "TYPE_CHECKING":
+        return set()
+    if isinstance(tree, ast.FunctionDef) and not lazy:
+        return set()
+    return imported(tree).union(*(imports(child, lazy=lazy) for child in ast.iter_child_nodes(tree)))
+
+
+def code_of(body: Callable[..., None]) -> set[str]:
+    """Files of moedge that a stage's body runs, by its imports and those of what it imports.
+
+    What a function imports is followed in ``runtime`` only: ``convert`` and ``export`` import by method and by target.
+    """
+    function = ast.parse(inspect.getsource(body)).body[0]
+    used = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)} - {"Context"}
+    todo = imports(function, lazy=True)
+    for node in ast.parse(Path(inspect.getsourcefile(body) or "").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and used & {alias.asname or alias.name for alias in node.names}:
+            todo |= imported(node)
+    seen: set[Path] = set()
+    while todo:
+        path = todo.pop()
+        seen.add(path)
+        lazy = path.is_relative_to(PACKAGE / "runtime")
+        todo |= imports(ast.parse(path.read_text(encoding="utf-8")), lazy=lazy) - seen
+    return {path.relative_to(PACKAGE).as_posix() for path in seen}
+
+
+EVERY_BODY = {
+    stage.body: stage
+    for stage in [
+        *stages.build(changed(export={"targets": ["portable", "tensorrt-rtx"], "build": ["rtx-4090"]}), MACHINE),
+        *study.build(load_study("smollm2-135m-methods")),
+    ]
+}
+
+
+@pytest.mark.parametrize("stage", EVERY_BODY.values(), ids=lambda stage: stage.name)
+def test_a_change_of_any_code_that_a_stage_runs_makes_it_stale(stage: Stage) -> None:
+    keyed = {path for path, _ in source_digests(stage.sources)}
+    unkeyed = code_of(stage.body) - keyed - ENGINE_OF_STAGES - (set() if stage.name == "build" else NOT_RUN)
+    assert {path for path in unkeyed if not path.startswith("runtime/device/")} == set()
+
+
 def test_the_recipe_knows_what_the_packages_offer() -> None:
     from moedge.convert.methods import baselines
     from moedge.export import lowering
@@ -134,35 +204,35 @@ def test_the_recipe_knows_what_the_packages_offer() -> None:
 def test_fingerprints_follow_the_content(tmp_path: Path) -> None:
     text = tmp_path / "a.txt"
     text.write_text("one")
-    first = stages.fingerprint(str(text))
+    first = fingerprint(str(text))
     text.write_text("two!")
-    second = stages.fingerprint(str(text))
+    second = fingerprint(str(text))
     assert first != second
-    folder = stages.fingerprint(str(tmp_path))
+    folder = fingerprint(str(tmp_path))
     (tmp_path / "b.txt").write_text("new")
-    assert stages.fingerprint(str(tmp_path)) != folder
-    assert stages.fingerprint("asset:wiki") != stages.fingerprint("asset:c4")
+    assert fingerprint(str(tmp_path)) != folder
+    assert fingerprint("asset:wiki") != fingerprint("asset:c4")
 
 
 @pytest.mark.parametrize("spec", ["/no/such/folder", "./missing", "missing.gguf", "a/b/c", "asset:nope", "plain"])
 def test_specs_that_name_nothing_are_refused_before_any_work(spec: str) -> None:
     for text in (False, True):
         with pytest.raises(MoEdgeError, match=r"does not exist|Unknown asset"):
-            stages.fingerprint(spec, text=text)
+            fingerprint(spec, text=text)
 
 
 def test_hub_ids_are_models_but_not_texts() -> None:
-    assert stages.fingerprint("Qwen/Qwen2.5-0.5B") == "hub"
+    assert fingerprint("Qwen/Qwen2.5-0.5B") == "hub"
     with pytest.raises(MoEdgeError, match=r"The text Qwen/Qwen2.5-0.5B does not exist"):
-        stages.fingerprint("Qwen/Qwen2.5-0.5B", text=True)
+        fingerprint("Qwen/Qwen2.5-0.5B", text=True)
 
 
 def test_held_out_documents_are_those_that_calibration_does_not_see(tmp_path: Path) -> None:
     own, other = tmp_path / "own.txt", tmp_path / "other.txt"
     for path in (own, other):
         path.write_text("\n".join(f"{path.stem} {number}" for number in range(40)))
-    calibration = {"spec": str(own), "is": stages.fingerprint(str(own)), "every": 4}
-    entries = [{"spec": str(path), "is": stages.fingerprint(str(path))} for path in (own, other)]
+    calibration = {"spec": str(own), "is": fingerprint(str(own)), "every": 4}
+    entries = [{"spec": str(path), "is": fingerprint(str(path))} for path in (own, other)]
     seen = {document.text for document in held_out.calibration_text(calibration).documents}
     first, second = held_out.texts({"calibration": calibration, "held_out": entries})
     assert len(seen) == 30
