@@ -22,13 +22,14 @@ from moedge._files import atomic_dir, digest, hash_tree, write_json
 from moedge.export.bundle import MODEL, Bundle, copy_companions, open_bundle
 from moedge.export.lowering.tensorrt import HALF_LIMIT
 from moedge.export.plugins import Request, compile_library
+from moedge.runtime.device import moedge_trt
 from moedge.runtime.device.moedge_plugins import FOLDER
-from moedge.runtime.devices import Device
+from moedge.runtime.devices import Device, fit, too_large
 
 SCHEMA = "moedge.device-archive/1"
 SCRIPTS = (
-    *("build_engine.py", "verify.py", "bench.py", "moedge_trt.py", "moedge_archive.py", "moedge_compare.py"),
-    "moedge_plugins.py",
+    *("build_engine.py", "verify.py", "bench.py", "moedge_archive.py", "moedge_compare.py", "moedge_cuda.py"),
+    *("moedge_plugins.py", "moedge_session.py", "moedge_trt.py"),
 )
 PROMPTS = (
     "The capital of France is",
@@ -37,6 +38,8 @@ PROMPTS = (
     "Once upon a time there was a small village near the sea, and in it lived",
 )
 NEW_TOKENS = 16
+FORMAT = tarfile.GNU_FORMAT
+"""Not the plain one, whose size field ends at 8 GiB: the weights of a model of 4 billion parameters."""
 Progress = Callable[[str, int, int], None]
 
 
@@ -110,9 +113,10 @@ def write(
         version = tensorrt or device.tensorrt
         assert version is not None, "a profile with the target tensorrt names its version"
         graph, reference = _bundles(source, work / "bundles", label or source.name, version)
-        model = graph.manifest["model"]
+        label, model = label or graph.manifest["label"], graph.manifest["model"]
         longest = max_length or min(2048, model["max_position_embeddings"])
         profiles = {"max_length": longest, "max_prompt": max_prompt or max(2, longest // 2), "batch": batch}
+        _check(graph, device, profiles)
         folder = work / "content" / f"moedge-{device.name}"
         folder.mkdir(parents=True)
         report("recording answers", 1, 3)
@@ -127,11 +131,13 @@ def write(
         scripts = Path(__file__).resolve().parents[1] / "runtime" / "device"
         for name in SCRIPTS:
             shutil.copyfile(scripts / name, folder / name)
-        (folder / "README.md").write_text(_README.format(label=graph.manifest["label"], device=device.label))
+        readme = _README.format(label=label, device=device.label)
+        (folder / "README.md").write_text(readme, encoding="utf-8")
         files = hash_tree(folder)
         manifest = {
             "schema": SCHEMA,
-            **{key: graph.manifest[key] for key in ("kind", "label", "model", "moe", "taps", "lowering")},
+            "label": label,
+            **{key: graph.manifest[key] for key in ("kind", "model", "moe", "taps", "lowering")},
             **({"plugins": plugins} if plugins else {}),
             "device": device.model_dump(mode="json", by_alias=True),
             "tensorrt": version,
@@ -150,6 +156,24 @@ def write(
         shutil.rmtree(work, ignore_errors=True)
     report("done", 3, 3)
     return manifest
+
+
+def _check(graph: Bundle, device: Device, profiles: dict[str, int]) -> None:
+    """Refuse here what would fail on the device: impossible lengths, too little memory.
+
+    Raises:
+        MoEdgeError: what is wrong.
+    """
+    model = graph.manifest["model"]
+    try:
+        moedge_trt.profile_shapes(model, **profiles)
+    except moedge_trt.DeviceError as error:
+        raise MoEdgeError(str(error)) from None
+    if profiles["max_length"] <= NEW_TOKENS:
+        raise MoEdgeError(f"--max-length must be above {NEW_TOKENS}, the tokens of each answer that is recorded.")
+    weights = sum(entry["size"] for name, entry in graph.manifest["files"].items() if name.endswith(".data"))
+    if reason := too_large(fit(model, weights, device, **profiles), device):
+        raise MoEdgeError(reason)
 
 
 def _bundles(source: Path, scratch: Path, label: str, tensorrt: str) -> tuple[Bundle, Bundle]:
@@ -205,7 +229,7 @@ def _link_or_copy(source: Path, destination: Path) -> None:
 
 def _pack(folder: Path, out: Path) -> None:
     """Write a tar whose bytes depend on names and contents only."""
-    with tarfile.open(out, "w", format=tarfile.USTAR_FORMAT) as archive:
+    with tarfile.open(out, "w", format=FORMAT) as archive:
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             entry = tarfile.TarInfo(path.relative_to(folder.parent).as_posix())
             entry.size, entry.mode, entry.mtime = path.stat().st_size, 0o644, 0

@@ -14,7 +14,7 @@ from typing import Any
 from moedge import MoEdgeError, __version__
 from moedge._files import atomic_dir, digest, hash_tree, safe_join, write_json
 from moedge.runtime import devices
-from moedge.runtime.device import moedge_plugins, moedge_trt
+from moedge.runtime.device import moedge_cuda, moedge_plugins, moedge_trt
 
 SCHEMA = "moedge.engine/1"
 PLAN = "engine.plan"
@@ -96,11 +96,8 @@ def build(
     unread = devices.unread_bytes(manifest["moe"], model["hidden_size"]) if "plugins" in manifest else 0
     for device in profiles:
         fit = devices.fit(model, weight_bytes, device, **limits, unread=unread)
-        if fit.needed > fit.memory:
-            raise MoEdgeError(
-                f"The engine needs {fit.needed / 2**30:.1f} GiB (weights, cache, logits) and {device.label} has "
-                f"{device.memory_gib:g}; lower --max-length, --max-prompt or --batch, or choose another device."
-            )
+        if reason := devices.too_large(fit, device):
+            raise MoEdgeError(reason)
         fits[device.name] = {**vars(fit), "needed": fit.needed}
     outputs = {tap["output"]: f"routes.{layer}" for layer, tap in manifest["taps"].items()} if taps else {}
     try:
@@ -170,7 +167,7 @@ def _register_plugins(device: devices.Device) -> None:
 
 
 def _check_local(device: devices.Device) -> None:
-    cuda = moedge_trt.Cuda()
+    cuda = moedge_cuda.Cuda()
     here = cuda.capability()
     cuda.close()
     if here != device.compute_capability:

@@ -151,6 +151,16 @@ def fit(
     )
 
 
+def too_large(fit: Fit, device: Device) -> str | None:
+    """Return why an engine does not fit into a device's memory, or None."""
+    if fit.needed <= fit.memory:
+        return None
+    return (
+        f"The engine needs {fit.needed / 2**30:.1f} GiB (weights, cache, logits) and {device.label} has "
+        f"{device.memory_gib:g}; lower --max-length, --max-prompt or --batch, or choose another device."
+    )
+
+
 def routed(moe: dict[str, Any] | None) -> bool:
     """Whether a model has a router: its bundle's ``moe`` section names a layer with experts."""
     return any(entry["num_experts"] for entry in (moe or {"layers": {}})["layers"].values())

@@ -11,14 +11,16 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-try:  # in an archive the files lie side by side
+if TYPE_CHECKING or __package__:
+    from moedge.runtime.device import moedge_archive, moedge_compare, moedge_trt
+else:  # in an archive the files lie side by side
     import moedge_archive
     import moedge_compare
-except ImportError:
-    from moedge.runtime.device import moedge_archive, moedge_compare
+    import moedge_trt
 
 
 def main() -> int:
@@ -32,16 +34,25 @@ def main() -> int:
     parser.add_argument("--note", default="", help="power mode, cooling: stored with the result")
     parser.add_argument("--out", type=Path, default=folder / "bench-result.json")
     options = parser.parse_args()
+    if min(options.prompt, options.decode, options.repeats) < 1 or options.warmup < 0:
+        parser.error("--prompt, --decode and --repeats must be at least 1, --warmup at least 0")
     manifest, facts, session = moedge_archive.open_session(folder)
     free_before = session.cuda.memory()[0]
-    prompt = min(options.prompt, session.limits["max_prompt"], session.limits["max_length"] - options.decode)
+    longest = session.limits["max_length"]
+    prompt = min(options.prompt, session.limits["max_prompt"], longest - options.decode)
+    if prompt < 1:
+        raise moedge_trt.DeviceError(
+            f"--decode {options.decode} leaves no room for a prompt: this engine holds {longest} tokens."
+        )
+    if prompt < options.prompt:
+        print(f"note: this engine takes {prompt} of {options.prompt} prompt tokens", file=sys.stderr)
     recorded = np.concatenate([case["ids"][0] for case in moedge_archive.golden(folder)])
     ids = np.resize(recorded, prompt)[None]  # repeated golden text: real tokens, so that routing is not degenerate
     first, per_token = [], []
     lowest_free = free_before
     for number in range(options.warmup + options.repeats):
         start = time.perf_counter()
-        logits, _, cache = session.start(ids, np.ones_like(ids))
+        logits, _, cache = session.start(ids, np.ones_like(ids), last=True)
         token = int(logits[0, -1].argmax())
         ttft = 1e3 * (time.perf_counter() - start)
         steps = []

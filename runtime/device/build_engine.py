@@ -12,13 +12,15 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-try:  # in an archive the files lie side by side
+if TYPE_CHECKING or __package__:
+    from moedge.runtime.device import moedge_archive, moedge_cuda, moedge_plugins, moedge_trt
+else:  # in an archive the files lie side by side
     import moedge_archive
+    import moedge_cuda
     import moedge_plugins
     import moedge_trt
-except ImportError:
-    from moedge.runtime.device import moedge_archive, moedge_plugins, moedge_trt
 
 
 def main() -> int:
@@ -34,11 +36,18 @@ def main() -> int:
     parser.add_argument("--target", choices=sorted(moedge_trt.PACKAGES), default="tensorrt")
     parser.add_argument("--compute-capability", action="append", help="tensorrt-rtx only: GPUs to build for")
     options = parser.parse_args()
+    if options.target == "tensorrt" and options.compute_capability:
+        parser.error("--compute-capability is for --target tensorrt-rtx: TensorRT builds for the GPU that is here")
     trt = moedge_trt.load_tensorrt(options.target)
     if options.target == "tensorrt":
-        cuda = moedge_trt.Cuda()
+        cuda = moedge_cuda.Cuda()
         here, wanted = cuda.capability(), manifest["device"]["compute_capability"]
         cuda.close()
+        if here != wanted and "plugins" in manifest:
+            raise moedge_trt.DeviceError(
+                f"The kernels of this archive are for compute capability {wanted}, this GPU has {here}; make an "
+                "archive for this device with `moedge bundle`."
+            )
         if here != wanted:
             print(f"note: this archive was made for compute capability {wanted}; this GPU has {here}", file=sys.stderr)
         capabilities = [here]

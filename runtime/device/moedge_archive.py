@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-try:  # in an archive the files lie side by side
+if TYPE_CHECKING or __package__:
+    from moedge.runtime.device import moedge_session, moedge_trt
+else:  # in an archive the files lie side by side
+    import moedge_session
     import moedge_trt
-except ImportError:
-    from moedge.runtime.device import moedge_trt
 
 MANIFEST = "manifest.json"
 ENGINE = "engine.plan"
@@ -39,7 +41,7 @@ def open_archive(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def open_session(folder: Path) -> tuple[dict[str, Any], dict[str, Any], moedge_trt.Session]:
+def open_session(folder: Path) -> tuple[dict[str, Any], dict[str, Any], moedge_session.Session]:
     """Return the manifest, the facts of the built engine, and a session of it.
 
     Raises:
@@ -49,10 +51,10 @@ def open_session(folder: Path) -> tuple[dict[str, Any], dict[str, Any], moedge_t
     if not (folder / ENGINE_FACTS).is_file():
         raise moedge_trt.DeviceError(f"{folder} has no engine yet; run: python3 build_engine.py")
     facts = moedge_trt.read_json(folder / ENGINE_FACTS)
-    if facts["graph_sha256"] != manifest["files"]["model.onnx"]["sha256"]:
+    if facts.get("graph_sha256") != manifest["files"]["model.onnx"]["sha256"]:
         raise moedge_trt.DeviceError(f"{folder / ENGINE} was built from another graph; run: python3 build_engine.py")
-    plan = moedge_trt.read_checked(folder / ENGINE, facts["sha256"])
-    return manifest, facts, moedge_trt.Session(plan, facts)
+    plan = moedge_trt.read_checked(folder / ENGINE, facts.get("sha256", ""))
+    return manifest, facts, moedge_session.Session(plan, facts)
 
 
 def golden(folder: Path) -> list[dict[str, Any]]:
@@ -69,13 +71,13 @@ def golden(folder: Path) -> list[dict[str, Any]]:
     return cases
 
 
-def device_facts(session: moedge_trt.Session) -> dict[str, Any]:
+def device_facts(session: moedge_session.Session) -> dict[str, Any]:
     """What the numbers were measured on."""
     model = Path("/proc/device-tree/model")
     try:
         name = model.read_text(encoding="utf-8", errors="replace").strip("\0 \n")
     except OSError:
-        name = platform.machine()
+        name = session.cuda.name() or platform.machine()
     free, total = session.cuda.memory()
     return {
         "name": name,
@@ -95,8 +97,6 @@ def finish(result: dict[str, Any], path: Path) -> None:
 
 def run(main: Callable[[], int]) -> int:
     """Run a script's main function; a DeviceError becomes one line and exit code 2."""
-    import sys
-
     try:
         return main()
     except moedge_trt.DeviceError as error:

@@ -17,7 +17,6 @@ one carry another name: :func:`node_type`.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import inspect
 import json
@@ -25,12 +24,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-try:  # in an archive the files lie side by side
-    from moedge_trt import DeviceError
-except ImportError:
+if TYPE_CHECKING or __package__:
     from moedge.runtime.device.moedge_trt import DeviceError
+else:  # in an archive the files lie side by side
+    from moedge_trt import DeviceError
 
 DOMAIN = "moedge"
 FOLDER = "plugins"
@@ -277,45 +276,23 @@ class Library:
 # ---- TensorRT
 
 
-def device_capability() -> int:
-    """Return major * 10 + minor of the first CUDA device, asked of the driver.
-
-    Raises:
-        DeviceError: there is no driver or no device.
-    """
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        raise DeviceError("No NVIDIA driver (libcuda.so.1) here; name the compute capability.") from None
-    device, value = ctypes.c_int(), ctypes.c_int()
-    numbers = []
-    failed = driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0)
-    for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
-        failed = failed or driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
-        numbers.append(value.value)
-    if failed:
-        raise DeviceError(f"The NVIDIA driver finds no device (error {failed}); name the compute capability.")
-    return numbers[0] * 10 + numbers[1]
-
-
-def register(kernels: Kernels, *, capability: int | None = None) -> None:
+def register(kernels: Kernels, *, capability: int) -> None:
     """Register every plugin with ``tensorrt.plugin``, once a process, before the ONNX file is parsed.
 
     Args:
         kernels: :class:`Library`, or ``moedge.export.plugins.Compiler``.
-        capability: compute capability of the engine's device; that of the device here by default.
+        capability: compute capability of the engine's device, major * 10 + minor.
 
     Raises:
-        DeviceError: TensorRT is too old (see :func:`refusal`) or there is no device to ask.
+        DeviceError: TensorRT is too old (see :func:`refusal`).
     """
     import tensorrt
 
     reason = refusal(tensorrt.__version__)
     if reason is not None:
         raise DeviceError(f"{reason}; make the archive or bundle again with --tensorrt {tensorrt.__version__}.")
-    target = device_capability() if capability is None else capability
     for plugin in PLUGINS.values():
-        _register(tensorrt, plugin, kernels, target)
+        _register(tensorrt, plugin, kernels, capability)
 
 
 def _register(trt: Any, plugin: Plugin, kernels: Kernels, capability: int) -> None:

@@ -1,53 +1,49 @@
-"""Build and run a TensorRT or TensorRT-RTX engine of a MoEdge graph. Needs numpy and the TensorRT Python package only.
+"""Build a TensorRT or TensorRT-RTX engine of a MoEdge graph. Needs the TensorRT Python package only.
 
-This file is used by ``moedge build`` and the TensorRT engine class, and travels in a device archive beside
-``build_engine.py``, ``verify.py`` and ``bench.py``. CUDA is reached through ``libcudart`` by ctypes: memory, copies and
-one stream. Both TensorRT packages have the same Python interface; what differs is marked where it does.
+This file is used by ``moedge build`` and travels in a device archive beside ``build_engine.py``; ``moedge_session.py``
+runs what it built. Both TensorRT packages have the same Python interface; what differs is marked where it does.
 
 Shapes: B batch, S new tokens, P past tokens, L = P + S, G key/value heads, D head size, V vocabulary, T = B*S.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import glob
 import hashlib
 import importlib
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 PREFILL, DECODE = 0, 1
 """Optimisation profiles of an engine, by index."""
 PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """Python package of each target."""
+OLDEST = 10
+"""The first major version of TensorRT with strongly typed networks and int64 inputs (JetPack 6)."""
 
 
 class DeviceError(Exception):
     """A problem that the user can act on, in one sentence."""
 
 
-# --- building -------------------------------------------------------------------------------------------------------
-
-
 def load_tensorrt(target: str) -> Any:
     """Import the TensorRT package of ``target`` (``tensorrt`` or ``tensorrt-rtx``).
 
     Raises:
-        DeviceError: it is not installed, or its libraries cannot be loaded.
+        DeviceError: it is not installed, its libraries cannot be loaded, or it is older than :data:`OLDEST`.
     """
     try:
-        return importlib.import_module(PACKAGES[target])
-    except (ImportError, OSError, FileNotFoundError) as error:
+        trt = importlib.import_module(PACKAGES[target])
+    except (ImportError, OSError) as error:
         raise DeviceError(
             f"The Python package {PACKAGES[target]} of target {target} cannot be imported ({error})."
         ) from None
+    version = str(trt.__version__)
+    if target == "tensorrt" and int(version.partition(".")[0]) < OLDEST:
+        raise DeviceError(f"TensorRT {version} is too old for these graphs; {OLDEST}.0 or newer is needed (JetPack 6).")
+    return trt
 
 
 def profile_shapes(model: dict[str, Any], *, max_length: int, max_prompt: int, batch: int = 1) -> list[dict[str, Any]]:
@@ -122,15 +118,17 @@ def build(
             here. TensorRT builds for the GPU that it runs on.
         taps: name of an inner int32 tensor -> name of the output that it becomes (selected experts of a layer).
         timing_cache: TensorRT only: file that is read when it exists and written when the build ends. It saves time; a
-            damaged or foreign one is ignored by TensorRT.
+            damaged one, or one of another device or version, is replaced.
 
     Returns:
         The serialized engine and facts about it: ``layers`` of the network, ``parse_s``, ``build_s``,
         ``build_cpu_s``, ``engine_bytes``.
 
     Raises:
-        DeviceError: the parser or the builder refuses; the message holds its first error.
+        DeviceError: the parser or the builder refuses; the message holds its reason.
     """
+    if timing_cache is not None and not timing_cache.absolute().parent.is_dir():
+        raise DeviceError(f"The timing cache {timing_cache} cannot be written: {timing_cache.parent} is no folder.")
     log = logger_class(trt)()
     builder = trt.Builder(log)
     strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
@@ -152,6 +150,7 @@ def build(
                 raise DeviceError(f"{trt.__name__} {trt.__version__} builds no engines for SM{capability}.")
             config.set_compute_capability(getattr(trt.ComputeCapability, member), index)
     cache = _load_timing_cache(config, timing_cache)
+    log.errors.clear()  # of a timing cache that was replaced
     names = {network.get_input(i).name for i in range(network.num_inputs)}
     for shapes in profiles:
         if names != set(shapes):
@@ -159,18 +158,21 @@ def build(
                 f"{onnx_path} has inputs {sorted(names ^ set(shapes))[:3]} that its manifest does not describe."
             )
         profile = builder.create_optimization_profile()
-        for name, (low, middle, high) in shapes.items():
-            profile.set_shape(name, low, middle, high)
-        config.add_optimization_profile(profile)
+        try:
+            for name, (low, middle, high) in shapes.items():
+                profile.set_shape(name, low, middle, high)
+        except ValueError as error:
+            raise DeviceError(f"{onnx_path}: input {name} cannot have the shapes {low} to {high} ({error}).") from None
+        if config.add_optimization_profile(profile) < 0:
+            raise DeviceError(f"{onnx_path}: {trt.__name__} refuses an optimisation profile: {_reason(log)}")
     layers = network.num_layers
     begun, cpu = time.perf_counter(), time.process_time()
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
-        raise DeviceError(
-            f"{trt.__name__} {trt.__version__} cannot build {onnx_path}: {(log.errors or ['no reason given'])[-1]}"
-        )
-    if cache is not None and timing_cache is not None:
-        write_bytes(timing_cache, bytes(memoryview(config.get_timing_cache().serialize())))
+        raise DeviceError(f"{trt.__name__} {trt.__version__} cannot build {onnx_path}: {_reason(log)}")
+    used = config.get_timing_cache() if cache is not None else None
+    if used is not None and timing_cache is not None:
+        write_bytes(timing_cache, bytes(memoryview(used.serialize())))
     plan = bytes(memoryview(serialized))
     return plan, {
         "layers": layers,
@@ -195,12 +197,20 @@ def _mark_outputs(network: Any, taps: dict[str, str], onnx_path: str | Path) -> 
         raise DeviceError(f"{onnx_path}: routing tap {next(iter(missing))!r} is not in the parsed network.")
 
 
+def _reason(log: Any) -> str:
+    """The first error that TensorRT reported, and the last, which is often only its consequence."""
+    return "; ".join(dict.fromkeys([*log.errors[:1], *log.errors[-1:]])) or "no reason given"
+
+
 def _load_timing_cache(config: Any, path: Path | None) -> Any:
-    if path is None or not hasattr(config, "create_timing_cache"):
+    """Give the build the stored timing cache, or an empty one where TensorRT does not take it; return what it took."""
+    if path is None or not hasattr(config, "create_timing_cache"):  # TensorRT for RTX measures nothing
         return None
-    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
-    config.set_timing_cache(cache, ignore_mismatch=False)
-    return cache
+    for content in (path.read_bytes() if path.is_file() else b"", b""):
+        cache = config.create_timing_cache(content)
+        if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+            return cache
+    return None
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -234,251 +244,6 @@ def read_checked(path: Path, expected_sha256: str) -> bytes:
     if hashlib.sha256(content).hexdigest() != expected_sha256:
         raise DeviceError(f"{path} was changed or damaged (its sha256 is not the recorded one); build it again.")
     return content
-
-
-# --- running --------------------------------------------------------------------------------------------------------
-
-
-class Cuda:
-    """The few calls of the CUDA runtime that an engine needs, on one stream of device 0.
-
-    Raises:
-        DeviceError: there is no CUDA runtime library, or no usable NVIDIA GPU.
-    """
-
-    def __init__(self) -> None:
-        self._lib = _cudart()
-        self._lib.cudaGetErrorString.restype = ctypes.c_char_p
-        count = ctypes.c_int()
-        status = self._lib.cudaGetDeviceCount(ctypes.byref(count))
-        if status or not count.value:
-            reason = self._lib.cudaGetErrorString(status).decode() if status else "none found"
-            raise DeviceError(f"No NVIDIA GPU can be used here ({reason}).")
-        self.stream = ctypes.c_void_p()
-        self._call("cudaStreamCreate", ctypes.byref(self.stream))
-
-    def _call(self, name: str, *args: Any) -> None:
-        status = getattr(self._lib, name)(*args)
-        if status:
-            raise DeviceError(f"{name} failed: {self._lib.cudaGetErrorString(status).decode()}.")
-
-    def capability(self) -> str:
-        """Compute capability of device 0, e.g. ``"8.7"``."""
-        values = []
-        for attribute in (75, 76):  # cudaDevAttrComputeCapabilityMajor, ...Minor
-            value = ctypes.c_int()
-            self._call("cudaDeviceGetAttribute", ctypes.byref(value), attribute, 0)
-            values.append(value.value)
-        return f"{values[0]}.{values[1]}"
-
-    def memory(self) -> tuple[int, int]:
-        """Free and total bytes of the device."""
-        free, total = ctypes.c_size_t(), ctypes.c_size_t()
-        self._call("cudaMemGetInfo", ctypes.byref(free), ctypes.byref(total))
-        return free.value, total.value
-
-    def allocate(self, size: int) -> Buffer:
-        """Allocate ``size`` bytes on the device."""
-        pointer = ctypes.c_void_p()
-        self._call("cudaMalloc", ctypes.byref(pointer), ctypes.c_size_t(max(size, 1)))
-        return Buffer(self, int(pointer.value or 0), size)
-
-    def free(self, address: int) -> None:
-        """Free what :meth:`allocate` gave."""
-        self._call("cudaFree", ctypes.c_void_p(address))
-
-    def upload(self, address: int, array: np.ndarray) -> None:
-        """Copy a C-ordered array to the device."""
-        size = ctypes.c_size_t(array.nbytes)
-        self._call(
-            "cudaMemcpyAsync", ctypes.c_void_p(address), ctypes.c_void_p(array.ctypes.data), size, 1, self.stream
-        )
-
-    def download(self, array: np.ndarray, address: int) -> None:
-        """Copy device memory into a C-ordered array, and wait for it."""
-        size = ctypes.c_size_t(array.nbytes)
-        self._call(
-            "cudaMemcpyAsync", ctypes.c_void_p(array.ctypes.data), ctypes.c_void_p(address), size, 2, self.stream
-        )
-        self.synchronize()
-
-    def synchronize(self) -> None:
-        """Wait until the stream is idle."""
-        self._call("cudaStreamSynchronize", self.stream)
-
-    def close(self) -> None:
-        """Destroy the stream."""
-        if self.stream:
-            self._call("cudaStreamDestroy", self.stream)
-            self.stream = ctypes.c_void_p()
-
-
-class Buffer:
-    """Device memory that is freed with its last reference."""
-
-    def __init__(self, cuda: Cuda, address: int, size: int) -> None:
-        self.cuda, self.address, self.size = cuda, address, size
-
-    def __del__(self) -> None:
-        address, self.address = self.address, 0
-        if address:
-            # When the interpreter or the driver is shutting down, they free it themselves.
-            with contextlib.suppress(DeviceError, AttributeError, TypeError):
-                self.cuda.free(address)
-
-
-def _cudart() -> Any:
-    """Load libcudart: the system's (Jetson, CUDA toolkit), or the wheel nvidia-cuda-runtime."""
-    names = ["libcudart.so", "libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0"]
-    for folder in sys.path:
-        for pattern in ("nvidia/cu1*/lib/libcudart.so.*", "nvidia/cuda_runtime/lib/libcudart.so.*"):
-            names += sorted(glob.glob(os.path.join(folder, pattern)))  # noqa: PTH118, PTH207
-    names += sorted(glob.glob("/usr/local/cuda*/lib64/libcudart.so*"))  # noqa: PTH207
-    for name in names:
-        try:
-            return ctypes.CDLL(name)
-        except OSError:
-            continue
-    raise DeviceError("No CUDA runtime (libcudart) is here; this needs a machine with an NVIDIA GPU and its driver.")
-
-
-class Cache:
-    """Keys and values of one sequence batch: two halves that take turns as past and present."""
-
-    def __init__(self, buffer: Buffer, slot: int, mask: np.ndarray) -> None:
-        self.buffer, self.slot, self.mask = buffer, slot, mask
-        self.turn = 0
-        self.used = False
-
-    def past(self, index: int, count: int) -> int:
-        """Address of tensor ``index`` of ``count`` in the half that holds the past."""
-        return self.buffer.address + (self.turn * count + index) * self.slot
-
-    def present(self, index: int, count: int) -> int:
-        """Address of the same tensor in the other half."""
-        return self.buffer.address + ((1 - self.turn) * count + index) * self.slot
-
-
-class Session:
-    """A deserialized engine with its two execution contexts.
-
-    Args:
-        plan: serialized engine, its hash already checked (deserializing is running code).
-        facts: what ``moedge build`` or ``build_engine.py`` recorded beside it: ``target``, ``model``, ``profiles``
-            (``max_length``, ``max_prompt``, ``batch``), ``taps``.
-
-    Raises:
-        DeviceError: no GPU, no TensorRT, or the engine was built for another device or version.
-    """
-
-    def __init__(self, plan: bytes, facts: dict[str, Any]) -> None:
-        self.cuda = Cuda()
-        self.facts, self.model, self.limits = facts, facts["model"], facts["profiles"]
-        trt = load_tensorrt(facts["target"])
-        self.version = f"{facts['target']} {trt.__version__}"
-        self._log = logger_class(trt)()
-        self._runtime = trt.Runtime(self._log)
-        self._engine = self._runtime.deserialize_cuda_engine(plan)
-        if self._engine is None:
-            raise DeviceError(
-                f"{self.version} cannot load this engine on a GPU of compute capability {self.cuda.capability()}: "
-                f"{(self._log.errors or ['no reason given'])[-1]}"
-            )
-        self._names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
-        self._past = [name for name in self._names if name.startswith("past_key_values.")]
-        self._half = np.dtype(np.float16)
-        self._contexts = []
-        for profile in (PREFILL, DECODE):
-            context = self._engine.create_execution_context()
-            if context is None or not context.set_optimization_profile_async(profile, self.cuda.stream.value or 0):
-                raise DeviceError(
-                    f"{self.version}: no execution context for profile {profile}; is there enough memory?"
-                )
-            self._contexts.append(context)
-        self.cuda.synchronize()
-        rows = self.limits["batch"] * self.limits["max_prompt"]
-        self._logits = self.cuda.allocate(rows * self.model["vocab_size"] * self._half.itemsize)
-        self._taps = {int(layer): tap for layer, tap in facts["taps"].items()}
-        self._indices = {layer: self.cuda.allocate(rows * tap["top_k"] * 4) for layer, tap in self._taps.items()}
-        self._inputs = {
-            name: self.cuda.allocate(self.limits["batch"] * self.limits["max_length"] * 8)
-            for name in ("input_ids", "attention_mask", "position_ids")
-        }
-
-    def start(self, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, dict[int, np.ndarray], Cache]:
-        """Read a prompt int64 [B, S] with its mask [B, S]; see :meth:`step`."""
-        per_row = self.model["num_kv_heads"] * self.limits["max_length"] * self.model["head_dim"] * self._half.itemsize
-        slot = len(ids) * per_row
-        return self.step(ids, Cache(self.cuda.allocate(2 * len(self._past) * slot), slot, mask[:, :0]), mask)
-
-    def step(
-        self, ids: np.ndarray, cache: Cache, mask: np.ndarray | None = None
-    ) -> tuple[np.ndarray, dict[int, np.ndarray], Cache]:
-        """Run ``ids`` int64 [B, S] after ``cache``.
-
-        Returns:
-            Logits float32 [B, S, V], selected experts int32 [T, k] by layer (engines built with taps), the cache.
-
-        Raises:
-            DeviceError: more rows or tokens than the profiles allow, or the engine fails.
-        """
-        batch, new = ids.shape
-        mask = np.ones((batch, new), np.int64) if mask is None else mask
-        mask = np.concatenate([cache.mask, mask], axis=1)
-        length = mask.shape[1]
-        past = length - new
-        profile = DECODE if new == 1 and past else PREFILL
-        self._check(batch, new, length, profile)
-        positions = np.clip(np.cumsum(mask, axis=1) - 1, 0, None)[:, -new:]
-        context, count = self._contexts[profile], len(self._past)
-        feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        # Kept until the end of this call: the copies below are asynchronous.
-        arrays = {name: np.ascontiguousarray(array, dtype=np.int64) for name, array in feeds.items()}
-        for name, array in arrays.items():
-            self.cuda.upload(self._inputs[name].address, array)
-            context.set_input_shape(name, array.shape)
-            context.set_tensor_address(name, self._inputs[name].address)
-        shape = (batch, self.model["num_kv_heads"], past, self.model["head_dim"])
-        for index, name in enumerate(self._past):
-            context.set_input_shape(name, shape)
-            context.set_tensor_address(name, cache.past(index, count))
-            context.set_tensor_address(name.replace("past_key_values.", "present."), cache.present(index, count))
-        context.set_tensor_address("logits", self._logits.address)
-        for layer, tap in self._taps.items():
-            context.set_tensor_address(tap["output"], self._indices[layer].address)
-        if not context.execute_async_v3(self.cuda.stream.value or 0):
-            raise DeviceError(f"{self.version} failed to run: {(self._log.errors or ['no reason given'])[-1]}")
-        half = np.empty((batch, new, self.model["vocab_size"]), self._half)
-        self.cuda.download(half, self._logits.address)
-        routes = {}
-        for layer, tap in self._taps.items():
-            routes[layer] = np.empty((batch * new, tap["top_k"]), np.int32)
-            self.cuda.download(routes[layer], self._indices[layer].address)
-        cache.turn, cache.mask = 1 - cache.turn, mask
-        return half.astype(np.float32), routes, cache
-
-    def _check(self, batch: int, new: int, length: int, profile: int) -> None:
-        limits = self.limits
-        if batch > limits["batch"]:
-            raise DeviceError(f"{batch} rows, but this engine was built for at most {limits['batch']} (--batch).")
-        if length > limits["max_length"]:
-            raise DeviceError(f"{length} tokens do not fit: this engine holds at most {limits['max_length']}.")
-        if profile == PREFILL and new > limits["max_prompt"]:
-            raise DeviceError(
-                f"{new} tokens at once, but this engine reads at most {limits['max_prompt']} (--max-prompt)."
-            )
-        if profile == PREFILL and length - new > limits["max_length"] - limits["max_prompt"]:
-            raise DeviceError(
-                f"{new} tokens after {length - new}: beyond {limits['max_length'] - limits['max_prompt']} past tokens "
-                "this engine takes one token at a time."
-            )
-
-    def close(self) -> None:
-        """Free the engine and its buffers."""
-        self._contexts, self._engine, self._runtime = [], None, None
-        self._inputs, self._indices = {}, {}
-        del self._logits
-        self.cuda.close()
 
 
 def read_json(path: Path) -> dict[str, Any]:

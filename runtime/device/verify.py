@@ -11,14 +11,15 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-try:  # in an archive the files lie side by side
+if TYPE_CHECKING or __package__:
+    from moedge.runtime.device import moedge_archive, moedge_compare
+else:  # in an archive the files lie side by side
     import moedge_archive
     import moedge_compare
-except ImportError:
-    from moedge.runtime.device import moedge_archive, moedge_compare
 
 
 def main() -> int:
@@ -33,8 +34,8 @@ def main() -> int:
     given_routes: dict[int, list[np.ndarray]] = {}
     for case in moedge_archive.golden(folder):
         ids, prompt = case["ids"], case["prompt"]
-        logits, routes, cache = session.start(ids[:, :prompt], np.ones((1, prompt), np.int64))
-        steps = [(logits[0, -1:], routes)]
+        logits, routes, cache = session.start(ids[:, :prompt], np.ones((1, prompt), np.int64), last=True)
+        steps = [(logits[0], routes)]
         for position in range(prompt, ids.shape[1]):
             logits, routes, cache = session.step(ids[:, position : position + 1], cache)
             steps.append((logits[0], routes))

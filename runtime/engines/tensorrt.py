@@ -1,6 +1,6 @@
 """TensorRT and TensorRT-RTX engine: runs what ``moedge build`` made, on the GPU it was built for.
 
-The work is in :mod:`moedge.runtime.device.moedge_trt`, which a device archive carries too; this class gives it the
+The work is in :mod:`moedge.runtime.device.moedge_session`, which a device archive carries too; this class gives it the
 :class:`moedge.runtime.engines.Engine` protocol. Keys and values stay on the GPU.
 """
 
@@ -14,13 +14,14 @@ import numpy as np
 
 from moedge import MoEdgeError
 from moedge.runtime.build import open_file
-from moedge.runtime.device import moedge_trt
+from moedge.runtime.device import moedge_session
+from moedge.runtime.device.moedge_trt import DeviceError
 from moedge.runtime.engines import EngineInfo, Step, check_batch, check_length
 
 
 @dataclass
 class _Cache:
-    inner: moedge_trt.Cache
+    inner: moedge_session.Cache
     owner: TensorRTEngine
     used: bool = False
 
@@ -55,8 +56,8 @@ class TensorRTEngine:
         if taps and routed and not manifest["taps"]:
             raise MoEdgeError(f"Engine {engine_path} was built without routing taps; build it again with --taps.")
         try:
-            self._session: moedge_trt.Session | None = moedge_trt.Session(file.plan(), manifest)
-        except moedge_trt.DeviceError as error:
+            self._session: moedge_session.Session | None = moedge_session.Session(file.plan(), manifest)
+        except DeviceError as error:
             raise MoEdgeError(f"Engine {engine_path} cannot run here: {error}") from error
         self._path, self._taps, self._model = Path(engine_path), taps and routed, manifest["model"]
         self._max_length = int(manifest["profiles"]["max_length"])
@@ -106,6 +107,6 @@ class TensorRTEngine:
             else:
                 cache.used = True
                 logits, routes, inner = self._session.step(ids, cache.inner, mask)
-        except moedge_trt.DeviceError as error:
+        except DeviceError as error:
             raise MoEdgeError(f"Engine {self._path}: {error}") from error
         return Step(logits, _Cache(inner, self), routes if self._taps else None)

@@ -17,6 +17,7 @@ import pytest
 
 from moedge import MoEdgeError
 from moedge.export import device_archive
+from moedge.export.bundle import open_bundle
 from moedge.runtime import devices, reduction
 from moedge.runtime.commands import report
 from moedge.runtime.device import moedge_compare
@@ -26,7 +27,7 @@ import os
 import sys
 import numpy as np
 import onnxruntime
-import moedge_trt
+import moedge_session
 
 
 class Cuda:
@@ -36,9 +37,12 @@ class Cuda:
     def memory(self):
         return 1000, 2000
 
+    def name(self):
+        return "stand-in"
+
 
 class Session:
-    """ONNX Runtime on the archived graph, with the methods of moedge_trt.Session. BREAK scales the logits."""
+    """ONNX Runtime on the archived graph, with the methods of moedge_session.Session. BREAK scales the logits."""
 
     def __init__(self, plan, facts):
         import onnx
@@ -52,10 +56,10 @@ class Session:
         self.session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
         self.facts, self.limits, self.cuda, self.version = facts, facts["profiles"], Cuda(), "stand-in"
 
-    def start(self, ids, mask):
-        return self.step(ids, None)
+    def start(self, ids, mask, last=False):
+        return self.step(ids, None, last=last)
 
-    def step(self, ids, cache, mask=None):
+    def step(self, ids, cache, mask=None, last=False):
         past = cache[0].shape[2] if cache else 0
         feeds = {"input_ids": ids, "attention_mask": np.ones((1, past + ids.shape[1]), np.int64)}
         feeds["position_ids"] = np.arange(past, past + ids.shape[1])[None]
@@ -68,13 +72,14 @@ class Session:
         wanted += [tap["output"] for tap in taps.values()]
         logits, *rest = self.session.run(wanted, feeds)
         cache, routes = rest[: len(names)], rest[len(names) :]
+        logits = logits[:, -1:] if last else logits
         return logits.astype(np.float32) * BREAK, {int(k): r for k, r in zip(taps, routes)}, cache
 
     def close(self):
         pass
 
 
-moedge_trt.Session = Session
+moedge_session.Session = Session
 script, BREAK, *sys.argv[1:] = sys.argv[1], float(sys.argv[2]), *sys.argv[3:]
 sys.argv[0] = script
 path = os.path.abspath(script)
@@ -202,6 +207,38 @@ def test_nothing_damaged_is_run(unpacked, damage, message):
         assert message in child.stderr
 
 
+@pytest.mark.parametrize("script", ["build_engine.py", "verify.py", "bench.py"])
+def test_without_numpy_the_last_line_names_numpy(unpacked, script):
+    # -S: no site-packages.
+    command = [sys.executable, "-E", "-S", script]
+    child = subprocess.run(command, cwd=unpacked, capture_output=True, text=True, timeout=60, check=False)
+    assert child.returncode != 0
+    assert child.stderr.splitlines()[-1] == "ModuleNotFoundError: No module named 'numpy'"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--repeats", "0"], "must be at least 1"),
+        (["--decode", "0"], "must be at least 1"),
+        (["--decode", "64"], "--decode 64 leaves no room for a prompt: this engine holds 64 tokens"),
+    ],
+)
+def test_bench_refuses_what_it_cannot_time(unpacked, options, message):
+    child = run(unpacked, "bench.py", *options)
+    assert child.returncode == 2, child.stderr
+    assert message in child.stderr
+    assert "Traceback" not in child.stderr
+
+
+def test_bench_says_that_it_shortened_the_prompt(unpacked):
+    child = run(unpacked, "bench.py", "--prompt", "500", "--decode", "2", "--repeats", "1", "--warmup", "0")
+    assert child.returncode == 0, child.stderr
+    assert "takes 48 of 500 prompt tokens" in child.stderr
+    result = json.loads((unpacked / "bench-result.json").read_text())
+    assert result["protocol"]["prompt"] == 48
+
+
 def test_the_build_script_says_what_is_missing(unpacked):
     command = [sys.executable, "build_engine.py"]
     child = subprocess.run(command, cwd=unpacked, capture_output=True, text=True, timeout=60, check=False)
@@ -230,6 +267,26 @@ def test_what_cannot_be_packed_is_refused(source, tmp_path):
     with pytest.raises(MoEdgeError, match="no version of TensorRT"):
         device_archive.write(source, tmp_path / "y.tar", devices.load("jetson-agx-orin"), tensorrt="new")
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("profiles", "memory", "message"),
+    [
+        ({"max_length": 5000, "max_prompt": 48, "batch": 1}, 64, "max_prompt <= max_length <= 256"),
+        ({"max_length": 16, "max_prompt": 8, "batch": 1}, 64, "--max-length must be above 16"),
+        ({"max_length": 64, "max_prompt": 48, "batch": 1}, 1e-6, "GiB .* lower --max-length"),
+    ],
+)
+def test_what_the_device_would_refuse_is_refused_here(bundles, profiles, memory, message):
+    device = devices.load("jetson-agx-orin").model_copy(update={"memory_gib": memory})
+    with pytest.raises(MoEdgeError, match=message):
+        device_archive._check(open_bundle(bundles["moe/portable"]), device, profiles)
+
+
+def test_weights_of_more_than_8_gib_fit_into_an_archive():
+    entry = tarfile.TarInfo("moedge-jetson-agx-thor/model.onnx.data")
+    entry.size = 14 * 2**30
+    assert tarfile.TarInfo.frombuf(entry.tobuf(device_archive.FORMAT), "utf-8", "strict").size == entry.size
 
 
 # What build_engine.py needs of TensorRT, recorded instead of done. Dimensions are numbers that say whether they are
@@ -345,19 +402,20 @@ def thor(source, tmp_path_factory):
     """The unpacked archive for a device whose TensorRT takes plugins."""
     pytest.importorskip("triton")  # Linux on x86-64 only
     out = tmp_path_factory.mktemp("thor")
-    device_archive.write(source, out / "moe.tar", devices.load("jetson-agx-thor"), max_length=64, max_prompt=48)
+    thor = devices.load("jetson-agx-thor")
+    device_archive.write(source, out / "moe.tar", thor, label="Mø E", max_length=64, max_prompt=48)
     with tarfile.open(out / "moe.tar") as tar:
         tar.extractall(out, filter="data")
     return out / "moedge-jetson-agx-thor"
 
 
-def build(folder: Path, tensorrt: str) -> subprocess.CompletedProcess:
+def build(folder: Path, tensorrt: str, capability: str = "11.0") -> subprocess.CompletedProcess:
     """Run build_engine.py as on a device: no MoEdge, and a module in TensorRT's place."""
     (folder.parent / "tensorrt.py").write_text(tensorrt)
-    cuda = "moedge_trt.Cuda = type('Cuda', (), {'capability': lambda s: '11.0', 'close': lambda s: None})"
+    cuda = f"moedge_cuda.Cuda = type('Cuda', (), {{'capability': lambda s: {capability!r}, 'close': lambda s: None}})"
     code = f"""
 import sys; sys.path[:0] = ['.', {str(folder.parent)!r}]
-import moedge_trt; {cuda}
+import moedge_cuda; {cuda}
 sys.argv = ['build_engine.py']
 exec(compile(open('build_engine.py').read(), 'build_engine.py', 'exec'),
      {{'__name__': '__main__', '__file__': {str(folder / "build_engine.py")!r}}})
@@ -375,6 +433,8 @@ def test_the_archive_gives_tensorrt_a_kernel_for_every_node_and_tactic(thor):
     record = json.loads((thor / "asked.json").read_text())
     assert not {"torch", "triton", "moedge", "onnxruntime"} & set(record["modules"])
     manifest = json.loads((thor / "manifest.json").read_text())
+    assert manifest["label"] == "Mø E"
+    assert (thor / "README.md").read_text(encoding="utf-8").startswith("# Mø E for NVIDIA Jetson AGX Thor")
     kernels = {kernel["plugin"]: kernel["options"] for kernel in manifest["plugins"]["kernels"]}
     names = [(asked["plugin"], asked["tactic"]) for asked in record["asked"]]
     one_layer = [(name, tactic) for name in kernels for tactic in PLUGINS[name].tactic_numbers]
@@ -399,6 +459,13 @@ def test_an_archive_with_plugins_says_what_an_older_tensorrt_needs(thor):
     assert child.returncode == 2
     assert "TensorRT 10.3.0 cannot bake kernels into an engine" in child.stderr
     assert "--tensorrt 10.3.0" in child.stderr
+
+
+def test_kernels_for_another_gpu_are_refused_before_the_build(thor):
+    """An Orin with a TensorRT that takes plugins: the archive has kernels for Thor only."""
+    child = build(thor, TENSORRT, capability="8.7")
+    assert child.returncode == 2
+    assert "The kernels of this archive are for compute capability 11.0, this GPU has 8.7" in child.stderr
 
 
 def test_a_changed_kernel_is_not_used(thor, tmp_path):

@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ import pytest
 from moedge import MoEdgeError
 from moedge._files import hash_tree
 from moedge.runtime import build as builder
-from moedge.runtime.device import moedge_trt
+from moedge.runtime.device import moedge_cuda, moedge_trt
 from moedge.runtime.engines import open_engine
 
 # The extra [tensorrt-rtx]: NVIDIA publishes its libraries for Linux and Windows on x86-64 only.
@@ -177,7 +179,7 @@ def test_a_changed_engine_is_never_deserialized(tmp_path: Path, toy: Path, damag
 def test_an_engine_without_a_gpu_is_one_clear_sentence(
     tmp_path: Path, toy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(moedge_trt, "_cudart", _no_cudart)
+    monkeypatch.setattr(moedge_cuda, "_cudart", _no_cudart)
     with pytest.raises(MoEdgeError, match=r"cannot run here: No CUDA runtime"):
         open_engine(engine_folder(tmp_path / "engine", toy))
     with pytest.raises(MoEdgeError, match="top_k cannot be set"):
@@ -186,6 +188,105 @@ def test_an_engine_without_a_gpu_is_one_clear_sentence(
 
 def _no_cudart() -> Any:
     raise moedge_trt.DeviceError("No CUDA runtime (libcudart) is here.")
+
+
+class Config:
+    """A builder's configuration; contents that TensorRT makes a timing cache of, and those that it then attaches."""
+
+    def __init__(self, made: set[bytes], attached: set[bytes]) -> None:
+        self.made, self.attached = made, attached
+        self.cache: Any = None
+        self.profiles = 0
+
+    def create_timing_cache(self, content: bytes) -> Any:
+        return SimpleNamespace(content=content, serialize=lambda: b"measured") if content in self.made else None
+
+    def set_timing_cache(self, cache: Any, *, ignore_mismatch: bool) -> bool:
+        assert not ignore_mismatch
+        if cache.content in self.attached:
+            self.cache = cache
+        return cache.content in self.attached
+
+    def get_timing_cache(self) -> Any:
+        return self.cache
+
+    def add_optimization_profile(self, profile: Any) -> int:
+        self.profiles += 1
+        return self.profiles - 1 if profile.shapes else -1
+
+
+def tensorrt(config: Config, set_shape: Any) -> Any:
+    """What :func:`moedge_trt.build` calls of TensorRT; ``set_shape`` (profile, name, shapes) is the profile's."""
+    names = list(moedge_trt.profile_shapes(MODEL, max_length=64, max_prompt=32)[0])
+    inputs = [SimpleNamespace(name=name) for name in names]
+    network = SimpleNamespace(num_inputs=len(names), get_input=inputs.__getitem__, num_layers=7)
+
+    class Profile:
+        def __init__(self) -> None:
+            self.shapes: dict[str, Any] = {}
+
+        def set_shape(self, name: str, *shapes: Any) -> None:
+            set_shape(self, name, shapes)
+
+    builder = SimpleNamespace(
+        create_network=lambda flags: network,
+        create_builder_config=lambda: config,
+        create_optimization_profile=Profile,
+        build_serialized_network=lambda network, config: b"plan",
+    )
+    return SimpleNamespace(
+        **{"__name__": "tensorrt", "__version__": "10.13.3"},
+        ILogger=type("ILogger", (), {"ERROR": 1, "INTERNAL_ERROR": 0, "__init__": lambda self: None}),
+        NetworkDefinitionCreationFlag=SimpleNamespace(),
+        Builder=lambda log: builder,
+        OnnxParser=lambda network, log: SimpleNamespace(parse_from_file=lambda path: True),
+    )
+
+
+def accept(profile: Any, name: str, shapes: Any) -> None:
+    profile.shapes[name] = shapes
+
+
+@pytest.mark.parametrize(
+    ("made", "attached", "written"),
+    [
+        ({b"old", b""}, {b"old", b""}, b"measured"),
+        ({b""}, {b""}, b"measured"),  # damaged: TensorRT makes no cache of it
+        ({b"old", b""}, {b""}, b"measured"),  # of another device
+        (set(), set(), b"old"),  # none at all: the engine is built without
+    ],
+)
+def test_a_timing_cache_never_costs_the_engine(
+    tmp_path: Path, made: set[bytes], attached: set[bytes], written: bytes
+) -> None:
+    path = tmp_path / "timing.cache"
+    path.write_bytes(b"old")
+    profiles = moedge_trt.profile_shapes(MODEL, max_length=64, max_prompt=32)
+    config = Config(made, attached)
+    plan, facts = moedge_trt.build(tensorrt(config, accept), "model.onnx", profiles, timing_cache=path)
+    assert (plan, facts["layers"], config.profiles) == (b"plan", 7, 2)
+    assert path.read_bytes() == written
+    with pytest.raises(moedge_trt.DeviceError, match="is no folder"):
+        moedge_trt.build(tensorrt(config, accept), "model.onnx", profiles, timing_cache=tmp_path / "no" / "cache")
+
+
+def test_a_profile_that_tensorrt_refuses_is_one_sentence() -> None:
+    profiles = moedge_trt.profile_shapes(MODEL, max_length=64, max_prompt=32)
+
+    def inconsistent(profile: Any, name: str, shapes: Any) -> None:
+        raise ValueError("inconsistent")
+
+    for set_shape, message in ((inconsistent, "cannot have the shapes"), (lambda *_: None, "refuses an optimisation")):
+        with pytest.raises(moedge_trt.DeviceError, match=message):
+            moedge_trt.build(tensorrt(Config(set(), set()), set_shape), "model.onnx", profiles)
+
+
+def test_an_old_tensorrt_is_refused_before_it_parses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="8.6.2.3"))
+    with pytest.raises(moedge_trt.DeviceError, match=r"TensorRT 8\.6\.2\.3 is too old .* 10\.0 or newer"):
+        moedge_trt.load_tensorrt("tensorrt")
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="10.3.0"))
+    assert moedge_trt.load_tensorrt("tensorrt").__version__ == "10.3.0"
 
 
 @rtx
@@ -226,7 +327,7 @@ def test_what_tensorrt_rtx_has_is_what_the_profiles_say() -> None:
 
 @pytest.mark.gpu
 def test_cuda_buffers_hold_what_was_put_in() -> None:
-    cuda = moedge_trt.Cuda()
+    cuda = moedge_cuda.Cuda()
     free, total = cuda.memory()
     assert 0 < free <= total
     assert float(cuda.capability()) >= 5

@@ -1,0 +1,199 @@
+"""Run an engine: two execution contexts, keys and values in two halves of one buffer that take turns.
+
+Shapes: B batch, S new tokens, P past tokens, L = P + S, G key/value heads, D head size, V vocabulary, T = B*S.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING or __package__:
+    from moedge.runtime.device.moedge_cuda import Buffer, Cuda
+    from moedge.runtime.device.moedge_trt import DECODE, PREFILL, DeviceError, load_tensorrt, logger_class
+else:  # in an archive the files lie side by side
+    from moedge_cuda import Buffer, Cuda
+    from moedge_trt import DECODE, PREFILL, DeviceError, load_tensorrt, logger_class
+
+
+ALIGNMENT = 256
+"""Bytes: what TensorRT asks of the address of every tensor (IExecutionContext::setTensorAddress)."""
+
+
+class Cache:
+    """Keys and values of one sequence batch: two halves that take turns as past and present."""
+
+    def __init__(self, buffer: Buffer, slot: int, mask: np.ndarray) -> None:
+        self.buffer, self.slot, self.mask = buffer, slot, mask
+        self.turn = 0
+
+    def past(self, index: int, count: int) -> int:
+        """Address of tensor ``index`` of ``count`` in the half that holds the past."""
+        return self.buffer.address + (self.turn * count + index) * self.slot
+
+    def present(self, index: int, count: int) -> int:
+        """Address of the same tensor in the other half."""
+        return self.buffer.address + ((1 - self.turn) * count + index) * self.slot
+
+
+class Session:
+    """A deserialized engine with its two execution contexts.
+
+    Args:
+        plan: serialized engine, its hash already checked (deserializing is running code).
+        facts: what ``moedge build`` or ``build_engine.py`` recorded beside it: ``target``, ``model``, ``profiles``
+            (``max_length``, ``max_prompt``, ``batch``), ``taps``.
+
+    Raises:
+        DeviceError: no GPU, no TensorRT, or the engine was built for another device or version.
+    """
+
+    def __init__(self, plan: bytes, facts: dict[str, Any]) -> None:
+        self.cuda = Cuda()
+        self.facts, self.model, self.limits = facts, facts["model"], facts["profiles"]
+        trt = load_tensorrt(facts["target"])
+        self.version = f"{facts['target']} {trt.__version__}"
+        self._log = logger_class(trt)()
+        self._runtime = trt.Runtime(self._log)
+        self._engine = self._runtime.deserialize_cuda_engine(plan)
+        if self._engine is None:
+            raise DeviceError(
+                f"{self.version} cannot load this engine on a GPU of compute capability {self.cuda.capability()}: "
+                f"{self._reason()}"
+            )
+        self._names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        self._past = [name for name in self._names if name.startswith("past_key_values.")]
+        self._half = np.dtype(np.float16)
+        self._contexts = []
+        for profile in (PREFILL, DECODE):
+            context = self._engine.create_execution_context()
+            if context is None or not context.set_optimization_profile_async(profile, self.cuda.stream.value or 0):
+                raise DeviceError(
+                    f"{self.version}: no execution context for profile {profile}; is there enough memory?"
+                )
+            self._contexts.append(context)
+        self.cuda.synchronize()
+        rows = self.limits["batch"] * self.limits["max_prompt"]
+        self._logits = self.cuda.allocate(rows * self.model["vocab_size"] * self._half.itemsize)
+        self._taps = {int(layer): tap for layer, tap in facts["taps"].items()}
+        self._indices = {layer: self.cuda.allocate(rows * tap["top_k"] * 4) for layer, tap in self._taps.items()}
+        self._inputs = {
+            name: self.cuda.allocate(self.limits["batch"] * self.limits["max_length"] * 8)
+            for name in ("input_ids", "attention_mask", "position_ids")
+        }
+
+    def start(
+        self, ids: np.ndarray, mask: np.ndarray, *, last: bool = False
+    ) -> tuple[np.ndarray, dict[int, np.ndarray], Cache]:
+        """Read a prompt int64 [B, S] with its mask [B, S], in pieces where one call is too short; see :meth:`step`."""
+        per_row = self.model["num_kv_heads"] * self.limits["max_length"] * self.model["head_dim"] * self._half.itemsize
+        slot = -(-len(ids) * per_row // ALIGNMENT) * ALIGNMENT
+        cache = Cache(self.cuda.allocate(2 * len(self._past) * slot), slot, mask[:, :0])
+        length, longest = ids.shape[1], self.limits["max_prompt"]
+        logits: list[np.ndarray] = []
+        routes: list[dict[int, np.ndarray]] = []
+        done = 0
+        while done < length or not logits:
+            # Beyond what the prefill profile has as a past, the decode profile takes one token at a time.
+            new = min(longest, length - done) if done <= self.limits["max_length"] - longest else 1
+            part, chosen, cache = self.step(ids[:, done : done + new], cache, mask[:, done : done + new], last=last)
+            logits, routes = [*([] if last else logits), part], [*routes, chosen]
+            done += max(new, 1)
+        joined = {}
+        for layer in routes[0]:  # [T, k] of a call is its B rows, one after the other
+            parts = [part[layer].reshape(len(ids), -1, part[layer].shape[1]) for part in routes]
+            joined[layer] = np.concatenate(parts, axis=1).reshape(-1, parts[0].shape[2])
+        return logits[0] if len(logits) == 1 else np.concatenate(logits, axis=1), joined, cache
+
+    def step(
+        self, ids: np.ndarray, cache: Cache, mask: np.ndarray | None = None, *, last: bool = False
+    ) -> tuple[np.ndarray, dict[int, np.ndarray], Cache]:
+        """Run ``ids`` int64 [B, S] after ``cache``.
+
+        Args:
+            ids: tokens.
+            cache: what :meth:`start` or this returned.
+            mask: int64 [B, S] of the new tokens, 0 for padding on the left; ones by default.
+            last: return the logits of the last position only. The engine computes all of them, but for a prompt the
+                copy to the host costs more than that.
+
+        Returns:
+            Logits float32 [B, S or 1, V], selected experts int32 [T, k] by layer (engines built with taps), the cache.
+
+        Raises:
+            DeviceError: no token, more rows or tokens than the profiles allow, or the engine fails.
+        """
+        batch, new = ids.shape
+        mask = np.ones((batch, new), np.int64) if mask is None else mask
+        mask = np.concatenate([cache.mask, mask], axis=1)
+        length = mask.shape[1]
+        past = length - new
+        profile = DECODE if new == 1 and past else PREFILL
+        self._check(batch, new, length, profile)
+        positions = np.clip(np.cumsum(mask, axis=1) - 1, 0, None)[:, -new:]
+        context, count = self._contexts[profile], len(self._past)
+        feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        # Kept until the end of this call: the copies below are asynchronous.
+        arrays = {name: np.ascontiguousarray(array, dtype=np.int64) for name, array in feeds.items()}
+        for name, array in arrays.items():
+            self.cuda.upload(self._inputs[name].address, array)
+            self._bind(context, name, self._inputs[name].address, array.shape)
+        shape = (batch, self.model["num_kv_heads"], past, self.model["head_dim"])
+        for index, name in enumerate(self._past):
+            self._bind(context, name, cache.past(index, count), shape)
+            self._bind(context, name.replace("past_key_values.", "present."), cache.present(index, count))
+        self._bind(context, "logits", self._logits.address)
+        for layer, tap in self._taps.items():
+            self._bind(context, tap["output"], self._indices[layer].address)
+        if not context.execute_async_v3(self.cuda.stream.value or 0):
+            raise DeviceError(f"{self.version} failed to run: {self._reason()}")
+        vocabulary = self.model["vocab_size"]
+        half = np.empty((batch, 1 if last else new, vocabulary), self._half)
+        if last:
+            for row in range(batch):
+                place = (row * new + new - 1) * vocabulary * self._half.itemsize
+                self.cuda.download(half[row], self._logits.address + place)
+        else:
+            self.cuda.download(half, self._logits.address)
+        routes = {}
+        for layer, tap in self._taps.items():
+            routes[layer] = np.empty((batch * new, tap["top_k"]), np.int32)
+            self.cuda.download(routes[layer], self._indices[layer].address)
+        cache.turn, cache.mask = 1 - cache.turn, mask
+        return half.astype(np.float32), routes, cache
+
+    def _bind(self, context: Any, name: str, address: int, shape: tuple[int, ...] | None = None) -> None:
+        """Give a tensor its address and, for an input, its shape."""
+        taken = shape is None or context.set_input_shape(name, shape)
+        if not taken or not context.set_tensor_address(name, address):
+            what = f"tensor {name}" + (f" of shape {shape}" if shape is not None else "")
+            raise DeviceError(f"{self.version} does not take {what}: {self._reason()}")
+
+    def _reason(self) -> str:
+        return (self._log.errors or ["no reason given"])[-1]
+
+    def _check(self, batch: int, new: int, length: int, profile: int) -> None:
+        limits = self.limits
+        if new < 1:
+            raise DeviceError("There is no token to run.")
+        if batch > limits["batch"]:
+            raise DeviceError(f"{batch} rows, but this engine was built for at most {limits['batch']} (--batch).")
+        if length > limits["max_length"]:
+            raise DeviceError(f"{length} tokens do not fit: this engine holds at most {limits['max_length']}.")
+        if profile == PREFILL and new > limits["max_prompt"]:
+            raise DeviceError(
+                f"{new} tokens at once, but this engine reads at most {limits['max_prompt']} (--max-prompt)."
+            )
+        if profile == PREFILL and length - new > limits["max_length"] - limits["max_prompt"]:
+            raise DeviceError(
+                f"{new} tokens after {length - new}: beyond {limits['max_length'] - limits['max_prompt']} past tokens "
+                "this engine takes one token at a time."
+            )
+
+    def close(self) -> None:
+        """Free the engine and its buffers."""
+        self._contexts, self._engine, self._runtime = [], None, None
+        self._inputs, self._indices = {}, {}
+        del self._logits
+        self.cuda.close()

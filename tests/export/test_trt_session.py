@@ -1,0 +1,216 @@
+"""The code that runs an engine, with a CUDA runtime and a TensorRT in their place: memory is the host's, an engine is
+ONNX Runtime on the graph that TensorRT would build, given nothing but the addresses and shapes it was told.
+"""
+
+import ctypes
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from moedge._files import atomic_dir
+from moedge.export.lowering.selftest import dtype_of
+from moedge.export.pipeline import lower
+from moedge.runtime.device import moedge_cuda, moedge_session, moedge_trt
+from moedge.runtime.engines import open_engine
+
+# Odd: a tensor of the cache is then no multiple of 256 bytes long.
+MAX_LENGTH, MAX_PROMPT, BATCH = 61, 24, 2
+
+
+class Cudart:
+    """libcudart over host memory; what was never written there is no number."""
+
+    def __init__(self) -> None:
+        self.memory: dict[int, np.ndarray] = {}
+        self.downloaded = 0
+        self.cudaGetErrorString = lambda status: b"out of the allocated memory"
+
+    def cudaGetDeviceCount(self, count: Any) -> int:
+        count._obj.value = 1
+        return 0
+
+    def cudaStreamCreate(self, stream: Any) -> int:
+        stream._obj.value = 1
+        return 0
+
+    def cudaStreamSynchronize(self, stream: Any) -> int:
+        return 0
+
+    def cudaStreamDestroy(self, stream: Any) -> int:
+        return 0
+
+    def cudaMalloc(self, pointer: Any, size: Any) -> int:
+        content = np.full(size.value + moedge_session.ALIGNMENT, 0xFF, np.uint8)
+        address = -(-content.ctypes.data // moedge_session.ALIGNMENT) * moedge_session.ALIGNMENT
+        start = address - content.ctypes.data
+        self.memory[address] = content[start : start + size.value]
+        pointer._obj.value = address
+        return 0
+
+    def cudaFree(self, pointer: Any) -> int:
+        del self.memory[pointer.value]
+        return 0
+
+    def cudaMemcpyAsync(self, target: Any, source: Any, size: Any, kind: int, stream: Any) -> int:
+        self.downloaded += size.value if kind == 2 else 0
+        on_device = (target if kind == 1 else source).value
+        if not self.holds(on_device, size.value):
+            return 1
+        ctypes.memmove(target.value, source.value, size.value)
+        return 0
+
+    def holds(self, address: int, size: int) -> bool:
+        return any(start <= address and address + size <= start + len(m) for start, m in self.memory.items())
+
+
+class Context:
+    """An execution context: a profile, and what every tensor is bound to."""
+
+    def __init__(self, engine: Any, cuda: Cudart, ranges: list[dict[str, Any]]) -> None:
+        self.engine, self.cuda, self.ranges = engine, cuda, ranges
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+
+    def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
+        self.profile = profile
+        return True
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        low, _, high = self.ranges[self.profile][name]
+        self.shapes[name] = shape
+        return all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True))
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self.addresses[name] = address
+        return address % moedge_session.ALIGNMENT == 0
+
+    def execute_async_v3(self, stream: int) -> bool:
+        feeds = {}
+        for value in self.engine.get_inputs():
+            shape, kind = self.shapes[value.name], dtype_of(value.type)
+            size = int(np.prod(shape)) * kind.itemsize
+            assert self.cuda.holds(self.addresses[value.name], size), value.name
+            raw = (ctypes.c_char * size).from_address(self.addresses[value.name])
+            feeds[value.name] = np.frombuffer(raw, kind).reshape(shape).copy()
+        names = [value.name for value in self.engine.get_outputs()]
+        for name, array in zip(names, self.engine.run(names, feeds), strict=True):
+            assert self.cuda.holds(self.addresses[name], array.nbytes), name
+            ctypes.memmove(self.addresses[name], np.ascontiguousarray(array).ctypes.data, array.nbytes)
+        return True
+
+
+@pytest.fixture(scope="module")
+def bundle(bundles, tmp_path_factory):
+    """The tiny MoE lowered for TensorRT 10.3."""
+    folder = tmp_path_factory.mktemp("session") / "tensorrt"
+    with atomic_dir(folder) as partial:
+        lower("tensorrt", bundles["moe/portable"], partial, tensorrt="10.3")
+    return folder
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    stand_in = Cudart()
+    monkeypatch.setattr(moedge_cuda, "_cudart", lambda: stand_in)
+    return stand_in
+
+
+@pytest.fixture
+def session(bundle, cuda, monkeypatch):
+    """A session of the bundle's engine."""
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    limits = {"max_length": MAX_LENGTH, "max_prompt": MAX_PROMPT, "batch": BATCH}
+    ranges = moedge_trt.profile_shapes(manifest["model"], **limits)
+
+    def deserialize(plan: bytes) -> Any:
+        model = onnx.load(bundle / "model.onnx", load_external_data=True)
+        model.graph.output.extend(onnx.ValueInfoProto(name=tap["output"]) for tap in manifest["taps"].values())
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        engine = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+        names = [value.name for value in (*engine.get_inputs(), *engine.get_outputs())]
+        return SimpleNamespace(
+            num_io_tensors=len(names),
+            get_tensor_name=lambda index: names[index],
+            create_execution_context=lambda: Context(engine, cuda, ranges),
+        )
+
+    severity = {"ERROR": 1, "INTERNAL_ERROR": 0, "__init__": lambda self: None}
+    runtime = SimpleNamespace(deserialize_cuda_engine=deserialize)
+    trt = SimpleNamespace(__version__="10.3.0", ILogger=type("ILogger", (), severity), Runtime=lambda log: runtime)
+    monkeypatch.setattr(moedge_session, "load_tensorrt", lambda target: trt)
+    facts = {"target": "tensorrt", "model": manifest["model"], "profiles": limits, "taps": manifest["taps"]}
+    made = moedge_session.Session(b"plan", facts)
+    yield made
+    made.close()
+    assert not cuda.memory, "all device memory is freed"
+
+
+def test_prefill_and_decode_are_those_of_the_graph(bundle, session) -> None:
+    """Every address is aligned and inside its buffer, and the halves of the cache take turns: equal bits."""
+    ids = np.random.default_rng(0).integers(0, 256, (1, MAX_LENGTH))
+    engine = open_engine(bundle, taps=True)
+    want = engine.prefill(ids[:, :20])
+    logits, routes, cache = session.start(ids[:, :20], np.ones((1, 20), np.int64))
+    for position in range(20, MAX_LENGTH):
+        np.testing.assert_array_equal(logits, want.logits)
+        assert set(routes) == set(want.routes) == {0, 1}
+        for layer, chosen in want.routes.items():
+            np.testing.assert_array_equal(routes[layer], chosen)
+        token = ids[:, position : position + 1]
+        want = engine.decode(token, want.cache)
+        logits, routes, cache = session.step(token, cache)
+    np.testing.assert_array_equal(logits, want.logits)
+    with pytest.raises(moedge_trt.DeviceError, match=f"holds at most {MAX_LENGTH}"):
+        session.step(ids[:, :1], cache)
+
+
+def test_a_long_padded_prompt_is_read_in_pieces(bundle, session) -> None:
+    """24 tokens, 24 more, then one by one: the prefill profile takes no longer past."""
+    ids = np.random.default_rng(1).integers(0, 256, (2, 52))
+    mask = np.ones_like(ids)
+    mask[0, :5] = 0
+    want = open_engine(bundle, taps=True).prefill(ids, mask)
+    logits, routes, cache = session.start(ids, mask)
+    # Sums over a past are taken in another order than those over one prompt: within the block limit of half precision.
+    from moedge.export.lowering.tensorrt import HALF_LIMIT
+
+    error = np.abs(logits - want.logits)[mask.astype(bool)].max() / np.abs(want.logits).max()
+    assert logits.shape == want.logits.shape
+    assert error < 4 * HALF_LIMIT
+    alive = mask.reshape(-1).astype(bool)
+    for layer, chosen in want.routes.items():
+        assert routes[layer].shape == chosen.shape
+        same = (np.sort(routes[layer]) == np.sort(chosen)).all(axis=1)[alive]
+        assert same.mean() > 0.95
+    np.testing.assert_array_equal(cache.mask, mask)
+
+
+def test_the_last_position_alone_is_copied_when_it_is_enough(session, cuda) -> None:
+    ids = np.random.default_rng(2).integers(0, 256, (2, 20))
+    mask = np.ones_like(ids)
+    before = cuda.downloaded
+    logits, _, _ = session.start(ids, mask)
+    whole, before = cuda.downloaded - before, cuda.downloaded
+    last, _, _ = session.start(ids, mask, last=True)
+    np.testing.assert_array_equal(last, logits[:, -1:])
+    assert whole - (cuda.downloaded - before) == 2 * 19 * logits.shape[2] * 2, "float16 logits of 19 positions a row"
+
+
+def test_what_the_profiles_do_not_hold_is_refused(session) -> None:
+    ids = np.zeros((3, 4), np.int64)
+    with pytest.raises(moedge_trt.DeviceError, match="3 rows, but this engine was built for at most 2"):
+        session.start(ids, np.ones_like(ids))
+    with pytest.raises(moedge_trt.DeviceError, match="no token"):
+        session.start(ids[:1, :0], ids[:1, :0])
+    cache = session.start(ids[:1], np.ones((1, 4), np.int64))[2]
+    with pytest.raises(moedge_trt.DeviceError, match="25 tokens at once, but this engine reads at most 24"):
+        session.step(np.zeros((1, 25), np.int64), cache)
+    session.limits = {**session.limits, "max_length": 100}  # an engine whose description is not its own
+    with pytest.raises(moedge_trt.DeviceError, match=r"does not take tensor .* of shape"):
+        session.start(np.zeros((1, 90), np.int64), np.ones((1, 90), np.int64))
