@@ -7,6 +7,8 @@ bound as both, and the runtime writes the new keys and values in place. Only ids
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -321,6 +323,10 @@ def _open_session(
         model = graph
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     provider = _PROVIDERS["cuda" if manifest["target"] == "ort-cuda" else "cpu"]
+    if provider == _PROVIDERS["cuda"]:
+        # CUDA and cuDNN from pip packages are on no loader path; only a process that imported torch has them already.
+        with contextlib.redirect_stdout(sys.stderr):  # it reports there what it does not find
+            onnxruntime.preload_dlls()
     try:
         session = onnxruntime.InferenceSession(model, options, providers=[provider])
     except Exception as error:

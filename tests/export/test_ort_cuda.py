@@ -99,6 +99,24 @@ def test_without_cuda_everything_that_would_run_it_refuses_in_one_sentence(made,
         stages.build(recipe_from(value, where="test"), {})
 
 
+def test_libraries_from_pip_are_loaded_before_the_cuda_session(made, monkeypatch, capsys) -> None:
+    """Without torch in the process nothing else finds them; where there are none, the refusal is one sentence."""
+    called = []
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print("not found") or called.append("preload"))
+    opened = onnxruntime.InferenceSession
+
+    def session(*given, **options):
+        called.append(options["providers"][0])
+        return opened(*given, **{**options, "providers": ["CPUExecutionProvider"]})
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    with pytest.raises(MoEdgeError, match=r"could not start CUDAExecutionProvider .*; check the driver and cuDNN"):
+        open_engine(made["moe"])
+    assert called == ["preload", "CUDAExecutionProvider"]
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_cuda_computes_what_the_cpu_computes(made, bundles, kind) -> None:

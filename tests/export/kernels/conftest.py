@@ -170,6 +170,11 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Buffer]], Wat
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where the kernels of a test run: ``cpu`` in the interpreter with every access checked, or ``cuda``."""
     if request.param == "cuda":
+        from triton import knobs
+
+        # It would take tensors of the device too, and the test would pass without running a compiled kernel.
+        if knobs.runtime.interpret:
+            pytest.fail("Triton's interpreter was chosen for this run; device tests need: pytest -m gpu", pytrace=False)
         return "cuda"
     start = request.getfixturevalue("interpreter")
     from moedge.export.kernels import cuda
