@@ -34,6 +34,9 @@ from moedge.convert.moe_adapters import FAMILIES as MOE_FAMILIES
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Device = Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")]
+"""Where PyTorch computes."""
+
 Spec = Annotated[str, Field(min_length=1)]
 """What ``convert.sources.resolve`` or ``convert.calibration.read_text`` opens: ``asset:NAME``, a path, or a hub id."""
 
@@ -66,6 +69,7 @@ class ModelSection(_Section):
 
     source: Spec
     revision: str | None = None
+    device: Device = "cpu"
 
 
 class TextSection(_Section):
@@ -193,6 +197,7 @@ class BenchSection(_Section):
     repeats: Annotated[int, Field(ge=3)] = 5
     warmup: NonNegative = 1
     threads: Positive | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
 
 class Recipe(_Section):

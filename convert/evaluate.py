@@ -93,7 +93,8 @@ def evaluate(
 
     # Last hidden states are small ([tokens, H] a variant); logits are not. All variants are therefore scored together,
     # chunk by chunk, and the dense logits exist once instead of once a variant.
-    dense = hidden_states() if dense_states is None else dense_states
+    known = {name: states.to(dense_model.device) for name, states in (dense_states or {}).items()}
+    dense = known or hidden_states()
     others: list[dict[str, torch.Tensor]] = []
     for group in variants.values():
         for plan in group:

@@ -332,16 +332,19 @@ def save(
         plan.save(partial)
 
 
-def load(folder: Path, dtype: str = "float32") -> tuple[PreTrainedModel, MoEPlan, PreTrainedTokenizerBase]:
+def load(
+    folder: Path, dtype: str = "float32", device: str = "cpu"
+) -> tuple[PreTrainedModel, MoEPlan, PreTrainedTokenizerBase]:
     """Read a checkpoint folder: (model in eval mode, plan, tokenizer).
 
-    ``dtype`` is that of the model, whatever was saved; ``auto`` is what was saved.
+    ``dtype`` is that of the model, whatever was saved; ``auto`` is what was saved. ``device``: see
+    :func:`moedge.convert.sources.check_device`.
 
     Raises:
         MoEdgeError: not a MoEdge checkpoint, damaged, or its plan is not the one the weights were made with.
     """
     plan = MoEPlan.load(folder)
-    model = sources.load_model(folder, dtype)
+    model = sources.load_model(folder, dtype, device)
     section = getattr(model.config, "moedge", None)
     if not section or section.get("plan_sha256") != plan.sha256:
         raise MoEdgeError(f"{folder}: config.json and plan.json are not of the same conversion; convert again.")

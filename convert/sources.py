@@ -74,12 +74,13 @@ def resolve(spec: str, revision: str | None = None) -> Source:
     return Source(spec, "hub", folder, identity(folder), f"{spec}@{revision}" if revision else spec)
 
 
-def load_model(folder: Path, dtype: str = "float32") -> PreTrainedModel:
+def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
     """Load a causal language model for inference (eval mode, no gradients).
 
     Args:
         folder: Hugging Face folder with safetensors.
         dtype: torch dtype name, or ``auto`` for that of the folder.
+        device: see :func:`check_device`.
 
     Raises:
         MoEdgeError: the folder cannot be loaded.
@@ -88,6 +89,9 @@ def load_model(folder: Path, dtype: str = "float32") -> PreTrainedModel:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    check_device(device)
+    if dtype not in (*DTYPES, "auto"):
+        raise MoEdgeError(f"Dtype {dtype!r} is not supported; supported: {', '.join(DTYPES)}.")
     options = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
     try:
         with quiet():
@@ -96,7 +100,29 @@ def load_model(folder: Path, dtype: str = "float32") -> PreTrainedModel:
     except (OSError, ValueError, SafetensorError) as error:
         raise MoEdgeError(f"Cannot load the model in {folder}: {_first_sentence(error)}") from error
     _align(model)
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False).to(device)
+
+
+def check_device(device: str) -> None:
+    """Refuse a torch device other than ``cpu``, ``cuda`` and ``cuda:N``, or one that this machine does not have.
+
+    Raises:
+        MoEdgeError: with what can be had instead.
+    """
+    import torch
+
+    if device == "cpu":
+        return
+    kind, _, index = device.partition(":")
+    if kind != "cuda" or (index and not index.isdecimal()):
+        raise MoEdgeError(f"Device {device!r} is not supported; give cpu, cuda or cuda:N.")
+    if not torch.cuda.is_available():
+        raise MoEdgeError(
+            f"Device {device}: PyTorch {torch.__version__} finds no CUDA device here; use cpu, or a CUDA build of "
+            "torch on a machine with an NVIDIA GPU."
+        )
+    if index and int(index) >= torch.cuda.device_count():
+        raise MoEdgeError(f"Device {device} is not here; this machine has {torch.cuda.device_count()}, from cuda:0 on.")
 
 
 def own_dtype(folder: Path) -> str:

@@ -72,7 +72,7 @@ def calibrate(context: Context) -> None:
         gate = calibration.GateSampling(signal=params["gate_signal"], exclude=exclude)
     if params.get("statistics", True):  # a Mixture-of-Experts has them for each expert, made when it is split
         statistics = calibration.collect(
-            load_model(folder),
+            load_model(folder, device=params["device"]),
             windows,
             k_a=params["k_a"],
             profile=params["profile"],
@@ -110,9 +110,9 @@ def convert_stage(context: Context) -> None:
     from moedge.convert.sources import load_model, load_tokenizer, own_dtype
 
     folder, calibrated = run_folder.dense(context.root), context.root / "calibrate"
-    method = METHODS[context.params["method"]]
-    params = {key: value for key, value in context.params.items() if key != "method"}
-    model = load_model(folder)
+    params = dict(context.params["convert"])
+    method = METHODS[params.pop("method")]
+    model = load_model(folder, device=context.params["device"])
     data: Any = None
     if "tokens" in method.needs:
         data = load_file(calibrated / "windows.safetensors")["windows"]
@@ -169,7 +169,7 @@ def evaluate(context: Context) -> None:
     from moedge.convert.sources import load_model, load_tokenizer
 
     params, folder = context.params, run_folder.dense(context.root)
-    tokenizer, model = load_tokenizer(folder), load_model(folder)
+    tokenizer, model = load_tokenizer(folder), load_model(folder, device=params["device"])
     texts = {text.name: text for text in held_out.texts(params["texts"])}
     count = params["tokens"] // params["window"]
     windows = {
@@ -198,7 +198,7 @@ def evaluate(context: Context) -> None:
     if params["diagnostics"]:
         from moedge.convert import diagnostics, modeling
 
-        converted, _, _ = modeling.load(run_folder.checkpoint(context.root))
+        converted, _, _ = modeling.load(run_folder.checkpoint(context.root), device=params["device"])
         found = {
             name: {"documents": documents[name], **diagnostics.diagnose(converted, ids, dense_model=model)}
             for name, ids in windows.items()
@@ -227,6 +227,7 @@ def verify(context: Context) -> None:
         tolerances=params["tolerances"],
         text=text.name,
         threads=params["threads"],
+        pytorch={"device": params["device"]},
         progress=context.progress,
         note=context.note,
     )
@@ -248,7 +249,10 @@ def bench(context: Context) -> None:
     )[0]
     found, not_executed = run_folder.executable(run_folder.engines(context.root, dense_bundles=params["dense_parent"]))
     found.pop("portable dense", None)  # nobody's choice for speed: the lowered parent is the one to beat
-    engines = {label: partial(open_engine, path, threads=params["threads"]) for label, path in found.items()}
+    pytorch = {name: params[name] for name in ("device", "dtype")}
+    engines = {
+        label: partial(open_engine, path, threads=params["threads"], pytorch=pytorch) for label, path in found.items()
+    }
     options = {name: params[name] for name in ("prompt", "decode", "repeats", "warmup")}
     result = benchmark.bench(engines, ids, **options, progress=context.progress)
     write_json(context.out / "bench.json", {**result, "text": text.name, "not_executed": not_executed})

@@ -67,14 +67,19 @@ def build(recipe: Recipe, machine: dict[str, Any]) -> list[Stage]:
         from moedge.runtime.engines.onnxruntime import check_cuda
 
         check_cuda(f"{recipe.name}: export.targets: ort-cuda")
-    measured = {"texts": first_text, "machine": machine, "dense_parent": recipe.export.dense_parent}
+    device = {"device": model.device}
+    if model.device != "cpu":
+        from moedge.convert.sources import check_device
+
+        check_device(model.device)
+    measured = {"texts": first_text, "machine": machine, "dense_parent": recipe.export.dense_parent, **device}
     dense = ("export-dense",) if recipe.export.dense_parent else ()
     stages = [
         Stage(
             "source",
             "open the dense model",
             bodies.source,
-            {**model.model_dump(), "is": fingerprint(model.source)},
+            {**model.model_dump(exclude={"device"}), "is": fingerprint(model.source)},
             sources=SOURCE_CODE,
             libraries=(*_TORCH, "gguf"),
             identity=bodies.source_identity,
@@ -86,7 +91,13 @@ def build(recipe: Recipe, machine: dict[str, Any]) -> list[Stage]:
             "calibrate",
             f"measure activations on {recipe.calibration.windows * recipe.calibration.length:,} tokens",
             bodies.calibrate,
-            {**recipe.calibration.model_dump(), "text": calibration_text, **_measured(convert), "domains": domains},
+            {
+                **recipe.calibration.model_dump(),
+                "text": calibration_text,
+                **_measured(convert),
+                "domains": domains,
+                **device,
+            },
             reads=("source",),
             sources=CONVERT_CODE,
             libraries=_TORCH,
@@ -95,7 +106,7 @@ def build(recipe: Recipe, machine: dict[str, Any]) -> list[Stage]:
             "convert",
             f"convert every FFN: {notation(convert)}",
             bodies.convert_stage,
-            convert,
+            {"convert": convert, **device},
             reads=("source", "calibrate") if needs else ("source",),
             sources=CONVERT_CODE,
             libraries=(*_TORCH, "scipy", "safetensors"),
@@ -147,7 +158,7 @@ def build(recipe: Recipe, machine: dict[str, Any]) -> list[Stage]:
             "evaluate",
             "measure quality against the controls",
             bodies.evaluate,
-            {**recipe.evaluate.model_dump(), "texts": texts},
+            {**recipe.evaluate.model_dump(), "texts": texts, **device},
             reads=("source", "calibrate", "convert"),
             sources=CONVERT_CODE,
             libraries=_TORCH,

@@ -30,13 +30,13 @@ def build(study: Study) -> list[Stage]:
         MoEdgeError: a model or text file that the study names does not exist.
     """
     texts = [{**text.model_dump(), "is": fingerprint(text.source, text=True)} for text in study.texts]
-    protocol = {"texts": texts, "window": study.window, "bos": study.bos}
+    protocol = {"texts": texts, "window": study.window, "bos": study.bos, "device": study.model.device}
     found = [
         Stage(
             "source",
             "open the dense model",
             bodies.source,
-            {**study.model.model_dump(), "is": fingerprint(study.model.source)},
+            {**study.model.model_dump(exclude={"device"}), "is": fingerprint(study.model.source)},
             sources=SOURCE_CODE,
             libraries=("torch", "transformers", "gguf"),
             identity=bodies.source_identity,
@@ -82,6 +82,7 @@ def _row_stage(study: Study, sparsity: Sparsity, row: Row, *, keep: bool) -> Sta
     from moedge.convert.methods.baselines import SEEDED
 
     params: dict[str, Any] = {"label": row.label, "sparsity": sparsity.name, "batch_size": study.batch_size}
+    params["device"] = study.model.device
     reads: tuple[str, ...] = ("source", "calibrate", "dense")
     if row.method is not None:
         params |= {"method": row.method, "params": study.parameters(row, sparsity), "keep": keep}
@@ -134,8 +135,9 @@ def calibrate(context: Context) -> None:
     order = np.argsort(np.concatenate([np.arange(len(ids)) / len(ids) for ids in each.values()]), kind="stable")
     ids = np.concatenate(list(each.values()))[order]
     token = load_tokenizer(folder).bos_token_id
+    model = load_model(folder, device=context.params["device"])
     gate = calibration.GateSampling(exclude=(token,) if context.params["bos"] and token is not None else ())
-    statistics = calibration.collect(load_model(folder), ids, k_a=10, gate=gate, progress=context.progress)
+    statistics = calibration.collect(model, ids, k_a=10, gate=gate, progress=context.progress)
     calibration.save(statistics, context.out / "statistics.safetensors")
     save_file({"windows": ids}, context.out / "windows.safetensors")
     counts = {name: int(windows.size) for name, windows in each.items()}
@@ -150,7 +152,7 @@ def dense(context: Context) -> None:
     from moedge.convert import evaluate
     from moedge.convert.sources import load_model
 
-    model = load_model(run_folder.dense(context.root))
+    model = load_model(run_folder.dense(context.root), device=context.params["device"])
     windows = _windows(context, "held_out")
     states = evaluate.last_hidden_states(
         model, windows, batch_size=context.params["batch_size"], progress=context.progress
@@ -172,7 +174,7 @@ def method_row(context: Context) -> None:
 
     params, calibrated = context.params, context.root / "calibrate"
     method = METHODS[params["method"]]
-    model = load_model(run_folder.dense(context.root))
+    model = load_model(run_folder.dense(context.root), device=context.params["device"])
     data: Any = None
     if "tokens" in method.needs:
         data = load_file(calibrated / "windows.safetensors")["windows"]
@@ -196,7 +198,8 @@ def control_row(context: Context) -> None:
     from moedge.convert.sources import load_model
 
     params, calibrated = context.params, context.root / "calibrate"
-    model, parent = load_model(run_folder.dense(context.root)), MoEPlan.load(context.root / params["of"])
+    model = load_model(run_folder.dense(context.root), device=params["device"])
+    parent = MoEPlan.load(context.root / params["of"])
     statistics = calibration.load(calibrated / "statistics.safetensors")
     make = baselines.CONTROLS[params["control"]]
     started = time.perf_counter()

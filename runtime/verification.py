@@ -42,6 +42,7 @@ def verify_run(
     tolerances: str,
     text: str,
     threads: int | None = None,
+    pytorch: dict[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
@@ -53,6 +54,7 @@ def verify_run(
         prefill: tokens of a window that are prefilled, the rest is decoded.
         tolerances: weight dtype, the first half of a profile's name in ``configs/tolerances.yaml``.
         text: name of the text, for the report.
+        pytorch: see :func:`moedge.runtime.engines.open_engine`.
         progress: called with (tokens done, tokens in all) over all comparisons.
         note: called with one sentence about each finished comparison.
 
@@ -66,6 +68,7 @@ def verify_run(
     jobs = _jobs(engines, identity)
     per_window = windows.shape[1]
     total = per_window * sum(count for _, _, count in _grouped(jobs, len(windows)))
+    opening = {"threads": threads, "pytorch": pytorch}
     done = 0
 
     def step(local: int, _: int) -> None:
@@ -75,7 +78,7 @@ def verify_run(
     result: dict[str, Any] = {"schema": SCHEMA, "text": text, "identity_note": identity_note}
     result |= {"identity": [], "parity": []}
     for (kind, reference, count), tests in _grouped(jobs, len(windows)).items():
-        entries = _compare(kind, reference, tests, engines, windows[:count], limits, tolerances, prefill, threads, step)
+        entries = _compare(kind, reference, tests, engines, windows[:count], limits, tolerances, prefill, opening, step)
         done += per_window * count
         for test, entry in entries.items():
             name = f"{test} = {reference}" if kind == "identity" else f"{test} vs {reference}"
@@ -140,12 +143,12 @@ def is_quantised(target: str) -> bool:
     return "-int" in target
 
 
-def reference_options(targets: Iterable[str], *, moe: bool) -> dict[str, bool]:
+def reference_options(targets: Iterable[str], *, moe: bool) -> dict[str, Any]:
     """How to open the engine that bundles of ``targets`` are compared with; choices of quantised ones are replayed."""
     return {"taps": moe, "replay": True} if moe and any(map(is_quantised, targets)) else {"taps": moe}
 
 
-def tested_options(target: str, *, moe: bool) -> dict[str, bool]:
+def tested_options(target: str, *, moe: bool) -> dict[str, Any]:
     """How to open an engine under test: what it must show of its routing to be judged."""
     return {"taps": moe, "router_inputs": True} if moe and is_quantised(target) else {"taps": moe}
 
@@ -169,7 +172,7 @@ def _compare(
     limits: tolerance_files.Tolerances,
     tolerances: str,
     prefill: int,
-    threads: int | None,
+    opening: dict[str, Any],
     progress: Callable[[int, int], None],
 ) -> dict[str, dict[str, Any]]:
     """Open the engines of one group, compare, and close them."""
@@ -181,7 +184,7 @@ def _compare(
     with ExitStack() as stack:
 
         def opened(label: str, **options: Any) -> Engine:
-            return stack.enter_context(closing(open_engine(engines[label], threads=threads, **options)))
+            return stack.enter_context(closing(open_engine(engines[label], **opening, **options)))
 
         if kind == "identity":
             one = opened(reference, taps=moe, **(every if moe else {}))

@@ -149,3 +149,35 @@ def convert_tiny() -> Callable[..., Any]:
         return entry.function(given, model, **settings)
 
     return convert
+
+
+@pytest.fixture(scope="session")
+def lazy_backend() -> None:
+    import torch._lazy.ts_backend
+
+    torch._lazy.ts_backend.init()  # once in a process
+
+
+@pytest.fixture
+def device(lazy_backend: None, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Name of a device that is not the CPU, on any machine.
+
+    PyTorch's lazy backend is a device of its own that computes with the CPU's kernels: like CUDA it refuses to mix
+    tensors of two devices, so a tensor that was made on the wrong one is found. What CUDA has and the lazy backend
+    lacks is replaced for it: inference mode, autocast, iteration over a tensor, our operators as kernels (their bodies
+    run).
+    """
+    import torch
+    import transformers.masking_utils
+
+    from moedge.convert import evaluate
+    from moedge.export import ops
+
+    monkeypatch.setattr(torch, "inference_mode", torch.no_grad)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+    monkeypatch.setattr(transformers.masking_utils, "find_packed_sequence_indices", lambda *_: None)
+    monkeypatch.setattr(torch.Tensor, "__iter__", lambda tensor: iter([tensor[i] for i in range(len(tensor))]))
+    monkeypatch.setattr(evaluate, "_score_all", evaluate._score_all.__wrapped__)
+    for name in ("route", "sparse_glu"):
+        monkeypatch.setattr(torch.ops.moedge, name, getattr(ops, name)._init_fn)
+    return "lazy"

@@ -37,6 +37,10 @@ TensorRT = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all physical cores by default.")]
+Device = Annotated[
+    str, typer.Option(help="Where PyTorch computes: cpu, cuda or cuda:N. Bundles run where their target says.")
+]
+Dtype = Annotated[str, typer.Option(help="Of checkpoints in PyTorch: float32, bfloat16 or float16.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the whole result as JSON on stdout.")]
 Text = Annotated[str, typer.Option(help="asset:NAME or a path to a .txt, .utf8 or .jsonl file (UTF-8).")]
 

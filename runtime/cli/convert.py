@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moedge.runtime.cli._app import Force, Json, Text, Threads, command
+from moedge.runtime.cli._app import Device, Force, Json, Text, Threads, command
 
 PANEL = "Convert"
 
@@ -36,6 +36,7 @@ def convert(
     padding: Annotated[
         str | None, typer.Option(help="'uneven' allows a width that the experts do not divide; 'none' by default.")
     ] = None,
+    device: Device = "cpu",
     force: Force = False,
 ) -> None:
     """Turn a dense model into a Mixture-of-Experts checkpoint.
@@ -47,6 +48,7 @@ def convert(
     Examples:
       moedge convert asset:smollm2-135m-instruct build/moe
       moedge convert ./my-llama build/moe --text my.txt --shared 3 --active 3 --experts 8
+      moedge convert ./my-llama build/moe --method moedge --device cuda
       moedge convert ./my-llama build/moe --method expertweaver --set experts=32 --set k=24
     """
     from moedge.runtime.commands.convert import convert as body
@@ -57,6 +59,7 @@ def convert(
         model,
         out,
         revision=revision,
+        device=device,
         text=text,
         calibration={"windows": windows, "length": length},
         settings={"method": method, **parse_settings(settings or [], named)},
@@ -88,6 +91,7 @@ def domains(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the method dive (may be repeated)."),
     ] = None,
+    device: Device = "cpu",
     force: Force = False,
 ) -> None:
     """Find out which named texts are so alike that one pruned expert serves them (DIVE's first step).
@@ -100,7 +104,7 @@ def domains(
     from moedge.runtime.commands.convert import parse_settings
     from moedge.runtime.commands.domains import domains as body
 
-    body(model, out, settings=parse_settings(settings or [], {}), force=force)
+    body(model, out, settings=parse_settings(settings or [], {}), device=device, force=force)
 
 
 @command("retrain", PANEL)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moedge.runtime.cli._app import Json, Text, Threads, command
+from moedge.runtime.cli._app import Device, Dtype, Json, Text, Threads, command
 
 PANEL = "Measure"
 
@@ -24,6 +24,7 @@ def verify(
     prefill: Annotated[int, typer.Option(min=1, help="Tokens of a window in one prefill; the rest is decoded.")] = 224,
     tolerances: Annotated[str, typer.Option(help="Profile in configs/tolerances.yaml.")] = "float32",
     threads: Threads = None,
+    device: Device = "cpu",
     as_json: Json = False,
     junit: Annotated[Path | None, typer.Option(help="Also write the checks as JUnit XML to this file.")] = None,
 ) -> int | None:
@@ -45,6 +46,7 @@ def verify(
         prefill=prefill,
         tolerances=tolerances,
         threads=threads,
+        device=device,
         as_json=as_json,
         junit=junit,
     )
@@ -57,6 +59,8 @@ def bench(
     decode: Annotated[int, typer.Option(min=2, help="Tokens generated after it.")] = 64,
     repeats: Annotated[int, typer.Option(min=3, help="Timed rounds.")] = 10,
     threads: Threads = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
     text: Text = "asset:wiki",
     as_json: Json = False,
 ) -> None:
@@ -66,10 +70,20 @@ def bench(
     Examples:
       moedge bench runs/smollm2-135m
       moedge bench build/dense/ort-cpu build/bundles/ort-cpu --decode 128
+      moedge bench ./my-llama build/moe --device cuda --dtype bfloat16
     """
     from moedge.runtime.commands.bench import bench as body
 
-    body(engines, prompt=prompt, decode=decode, repeats=repeats, threads=threads, text=text, as_json=as_json)
+    body(
+        engines,
+        prompt=prompt,
+        decode=decode,
+        repeats=repeats,
+        threads=threads,
+        pytorch={"device": device, "dtype": dtype},
+        text=text,
+        as_json=as_json,
+    )
 
 
 @command("evaluate", PANEL)
@@ -93,6 +107,7 @@ def evaluate(
         int, typer.Option(min=2, help="Of the calibration text only every Nth document is used, the held-out ones.")
     ] = 10,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows or questions per forward pass.")] = 4,
+    device: Device = "cpu",
     out: Annotated[Path | None, typer.Option(help="Also write the whole result to this JSON file.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -118,6 +133,7 @@ def evaluate(
         bos=bos,
         every=holdout_every,
         batch_size=batch_size,
+        device=device,
         out=out,
         as_json=as_json,
     )
@@ -144,6 +160,7 @@ def diagnose(
     k_a: Annotated[
         int, typer.Option("--k-a", min=1, help="A neuron is dead when no token has it among its k-a strongest.")
     ] = 10,
+    device: Device = "cpu",
     plot: Annotated[Path | None, typer.Option(help="Also draw the first text to this .svg or .png file.")] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the whole result to this JSON file.")] = None,
     as_json: Json = False,
@@ -166,6 +183,7 @@ def diagnose(
         every=holdout_every,
         stability=stability,
         k_a=k_a,
+        device=device,
         plot=plot,
         out=out,
         as_json=as_json,

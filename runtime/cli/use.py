@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moedge.runtime.cli._app import Json, Threads, command
+from moedge.runtime.cli._app import Device, Dtype, Json, Threads, command
 
 PANEL = "Run"
 
@@ -58,6 +58,8 @@ def generate(
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the smallest set with this mass.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampler.")] = 0,
     threads: Threads = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
 ) -> None:
     """Generate text and print it as it comes.
 
@@ -79,6 +81,7 @@ def generate(
         top_p=top_p,
         seed=seed,
         threads=threads,
+        pytorch={"device": device, "dtype": dtype},
     )
 
 

@@ -20,7 +20,15 @@ from moedge.runtime.progress import single
 
 
 def bench(
-    paths: list[Path], *, prompt: int, decode: int, repeats: int, threads: int | None, text: str, as_json: bool
+    paths: list[Path],
+    *,
+    prompt: int,
+    decode: int,
+    repeats: int,
+    threads: int | None,
+    pytorch: dict[str, str],
+    text: str,
+    as_json: bool,
 ) -> None:
     """Time the engines of one run folder, or the folders given, and print a table or JSON."""
     if len(paths) == 1 and run_folder.is_run(paths[0]):
@@ -33,7 +41,9 @@ def bench(
         raise MoEdgeError(f"{paths[0]} has no engines yet; finish it with `moedge run`.")
     with single("bench", ", ".join(folders)) as reporter:
         name, windows = token_windows(tokenizer, text, prompt, 1)
-        openers = {label: partial(open_engine, path, threads=threads) for label, path in folders.items()}
+        openers = {
+            label: partial(open_engine, path, threads=threads, pytorch=pytorch) for label, path in folders.items()
+        }
         result = benchmark.bench(
             openers, windows[0], prompt=prompt, decode=decode, repeats=repeats, progress=reporter.progress
         )
@@ -65,9 +75,10 @@ def show(result: dict[str, Any], console: Console) -> None:
             "-" if row["load_s"] is None else f"{row['load_s']:.1f}",
         )
     console.print(table)
-    info = result["rows"][0]["info"]
+    infos = [row["info"] for row in result["rows"]]
+    kinds = ", ".join(dict.fromkeys(f"{info['dtype']} on {info['device']}" for info in infos))
     console.print(
-        escape(f"{machine['processor']}, {info['threads']} threads, {info['dtype']}, text {result['text']}"),
+        escape(f"{machine['processor']}, {infos[0]['threads']} threads, {kinds}, text {result['text']}"),
         highlight=False,
         soft_wrap=True,
     )

@@ -25,6 +25,7 @@ def convert(
     out: Path,
     *,
     revision: str | None,
+    device: str,
     text: str,
     calibration: dict[str, Any],
     settings: dict[str, Any],
@@ -34,7 +35,7 @@ def convert(
     recipe = recipe_from(
         {
             "name": "convert",
-            "model": {"source": model, "revision": revision},
+            "model": {"source": model, "revision": revision, "device": device},
             "text": {"calibration": text, "held_out": [text]},
             "calibration": calibration,
             "convert": settings,

@@ -33,6 +33,7 @@ def diagnose(
     every: int,
     stability: bool,
     k_a: int,
+    device: str,
     plot: Path | None,
     out: Path | None,
     as_json: bool,
@@ -48,10 +49,11 @@ def diagnose(
     if not (folder / "plan.json").is_file():
         raise MoEdgeError(f"{path} is neither a run folder nor a MoE checkpoint; `moedge convert` makes one.")
     with single("diagnose", str(path)) as reporter:
-        model, plan, tokenizer = modeling.load(folder)
+        model, plan, tokenizer = modeling.load(folder, device=device)
         parent = None
         if dense is not None or run_folder.is_run(path):
-            parent = sources.load_model(sources.resolve(dense).folder if dense else run_folder.dense(path))
+            where = sources.resolve(dense).folder if dense else run_folder.dense(path)
+            parent = sources.load_model(where, device=device)
         count = -(-tokens // window)
         found: dict[str, Any] = {}
         windows = {}

@@ -17,7 +17,7 @@ HOLDOUT_EVERY = 10
 """One document in so many is held out, as in recipes."""
 
 
-def domains(model: str, out: Path, *, settings: dict[str, Any], force: bool) -> None:
+def domains(model: str, out: Path, *, settings: dict[str, Any], device: str, force: bool) -> None:
     """Mine the affinity of named texts; write affinity.json, affinity.html and affinity.svg into ``out``."""
     from moedge.convert import domains as mining
     from moedge.convert import sources
@@ -29,7 +29,7 @@ def domains(model: str, out: Path, *, settings: dict[str, Any], force: bool) -> 
     with atomic_dir(out, force=force) as partial, single("domains", f"{found.label} -> {out}") as reporter:
         options = {name: getattr(params, name) for name in ("length", "samples", "score_samples", "seed")}
         texts, facts = mining.read(sources.load_tokenizer(found.folder), entries, bos=False, **options)
-        mined, _ = dive.mine(texts, sources.load_model(found.folder), params, progress=reporter.progress)
+        mined, _ = dive.mine(texts, sources.load_model(found.folder, device=device), params, progress=reporter.progress)
         result = {**mined.to_json(), "domains": facts, "model": {"label": found.label, "sha256": found.sha256}}
         write_json(partial / "affinity.json", {**result, "params": params.model_dump()})
         _draw(result, partial, f"Domains of {found.label}")

@@ -34,6 +34,7 @@ def evaluate(
     bos: bool,
     every: int,
     batch_size: int,
+    device: str,
     out: Path | None,
     as_json: bool,
 ) -> None:
@@ -61,10 +62,10 @@ def evaluate(
     with single("evaluate", ", ".join(models)) as reporter:
         for label, folder in models.items():
             if label in plans:
-                model, _, tokenizer = modeling.load(folder)
+                model, _, tokenizer = modeling.load(folder, device=device)
             else:
                 folder = sources.resolve(str(folder)).folder
-                model, tokenizer = sources.load_model(folder), sources.load_tokenizer(folder)
+                model, tokenizer = sources.load_model(folder, device=device), sources.load_tokenizer(folder)
             row: dict[str, Any] = {"model": label, "perplexity": {}, "tasks": []}
             for name, (text, _) in chosen.items():
                 reporter.note(f"{label}: perplexity on {name}")
@@ -82,6 +83,7 @@ def evaluate(
         "window": window,
         "bos": bos,
         "dtype": dtype,
+        "device": device,
         "documents": {name: how for name, (_, how) in chosen.items()},
         "shots": shots,
         "limit": limit,

@@ -30,6 +30,7 @@ def generate(
     top_p: float,
     seed: int,
     threads: int | None,
+    pytorch: dict[str, str],
 ) -> None:
     """Stream the prompt (unless it is a chat) and its continuation to stdout; the speed goes to stderr."""
     for option, value, known in (("--model", which, MODELS), ("--target", target, TARGETS)):
@@ -39,7 +40,7 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     tokenizer = Tokenizer(folder)
     request: str | list[Message] = [{"role": "user", "content": text}] if chat else text
-    engine = open_engine(folder, threads=threads)
+    engine = open_engine(folder, threads=threads, pytorch=pytorch)
     try:
         if not chat:
             print(text, end="", flush=True)

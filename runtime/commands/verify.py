@@ -38,6 +38,7 @@ def verify(
     prefill: int,
     tolerances: str,
     threads: int | None,
+    device: str,
     as_json: bool,
     junit: Path | None,
 ) -> int:
@@ -45,6 +46,7 @@ def verify(
     if prefill >= window:
         raise MoEdgeError(f"--prefill {prefill} leaves nothing to decode in a window of {window} tokens (--window).")
     count = -(-tokens // window)
+    opening: dict[str, Any] = {"threads": threads, "pytorch": {"device": device}}
     with single("verify", str(reference)) as reporter:
         if test is None:
             if not run_folder.is_run(reference):
@@ -57,13 +59,13 @@ def verify(
                 prefill=prefill,
                 tolerances=tolerances,
                 text=name,
-                threads=threads,
+                **opening,
                 progress=reporter.progress,
                 note=reporter.note,
             )
         else:
             name, windows = token_windows(test, text, window, count)
-            result = _pair(reference, test, name, windows, prefill, tolerances, threads, reporter.progress)
+            result = _pair(reference, test, name, windows, prefill, tolerances, opening, reporter.progress)
     if junit:
         write_text(junit, junit_xml(result))
     if as_json:
@@ -80,7 +82,7 @@ def _pair(
     windows: Any,
     prefill: int,
     tolerances: str,
-    threads: int | None,
+    opening: dict[str, Any],
     progress: Any,
 ) -> dict[str, Any]:
     """Compare two engines; a quantised one also with float32 on its own de-quantised weights, if it has the bundle."""
@@ -92,8 +94,8 @@ def _pair(
             jobs.append((found[0], f"{test} vs its de-quantised weights", DEQUANTIZED, {"weights_of": test}))
     entries = []
     for number, (folder, name, dtype, options) in enumerate(jobs):
-        one = open_engine(folder, threads=threads, **_reference_options(folder, target), **options)
-        two = open_engine(test, threads=threads, **tested_options(target, moe=_is_moe(test)))
+        one = open_engine(folder, **opening, **_reference_options(folder, target), **options)
+        two = open_engine(test, **opening, **tested_options(target, moe=_is_moe(test)))
 
         def step(done: int, total: int, number: int = number) -> None:
             progress(done + number * total, total * len(jobs))
@@ -120,7 +122,7 @@ def _target(folder: Path) -> str:
     return str(run_folder.read_json(manifest).get("target", "")) if manifest.is_file() else ""
 
 
-def _reference_options(folder: Path, target: str) -> dict[str, bool]:
+def _reference_options(folder: Path, target: str) -> dict[str, Any]:
     options = reference_options([target], moe=_is_moe(folder))
     if options.get("replay") and _target(folder) not in ("portable", ""):
         raise MoEdgeError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -100,11 +101,12 @@ class ReplayEngine(Protocol):
         ...
 
 
-def open_engine(path: str | Path, **options: Any) -> Engine:
+def open_engine(path: str | Path, *, pytorch: Mapping[str, Any] | None = None, **options: Any) -> Engine:
     """Open a bundle folder (ONNX) or a checkpoint folder (PyTorch, dense or MoE) by what the folder holds.
 
     Args:
         path: folder with ``manifest.json`` (bundle) or ``config.json`` (checkpoint).
+        pytorch: ``device`` and ``dtype`` of a checkpoint that runs in PyTorch. A bundle's own target says both.
         options: passed to the engine: ``threads``, ``taps``, ``top_k``, ...
 
     Raises:
@@ -133,7 +135,7 @@ def open_engine(path: str | Path, **options: Any) -> Engine:
     if (folder / "config.json").is_file():
         from moedge.runtime.engines.torch import TorchEngine
 
-        return TorchEngine(folder, **options)
+        return TorchEngine(folder, **{**(pytorch or {}), **options})
     if not folder.exists():
         raise MoEdgeError(f"No model at {folder}: the folder does not exist.")
     raise MoEdgeError(f"{folder} holds neither a bundle (manifest.json) nor a checkpoint (config.json).")

@@ -25,7 +25,7 @@ class _Cache:
 
 
 class TorchEngine:
-    """A Hugging Face checkpoint folder, dense or converted (``model_type`` starts with ``moedge_``), on the CPU.
+    """A Hugging Face checkpoint folder, dense or converted (``model_type`` starts with ``moedge_``).
 
     Args:
         checkpoint_folder: folder with config.json and safetensors weights. Nothing is downloaded, no remote code runs.
@@ -33,6 +33,8 @@ class TorchEngine:
         taps: also return the experts that each MoE layer selected.
         top_k: run every MoE layer with this many experts, or all of them where a layer has fewer.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
+        device: ``cpu``, ``cuda`` or ``cuda:N``. Tokens go in and logits come out in host memory, so a timed step holds
+            both copies and has ended when it returns.
         replay: let the caller force the experts, see :class:`moedge.runtime.engines.ReplayEngine`.
 
     Raises:
@@ -47,6 +49,7 @@ class TorchEngine:
         taps: bool = False,
         top_k: int | None = None,
         dtype: str = "float32",
+        device: str = "cpu",
         replay: bool = False,
     ) -> None:
         try:
@@ -56,7 +59,7 @@ class TorchEngine:
         self._torch = torch
         self._threads = threads or default_threads()
         self._path = Path(checkpoint_folder)
-        self._module = _load(self._path, dtype)
+        self._module = _load(self._path, dtype, device)
         self._sparse = {
             module.layer_index: module
             for module in self._module.modules()
@@ -81,7 +84,7 @@ class TorchEngine:
         self.info = EngineInfo(
             name=f"torch {'moe' if moe else 'dense'}",
             runtime=f"torch {torch.__version__}",
-            device="CPU",
+            device=_device_name(self._module.device),
             dtype=dtype,
             threads=self._threads,
             model={
@@ -130,7 +133,7 @@ class TorchEngine:
         found = {}
         with torch.inference_mode():
             for layer, module in sorted(self._sparse.items()):
-                scores = module.router(torch.from_numpy(router_inputs[layer]))
+                scores = module.router(self._tensor(router_inputs[layer]))
                 rule = (module.selection_bias, module.scale, module.top_k, module.combine)
                 found[layer] = _indices(torch.ops.moedge.route(scores, *rule)[0])
         return found
@@ -147,11 +150,14 @@ class TorchEngine:
         try:
             for layer, module in self._sparse.items():
                 bias = forcing(experts[layer], tokens, module.num_experts, module.top_k)
-                module.selection_bias = self._torch.from_numpy(bias)
+                module.selection_bias = self._tensor(bias)
             yield
         finally:
             for layer, module in self._sparse.items():
                 module.selection_bias = own[layer]
+
+    def _tensor(self, array: np.ndarray) -> Any:
+        return self._torch.from_numpy(array).to(self._module.device)
 
     def close(self) -> None:
         """Free the weights. The engine cannot be used afterwards."""
@@ -169,13 +175,13 @@ class TorchEngine:
         padded = bool((mask == 0).any())
         with torch.inference_mode():
             result = self._module(
-                input_ids=torch.from_numpy(np.ascontiguousarray(ids, dtype=np.int64)),
-                attention_mask=torch.from_numpy(mask) if padded else None,
-                position_ids=torch.from_numpy(np.ascontiguousarray(position_ids(mask, ids.shape[1]))),
+                input_ids=self._tensor(np.ascontiguousarray(ids, dtype=np.int64)),
+                attention_mask=self._tensor(mask) if padded else None,
+                position_ids=self._tensor(np.ascontiguousarray(position_ids(mask, ids.shape[1]))),
                 past_key_values=past,
                 use_cache=True,
             )
-            logits = result.logits.float().contiguous().numpy()
+            logits = result.logits.float().contiguous().cpu().numpy()
             routes = None
             if self._taps and self._sparse:
                 routes = {layer: _indices(module.last_routes) for layer, module in sorted(self._sparse.items())}
@@ -198,7 +204,15 @@ def _indices(routes: Any) -> np.ndarray:
     return np.asarray(routes.cpu().numpy(), dtype=np.int32)
 
 
-def _load(folder: Path, dtype: str) -> Any:
+def _device_name(device: Any) -> str:
+    if device.type == "cuda":
+        import torch
+
+        return f"{torch.cuda.get_device_name(device)} ({device})"
+    return str(device).upper()
+
+
+def _load(folder: Path, dtype: str, device: str) -> Any:
     try:
         model_type = str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])
     except FileNotFoundError as error:
@@ -210,7 +224,7 @@ def _load(folder: Path, dtype: str) -> Any:
     if model_type.startswith("moedge_"):
         from moedge.convert import modeling
 
-        return modeling.load(folder, dtype)[0].eval()
+        return modeling.load(folder, dtype, device)[0].eval()
     from moedge.convert import sources
 
-    return sources.load_model(folder, dtype).eval()
+    return sources.load_model(folder, dtype, device).eval()

@@ -14,6 +14,7 @@ import moedge as package
 from moedge import MoEdgeError
 from moedge.configs.recipe import CONTROLS, TARGETS, EvaluateSection, Recipe, load_recipe, recipe_from
 from moedge.configs.study import load_study
+from moedge.convert import sources
 from moedge.runtime import held_out, run_folder, stages, study
 from moedge.runtime.fingerprint import fingerprint
 from moedge.runtime.recipe import Context, Stage, parts, source_digests
@@ -109,6 +110,20 @@ def test_what_is_measured_on_a_machine_is_redone_on_another() -> None:
     recipe = load_recipe("smollm2-135m")
     before, after = params(recipe), params(recipe, {"processor": "another"})
     assert {name for name in before if before[name] != after[name]} == {"verify", "bench"}
+
+
+def test_what_pytorch_computes_is_redone_on_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "check_device", lambda device: None)
+    recipe = load_recipe("smollm2-135m")
+    before, after = params(recipe), params(changed(model={"device": "cuda"}))
+    redone = {"calibrate", "convert", "evaluate", "verify", "bench", "report"}  # a report holds its recipe
+    assert {name for name in before if before[name] != after[name]} == redone
+
+
+def test_a_device_that_is_not_here_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(MoEdgeError, match=r"Device cuda: PyTorch .* finds no CUDA device here"):
+        stages.build(changed(model={"device": "cuda"}), MACHINE)
 
 
 def test_without_dense_parent_there_is_no_dense_export_and_nothing_reads_it() -> None:
