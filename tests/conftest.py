@@ -158,15 +158,18 @@ def lazy_backend() -> None:
     torch._lazy.ts_backend.init()  # once in a process
 
 
-@pytest.fixture
-def device(lazy_backend: None, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Name of a device that is not the CPU, on any machine.
+@pytest.fixture(params=["lazy", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Name of a device that is not the CPU: one that every machine has, and CUDA.
 
     PyTorch's lazy backend is a device of its own that computes with the CPU's kernels: like CUDA it refuses to mix
     tensors of two devices, so a tensor that was made on the wrong one is found. What CUDA has and the lazy backend
     lacks is replaced for it: inference mode, autocast, iteration over a tensor, our operators as kernels (their bodies
     run).
     """
+    if request.param == "cuda":
+        return "cuda"
+    request.getfixturevalue("lazy_backend")
     import torch
     import transformers.masking_utils
 

@@ -31,7 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def test_the_device_refuses_tensors_of_another_one(device: str) -> None:
-    with pytest.raises(RuntimeError, match="not a lazy tensor"):
+    with pytest.raises(RuntimeError, match=r"not a lazy tensor|on the same device"):
         torch.ones(2, device=device) + torch.ones(2)
 
 
@@ -112,7 +112,7 @@ def test_the_engine_computes_where_it_is_told(
     mask[1, :5] = 0
     here = open_engine(folder, threads=1, taps=True, replay=True)
     away = open_engine(folder, threads=1, taps=True, replay=True, pytorch={"device": device})
-    assert (here.info.device, away.info.device) == ("CPU", "LAZY:0")
+    assert here.info.device == "CPU" != away.info.device
     steps = [engine.prefill(ids, mask) for engine in (here, away)]
     steps += [engine.decode(np.array([[7], [8]]), step.cache) for engine, step in zip((here, away), steps, strict=True)]
     for one, two in (steps[:2], steps[2:]):
