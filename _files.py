@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,14 +52,24 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def atomic_dir(path: Path, *, force: bool = False) -> Iterator[Path]:
+def atomic_dir(path: Path, *, force: bool = False, inputs: Iterable[Path | str] = ()) -> Iterator[Path]:
     """Yield an empty folder beside ``path`` that becomes ``path`` when the block ends without an error.
 
     On any error, Ctrl-C included, the partial folder is removed and whatever was at ``path`` stays as it was.
 
+    Args:
+        path: the output.
+        force: replace what is there, all of it.
+        inputs: what the output is made from. Names that are no paths (hub ids) do no harm.
+
     Raises:
-        MoEdgeError: ``path`` exists and ``force`` is not given, or its parent cannot be written.
+        MoEdgeError: ``path`` exists and ``force`` is not given, its parent cannot be written, or replacing it would
+            delete an input, the working folder or the home folder.
     """
+    place = path.resolve()
+    for kept in (*(Path(given).expanduser() for given in inputs), Path.cwd(), Path.home()):
+        if kept.exists() and kept.resolve().is_relative_to(place):
+            raise MoEdgeError(f"Output {path} is or holds {kept}, which would be deleted; choose another output path.")
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise MoEdgeError(f"Output {path} exists and is not a folder; choose another output path.")
     if path.exists() and any(path.iterdir()) and not force:

@@ -72,7 +72,10 @@ def diagnose(
     """
     ffns = modeling.sparse_ffns(model)
     if not ffns:
-        raise MoEdgeError("The model has no converted FFN to diagnose; give a checkpoint of `moedge convert`.")
+        raise MoEdgeError(
+            "The model has no converted FFN to diagnose; give a checkpoint of `moedge convert` (routing inside the "
+            "experts of cmoe-hierarchical is not diagnosed)."
+        )
     blocks: list[adapters.FFN | None] = [None] * len(ffns)
     if dense_model is not None:
         blocks = list(adapters.ffns(dense_model))

@@ -83,7 +83,8 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Pre
         device: see :func:`check_device`.
 
     Raises:
-        MoEdgeError: the folder cannot be loaded.
+        MoEdgeError: the folder cannot be loaded, lacks weights, has some of another shape than its config says, or some
+            that are not finite.
     """
     import torch
     from safetensors import SafetensorError
@@ -96,9 +97,17 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Pre
     try:
         with quiet():
             wanted = getattr(torch, own_dtype(folder) if dtype == "auto" else dtype)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted, **options)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                # A mismatch is then named below; without it transformers prints a table and refers to that.
+                folder,
+                dtype=wanted,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **options,
+            )
     except (OSError, ValueError, SafetensorError) as error:
         raise MoEdgeError(f"Cannot load the model in {folder}: {_first_sentence(error)}") from error
+    _check_weights(folder, model, info)
     _align(model)
     return model.eval().requires_grad_(False).to(device)
 
@@ -123,6 +132,27 @@ def check_device(device: str) -> None:
         )
     if index and int(index) >= torch.cuda.device_count():
         raise MoEdgeError(f"Device {device} is not here; this machine has {torch.cuda.device_count()}, from cuda:0 on.")
+
+
+def _check_weights(folder: Path, model: PreTrainedModel, info: dict[str, Any]) -> None:
+    """Refuse weights that transformers made up (it fills what is missing with random numbers) or that are not finite.
+
+    ``info`` is what ``from_pretrained(.., output_loading_info=True)`` returns.
+    """
+    import torch
+
+    made_up = {str(name): "is missing" for name in info["missing_keys"]}
+    made_up |= {
+        str(name): f"has shape {list(found)}, config.json wants {list(wanted)}"
+        for name, found, wanted in info["mismatched_keys"]
+    }
+    if made_up:
+        name, what = min(made_up.items())
+        others = f", and {len(made_up) - 1} more" if len(made_up) > 1 else ""
+        raise MoEdgeError(f"{folder}: weight {name} {what}{others}; download or save the model again.")
+    for name, tensor in model.named_parameters():
+        if tensor.numel() and not torch.stack(torch.aminmax(tensor.detach())).isfinite().all():
+            raise MoEdgeError(f"{folder}: weight {name} holds NaN or infinity; download or save the model again.")
 
 
 def own_dtype(folder: Path) -> str:
@@ -179,6 +209,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
+        if not any(path for pattern in _TOKENIZER for path in folder.glob(pattern)):
+            raise MoEdgeError(
+                f"{folder} has no tokenizer; copy tokenizer.json and tokenizer_config.json there."
+            ) from None
         raise MoEdgeError(f"Cannot load the tokenizer in {folder}: {_first_sentence(error)}") from error
 
 

@@ -191,7 +191,7 @@ def export_hf(
     reference = hf_check.measure(model, token_windows)
     record: dict[str, Any] = {"schema": EXPORT_SCHEMA, "plan_sha256": plan.sha256, "method": plan.method}
     ffns = modeling.sparse_ffns(model)
-    with atomic_dir(out, force=force) if keep else _temporary() as partial, sources.quiet():
+    with atomic_dir(out, force=force, inputs=[checkpoint]) if keep else _temporary() as partial, sources.quiet():
         report("writing the stock checkpoint", 2, steps)
         generation = model.generation_config
         if routed := any(ffn.num_experts for ffn in ffns):

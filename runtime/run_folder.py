@@ -28,8 +28,8 @@ def check_free(root: Path) -> None:
         raise MoEdgeError(f"{root} is not empty and not a run folder; choose another one with --out.")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object that a stage wrote.
+def read_json(path: Path, mend: str = "run `moedge run` on its recipe again") -> dict[str, Any]:
+    """Read a JSON object that a stage wrote, or another one with what to do (``mend``) when it is damaged.
 
     Raises:
         MoEdgeError: missing or damaged.
@@ -39,9 +39,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise MoEdgeError(f"{path} is missing; run `moedge run` on its recipe first.") from None
     except (OSError, ValueError) as error:
-        raise MoEdgeError(f"{path} cannot be read ({error}); run `moedge run` on its recipe again.") from error
+        raise MoEdgeError(f"{path} cannot be read ({error}); {mend}.") from error
     if not isinstance(value, dict):
-        raise MoEdgeError(f"{path} is damaged (not a JSON object); run `moedge run` on its recipe again.")
+        raise MoEdgeError(f"{path} is damaged (not a JSON object); {mend}.")
     return value
 
 

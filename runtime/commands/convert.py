@@ -44,8 +44,11 @@ def convert(
     )
     local = Path(model).expanduser() / "config.json"
     if local.is_file():
-        recipe.check_model(run_folder.read_json(local), "moedge convert", only_convert=True)
-    with atomic_dir(out, force=force) as partial, single("convert", f"{model} -> {out}") as reporter:
+        recipe.check_model(
+            run_folder.read_json(local, "download or save the model again"), "moedge convert", only_convert=True
+        )
+    inputs = (model, text)
+    with atomic_dir(out, force=force, inputs=inputs) as partial, single("convert", f"{model} -> {out}") as reporter:
         work = partial / ".stages"
         built = {stage.name: stage for stage in stages.build(recipe, machine())}
         for stage in (*(built[name] for name in built["convert"].reads), built["convert"]):

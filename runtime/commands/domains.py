@@ -18,7 +18,7 @@ HOLDOUT_EVERY = 10
 
 
 def domains(model: str, out: Path, *, settings: dict[str, Any], device: str, force: bool) -> None:
-    """Mine the affinity of named texts; write affinity.json, affinity.html and affinity.svg into ``out``."""
+    """Mine the affinity of named texts; write affinity.json, affinity.html and affinity.png into ``out``."""
     from moedge.convert import domains as mining
     from moedge.convert import sources
     from moedge.convert.methods import dive
@@ -26,7 +26,9 @@ def domains(model: str, out: Path, *, settings: dict[str, Any], device: str, for
     params = checked(dive.DiveParams, settings)
     found = sources.resolve(model)
     entries = [{"name": name, "spec": spec, "every": HOLDOUT_EVERY} for name, spec in params.domains.items()]
-    with atomic_dir(out, force=force) as partial, single("domains", f"{found.label} -> {out}") as reporter:
+    inputs = (model, *params.domains.values())
+    opened = atomic_dir(out, force=force, inputs=inputs)
+    with opened as partial, single("domains", f"{found.label} -> {out}") as reporter:
         options = {name: getattr(params, name) for name in ("length", "samples", "score_samples", "seed")}
         texts, facts = mining.read(sources.load_tokenizer(found.folder), entries, bos=False, **options)
         mined, _ = dive.mine(texts, sources.load_model(found.folder, device=device), params, progress=reporter.progress)

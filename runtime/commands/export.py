@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
-from moedge._files import atomic_dir
+from moedge._files import atomic_dir, digest
 from moedge.configs.recipe import TARGETS as DEFAULT
 from moedge.export.lowering import TARGETS
 from moedge.runtime import run_folder
@@ -29,13 +31,19 @@ def export(
     gptq_text: str | None = None,
     gptq_tokens: int = 4096,
 ) -> None:
-    """Write ``out/<target>/`` for each target, all or none. 4-bit weights by GPTQ on ``gptq_text`` if it is given."""
+    """Write ``out/<target>/`` for each target, all or none. 4-bit weights by GPTQ on ``gptq_text`` if it is given.
+
+    Bundles of other targets that ``out`` already holds stay when they are of the same graph.
+    """
     wanted = targets or list(DEFAULT)
     for target in wanted:
         if target not in TARGETS:
             raise MoEdgeError(f"Unknown target {target!r}; known: {', '.join(TARGETS)}.")
     if not (checkpoint / "config.json").is_file():
         raise MoEdgeError(f"{checkpoint} is not a checkpoint folder: it has no config.json.")
+    there = _bundles(out)
+    if not force and (taken := sorted(set(there) & {*(targets or DEFAULT)})):
+        raise MoEdgeError(f"Output folder {out / taken[0]} already exists; pass --force to replace it.")
     calibration = None
     if gptq_text is not None:
         from moedge.export.pipeline import CALIBRATED
@@ -46,7 +54,8 @@ def export(
             )
         window = min(256, gptq_tokens)
         calibration = token_windows(checkpoint, gptq_text, window, -(-gptq_tokens // window))[1]
-    with atomic_dir(out, force=force) as partial, single("export", f"{checkpoint} -> {out}") as reporter:
+    opened = atomic_dir(out, force=force or bool(there), inputs=[checkpoint])
+    with opened as partial, single("export", f"{checkpoint} -> {out}") as reporter:
         from moedge.export.pipeline import export as run
 
         def step(what: str, done: int, total: int) -> None:
@@ -64,8 +73,41 @@ def export(
             progress=step,
             calibration=calibration,
         )
+        _keep(there, partial, force=force)
     for folder in sorted(path.parent for path in out.glob("*/manifest.json")):
         console = Console()
         console.print(escape(f"{folder.name}: {folder}"), highlight=False, soft_wrap=True)
         if sizes := run_folder.read_json(folder / "manifest.json").get("quantization"):
             console.print(size_table(sizes))
+
+
+def _bundles(out: Path) -> dict[str, Path]:
+    """Return the bundles in ``out`` by target; none when something else is there too, which is not ours to touch."""
+    found = {path.parent.name: path.parent for path in out.glob("*/manifest.json")}
+    return found if out.is_dir() and {path.name for path in out.iterdir()} == set(found) else {}
+
+
+def _keep(there: dict[str, Path], partial: Path, *, force: bool) -> None:
+    """Link those bundles of ``there`` into ``partial`` that were not made again and stem from its portable graph.
+
+    Raises:
+        MoEdgeError: one stems from another graph and ``force``, which drops it, is not given.
+    """
+    graph = digest(run_folder.read_json(partial / "portable" / "manifest.json"))
+    for name, folder in there.items():
+        manifest = run_folder.read_json(folder / "manifest.json", "delete the folder and export again")
+        if not force and graph != (digest(manifest) if name == "portable" else manifest.get("parent")):
+            raise MoEdgeError(
+                f"{folder} is of another model, or was exported with other settings; choose another output folder, or "
+                "pass --force to replace it."
+            )
+        if graph == manifest.get("parent") and not (partial / name).exists():
+            shutil.copytree(folder, partial / name, copy_function=_link)
+
+
+def _link(source: str, destination: str) -> None:
+    """Make a hard link, a copy where the file system has none."""
+    try:
+        os.link(source, destination)
+    except OSError:
+        shutil.copy2(source, destination)

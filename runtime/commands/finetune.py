@@ -55,12 +55,13 @@ def finetune(
     accelerator = training.make(settings)
     main = accelerator.is_main_process
     where = state or out.with_name(f".{out.name}.training")
+    inputs: list[Path | str] = [checkpoint, *([] if parent is None else [parent])]
     with ExitStack() as stack:
         reporter = stack.enter_context(single("finetune", f"{checkpoint} -> {out}")) if main else None
         if reporter and where.is_dir():
             reporter.note(f"resuming from {where}")
         # Only the first process writes; the others get a folder that they never use.
-        partial = stack.enter_context(atomic_dir(out, force=force)) if main else out
+        partial = stack.enter_context(atomic_dir(out, force=force, inputs=inputs)) if main else out
         record = core.finetune(
             checkpoint,
             partial,

@@ -72,7 +72,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    config = run_folder.read_json(path / "config.json")
+    config = run_folder.read_json(path / "config.json", "download or save the model again")
     names = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "hidden_act", "vocab_size")
     facts = {name: config.get(name) for name in (*names, "max_position_embeddings")}
     facts["hidden_act"] = config.get("hidden_activation") or facts["hidden_act"]  # Gemma's name for it

@@ -6,6 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.markup import escape
+
 from moedge import MoEdgeError
 from moedge._files import atomic_dir, write_json
 from moedge.runtime.commands.domains import checked
@@ -31,7 +34,7 @@ def retrain(checkpoint: Path, out: Path, *, settings: dict[str, Any], force: boo
             tokenizer, entries, length=wanted.length, count=-(-wanted.tokens // wanted.length), seed=wanted.seed
         )
         reporter.note(f"{wanted.tokens:,} tokens from {train.size:,} of {len(entries)} domains; state in {state}")
-        with atomic_dir(out, force=force) as partial:
+        with atomic_dir(out, force=force, inputs=[checkpoint]) as partial:
             result = training.retrain(
                 model,
                 train,
@@ -44,3 +47,5 @@ def retrain(checkpoint: Path, out: Path, *, settings: dict[str, Any], force: boo
             modeling.save(model, plan, tokenizer, partial, force=True)
             write_json(partial / "retrain.json", result.to_json(wanted))
     shutil.rmtree(state, ignore_errors=True)
+    said = f"{out}: {result.tokens:,} tokens, plan {plan.sha256}; retrain.json is in it"
+    Console().print(escape(said), highlight=False, soft_wrap=True)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, PhiConfig
 
 from moedge import MoEdgeError
@@ -202,6 +203,35 @@ def test_damaged_weights_are_one_sentence(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(data[:-50])
     with pytest.raises(MoEdgeError, match="Cannot load the model"):
         sources.load_model(folder)
+
+
+def test_weights_that_transformers_would_make_up_are_refused(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file({key: value for key, value in weights.items() if key != name}, path, {"format": "pt"})
+    with pytest.raises(MoEdgeError, match=rf"weight {name} is missing; download"):
+        sources.load_model(folder)
+    save_file({**weights, name: weights[name][:48].clone()}, path, {"format": "pt"})
+    with pytest.raises(MoEdgeError, match=rf"weight {name} has shape \[48, 32\], config.json wants \[64, 32\]; down"):
+        sources.load_model(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("dtype", sources.DTYPES)
+def test_weights_that_are_not_finite_are_refused(folder: Path, dtype: str, value: float) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][3, 4] = value
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(MoEdgeError, match=r"layers\.0\.mlp\.up_proj\.weight holds NaN or infinity"):
+        sources.load_model(folder, dtype)
+
+
+def test_a_folder_without_a_tokenizer_says_so(folder: Path) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(MoEdgeError, match=r"has no tokenizer; copy tokenizer\.json"):
+        sources.load_tokenizer(folder)
 
 
 def test_hub_out_of_reach_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

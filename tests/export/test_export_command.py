@@ -1,0 +1,75 @@
+"""``moedge export`` into a folder that already holds bundles."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from moedge._files import hash_tree
+from moedge.export.bundle import open_bundle
+from moedge.runtime.cli import app
+
+
+def moedge(*arguments: object) -> Any:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+@pytest.fixture
+def out(tmp_path: Path, checkpoints: dict[str, Path]) -> Path:
+    """What ``moedge export moe out`` leaves: portable and ort-cpu."""
+    assert moedge("export", checkpoints["moe"], tmp_path / "out").exit_code == 0
+    return tmp_path / "out"
+
+
+def test_another_target_joins_the_bundles_that_are_there(out: Path, checkpoints: dict[str, Path]) -> None:
+    before = hash_tree(out)
+    result = moedge("export", checkpoints["moe"], out, "--target", "openvino")
+    assert result.exit_code == 0, result.stderr
+    after = hash_tree(out)
+    assert {name: after[name] for name in before} == before
+    assert sorted(path.name for path in out.iterdir()) == ["openvino", "ort-cpu", "portable"]
+    assert open_bundle(out / "openvino").manifest["parent"] == open_bundle(out / "portable").sha256
+
+
+def test_a_bundle_that_is_there_is_replaced_only_by_force(out: Path, checkpoints: dict[str, Path]) -> None:
+    refused = moedge("export", checkpoints["moe"], out, "--target", "ort-cpu", "--target", "openvino")
+    assert (refused.exit_code, "ort-cpu already exists" in refused.stderr) == (2, True)
+    (out / "ort-cpu" / "model.onnx").write_bytes(b"damaged")
+    assert moedge("export", checkpoints["moe"], out, "--target", "ort-cpu", "--force").exit_code == 0
+    open_bundle(out / "ort-cpu")
+
+
+def test_bundles_of_another_model_are_not_mixed(out: Path, checkpoints: dict[str, Path]) -> None:
+    before = hash_tree(out)
+    refused = moedge("export", checkpoints["dense"], out, "--target", "openvino")
+    assert (refused.exit_code, "of another model" in refused.stderr) == (2, True)
+    assert hash_tree(out) == before
+    assert moedge("export", checkpoints["dense"], out, "--target", "openvino", "--force").exit_code == 0
+    assert sorted(path.name for path in out.iterdir()) == ["openvino", "portable"], "stale bundles are dropped"
+
+
+def test_a_folder_with_other_files_is_left_alone(out: Path, checkpoints: dict[str, Path]) -> None:
+    (out / "mine.txt").write_text("keep")
+    refused = moedge("export", checkpoints["moe"], out, "--target", "openvino")
+    assert (refused.exit_code, "already exists and is not empty" in refused.stderr) == (2, True)
+    assert (out / "mine.txt").read_text() == "keep"
+
+
+def test_bundles_are_kept_where_there_are_no_hard_links(
+    out: Path, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def link(*_: Any) -> None:
+        raise OSError("no links here")
+
+    monkeypatch.setattr(os, "link", link)
+    shutil.rmtree(out / "portable")
+    assert moedge("export", checkpoints["moe"], out, "--target", "openvino").exit_code == 0
+    open_bundle(out / "ort-cpu")

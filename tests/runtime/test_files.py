@@ -1,0 +1,53 @@
+"""Output folders: whole or absent, and never at the cost of what they are made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moedge import MoEdgeError
+from moedge._files import atomic_dir
+
+
+def folder(path: Path, text: str = "old") -> Path:
+    path.mkdir(parents=True)
+    (path / "file").write_text(text)
+    return path
+
+
+def test_an_error_leaves_the_old_folder_and_nothing_beside_it(tmp_path: Path) -> None:
+    out = folder(tmp_path / "out")
+
+    def interrupted() -> None:
+        with atomic_dir(out, force=True) as partial:
+            (partial / "file").write_text("new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert (out / "file").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("out", ["parent", "parent/model", "parent/x/../model", "parent/link"])
+def test_force_never_replaces_an_input(tmp_path: Path, out: str) -> None:
+    model = folder(tmp_path / "parent" / "model")
+    (tmp_path / "parent" / "x").mkdir()
+    if out.endswith("link"):
+        (tmp_path / "parent" / "link").symlink_to(model)
+    with pytest.raises(MoEdgeError), atomic_dir(tmp_path / out, force=True, inputs=[str(model), "org/name"]):
+        pytest.fail("the block ran")
+    assert (model / "file").read_text() == "old"
+
+
+def test_force_never_replaces_the_working_or_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work, home = folder(tmp_path / "work" / "here"), folder(tmp_path / "people" / "me")
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("HOME", str(home))
+    for out in (Path(), work, work.parent, home, home.parent):
+        with pytest.raises(MoEdgeError, match="would be deleted"), atomic_dir(out, force=True):
+            pytest.fail("the block ran")
+    with atomic_dir(Path("new"), force=True, inputs=["asset:wiki", "new/model"]) as partial:
+        (partial / "file").write_text("new")
+    assert (work / "new" / "file").read_text() == "new"
