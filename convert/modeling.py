@@ -81,6 +81,8 @@ class SparseFFN(nn.Module):
         self.record_routes = False
         self.last_routes: torch.Tensor | None = None
         experts, inner, shared = self.num_experts, spec["expert_width"], spec["shared_width"]
+        if not 0 <= self.top_k <= experts:
+            raise MoEdgeError(f"Layer {layer_index}: top_k={self.top_k} of {experts} experts cannot be selected.")
         shapes: dict[str, tuple[int, ...]] = {"shared_gate": (shared, hidden_size), "shared_up": (shared, hidden_size)}
         shapes |= {"shared_down": (hidden_size, shared)}
         # Experts keep a bias of gate or up as the weight of one more input that is always 1: every kernel of the
@@ -168,18 +170,25 @@ def layer_config(
     router = layer.router and {"kind": layer.router.kind, "options": layer.router.options}
     optional = ("selection_bias", "scale", "compensation", "expert_bias", "output_bias")
     return {
-        "num_experts": layer.num_experts,
-        "top_k": layer.top_k,
-        "shared_width": len(layer.shared),
-        "expert_width": layer.expert_width,
-        "expert_widths": [len(expert) for expert in layer.experts],
+        **_facts(layer),
         "activation": activation,
-        "combine": layer.combine,
         "router": router if layer.experts else None,
         "tensors": [
             name for name in optional if getattr(layer, name) is not None or (name == "output_bias" and output_bias)
         ],
         **({"biased": True} if biased else {}),
+    }
+
+
+def _facts(layer: LayerPlan) -> dict[str, Any]:
+    """Return what a layer plan alone decides of :func:`layer_config`."""
+    return {
+        "num_experts": layer.num_experts,
+        "top_k": layer.top_k,
+        "shared_width": len(layer.shared),
+        "expert_width": layer.expert_width,
+        "expert_widths": [len(expert) for expert in layer.experts],
+        "combine": layer.combine,
     }
 
 
@@ -298,6 +307,8 @@ def check_fits(plan: MoEPlan, model: PreTrainedModel) -> None:
         raise MoEdgeError(
             "The plan belongs to fine-tuned weights, so it cannot be applied to a dense model; load its checkpoint."
         )
+    if model.config.model_type.startswith(adapters.MOE_PREFIX):
+        raise MoEdgeError("The model is converted already; apply the plan to its dense parent.")
     nested = model.config.model_type in moe_adapters.FAMILIES
     found = moe_adapters.describe(model) if nested else adapters.describe(model)
     for key in ("model_type", "hidden_size", "intermediate_size", "num_layers", "hidden_act"):
@@ -346,9 +357,18 @@ def load(
     plan = MoEPlan.load(folder)
     model = sources.load_model(folder, dtype, device)
     section = getattr(model.config, "moedge", None)
-    if not section or section.get("plan_sha256") != plan.sha256:
+    if not section or section.get("plan_sha256") != plan.sha256 or not _describes(section["layers"], plan):
         raise MoEdgeError(f"{folder}: config.json and plan.json are not of the same conversion; convert again.")
     return model, plan, sources.load_tokenizer(folder)
+
+
+def _describes(specs: list[Any], plan: MoEPlan) -> bool:
+    """Whether the layers of config.json are those of the plan (nested ones are only counted)."""
+    facts = ("num_experts", "top_k", "shared_width", "expert_width", "expert_widths", "combine")
+    return len(specs) == len(plan.layers) and all(
+        layer.children is not None or {name: spec.get(name) for name in facts} == _facts(layer)
+        for spec, layer in zip(specs, plan.layers, strict=True)
+    )
 
 
 def hierarchical_ffns(model: PreTrainedModel) -> list[hierarchical.HierarchicalFFN]:
@@ -376,12 +396,20 @@ def _register(base: str) -> tuple[type, type]:
     def __init__(self: Any, config: Any) -> None:
         if not getattr(config, "moedge", None):
             raise MoEdgeError(f"config.json of a {config.model_type} model has no moedge section; convert again.")
+        if (schema := config.moedge.get("schema")) != CHECKPOINT_SCHEMA:
+            raise MoEdgeError(
+                f"The checkpoint is of schema {schema}, this version of MoEdge reads {CHECKPOINT_SCHEMA}; convert "
+                "again or install the version that wrote it."
+            )
         dense_model.__init__(self, config)
-        for index, (layer, spec) in enumerate(zip(self.model.layers, config.moedge["layers"], strict=True)):
-            if base in adapters.FAMILIES:
-                layer.mlp = SparseFFN(index, config.hidden_size, spec)
-            elif spec is not None:
-                layer.mlp = hierarchical.HierarchicalFFN(index, config.hidden_size, spec, layer.mlp.gate)
+        try:
+            for index, (layer, spec) in enumerate(zip(self.model.layers, config.moedge["layers"], strict=True)):
+                if base in adapters.FAMILIES:
+                    layer.mlp = SparseFFN(index, config.hidden_size, spec)
+                elif spec is not None:
+                    layer.mlp = hierarchical.HierarchicalFFN(index, config.hidden_size, spec, layer.mlp.gate)
+        except (KeyError, TypeError, ValueError) as error:
+            raise MoEdgeError(f"The moedge section of config.json is damaged ({error!r}); convert again.") from error
 
     model_class = type(
         f"{name}ForCausalLM",

@@ -68,10 +68,26 @@ def open_bundle(path: Path | str) -> Bundle:
         raise MoEdgeError(f"{path / MANIFEST} is not of schema {BUNDLE_SCHEMA}; export again with this version.")
     if missing := [key for key in _REQUIRED if key not in manifest]:
         raise MoEdgeError(f"{path / MANIFEST} lacks {', '.join(missing)}; export again.")
+    if damaged := _of_another_shape(manifest):
+        raise MoEdgeError(f"{path / MANIFEST} is damaged: {damaged} is not what it should be; export again.")
     verify_files(path, manifest["files"])
     if manifest["io"].get("model") not in manifest["files"]:
         raise MoEdgeError(f"{path / MANIFEST} names model {manifest['io'].get('model')!r}, which it does not list.")
     return Bundle(path, manifest)
+
+
+def _of_another_shape(manifest: dict[str, Any]) -> str | None:
+    """Name a key of a complete manifest whose value has not the shape that readers count on."""
+    for key in ("model", "io", "cache", "taps", "files", "versions"):
+        if not isinstance(manifest[key], dict):
+            return key
+    if not isinstance(manifest["moe"], dict | None):
+        return "moe"
+    wanted = {"sha256": str, "size": int}
+    for name, entry in manifest["files"].items():
+        if not isinstance(entry, dict) or any(not isinstance(entry.get(key), kind) for key, kind in wanted.items()):
+            return f"the entry of {name}"
+    return None
 
 
 def verify_files(path: Path, files: dict[str, dict[str, Any]]) -> None:

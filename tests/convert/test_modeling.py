@@ -269,6 +269,43 @@ def test_wrong_plans_and_folders_are_refused(
         modeling.load(tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda section: section["layers"][0].update(top_k=2), "not of the same conversion"),
+        (lambda section: section["layers"][1].update(combine="softmax"), "not of the same conversion"),
+        (lambda section: section["layers"][0].update(top_k=9), "Layer 0: top_k=9 of 6 experts cannot be selected"),
+        (lambda section: section["layers"].pop(), "The moedge section of config.json is damaged"),
+        (lambda section: section["layers"][0].pop("combine"), r"damaged \(KeyError\('combine'\)\)"),
+        (lambda section: section.update(schema="moedge.checkpoint/2"), "of schema moedge.checkpoint/2, this version"),
+    ],
+)
+def test_a_changed_config_is_refused(
+    change: Callable[[Any], Any],
+    sentence: str,
+    tiny_llama: Callable[..., Any],
+    tiny_tokenizer: Any,
+    make_plan: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    model = tiny_llama()
+    plan, _ = make_plan(model)
+    modeling.save(modeling.apply(plan, model), plan, tiny_tokenizer, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    change(config["moedge"])
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MoEdgeError, match=sentence):
+        modeling.load(tmp_path / "out")
+
+
+def test_a_plan_is_applied_once(tiny_llama: Callable[..., Any], make_plan: Callable[..., Any]) -> None:
+    model = tiny_llama()
+    plan, _ = make_plan(model)
+    modeling.apply(plan, model)
+    with pytest.raises(MoEdgeError, match="The model is converted already"):
+        modeling.apply(plan, model)
+
+
 @pytest.mark.parametrize("kind", routers.ROUTERS)
 def test_every_router_scores_every_expert_in_float32(
     kind: str, tiny_llama: Callable[..., Any], make_plan: Callable[..., Any]
