@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ from moedge import MoEdgeError
 
 if TYPE_CHECKING:
     import numpy as np
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from moedge.convert.calibration import TextSet
     from moedge.convert.plan import MoEPlan
@@ -61,19 +62,56 @@ def whole(spec: str) -> tuple[TextSet, str]:
     return text, f"{len(text.documents)} documents"
 
 
-def beside(plan: MoEPlan, spec: str, every: int) -> tuple[TextSet, str]:
-    """Documents of a text that a plan was not calibrated on, and what they are in words.
+def beside(plans: Iterable[MoEPlan], spec: str, every: int) -> tuple[TextSet, str]:
+    """Documents of a text that no plan was calibrated, trained or pruned on, and what they are in words.
 
     Args:
-        every: of the calibration text, the documents with id (else position) 0 modulo this were held out.
+        plans: of the models that are measured; all of them see the same documents.
+        spec: the text.
+        every: of a text that a plan has seen, the documents with id (else position) 0 modulo this are taken.
+
+    Raises:
+        MoEdgeError: a plan held out other documents of the text than ``every`` takes.
     """
     from moedge.convert import calibration
 
     text, words = whole(spec)
-    if text.sha256 != plan.provenance.get("text_sha256"):
+    seen = [used for plan in plans for used in _seen(plan) if text.sha256 == used["text_sha256"]]
+    if not seen:
         return text, words
+    for used in seen:
+        if every % used.get("every", every):
+            raise MoEdgeError(
+                f"Of the text {spec} every {used['every']}th document was held out when the model was made; give "
+                f"--holdout-every {used['every']} or a multiple of it."
+            )
     text = calibration.split(text, every)[1]
-    return text, f"{len(text.documents)} documents of the calibration text that were held out, id % {every} = 0"
+    if not text.documents:
+        raise MoEdgeError(f"The model has seen all of the text {spec}; give another text.")
+    how = "of the calibration text" if all("every" not in used for used in seen) else "of a text that a model has seen"
+    return text, f"{len(text.documents)} documents {how} that were held out, id % {every} = 0"
+
+
+def _seen(plan: MoEPlan) -> list[dict[str, Any]]:
+    """Return ``{"text_sha256", "every"}`` of each text that made a plan; the calibration's has no ``every``."""
+    found = [{"text_sha256": plan.provenance["text_sha256"]}] if "text_sha256" in plan.provenance else []
+    found += plan.provenance.get("domains", [])
+    note = plan.provenance.get("finetune")
+    while note:
+        found += [{"text_sha256": one, "every": note["held_out_every"]} for one in note.get("text_sha256", [])]
+        note = note.get("before")
+    return found
+
+
+def check_window(model: PreTrainedModel, length: int, option: str) -> None:
+    """Refuse windows beyond the positions that a model was made for: its perplexity there means nothing.
+
+    Raises:
+        MoEdgeError: ``length`` is; ``option`` is what the user may lower.
+    """
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(longest, int) and length > longest:
+        raise MoEdgeError(f"{option} {length} is beyond the model's {longest} positions; make it smaller.")
 
 
 def windows(

@@ -58,7 +58,8 @@ def diagnose(
         found: dict[str, Any] = {}
         windows = {}
         for spec in texts:
-            text, how = held_out.beside(plan, spec, every)
+            text, how = held_out.beside([plan], spec, every)
+            held_out.check_window(model, window, "--window")
             windows[text.name] = held_out.windows(tokenizer, text, window, count, bos=False, name="diagnosed")
             reporter.note(f"{text.name}: {how}")
             result = diagnostics.diagnose(

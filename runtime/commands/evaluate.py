@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,9 +14,6 @@ from moedge import MoEdgeError
 from moedge._files import write_json
 from moedge.runtime import held_out, run_folder
 from moedge.runtime.progress import single
-
-if TYPE_CHECKING:
-    from moedge.convert.plan import MoEPlan
 
 SCHEMA = "moedge.scores/1"
 
@@ -49,13 +46,9 @@ def evaluate(
         raise MoEdgeError(f"--task-data names {', '.join(sorted(unused))}, which --tasks does not.")
     models = _models(paths)
     plans = {label: MoEPlan.load(folder) for label, folder in models.items() if (folder / "plan.json").is_file()}
-    plan: MoEPlan | None = next(iter(plans.values()), None)
     chosen = {}
     for spec in texts:
-        if plan is None:
-            text, how = held_out.whole(spec)
-        else:
-            text, how = held_out.beside(plan, spec, every)
+        text, how = held_out.beside(plans.values(), spec, every)
         chosen[text.name] = (text, how)
     rows: list[dict[str, Any]] = []
     count = -(-tokens // window)
@@ -66,6 +59,8 @@ def evaluate(
             else:
                 folder = sources.resolve(str(folder)).folder
                 model, tokenizer = sources.load_model(folder, device=device), sources.load_tokenizer(folder)
+            if chosen:
+                held_out.check_window(model, window, "--window")
             row: dict[str, Any] = {"model": label, "perplexity": {}, "tasks": []}
             for name, (text, _) in chosen.items():
                 reporter.note(f"{label}: perplexity on {name}")

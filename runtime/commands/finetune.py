@@ -102,6 +102,8 @@ def settings_from(options: dict[str, Any]) -> Any:
         first = error.errors()[0]
         name = "_".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            message = f"unknown setting; known: {', '.join(TrainSettings.model_fields)}, lora_rank, lora_alpha, ..."
         raise MoEdgeError(f"{name}: {message}" if name else message) from None
 
 
@@ -113,22 +115,24 @@ def _texts(
 
     from moedge.convert import calibration, finetune
 
-    parts, limit = [], settings.tokens
+    parts, limit, trained = [], settings.tokens, []
     for spec in text:
         documents = held_out.calibration_text({"spec": spec, "every": every})
+        trained.append(documents.sha256)
         parts.append(finetune.all_windows(tokenizer, documents, settings.length, limit=limit))
     measured: dict[str, Any] = {}
     named: dict[str, str] = {}
     for spec in held_out_texts if held_out_texts is not None else text:
         found = calibration.read_text(spec)
         # A text that is trained on gives its held-out documents, any other one all of them.
-        found = calibration.split(found, every)[1] if spec in text else found
+        found = calibration.split(found, every)[1] if found.sha256 in trained else found
         name = f"{found.name} ({len(measured) + 1})" if found.name in measured else found.name
         measured[name] = calibration.windows(tokenizer, found, settings.length, count, bos=False, name="held-out")
         named[name] = spec
     windows = np.concatenate(parts)
     about = {
         "text": text,
+        "text_sha256": trained,
         "train_windows": len(windows),
         "held_out": named,
         "held_out_every": every,

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from moedge import MoEdgeError
-from moedge._files import hash_tree
+from moedge._files import hash_tree, sha256_file
 from moedge.convert import calibration, finetune, modeling
 from moedge.convert.plan import MoEPlan
 from moedge.convert.train_settings import TrainSettings
@@ -97,6 +97,15 @@ def test_a_run_that_trains_what_the_plan_holds_leaves_a_plan_for_the_dense_model
         assert torch.equal(again(ids).logits, model(ids).logits)
 
 
+def test_a_text_is_not_measured_on_what_was_trained_however_it_is_spelled(text: Path, tiny_tokenizer: Any) -> None:
+    from moedge.runtime.commands.finetune import _texts, settings_from
+
+    settings, other = settings_from({"tokens": 64, "length": 16}), f"{text.parent}/../{text.parent.name}/{text.name}"
+    one, two = (_texts(tiny_tokenizer, [str(text)], given, 10, 2, settings) for given in (None, [other]))
+    assert (one[1]["text"] == two[1]["text"]).all()
+    assert one[2]["text_sha256"] == [sha256_file(text)]
+
+
 def test_two_runs_of_one_seed_are_one_checkpoint(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         tune(checkpoint, tmp_path / name, text, balance="bias")
@@ -132,7 +141,7 @@ def test_the_command_writes_checkpoint_record_and_picture(checkpoint: Path, text
         (["--tokens", "64", "--distill", "logits"], "--parent"),
         ([], "either tokens or minutes"),
         (["--tokens", "64", "--train", "everything"], "unknown group"),
-        (["--tokens", "64", "--set", "learning=1"], "learning"),
+        (["--tokens", "64", "--set", "learning=1"], "learning: unknown setting; known: "),
     ],
 )
 def test_what_cannot_work_is_one_sentence(checkpoint: Path, tmp_path: Path, options: list[str], says: str) -> None:

@@ -3,6 +3,8 @@
 import pytest
 
 from moedge import MoEdgeError
+from moedge._files import sha256_file
+from moedge.convert.plan import MoEPlan
 from moedge.runtime import held_out
 from moedge.runtime.text import Tokenizer
 
@@ -21,3 +23,46 @@ def test_a_text_of_one_document_is_all_held_out(tmp_path):
 def test_a_folder_that_does_not_exist_is_not_called_a_folder_without_tokenizer(tmp_path):
     with pytest.raises(MoEdgeError, match="does not exist"):
         Tokenizer(tmp_path / "nowhere")
+
+
+@pytest.fixture
+def text(tmp_path):
+    """Forty documents; numbers 0, 10, 20, 30 are held out of everything."""
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(f"document {number}" for number in range(40)), encoding="utf-8")
+    return path
+
+
+def plan(**provenance):
+    return MoEPlan("cmoe", {}, {}, [], provenance)
+
+
+def documents(plans, path, every=10):
+    return [int(document.id) for document in held_out.beside(plans, str(path), every)[0].documents]
+
+
+def test_no_model_is_measured_on_what_it_was_made_with(text, tmp_path):
+    other = plan(text_sha256="0" * 64)
+    calibrated = plan(text_sha256=sha256_file(text))
+    pruned = plan(text_sha256="0" * 64, domains=[{"text_sha256": sha256_file(text), "every": 10}])
+    trained = plan(text_sha256="0" * 64, finetune={"text_sha256": [sha256_file(text)], "held_out_every": 10})
+    twice = plan(finetune={"text_sha256": [], "held_out_every": 10, "before": trained.provenance["finetune"]})
+    assert documents([], text) == documents([other], text) == list(range(40))
+    for seen in (calibrated, pruned, trained, twice):
+        assert documents([seen], text) == [0, 10, 20, 30]
+        assert documents([other, seen], text) == [0, 10, 20, 30], "every model of a table sees the same documents"
+
+
+def test_another_share_than_was_held_out_is_refused(text):
+    trained = plan(finetune={"text_sha256": [sha256_file(text)], "held_out_every": 10})
+    assert documents([trained], text, every=20) == [0, 20]
+    with pytest.raises(
+        MoEdgeError, match="every 10th document was held out when the model was made; give --holdout-ev"
+    ):
+        documents([trained], text, every=5)
+
+
+def test_windows_beyond_the_models_positions_are_refused(tiny_llama):
+    held_out.check_window(tiny_llama(), 256, "--window")
+    with pytest.raises(MoEdgeError, match="--window 257 is beyond the model's 256 positions"):
+        held_out.check_window(tiny_llama(), 257, "--window")
