@@ -198,6 +198,7 @@ class BenchSection(_Section):
     warmup: NonNegative = 1
     threads: Positive | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    profile: bool = False
 
 
 class Recipe(_Section):

@@ -3,7 +3,8 @@
 Engines are timed in turn, round by round, and the order rotates, so that a slow minute of the machine hits all of them.
 Ratios are paired by round. Memory and load time are taken in a fresh process per engine, where no other engine lives.
 
-TTFT  time to first token: prefill of the prompt and choice of the next token, in ms.
+TTFT  time to first token: prefill of the prompt and choice of the next token, in ms. The commands open engines with
+      ``last_logits``: as in generation, the output projection reads the last position of the prompt alone.
 TPOT  time per output token: one decode step and choice of the next token, in ms.
 """
 

@@ -240,6 +240,7 @@ def bench(context: Context) -> None:
 
     from moedge.convert.sources import load_tokenizer
     from moedge.runtime import bench as benchmark
+    from moedge.runtime import profiling
     from moedge.runtime.engines import open_engine
 
     params = context.params
@@ -251,10 +252,14 @@ def bench(context: Context) -> None:
     found.pop("portable dense", None)  # nobody's choice for speed: the lowered parent is the one to beat
     pytorch = {name: params[name] for name in ("device", "dtype")}
     engines = {
-        label: partial(open_engine, path, threads=params["threads"], pytorch=pytorch) for label, path in found.items()
+        label: partial(open_engine, path, threads=params["threads"], pytorch=pytorch, last_logits=True)
+        for label, path in found.items()
     }
     options = {name: params[name] for name in ("prompt", "decode", "repeats", "warmup")}
     result = benchmark.bench(engines, ids, **options, progress=context.progress)
+    if params["profile"]:
+        sizes = {name: params[name] for name in ("prompt", "decode", "repeats", "threads")}
+        result["profiles"] = profiling.profiles(found, ids, **sizes)
     write_json(context.out / "bench.json", {**result, "text": text.name, "not_executed": not_executed})
 
 

@@ -187,8 +187,8 @@ def build(recipe: Recipe, machine: dict[str, Any]) -> list[Stage]:
             bodies.bench,
             {**recipe.bench.model_dump(), **measured},
             reads=("source", "convert", "export", *dense),
-            sources=(*_ENGINE_CODE, "runtime/bench.py", "runtime/machine.py"),
-            libraries=(*_TORCH, "onnxruntime"),
+            sources=(*_ENGINE_CODE, "runtime/bench.py", "runtime/machine.py", "runtime/profiling.py"),
+            libraries=(*_TORCH, "onnx", "onnxruntime"),
         ),
         Stage(
             "report",

@@ -62,6 +62,9 @@ def bench(
     device: Device = "cpu",
     dtype: Dtype = "float32",
     text: Text = "asset:wiki",
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Then profile the bundles: time by operator and by part of the model.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Time engines side by side at batch 1: time to first token, time per token, memory, load time.
@@ -69,7 +72,7 @@ def bench(
     \b
     Examples:
       moedge bench runs/smollm2-135m
-      moedge bench build/dense/ort-cpu build/bundles/ort-cpu --decode 128
+      moedge bench build/dense/ort-cpu build/bundles/ort-cpu --decode 128 --profile
       moedge bench ./my-llama build/moe --device cuda --dtype bfloat16
     """
     from moedge.runtime.commands.bench import bench as body
@@ -83,6 +86,7 @@ def bench(
         pytorch={"device": device, "dtype": dtype},
         text=text,
         as_json=as_json,
+        profile=profile,
     )
 
 

@@ -16,6 +16,7 @@ from moedge.runtime import bench as benchmark
 from moedge.runtime import run_folder
 from moedge.runtime.commands.tokens import token_windows
 from moedge.runtime.engines import open_engine
+from moedge.runtime.profiling import NOTE, profiles, table
 from moedge.runtime.progress import single
 
 
@@ -29,8 +30,10 @@ def bench(
     pytorch: dict[str, str],
     text: str,
     as_json: bool,
+    profile: bool = False,
 ) -> None:
-    """Time the engines of one run folder, or the folders given, and print a table or JSON."""
+    """Time the engines of one run folder, or the folders given, and print a table or JSON; ``profile`` adds tables by
+    operator of those that ONNX Runtime runs."""
     if len(paths) == 1 and run_folder.is_run(paths[0]):
         folders = run_folder.engines(paths[0])
         tokenizer = run_folder.checkpoint(paths[0])
@@ -42,16 +45,42 @@ def bench(
     with single("bench", ", ".join(folders)) as reporter:
         name, windows = token_windows(tokenizer, text, prompt, 1)
         openers = {
-            label: partial(open_engine, path, threads=threads, pytorch=pytorch) for label, path in folders.items()
+            label: partial(open_engine, path, threads=threads, pytorch=pytorch, last_logits=True)
+            for label, path in folders.items()
         }
         result = benchmark.bench(
             openers, windows[0], prompt=prompt, decode=decode, repeats=repeats, progress=reporter.progress
         )
+        if profile:
+            sizes = {"prompt": prompt, "decode": decode, "repeats": repeats, "threads": threads}
+            result["profiles"] = profiles(folders, windows[0], progress=reporter.progress, **sizes)
     result["text"] = name
     if as_json:
         print(json.dumps(result, indent=2, allow_nan=False))
     else:
-        show(result, Console())
+        console = Console()
+        show(result, console)
+        if profile:
+            show_profiles(result["profiles"], console)
+
+
+def show_profiles(found: dict[str, Any], console: Console) -> None:
+    """Print, for prefill and decode, milliseconds and share by part of the model and by operator."""
+    for phase in ("prefill", "decode"):
+        for key, title in (("groups", "part"), ("operators", "operator")):
+            labels, rows = table(found, phase, key)
+            if not labels:
+                continue
+            shown = Table(title=f"{phase}: milliseconds and share by {title}")
+            shown.add_column(title)
+            for label in labels:
+                shown.add_column(escape(label), justify="right")
+            for name, cells in rows:
+                shown.add_row(
+                    escape(name), *(f"{cell['ms']:.2f}  {cell['share']:4.0%}" if cell else "" for cell in cells)
+                )
+            console.print(shown)
+    console.print(NOTE, highlight=False, soft_wrap=True)
 
 
 def show(result: dict[str, Any], console: Console) -> None:

@@ -40,7 +40,7 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     tokenizer = Tokenizer(folder)
     request: str | list[Message] = [{"role": "user", "content": text}] if chat else text
-    engine = open_engine(folder, threads=threads, pytorch=pytorch)
+    engine = open_engine(folder, threads=threads, pytorch=pytorch, last_logits=True)
     try:
         if not chat:
             print(text, end="", flush=True)

@@ -40,7 +40,8 @@ class EngineInfo:
 class Step:
     """Result of one forward call.
 
-    ``logits`` float32 [B, S, V] for the S positions that were fed; ``cache`` to pass on; ``routes`` per layer the
+    ``logits`` float32 [B, S, V] for the S positions that were fed, or [B, 1, V] for the last of them when opened with
+    ``last_logits=True``; ``cache`` to pass on; ``routes`` per layer the
     selected experts, int32 [B*S, k] sorted by decreasing score, when the engine was opened with ``taps=True``;
     ``router_inputs`` per layer what its router read, float32 [B*S, H], when opened with ``router_inputs=True``.
     """

@@ -19,12 +19,14 @@ def edited(
     float32_activations: bool = False,
     router_inputs: dict[int, str] | None = None,
     replay: bool = False,
+    last_logits: bool = False,
 ) -> bytes:
     """Return the model at ``path`` as bytes, with ``taps`` as outputs and every layer run with ``top_k`` experts.
 
     ``float32_activations`` sets ``accuracy_level`` of quantised products to 0: no rounding of activations to int8.
     ``router_inputs`` (see :func:`expert_inputs`) become outputs too. With ``replay`` each routed layer gets an input
-    ``layers.N.forced`` float32 [T, E] that is added to the scores it selects by, and to no weight.
+    ``layers.N.forced`` float32 [T, E] that is added to the scores it selects by, and to no weight. ``last_logits``
+    makes the output projection read the last position alone.
 
     Raises:
         MoEdgeError: ``onnx`` is missing, a tap is not in the graph, or there is no routing whose k could be changed.
@@ -48,12 +50,44 @@ def edited(
         _add_forced(model, path, manifest)
     if top_k is not None:
         _set_top_k(model, path, manifest, top_k)
+    if last_logits:
+        _keep_last(model, path)
     if float32_activations:
         for node in model.graph.node:
             for attribute in node.attribute:
                 if attribute.name == "accuracy_level":
                     attribute.i = 0
     return bytes(model.SerializeToString())
+
+
+_PRODUCTS = ("MatMul", "FusedMatMul", "MatMulNBits")
+_ELEMENTWISE = ("Cast", "Div", "Mul", "Tanh")  # what may follow the output projection: scale, soft cap
+
+
+def _keep_last(model: Any, path: Path) -> None:
+    """Cut what the output projection reads, [B, S, H], to its last position."""
+    import numpy as np
+    from onnx import helper, numpy_helper
+
+    graph = model.graph
+    maker = {output: node for node in graph.node for output in node.output}
+    head = maker.get("logits")
+    while head is not None and head.op_type in _ELEMENTWISE:
+        head = maker.get(head.input[0])
+    if head is None or head.op_type not in _PRODUCTS:
+        raise MoEdgeError(f"{path}: no product makes the logits, so they cannot be computed for the last token alone.")
+    for name, value in (("start", -1), ("end", np.iinfo(np.int64).max), ("axis", 1)):
+        graph.initializer.append(numpy_helper.from_array(np.array([value], np.int64), f"last_logits.{name}"))
+    inputs = [head.input[0], "last_logits.start", "last_logits.end", "last_logits.axis"]
+    last = helper.make_node("Slice", inputs, ["last_logits.hidden"], name="last_logits")
+    graph.node.insert(list(graph.node).index(head), last)
+    head.input[0] = "last_logits.hidden"
+    after = {"logits", *head.output}
+    for value in [*graph.output, *graph.value_info]:  # their shapes say S where 1 is meant now
+        if value.name in after and value.type.tensor_type.HasField("shape"):
+            dimension = value.type.tensor_type.shape.dim[1]
+            dimension.Clear()
+            dimension.dim_value = 1
 
 
 def routed_layers(manifest: dict[str, Any]) -> list[int]:

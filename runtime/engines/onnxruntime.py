@@ -55,6 +55,10 @@ class OrtEngine:
         router_inputs: also return what each layer's router read (quantised bundles; needs ``onnx``).
         replay: let the caller force the experts (portable bundles; needs ``onnx``), see
             :class:`moedge.runtime.engines.ReplayEngine`.
+        last_logits: compute the logits of each call's last position alone, ``Step.logits`` [B, 1, V]: all that
+            generation needs. Without the ``onnx`` package all are computed.
+        trace: an existing folder: ONNX Runtime's profiler records every node, :meth:`end_trace` gives its file, and the
+            optimised graph is written to ``optimized.onnx`` (its weights beside it).
 
     Raises:
         MoEdgeError: a damaged bundle, an unusable option, ``onnxruntime`` / ``onnx`` is not installed, or a bundle for
@@ -73,6 +77,8 @@ class OrtEngine:
         float32_activations: bool = False,
         router_inputs: bool = False,
         replay: bool = False,
+        last_logits: bool = False,
+        trace: str | Path | None = None,
     ) -> None:
         from moedge.export.bundle import check_external_data, open_bundle
 
@@ -101,7 +107,8 @@ class OrtEngine:
         self._forced: dict[int, tuple[int, int]] = {}  # layer -> number of experts, how many of them run
         self._model_path = bundle.model_path
         self._routers: Any = None
-        if self._taps or top_k is not None or float32_activations or router_inputs or replay:
+        self._last_logits = last_logits and find_spec("onnx") is not None
+        if self._taps or top_k is not None or float32_activations or router_inputs or replay or self._last_logits:
             if router_inputs:
                 self._router_inputs = _graph.expert_inputs(bundle.model_path, manifest)
             if replay:
@@ -115,10 +122,11 @@ class OrtEngine:
                 float32_activations,
                 self._router_inputs,
                 replay,
+                self._last_logits,
             )
         # The session reads this memory as long as it lives.
         self._weights = _dequantized(bundle, weights_of) if weights_of is not None else {}
-        self._session, version = _open_session(bundle.path, manifest, threads, graph, self._weights)
+        self._session, version = _open_session(bundle.path, manifest, threads, graph, self._weights, trace)
         if top_k is not None:
             for layer, tap in self._taps.items():
                 tap["top_k"] = min(top_k, manifest["moe"]["layers"][str(layer)]["num_experts"])
@@ -189,6 +197,10 @@ class OrtEngine:
         found = session.run(outputs, {name: router_inputs[layer] for layer, name in names.items()})
         return {layer: selected(value, tap) for (layer, tap), value in zip(self._taps.items(), found, strict=True)}
 
+    def end_trace(self) -> Path:
+        """Stop recording and return the profiler's JSON file; only for an engine opened with ``trace``."""
+        return Path(self._session.end_profiling())
+
     def close(self) -> None:
         """Free the session. The engine cannot be used afterwards."""
         self._session = None
@@ -216,7 +228,8 @@ class OrtEngine:
         for layer, (count, top_k) in self._forced.items():
             chosen = None if experts is None else experts[layer]
             binding.bind_cpu_input(_graph.forced_input(layer), forcing(chosen, batch * new, count, top_k))
-        logits = np.empty((batch, new, self._model["vocab_size"]), dtype=self._dtype)
+        rows = 1 if self._last_logits else new
+        logits = np.empty((batch, rows, self._model["vocab_size"]), dtype=self._dtype)
         # Outputs come back in the order in which they were first bound: logits, taps, cache.
         binding.bind_output("logits", "cpu", 0, self._dtype, logits.shape, logits.ctypes.data)
         for tap in self._taps.values():
@@ -309,6 +322,7 @@ def _open_session(
     threads: int,
     graph: bytes | None,
     weights: dict[str, tuple[np.ndarray, Any]],
+    trace: str | Path | None = None,
 ) -> tuple[Any, str]:
     try:
         import onnxruntime
@@ -322,6 +336,13 @@ def _open_session(
     if graph is not None:
         model = graph
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    if trace is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(trace) / "trace")
+        options.optimized_model_filepath = str(Path(trace) / "optimized.onnx")
+        # With a file of its own the weights may pass 2 GiB.
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimized.data")
+        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
     provider = _PROVIDERS["cuda" if manifest["target"] == "ort-cuda" else "cpu"]
     if provider == _PROVIDERS["cuda"]:
         # CUDA and cuDNN from pip packages are on no loader path; only a process that imported torch has them already.

@@ -34,6 +34,7 @@ class TensorRTEngine:
         threads: accepted for the sake of a common call; the work is on the GPU.
         taps: also return the experts that each layer selected; the engine must have been built with ``--taps``.
         top_k: refused: an engine's graph is fixed.
+        last_logits: of no effect, for the same reason.
 
     Raises:
         MoEdgeError: a damaged folder, no GPU or no TensorRT here, another GPU than the engine was built for.
@@ -46,6 +47,7 @@ class TensorRTEngine:
         threads: int | None = None,
         taps: bool = False,
         top_k: int | None = None,
+        last_logits: bool = False,
     ) -> None:
         file = open_file(Path(engine_path))
         manifest = file.manifest

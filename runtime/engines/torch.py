@@ -36,6 +36,7 @@ class TorchEngine:
         device: ``cpu``, ``cuda`` or ``cuda:N``. Tokens go in and logits come out in host memory, so a timed step holds
             both copies and has ended when it returns.
         replay: let the caller force the experts, see :class:`moedge.runtime.engines.ReplayEngine`.
+        last_logits: compute the logits of each call's last position alone, ``Step.logits`` [B, 1, V].
 
     Raises:
         MoEdgeError: torch or transformers is missing, or the folder cannot be loaded.
@@ -51,6 +52,7 @@ class TorchEngine:
         dtype: str = "float32",
         device: str = "cpu",
         replay: bool = False,
+        last_logits: bool = False,
     ) -> None:
         try:
             import torch
@@ -59,6 +61,7 @@ class TorchEngine:
         self._torch = torch
         self._threads = threads or default_threads()
         self._path = Path(checkpoint_folder)
+        self._last_logits = last_logits
         self._module = _load(self._path, dtype, device)
         self._sparse = {
             module.layer_index: module
@@ -180,6 +183,7 @@ class TorchEngine:
                 position_ids=self._tensor(np.ascontiguousarray(position_ids(mask, ids.shape[1]))),
                 past_key_values=past,
                 use_cache=True,
+                logits_to_keep=1 if self._last_logits else 0,
             )
             logits = result.logits.float().contiguous().cpu().numpy()
             routes = None

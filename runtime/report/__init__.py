@@ -30,6 +30,7 @@ def render(report: dict[str, Any], template: str) -> str:
     import jinja2
     from markupsafe import Markup
 
+    from moedge.runtime.profiling import NOTE, table
     from moedge.runtime.report.build import ratio
     from moedge.runtime.report.plots import draw_all
 
@@ -44,7 +45,7 @@ def render(report: dict[str, Any], template: str) -> str:
     )
     environment.filters["number"] = _number
     environment.filters["cell"] = _markdown_cell
-    environment.globals["ratio"] = ratio
+    environment.globals |= {"ratio": ratio, "profile_table": table, "profile_note": NOTE}
     # The SVG comes from matplotlib, which escapes the text it draws; everything else is escaped by jinja2.
     plots = {name: Markup(svg) for name, svg in draw_all(report).items()} if html else {}
     return environment.get_template(template).render(report=report, plots=plots)

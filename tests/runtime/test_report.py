@@ -348,3 +348,16 @@ def test_the_summary_table_shows_quality_controls_verdicts_and_ratios(report: di
     text = captured.get()
     for expected in ("static mask", "S6A6E16", "1.50x", "pass", "verdict: passed", "alert('x')", "cmoe loses"):
         assert expected in text
+
+
+def test_a_profile_is_shown_by_part_and_by_operator(report: dict[str, Any]) -> None:
+    def phase(ms: float) -> dict[str, Any]:
+        rows = [{"name": "attention", "nodes": 2, "ms": ms, "share": 0.75}]
+        rows.append({"name": "outside", "nodes": 0, "ms": ms / 3, "share": 0.25})
+        return {"ms": 4 * ms / 3, "groups": rows, "operators": [{**rows[0], "name": "Mat<Mul>"}, rows[1]]}
+
+    report["speed"]["profiles"] = {"ort|moe": {"prefill": phase(30), "decode": phase(1.5)}}
+    markdown, html = (reports.render(report, f"report.{kind}.j2") for kind in ("md", "html"))
+    assert "| decode, ms and share by part | ort\\|moe |\n|---|---:|\n| attention | 1.50 75 % |\n" in markdown
+    assert "| Mat&lt;Mul&gt; | 30.00 75 % |\n| outside | 10.00 25 % |\n| all | 40.00 100 % |" in markdown
+    assert '<tr><td>Mat&lt;Mul&gt;</td><td class="n">1.50 <span class="ci">75 %</span></td></tr>' in html
