@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from pydantic import ValidationError
 
 from moedge import MoEdgeError
 
-Kind = Literal["recipe", "study"]
-_FOLDERS: dict[Kind, str] = {"recipe": "recipes", "study": "studies"}
+Kind = Literal["recipe", "study", "device"]
+_FOLDERS: dict[Kind, str] = {"recipe": "recipes", "study": "studies", "device": "devices"}
 
 
 def packaged(kind: Kind) -> dict[str, Path]:
@@ -77,6 +78,12 @@ class _Loader(yaml.SafeLoader):
 
 
 _KINDS = {bool: "true/false", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a mapping"}
+
+
+def first_problem(error: ValidationError) -> str:
+    """Return the first problem of a pydantic error in one line: the path of the key and what is wrong."""
+    first = error.errors()[0]
+    return f"{'.'.join(str(part) for part in first['loc']) or 'the whole'}: {first['msg']}"
 
 
 def name_of(value: Any) -> str:

@@ -26,6 +26,7 @@ from pydantic import (
 from pydantic_core import CoreSchema, core_schema
 
 from moedge import MoEdgeError
+from moedge.configs import devices
 from moedge.configs import files as yaml_files
 from moedge.configs.files import name_of
 from moedge.convert.methods import METHODS, Method
@@ -147,8 +148,6 @@ class ExportSection(_Section):
     @field_validator("build")
     @classmethod
     def _devices_take_engines(cls, value: list[str]) -> list[str]:
-        from moedge.runtime import devices
-
         for name in value:
             if reason := devices.refusal("tensorrt-rtx", devices.load(name)):
                 raise ValueError(reason)

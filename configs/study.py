@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from moedge import MoEdgeError
 from moedge.configs import files as yaml_files
+from moedge.configs.files import first_problem
 from moedge.configs.recipe import CONVERT_SECTIONS, ModelSection, Name, NonNegative, Positive, Spec
-from moedge.configs.tolerances import first_problem
 from moedge.convert.methods import METHODS
 
 

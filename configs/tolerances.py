@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from moedge import MoEdgeError
+from moedge.configs.files import first_problem
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -100,9 +101,3 @@ def load(path: str | Path | None = None) -> Tolerances:
         return Tolerances.model_validate(content)
     except ValidationError as error:
         raise MoEdgeError(f"{file}: {first_problem(error)}.") from error
-
-
-def first_problem(error: ValidationError) -> str:
-    """Return the first problem of a pydantic error in one line: the path of the key and what is wrong."""
-    first = error.errors()[0]
-    return f"{'.'.join(str(part) for part in first['loc']) or 'the whole'}: {first['msg']}"

@@ -19,12 +19,13 @@ import numpy as np
 
 from moedge import MoEdgeError, __version__
 from moedge._files import atomic_dir, digest, hash_tree, write_json
+from moedge.configs.devices import Device
 from moedge.export.bundle import MODEL, Bundle, copy_companions, open_bundle
 from moedge.export.lowering.tensorrt import HALF_LIMIT
 from moedge.export.plugins import Request, compile_library
 from moedge.runtime.device import moedge_trt
 from moedge.runtime.device.moedge_plugins import FOLDER
-from moedge.runtime.devices import Device, fit, too_large
+from moedge.runtime.estimate import fit, too_large
 
 SCHEMA = "moedge.device-archive/1"
 SCRIPTS = (

@@ -13,14 +13,10 @@ and new, N heads, G key/value heads, D head size.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import onnx
 import onnx.defs
 import onnx.parser
-import onnx_ir as ir
-
-from moedge import MoEdgeError
 
 DOMAIN = "moedge"
 VERSION = 1
@@ -376,47 +372,3 @@ def bodies(
         texts.append(_SPARSE_GLU_DENSE.format(**fill))
     functions = [onnx.parser.parse_function(text) for text in texts]
     return {function.name: function for function in functions}
-
-
-def routed_directly(sparse_glu: ir.Node) -> bool:
-    """Whether a Route node gives a SparseGLU its experts; those of a hierarchical layer are composed after it."""
-    indices = sparse_glu.inputs[1]
-    route = indices.producer() if indices is not None else None
-    return route is not None and route.op_type == "Route"
-
-
-def attach(model: ir.Model, *, form: str) -> None:
-    """Give every ``moedge::`` node of the graph its function body; ``form`` is that of SparseGLU.
-
-    Raises:
-        MoEdgeError: the layers mix weight rules, activations, or with and without compensation or soft capping.
-    """
-    nodes = [node for node in model.graph if node.domain == DOMAIN]
-    experts = [node for node in nodes if node.op_type == "SparseGLU"]
-    attention = [node for node in nodes if node.op_type == "CausalAttention"]
-
-    def only(what: str, values: set[Any], default: Any) -> Any:
-        if len(values) > 1:
-            listed = ", ".join(map(str, sorted(values)))
-            raise MoEdgeError(f"The layers mix {what} ({listed}); use one for the whole model.")
-        return next(iter(values), default)
-
-    protos = bodies(
-        activation=only("activations", {node.attributes["activation"].as_string() for node in experts}, "silu"),
-        rule=only("weight rules", {n.attributes["rule"].as_string() for n in nodes if n.op_type == "Route"}, "unit"),
-        compensation=only("layers with and without compensation", {len(node.inputs) == 7 for node in experts}, False),
-        window=any(node.attributes["window"].as_int() for node in attention),
-        softcap=only(
-            "capped and uncapped attention", {n.attributes["softcap"].as_float() > 0 for n in attention}, False
-        ),
-        form=form,
-        repeats=any(not routed_directly(node) for node in experts),
-    )
-    model.functions.clear()
-    needed = {node.op_type for node in nodes}
-    if form == "chain" and experts:
-        needed |= {"Dispatch", "GroupedGLU", "GroupedLinear", "Combine"}
-    for name in sorted(needed):
-        function = ir.serde.deserialize_function(protos[name])
-        model.functions[function.identifier()] = function
-    model.opset_imports[DOMAIN] = VERSION

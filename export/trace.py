@@ -19,7 +19,7 @@ import onnx_ir as ir
 import torch
 
 from moedge import MoEdgeError
-from moedge.export import attention, functions
+from moedge.export import attention, functions, nodes
 from moedge.export import ops as _ops  # noqa: F401 - registers torch.ops.moedge
 
 if TYPE_CHECKING:
@@ -264,7 +264,7 @@ def trace(model: PreTrainedModel) -> ir.Model:
     graph_model.ir_version = ONNX_IR_VERSION
     _drop_debug_metadata(graph_model)
     _simplify(graph_model)
-    functions.attach(graph_model, form="chain")
+    nodes.attach(graph_model, form="chain")
     return graph_model
 
 

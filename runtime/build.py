@@ -13,7 +13,8 @@ from typing import Any
 
 from moedge import MoEdgeError, __version__
 from moedge._files import atomic_dir, digest, hash_tree, safe_join, write_json
-from moedge.runtime import devices
+from moedge.configs import devices
+from moedge.runtime import estimate
 from moedge.runtime.device import moedge_cuda, moedge_plugins, moedge_trt
 
 SCHEMA = "moedge.engine/1"
@@ -54,7 +55,7 @@ def build(
     Args:
         bundle_path: what ``moedge export`` wrote.
         out: engine folder.
-        device_names: profiles the engine is for; see :mod:`moedge.runtime.devices`.
+        device_names: profiles the engine is for; see :mod:`moedge.configs.devices`.
         max_length: longest sequence; the bundle's limit, at most 2048, by default.
         max_prompt: most tokens of one prefill call; half of ``max_length`` by default.
         batch: most rows of a call.
@@ -80,7 +81,7 @@ def build(
     for device in profiles:
         if reason := devices.refusal(target, device):
             raise MoEdgeError(reason)
-        if target == "tensorrt-rtx" and device.compute_capability == "7.5" and devices.routed(manifest["moe"]):
+        if target == "tensorrt-rtx" and device.compute_capability == "7.5" and estimate.routed(manifest["moe"]):
             raise MoEdgeError(
                 f"TensorRT for RTX has no float32 matrix product for {device.label} (SM75), and routers are float32; "
                 "build the dense parent for it, or take ort-cuda."
@@ -93,10 +94,10 @@ def build(
     max_prompt = max_prompt or max(2, max_length // 2)
     weight_bytes = sum(entry["size"] for name, entry in manifest["files"].items() if name.endswith(".data"))
     fits, limits = {}, {"max_length": max_length, "max_prompt": max_prompt, "batch": batch}
-    unread = devices.unread_bytes(manifest["moe"], model["hidden_size"]) if "plugins" in manifest else 0
+    unread = estimate.unread_bytes(manifest["moe"], model["hidden_size"]) if "plugins" in manifest else 0
     for device in profiles:
-        fit = devices.fit(model, weight_bytes, device, **limits, unread=unread)
-        if reason := devices.too_large(fit, device):
+        fit = estimate.fit(model, weight_bytes, device, **limits, unread=unread)
+        if reason := estimate.too_large(fit, device):
             raise MoEdgeError(reason)
         fits[device.name] = {**vars(fit), "needed": fit.needed}
     outputs = {tap["output"]: f"routes.{layer}" for layer, tap in manifest["taps"].items()} if taps else {}

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from moedge.configs import devices
 from moedge.configs.recipe import CONVERT_SECTIONS, Recipe
-from moedge.runtime import devices, run_folder
+from moedge.runtime import run_folder
 from moedge.runtime import stage_bodies as bodies
 from moedge.runtime.fingerprint import fingerprint
 from moedge.runtime.recipe import Stage
@@ -32,6 +33,7 @@ _ENGINE_CODE = (
     "export/bundle.py",
     "export/functions.py",
     "export/lowering/graph.py",
+    "export/nodes.py",
     "export/quantize.py",
     "runtime/engines",
     "runtime/stats.py",
@@ -136,7 +138,8 @@ def build(recipe: Recipe, machine: dict[str, Any]) -> list[Stage]:
                     "export/plugins.py",
                     "runtime/build.py",
                     "runtime/device",
-                    "runtime/devices.py",
+                    "runtime/estimate.py",
+                    *("configs/__init__.py", "configs/devices.py", "configs/files.py"),
                 ),
                 libraries=("tensorrt-rtx-cu13",),
             )
@@ -176,6 +179,7 @@ def build(recipe: Recipe, machine: dict[str, Any]) -> list[Stage]:
                 "runtime/replay.py",
                 "runtime/verification.py",
                 "configs/__init__.py",
+                "configs/files.py",
                 "configs/tolerances.py",
                 "configs/tolerances.yaml",
             ),

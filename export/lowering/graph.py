@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +10,6 @@ import onnx
 import onnx_ir as ir
 
 from moedge import MoEdgeError
-from moedge.export.functions import DOMAIN
 
 
 class Builder:
@@ -82,39 +80,6 @@ def array_of(value: ir.Value | None) -> np.ndarray:
     if value is None or value.const_value is None:
         raise MoEdgeError(f"{value.name if value else 'a missing input'} is not a constant weight.")
     return value.const_value.numpy()
-
-
-def layer_of(sparse_glu: ir.Node) -> int:
-    """Return the model layer of a SparseGLU node, read from the name of its gate weights."""
-    gate = sparse_glu.inputs[3]
-    found = re.search(r"\blayers\.(\d+)\.", str(gate.name)) if gate is not None else None
-    if found is None:
-        raise MoEdgeError(f"Node {sparse_glu.name} has no layer number in the name of its weights.")
-    return int(found[1])
-
-
-def attention_kinds(model: ir.Model) -> list[ir.Node]:
-    """Return the first CausalAttention of each kind: full, sliding window, soft-capped."""
-    kinds: dict[tuple[int, float, float], ir.Node] = {}
-    for node in model.graph:
-        if node.domain == DOMAIN and node.op_type == "CausalAttention":
-            window, cap, scale = (node.attributes[name].value for name in ("window", "softcap", "scale"))
-            kinds.setdefault((window, cap, scale), node)
-    return list(kinds.values())
-
-
-def holds_experts(sparse_glu: ir.Node) -> bool:
-    """Whether a SparseGLU holds a layer's routed experts: a hierarchical layer has others, of other parts."""
-    return str(getattr(sparse_glu.inputs[3], "name", "")).endswith(".mlp.gate")
-
-
-def active_of(sparse_glu: ir.Node) -> int:
-    """Return how many experts a SparseGLU runs for one token."""
-    indices = sparse_glu.inputs[1]
-    shape = indices.shape if indices is not None else None
-    if shape is None or not isinstance(shape[1], int):
-        raise MoEdgeError(f"Node {sparse_glu.name} does not say how many experts it runs; it was not traced by moedge.")
-    return int(shape[1])
 
 
 def same_shape_input(reshape: ir.Node) -> bool:

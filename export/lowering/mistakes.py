@@ -15,8 +15,8 @@ import numpy as np
 import onnx_ir as ir
 
 from moedge import MoEdgeError
-from moedge.export.functions import DOMAIN
 from moedge.export.lowering.graph import array_of, cut, values_by_name
+from moedge.export.nodes import nodes_of
 from moedge.export.quantize import Quantized
 
 MATCH = 0.1
@@ -38,8 +38,8 @@ class FFN:
         Raises:
             MoEdgeError: the graph has no such SparseGLU.
         """
-        for node in model.graph:
-            if node.domain == DOMAIN and node.op_type == "SparseGLU" and node.outputs[0].name == routed:
+        for node in nodes_of(model, "SparseGLU"):
+            if node.outputs[0].name == routed:
                 adds = [use.node for use in node.outputs[0].uses() if use.node.op_type == "Add"]
                 output = adds[0].outputs[0] if adds else node.outputs[0]
                 assert node.inputs[0] is not None

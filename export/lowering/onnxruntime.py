@@ -26,7 +26,8 @@ from moedge.export.lowering import (
     selftest,
     weights,
 )
-from moedge.export.lowering.graph import array_of, attention_kinds, remove_unused
+from moedge.export.lowering.graph import array_of, remove_unused
+from moedge.export.nodes import attention_kinds, nodes_of
 
 # Two float32 evaluations of one block differ by the order of their sums: about sqrt(n) * 2^-24 of the largest output
 # with n terms. n is the widest product of a block: 5.4e-6 for n = 8192 (2.2e-6 measured). Up to n = 1126 it stays.
@@ -50,7 +51,7 @@ def lower(model: ir.Model, *, max_length: int) -> Lowered:
     before = model.clone()
     rewrites, cache = lower_norms_and_attention(model, before, max_length)
     taps: dict[int, dict[str, object]] = {}
-    experts = [node for node in before.graph if node.domain == DOMAIN and node.op_type == "SparseGLU"]
+    experts = nodes_of(before, "SparseGLU")
     if experts:
         illegal = legality.moe_cpu(
             dtype=_dtype(before),
@@ -109,9 +110,7 @@ def fuse_experts(model: ir.Model, before: ir.Model, illegal: str | None, taps: d
     name = "Route + SparseGLU -> MoE"
     if illegal:
         return Rewrite(name, 0, "refused", illegal)
-    outputs = [
-        str(node.outputs[0].name) for node in before.graph if node.domain == DOMAIN and node.op_type == "SparseGLU"
-    ]
+    outputs = [str(node.outputs[0].name) for node in nodes_of(before, "SparseGLU")]
     count, reason, found = ort_moe.fuse(model)
     if not count:
         return Rewrite(name, 0, "refused", reason)

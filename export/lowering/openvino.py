@@ -9,10 +9,10 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from moedge import MoEdgeError
-from moedge.export.functions import DOMAIN, attach
+from moedge.export.functions import DOMAIN
 from moedge.export.lowering import Lowered, Rewrite, portable, selftest
-from moedge.export.lowering.graph import attention_kinds
 from moedge.export.lowering.onnxruntime import BLOCK_LIMIT
+from moedge.export.nodes import attach, attention_kinds, nodes_of
 
 
 def lower(model: ir.Model, *, max_length: int) -> Lowered:
@@ -33,7 +33,7 @@ def lower(model: ir.Model, *, max_length: int) -> Lowered:
     model.opset_imports.pop(DOMAIN, None)
     name = "moedge:: nodes -> their bodies in standard operators"
     attention = [str(node.outputs[0].name) for node in attention_kinds(before)]
-    routed = [str(node.outputs[0].name) for node in nodes if node.op_type == "SparseGLU"]
+    routed = [str(node.outputs[0].name) for node in nodes_of(before, "SparseGLU")]
     tests = [selftest.compare(name, before, model, attention, BLOCK_LIMIT, selftest.attention_cases(before))]
     ends = dict.fromkeys(routed[:1] + routed[-1:])
     tests += [selftest.compare_ffn(name, before, model, ffn, BLOCK_LIMIT) for ffn in ends]

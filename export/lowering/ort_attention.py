@@ -19,8 +19,8 @@ import numpy as np
 import onnx_ir as ir
 
 from moedge import MoEdgeError
-from moedge.export.functions import DOMAIN
 from moedge.export.lowering.graph import Builder, array_of, constant_of, evaluate, remove_unused, same_shape_input
+from moedge.export.nodes import nodes_of
 
 _ROTARY_DOMAIN = "ai.onnxruntime._fusion"
 HIDDEN = -1.0e9
@@ -175,7 +175,7 @@ def fuse(model: ir.Model, max_length: int, *, padding: bool = True) -> tuple[int
     ``max_length`` is the longest sequence that the rotary tables, hence the graph, can hold. ``padding=False`` leaves
     out the bias that hides left padding: the rows of a batch are then equally long.
     """
-    nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type == "CausalAttention"]
+    nodes = nodes_of(model, "CausalAttention")
     if not nodes:
         return 0, "the graph has no CausalAttention node"
     matches = [_match(node) for node in nodes]

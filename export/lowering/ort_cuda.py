@@ -17,10 +17,10 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from moedge import MoEdgeError
-from moedge.export.functions import DOMAIN
 from moedge.export.lowering import Lowered, Rewrite, half, legality, onnxruntime, ort_matmul, portable, selftest
 from moedge.export.lowering.graph import remove_unused
 from moedge.export.lowering.tensorrt import HALF_LIMIT
+from moedge.export.nodes import nodes_of
 
 
 def lower(model: ir.Model, *, max_length: int) -> Lowered:
@@ -33,7 +33,7 @@ def lower(model: ir.Model, *, max_length: int) -> Lowered:
     if reason := legality.runtime():
         raise MoEdgeError(f"Cannot lower for ort-cuda: {reason}.")
     before = model.clone()
-    experts = [node for node in before.graph if node.domain == DOMAIN and node.op_type == "SparseGLU"]
+    experts = nodes_of(before, "SparseGLU")
     rewrites, cache = onnxruntime.lower_norms_and_attention(model, before, max_length, padding=False)
     if cache["kind"] != "shared_buffer":
         raise MoEdgeError(f"Cannot lower for ort-cuda: {rewrites[-1].reason}; use --target ort-cpu or tensorrt.")

@@ -16,17 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from moedge.export.functions import DOMAIN, routed_directly
-from moedge.export.lowering.graph import (
-    Builder,
-    active_of,
-    array_of,
-    constant_of,
-    holds_experts,
-    layer_of,
-    remove_unused,
-    values_by_name,
-)
+from moedge.export.lowering.graph import Builder, array_of, constant_of, remove_unused, values_by_name
+from moedge.export.nodes import active_of, holds_experts, layer_of, nodes_of, routed_directly
 
 UNSELECTED = -1.0e4
 """Logit of an unselected expert: its softmax weight is exactly 0 beside any log(w) above -9.9e3; fits float16."""
@@ -49,7 +40,7 @@ def interleave(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
 
 def fuse(model: ir.Model) -> tuple[int, str, dict[int, Tap]]:
     """Replace every SparseGLU; return how many, why the rest (if any) were left, and the routing taps by layer."""
-    nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type == "SparseGLU"]
+    nodes = nodes_of(model, "SparseGLU")
     if not nodes:
         return 0, "the graph has no SparseGLU node", {}
     activations = {node.attributes["activation"].as_string() for node in nodes}
@@ -65,7 +56,7 @@ def fuse(model: ir.Model) -> tuple[int, str, dict[int, Tap]]:
             taps[layer] = tap
     remove_unused(model)
     # A Route that is left either weighs experts (its body stays), or composes a hierarchy with weights 1.
-    for route in [node for node in model.graph if node.domain == DOMAIN and node.op_type == "Route"]:
+    for route in nodes_of(model, "Route"):
         if route.attributes["rule"].as_string() == "unit":
             _replace_route(Builder(model, before=route), route)
     remove_unused(model)

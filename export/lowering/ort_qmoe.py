@@ -28,11 +28,11 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from moedge.export.functions import DOMAIN
 from moedge.export.lowering import ort_moe
-from moedge.export.lowering.graph import Builder, array_of, constant_of, layer_of, remove_unused, values_by_name
+from moedge.export.lowering.graph import Builder, array_of, constant_of, remove_unused, values_by_name
 from moedge.export.lowering.ort_moe import Tap
 from moedge.export.lowering.ort_nbits import INT8_ACTIVATIONS, initializers
+from moedge.export.nodes import layer_of, nodes_of
 from moedge.export.quantize import BLOCK, Quantized
 
 
@@ -68,7 +68,7 @@ def fuse(
     model: ir.Model, weights: Mapping[str, Quantized], *, form: str = "weights"
 ) -> tuple[int, dict[int, Tap], list[str]]:
     """Replace every SparseGLU; return how many, the routing taps by layer, and the name of each layer's output."""
-    nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type == "SparseGLU"]
+    nodes = nodes_of(model, "SparseGLU")
     taps, outputs = {}, []
     for node in nodes:
         layer = layer_of(node)

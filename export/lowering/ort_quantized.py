@@ -20,7 +20,6 @@ import numpy as np
 import onnx_ir as ir
 
 from moedge import MoEdgeError
-from moedge.export.functions import DOMAIN, routed_directly
 from moedge.export.lowering import (
     Lowered,
     Rewrite,
@@ -33,7 +32,8 @@ from moedge.export.lowering import (
     weights,
 )
 from moedge.export.lowering import onnxruntime as ort_cpu
-from moedge.export.lowering.graph import array_of, layer_of, remove_unused
+from moedge.export.lowering.graph import array_of, remove_unused
+from moedge.export.nodes import layer_of, nodes_of, routed_directly
 from moedge.export.quantize import BLOCK, QUANTISED, Quantized, account, quantize, stored_bytes
 
 INT8_LIMIT = 4e-2
@@ -117,7 +117,7 @@ def lower(
 
 def _check(model: ir.Model, target: str) -> None:
     """Refuse what the kernels cannot hold; see :mod:`legality`."""
-    experts = [node for node in model.graph if node.domain == DOMAIN and node.op_type == "SparseGLU"]
+    experts = nodes_of(model, "SparseGLU")
     if not all(map(routed_directly, experts)):
         raise MoEdgeError(f"Cannot lower experts inside experts for {target}; export a hierarchical model to ort-cpu.")
     dtypes = {value.dtype for value in model.graph.initializers.values() if value.dtype}
@@ -250,15 +250,14 @@ def _where(model: ir.Model, chosen: dict[str, weights.Weight], before: ir.Model)
                 places[name] = {"tensor": tensor, "rows": [row, row + rows], "layout": chosen[name].layout}
                 places[name]["columns"] = chosen[name].columns
                 row += rows
-    for node in before.graph:
-        if node.domain == DOMAIN and node.op_type == "SparseGLU":
-            layer = layer_of(node)
-            for part, value in zip(("gate", "up", "down"), node.inputs[3:6], strict=True):
-                assert value is not None
-                shape = chosen[str(value.name)].shape
-                stack = "down" if part == "down" else "gate_up"
-                places[str(value.name)] = {"tensor": f"experts.layers.{layer}.{stack}", "part": part, "layout": "ENK"}
-                places[str(value.name)]["rows"], places[str(value.name)]["columns"] = [0, shape[1]], shape[2]
+    for node in nodes_of(before, "SparseGLU"):
+        layer = layer_of(node)
+        for part, value in zip(("gate", "up", "down"), node.inputs[3:6], strict=True):
+            assert value is not None
+            shape = chosen[str(value.name)].shape
+            stack = "down" if part == "down" else "gate_up"
+            places[str(value.name)] = {"tensor": f"experts.layers.{layer}.{stack}", "part": part, "layout": "ENK"}
+            places[str(value.name)]["rows"], places[str(value.name)]["columns"] = [0, shape[1]], shape[2]
     if missing := set(chosen) - set(places):
         name = sorted(missing)[0]
         raise MoEdgeError(f"{name} was quantised but is not in the lowered graph. This is a bug; report it.")

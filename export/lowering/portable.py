@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from moedge.export.functions import DOMAIN, attach
 from moedge.export.lowering import Lowered, Rewrite
-from moedge.export.lowering.graph import active_of, holds_experts, layer_of
+from moedge.export.nodes import active_of, attach, holds_experts, layer_of, nodes_of
 
 
 def lower(model: ir.Model, *, max_length: int) -> Lowered:
@@ -25,9 +24,8 @@ def lower(model: ir.Model, *, max_length: int) -> Lowered:
 def taps(model: ir.Model) -> dict[int, dict[str, object]]:
     """Say where each layer's routing can be read: the indices of the SparseGLU that holds its routed experts."""
     found: dict[int, dict[str, object]] = {}
-    for node in model.graph:
-        if node.domain == DOMAIN and node.op_type == "SparseGLU" and holds_experts(node):
-            indices = node.inputs[1]
-            assert indices is not None
-            found[layer_of(node)] = {"output": str(indices.name), "kind": "indices", "top_k": active_of(node)}
+    for node in filter(holds_experts, nodes_of(model, "SparseGLU")):
+        indices = node.inputs[1]
+        assert indices is not None
+        found[layer_of(node)] = {"output": str(indices.name), "kind": "indices", "top_k": active_of(node)}
     return found

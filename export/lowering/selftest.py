@@ -17,7 +17,8 @@ import onnx_ir as ir
 
 from moedge import MoEdgeError
 from moedge.export.lowering import mistakes
-from moedge.export.lowering.graph import attention_kinds, cut, upstream, values_by_name
+from moedge.export.lowering.graph import cut, upstream, values_by_name
+from moedge.export.nodes import attention_kinds
 from moedge.export.quantize import Quantized
 
 

@@ -15,9 +15,10 @@ from dataclasses import asdict
 import onnx_ir as ir
 
 from moedge import MoEdgeError
-from moedge.export.functions import DOMAIN, routed_directly
+from moedge.export.functions import DOMAIN
 from moedge.export.lowering import Lowered, Rewrite, half, legality, selftest, trt_attention, trt_experts, trt_plugins
-from moedge.export.lowering.graph import attention_kinds, layer_of, remove_unused
+from moedge.export.lowering.graph import remove_unused
+from moedge.export.nodes import attention_kinds, layer_of, nodes_of, routed_directly
 from moedge.runtime.device.moedge_plugins import OLDEST
 
 NEWEST = "11.0"
@@ -46,8 +47,8 @@ def lower_half(
     Raises:
         MoEdgeError: the weights are not float32, no runtime is here to execute the self-tests, or one of them fails.
     """
-    experts = [node for node in model.graph if node.domain == DOMAIN and node.op_type == "SparseGLU"]
-    routes = [node for node in model.graph if node.domain == DOMAIN and node.op_type == "Route"]
+    experts = nodes_of(model, "SparseGLU")
+    routes = nodes_of(model, "Route")
     weights = {value.dtype for value in model.graph.initializers.values() if value.dtype is not None}
     if not all(map(routed_directly, experts)):
         raise MoEdgeError(

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from moedge.export.functions import DOMAIN
 from moedge.export.lowering import Lowered, Rewrite, legality
 from moedge.export.lowering.tensorrt import lower_half
+from moedge.export.nodes import nodes_of
 
 
 def lower(model: ir.Model, *, max_length: int) -> Lowered:
     """Rewrite ``model`` in place; see :func:`moedge.export.lowering.tensorrt.lower_half`."""
     heads = {
-        int(node.inputs[0].shape[3])
-        for node in model.graph
-        if node.domain == DOMAIN and node.op_type == "CausalAttention" and node.inputs[0].shape is not None
+        int(node.inputs[0].shape[3]) for node in nodes_of(model, "CausalAttention") if node.inputs[0].shape is not None
     }
     illegal = legality.attention_operator(head_dim=min(heads, default=legality.SMALLEST_HEAD))
     lowered = lower_half(model, max_length=max_length, attention="products" if illegal else "operator")

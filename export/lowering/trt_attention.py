@@ -15,8 +15,8 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from moedge.export.functions import DOMAIN
 from moedge.export.lowering.graph import Builder, constant_of, remove_unused, upstream
+from moedge.export.nodes import nodes_of
 
 Form = Literal["operator", "products"]
 HIDDEN = -3.0e4
@@ -92,7 +92,7 @@ def rewrite(model: ir.Model, form: Form) -> int:
 
     Soft-capped scores always take the form ``products``.
     """
-    nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type == "CausalAttention"]
+    nodes = nodes_of(model, "CausalAttention")
     if not nodes:
         return 0
     if form == "operator":

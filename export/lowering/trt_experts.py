@@ -17,9 +17,9 @@ import numpy as np
 import onnx_ir as ir
 
 from moedge import MoEdgeError
-from moedge.export.functions import DOMAIN
 from moedge.export.lowering import trt_plugins
-from moedge.export.lowering.graph import Builder, active_of, array_of, constant_of, remove_unused
+from moedge.export.lowering.graph import Builder, array_of, constant_of, remove_unused
+from moedge.export.nodes import active_of, nodes_of
 from moedge.runtime.device.moedge_plugins import refusal
 from moedge.runtime.device.moedge_trt import DeviceError
 
@@ -45,7 +45,7 @@ def choose(model: ir.Model, tensorrt: str | None) -> tuple[Form, str]:
     reason = reason or trt_plugins.refusal(model)
     if reason is None:
         return "plugins", f"TensorRT {tensorrt} takes kernels compiled ahead of time"
-    one_token = {by_bytes(*_sizes(node), 1)[1] for node in trt_plugins.experts(model)}
+    one_token = {by_bytes(*_sizes(node), 1)[1] for node in nodes_of(model, "SparseGLU")}
     return "merged", "; ".join([reason, *sorted(one_token)])
 
 
@@ -70,7 +70,7 @@ def by_bytes(num_experts: int, top_k: int, tokens: int) -> tuple[Form, str]:
 
 def rewrite(model: ir.Model, form: Form) -> int:
     """Replace every SparseGLU in place; return how many."""
-    nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type == "SparseGLU"]
+    nodes = nodes_of(model, "SparseGLU")
     for node in nodes:
         _Layer(model, node).rewrite(form)
     remove_unused(model)

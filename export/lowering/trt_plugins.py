@@ -18,7 +18,8 @@ import onnx_ir as ir
 
 from moedge.export import functions, plugins
 from moedge.export.functions import DOMAIN
-from moedge.export.lowering.graph import Builder, active_of, remove_unused
+from moedge.export.lowering.graph import Builder, remove_unused
+from moedge.export.nodes import active_of, nodes_of
 from moedge.runtime.device.moedge_plugins import PLUGINS, node_type
 
 MOST_EXPERTS = 512
@@ -27,7 +28,7 @@ MOST_EXPERTS = 512
 
 def refusal(model: ir.Model) -> str | None:
     """Return why the kernels cannot take a layer of the model, or None. Types are not known yet: half follows."""
-    for node in experts(model):
+    for node in nodes_of(model, "SparseGLU"):
         count, width, _ = (int(size) for size in node.inputs[3].shape)
         if count > MOST_EXPERTS:
             return f"a layer has {count} experts, the kernels take {MOST_EXPERTS}"
@@ -36,15 +37,10 @@ def refusal(model: ir.Model) -> str | None:
     return None
 
 
-def experts(model: ir.Model) -> list[ir.Node]:
-    """Return the SparseGLU nodes of a graph, in its order."""
-    return [node for node in model.graph if node.domain == DOMAIN and node.op_type == "SparseGLU"]
-
-
 def rewrite(model: ir.Model) -> int:
     """Replace every SparseGLU of a typed graph in place and attach the bodies; return how many were replaced."""
-    nodes = experts(model)
-    rule = {n.attributes["rule"].as_string() for n in model.graph if n.domain == DOMAIN and n.op_type == "Route"}
+    nodes = nodes_of(model, "SparseGLU")
+    rule = {node.attributes["rule"].as_string() for node in nodes_of(model, "Route")}
     facts = {(node.attributes["activation"].as_string(), len(node.inputs) == 7) for node in nodes}
     for node in nodes:
         _chain(model, node)

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from moedge.configs import devices
 from moedge.runtime import build as builder
-from moedge.runtime import devices
 from moedge.runtime.progress import single
 
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from moedge._files import sha256_file
-from moedge.runtime import devices
+from moedge.configs import devices
 from moedge.runtime.progress import single
 
 

@@ -148,10 +148,11 @@ def routers(path: Path, taps: dict[int, dict[str, Any]]) -> tuple[bytes, dict[in
     """
     import onnx_ir as ir
 
-    from moedge.export.lowering.graph import cut, layer_of, values_by_name
+    from moedge.export.lowering.graph import cut, values_by_name
+    from moedge.export.nodes import layer_of, nodes_of
 
     model = ir.load(path)
-    experts = [node for node in model.graph if (node.domain, node.op_type) == ("moedge", "SparseGLU")]
+    experts = nodes_of(model, "SparseGLU")
     inputs = {layer_of(node): str(node.inputs[0].name) for node in experts if node.inputs[0] is not None}
     stops = set(inputs.values())
     outputs = [tap["output"] for tap in taps.values()]

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 from moedge import MoEdgeError
+from moedge.configs import devices
 from moedge.export import device_archive
 from moedge.export.bundle import open_bundle
-from moedge.runtime import devices, reduction
+from moedge.runtime import reduction
 from moedge.runtime.commands import report
 from moedge.runtime.device import moedge_compare
 

@@ -196,7 +196,7 @@ class Block:
                 if bias:
                     value.const_value = ir.tensor(generator.normal(0, 2, EXPERTS).astype(np.float32), name=value.name)
         if rule != "unit":
-            from moedge.export import functions
+            from moedge.export import nodes
 
             model.functions.clear()
             if rule == "scaled":
@@ -211,7 +211,7 @@ class Block:
                         )
                         model.graph.register_initializer(scale)
                         node.replace_input_with(2, scale)
-            functions.attach(model, form="dense")
+            nodes.attach(model, form="dense")
         table = weights.collect(model)
         chosen = {n: w for n, w in table.items() if w.tensor_class in ("experts", "shared")}
         values = model.graph.initializers

@@ -9,12 +9,12 @@ import pytest
 
 from moedge import MoEdgeError
 from moedge._files import atomic_dir
-from moedge.export import bundle, functions
+from moedge.configs import devices
+from moedge.export import bundle, nodes
 from moedge.export.functions import DOMAIN
 from moedge.export.lowering import half, selftest, tensorrt, trt_attention, trt_experts
 from moedge.export.lowering.graph import Builder
 from moedge.export.pipeline import lower
-from moedge.runtime import devices
 from moedge.runtime.engines import open_engine
 from moedge.runtime.engines.torch import TorchEngine
 
@@ -185,7 +185,7 @@ def test_other_activations_rules_and_compensation_lower(bundles, version):
             extra = builder.initializer(f"{node.name}.c", 0.1 * rng.standard_normal((6, 32), np.float32))
             node.resize_inputs(7)
             node.replace_input_with(6, extra)
-    functions.attach(graph, form="dense")
+    nodes.attach(graph, form="dense")
     lowered = tensorrt.lower(graph, max_length=64, tensorrt=version)
     assert [entry.self_test["passed"] for entry in lowered.rewrites if entry.self_test] == [True, True, True]
     names = {node.op_type for node in graph.graph if node.domain == DOMAIN}

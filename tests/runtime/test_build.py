@@ -104,7 +104,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("tensorrt-rtx", "h100", "export the target tensorrt"),
         ("tensorrt", "rtx-2080-ti", "export tensorrt-rtx instead"),
         ("portable", "rtx-4090", "needs no engine"),
-        ("tensorrt-rtx", "rtx-9090", "Unknown device"),
+        ("tensorrt-rtx", "rtx-9090", "No device 'rtx-9090'"),
         ("tensorrt-rtx", "rtx-2080-ti", r"no float32 matrix product for .*\(SM75\), and routers are float32"),
     ],
 )
@@ -116,9 +116,9 @@ def test_what_cannot_be_built_is_refused_with_what_can(tmp_path: Path, target: s
 
 
 def test_too_little_memory_is_said_before_building(toy: Path, tmp_path: Path) -> None:
-    from moedge.runtime import devices
+    from moedge.configs import files
 
-    profile = (devices.FOLDER / "rtx-4090.yaml").read_text().replace("memory_gib: 24", "memory_gib: 0.00001")
+    profile = files.packaged("device")["rtx-4090"].read_text().replace("memory_gib: 24", "memory_gib: 0.00001")
     (tmp_path / "small.yaml").write_text(profile)
     with pytest.raises(MoEdgeError, match="GiB"):
         builder.build(toy, tmp_path / "engine", [str(tmp_path / "small.yaml")])
@@ -319,7 +319,7 @@ def test_a_bundle_becomes_an_engine_for_several_gpus(toy: Path, tmp_path: Path) 
 def test_what_tensorrt_rtx_has_is_what_the_profiles_say() -> None:
     import tensorrt_rtx
 
-    from moedge.runtime import devices
+    from moedge.configs import devices
 
     members = {name for name in tensorrt_rtx.ComputeCapability.__members__ if name.startswith("SM")}
     assert members == {"SM" + capability.replace(".", "") for capability in devices.RTX_CAPABILITIES}

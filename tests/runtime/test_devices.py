@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from moedge import MoEdgeError
-from moedge.runtime import devices
+from moedge.configs import devices, files
+from moedge.runtime import estimate
 
 MODEL = {"num_layers": 30, "num_kv_heads": 3, "head_dim": 64, "vocab_size": 49152}
 
@@ -44,9 +45,10 @@ def test_a_jetson_is_sent_to_its_archive_and_a_data_centre_gpu_to_tensorrt() -> 
     ("text", "message"),
     [
         ("label: x", "schema"),
-        ("a: [", "cannot be read"),
-        ("[]", "cannot be read"),
-        (None, "Unknown device"),
+        ("label: x\nlabel: y", "given twice"),
+        ("a: [", "line 1: expected"),
+        ("[]", "a device is a mapping"),
+        (None, "No device"),
     ],
 )
 def test_a_bad_profile_is_one_sentence(tmp_path: Path, text: str | None, message: str) -> None:
@@ -58,7 +60,7 @@ def test_a_bad_profile_is_one_sentence(tmp_path: Path, text: str | None, message
 
 
 def test_a_profile_of_ones_own_by_path(tmp_path: Path) -> None:
-    text = (devices.FOLDER / "rtx-4090.yaml").read_text().replace("memory_gib: 24", "memory_gib: 12")
+    text = files.packaged("device")["rtx-4090"].read_text().replace("memory_gib: 24", "memory_gib: 12")
     (tmp_path / "mine.yaml").write_text(text)
     device = devices.load(str(tmp_path / "mine.yaml"))
     assert (device.name, device.memory_gib, device.sm) == ("mine", 12, "SM89")
@@ -66,13 +68,23 @@ def test_a_profile_of_ones_own_by_path(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["nothing", "../rtx-4090", "configs/devices/rtx-4090"])
 def test_names_are_names(name: str) -> None:
-    with pytest.raises(MoEdgeError, match="Unknown device"):
+    with pytest.raises(MoEdgeError, match="No device"):
         devices.load(name)
+
+
+def test_only_the_experts_that_are_not_selected_are_unread() -> None:
+    layers = {"0": {"num_experts": 10, "top_k": 6, "expert_width": 8}, "1": {"num_experts": 0, "top_k": 0}}
+    layers["1"]["expert_width"] = 0
+    assert estimate.unread_bytes({"layers": layers}, 16) == 4 * 3 * 8 * 16 * 2
+    assert estimate.unread_bytes(None, 16) == 0
+    assert estimate.routed({"layers": layers})
+    assert not estimate.routed({"layers": {"1": layers["1"]}})
+    assert not estimate.routed(None)
 
 
 def test_fit_counts_weights_cache_and_logits_and_bounds_the_speed() -> None:
     device = devices.load("jetson-agx-orin")
-    fit = devices.fit(MODEL, 270_000_000, device, max_length=2048, max_prompt=1024, batch=1)
+    fit = estimate.fit(MODEL, 270_000_000, device, max_length=2048, max_prompt=1024, batch=1)
     cache = 2048 * 30 * 2 * 3 * 64 * 2  # tokens, layers, key and value, heads, size, bytes
     assert fit.cache == 2 * cache
     assert fit.needed == 270_000_000 + 2 * cache + 1024 * 49152 * 2

@@ -1,0 +1,90 @@
+"""Device profiles: what an engine is built for, and which targets the device takes.
+
+A profile is a small YAML file in ``configs/devices`` (or anywhere, given by path). Its numbers are the vendor's, peak.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from moedge import MoEdgeError
+from moedge.configs import files as yaml_files
+from moedge.configs.files import first_problem
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+"""What TensorRT for RTX 1.7 builds engines for (its ComputeCapability enumeration)."""
+
+
+class Device(BaseModel):
+    """One device. ``targets`` are the TensorRT targets that its engines may have, best first."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
+
+    schema_: Literal["moedge.device/1"] = Field(alias="schema")
+    name: str
+    label: Annotated[str, Field(min_length=1)]
+    compute_capability: Annotated[str, Field(pattern=r"^\d{1,2}\.\d$")]
+    architecture: Annotated[str, Field(min_length=1)]
+    memory_gib: Positive
+    bandwidth_gb_s: Positive
+    unified_memory: bool
+    targets: Annotated[tuple[Literal["tensorrt", "tensorrt-rtx"], ...], Field(min_length=1, strict=False)]
+    tensorrt: Annotated[str, Field(pattern=r"^\d{1,2}\.\d{1,2}$")] | None = None
+    """The TensorRT that its system ships, or the oldest to install there where nothing ships one."""
+
+    @model_validator(mode="after")
+    def _says_its_version(self) -> Device:
+        if "tensorrt" in self.targets and self.tensorrt is None:
+            raise ValueError("target tensorrt needs the key tensorrt: the version on the device, such as 10.3")
+        return self
+
+    @property
+    def sm(self) -> str:
+        """The architecture as CUDA names it, e.g. ``SM89``."""
+        return "SM" + self.compute_capability.replace(".", "")
+
+
+def names() -> list[str]:
+    """Names of the packaged profiles."""
+    return list(yaml_files.packaged("device"))
+
+
+def load(device: str) -> Device:
+    """Read a packaged profile by name, or a YAML file by path.
+
+    Raises:
+        MoEdgeError: there is none, or a key is unknown, missing or impossible.
+    """
+    path, text = yaml_files.read(device, "device")
+    content = yaml_files.parse(text, str(path), "device")
+    try:
+        return Device.model_validate({"name": path.stem, **content})
+    except ValidationError as error:
+        raise MoEdgeError(f"Device profile {path}: {first_problem(error)}.") from error
+
+
+def refusal(target: str, device: Device) -> str | None:
+    """Return why an engine of ``target`` cannot be built for ``device``, naming what can, or None."""
+    if target not in ("tensorrt", "tensorrt-rtx"):
+        return (
+            f"A {target} bundle is run by ONNX Runtime as it is and needs no engine; export tensorrt or tensorrt-rtx."
+        )
+    if target in device.targets:
+        return None
+    others = " or ".join(device.targets)
+    if target == "tensorrt-rtx":
+        instead = (
+            f"make an archive with `moedge bundle CHECKPOINT OUT.tar --target {device.name}` and build on the device"
+            if device.unified_memory
+            else f"export the target {others} and build the engine on the device"
+        )
+        supported = ", ".join(RTX_CAPABILITIES)
+        return (
+            f"TensorRT for RTX has no engines for {device.label} ({device.sm}); it supports compute capabilities "
+            f"{supported}. Instead, {instead}."
+        )
+    return f"TensorRT does not support {device.label} ({device.sm}) any more; export {others} instead."

@@ -1,0 +1,90 @@
+"""The ``moedge::`` nodes of a graph: find them, ask what they are, give them their function bodies."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import onnx_ir as ir
+
+from moedge import MoEdgeError
+from moedge.export.functions import DOMAIN, VERSION, bodies
+
+
+def nodes_of(model: ir.Model, operator: str) -> list[ir.Node]:
+    """Return the nodes of one operator of ours, such as ``SparseGLU``, in the order of the graph."""
+    return [node for node in model.graph if node.domain == DOMAIN and node.op_type == operator]
+
+
+def layer_of(sparse_glu: ir.Node) -> int:
+    """Return the model layer of a SparseGLU node, read from the name of its gate weights."""
+    gate = sparse_glu.inputs[3]
+    found = re.search(r"\blayers\.(\d+)\.", str(gate.name)) if gate is not None else None
+    if found is None:
+        raise MoEdgeError(f"Node {sparse_glu.name} has no layer number in the name of its weights.")
+    return int(found[1])
+
+
+def attention_kinds(model: ir.Model) -> list[ir.Node]:
+    """Return the first CausalAttention of each kind: full, sliding window, soft-capped."""
+    kinds: dict[tuple[int, float, float], ir.Node] = {}
+    for node in nodes_of(model, "CausalAttention"):
+        window, cap, scale = (node.attributes[name].value for name in ("window", "softcap", "scale"))
+        kinds.setdefault((window, cap, scale), node)
+    return list(kinds.values())
+
+
+def holds_experts(sparse_glu: ir.Node) -> bool:
+    """Whether a SparseGLU holds a layer's routed experts: a hierarchical layer has others, of other parts."""
+    return str(getattr(sparse_glu.inputs[3], "name", "")).endswith(".mlp.gate")
+
+
+def active_of(sparse_glu: ir.Node) -> int:
+    """Return how many experts a SparseGLU runs for one token."""
+    indices = sparse_glu.inputs[1]
+    shape = indices.shape if indices is not None else None
+    if shape is None or not isinstance(shape[1], int):
+        raise MoEdgeError(f"Node {sparse_glu.name} does not say how many experts it runs; it was not traced by moedge.")
+    return int(shape[1])
+
+
+def routed_directly(sparse_glu: ir.Node) -> bool:
+    """Whether a Route node gives a SparseGLU its experts; those of a hierarchical layer are composed after it."""
+    indices = sparse_glu.inputs[1]
+    route = indices.producer() if indices is not None else None
+    return route is not None and route.op_type == "Route"
+
+
+def attach(model: ir.Model, *, form: str) -> None:
+    """Give every ``moedge::`` node of the graph its function body; ``form`` is that of SparseGLU.
+
+    Raises:
+        MoEdgeError: the layers mix weight rules, activations, or with and without compensation or soft capping.
+    """
+    experts, attention = (nodes_of(model, name) for name in ("SparseGLU", "CausalAttention"))
+
+    def only(what: str, values: set[Any], default: Any) -> Any:
+        if len(values) > 1:
+            listed = ", ".join(map(str, sorted(values)))
+            raise MoEdgeError(f"The layers mix {what} ({listed}); use one for the whole model.")
+        return next(iter(values), default)
+
+    protos = bodies(
+        activation=only("activations", {node.attributes["activation"].as_string() for node in experts}, "silu"),
+        rule=only("weight rules", {n.attributes["rule"].as_string() for n in nodes_of(model, "Route")}, "unit"),
+        compensation=only("layers with and without compensation", {len(node.inputs) == 7 for node in experts}, False),
+        window=any(node.attributes["window"].as_int() for node in attention),
+        softcap=only(
+            "capped and uncapped attention", {n.attributes["softcap"].as_float() > 0 for n in attention}, False
+        ),
+        form=form,
+        repeats=any(not routed_directly(node) for node in experts),
+    )
+    model.functions.clear()
+    needed = {node.op_type for node in model.graph if node.domain == DOMAIN}
+    if form == "chain" and experts:
+        needed |= {"Dispatch", "GroupedGLU", "GroupedLinear", "Combine"}
+    for name in sorted(needed):
+        function = ir.serde.deserialize_function(protos[name])
+        model.functions[function.identifier()] = function
+    model.opset_imports[DOMAIN] = VERSION
