@@ -11,7 +11,7 @@ import onnx_ir as ir
 from moedge import MoEdgeError
 from moedge.export.functions import DOMAIN
 from moedge.export.lowering import Lowered, Rewrite, portable, selftest
-from moedge.export.lowering.onnxruntime import BLOCK_LIMIT
+from moedge.export.lowering.onnxruntime import block_limit
 from moedge.export.nodes import attach, attention_kinds, nodes_of
 
 
@@ -34,9 +34,10 @@ def lower(model: ir.Model, *, max_length: int) -> Lowered:
     name = "moedge:: nodes -> their bodies in standard operators"
     attention = [str(node.outputs[0].name) for node in attention_kinds(before)]
     routed = [str(node.outputs[0].name) for node in nodes_of(before, "SparseGLU")]
-    tests = [selftest.compare(name, before, model, attention, BLOCK_LIMIT, selftest.attention_cases(before))]
+    limit = block_limit(before)
+    tests = [selftest.compare(name, before, model, attention, limit, selftest.attention_cases(before))]
     ends = dict.fromkeys(routed[:1] + routed[-1:])
-    tests += [selftest.compare_ffn(name, before, model, ffn, BLOCK_LIMIT) for ffn in ends]
+    tests += [selftest.compare_ffn(name, before, model, ffn, limit) for ffn in ends]
     worst = max(tests, key=lambda test: (not test.passed, test.max_rel_error))
     if not worst.passed:
         raise MoEdgeError(f"{worst.failure()} Use --target portable and report the version of onnx-ir.")

@@ -1,5 +1,6 @@
 """Tiny exported models: tracing takes seconds, so each is made once a session and only read by tests."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -35,3 +36,11 @@ def bundles(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
         for target, path in export(checkpoint, root / kind, ["portable", "ort-cpu"], label=kind).items():
             made[f"{kind}/{target}"] = path
     return made
+
+
+@pytest.fixture(scope="session")
+def source(bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds the bundle ``portable`` of the MoE, as ``moedge bundle`` takes it."""
+    root = tmp_path_factory.mktemp("source")
+    shutil.copytree(bundles["moe/portable"], root / "portable")
+    return root

@@ -207,6 +207,66 @@ EXPORTED = (
 )
 
 
+def install(folder: Path, wheel: str, major: int) -> tuple[Path, Path]:
+    """Fetch TensorRT's Python bindings and make empty stand-ins for its libraries; return both folders."""
+    compiler = shutil.which("cc")
+    assert compiler, "a C compiler makes the stand-ins for TensorRT's libraries"
+    bindings, stand_ins = folder / "bindings", folder / "libraries"
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", bindings, wheel]
+    subprocess.run(command, check=True, timeout=300)
+    stand_ins.mkdir()
+    source = folder / "stand_in.c"
+    source.write_text("".join(STAND_IN.format(name) for name in EXPORTED.split()))
+    for name in (f"{library}.so.{major}" for library in ("libnvinfer", "libnvinfer_plugin", "libnvonnxparser")):
+        command = [compiler, "-shared", "-fPIC", f"-Wl,-soname,{name}", "-o", stand_ins / name, source]
+        subprocess.run(command, check=True, timeout=60)
+    return bindings, stand_ins
+
+
+# What moedge_trt.py and moedge_session.py ask of TensorRT.
+USED = """
+    ILogger.ERROR ILogger.INTERNAL_ERROR NetworkDefinitionCreationFlag
+    Builder.create_network Builder.create_builder_config Builder.create_optimization_profile
+    Builder.build_serialized_network
+    OnnxParser.parse_from_file OnnxParser.num_errors OnnxParser.get_error
+    INetworkDefinition.num_inputs INetworkDefinition.get_input INetworkDefinition.num_layers
+    INetworkDefinition.get_layer INetworkDefinition.mark_output ILayer.num_outputs ILayer.get_output ITensor.name
+    IBuilderConfig.create_timing_cache IBuilderConfig.set_timing_cache IBuilderConfig.get_timing_cache
+    IBuilderConfig.add_optimization_profile IOptimizationProfile.set_shape ITimingCache.serialize
+    Runtime.deserialize_cuda_engine ICudaEngine.num_io_tensors ICudaEngine.get_tensor_name
+    ICudaEngine.create_execution_context IExecutionContext.set_optimization_profile_async
+    IExecutionContext.set_input_shape IExecutionContext.set_tensor_address IExecutionContext.execute_async_v3
+"""
+FIND = """
+import ctypes, sys
+from operator import attrgetter
+from pathlib import Path
+for library in sorted(Path(sys.argv[2]).glob("*.so*")):
+    ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+sys.path.insert(0, sys.argv[1])
+import tensorrt_bindings as trt
+for name in sys.argv[3:]:
+    attrgetter(name)(trt)
+print(trt.__version__)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.network
+@pytest.mark.parametrize(
+    ("wheel", "major", "version"),
+    [("tensorrt-cu12-bindings==10.3.0", 10, "10.3."), ("tensorrt-cu13-bindings>=11,<12", 11, "11.")],
+)
+def test_the_oldest_and_the_newest_tensorrt_have_what_the_scripts_use(
+    tmp_path: Path, wheel: str, major: int, version: str
+) -> None:
+    """JetPack 6 ships 10.3; 11 removed what 10 deprecated."""
+    command = [sys.executable, "-c", FIND, *map(str, install(tmp_path, wheel, major)), *USED.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith(version)
+
+
 @pytest.mark.slow
 @pytest.mark.network
 @pytest.mark.parametrize(
@@ -218,18 +278,7 @@ def test_tensorrt_accepts_the_plugins(tmp_path: Path, wheel: str, major: int) ->
     The bindings are on PyPI (the newest, and the oldest that takes the plugins), TensorRT's C++ libraries are not;
     empty ones let the module load.
     """
-    compiler = shutil.which("cc")
-    assert compiler, "a C compiler makes the stand-ins for TensorRT's libraries"
-    bindings, stand_ins = tmp_path / "bindings", tmp_path / "libraries"
-    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", bindings]
-    subprocess.run([*install, wheel], check=True, timeout=300)
-    stand_ins.mkdir()
-    source = tmp_path / "stand_in.c"
-    source.write_text("".join(STAND_IN.format(name) for name in EXPORTED.split()))
-    for name in (f"{library}.so.{major}" for library in ("libnvinfer", "libnvinfer_plugin", "libnvonnxparser")):
-        command = [compiler, "-shared", "-fPIC", f"-Wl,-soname,{name}", "-o", stand_ins / name, source]
-        subprocess.run(command, check=True, timeout=60)
-
+    bindings, stand_ins = install(tmp_path, wheel, major)
     asked, rules = [], []
     for name in plugins.PLUGINS:
         plugin, given, attributes = case(name)
