@@ -288,3 +288,34 @@ def test_a_tap_that_the_graph_lacks_stops_the_build(typed):
         moedge_trt.build(
             moedge_trt.load_tensorrt("tensorrt-rtx"), opened.model_path, shapes, taps={"nowhere": "routes.0"}
         )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("target", ["tensorrt", "plugins", "tensorrt-rtx"])
+def test_an_engine_computes_what_its_graph_computes(typed, tmp_path, target):
+    """On a GPU: built for it, run by it, prefill in two pieces and decode, beside ONNX Runtime on the same file."""
+    from moedge.runtime import build
+    from moedge.runtime.device.moedge_cuda import Cuda
+
+    runtime = "tensorrt-rtx" if target == "tensorrt-rtx" else "tensorrt"
+    pytest.importorskip(runtime.replace("-", "_"))
+    cuda = Cuda()
+    here = cuda.capability()
+    cuda.close()
+    fitting = [name for name in devices.names() if devices.load(name).compute_capability == here]
+    fitting = [name for name in fitting if runtime in devices.load(name).targets]
+    if not fitting:
+        pytest.skip(f"{runtime} has no engines for compute capability {here}, or no profile has it")
+    build.build(typed[f"moe/{target}"], tmp_path / "engine", fitting[:1], max_length=64, max_prompt=12, taps=True)
+    ids = np.random.default_rng(3).integers(0, 256, (1, 24))
+    reference, engine = open_engine(typed[f"moe/{target}"], taps=True), open_engine(tmp_path / "engine", taps=True)
+    want, got = reference.prefill(ids[:, :20]), engine.prefill(ids[:, :20])
+    agree = []
+    for position in range(20, 24):
+        assert relative(got.logits, want.logits) < MODEL_LIMIT
+        for layer, experts in want.routes.items():
+            agree.append((np.sort(got.routes[layer]) == np.sort(experts)).all(axis=1).mean())
+        token = ids[:, position : position + 1]
+        want, got = reference.decode(token, want.cache), engine.decode(token, got.cache)
+    assert np.mean(agree) > 0.95
+    engine.close()
