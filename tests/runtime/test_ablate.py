@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from moedge.configs.files import packaged
@@ -83,6 +84,31 @@ def test_rows_are_measured_on_one_protocol_and_kept(home: Path) -> None:
     assert second.exit_code == 0, second.output
     redone = [line for line in second.output.splitlines() if "done in" in line]
     assert len(redone) == 3, second.output  # `own` at both sparsities, and the table
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen3", "phi3"])
+def test_the_packaged_study_runs_on_another_family(
+    family: str, tmp_path: Path, home: Path, tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
+    """Mechanics: every method and control of the published table, at its layouts, on texts of 64-token windows."""
+    tiny_model(family, width=128).save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    study = yaml.safe_load(packaged("study")["smollm2-135m-methods"].read_text(encoding="utf-8"))
+    study |= {"model": {"source": str(tmp_path / "model")}, "window": 64, "seeds": [0]}
+    for text, name in zip(study["texts"], ("text", "other"), strict=True):
+        text |= {"source": f"{home}/{name}.txt", "holdout_every": 4, "calibration": 8, "held_out": 2}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
+    result = CliRunner().invoke(app, ["ablate", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "run")])
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "run/table/results.json").read_text())["rows"]
+    assert len(rows) == len(study["rows"]) * len(study["sparsities"])
+    assert {row["sparsity"] for row in rows} == {"12.5 %", "25 %", "50 %"}
+    for row in rows:
+        kept = 1 - float(row["sparsity"].split()[0]) / 100
+        # Every layer keeps a whole number of the 128 neurons.
+        assert row["active_width_fraction"] == pytest.approx(kept, abs=0.5 / 128), row["label"]
+        assert all(value > 1 for value in row["ppl"].values()), row["label"]
 
 
 @pytest.mark.parametrize(
