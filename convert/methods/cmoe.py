@@ -34,10 +34,15 @@ class CMoEParams(LayoutParams):
     """Typed parameters; see :func:`plan` for each."""
 
     k_a: int = Field(default=10, ge=1)
+    """Strongest neurons that a token marks, K_a."""
     profile: Literal["raw", "normalised"] = "raw"
+    """Mark by abs(h), or by normalised inputs and weights (the released code)."""
     distance: Literal["l2", "l1"] = "l2"
+    """Between marks, for the clustering: l2 (paper) or l1 (released code)."""
     score: Literal["signed", "abs"] = "signed"
+    """Router score of an expert's representative neuron: signed (paper) or abs (released code)."""
     max_iters: int = Field(default=20, ge=1)
+    """Most rounds of balanced K-means (the released code does 1)."""
 
 
 def plan(

@@ -34,8 +34,11 @@ class HierarchicalParams(cmoe.CMoEParams):
     """Typed parameters; the layout S3A3E8 splits every expert into 3 shared and 5 routed parts of which 3 run."""
 
     shared: int = Field(default=3, ge=0)
+    """Always-on parts of every expert, S."""
     active: int = Field(default=3, ge=1)
+    """Routed parts that run for a token, A."""
     experts: int = Field(default=8, ge=2)
+    """Parts that every expert is cut into, E."""
     min_tokens: int = Field(default=256, ge=1)
     """An expert with fewer calibration tokens stays dense."""
 

@@ -50,19 +50,22 @@ DOMAINS = {
 class DiveParams(BaseModel):
     """Typed parameters. The paper: 24 domains, 8 experts; ``keep`` 0.5 with 1 active, or 0.25 with 2 active."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     domains: dict[str, str] = DOMAINS
     """Name -> text, at least two; a text is what ``--text`` takes."""
     experts: int = Field(default=4, ge=2)
     """Groups of domains, so at most one a domain."""
     active: int = Field(default=1, ge=1)
+    """Experts that run for a token."""
     keep: float = Field(default=0.5, gt=0, le=1)
     """Share of the neurons that each expert keeps."""
     grouping: Literal["affinity", "random"] = "affinity"
     """``random`` deals the domains out by ``seed``: the control for the mining."""
     linkage: Literal["average", "complete", "single"] = "average"
+    """Of the hierarchical clustering of domains."""
     router: Literal["ridge", "random"] = "ridge"
+    """Fitted to each expert's error in closed form, or random (the paper's start)."""
     weights: Literal["selected", "all"] = "selected"
     """Softmax over the selected experts (the released code), or over all of them without renormalising: a router that
     training has not made sure of itself then scales the output down."""

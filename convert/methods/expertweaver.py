@@ -50,26 +50,44 @@ class ExpertWeaverParams(BaseModel):
     at first (D11); ``rescale="selected"`` divides by the sum over the selected ones.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     experts: int = Field(default=64, ge=2)
+    """Experts that a layer is cut into, N_e."""
     k: int = Field(default=48, ge=1)
+    """Experts that run for a token, the shared ones too."""
     alpha_min: float = Field(default=0.2, ge=0, le=1)
+    """Share of the experts that a layer shares when every neuron's activation varies."""
     alpha_max: float = Field(default=0.7, ge=0, le=1)
+    """The same when none varies; layers lie between."""
     tau: float = Field(default=0.6, ge=0)
+    """A neuron varies when std / mean over the samples exceeds this."""
     tau_percentile: float | None = Field(default=None, ge=0, le=100)
+    """Take tau from this percentile of all layers instead: it depends on the sample length."""
     eps: float = Field(default=1e-6, gt=0)
+    """Added to the mean before dividing by it."""
     signal: Literal["abs", "signed"] = "abs"
+    """Gate activation of a sample: mean of its absolute value, or of the value."""
     tasks: Annotated[tuple[int, ...], Strict(False)] | None = None  # a YAML list will do
+    """Number of each window's task: variation is then over task means."""
     scaling: Literal["none", "l2", "zscore"] = "none"
+    """Of the profiles before clustering."""
     assignment: Literal["greedy", "lap"] = "greedy"
+    """Of neurons to clusters: pairs in order of distance, or the optimum."""
     init: Literal["random", "k-means++"] = "random"
+    """First centroids."""
     max_iters: int = Field(default=50, ge=1)
+    """Most rounds of balanced K-means."""
     seed: int = Field(default=0, ge=0)
+    """Of the first centroids."""
     clip: Literal["k-1", "k"] = "k-1"
+    """``k`` allows layers whose whole budget is shared: they have no router, and their rest is pruned."""
     padding: partition.Padding = "none"
+    """``uneven`` allows any width: experts then differ by one neuron."""
     downcycle: bool = False
+    """Start for continued pre-training: few active experts behind a softmax gate (k 16, alpha 2 / experts)."""
     rescale: Literal["none", "selected"] = "none"
+    """With downcycle: divide the weights by the sum over the selected experts."""
 
     @model_validator(mode="before")
     @classmethod

@@ -10,12 +10,16 @@ from moedge.convert import partition
 class LayoutParams(BaseModel):
     """The layout S6A6E16 is shared=6, active=6, experts=16 (so 10 routed experts, 6 of them run)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     shared: int = Field(default=6, ge=0)
+    """Always-on experts, S."""
     active: int = Field(default=6, ge=1)
+    """Routed experts that run for a token, A."""
     experts: int = Field(default=16, ge=2)
+    """Experts in all, E; they must divide the FFN width, unless padding says otherwise."""
     padding: partition.Padding = "none"
+    """``uneven`` allows any width: experts then differ by one neuron."""
 
     @model_validator(mode="after")
     def _exists(self) -> LayoutParams:

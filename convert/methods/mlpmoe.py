@@ -40,14 +40,20 @@ class MLPMoEParams(BaseModel):
     sorts the neurons before they are cut, ``none`` leaves the model's order.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     branches: int = Field(default=16, ge=1)
+    """Contiguous parts that the FFN is cut into, B."""
     fade: Literal["linear", "geometric"] = "linear"
+    """How the pruned share grows over the branches: linear, or 1 - 2^(-b s)."""
     p_max: float = Field(default=0.4, ge=0, lt=1)
+    """Share that the last branch loses."""
     keep: int | None = Field(default=None, ge=1)
+    """Branches that stay, B'; all when null."""
     compensation: Literal["sqrt", "mean", "none"] = "sqrt"
+    """What makes up for branches that are dropped: the output times sqrt(B / B'), times B / B', or nothing."""
     order: Literal["branches", "neurons", "none"] = "branches"
+    """Sort the branches by score, the neurons before they are cut, or keep the model's order."""
 
     @model_validator(mode="after")
     def _fits(self) -> MLPMoEParams:

@@ -51,11 +51,14 @@ class MoEdgeParams(LayoutParams):
     router_target: Literal["energy", "root_energy", "norm"] = "root_energy"
     """What the router predicts for an expert: its energy, the root of it, or the norm of its centred output."""
     calibrate_scores: bool = False
+    """Rescale each expert's score so that it regresses its target with slope 1 on held-out tokens."""
     compensation: Literal["none", "mean", "unselected"] = "unselected"
     """An expert left out adds nothing, its mean output, or its mean output over the tokens that leave it out."""
     refit: bool = True
+    """Fit the down projections again by least squares."""
     token_weight: Literal["none", "residual"] = "residual"
-    """Weight of a token in every sum: 1, or see :attr:`moedge.convert.streaming.LayerTokens.weight`."""
+    """Weight of a token in every sum: 1, or by what an error does to the residual stream
+    (:attr:`moedge.convert.streaming.LayerTokens.weight`)."""
     sequential: bool = True
     """Later layers are fitted on what the converted earlier ones produce."""
     fit_to: Literal["ffn", "stream"] = "ffn"

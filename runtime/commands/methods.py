@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
@@ -11,6 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from moedge import MoEdgeError
+
+_ROLE = re.compile(r":\w+:(?=`)")
+"""Sphinx's mark before a name in a docstring, such as ``:func:``."""
 
 
 def methods(name: str | None, *, as_json: bool) -> None:
@@ -36,19 +40,28 @@ def methods(name: str | None, *, as_json: bool) -> None:
         needs = ", ".join(entry["needs"]).replace("_", " ") or "nothing besides the model"
         console.print(escape(f"{key}: {entry['source']}; needs {needs}"), highlight=False, style="bold", soft_wrap=True)
         table = Table()
-        for column in ("parameter", "default", "values"):
+        columns = ("parameter", "default", "values", *(("meaning",) if name else ()))
+        for column in columns:
             table.add_column(column, overflow="fold")
         for row in entry["params"]:
             default = row["default"] if isinstance(row["default"], str) else json.dumps(row["default"])
-            table.add_row(*(escape(text) for text in (row["name"], default, row["values"])))
+            cells = (row["name"], default, row["values"], row["meaning"])
+            table.add_row(*(escape(text) for text in cells[: len(columns)]))
         console.print(table)
+    if name is None:
+        console.print("`moedge methods NAME` explains the parameters of one.", highlight=False)
 
 
 def parameters(model: type[BaseModel]) -> list[dict[str, Any]]:
-    """Return name, default (JSON) and values in words of each parameter of a method."""
+    """Return name, default (JSON), values in words and meaning (its docstring) of each parameter of a method."""
     defaults = model().model_dump(mode="json")
     return [
-        {"name": name, "default": defaults[name], "values": ", ".join([_words(field.annotation), *_bounds(field)])}
+        {
+            "name": name,
+            "default": defaults[name],
+            "values": ", ".join([_words(field.annotation), *_bounds(field)]),
+            "meaning": " ".join(_ROLE.sub("", field.description or "").replace("`", "").split()),
+        }
         for name, field in model.model_fields.items()
     ]
 

@@ -125,6 +125,11 @@ def test_methods_lists_every_parameter_without_torch() -> None:
     assert words["tau_percentile"] == "number | null, at least 0, at most 100"
     assert words["signal"] == "abs | signed"
     assert words["tasks"] == "list of whole number | null"
+    silent = [(name, row["name"]) for name, entry in listed.items() for row in entry["params"] if not row["meaning"]]
+    assert not silent, "every parameter has a docstring"
+    meanings = {row["name"]: row["meaning"] for row in listed["moedge"]["params"]}
+    assert meanings["token_weight"].endswith("residual stream (moedge.convert.streaming.LayerTokens.weight).")
+    assert "meaning" in moedge("methods", "moedge").stdout
     table = moedge("methods", "mlpmoe").stdout
     assert "2511.21089" in table
     assert "geometric" in table

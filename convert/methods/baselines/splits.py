@@ -31,13 +31,18 @@ if TYPE_CHECKING:
 
 
 class _SplitParams(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     experts: int = Field(default=16, ge=2)
+    """Experts in all, E."""
     active: int = Field(default=12, ge=1)
+    """Experts that run for a token."""
     seed: int = Field(default=0, ge=0)
+    """Of everything that is random."""
     max_iters: int = Field(default=20, ge=1)
+    """Most rounds of K-means."""
     padding: partition.Padding = "none"
+    """``uneven`` allows any width: experts then differ by one neuron."""
 
     @model_validator(mode="after")
     def _active_exist(self) -> _SplitParams:
@@ -55,7 +60,9 @@ class LlamaMoEParams(_SplitParams):
     """
 
     split: Literal["random", "clustering"] = "random"
+    """Neurons are dealt at random, or clustered by their up rows."""
     weights: Literal["unit", "softmax"] = "unit"
+    """Add the selected experts as they are, or by softmax times experts / active (published; for training)."""
 
 
 class MoEficationParams(_SplitParams):
@@ -68,9 +75,13 @@ class MoEficationParams(_SplitParams):
     """
 
     router: Literal["mlp", "centre", "representative"] = "mlp"
+    """``mlp`` is trained on the calibration tokens; ``centre`` is the mean gate row; ``representative`` is CMoE's."""
     compensation: Literal["none", "mean"] = "none"
+    """Add the mean output of the experts left out (G-MoEfication)."""
     epochs: int = Field(default=30, ge=1)
+    """Of the router's training."""
     learning_rate: float = Field(default=1e-2, gt=0)
+    """Of the router's training."""
 
 
 def llamamoe_plan(

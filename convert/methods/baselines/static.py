@@ -27,24 +27,30 @@ TokenWeight = Literal["none", "residual"]
 class KeepParams(BaseModel):
     """``keep`` is the share of each FFN's neurons that stay, rounded to whole neurons."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     keep: float = Field(default=0.75, gt=0, le=1)
+    """Share of each FFN's neurons that stay."""
 
 
 class ATopKParams(KeepParams):
     """Parameters of the static mask; a token marks its ``k_a`` strongest neurons, see CMoE for ``profile``."""
 
     k_a: int = Field(default=10, ge=1)
+    """Strongest neurons that a token marks."""
     profile: Literal["raw", "normalised"] = "raw"
+    """Mark by abs(h), or by normalised inputs and weights."""
 
 
 class FlapParams(KeepParams):
     """Parameters of FLAP on the FFN; the published method has the three switches off (see :func:`flap_refit`)."""
 
     refit: bool = False
+    """Fit the down projection again by least squares."""
     token_weight: TokenWeight = "none"
+    """Weight of a token in every mean: 1 (published), or by what an error does to the residual stream."""
     sequential: bool = False
+    """Later layers are measured on what the pruned earlier ones produce."""
 
 
 def atopk_plan(
