@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,9 +75,11 @@ def atomic_dir(path: Path, *, force: bool = False, inputs: Iterable[Path | str] 
         raise MoEdgeError(f"Output {path} exists and is not a folder; choose another output path.")
     if path.exists() and any(path.iterdir()) and not force:
         raise MoEdgeError(f"Output folder {path} already exists and is not empty; pass --force to replace it.")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    host = socket.gethostname()
+    partial = path.with_name(f".{path.name}.{host}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_orphans(path, host)
         partial.mkdir()
     except OSError as error:
         raise MoEdgeError(
@@ -91,6 +94,21 @@ def atomic_dir(path: Path, *, force: bool = False, inputs: Iterable[Path | str] 
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_orphans(path: Path, host: str) -> None:
+    """Delete partial folders of ``path`` whose process on this machine was killed (out of memory, ``kill -9``)."""
+    start = f".{path.name}.{host}."
+    for left in path.parent.iterdir():
+        number = left.name.removeprefix(start).removesuffix(".partial")
+        if left.name != f"{start}{number}.partial" or not number.isdecimal():
+            continue
+        try:
+            os.kill(int(number), 0)
+        except ProcessLookupError:
+            shutil.rmtree(left, ignore_errors=True)
+        except (PermissionError, OverflowError):
+            continue  # somebody else's process, which lives
 
 
 def safe_join(root: Path, relative: str) -> Path:

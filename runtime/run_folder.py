@@ -69,6 +69,12 @@ def bundles(run: Path) -> dict[str, Path]:
     return found
 
 
+def bundles_below(path: Path) -> str:
+    """Return a sentence that names the bundles in ``path``, such as `moedge export` writes; empty without any."""
+    below = sorted(manifest.parent.name for manifest in path.glob("*/manifest.json"))
+    return f" It holds the bundles {', '.join(below)}; give one of them." if below else ""
+
+
 def engines(run: Path, *, dense_bundles: bool = True) -> dict[str, Path]:
     """Everything in a run that an engine can open: the bundles, ``"torch moe"`` and ``"torch dense"``.
 

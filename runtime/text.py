@@ -20,6 +20,7 @@ import jinja2.sandbox
 import tokenizers
 
 from moedge import MoEdgeError
+from moedge.runtime.run_folder import bundles_below
 
 Message = Mapping[str, Any]
 """One chat message: ``role`` (system, user, assistant) and ``content``."""
@@ -38,7 +39,7 @@ class Tokenizer:
             raise MoEdgeError(f"{folder} does not exist; give a run folder, a bundle or a checkpoint.")
         path = self._folder / "tokenizer.json"
         if not path.is_file():
-            raise MoEdgeError(f"No tokenizer in {folder}: tokenizer.json is missing.")
+            raise MoEdgeError(f"No tokenizer in {folder}: tokenizer.json is missing.{bundles_below(self._folder)}")
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exception

@@ -68,7 +68,8 @@ def describe(path: Path) -> dict[str, Any]:
         return {"kind": "dense model", **_config(path)}
     if not path.exists():
         raise MoEdgeError(f"{path} does not exist.")
-    raise MoEdgeError(f"{path} is not a run folder, a checkpoint, a bundle or a model folder.")
+    hint = run_folder.bundles_below(path)
+    raise MoEdgeError(f"{path} is not a run folder, a checkpoint, a bundle or a model folder.{hint}")
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -182,6 +182,8 @@ def folder_with(path: Path, **config: Any) -> Path:
         (["generate", "{tmp}/used", "hi", "--model", "big"], "--model big: unknown; choose moe or dense"),
         (["inspect", "{tmp}/nothing"], "{tmp}/nothing does not exist"),
         (["inspect", "{tmp}/used"], "is not a run folder, a checkpoint, a bundle or a model folder"),
+        (["inspect", "{tmp}/bundles"], "It holds the bundles ort-cpu, portable; give one of them."),
+        (["generate", "{tmp}/bundles", "hi"], "is missing. It holds the bundles ort-cpu, portable; give one of them."),
     ],
 )
 def test_bad_input_is_one_line_on_stderr(tmp_path: Path, arguments: list[str], sentence: str) -> None:
@@ -189,6 +191,8 @@ def test_bad_input_is_one_line_on_stderr(tmp_path: Path, arguments: list[str], s
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "mine.txt").write_text("keep")
     folder_with(tmp_path / "model", model_type="llama", intermediate_size=100)
+    for target in ("portable", "ort-cpu"):
+        write_json(tmp_path / "bundles" / target / "manifest.json", {})
     (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9")
     recipes = {
         "missing-model": f"model: {{source: {tmp_path}/nothing}}",

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +32,25 @@ def test_an_error_leaves_the_old_folder_and_nothing_beside_it(tmp_path: Path) ->
         interrupted()
     assert (out / "file").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys; from pathlib import Path; from moedge._files import atomic_dir\n"
+        "with atomic_dir(Path(sys.argv[1])) as partial:\n"
+        "    (partial / 'half').write_text('x'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], check=False, timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    (orphan,) = tmp_path.iterdir()
+    alive = orphan.with_name(orphan.name.replace(orphan.name.split(".")[-2], str(os.getppid())))
+    others = [alive, tmp_path / orphan.name.replace(".out.", ".out.x."), tmp_path / ".out.elsewhere.1.partial"]
+    for other in others:
+        other.mkdir()
+    with atomic_dir(tmp_path / "out") as partial:
+        assert not orphan.exists()
+        (partial / "file").write_text("new")
+    assert sorted(tmp_path.iterdir()) == sorted([*others, tmp_path / "out"])
 
 
 @pytest.mark.parametrize("out", ["parent", "parent/model", "parent/x/../model", "parent/link"])
