@@ -16,8 +16,9 @@ from moedge.runtime import bench as benchmark
 from moedge.runtime import run_folder
 from moedge.runtime.commands.tokens import token_windows
 from moedge.runtime.engines import open_engine
-from moedge.runtime.profiling import NOTE, profiles, table
+from moedge.runtime.profiling import profiles
 from moedge.runtime.progress import single
+from moedge.runtime.report.profile import NOTE, table
 
 
 def bench(

@@ -34,7 +34,7 @@ class TensorRTEngine:
         threads: accepted for the sake of a common call; the work is on the GPU.
         taps: also return the experts that each layer selected; the engine must have been built with ``--taps``.
         top_k: refused: an engine's graph is fixed.
-        last_logits: of no effect, for the same reason.
+        last_logits: return the logits of the last position only; the engine computes all, the others are not copied.
 
     Raises:
         MoEdgeError: a damaged folder, no GPU or no TensorRT here, another GPU than the engine was built for.
@@ -62,6 +62,7 @@ class TensorRTEngine:
         except DeviceError as error:
             raise MoEdgeError(f"Engine {engine_path} cannot run here: {error}") from error
         self._path, self._taps, self._model = Path(engine_path), taps and routed, manifest["model"]
+        self._last = last_logits
         self._max_length = int(manifest["profiles"]["max_length"])
         self.info = EngineInfo(
             name=f"{manifest['target']} {manifest['kind']}",
@@ -105,10 +106,10 @@ class TensorRTEngine:
         check_length(ids.shape[1] + (cache.inner.mask.shape[1] if cache else 0), self._max_length)
         try:
             if cache is None:
-                logits, routes, inner = self._session.start(ids, mask)
+                logits, routes, inner = self._session.start(ids, mask, last=self._last)
             else:
                 cache.used = True
-                logits, routes, inner = self._session.step(ids, cache.inner, mask)
+                logits, routes, inner = self._session.step(ids, cache.inner, mask, last=self._last)
         except DeviceError as error:
             raise MoEdgeError(f"Engine {self._path}: {error}") from error
         return Step(logits, _Cache(inner, self), routes if self._taps else None)

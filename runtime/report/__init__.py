@@ -30,9 +30,9 @@ def render(report: dict[str, Any], template: str) -> str:
     import jinja2
     from markupsafe import Markup
 
-    from moedge.runtime.profiling import NOTE, table
     from moedge.runtime.report.build import ratio
     from moedge.runtime.report.plots import draw_all
+    from moedge.runtime.report.profile import NOTE, table
 
     html = template.endswith(".html.j2")
     environment = jinja2.Environment(

@@ -13,7 +13,8 @@ import pytest
 
 from moedge import MoEdgeError
 from moedge.runtime.engines.onnxruntime import OrtEngine
-from moedge.runtime.profiling import GROUPS, group_nodes, profile, profiles, split_runs, summary, table
+from moedge.runtime.profiling import GROUPS, group_nodes, profile, profiles, split_runs, summary
+from moedge.runtime.report.profile import table
 
 
 def _event(name: str, start: int, duration: int, kind: str | None = None) -> dict[str, Any]:

@@ -12,7 +12,8 @@ import onnx
 import onnxruntime
 import pytest
 
-from moedge._files import atomic_dir
+from moedge import MoEdgeError
+from moedge._files import atomic_dir, hash_tree
 from moedge.export.lowering.selftest import dtype_of
 from moedge.export.pipeline import lower
 from moedge.runtime.device import moedge_cuda, moedge_session, moedge_trt
@@ -200,6 +201,27 @@ def test_the_last_position_alone_is_copied_when_it_is_enough(session, cuda) -> N
     last, _, _ = session.start(ids, mask, last=True)
     np.testing.assert_array_equal(last, logits[:, -1:])
     assert whole - (cuda.downloaded - before) == 2 * 19 * logits.shape[2] * 2, "float16 logits of 19 positions a row"
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_the_engine_class_passes_on_what_is_wanted(bundle, session, tmp_path, monkeypatch, last) -> None:
+    """Prefill, decode, a cache used twice; ``last_logits`` as generation and bench open engines."""
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    (tmp_path / "engine.plan").write_bytes(b"plan")
+    kept = {key: manifest[key] for key in ("target", "kind", "label", "model", "moe", "taps")}
+    made = {"schema": "moedge.engine/1", "profiles": session.limits, "compute_capabilities": ["8.7"], "versions": {}}
+    (tmp_path / "manifest.json").write_text(json.dumps({**kept, **made, "files": hash_tree(tmp_path)}))
+    monkeypatch.setattr(moedge_session, "Session", lambda plan, facts: session)
+    monkeypatch.setattr(session.cuda, "capability", lambda: "8.7")
+    engine, reference = open_engine(tmp_path, taps=True, last_logits=last), open_engine(bundle, taps=True)
+    ids = np.random.default_rng(4).integers(0, 256, (1, 20))
+    want, got = reference.prefill(ids), engine.prefill(ids)
+    np.testing.assert_array_equal(got.logits, want.logits[:, -1:] if last else want.logits)
+    token = ids[:, :1]
+    want, after = reference.decode(token, want.cache), engine.decode(token, got.cache)
+    np.testing.assert_array_equal(after.logits, want.logits)
+    with pytest.raises(MoEdgeError, match="used before"):
+        engine.decode(token, got.cache)
 
 
 def test_what_the_profiles_do_not_hold_is_refused(session) -> None:
