@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from moedge.convert import adapters
+from moedge.convert import adapters, streaming
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,6 +86,12 @@ def loss_curves(
                 curves[index][1:] += together.square().sum(dim=0).double() / 2
         step()
     return [(curve / ids.numel()).flip(0).cpu().numpy() for curve in curves]
+
+
+def calibration_curves(model: PreTrainedModel, token_windows: np.ndarray, tokens: int) -> list[np.ndarray]:
+    """:func:`loss_curves` on about ``tokens`` tokens of those calibration windows [N, L] that no fit is judged on."""
+    seen = token_windows[~streaming.held_out(len(token_windows))]
+    return loss_curves(model, seen[: max(1, tokens // token_windows.shape[1])])
 
 
 def spread(curves: list[np.ndarray], shared: int, widths: list[int], active: int, most_skipped: float) -> list[int]:

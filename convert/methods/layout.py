@@ -1,6 +1,8 @@
-"""The parameters of every method that has shared and routed experts."""
+"""Parameters that several methods share: shared and routed experts, and what each layer may spend."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -29,3 +31,17 @@ class LayoutParams(BaseModel):
                 f"shared leave {max(self.experts - self.shared, 0)} to route to."
             )
         return self
+
+
+class BudgetParams(BaseModel):
+    """How one active width is spread over the layers; see :mod:`moedge.convert.budgets`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    budget: Literal["uniform", "measured"] = "uniform"
+    """The same active width in every layer, or on average, by each layer's measured cost of skipping (this needs one
+    backward pass through the model, and its memory)."""
+    budget_tokens: int = Field(default=4096, ge=1)
+    """Tokens that the measurement looks at, in whole windows."""
+    most_skipped: float = Field(default=1.5, ge=1, allow_inf_nan=False)
+    """With a measured budget, no layer skips more than this times the mean share of what can be skipped."""

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from moedge.convert import adapters
-from moedge.convert.methods.layout import LayoutParams
+from moedge.convert.methods.layout import BudgetParams, LayoutParams
 from moedge.convert.plan import MoEPlan
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from moedge.convert.streaming import Progress
 
 
-class MoEdgeParams(LayoutParams):
+class MoEdgeParams(BudgetParams, LayoutParams):
     """Typed parameters; every ingredient is a switch."""
 
     partition: Literal["energy", "correlation", "cmoe"] = "energy"
@@ -64,12 +64,6 @@ class MoEdgeParams(LayoutParams):
     fit_to: Literal["ffn", "stream"] = "ffn"
     """Target of the refit: the dense FFN on the same input, or the dense model's hidden states (needs sequential)."""
 
-    budget: Literal["uniform", "measured"] = "uniform"
-    """``active`` experts run in every layer, or on average, by each layer's measured cost of skipping."""
-    budget_tokens: int = Field(default=4096, ge=1)
-    """Tokens that the measurement looks at, in whole windows."""
-    most_skipped: float = Field(default=1.5, ge=1, allow_inf_nan=False)
-    """With a measured budget, no layer skips more than this times the mean share of the routed experts."""
     layouts: list[Annotated[str, Field(pattern=r"^S\d+E[1-9]\d*$")]] = Field(default=[])
     """Other numbers of shared experts and of experts, e.g. ``[S2E16, S16E128]``: every layer is converted by each, at
     the same active width, and keeps what misses least of its output on held-out tokens."""
@@ -136,11 +130,9 @@ def plan(
 
 
 def _measured(model: PreTrainedModel, token_windows: np.ndarray, params: MoEdgeParams) -> list[int]:
-    """Return the active experts of each layer; the measurement sees the windows that no fit is judged on."""
-    from moedge.convert import budgets, partition, streaming
+    """Return the active experts of each layer."""
+    from moedge.convert import budgets, partition
 
-    seen = token_windows[~streaming.held_out(len(token_windows))]
-    windows = seen[: max(1, params.budget_tokens // token_windows.shape[1])]
-    curves = budgets.loss_curves(model, windows)
+    curves = budgets.calibration_curves(model, token_windows, params.budget_tokens)
     shared, widths = partition.group_widths(len(curves[0]) - 1, params.shared, params.experts, params.padding)
     return budgets.spread(curves, shared, widths, params.active, params.most_skipped)

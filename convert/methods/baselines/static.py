@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from moedge import MoEdgeError
 from moedge.convert import adapters, partition
 from moedge.convert.methods.baselines.routing import control
+from moedge.convert.methods.layout import BudgetParams
 from moedge.convert.plan import LayerPlan, MoEPlan
 
 if TYPE_CHECKING:
@@ -42,8 +43,9 @@ class ATopKParams(KeepParams):
     """Mark by abs(h), or by normalised inputs and weights."""
 
 
-class FlapParams(KeepParams):
-    """Parameters of FLAP on the FFN; the published method has the three switches off (see :func:`flap_refit`)."""
+class FlapParams(BudgetParams, KeepParams):
+    """Parameters of FLAP on the FFN; the published method ("WIFV", "UL") has the switches off (see
+    :func:`flap_refit`)."""
 
     refit: bool = False
     """Fit the down projection again by least squares."""
@@ -112,18 +114,30 @@ def flap_plan(
     refit: bool = False,
     token_weight: TokenWeight = "none",
     sequential: bool = False,
+    budget: Literal["uniform", "measured"] = "uniform",
+    budget_tokens: int = 4096,
+    most_skipped: float = 1.5,
     source_sha256: str = "",
     provenance: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> MoEPlan:
     """Keep the share ``keep`` of each FFN by FLAP's score; see :func:`flap` and, for the switches, :func:`flap_refit`.
 
+    With ``budget="measured"`` ``keep`` is the mean share, and layers differ as in our own method
+    (:mod:`moedge.convert.budgets`, neuron by neuron).
+
     Args:
         token_windows: calibration ids, int64 [N, L], N at least 2.
     """
     widths = [partition.kept_width(len(block.gate), keep) for block in adapters.ffns(model)]
+    if budget == "measured":
+        from moedge.convert import budgets
+
+        curves = budgets.calibration_curves(model, token_windows, budget_tokens)
+        widths = budgets.spread(curves, 0, [1] * (len(curves[0]) - 1), widths[0], most_skipped)
     layers = _flap_layers(widths, token_windows, model, refit, token_weight, sequential, progress)
     params = {"keep": keep, "refit": refit, "token_weight": token_weight, "sequential": sequential}
+    params |= {"budget": budget, "budget_tokens": budget_tokens, "most_skipped": most_skipped}
     return MoEPlan("flap", params, adapters.describe(model, source_sha256), layers, provenance or {})
 
 
