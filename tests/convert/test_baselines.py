@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moedge.convert import adapters, calibration, modeling, partition, routers
+from moedge.convert import adapters, budgets, calibration, modeling, partition, routers
 from moedge.convert.methods import METHODS, baselines
 from moedge.convert.methods.baselines import splits
 from moedge.convert.plan import LayerPlan, MoEPlan
@@ -161,6 +161,21 @@ def test_static_methods_equal_the_controls_of_the_same_width(
             assert (own.output_bias is None) == (other.output_bias is None)
             if own.output_bias is not None:
                 np.testing.assert_allclose(own.output_bias, other.output_bias, atol=1e-5)
+
+
+def test_flap_spreads_its_width_by_measured_cost(model: Any, data: dict[str, Any]) -> None:
+    tokens = data["tokens"]
+    plan = make("flap", tokens, model, keep=0.5, budget="measured", budget_tokens=4 * tokens.shape[1])
+    widths = [len(layer.shared) for layer in plan.layers]
+    curves = budgets.calibration_curves(model, tokens, 4 * tokens.shape[1])
+
+    def cost(kept: list[int]) -> float:
+        return sum(float(curve[width]) for curve, width in zip(curves, kept, strict=True))
+
+    assert sum(widths) == len(widths) * 32
+    assert min(widths) >= 64 - 1.5 * 32  # most_skipped
+    # The curves are made convex for the search, so the spread is the best up to where they are not.
+    assert cost(widths) < cost([32] * len(widths))
 
 
 def test_controls_cut_the_shared_block_into_experts_of_the_same_width(model: Any) -> None:
