@@ -136,7 +136,7 @@ def flap_plan(
         curves = budgets.calibration_curves(model, token_windows, budget_tokens)
         widths = budgets.spread(curves, 0, [1] * (len(curves[0]) - 1), widths[0], most_skipped)
     layers = _flap_layers(widths, token_windows, model, refit, token_weight, sequential, progress)
-    params = {"keep": keep, "refit": refit, "token_weight": token_weight, "sequential": sequential}
+    params: dict[str, Any] = {"keep": keep, "refit": refit, "token_weight": token_weight, "sequential": sequential}
     params |= {"budget": budget, "budget_tokens": budget_tokens, "most_skipped": most_skipped}
     return MoEPlan("flap", params, adapters.describe(model, source_sha256), layers, provenance or {})
 
