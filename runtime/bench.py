@@ -220,7 +220,7 @@ def _footprint(opener: Callable[[], Engine], ids: np.ndarray) -> dict[str, Any]:
             timeout=_CHILD_TIMEOUT,
             check=False,
         )
-        return dict(json.loads(child.stdout.splitlines()[-1]))
+        answer = dict(json.loads(child.stdout.splitlines()[-1]))
     except subprocess.TimeoutExpired:
         return {**unknown, "reason": f"no answer within {_CHILD_TIMEOUT:.0f} s"}
     except (IndexError, ValueError):
@@ -228,16 +228,23 @@ def _footprint(opener: Callable[[], Engine], ids: np.ndarray) -> dict[str, Any]:
         raise MoEdgeError(
             f"Engine {request['path']} failed in its own process (exit {child.returncode}): {last}"
         ) from None
+    if "refused" in answer:
+        raise MoEdgeError(f"Engine {request['path']}: {answer['refused']}")
+    return answer
 
 
 def _child() -> None:
     """Run in the fresh process: request as JSON on stdin, result as JSON on the last line of stdout."""
     request = json.load(sys.stdin)
     start = time.perf_counter()
-    engine = open_engine(request["path"], **request["options"])
-    load = time.perf_counter() - start
-    loaded = peak_rss_mib()
-    _timed_run(engine, np.array([request["ids"]], dtype=np.int64), _CHILD_DECODE)
+    try:
+        engine = open_engine(request["path"], **request["options"])
+        load = time.perf_counter() - start
+        loaded = peak_rss_mib()
+        _timed_run(engine, np.array([request["ids"]], dtype=np.int64), _CHILD_DECODE)
+    except MoEdgeError as error:
+        print(json.dumps({"refused": str(error)}))
+        return
     print(json.dumps({"peak_rss_mib": peak_rss_mib(), "peak_rss_after_load_mib": loaded, "load_s": load}))
 
 

@@ -41,9 +41,13 @@ def generate(
     tokenizer = Tokenizer(folder)
     request: str | list[Message] = [{"role": "user", "content": text}] if chat else text
     engine = open_engine(folder, threads=threads, pytorch=pytorch, last_logits=True)
+    before = [] if chat else [text]  # printed once the prompt is known to fit
+
+    def show(piece: str) -> None:
+        print(*before, piece, sep="", end="", flush=True)
+        before.clear()
+
     try:
-        if not chat:
-            print(text, end="", flush=True)
         result = generation.generate(
             engine,
             tokenizer,
@@ -52,9 +56,9 @@ def generate(
             temperature=temperature,
             top_p=top_p,
             seed=seed,
-            on_text=lambda piece: print(piece, end="", flush=True),
+            on_text=show,
         )
-        print(flush=True)
+        show("\n")
         info = engine.info
     finally:
         engine.close()

@@ -167,9 +167,15 @@ def test_memory_belongs_to_the_engines_own_process(toy_bundles: dict[str, Path])
     json.dumps(result, allow_nan=False)
 
 
-def test_an_engine_that_fails_in_its_own_process_is_named(tmp_path: Path) -> None:
+def test_what_an_engine_refuses_in_its_own_process_is_one_sentence(tmp_path: Path) -> None:
     engines = {"gone": functools.partial(open_engine, tmp_path / "gone")}
-    with pytest.raises(MoEdgeError, match=r"gone failed in its own process.*does not exist"):
+    with pytest.raises(MoEdgeError, match=r"^Engine \S+gone: No model at \S+gone: the folder does not exist\.$"):
+        bench(engines, np.arange(30), prompt=16, decode=4, repeats=2)
+
+
+def test_an_engine_that_fails_in_its_own_process_is_named(toy_bundles: dict[str, Path]) -> None:
+    engines = {"odd": functools.partial(open_engine, toy_bundles["concat"], no_such_option=1)}
+    with pytest.raises(MoEdgeError, match=r"failed in its own process \(exit 1\).*no_such_option"):
         bench(engines, np.arange(30), prompt=16, decode=4, repeats=2)
 
 
