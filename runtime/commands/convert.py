@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +35,21 @@ def convert(
     force: bool,
 ) -> None:
     """Run the stage ``convert``, and those that it reads, of a recipe made of the options; keep the checkpoint."""
-    recipe = recipe_from(
-        {
-            "name": "convert",
-            "model": {"source": model, "revision": revision, "device": device},
-            "text": {"calibration": text, "held_out": [text]},
-            "calibration": calibration,
-            "convert": settings,
-        },
-        where="moedge convert",
-    )
-    local = Path(model).expanduser() / "config.json"
-    if local.is_file():
-        recipe.check_model(
-            run_folder.read_json(local, "download or save the model again"), "moedge convert", only_convert=True
+    with _named_as_options():
+        recipe = recipe_from(
+            {
+                "name": "convert",
+                "model": {"source": model, "revision": revision, "device": device},
+                "text": {"calibration": text, "held_out": [text]},
+                "calibration": calibration,
+                "convert": settings,
+            },
+            where="moedge convert",
         )
+        local = Path(model).expanduser() / "config.json"
+        if local.is_file():
+            config = run_folder.read_json(local, "download or save the model again")
+            recipe.check_model(config, "moedge convert", only_convert=True)
     inputs = (model, text)
     with atomic_dir(out, force=force, inputs=inputs) as partial, single("convert", f"{model} -> {out}") as reporter:
         work = partial / ".stages"
@@ -57,7 +60,8 @@ def convert(
             folder.mkdir(parents=True)
             stage.body(Context(folder, work, stage.params, reporter.progress, reporter.note))
             if stage.name == "source":
-                recipe.check_model(run_folder.source(work)["config"], "moedge convert", only_convert=True)
+                with _named_as_options():
+                    recipe.check_model(run_folder.source(work)["config"], "moedge convert", only_convert=True)
         checkpoint = run_folder.checkpoint(work)
         for path in checkpoint.iterdir():
             path.rename(partial / path.name)
@@ -66,6 +70,29 @@ def convert(
     Console().print(
         escape(f"{out}: {stages.notation(recipe.convert.model_dump())}, plan {digest}"), highlight=False, soft_wrap=True
     )
+
+
+_OPTIONS = {
+    "calibration.length": "--length",
+    "calibration.windows": "--windows",
+    "convert.padding: uneven": "--padding uneven",
+    "model.device": "--device",
+    "model.revision": "--revision",
+    "text.calibration": "--text",
+} | {f"convert.{name}": f"--{name}" for name in ("active", "experts", "method", "padding", "shared")}
+"""What this command calls the keys of a recipe; other parameters of a method are given by ``--set``."""
+
+
+@contextmanager
+def _named_as_options() -> Iterator[None]:
+    """Name the options of this command, not the recipe's keys, in what the recipe refuses."""
+    try:
+        yield
+    except MoEdgeError as error:
+        said = str(error)
+        for key, option in _OPTIONS.items():
+            said = re.sub(rf"\b{re.escape(key)}\b", option, said)
+        raise MoEdgeError(re.sub(r"\bconvert\.(\w)", r"--set \1", said)) from None
 
 
 def parse_settings(assignments: list[str], named: dict[str, Any]) -> dict[str, Any]:
