@@ -43,7 +43,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any, tiny_toke
 
 def verified(reference: Path, test: Path) -> dict[str, dict[str, Any]]:
     """``float32`` (against the reference) and ``kernels`` (against its own de-quantised weights)."""
-    found = _pair(reference, test, "random", WINDOWS, 24, "float32", 1, lambda *_: None)["parity"]
+    found = _pair(reference, test, "random", WINDOWS, 24, "float32", {"threads": 1}, lambda *_: None)["parity"]
     return dict(zip(("float32", "kernels"), found, strict=True))
 
 
