@@ -111,6 +111,14 @@ def _remove_orphans(path: Path, host: str) -> None:
             continue  # somebody else's process, which lives
 
 
+def link_or_copy(source: Path | str, destination: Path | str) -> None:
+    """Make a hard link, a copy where the file system has none: big files that are only read."""
+    try:
+        os.link(source, destination)
+    except OSError:
+        shutil.copyfile(source, destination)
+
+
 def safe_join(root: Path, relative: str) -> Path:
     """Return ``root / relative`` after checking that it names a plain file or folder inside ``root``.
 

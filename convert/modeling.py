@@ -364,9 +364,8 @@ def load(
 
 def _describes(specs: list[Any], plan: MoEPlan) -> bool:
     """Whether the layers of config.json are those of the plan (nested ones are only counted)."""
-    facts = ("num_experts", "top_k", "shared_width", "expert_width", "expert_widths", "combine")
     return len(specs) == len(plan.layers) and all(
-        layer.children is not None or {name: spec.get(name) for name in facts} == _facts(layer)
+        layer.children is not None or all(spec.get(name) == value for name, value in _facts(layer).items())
         for spec, layer in zip(specs, plan.layers, strict=True)
     )
 

@@ -118,10 +118,10 @@ def check_device(device: str) -> None:
     Raises:
         MoEdgeError: with what can be had instead.
     """
-    import torch
-
     if device == "cpu":
         return
+    import torch
+
     kind, _, index = device.partition(":")
     if kind != "cuda" or (index and not index.isdecimal()):
         raise MoEdgeError(f"Device {device!r} is not supported; give cpu, cuda or cuda:N.")

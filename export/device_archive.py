@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from moedge import MoEdgeError, __version__
-from moedge._files import atomic_dir, digest, hash_tree, write_json
+from moedge._files import atomic_dir, digest, hash_tree, link_or_copy, write_json
 from moedge.configs.devices import Device
 from moedge.export.bundle import MODEL, Bundle, copy_companions, open_bundle
 from moedge.export.lowering.tensorrt import HALF_LIMIT
@@ -123,7 +123,7 @@ def write(
         report("recording answers", 1, 3)
         _record(reference.path, folder, prompts, longest)
         for name in (MODEL, *(name for name in graph.manifest["files"] if name.endswith(".data"))):
-            _link_or_copy(graph.path / name, folder / name)
+            link_or_copy(graph.path / name, folder / name)
         copy_companions(graph.path, folder)
         if plugins := graph.manifest.get("plugins"):
             report("compiling kernels", 1, 3)
@@ -219,13 +219,6 @@ def _record(portable: Path, folder: Path, prompts: Sequence[str], max_length: in
     finally:
         engine.close()
     write_json(folder / "golden.json", {"schema": "moedge.golden/1", "reference": "portable, float32", "cases": cases})
-
-
-def _link_or_copy(source: Path, destination: Path) -> None:
-    try:
-        os.link(source, destination)
-    except OSError:
-        shutil.copyfile(source, destination)
 
 
 def _pack(folder: Path, out: Path) -> None:

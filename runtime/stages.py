@@ -51,6 +51,8 @@ def build(recipe: Recipe, machine: dict[str, Any]) -> list[Stage]:
     Raises:
         MoEdgeError: a model or text file that the recipe names does not exist.
     """
+    from moedge.convert.sources import check_device
+
     model, text = recipe.model, recipe.text
     calibration_text = {
         "spec": text.calibration,
@@ -70,10 +72,7 @@ def build(recipe: Recipe, machine: dict[str, Any]) -> list[Stage]:
 
         check_cuda(f"{recipe.name}: export.targets: ort-cuda")
     device = {"device": model.device}
-    if model.device != "cpu":
-        from moedge.convert.sources import check_device
-
-        check_device(model.device)
+    check_device(model.device)
     measured = {"texts": first_text, "machine": machine, "dense_parent": recipe.export.dense_parent, **device}
     dense = ("export-dense",) if recipe.export.dense_parent else ()
     stages = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
-from moedge._files import atomic_dir, digest
+from moedge._files import atomic_dir, digest, link_or_copy
 from moedge.configs.recipe import TARGETS as DEFAULT
 from moedge.export.lowering import TARGETS
 from moedge.runtime import run_folder
@@ -102,12 +101,4 @@ def _keep(there: dict[str, Path], partial: Path, *, force: bool) -> None:
                 "pass --force to replace it."
             )
         if graph == manifest.get("parent") and not (partial / name).exists():
-            shutil.copytree(folder, partial / name, copy_function=_link)
-
-
-def _link(source: str, destination: str) -> None:
-    """Make a hard link, a copy where the file system has none."""
-    try:
-        os.link(source, destination)
-    except OSError:
-        shutil.copy2(source, destination)
+            shutil.copytree(folder, partial / name, copy_function=link_or_copy)

@@ -13,21 +13,9 @@ from moedge import MoEdgeError
 from moedge.convert import adapters, closed_form, evaluate, modeling, streaming
 from moedge.convert.methods import METHODS, baselines, moedge
 from moedge.convert.plan import MoEPlan, RouterPlan
-from moedge.convert.streaming import LayerTokens
 
 LAYOUT = {"shared": 2, "active": 3, "experts": 8}
 WINDOWS = np.random.default_rng(3).integers(0, 256, size=(10, 48))
-
-MANY = np.random.default_rng(4).integers(0, 256, size=(60, 64))
-"""Enough tokens for a fit of 70 unknowns a row to carry over to the held-out ones."""
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def first(model: Any, windows: np.ndarray = WINDOWS) -> LayerTokens:
-    return next(iter(streaming.walk(model, windows)))
 
 
 # --- plans ----------------------------------------------------------------------------------------------------------
@@ -188,7 +176,7 @@ def test_flap_refit_fits_better_at_equal_width_and_repeats(
     control.validate()
     assert control.method == "FLAP-MLP + refit"
     assert [layer.active_width for layer in control.layers] == [layer.active_width for layer in plan.layers]
-    tokens = first(model)
+    tokens = next(iter(streaming.walk(model, WINDOWS)))
     assert closed_form.relative_error(tokens, control.layers[0]) < closed_form.relative_error(tokens, without.layers[0])
     assert control.sha256 == baselines.flap_refit(plan, WINDOWS, model).sha256
 
@@ -198,7 +186,7 @@ def test_linear_router_without_bias_is_as_before(tiny_llama: Callable[..., Any],
     layer = make_plan(model)[0].layers[0]
     weight = np.random.default_rng(0).normal(size=(6, 32)).astype(np.float32)
     bias = np.arange(6, dtype=np.float32)
-    x = torch.randn(7, 32, generator=generator())
+    x = torch.randn(7, 32, generator=torch.Generator().manual_seed(0))
     block = adapters.ffns(model)[0]
     plain = modeling.build_ffn(block, replace(layer, router=RouterPlan("linear", {"weight": weight})))
     biased = modeling.build_ffn(
