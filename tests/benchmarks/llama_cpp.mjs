@@ -1,4 +1,4 @@
-// llama.cpp for side_by_side.py: `node llama_cpp.mjs MODEL.gguf THREADS`, one turn a line of stdin.
+// llama.cpp for side_by_side.py: `node llama_cpp.mjs MODEL.gguf THREADS`, one request a line of stdin (its `serve`).
 // MOEDGE_NODE_MODULES names the folder in which npm installed node-llama-cpp.
 import {createInterface} from "node:readline";
 import {pathToFileURL} from "node:url";
@@ -13,23 +13,29 @@ const model = await llama.loadModel({modelPath: file});
 const context = await model.createContext({contextSize: 1024, batchSize: 512, threads: Number(threads)});
 const sequence = context.getSequence();
 
-async function turn(ids, decode) {
+let tokens = null;
+
+async function begin(ids) {
+    await tokens?.return();
     await sequence.clearHistory();
+    tokens = sequence.evaluate(ids, {temperature: 0, yieldEogToken: true})[Symbol.asyncIterator]();
+}
+
+async function turns(steps) {
     const laps = [];
-    let start = performance.now(), cpu = process.cpuUsage();
-    for await (const token of sequence.evaluate(ids, {temperature: 0, yieldEogToken: true})) {
+    for (let step = 0; step < steps; step++) {
+        const start = performance.now(), cpu = process.cpuUsage();
+        await tokens.next();
         const spent = process.cpuUsage(cpu);
         laps.push([performance.now() - start, (spent.user + spent.system) / 1e3]);
-        if (laps.length > decode) break;
-        start = performance.now();
-        cpu = process.cpuUsage();
     }
     return laps;
 }
 
 console.log(JSON.stringify("ready"));
 for await (const line of createInterface({input: process.stdin})) {
-    const {ids, decode} = JSON.parse(line);
-    console.log(JSON.stringify(await turn(ids, decode)));
+    const {ids, steps} = JSON.parse(line);
+    if (ids) await begin(ids);
+    console.log(JSON.stringify(await turns(steps)));
 }
 process.exit(0);

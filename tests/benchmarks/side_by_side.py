@@ -25,12 +25,16 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-Turn = Callable[[list[int], int], list[list[float]]]
-"""(prompt, tokens to decode) -> [wall ms, CPU ms] of the first token and of each one after it."""
+Turns = Callable[[list[int]], Iterator[list[float]]]
+"""prompt -> [wall ms, CPU ms] of the first token, then of one token after the other, for as long as it is asked."""
+CHUNK = 4
+"""Decode steps in a row: all but the first find the caches as their own last step left them."""
+LONGEST = 256
+"""Most tokens after a prompt: genai wants to know before it starts."""
 
 
 class Clock:
@@ -46,7 +50,7 @@ class Clock:
         return spent
 
 
-def own(path: str, threads: int, top_k: int | None) -> Turn:
+def own(path: str, threads: int, top_k: int | None) -> Turns:
     """A bundle or a checkpoint in MoEdge's own engine, with ``top_k`` experts a layer instead of its own number."""
     import numpy as np
 
@@ -54,21 +58,19 @@ def own(path: str, threads: int, top_k: int | None) -> Turn:
 
     engine = open_engine(path, threads=threads, last_logits=True, **({"top_k": top_k} if top_k else {}))
 
-    def turn(ids: list[int], decode: int) -> list[list[float]]:
+    def turns(ids: list[int]) -> Iterator[list[float]]:
         clock = Clock()
         step = engine.prefill(np.array([ids], dtype=np.int64))
-        token = int(step.logits[0, -1].argmax())
-        laps = [clock.lap()]
-        for _ in range(decode):
-            step = engine.decode(np.array([[token]], dtype=np.int64), step.cache)
+        while True:
             token = int(step.logits[0, -1].argmax())
-            laps.append(clock.lap())
-        return laps
+            yield clock.lap()
+            clock = Clock()
+            step = engine.decode(np.array([[token]], dtype=np.int64), step.cache)
 
-    return turn
+    return turns
 
 
-def genai(path: str, threads: int) -> Turn:
+def genai(path: str, threads: int) -> Turns:
     """A folder in onnxruntime-genai."""
     import onnxruntime_genai as og
 
@@ -76,31 +78,32 @@ def genai(path: str, threads: int) -> Turn:
     config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
     model = og.Model(config)
 
-    def turn(ids: list[int], decode: int) -> list[list[float]]:
+    def turns(ids: list[int]) -> Iterator[list[float]]:
         parameters = og.GeneratorParams(model)
-        length = len(ids) + decode + 1
+        length = len(ids) + LONGEST
         parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
         clock = Clock()
         generator = og.Generator(model, parameters)
         generator.append_tokens(ids)
-        generator.generate_next_token()
-        laps = [clock.lap()]
-        for _ in range(decode):
+        while True:
             generator.generate_next_token()
-            laps.append(clock.lap())
-        return laps
+            yield clock.lap()
+            clock = Clock()
 
-    return turn
+    return turns
 
 
 def serve(kind: str, path: str, threads: int) -> None:
-    """Answer one turn a line until stdin ends."""
+    """Answer requests, a line each, until stdin ends: {"ids": a new prompt or none, "steps": tokens to time}."""
     top_k = int(kind.partition("@")[2] or 0) or None
-    turn = genai(path, threads) if kind == "genai" else own(path, threads, top_k)
+    begin = genai(path, threads) if kind == "genai" else own(path, threads, top_k)
     print(json.dumps("ready"), flush=True)
+    turns: Iterator[list[float]] = iter(())
     for line in sys.stdin:
         request = json.loads(line)
-        print(json.dumps(turn(request["ids"], request["decode"])), flush=True)
+        if "ids" in request:
+            turns = begin(request["ids"])
+        print(json.dumps([next(turns) for _ in range(request["steps"])]), flush=True)
 
 
 class Worker:
@@ -132,9 +135,10 @@ class Worker:
                 print(f"{self.label}: {line.rstrip()}", file=sys.stderr)
         raise SystemExit(f"{self.label}: the worker ended with exit code {self.process.wait()}")
 
-    def turn(self, ids: list[int], decode: int) -> list[list[float]]:
+    def ask(self, steps: int, ids: list[int] | None = None) -> list[list[float]]:
+        """Time ``steps`` tokens, after a new prompt if ``ids`` gives one (its first token included)."""
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"ids": ids, "decode": decode}) + "\n")
+        self.process.stdin.write(json.dumps({"steps": steps} | ({"ids": ids} if ids else {})) + "\n")
         self.process.stdin.flush()
         return list(self.answer())
 
@@ -176,13 +180,10 @@ def summarise(samples: dict[str, list[Any]], ratios: list[str], prompt: int, clo
     return {"rows": rows, "ratios": found}
 
 
-def main() -> None:
-    """Start the workers, let them take turns, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What every comparison of engines takes."""
     parser.add_argument("--engine", action="append", default=[], metavar="LABEL=KIND:PATH")
     parser.add_argument("--ratio", action="append", default=[], metavar="LABEL/BASELINE")
-    parser.add_argument("--tokenizer", type=Path, help="folder whose tokenizer cuts the text; random tokens without")
-    parser.add_argument("--text", default="asset:wiki")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--decode", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=8)
@@ -192,11 +193,18 @@ def main() -> None:
     parser.add_argument("--node-modules", type=Path, help="folder in which npm installed node-llama-cpp")
     parser.add_argument("--json", type=Path, help="also write every sample here")
     parser.add_argument("--serve", nargs=2, metavar=("KIND", "PATH"), help=argparse.SUPPRESS)
+
+
+def main() -> None:
+    """Start the workers, let them take turns, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", type=Path, help="folder whose tokenizer cuts the text; random tokens without")
+    parser.add_argument("--text", default="asset:wiki")
+    add_options(parser)
     options = parser.parse_args()
     if options.serve:
         serve(*options.serve, options.threads)
         return
-    began = time.monotonic()
     if options.tokenizer:
         from moedge.runtime.commands.tokens import token_windows
 
@@ -205,14 +213,21 @@ def main() -> None:
         import numpy as np
 
         ids = np.random.default_rng(0).integers(0, 1000, options.prompt).tolist()
+    result = compare(options.engine, options.ratio, ids, options)
+    print_tables(result, options)
+
+
+def compare(engines: list[str], ratios: list[str], ids: list[int], options: argparse.Namespace) -> dict[str, Any]:
+    """Let ``LABEL=KIND:PATH`` take turns; medians and ratios on both clocks, with every sample (written to --json)."""
+    began = time.monotonic()
     workers: dict[str, Worker] = {}
     samples: dict[str, list[Any]] = {}
     try:
-        for entry in options.engine:
+        for entry in engines:
             label, _, rest = entry.partition("=")
             kind, _, path = rest.partition(":")
             workers[label] = Worker(label, kind, path, options)
-            workers[label].turn(ids, 2)  # warms up; does not count
+            workers[label].ask(3, ids)  # warms up; does not count
         labels = list(workers)
         samples = {label: [] for label in labels}
         print(f"{len(labels)} engines ready after {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
@@ -220,17 +235,35 @@ def main() -> None:
             if time.monotonic() - began > options.budget:
                 break
             shift = number % len(labels)
-            for label in labels[shift:] + labels[:shift]:
+            order = labels[shift:] + labels[:shift]
+            laps: dict[str, list[list[float]]] = {}
+            for label in order:
                 time.sleep(0.02)  # worker threads of the last one go to sleep
-                samples[label].append(workers[label].turn(ids, options.decode))
+                laps[label] = workers[label].ask(1, ids)
+            for past in range(0, options.decode, CHUNK):  # a slow second of the machine meets every engine
+                for label in order:
+                    time.sleep(0.005)
+                    laps[label] += workers[label].ask(min(CHUNK, options.decode - past))
+            for label in labels:
+                samples[label].append(laps[label])
     finally:
         for worker in workers.values():
             worker.close()
     done = min(len(turns) for turns in samples.values())
     samples = {label: turns[:done] for label, turns in samples.items()}
-    result = {name: summarise(samples, options.ratio, options.prompt, i) for i, name in enumerate(("wall", "cpu"))}
-    for name, found in result.items():
-        print(f"\n{name} time, {options.threads} threads, prompt {options.prompt}, {done} rounds")
+    facts = {"engines": engines, "threads": options.threads, "prompt": len(ids), "rounds": done}
+    clocks = {name: summarise(samples, ratios, len(ids), i) for i, name in enumerate(("wall", "cpu"))}
+    result = {**facts, **clocks, "samples": samples}
+    if options.json:
+        options.json.write_text(json.dumps(result), encoding="utf-8")
+    return result
+
+
+def print_tables(result: dict[str, Any], options: argparse.Namespace) -> None:
+    """Both clocks' medians and ratios."""
+    for name in ("wall", "cpu"):
+        found = result[name]
+        print(f"\n{name} time, {options.threads} threads, prompt {result['prompt']}, {result['rounds']} rounds")
         print(f"{'engine':24s} {'prefill ms':>10s} {'tokens/s':>9s} {'decode ms':>10s} {'tokens/s':>9s}")
         for label, row in found["rows"].items():
             print(
@@ -243,9 +276,6 @@ def main() -> None:
                 for part in ("prefill", "decode")
             ]
             print(f"{ratio['label']} against {ratio['baseline']}: {', '.join(said)}")
-    if options.json:
-        facts = {"engines": options.engine, "threads": options.threads, "prompt": options.prompt, "rounds": done}
-        options.json.write_text(json.dumps({**facts, **result, "samples": samples}), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,13 @@
     python tests/benchmarks/whole_model.py WORK --layers 4 --vocab 4096           # a quarter of it: the same ratios
 
 Random weights and a random linear router; the FFN is cut into equal experts in the order of its neurons. Models go
-through ``moedge``'s own export. All bundles take turns in one process. The ideal speed-up of a MoE over its dense
-parent at the same bits is the ratio of the stored bytes that one token reads (decode) and of the multiplications that
-it needs (prefill); attention over the past is in neither and costs both the same.
+through ``moedge``'s own export and take turns with whatever else ``--engine`` names (side_by_side.py says how). The
+ideal speed-up of a MoE over its dense parent at the same bits is the ratio of the bytes that one token reads (decode:
+stored weights, float32 keys and values) and of the multiplications that the prompt needs (prefill: every token of it,
+attention included, the head for the last one only).
+
+The dense model for other programs is written by ``--export-only --keep-dense``, to ``WORK/dense.checkpoint``;
+to_gguf.py makes llama.cpp's file of it, ``python -m onnxruntime_genai.models.builder`` genai's folder.
 """
 
 from __future__ import annotations
@@ -14,11 +18,11 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import side_by_side
 
 LAYOUTS = {"dense": None, "moe-25": (2, 4, 8), "moe-50": (2, 2, 8)}
 """Shared, active and all experts: a quarter or half of the FFN is skipped."""
@@ -64,42 +68,23 @@ def checkpoint(folder: Path, layout: tuple[int, int, int] | None, options: argpa
     modeling.save(modeling.apply(plan, model), plan, tokenizer, folder)
 
 
-def costs(manifest: dict[str, Any]) -> tuple[float, float]:
-    """(stored bytes read, multiplications) for one token, from a quantised bundle's manifest."""
+def costs(manifest: dict[str, Any], options: argparse.Namespace) -> tuple[float, float]:
+    """(multiplications of the prompt, bytes read for one token after it), from a quantised bundle's manifest."""
     read = products = 0.0
     layers = (manifest["moe"] or {"layers": {}})["layers"].values()
     share = [layer["top_k"] / layer["num_experts"] for layer in layers if layer["num_experts"]]
     for entry in manifest["quantization"]["classes"]:
         active = float(np.mean(share)) if entry["tensor_class"] == "experts" else 1.0
         read += active * entry["bytes"]  # the tied embedding is read whole, as the output projection
-        if entry["tensor_class"] not in ("norms", "other"):
-            products += active * entry["parameters"]
-    return read, products
-
-
-def measure(bundles: dict[str, Path], options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Median milliseconds of a prefill and of a decode step of each bundle, which take turns."""
-    from moedge.runtime.engines import open_engine
-
-    clock = time.process_time if options.cpu_time else time.perf_counter
-    ids = np.random.default_rng(0).integers(0, options.vocab, (1, options.prompt))
-    engines = {label: open_engine(path, threads=options.threads) for label, path in bundles.items()}
-    times: dict[str, tuple[list[float], list[float]]] = {label: ([], []) for label in engines}
-    for number in range(options.repeats + 1):
-        for label, engine in engines.items():
-            start = clock()
-            step = engine.prefill(ids)
-            if number:
-                times[label][0].append(1e3 * (clock() - start))
-            for _ in range(options.decode):
-                start = clock()
-                step = engine.decode(ids[:, :1], step.cache)
-                if number:
-                    times[label][1].append(1e3 * (clock() - start))
-    return {
-        label: {"ttft_ms": float(np.median(one)), "tpot_ms": float(np.median(two))}
-        for label, (one, two) in times.items()
-    }
+        rows = {"norms": 0, "other": 0, "embedding": 1}.get(entry["tensor_class"], options.prompt)
+        products += rows * active * entry["parameters"]
+    model = manifest["model"]
+    values = 2 * model["num_layers"] * model["head_dim"]  # keys and values, one head, one position
+    read += 4 * values * model["num_kv_heads"] * options.prompt
+    products += (
+        values * (options.hidden // model["head_dim"]) * options.prompt**2 / 2
+    )  # each token sees those before it
+    return products, read
 
 
 def main() -> None:
@@ -111,43 +96,60 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--vocab", type=int, default=16384)
     parser.add_argument("--bits", default="4,8")
-    parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--decode", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--cpu-time", action="store_true", help="CPU time, the fair clock of a busy machine (1 thread)")
     parser.add_argument("--export-only", action="store_true")
-    parser.add_argument("--json", type=Path, help="also write the whole result here")
+    parser.add_argument("--keep-dense", action="store_true", help="leave the dense checkpoint, for other programs")
+    side_by_side.add_options(parser)
     options = parser.parse_args()
+    bundles = make(options)
+    if options.export_only:
+        return
+    near = sorted(bundles, key=lambda label: label.split()[1])  # a model's turn comes next to its parent's
+    engines = [f"{label}=moedge:{bundles[label]}" for label in near] + options.engine
+    pairs = [(label, f"dense {label.split()[1]}") for label in bundles if not label.startswith("dense")]
+    ids = np.random.default_rng(0).integers(0, options.vocab, options.prompt).tolist()
+    result = side_by_side.compare(engines, [*map("/".join, pairs), *options.ratio], ids, options)
+    side_by_side.print_tables(result, options)
+    cost = {
+        label: costs(json.loads((path / "manifest.json").read_text("utf-8")), options)
+        for label, path in bundles.items()
+    }
+    print(
+        "\nspeed-up over the dense parent in the same precision, and its share of the ideal one (wall time, cpu time)"
+    )
+    for label, dense in pairs:
+        said = []
+        for part, ideal in zip(("prefill", "decode"), np.divide(cost[dense], cost[label]), strict=True):
+            gains = [
+                result[clock]["rows"][dense][f"{part}_ms"] / result[clock]["rows"][label][f"{part}_ms"]
+                for clock in ("wall", "cpu")
+            ]
+            said.append(
+                f"{part} ideal x{ideal:.2f}: " + ", ".join(f"x{gain:.2f} {gain / ideal:4.0%}" for gain in gains)
+            )
+        print(f"{label:14s} {'; '.join(said)}")
+
+
+def make(options: argparse.Namespace) -> dict[str, Path]:
+    """Label -> bundle; those that the folder lacks are made."""
     bits = [int(value) for value in options.bits.split(",")]
     bundles: dict[str, Path] = {}
     for name, layout in LAYOUTS.items():
         wanted = {f"{name} int{width}": options.work / name / f"ort-cpu-int{width}" for width in bits}
         bundles |= wanted
-        if all(path.is_dir() for path in wanted.values()):
-            continue
-        from moedge.export.pipeline import export
-
         source = options.work / f"{name}.checkpoint"
-        checkpoint(source, layout, options)
-        export(source, options.work / name, [path.name for path in wanted.values()], label=name)
-        shutil.rmtree(source)
-        shutil.rmtree(options.work / name / "portable")
-        print("made", *wanted, flush=True)
-    if options.export_only:
-        return
-    rows = measure(bundles, options)
-    cost = {label: costs(json.loads((path / "manifest.json").read_text("utf-8"))) for label, path in bundles.items()}
-    print(f"{'model':14s} {'prefill ms':>10s} {'decode ms':>10s} {'speed-up, of ideal: prefill':>28s} {'decode':>16s}")
-    for label, row in rows.items():
-        dense = f"dense {label.split()[1]}"
-        said = []
-        for metric, part in (("ttft_ms", 1), ("tpot_ms", 0)):
-            gain = rows[dense][metric] / row[metric]
-            said.append(f"x{gain:.2f} {gain / (cost[dense][part] / cost[label][part]):6.0%}")
-        print(f"{label:14s} {row['ttft_ms']:10.1f} {row['tpot_ms']:10.2f} {said[0]:>28s} {said[1]:>16s}")
-    if options.json:
-        options.json.write_text(json.dumps({"rows": rows, "costs": cost}, indent=2, allow_nan=False), encoding="utf-8")
+        keep = options.keep_dense and layout is None
+        there = all(path.is_dir() for path in wanted.values())
+        if not there or (keep and not source.is_dir()):
+            checkpoint(source, layout, options)
+        if not there:
+            from moedge.export.pipeline import export
+
+            export(source, options.work / name, [path.name for path in wanted.values()], label=name)
+            shutil.rmtree(options.work / name / "portable")
+            print("made", *wanted, flush=True)
+        if not keep:
+            shutil.rmtree(source, ignore_errors=True)
+    return bundles
 
 
 if __name__ == "__main__":
