@@ -115,12 +115,22 @@ class SparseFFN(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the FFN output, same shape and dtype as x [..., H]."""
         flat = x.reshape(-1, x.shape[-1])
+        if self.router is None:
+            return self._shared(flat).reshape(x.shape)
+        if len(self.shared_gate):
+            y = self._shared(flat)
+            y = y + self._routed(flat, y.dtype)
+        else:  # matrices of no rows are nothing that a quantiser or TensorRT should have to know
+            kind = flat.device.type
+            y = self._routed(flat, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else flat.dtype)
+            y = y if self.output_bias is None else y + self.output_bias
+        return y.reshape(x.shape)
+
+    def _shared(self, flat: torch.Tensor) -> torch.Tensor:
+        """Return what the shared block gives for tokens [T, H], output bias included."""
         gate = F.linear(flat, self.shared_gate, self.shared_gate_bias)
         hidden = activate(gate, self.activation) * F.linear(flat, self.shared_up, self.shared_up_bias)
-        y = F.linear(hidden, self.shared_down, self.output_bias)
-        if self.router is not None:
-            y = y + self._routed(flat, y.dtype)
-        return y.reshape(x.shape)
+        return F.linear(hidden, self.shared_down, self.output_bias)
 
     def _routed(self, flat: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return what the selected experts add for tokens [T, H]."""

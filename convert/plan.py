@@ -27,9 +27,10 @@ from moedge._files import canonical_json, write_json
 
 PLAN_SCHEMA = "moedge.plan/1"
 
-CombineRule = Literal["unit", "scaled", "softmax", "probability"]
+CombineRule = Literal["unit", "scaled", "softmax", "probability", "normalised"]
 """Weight of a selected expert: ``unit`` 1; ``scaled`` 1 + scale_e * softmax(scores)_e (CMoE sec. 3.3); ``softmax``
-softmax over the selected scores; ``probability`` softmax over all scores, not renormalised (ExpertWeaver sec. 4)."""
+softmax over the selected scores; ``probability`` softmax over all scores, not renormalised (ExpertWeaver sec. 4);
+``normalised`` score over the sum of the selected scores, which only a sigmoid router may use."""
 
 
 @dataclass
@@ -127,6 +128,11 @@ class LayerPlan:
             raise MoEdgeError(f"{where}: a neuron is assigned twice; every neuron belongs to at most one expert.")
         if not 0 <= self.top_k <= self.num_experts:
             raise MoEdgeError(f"{where}: top_k={self.top_k} must be between 0 and num_experts={self.num_experts}.")
+        if self.combine == "normalised" and self.router is not None and self.router.kind != "sigmoid":
+            raise MoEdgeError(
+                f"{where}: the weight rule 'normalised' divides by the sum of the scores, which a {self.router.kind!r} "
+                "router does not keep positive; use a 'sigmoid' router or another rule."
+            )
         if self.top_k and self.router is None:
             raise MoEdgeError(f"{where}: {self.num_experts} experts but no router.")
         if self.expert_bias is not None and len(self.expert_bias) != self.num_experts:

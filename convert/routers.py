@@ -62,6 +62,17 @@ class LinearRouter(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
+class SigmoidRouter(LinearRouter):
+    """Scores ``sigmoid(weight x + bias)``, between 0 and 1: the gate of DeepSeek-V3 and GLM-4-MoE.
+
+    Those add a selection bias to these scores and weigh by the rule ``normalised``.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return scores [T, E] for x [T, H], both float32."""
+        return torch.sigmoid(super().forward(x))
+
+
 class MLPRouter(nn.Module):
     """Scores ``second tanh(first x)`` with first [E, H] and second [E, E], no biases.
 
@@ -118,6 +129,7 @@ class OracleRouter(nn.Module):
 ROUTERS: dict[str, type[nn.Module]] = {
     "representative": RepresentativeRouter,
     "linear": LinearRouter,
+    "sigmoid": SigmoidRouter,
     "mlp": MLPRouter,
     "random": RandomRouter,
     "oracle": OracleRouter,

@@ -120,6 +120,9 @@ _WEIGHTS = {
         one = Constant <value_float = 1.0> ()  weights = Add (pc, one)""",
     "softmax": "sc = GatherElements <axis = 1> (scores, chosen)  weights = Softmax <axis = -1> (sc)",
     "probability": "p = Softmax <axis = -1> (scores)  weights = GatherElements <axis = 1> (p, chosen)",
+    "normalised": """
+        sc = GatherElements <axis = 1> (scores, chosen)  last = Constant <value_ints = [-1]> ()
+        total = ReduceSum <keepdims = 1> (sc, last)  weights = Div (sc, total)""",
 }
 
 _ROUTE = """

@@ -6,7 +6,7 @@ for each of them. Every operator has a fake (shapes for ``torch.export``) and an
 that runs on any device: tokens are sorted by expert once, and each expert is one matrix product.
 
 All of them have gradients, by the same sorted products. The gradient reaches the scores through the weights: rules
-``scaled``, ``softmax`` and ``probability`` pass it on, ``unit`` has none, and the choice of experts has none.
+all but ``unit`` pass it on, ``unit`` has none, and the choice of experts has none.
 ``sparse_glu`` keeps its inputs only and computes the hidden activations again in the backward pass.
 
 Shapes: T tokens, H hidden, I expert width, E experts, k active experts for a token. Importing this module registers
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-RULES = ("unit", "scaled", "softmax", "probability")
+RULES = ("unit", "scaled", "softmax", "probability", "normalised")
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 
 
@@ -51,8 +51,9 @@ def route(
         scale: float32 [E], for the rule ``scaled``.
         top_k: k, 1..E.
         rule: ``unit`` (weight 1), ``scaled`` (1 + scale_e * softmax(scores)_e, CMoE sec. 3.3), ``softmax`` (over the
-            selected scores) or ``probability`` (softmax over all E scores, not renormalised over the selected ones:
-            ExpertWeaver sec. 4).
+            selected scores), ``probability`` (softmax over all E scores, not renormalised over the selected ones:
+            ExpertWeaver sec. 4) or ``normalised`` (score over the sum of the selected scores, which must be positive:
+            a sigmoid router, DeepSeek-V3 sec. 2.1.2).
 
     Returns:
         Indices int32 [T, k] by decreasing biased score, ties to the lower index, and weights float32 [T, k].
@@ -70,6 +71,9 @@ def route(
         weights = torch.softmax(scores.gather(-1, chosen), dim=-1)
     elif rule == "probability":
         weights = torch.softmax(scores, dim=-1).gather(-1, chosen)
+    elif rule == "normalised":
+        weights = scores.gather(-1, chosen)
+        weights = weights / weights.sum(-1, keepdim=True)
     else:
         raise ValueError(f"unknown rule {rule!r}; known: {', '.join(RULES)}")
     return chosen.to(torch.int32), weights
@@ -94,6 +98,9 @@ def _route_backward(ctx: Any, _: torch.Tensor, d_weights: torch.Tensor) -> tuple
     if ctx.rule == "softmax":
         inner = weights * (d_weights - (d_weights * weights).sum(-1, keepdim=True))
         d_scores = torch.zeros_like(scores).scatter_(-1, chosen, inner)
+    elif ctx.rule == "normalised":
+        inner = d_weights - (d_weights * weights).sum(-1, keepdim=True)
+        d_scores = d_scores.scatter_(-1, chosen, inner / scores.gather(-1, chosen).sum(-1, keepdim=True))
     elif ctx.rule in ("scaled", "probability"):
         p = torch.softmax(scores, dim=-1)
         d_p = torch.zeros_like(scores).scatter_(-1, chosen, d_weights)

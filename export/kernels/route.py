@@ -15,7 +15,7 @@ import triton.language as tl
 from moedge.export.kernels.launch import Extent, Launch, fixed, power_of_two
 
 MOST_EXPERTS = 512
-RULES = ("unit", "scaled", "softmax", "probability")
+RULES = ("unit", "scaled", "softmax", "probability", "normalised")
 
 
 @triton.jit
@@ -54,7 +54,10 @@ def _route(
     chosen = (place < TOP_K) & (e < EXPERTS)
 
     weight = tl.full([BLOCK_E], 1.0, tl.float32)
-    if RULE != "unit":
+    if RULE == "normalised":
+        score = tl.load(scores_ptr + e, mask=chosen, other=0.0)
+        weight = score / tl.sum(score, 0)
+    elif RULE != "unit":
         score = tl.load(scores_ptr + e, mask=e < EXPERTS, other=float("-inf"))
         if RULE == "softmax":
             score = tl.where(chosen, score, float("-inf"))

@@ -127,6 +127,12 @@ def _known(run: _Run, weights: Sequence[Quantized] | None) -> Iterator[tuple[str
     )
     if not np.allclose(run.weights, 1):
         yield "the combination weights are dropped (all 1)", lambda: replace(run, weights=np.ones_like(run.weights))
+    if run.rule == "normalised":
+        bare = np.take_along_axis(run.scores, run.indices, 1)
+        yield (
+            "the combination weights are the bare scores (missing renormalisation)",
+            lambda: replace(run, weights=bare),
+        )
     if run.rule == "scaled":
         yield "the scale of the router is dropped (1 + softmax)", lambda: replace(run, weights=1 + share)
     if run.bias.any():
@@ -136,6 +142,12 @@ def _known(run: _Run, weights: Sequence[Quantized] | None) -> Iterator[tuple[str
         yield (
             "the same experts run for every token (unselected ones are not hidden)",
             lambda everywhere=everywhere: replace(run, indices=everywhere),  # type: ignore[misc]
+        )
+    everyone = np.broadcast_to(np.arange(experts), (len(run.x), experts))
+    if k < experts:
+        yield (
+            "every expert runs for every token, with weight 1",
+            lambda: replace(run, indices=everyone, weights=np.ones(everyone.shape)),
         )
     yield "the worst experts are selected instead of the best", lambda: replace(run, indices=_top(-run.scores, k))
     if run.compensation is not None:

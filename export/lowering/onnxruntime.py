@@ -14,7 +14,6 @@ import numpy as np
 import onnx_ir as ir
 
 from moedge import MoEdgeError
-from moedge.export.functions import DOMAIN
 from moedge.export.lowering import (
     Lowered,
     Rewrite,
@@ -181,9 +180,13 @@ def attention_edges(model: ir.Model) -> list[str]:
 def smallest_weight(model: ir.Model) -> float:
     """Lower bound of the combination weights over all Route nodes (scaled: 1 + u_e * p with p in 0..1)."""
     smallest = 1.0
-    for node in model.graph:
-        if node.domain == DOMAIN and node.op_type == "Route" and node.attributes["rule"].as_string() == "scaled":
+    for node in nodes_of(model, "Route"):
+        rule, scores = node.attributes["rule"].as_string(), node.inputs[0]
+        if rule == "scaled":
             smallest = min(smallest, 1.0 + float(np.minimum(array_of(node.inputs[2]), 0).min()))
+        producer = scores.producer() if scores is not None else None
+        if rule == "normalised" and (producer is None or producer.op_type != "Sigmoid"):
+            smallest = 0.0  # nothing says that these scores are positive
     return smallest
 
 

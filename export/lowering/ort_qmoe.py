@@ -11,6 +11,7 @@ scaled       scores (+ bias)             1 + scale * softmax(scores)    0
 probability  scores (+ bias)             softmax(scores)                0
 softmax      scores                      -                              1
 softmax      scores + bias               softmax(scores)                1
+normalised   scores (+ bias)             scores                         1
 ===========  ==========================  =============================  =================
 
 Without input 14 the kernel ignores ``normalize_routing_weights=0`` (measured: relative error 0.6, no error message), so
@@ -138,6 +139,8 @@ def _selection(
         probs.name = f"layers.{layer}.router.selection"
     if rule == "softmax":
         return probs, builder.node("Softmax", [scores], attributes={"axis": -1}) if biased else None, 1
+    if rule == "normalised":
+        return probs, scores, 1
     if rule == "unit":
         return probs, _ones(builder, experts), 0
     share = builder.node("Softmax", [scores], attributes={"axis": -1})

@@ -74,12 +74,13 @@ def test_each_link_of_the_chain_against_finite_differences() -> None:
     )
 
 
-@pytest.mark.parametrize("rule", ["scaled", "softmax", "probability"])
+@pytest.mark.parametrize("rule", ["scaled", "softmax", "probability", "normalised"])
 def test_route_passes_the_gradient_of_its_weights_to_scores_and_scale(rule: str) -> None:
     scores, scale, bias = draw(6, 5, seed=3), draw(5, seed=4), draw(5, seed=5).detach() * 3
 
     def run(scores: torch.Tensor, *scale: torch.Tensor) -> torch.Tensor:
-        return moedge.route(scores, bias, scale[0] if scale else None, 2, rule)[1]
+        positive = torch.sigmoid(scores) if rule == "normalised" else scores
+        return moedge.route(positive, bias, scale[0] if scale else None, 2, rule)[1]
 
     assert torch.autograd.gradcheck(run, (scores, scale) if rule == "scaled" else (scores,))
 

@@ -72,6 +72,8 @@ def check_route(place: str, tokens: int, experts: int, top_k: int, rule: str, *,
     scores = random(tokens, experts, seed=1, size=3.0)
     if ties:
         scores = scores.round()
+    if rule == "normalised":
+        scores = torch.sigmoid(scores)  # it divides by their sum
     offset = random(experts, seed=2).round() if bias else None
     scale = random(experts, seed=3)
     on = [t if t is None else t.to(place) for t in (scores, offset, scale)]
@@ -100,6 +102,7 @@ def check_route(place: str, tokens: int, experts: int, top_k: int, rule: str, *,
         (5, 7, 3, "scaled", True, True),
         (2, 64, 6, "softmax", True, False),
         (2, 12, 4, "probability", True, False),
+        (3, 9, 4, "normalised", True, True),
         (2, 65, 33, "scaled", False, True),
         (1, 512, 10, "softmax", True, True),
     ],
