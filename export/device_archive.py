@@ -70,6 +70,7 @@ def write(
     *,
     label: str | None = None,
     tensorrt: str | None = None,
+    experts: str | None = None,
     max_length: int | None = None,
     max_prompt: int | None = None,
     batch: int = 1,
@@ -86,6 +87,7 @@ def write(
         label: name of the model for results.
         tensorrt: version of TensorRT on the device; that of its profile by default. It decides whether experts are
             plugins, whose kernels the archive then holds, or standard operators.
+        experts: the form of the experts where it shall not be that; see ``lowering.trt_experts.choose``.
         max_length: longest sequence of the engine; the model's, at most 2048, by default.
         max_prompt: most tokens of a prefill call; half of ``max_length`` by default.
         batch: most rows.
@@ -103,6 +105,8 @@ def write(
         raise MoEdgeError(
             f"{device.label} ({device.sm}) takes no TensorRT engine; export {device.targets[0]} and use `moedge build`."
         )
+    if experts == "native" and (reason := moedge_trt.moe_refusal(device.label, device.compute_capability)):
+        raise MoEdgeError(reason)
     if out.exists() and (not force or not out.is_file() or out.is_symlink()):
         raise MoEdgeError(f"Output {out} already exists; pass --force to replace it (a plain file only).")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +117,7 @@ def write(
         report("exporting", 0, 3)
         version = tensorrt or device.tensorrt
         assert version is not None, "a profile with the target tensorrt names its version"
-        graph, reference = _bundles(source, work / "bundles", label or source.name, version)
+        graph, reference = _bundles(source, work / "bundles", label or source.name, version, experts)
         label, model = label or graph.manifest["label"], graph.manifest["model"]
         longest = max_length or min(2048, model["max_position_embeddings"])
         profiles = {"max_length": longest, "max_prompt": max_prompt or max(2, longest // 2), "batch": batch}
@@ -140,6 +144,7 @@ def write(
             "label": label,
             **{key: graph.manifest[key] for key in ("kind", "model", "moe", "taps", "lowering")},
             **({"plugins": plugins} if plugins else {}),
+            "experts": graph.manifest.get("experts"),
             "device": device.model_dump(mode="json", by_alias=True),
             "tensorrt": version,
             "profiles": profiles,
@@ -177,16 +182,17 @@ def _check(graph: Bundle, device: Device, profiles: dict[str, int]) -> None:
         raise MoEdgeError(reason)
 
 
-def _bundles(source: Path, scratch: Path, label: str, tensorrt: str) -> tuple[Bundle, Bundle]:
+def _bundles(source: Path, scratch: Path, label: str, tensorrt: str, experts: str | None) -> tuple[Bundle, Bundle]:
     """Return the graph for the device, lowered for its version of TensorRT, and the float32 graph."""
     from moedge.export import pipeline
 
     if (source / "portable" / "manifest.json").is_file():
         portable = open_bundle(source / "portable")
         with atomic_dir(scratch / "tensorrt") as partial:
-            pipeline.lower("tensorrt", portable.path, partial, tensorrt=tensorrt)
+            pipeline.lower("tensorrt", portable.path, partial, tensorrt=tensorrt, experts=experts)
     else:
-        pipeline.export(source, scratch, ["portable", "tensorrt"], label=label, tensorrt=tensorrt)
+        targets = ["portable", "tensorrt"]
+        pipeline.export(source, scratch, targets, label=label, tensorrt=tensorrt, experts=experts)
         portable = open_bundle(scratch / "portable")
     return open_bundle(scratch / "tensorrt"), portable
 

@@ -31,6 +31,7 @@ def export(
     label: str,
     max_length: int | None = None,
     tensorrt: str | None = None,
+    experts: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
     calibration: np.ndarray | None = None,
@@ -46,6 +47,7 @@ def export(
         label: name of the model for reports.
         max_length: longest sequence (cache and rotary tables); the model's own maximum by default.
         tensorrt: version of TensorRT on the device that the bundle ``tensorrt`` is for; the newest by default.
+        experts: form of the experts in the bundle ``tensorrt``, see ``lowering.trt_experts.choose``.
         force: replace existing bundles.
         progress: see :data:`Progress`.
         calibration: int64 [N, L], text for which 4-bit weights are chosen by GPTQ instead of rounding to the nearest.
@@ -66,7 +68,8 @@ def export(
             if target == "portable":
                 _export_portable(checkpoint, partial, label, max_length)
             else:
-                lower(target, out / "portable", partial, tensorrt=tensorrt, calibration=calibration)
+                options = {"tensorrt": tensorrt, "experts": experts, "calibration": calibration}
+                lower(target, out / "portable", partial, **options)
         written[target] = destination
     report("done", len(order), len(order))
     return written
@@ -144,9 +147,10 @@ def lower(
     partial: Path,
     *,
     tensorrt: str | None = None,
+    experts: str | None = None,
     calibration: np.ndarray | None = None,
 ) -> None:
-    """Lower a portable bundle; ``tensorrt`` and ``calibration`` as in :func:`export`.
+    """Lower a portable bundle; ``tensorrt``, ``experts`` and ``calibration`` as in :func:`export`.
 
     Needs onnx and the target's runtime, not torch; weights stay memory-mapped.
     """
@@ -157,7 +161,8 @@ def lower(
     source = bundle.open_bundle(portable)
     bundle.check_external_data(source.model_path, set(source.manifest["files"]))
     graph = ir.load(source.model_path)
-    options: dict[str, Any] = {"tensorrt": tensorrt} if target == "tensorrt" and tensorrt else {}
+    asked = {"tensorrt": tensorrt, "experts": experts} if target == "tensorrt" else {}
+    options: dict[str, Any] = {name: value for name, value in asked.items() if value}
     on_text = calibration is not None and target in CALIBRATED
     if calibration is not None and on_text:
         from moedge.export.calibrate import moments
@@ -194,7 +199,7 @@ def _seal(partial: Path, graph: Any, lowered: Lowered, manifest: dict[str, Any])
         "cache": lowered.cache,
         "limits": lowered.limits,
     }
-    for name in ("quantization", "plugins"):
+    for name in ("quantization", "plugins", "experts"):
         if getattr(lowered, name) is not None:
             lowering[name] = getattr(lowered, name)
     loaders.describe(partial, {**manifest, **lowering})

@@ -42,3 +42,5 @@ class Lowered:
     quantization: dict[str, Any] | None = None
     plugins: dict[str, Any] | None = None
     """For ``tensorrt``: the kernels that its nodes need (``kernels``: plugin and options) and the oldest TensorRT."""
+    experts: str | None = None
+    """For TensorRT targets: the form of the experts, see ``trt_experts``."""

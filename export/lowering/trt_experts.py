@@ -1,6 +1,7 @@
 """SparseGLU for TensorRT: which form it takes, and the two forms in standard operators.
 
 ``plugins`` the selected experts only, in kernels of our own that become part of the engine (``trt_plugins.py``).
+``native``  TensorRT's own MoE layer, where it was asked for (``trt_native.py``).
 ``merged``  every expert on every token, as one FFN of width E*I whose hidden units are multiplied by their expert's
             weight (zero where it is not selected). Three plain products of the size of a dense FFN; no [E, T, H]
             intermediate and no sum over experts, which happens inside the last product, in its accumulator.
@@ -17,18 +18,19 @@ import numpy as np
 import onnx_ir as ir
 
 from moedge import MoEdgeError
-from moedge.export.lowering import trt_plugins
+from moedge.export.functions import DOMAIN
+from moedge.export.lowering import trt_native, trt_plugins
 from moedge.export.lowering.graph import Builder, array_of, constant_of, remove_unused
 from moedge.export.nodes import active_of, nodes_of
 from moedge.runtime.device.moedge_plugins import refusal
 from moedge.runtime.device.moedge_trt import DeviceError
 
-Form = Literal["plugins", "merged", "gather"]
+Form = Literal["plugins", "native", "merged", "gather"]
 COPIES = 3
 """Times that a gathered matrix crosses memory: read, written as a copy, read by the product."""
 
 
-def choose(model: ir.Model, tensorrt: str | None) -> tuple[Form, str]:
+def choose(model: ir.Model, tensorrt: str | None, wanted: str | None = None) -> tuple[Form, str]:
     """Choose the form of a model's experts for an engine, and say why: the one place where this is decided.
 
     An engine holds prefill and decode in one graph, and for a prompt gathering costs more memory than the model, so
@@ -37,12 +39,27 @@ def choose(model: ir.Model, tensorrt: str | None) -> tuple[Form, str]:
     Args:
         model: the float32 graph.
         tensorrt: version of TensorRT on the device (from its profile), or None for a runtime that takes no plugins.
+        wanted: ``plugins``, ``native`` or ``merged``; by default ``plugins`` where they can be, else ``merged``.
+
+    Raises:
+        MoEdgeError: no such version, or a form that cannot be; the message names one that can.
     """
     try:
         reason = "TensorRT for RTX takes no kernels compiled ahead of time" if tensorrt is None else refusal(tensorrt)
     except DeviceError as error:
         raise MoEdgeError(str(error)) from None
     reason = reason or trt_plugins.refusal(model)
+    if wanted == "native":
+        parts = None if tensorrt is None else tuple(int(part) for part in tensorrt.split(".")[:2])
+        if illegal := trt_native.refusal(model, parts):  # type: ignore[arg-type]
+            raise MoEdgeError(f"{illegal}; take --experts {'merged' if reason else 'plugins'}.")
+        return "native", "asked for"
+    if wanted == "plugins" and reason:
+        raise MoEdgeError(f"{reason}; take --experts merged.")
+    if wanted not in (None, "plugins", "merged"):
+        raise MoEdgeError(f"No form of experts is called {wanted!r}; known: plugins, native, merged.")
+    if wanted == "merged":
+        return "merged", "asked for"
     if reason is None:
         return "plugins", f"TensorRT {tensorrt} takes kernels compiled ahead of time"
     one_token = {by_bytes(*_sizes(node), 1)[1] for node in nodes_of(model, "SparseGLU")}
@@ -97,7 +114,7 @@ class _Layer:
 
     def rewrite(self, form: Form) -> None:
         """Replace the node."""
-        y = self._merged() if form == "merged" else self._gather()
+        y = {"merged": self._merged, "gather": self._gather, "native": self._native}[form]()
         if self.compensation is not None:
             omitted = self.float("Sub", [constant_of(self.builder, 1.0, np.float32), self._selected(None)])
             y = self.float("Add", [y, self.float("MatMul", [omitted, self.compensation])])
@@ -139,6 +156,16 @@ class _Layer:
         flat = self.float("Reshape", [weighted, constant_of(b, [-1, self.experts * self.width])])
         return self.float("MatMul", [flat, down])
 
+    def _native(self) -> ir.Value:
+        b, first = self.builder, constant_of(self.builder, [0])
+        x, scores = (self.float("Unsqueeze", [value, first]) for value in (self.x, self.weights))
+        indices = b.node("Unsqueeze", [self.indices, first])
+        matrices = [_turned(b, value) for value in (self.gate, self.up, self.down)]
+        inputs = [x, indices, scores, *matrices]
+        y = b.node(trt_native.OPERATOR, inputs, domain=DOMAIN, attributes=trt_native.node_attributes())
+        y.type, y.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([1, self.x.shape[0], self.hidden])
+        return self.float("Squeeze", [y, first])
+
     def _gather(self) -> ir.Value:
         b, shape = self.builder, constant_of(self.builder, [self.experts, self.width, self.hidden])
         gate, up, down = (
@@ -153,9 +180,17 @@ class _Layer:
         return self.float("ReduceSum", [each, constant_of(b, [1, 2])], keepdims=0)
 
 
-def _lazy(builder: Builder, source: ir.Value, shape: tuple[int, int], turn: bool) -> ir.Value:
-    """Return the initializer [E*I, H] of a stacked weight; it is laid out when it is written, one at a time."""
-    name = f"{source.name}.rows"
+def _turned(builder: Builder, source: ir.Value | None) -> ir.Value:
+    """Return a stack of matrices [E, N, K] as [E, K, N]."""
+    assert source is not None
+    assert source.shape is not None
+    experts, rows, columns = (int(size) for size in source.shape)
+    return _lazy(builder, source, (experts, columns, rows), turn=True, suffix="turned")
+
+
+def _lazy(builder: Builder, source: ir.Value, shape: tuple[int, ...], turn: bool, suffix: str = "rows") -> ir.Value:
+    """Return an initializer of ``shape`` with a stacked weight; it is laid out when it is written, one at a time."""
+    name = f"{source.name}.{suffix}"
     existing = builder.graph.initializers.get(name)
     if existing is not None:
         return existing

@@ -35,6 +35,14 @@ TensorRT = Annotated[
         help="TensorRT on the device, such as 10.13, where it is not its profile's: from 10.9 on experts are plugins.",
     ),
 ]
+Experts = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FORM",
+        help="Target tensorrt: plugins, merged (standard operators) or native (TensorRT's own MoE layer: SM100, 103 or "
+        "110, TensorRT 11); by default what the device's TensorRT can.",
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all physical cores by default.")]
 Device = Annotated[

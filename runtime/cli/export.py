@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moedge import MoEdgeError
-from moedge.runtime.cli._app import Force, Json, TensorRT, Text, command
+from moedge.runtime.cli._app import Experts, Force, Json, TensorRT, Text, command
 
 PANEL = "Export"
 
@@ -32,6 +32,7 @@ def export(
         int | None, typer.Option(min=16, help="Longest prompt + answer in tokens; the model's own limit by default.")
     ] = None,
     tensorrt: TensorRT = None,
+    experts: Experts = None,
     gptq: Annotated[
         str | None,
         typer.Option(help="asset:NAME or a text file: choose the weights of ort-cpu-int4 by GPTQ on this text."),
@@ -56,6 +57,7 @@ def export(
         label=label,
         max_length=max_length,
         tensorrt=tensorrt,
+        experts=experts,
         force=force,
         gptq_text=gptq,
         gptq_tokens=gptq_tokens,
@@ -145,6 +147,7 @@ def bundle(
     max_prompt: Annotated[int | None, typer.Option(min=2, help="Most prompt tokens in one call.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Most rows of a call.")] = 1,
     tensorrt: TensorRT = None,
+    experts: Experts = None,
     force: Force = False,
 ) -> None:
     """Pack one archive for a device: graph, tokenizer, recorded answers, and scripts that build, verify and time there.
@@ -166,5 +169,6 @@ def bundle(
         max_prompt=max_prompt,
         batch=batch,
         tensorrt=tensorrt,
+        experts=experts,
         force=force,
     )

@@ -22,6 +22,7 @@ def bundle(
     max_prompt: int | None,
     batch: int,
     tensorrt: str | None,
+    experts: str | None,
     force: bool,
 ) -> None:
     """Write the archive and say what to do with it."""
@@ -44,6 +45,7 @@ def bundle(
             max_prompt=max_prompt,
             batch=batch,
             tensorrt=tensorrt,
+            experts=experts,
             force=force,
             progress=step,
         )
@@ -52,7 +54,8 @@ def bundle(
     console.print(
         escape(f"{out}: {size:.0f} MiB, {len(manifest['files'])} files, sha256 {sha256_file(out)}"), soft_wrap=True
     )
-    form = "plugins" if "plugins" in manifest else "standard operators"
+    forms = {"plugins": "plugins", "native": "TensorRT's own MoE layer"}
+    form = forms.get(manifest["experts"], "standard operators")
     console.print(escape(f"For TensorRT {manifest['tensorrt']}: experts as {form}"), soft_wrap=True)
     folder = f"moedge-{device.name}"
     console.print(

@@ -26,6 +26,7 @@ def export(
     label: str | None,
     max_length: int | None,
     tensorrt: str | None,
+    experts: str | None,
     force: bool,
     gptq_text: str | None = None,
     gptq_tokens: int = 4096,
@@ -38,6 +39,8 @@ def export(
     for target in wanted:
         if target not in TARGETS:
             raise MoEdgeError(f"Unknown target {target!r}; known: {', '.join(TARGETS)}.")
+    if experts and "tensorrt" not in wanted:
+        raise MoEdgeError(f"--experts is for target tensorrt, which is not among {', '.join(wanted)}.")
     if not (checkpoint / "config.json").is_file():
         raise MoEdgeError(f"{checkpoint} is not a checkpoint folder: it has no config.json.")
     there = _bundles(out)
@@ -69,6 +72,7 @@ def export(
             label=label or checkpoint.name,
             max_length=max_length,
             tensorrt=tensorrt,
+            experts=experts,
             progress=step,
             calibration=calibration,
         )

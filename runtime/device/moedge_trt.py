@@ -24,6 +24,21 @@ OLDEST = 10
 """The first major version of TensorRT with strongly typed networks and int64 inputs (JetPack 6)."""
 
 
+MOE_CAPABILITIES = ("10.0", "10.3", "11.0")
+"""Where TensorRT has an MoE layer of its own (NVIDIA's documentation; elsewhere the build fails)."""
+
+
+def moe_refusal(label: str, capability: str) -> str | None:
+    """Return why a device cannot run a graph with TensorRT's own MoE layer, or None."""
+    if capability in MOE_CAPABILITIES:
+        return None
+    known = ", ".join("SM" + each.replace(".", "") for each in MOE_CAPABILITIES)
+    return (
+        f"{label} (SM{capability.replace('.', '')}) does not have TensorRT's own MoE layer, only {known} do; export "
+        "with --experts plugins."
+    )
+
+
 class DeviceError(Exception):
     """A problem that the user can act on, in one sentence."""
 
@@ -139,6 +154,7 @@ def build(
         reason = str(parser.get_error(0)) if parser.num_errors else "; ".join(log.errors[:1]) or "no reason given"
         raise DeviceError(f"{trt.__name__} {trt.__version__} cannot parse {onnx_path}: {' '.join(reason.split())}")
     parsed = time.perf_counter()
+    check_moe_layers(trt, network, onnx_path)
     if taps:
         _mark_outputs(network, taps, onnx_path)
     config = builder.create_builder_config()
@@ -181,6 +197,27 @@ def build(
         "build_cpu_s": round(time.process_time() - cpu, 3),
         "engine_bytes": len(plan),
     }
+
+
+def check_moe_layers(trt: Any, network: Any, onnx_path: str | Path) -> int:
+    """Count TensorRT's own MoE layers and refuse one without SiLU: the parser drops the activation without a word.
+
+    Raises:
+        DeviceError: a layer would multiply gate and up without activation.
+    """
+    kind = getattr(trt.LayerType, "MOE", None) if hasattr(trt, "LayerType") else None
+    count = 0
+    for index in range(network.num_layers) if kind is not None else ():
+        layer = network.get_layer(index)
+        if layer.type == kind:
+            layer.__class__ = trt.IMoELayer
+            if layer.activation_type != trt.MoEActType.SILU:
+                raise DeviceError(
+                    f"{onnx_path}: {trt.__name__} {trt.__version__} took {layer.name} without its activation (its "
+                    "attribute activation_type is missing or is no integer); export the bundle again."
+                )
+            count += 1
+    return count
 
 
 def _mark_outputs(network: Any, taps: dict[str, str], onnx_path: str | Path) -> None:

@@ -308,3 +308,10 @@ def test_report_refuses_what_is_no_result(tmp_path, content):
     (tmp_path / "r.json").write_text(content)
     with pytest.raises(MoEdgeError, match=r"r\.json"):
         report.read(tmp_path / "r.json")
+
+
+def test_a_device_without_tensorrts_moe_layer_gets_none(source, tmp_path):
+    orin = devices.load("jetson-agx-orin")
+    with pytest.raises(MoEdgeError, match=r"\(SM87\) does not have TensorRT's own MoE layer, .* --experts plugins"):
+        device_archive.write(source, tmp_path / "moe.tar", orin, tensorrt="11.0", experts="native")
+    assert not list(tmp_path.iterdir())

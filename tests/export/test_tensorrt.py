@@ -12,7 +12,7 @@ from moedge._files import atomic_dir
 from moedge.configs import devices
 from moedge.export import bundle, nodes
 from moedge.export.functions import DOMAIN
-from moedge.export.lowering import half, selftest, tensorrt, trt_attention, trt_experts
+from moedge.export.lowering import half, selftest, tensorrt, trt_attention, trt_experts, trt_native, trt_turing
 from moedge.export.lowering.graph import Builder
 from moedge.export.pipeline import lower
 from moedge.runtime.engines import open_engine
@@ -193,10 +193,10 @@ def test_other_activations_rules_and_compensation_lower(bundles, version):
 
 
 MISTAKES = {
-    "expert weights not transposed": ("_rows", lambda self: _rows(self, turn=False)),
-    "gate and up swapped": ("_rows", lambda self: _rows(self)[1::-1] + _rows(self)[2:]),
-    "selection ignored": ("_selected", lambda self, weights: _selected(self, weights, every=True)),
-    "activation dropped": ("_activate", lambda self, g: g),
+    "no known mistake": ("_rows", lambda self: _rows(self, turn=False)),  # H != I: no transposition, but other rows
+    "gate and up are swapped": ("_rows", lambda self: _rows(self)[1::-1] + _rows(self)[2:]),
+    "every expert runs": ("_selected", lambda self, weights: _selected(self, weights, every=True)),
+    "the activation is dropped": ("_activate", lambda self, g: g),
 }
 _real_rows, _real_selected = trt_experts._Layer._rows, trt_experts._Layer._selected
 
@@ -217,12 +217,12 @@ def _selected(layer, weights, every):
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_the_self_test_catches(bundles, monkeypatch, mistake):
+def test_the_self_test_catches_and_names(bundles, monkeypatch, mistake):
     name, wrong = MISTAKES[mistake]
     monkeypatch.setattr(trt_experts._Layer, name, wrong)
     assert not _experts_test(bundles).passed
     graph = portable(bundles)
-    with pytest.raises(MoEdgeError, match="Self-test of 'SparseGLU"):
+    with pytest.raises(MoEdgeError, match=f"Self-test of 'SparseGLU.* It looks like: {mistake}"):
         tensorrt.lower(graph, max_length=64, tensorrt="10.3")
 
 
@@ -278,6 +278,44 @@ def test_tensorrt_rtx_builds_the_exported_moe_without_a_gpu(typed, target):
     assert facts["layers"] < (1000 if target == "plugins" else 500), "dynamic Slices would bring some 25 layers each"
 
 
+def _float_products(model):
+    weights = [(n, n.inputs[1]) for n in model.graph if n.op_type in ("MatMul", "Gemm")]
+    return [node for node, value in weights if value.const_value is not None and value.dtype == ir.DataType.FLOAT]
+
+
+def test_products_as_sums_are_the_same_numbers(typed, tmp_path):
+    source = typed["moe/tensorrt-rtx"] / "model.onnx"
+    before, after = ir.load(source), ir.load(trt_turing.write(source, tmp_path / "turing"))
+    products = _float_products(before)
+    assert len(products) == 4, "gate and up of two routers"
+    assert not _float_products(after)
+    names, inputs = ([str(value.name) for value in values] for values in zip(
+        *((node.outputs[0], node.inputs[0]) for node in products), strict=True
+    ))  # fmt: skip
+    # Two float32 sums of 32 terms in another order.
+    test = selftest.compare("routers", before, after, names, 32 * 2.0**-24, inputs=sorted(set(inputs)))
+    assert test.passed, test
+    assert test.max_rel_error > 0
+
+
+@pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx-cu13 has no package for this platform")
+def test_a_moe_engine_is_built_for_every_gpu_that_tensorrt_rtx_knows(typed, tmp_path):
+    """Turing too, whose float32 products are sums; the graph as it is would be refused for it."""
+    from moedge.runtime import build
+    from moedge.runtime.device import moedge_trt
+
+    names = {devices.load(name).compute_capability: name for name in devices.names()}
+    rtx = [names[capability] for capability in devices.RTX_CAPABILITIES]
+    made = build.build(typed["moe/tensorrt-rtx"], tmp_path / "engine", rtx, max_length=64, max_prompt=32)
+    assert made["compute_capabilities"] == list(devices.RTX_CAPABILITIES)
+    assert sorted(path.name for path in (tmp_path / "engine").iterdir() if path.is_dir()) == []
+    opened = bundle.open_bundle(typed["moe/tensorrt-rtx"])
+    shapes = moedge_trt.profile_shapes(opened.manifest["model"], max_length=64, max_prompt=32)
+    trt = moedge_trt.load_tensorrt("tensorrt-rtx")
+    with pytest.raises(moedge_trt.DeviceError, match="FP32 GEMM is not supported"):
+        moedge_trt.build(trt, opened.model_path, shapes, compute_capabilities=["7.5"])
+
+
 @pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx-cu13 has no package for this platform")
 def test_a_tap_that_the_graph_lacks_stops_the_build(typed):
     from moedge.runtime.device import moedge_trt
@@ -319,3 +357,78 @@ def test_an_engine_computes_what_its_graph_computes(typed, tmp_path, target):
         want, got = reference.decode(token, want.cache), engine.decode(token, got.cache)
     assert np.mean(agree) > 0.95
     engine.close()
+
+
+def _native(bundles, monkeypatch=None, attributes=None):
+    graph = portable(bundles)
+    if attributes is not None:
+        monkeypatch.setattr(trt_native, "node_attributes", lambda: attributes)
+    return graph, tensorrt.lower(graph, max_length=64, tensorrt="11.0", experts="native")
+
+
+def test_the_native_layer_computes_what_it_replaces(bundles, tmp_path):
+    """``TRT_MoE`` by its function body: whole blocks at export, and the node's layout beside the float32 experts."""
+    graph, lowered = _native(bundles)
+    ir.save(graph, tmp_path / "model.onnx", external_data="model.onnx.data")
+    onnx.checker.check_model(tmp_path / "model.onnx", full_check=True)
+    tests = [entry.self_test for entry in lowered.rewrites if entry.rewrite == "SparseGLU -> TRT_MoE"]
+    assert [test["passed"] for test in tests] == [True]
+    assert tests[0]["max_rel_error"] > 0
+    assert lowered.experts == "native"
+    made = [node for node in graph.graph if node.domain == DOMAIN]
+    assert [node.op_type for node in made] == ["TRT_MoE"] * 2
+    _, width, hidden = nodes.nodes_of(portable(bundles), "SparseGLU")[0].inputs[3].shape
+    for node in made:
+        assert node.attributes["activation_type"].type == ir.AttributeType.INT
+        assert [list(value.shape)[1:] for value in node.inputs[3:]] == [[hidden, width]] * 2 + [[width, hidden]]
+        assert {str(value.dtype) for value in (node.inputs[0], *node.inputs[2:])} == {"FLOAT16"}
+
+
+def test_transposed_native_weights_are_caught(bundles, monkeypatch):
+    monkeypatch.setattr(trt_experts, "_turned", lambda builder, value: builder.initializer(
+        f"{value.name}.wrong", value.const_value.numpy().reshape(len(value.const_value.numpy()), value.shape[2], -1)
+    ))  # fmt: skip
+    with pytest.raises(MoEdgeError, match="Self-test of 'SparseGLU -> TRT_MoE' failed"):
+        _native(bundles)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "right"), [(None, True), ({}, False), ({"activation_type": "silu"}, False)], ids=["1", "none", "str"]
+)
+@pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx-cu13 has no package for this platform")
+def test_nvidias_parser_gives_the_native_layer_its_silu(bundles, tmp_path, monkeypatch, attributes, right):
+    """The same parser takes a wrong attribute without a word; the build looks at the parsed layer."""
+    from moedge.runtime.device import moedge_trt
+
+    graph, _ = _native(bundles, monkeypatch, attributes)
+    trt = moedge_trt.load_tensorrt("tensorrt-rtx")
+    log = moedge_trt.logger_class(trt)()
+    network = trt.Builder(log).create_network(0)
+    parser = trt.OnnxParser(network, log)
+    ir.save(graph, tmp_path / "model.onnx", external_data="model.onnx.data")
+    assert parser.parse_from_file(str(tmp_path / "model.onnx")), parser.get_error(0)
+    if right:
+        assert moedge_trt.check_moe_layers(trt, network, "model.onnx") == 2
+    else:
+        with pytest.raises(moedge_trt.DeviceError, match="without its activation"):
+            moedge_trt.check_moe_layers(trt, network, "model.onnx")
+
+
+def test_the_native_layer_is_refused_with_what_can_be_instead(bundles, monkeypatch):
+    graph = portable(bundles)
+    for version, message in (
+        ("10.13", r"TensorRT 10\.13 does not read TRT_MoE, 11\.0 is the first that does; take --experts plugins"),
+        ("10.3", r"does not read TRT_MoE.*take --experts merged"),
+        (None, r"TensorRT for RTX cannot build .* \(SM100, SM103, SM110 only\); take --experts merged"),
+    ):
+        with pytest.raises(MoEdgeError, match=message):
+            trt_experts.choose(graph, version, "native")
+    with pytest.raises(MoEdgeError, match=r"10\.3 cannot bake kernels .*; take --experts merged"):
+        trt_experts.choose(graph, "10.3", "plugins")
+    with pytest.raises(MoEdgeError, match="'gathered'; known: plugins, native, merged"):
+        trt_experts.choose(graph, "11.0", "gathered")
+    assert trt_experts.choose(graph, "11.0", "merged")[0] == "merged"
+    for node in nodes.nodes_of(graph, "SparseGLU"):
+        node.attributes["activation"] = ir.AttrString("activation", "gelu")
+    with pytest.raises(MoEdgeError, match="SiLU only, the model uses gelu; take --experts plugins"):
+        trt_experts.choose(graph, "11.0", "native")

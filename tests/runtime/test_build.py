@@ -105,7 +105,6 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("tensorrt", "rtx-2080-ti", "export tensorrt-rtx instead"),
         ("portable", "rtx-4090", "needs no engine"),
         ("tensorrt-rtx", "rtx-9090", "No device 'rtx-9090'"),
-        ("tensorrt-rtx", "rtx-2080-ti", r"no float32 matrix product for .*\(SM75\), and routers are float32"),
     ],
 )
 def test_what_cannot_be_built_is_refused_with_what_can(tmp_path: Path, target: str, device: str, message: str) -> None:
@@ -113,6 +112,14 @@ def test_what_cannot_be_built_is_refused_with_what_can(tmp_path: Path, target: s
     with pytest.raises(MoEdgeError, match=message):
         builder.build(bundle, tmp_path / "engine", [device])
     assert not (tmp_path / "engine").exists()
+
+
+def test_a_gpu_without_tensorrts_moe_layer_is_refused(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle", target="tensorrt")
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    (bundle / "manifest.json").write_text(json.dumps({**manifest, "experts": "native"}))
+    with pytest.raises(MoEdgeError, match=r"\(SM90\) does not have TensorRT's own MoE layer.* --experts plugins"):
+        builder.build(bundle, tmp_path / "engine", ["h100"])
 
 
 def test_too_little_memory_is_said_before_building(toy: Path, tmp_path: Path) -> None:
