@@ -284,6 +284,8 @@ def _dequantized(bundle: Any, other: str | Path) -> dict[str, tuple[np.ndarray, 
 
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_OLDEST_CUDA = (1, 28)
+"""The first whose CUDA kernel of ``MoE`` reads its SwiGLU attributes (onnxruntime-genai #2062, onnxruntime #28467)."""
 
 
 def check_cuda(what: Path | str) -> None:
@@ -300,6 +302,12 @@ def check_cuda(what: Path | str) -> None:
         raise MoEdgeError(
             f"{what} is for ONNX Runtime's CUDA provider, which onnxruntime {onnxruntime.__version__} here does not "
             "have; run it on a machine with an NVIDIA GPU and `pip install 'moedge[cuda]'`, or use ort-cpu."
+        )
+    if tuple(int(part) for part in onnxruntime.__version__.split(".")[:2]) < _OLDEST_CUDA:
+        oldest = ".".join(map(str, _OLDEST_CUDA))
+        raise MoEdgeError(
+            f"{what} needs onnxruntime-gpu {oldest} or newer, this is {onnxruntime.__version__}: the CUDA kernel of "
+            "older ones gates experts by other constants, without an error; pip install 'moedge[cuda]'."
         )
 
 

@@ -99,6 +99,13 @@ def test_without_cuda_everything_that_would_run_it_refuses_in_one_sentence(made,
         stages.build(recipe_from(value, where="test"), {})
 
 
+def test_a_runtime_whose_cuda_kernel_is_silently_wrong_is_refused(made, monkeypatch) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "__version__", "1.27.1")
+    with pytest.raises(MoEdgeError, match=r"needs onnxruntime-gpu 1\.28 or newer, this is 1\.27\.1"):
+        open_engine(made["moe"])
+
+
 def test_libraries_from_pip_are_loaded_before_the_cuda_session(made, monkeypatch, capsys) -> None:
     """Without torch in the process nothing else finds them; where there are none, the refusal is one sentence."""
     called = []
