@@ -68,8 +68,8 @@ def export(
             if target == "portable":
                 _export_portable(checkpoint, partial, label, max_length)
             else:
-                options = {"tensorrt": tensorrt, "experts": experts, "calibration": calibration}
-                lower(target, out / "portable", partial, **options)
+                source = out / "portable"
+                lower(target, source, partial, tensorrt=tensorrt, experts=experts, calibration=calibration)
         written[target] = destination
     report("done", len(order), len(order))
     return written

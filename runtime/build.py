@@ -6,7 +6,6 @@ bundle it came from, what it was built with and for, its profiles and taps, and 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,6 @@ from moedge.runtime.device import moedge_cuda, moedge_plugins, moedge_trt
 SCHEMA = "moedge.engine/1"
 PLAN = "engine.plan"
 MANIFEST = "manifest.json"
-TURING = "7.5"
-"""TensorRT for RTX has no float32 matrix product for it, and routers are float32 (``lowering/trt_turing.py``)."""
 _REQUIRED = ("target", "kind", "label", "model", "moe", "profiles", "taps", "compute_capabilities", "versions", "files")
 
 
@@ -84,6 +81,11 @@ def build(
     for device in profiles:
         if reason := devices.refusal(target, device):
             raise MoEdgeError(reason)
+        if target == "tensorrt-rtx" and device.compute_capability == "7.5" and estimate.routed(manifest["moe"]):
+            raise MoEdgeError(
+                f"TensorRT for RTX has no float32 matrix product for {device.label} (SM75), and routers are float32; "
+                "build the dense parent for it, or take ort-cuda."
+            )
         native = manifest.get("experts") == "native"
         if native and (reason := moedge_trt.moe_refusal(device.label, device.compute_capability)):
             raise MoEdgeError(reason)
@@ -110,20 +112,14 @@ def build(
         shapes = moedge_trt.profile_shapes(model, **limits)
         with atomic_dir(out, force=force) as partial:
             capabilities = sorted({device.compute_capability for device in profiles}, key=float)
-            graph = bundle.model_path
-            if target == "tensorrt-rtx" and TURING in capabilities and estimate.routed(manifest["moe"]):
-                from moedge.export.lowering import trt_turing
-
-                graph = trt_turing.write(bundle.model_path, partial / "turing")
             plan, facts = moedge_trt.build(
                 trt,
-                graph,
+                bundle.model_path,
                 shapes,
                 compute_capabilities=capabilities if target == "tensorrt-rtx" else None,
                 taps=outputs,
                 timing_cache=timing_cache,
             )
-            shutil.rmtree(partial / "turing", ignore_errors=True)
             moedge_trt.write_bytes(partial / PLAN, plan)
             copy_companions(bundle.path, partial)
             engine = {

@@ -159,7 +159,7 @@ def _weight(model: ir.Model, value: ir.Value, dtype: ir.DataType) -> ir.Value:
         if array.size and not float(np.abs(array).max()) <= _LARGEST[dtype]:
             raise MoEdgeError(
                 f"Weight {value.name} does not fit {dtype.name.lower()} (largest {np.abs(array).max():.3g}); "
-                "use bfloat16 or a float32 target."
+                "export ort-cpu or portable, which keep float32."
             )
         return ir.tensor(array.astype(dtype.numpy()), name=name)
 
