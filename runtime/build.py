@@ -6,6 +6,7 @@ bundle it came from, what it was built with and for, its profiles and taps, and 
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,7 @@ def build(
             damaged bundle, or a graph that TensorRT cannot parse or build.
     """
     from moedge.export.bundle import copy_companions, open_bundle
+    from moedge.export.lowering import trt_router
 
     bundle = open_bundle(bundle_path)
     manifest = bundle.manifest
@@ -81,11 +83,6 @@ def build(
     for device in profiles:
         if reason := devices.refusal(target, device):
             raise MoEdgeError(reason)
-        if target == "tensorrt-rtx" and device.compute_capability == "7.5" and estimate.routed(manifest["moe"]):
-            raise MoEdgeError(
-                f"TensorRT for RTX has no float32 matrix product for {device.label} (SM75), and routers are float32; "
-                "build the dense parent for it, or take ort-cuda."
-            )
         native = manifest.get("experts") == "native"
         if native and (reason := moedge_trt.moe_refusal(device.label, device.compute_capability)):
             raise MoEdgeError(reason)
@@ -110,16 +107,20 @@ def build(
         if "plugins" in manifest:
             _register_plugins(profiles[0])
         shapes = moedge_trt.profile_shapes(model, **limits)
+        capabilities = sorted({device.compute_capability for device in profiles}, key=float)
         with atomic_dir(out, force=force) as partial:
-            capabilities = sorted({device.compute_capability for device in profiles}, key=float)
-            plan, facts = moedge_trt.build(
-                trt,
-                bundle.model_path,
-                shapes,
-                compute_capabilities=capabilities if target == "tensorrt-rtx" else None,
-                taps=outputs,
-                timing_cache=timing_cache,
-            )
+            with tempfile.TemporaryDirectory(dir=partial) as scratch:
+                graph, sums = bundle.model_path, 0
+                if target == "tensorrt-rtx" and "7.5" in capabilities:
+                    graph, sums = trt_router.write_without_products(bundle, Path(scratch))
+                plan, facts = moedge_trt.build(
+                    trt,
+                    graph,
+                    shapes,
+                    compute_capabilities=capabilities if target == "tensorrt-rtx" else None,
+                    taps=outputs,
+                    timing_cache=timing_cache,
+                )
             moedge_trt.write_bytes(partial / PLAN, plan)
             copy_companions(bundle.path, partial)
             engine = {
@@ -137,7 +138,7 @@ def build(
                     layer: {**tap, "output": f"routes.{layer}"} for layer, tap in manifest["taps"].items() if taps
                 },
                 "weight_bytes": weight_bytes,
-                "build": facts,
+                "build": {**facts, "products_as_sums": sums},
                 "estimate": fits,
                 "versions": {"moedge": __version__, trt.__name__: trt.__version__},
                 "files": hash_tree(partial),

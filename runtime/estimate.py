@@ -72,23 +72,12 @@ def too_large(fit: Fit, device: Device) -> str | None:
     )
 
 
-def _layers(moe: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Layers of a bundle's ``moe`` section; a dense model has none."""
-    return list(moe["layers"].values()) if moe else []
-
-
-def routed(moe: dict[str, Any] | None) -> bool:
-    """Whether a model has a router: its bundle's ``moe`` section names a layer with experts."""
-    return any(entry["num_experts"] for entry in _layers(moe))
-
-
 def unread_bytes(moe: dict[str, Any] | None, hidden: int) -> int:
     """Bytes of float16 experts that one token does not select: (E - k) * 3 * I * H * 2 in each layer.
 
     Args:
-        moe: the ``moe`` section of a bundle's manifest.
+        moe: the ``moe`` section of a bundle's manifest; None for a dense model.
         hidden: H.
     """
-    return sum(
-        (entry["num_experts"] - entry["top_k"]) * 3 * entry["expert_width"] * hidden * 2 for entry in _layers(moe)
-    )
+    layers = moe["layers"].values() if moe else ()
+    return sum((entry["num_experts"] - entry["top_k"]) * 3 * entry["expert_width"] * hidden * 2 for entry in layers)

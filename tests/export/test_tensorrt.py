@@ -12,7 +12,7 @@ from moedge._files import atomic_dir
 from moedge.configs import devices
 from moedge.export import bundle, nodes
 from moedge.export.functions import DOMAIN
-from moedge.export.lowering import half, selftest, tensorrt, trt_attention, trt_experts, trt_native
+from moedge.export.lowering import half, selftest, tensorrt, trt_attention, trt_experts, trt_native, trt_router
 from moedge.export.lowering.graph import Builder
 from moedge.export.pipeline import lower
 from moedge.runtime.engines import open_engine
@@ -278,16 +278,50 @@ def test_tensorrt_rtx_builds_the_exported_moe_without_a_gpu(typed, target):
     assert facts["layers"] < (1000 if target == "plugins" else 500), "dynamic Slices would bring some 25 layers each"
 
 
+def test_routers_without_matrix_products_choose_the_same_experts(typed, tmp_path):
+    """CMoE's experts have unit weights, so a sum in another order changes nothing unless it changes a choice."""
+    import onnxruntime
+
+    opened = bundle.open_bundle(typed["moe/tensorrt-rtx"])
+    path, count = trt_router.write_without_products(opened, tmp_path)
+    graphs = [onnx.load(file, load_external_data=False).graph for file in (opened.model_path, path)]
+    floats = [{i.name for i in graph.initializer if i.data_type == onnx.TensorProto.FLOAT} for graph in graphs]
+    before, after = (
+        [node for node in graph.node if node.op_type in ("MatMul", "Gemm") and node.input[1] in names]
+        for graph, names in zip(graphs, floats, strict=True)
+    )
+    assert count == len(before) >= opened.manifest["model"]["num_layers"]
+    assert not after
+    tokens = np.random.default_rng(0).integers(0, 256, (1, 40))
+    feeds = {"input_ids": tokens, "attention_mask": np.ones_like(tokens), "position_ids": np.arange(40)[None]}
+    results = []
+    for file in (opened.model_path, path):
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        past = [value for value in session.get_inputs() if value.name.startswith("past")]
+        feeds |= {v.name: np.zeros((1, v.shape[1], 0, v.shape[3]), np.float16) for v in past}
+        results.append(session.run(["logits"], feeds)[0])
+    np.testing.assert_array_equal(*results)
+
+
+@pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx-cu13 has no package for this platform")
+def test_a_moe_builds_for_turing_which_has_no_float32_products(typed, tmp_path):
+    from moedge.runtime import build
+
+    engine = build.build(typed["moe/tensorrt-rtx"], tmp_path / "engine", ["rtx-2080-ti"], max_length=64)
+    assert engine["compute_capabilities"] == ["7.5"]
+    assert engine["build"]["products_as_sums"] >= engine["model"]["num_layers"]
+    assert {path.name for path in (tmp_path / "engine").iterdir()} >= {"engine.plan", "manifest.json"}
+    assert not list((tmp_path / "engine").glob("tmp*"))
+
+
 @pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx-cu13 has no package for this platform")
 def test_a_moe_engine_is_built_for_every_gpu_that_tensorrt_rtx_knows(typed, tmp_path):
-    """But for Turing, which has a test of its own in test_build.py."""
     from moedge.runtime import build
 
     names = {devices.load(name).compute_capability: name for name in devices.names()}
-    capabilities = [capability for capability in devices.RTX_CAPABILITIES if capability != "7.5"]
-    rtx = [names[capability] for capability in capabilities]
+    rtx = [names[capability] for capability in devices.RTX_CAPABILITIES]
     made = build.build(typed["moe/tensorrt-rtx"], tmp_path / "engine", rtx, max_length=64, max_prompt=32)
-    assert made["compute_capabilities"] == capabilities
+    assert made["compute_capabilities"] == list(devices.RTX_CAPABILITIES)
 
 
 @pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx-cu13 has no package for this platform")

@@ -77,9 +77,6 @@ def test_only_the_experts_that_are_not_selected_are_unread() -> None:
     layers["1"]["expert_width"] = 0
     assert estimate.unread_bytes({"layers": layers}, 16) == 4 * 3 * 8 * 16 * 2
     assert estimate.unread_bytes(None, 16) == 0
-    assert estimate.routed({"layers": layers})
-    assert not estimate.routed({"layers": {"1": layers["1"]}})
-    assert not estimate.routed(None)
 
 
 def test_fit_counts_weights_cache_and_logits_and_bounds_the_speed() -> None:
