@@ -72,7 +72,6 @@ def build(
             damaged bundle, or a graph that TensorRT cannot parse or build.
     """
     from moedge.export.bundle import copy_companions, open_bundle
-    from moedge.export.lowering import trt_router
 
     bundle = open_bundle(bundle_path)
     manifest = bundle.manifest
@@ -112,6 +111,8 @@ def build(
             with tempfile.TemporaryDirectory(dir=partial) as scratch:
                 graph, sums = bundle.model_path, 0
                 if target == "tensorrt-rtx" and "7.5" in capabilities:
+                    from moedge.export.lowering import trt_router
+
                     graph, sums = trt_router.write_without_products(bundle, Path(scratch))
                 plan, facts = moedge_trt.build(
                     trt,
