@@ -242,7 +242,7 @@ def compare(engines: list[str], ratios: list[str], ids: list[int], options: argp
                 laps[label] = workers[label].ask(1, ids)
             for past in range(0, options.decode, CHUNK):  # a slow second of the machine meets every engine
                 for label in order:
-                    time.sleep(0.005)
+                    time.sleep(0.03)  # other programs spin on for a while when they have answered
                     laps[label] += workers[label].ask(min(CHUNK, options.decode - past))
             for label in labels:
                 samples[label].append(laps[label])

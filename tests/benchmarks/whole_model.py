@@ -52,8 +52,10 @@ def checkpoint(folder: Path, layout: tuple[int, int, int] | None, options: argpa
         tie_word_embeddings=True,
     )
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>")))
     if layout is None:
         model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)  # genai's builder wants one
         return
     shared, active, experts = layout
     generator = np.random.default_rng(0)
@@ -64,7 +66,6 @@ def checkpoint(folder: Path, layout: tuple[int, int, int] | None, options: argpa
         router = RouterPlan("random", {"weight": weight / np.float32(options.hidden**0.5)}, {"seed": 0})
         layers.append(LayerPlan(np.concatenate(parts[:shared]), parts[shared:], active, router))
     plan = MoEPlan("benchmark", {}, adapters.describe(model), layers)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>")))
     modeling.save(modeling.apply(plan, model), plan, tokenizer, folder)
 
 
