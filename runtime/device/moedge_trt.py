@@ -34,8 +34,8 @@ def moe_refusal(label: str, capability: str) -> str | None:
         return None
     known = ", ".join("SM" + each.replace(".", "") for each in MOE_CAPABILITIES)
     return (
-        f"{label} (SM{capability.replace('.', '')}) does not have TensorRT's own MoE layer, only {known} do; export "
-        "with --experts plugins."
+        f"{label} (SM{capability.replace('.', '')}) does not have TensorRT's own MoE layer, only {known} do; leave "
+        "--experts out to get the best form that the device takes."
     )
 
 

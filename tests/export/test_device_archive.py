@@ -312,6 +312,6 @@ def test_report_refuses_what_is_no_result(tmp_path, content):
 
 def test_a_device_without_tensorrts_moe_layer_gets_none(source, tmp_path):
     orin = devices.load("jetson-agx-orin")
-    with pytest.raises(MoEdgeError, match=r"\(SM87\) does not have TensorRT's own MoE layer, .* --experts plugins"):
+    with pytest.raises(MoEdgeError, match=r"\(SM87\) does not have TensorRT's own MoE layer, .* leave --experts out"):
         device_archive.write(source, tmp_path / "moe.tar", orin, tensorrt="11.0", experts="native")
     assert not list(tmp_path.iterdir())
