@@ -14,7 +14,7 @@ test: .venv/test.done
 test-slow: .venv/test.done
 	$(BIN)/python -m pytest -m "(slow or network) and not gpu"
 
-# optimum, onnxruntime-genai and OpenVINO in an environment of their own; more bundles: make interop BUNDLES="a b"
+# optimum, onnxruntime-genai and OpenVINO in an environment of their own; of your bundles: make interop BUNDLES="a b"
 interop: .venv/test.done
 	MOEDGE_INTEROP_BUNDLES="$(BUNDLES)" $(BIN)/python -m pytest -s tests/interop
 

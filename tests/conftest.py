@@ -98,13 +98,12 @@ def tiny_model() -> Callable[..., Any]:
             num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=2,
-            head_dim=hidden // 4,
             max_position_embeddings=256,
             initializer_range=0.2,
             bos_token_id=256,
             eos_token_id=257,
             pad_token_id=258,
-            **{"tie_word_embeddings": True, **FAMILY_CONFIGS.get(family, {}), **more},
+            **{"tie_word_embeddings": True, "head_dim": hidden // 4, **FAMILY_CONFIGS.get(family, {}), **more},
         )
         state = torch.random.get_rng_state()
         torch.manual_seed(seed)

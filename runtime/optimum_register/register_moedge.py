@@ -28,21 +28,25 @@ class MoEdgeExportCommand(BaseOptimumCLICommand):
         parser.add_argument("--label", help="Name of the model in reports; the folder's name by default.")
         parser.add_argument("--max-length", type=int, help="Longest prompt + answer in tokens.")
         parser.add_argument("--tensorrt", metavar="VERSION", help="Of TensorRT on the device; the newest by default.")
+        parser.add_argument(
+            "--gptq", help="Text by which the weights of ort-cpu-int4 are chosen: asset:NAME or a file."
+        )
+        parser.add_argument("--gptq-tokens", type=int, help="Tokens of that text.")
         parser.add_argument("--force", action="store_true", help="Replace existing output.")
 
     def run(self) -> None:
         """Do what ``moedge export`` does, errors and exit codes included."""
-        import typer
-
-        from moedge.runtime.cli.export import export
+        from moedge.runtime.cli import main
 
         given = self.args
         assert given is not None
-        options = {name: getattr(given, name) for name in ("target", "label", "max_length", "tensorrt", "force")}
-        try:
-            export(given.model, given.output, **options)
-        except typer.Exit as stop:
-            sys.exit(stop.exit_code)
+        options = [f"--target={target}" for target in given.target or ()]
+        for name in ("label", "max_length", "tensorrt", "gptq", "gptq_tokens"):
+            if (value := getattr(given, name)) is not None:
+                options.append(f"--{name.replace('_', '-')}={value}")
+        options += ["--force"] * given.force
+        sys.argv = ["moedge", "export", *options, "--", str(given.model), str(given.output)]
+        main()
 
 
 REGISTER_COMMANDS = [(MoEdgeExportCommand, ExportCommand)]

@@ -74,25 +74,25 @@ def test_a_model_without_end_and_padding_still_gets_what_genai_requires(tmp_path
     assert "eos_token_id" not in described
 
 
-def untyped(model: onnx.ModelProto) -> list[str]:
-    """Counted on the file itself, as a viewer sees it: outputs of nodes without element type or rank."""
-    typed = {
+@pytest.mark.parametrize("name", [*ALL, "openvino"])
+def test_every_value_of_a_bundle_has_its_type_and_shape(bundles, openvino, values_match_their_shapes, name):
+    """int8 and int4: test_quantized.py. ort-cuda: test_ort_cuda.py. TensorRT: test_tensorrt.py."""
+    assert values_match_their_shapes(openvino[name] if name == "openvino" else bundles[name]) > 40
+
+
+@pytest.mark.parametrize("name", ["dense/portable", "moe/portable"])
+def test_what_functions_hold_is_inferred_by_onnx_when_inlined(bundles, name):
+    """A viewer shows a function's body once, without types."""
+    inlined = onnx.inliner.inline_local_functions(onnx.load(bundles[name] / "model.onnx"))
+    graph = onnx.shape_inference.infer_shapes(inlined, data_prop=True).graph
+    ranked = {
         value.name
-        for value in (*model.graph.value_info, *model.graph.output)
+        for value in (*graph.value_info, *graph.output)
         if value.type.tensor_type.elem_type and value.type.tensor_type.HasField("shape")
     }
-    return [name for node in model.graph.node for name in node.output if name and name not in typed]
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_every_value_of_a_bundle_has_a_type_and_a_rank(bundles, name):
-    model = onnx.load(bundles[name] / "model.onnx")
-    assert len(model.graph.value_info) > 40
-    assert untyped(model) == []
-    if model.functions:  # a viewer shows a function's body once, without types; inlined, all of it can be inferred
-        inlined = onnx.inliner.inline_local_functions(model)
-        assert len(untyped(inlined)) > 70
-        assert untyped(onnx.shape_inference.infer_shapes(inlined, data_prop=True)) == []
+    made = [name for node in graph.node for name in node.output if name]
+    assert len(made) > 110
+    assert [name for name in made if name not in ranked] == []
 
 
 def test_types_are_inferred_through_contrib_operators(bundles):
@@ -120,7 +120,6 @@ def test_openvino_gets_standard_operators_without_functions_and_the_same_numbers
     assert not model.functions
     assert [entry.domain for entry in model.opset_import] == [""]
     assert {node.domain for node in model.graph.node} == {""}
-    assert untyped(model) == []
     onnx.checker.check_model(model, full_check=True)
     rewrite = bundle.open_bundle(folder).manifest["lowering"][0]
     assert rewrite["self_test"]["passed"]

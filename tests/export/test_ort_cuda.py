@@ -53,6 +53,11 @@ def test_the_file_computes_what_the_portable_one_computes(made, bundles, kind) -
         assert 0 < relative(logits, want.logits) < MODEL_LIMIT
 
 
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_every_value_has_its_type_and_shape(made, values_match_their_shapes, kind) -> None:
+    assert values_match_their_shapes(made[kind]) > 40
+
+
 def test_experts_and_cache_are_half_and_routers_are_not(made) -> None:
     model = onnx.load(made["moe"] / "model.onnx", load_external_data=False)
     kinds = {t.name: onnx.TensorProto.DataType.Name(t.data_type) for t in model.graph.initializer}

@@ -79,6 +79,11 @@ def test_every_class_is_quantised_and_every_byte_is_accounted_for(bundles, name)
 
 
 @pytest.mark.parametrize("name", ALL)
+def test_every_value_has_its_type_and_shape(bundles, values_match_their_shapes, name):
+    assert values_match_their_shapes(bundles[name]) > 50
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_stored_weights_are_the_originals_to_one_step(bundles, name):
     portable = ir.load(bundles[f"{name.split('/')[0]}/portable"] / "model.onnx")
     original = portable.graph.initializers

@@ -65,6 +65,13 @@ def test_the_typed_graph_computes_what_pytorch_computes(typed, checkpoints, name
     assert not agree or np.mean(agree) > 0.95
 
 
+@pytest.mark.parametrize(
+    "name", ["dense/tensorrt", "moe/tensorrt", "dense/tensorrt-rtx", "moe/tensorrt-rtx", "moe/plugins"]
+)
+def test_every_value_has_its_type_and_shape(typed, values_match_their_shapes, name):
+    assert values_match_their_shapes(typed[name]) > 100
+
+
 @pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx", "plugins"])
 def test_left_padding_changes_nothing(typed, target):
     rng = np.random.default_rng(2)

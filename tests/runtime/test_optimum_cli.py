@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from moedge.export.bundle import open_bundle
+from moedge.runtime.cli import app
 
 
 def optimum_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -23,13 +25,24 @@ def optimum_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_command_is_found_and_answers_as_moedge_export_does(tmp_path: Path) -> None:
     shown = optimum_cli("export", "moedge", "--help")
     assert shown.returncode == 0, shown.stderr
-    for option in ("--model", "output", "--target", "--label", "--max-length", "--tensorrt", "--force"):
+    for option in ("--model", "output", *own_options()):
         assert option in shown.stdout
     request = ("export", "moedge", "--model", str(tmp_path), str(tmp_path / "out"), "--target", "portable")
     refused = optimum_cli(*request)
     assert refused.returncode == 2
     assert f"{tmp_path} is not a checkpoint folder" in " ".join(refused.stderr.split())
     assert "Traceback" not in refused.stderr
+    too_short = optimum_cli(*request, "--max-length", "4")
+    assert too_short.returncode == 2
+    assert "--max-length" in too_short.stderr
+    assert "16" in too_short.stderr
+
+
+def own_options() -> list[str]:
+    """The options of ``moedge export``."""
+    group: Any = typer.main.get_command(app)
+    parameters = group.commands["export"].params
+    return [parameter.opts[0] for parameter in parameters if parameter.param_type_name == "option"]
 
 
 @pytest.mark.slow
@@ -37,7 +50,7 @@ def test_it_exports(tiny_llama: Any, tiny_tokenizer: Any, tmp_path: Path) -> Non
     tiny_llama().save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
     request = ("-m", str(tmp_path / "model"), str(tmp_path / "out"), "--target", "portable")
-    made = optimum_cli("export", "moedge", *request, "--max-length", "64", "--label", "by optimum")
+    made = optimum_cli("export", "moedge", *request, "--max-length", "64", "--label=-by optimum")
     assert made.returncode == 0, made.stderr
     manifest = open_bundle(tmp_path / "out/portable").manifest
-    assert (manifest["label"], manifest["model"]["max_position_embeddings"]) == ("by optimum", 64)
+    assert (manifest["label"], manifest["model"]["max_position_embeddings"]) == ("-by optimum", 64)
