@@ -3,8 +3,8 @@
 usage: python check.py WORK.json RESULT.json
 
 WORK.json holds ``bundles``: each with ``path``, ``loaders``, ``prompts`` (text and ids), ``new_tokens``, ``ends`` (ids
-that end a text), ``steps`` (a prompt and the tokens to feed after it), ``logits`` (where to write theirs) and ``cache``
-(key/value heads and their size). RESULT.json gets, for each loader, what it computed or its error.
+that end a text), ``pad`` (id), ``steps`` (a prompt and the tokens to feed after it), ``logits`` (where to write theirs)
+and ``cache`` (key/value heads and their size). RESULT.json gets, for each loader, what it computed or its error.
 """
 
 from __future__ import annotations
@@ -18,16 +18,22 @@ from typing import Any
 
 import numpy as np
 
+THREADS = 1
+"""Sums of the quantised kernels depend on it, choices of experts on those, and with them the text."""
+
 
 def optimum(bundle: dict[str, Any]) -> dict[str, Any]:
     """Greedy tokens of ``ORTModelForCausalLM.generate``: each prompt alone, then all in one left-padded batch."""
+    import onnxruntime
     import torch
     from optimum.onnxruntime import ORTModelForCausalLM
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(bundle["path"])
-    model = ORTModelForCausalLM.from_pretrained(bundle["path"])
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = THREADS
+    model = ORTModelForCausalLM.from_pretrained(bundle["path"], session_options=options)
+    pad = bundle["pad"]
 
     def generate(rows: list[list[int]]) -> list[list[int]]:
         width = max(map(len, rows))
@@ -54,7 +60,9 @@ def genai(bundle: dict[str, Any]) -> dict[str, Any]:
     """Greedy tokens of onnxruntime-genai's generator with the settings of the bundle's own genai_config.json."""
     import onnxruntime_genai as og
 
-    model = og.Model(bundle["path"])
+    config = og.Config(bundle["path"])
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": THREADS}}}}))
+    model = og.Model(config)
     tokenizer = og.Tokenizer(model)
 
     def generate(row: list[int]) -> list[int]:

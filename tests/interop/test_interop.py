@@ -8,6 +8,7 @@ spaces, that are opened instead of the tiny ones made here. The table that is pr
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -22,6 +23,8 @@ import pytest
 from moedge.configs.tolerances import load
 from moedge.convert import adapters
 from moedge.export.bundle import open_bundle
+from moedge.runtime.engines import onnxruntime as engines
+from moedge.runtime.engines import position_ids
 from moedge.runtime.engines.onnxruntime import OrtEngine
 from moedge.runtime.generate import generate
 from moedge.runtime.text import Tokenizer
@@ -108,9 +111,11 @@ def references(bundles: dict[str, Path], tmp_path_factory: Any) -> dict[str, dic
             logits.append(step.logits[0])
             step = engine.decode(np.array([ids]), step.cache)
         logits.append(step.logits[0])
+        batch = greedy_batch(engine, [prompt["ids"] for prompt in prompts], ends, tokenizer.eos_token_id)
         engine.close()
         made[name] = {
             "name": name,
+            "quantised": "quantization" in manifest,
             "family": manifest["model"]["model_type"],
             "path": str(path),
             "loaders": ["optimum", "genai", *(["openvino"] if name in FOR_OPENVINO else [])],
@@ -118,12 +123,37 @@ def references(bundles: dict[str, Path], tmp_path_factory: Any) -> dict[str, dic
             "new_tokens": NEW_TOKENS,
             "steps": steps,
             "ends": ends,
+            "pad": tokenizer.eos_token_id,
             "cache": [manifest["model"]["num_kv_heads"], manifest["model"]["head_dim"]],
             "logits": str(folder / f"{number}.npy"),
             "expected": [[token for token in ids if token not in ends] for ids in texts],
+            "expected_batch": batch,
             "expected_logits": np.concatenate(logits),
         }
     return made
+
+
+def greedy_batch(engine: OrtEngine, rows: list[list[int]], ends: list[int], pad: int) -> list[list[int]]:
+    """Continue all rows in one left-padded batch as transformers does; each row up to what ends its text."""
+    width = max(map(len, rows))
+    ids = np.array([[pad] * (width - len(row)) + row for row in rows])
+    mask = np.array([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+
+    def their_positions(mask: np.ndarray, last: int) -> np.ndarray:
+        """transformers gives padding position 1. Its experts then count as theirs in the kernels' sums."""
+        return np.where(mask[:, -last:] == 0, 1, position_ids(mask, last))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "position_ids", their_positions)
+        step, made = engine.prefill(ids, mask), np.zeros((len(rows), 0), np.int64)
+        while True:
+            token = step.logits[:, -1].argmax(-1)
+            over = np.isin(made, ends).any(axis=1)
+            made = np.concatenate([made, np.where(over, pad, token)[:, None]], axis=1)
+            if made.shape[1] == NEW_TOKENS or np.isin(made, ends).any(axis=1).all():
+                break
+            step = engine.decode(made[:, -1:], step.cache)
+    return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in made.tolist()]
 
 
 @pytest.fixture(scope="session")
@@ -160,7 +190,9 @@ def test_the_same_tokens(name: str, loader: str, references: dict[str, Any], res
     if loader != "openvino":  # it has no tokenizer
         assert found["encoded"] == [prompt["ids"] for prompt in reference["prompts"]]
     if loader == "optimum":
-        assert found["batch"] == reference["expected"]
+        assert found["batch"] == reference["expected_batch"]
+        if not reference["quantised"]:  # 8-bit activations turn the last bit of a float32 sum into a step of their own
+            assert found["batch"] == reference["expected"]
         if name in TINY:  # the page says for which families a user has to set the two sizes
             assert (found["cache"] == reference["cache"]) == (reference["family"] not in MISSIZED)
     results["seen"].setdefault(name, {})[loader] = f"{sum(map(len, found['alone']))} tokens equal"
