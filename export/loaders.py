@@ -43,10 +43,14 @@ def _name_the_family(path: Path, model_type: str) -> None:
 
 
 def _name_a_known_tokenizer(path: Path) -> None:
-    """Give transformers 5's only class for a tokenizer.json the name that transformers 4 knows, too."""
+    """Give transformers 5's only class for a tokenizer.json the name that transformers 4 knows, too.
+
+    There that class also returns token types unless told otherwise, which ``generate`` of a decoder refuses.
+    """
     config = _read(path)
     if config.get("tokenizer_class") == "TokenizersBackend":
-        write_json(path, {**config, "tokenizer_class": "PreTrainedTokenizerFast"})
+        names = {"model_input_names": ["input_ids", "attention_mask"]}
+        write_json(path, {**names, **config, "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def genai_config(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:

@@ -39,6 +39,7 @@ def test_a_bundle_names_the_family_that_other_loaders_know(bundles, checkpoints)
         # transformers 4 knows the class by this name only.
         described = json.loads((bundles[f"moe/{target}"] / "tokenizer_config.json").read_text())
         assert described["tokenizer_class"] == "PreTrainedTokenizerFast"
+        assert described["model_input_names"] == ["input_ids", "attention_mask"], "there it returns token types, too"
         text = "Grüße, 世界!"
         theirs = AutoTokenizer.from_pretrained(bundles[f"moe/{target}"])(text)["input_ids"]
         assert theirs == Tokenizer(bundles[f"moe/{target}"]).encode(text)

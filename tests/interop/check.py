@@ -35,24 +35,26 @@ def optimum(bundle: dict[str, Any]) -> dict[str, Any]:
     model = ORTModelForCausalLM.from_pretrained(bundle["path"], session_options=options)
     pad = bundle["pad"]
 
-    def generate(rows: list[list[int]]) -> list[list[int]]:
+    def generate(inputs: dict[str, torch.Tensor]) -> list[list[int]]:
+        made = model.generate(**inputs, max_new_tokens=bundle["new_tokens"], do_sample=False, pad_token_id=pad)
+        width = inputs["input_ids"].shape[1]
+        return [until_end(row, bundle["ends"]) for row in made[:, width:].tolist()]
+
+    def batch(rows: list[list[int]]) -> dict[str, torch.Tensor]:
         width = max(map(len, rows))
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        made = model.generate(
-            ids, attention_mask=mask, max_new_tokens=bundle["new_tokens"], do_sample=False, pad_token_id=pad
-        )
-        return [until_end(row, bundle["ends"]) for row in made[:, width:].tolist()]
+        return {"input_ids": ids, "attention_mask": mask}
 
-    ids = [prompt["ids"] for prompt in bundle["prompts"]]
+    texts = [prompt["text"] for prompt in bundle["prompts"]]
     taken = [model.num_key_value_heads, model.embed_size_per_head]
     # optimum-onnx 0.1.0 takes both from the family's name and is wrong for some (docs/interop.md names this remedy).
     model.num_key_value_heads, model.embed_size_per_head = bundle["cache"]
     return {
         "cache": taken,
-        "encoded": [tokenizer(prompt["text"])["input_ids"] for prompt in bundle["prompts"]],
-        "alone": [generate([row])[0] for row in ids],
-        "batch": generate(ids),
+        "encoded": [tokenizer(text)["input_ids"] for text in texts],
+        "alone": [generate(tokenizer(text, return_tensors="pt"))[0] for text in texts],
+        "batch": generate(batch([prompt["ids"] for prompt in bundle["prompts"]])),
     }
 
 
