@@ -24,6 +24,9 @@ class Profile(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     near_tie_margin: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    near_tie_scale: Positive
+    """Largest logit of a token that ``near_tie_margin`` was derived for. Every error here is relative to a token's
+    largest logit, so the margin of a token whose largest logit is smaller shrinks with it; it never grows."""
     max_near_tie_share: Share
     identity_rel_error: Positive
     median_rel_error: Positive

@@ -18,6 +18,7 @@ import numpy as np
 
 from moedge import MoEdgeError
 from moedge.configs.tolerances import Profile
+from moedge.runtime import verdict
 from moedge.runtime.engines import Engine, ReplayEngine, Step
 from moedge.runtime.reduction import RouteAgreement, TokenErrors
 from moedge.runtime.replay import Replay
@@ -81,7 +82,7 @@ def compare_all(
     limits = {label: Profile.of(tolerances) for label, (_, tolerances) in tests.items()}
     windows = _check(reference, [test for test, _ in tests.values()], token_windows, prefill)
     phases = {
-        label: {phase: TokenErrors(limit.near_tie_margin) for phase in ("prefill", "decode")}
+        label: {phase: TokenErrors(limit.near_tie_margin, limit.near_tie_scale) for phase in ("prefill", "decode")}
         for label, limit in limits.items()
     }
     routes = {label: RouteAgreement() for label in tests}
@@ -93,8 +94,8 @@ def compare_all(
     }
     for phase, ids, one, others, targets in _steps(reference, engines, windows, prefill, progress):
         for label, two in zip(tests, others, strict=True):
-            phases[label][phase].add(one.logits[0], two.logits[0], targets)
-            routes[label].add(one.routes, two.routes)
+            changed = routes[label].add(one.routes, two.routes)
+            phases[label][phase].add(one.logits[0], two.logits[0], targets, changed)
             if label in replays:
                 replays[label].add(phase, ids, two, targets)
     return {
@@ -147,49 +148,27 @@ def _judged(
         "tolerances": limits.model_dump(),
     }
     if replay:
-        parts = _replay_checks(result, limits)
+        parts = verdict.replay_checks(result, limits)
     else:
-        whole = [check for name, summary in summaries.items() for check in _checks(name, summary, limits)]
+        whole = [check for name, summary in summaries.items() for check in verdict.checks(name, summary, limits)]
         if (
             routing
             and limits.expert_set_agreement is not None
             and (_both_routed(reference, test) or result["routing"]["compared"])
         ):
             agreement = result["routing"].get("agreement")
-            whole.append(_check_entry("routing.expert_set_agreement", agreement, ">=", limits.expert_set_agreement))
+            whole.append(verdict.entry("routing.expert_set_agreement", agreement, ">=", limits.expert_set_agreement))
         parts = {"whole": whole}
     checks = [check for part in parts.values() for check in part]
+    notes = verdict.notes(result, checks, limits)
     result["verdict"] = {
         "passed": all(check["passed"] for check in checks),
+        "outcome": verdict.outcome(checks),
         "parts": {name: all(check["passed"] for check in part) for name, part in parts.items()},
         "checks": checks,
+        "notes": notes,
     }
     return _json_ready(result)
-
-
-def _replay_checks(result: dict[str, Any], limits: Profile) -> dict[str, list[dict[str, Any]]]:
-    """Checks of a comparison with route replay by the part of the engine that they judge."""
-    replayed, router = result["replay"]["phases"], result["replay"]["router"]
-    arithmetic = [
-        check for name, summary in replayed.items() for check in _checks(f"arithmetic.{name}", summary, limits)
-    ]
-    agreement = limits.router_set_agreement
-    assert agreement is not None
-    selection = [_check_entry("router.expert_set_agreement", router.get("agreement"), ">=", agreement)]
-    # Free-running, the engine and the reference may run different experts, and every later layer and token sees that.
-    # Only what no choice of experts explains is judged: broken rows, and a loss of quality beyond chance.
-    free = [
-        _check_entry(f"free.{name}.{kind}_tokens", summary[kind], "<=", 0)
-        for name, summary in result["phases"].items()
-        for kind in ("non_finite", "constant")
-    ]
-    perplexity = result["overall"]["perplexity"]
-    ratio, error = perplexity["ratio"], perplexity["standard_error"]
-    drift = float("nan")
-    if math.isfinite(ratio) and ratio > 0 and math.isfinite(error):
-        drift = math.expm1(max(0.0, abs(math.log(ratio)) - 3 * error))
-    free.append(_check_entry("free.perplexity.drift_beyond_3_errors", drift, "<=", limits.perplexity_drift))
-    return {"arithmetic": arithmetic, "router": selection, "free": free}
 
 
 def identity(
@@ -296,46 +275,6 @@ def _steps(
             done += 1
             if progress:
                 progress(done, total)
-
-
-def _checks(phase: str, summary: dict[str, Any], limits: Profile) -> list[dict[str, Any]]:
-    top1, top5, ratio = summary["top1"], summary["top5"], summary["perplexity"]["ratio"]
-    rows: list[tuple[str, float, str, float]] = [
-        ("non_finite_tokens", summary["non_finite"], "<=", 0),
-        ("constant_tokens", summary["constant"], "<=", 0),
-        ("rel_error.median", summary["rel_error"]["p50"], "<=", limits.median_rel_error),
-        ("rel_error.mean", summary["rel_error"]["mean"], "<=", limits.mean_rel_error),
-        ("kl_ref_test.mean", summary["kl_ref_test"]["mean"], "<=", limits.mean_kl),
-        ("kl_ref_test.max", summary["kl_ref_test"]["max"], "<=", limits.max_kl),
-        ("kl_test_ref.mean", summary["kl_test_ref"]["mean"], "<=", limits.mean_kl),
-        ("top1.agreement", top1["agreement"], ">=", limits.top1_agreement),
-        ("top5.agreement", top5["agreement"], ">=", limits.top5_agreement),
-        ("top1.near_tie_share", top1["near_tie_share"], "<=", limits.max_near_tie_share),
-        ("perplexity.drift", abs(ratio - 1), "<=", limits.perplexity_drift),
-    ]
-    if limits.min_cosine is not None:
-        rows.insert(6, ("cosine.min", summary["cosine"]["min"], ">=", limits.min_cosine))
-    return [_check_entry(f"{phase}.{name}", value, relation, limit) for name, value, relation, limit in rows]
-
-
-def _check_entry(name: str, value: float | None, relation: str, limit: float) -> dict[str, Any]:
-    passed = value is not None and bool(value <= limit if relation == "<=" else value >= limit)
-    return {"name": name, "value": value, "relation": relation, "limit": limit, "passed": passed}
-
-
-def judge_ratio(entry: dict[str, Any], baseline: dict[str, Any], limit: float) -> None:
-    """Add to ``entry`` the check that its mean KL is at most ``limit`` times that of ``baseline``, in place.
-
-    Both are results of :func:`compare`, each against the float32 model that it was made from: quantising a converted
-    model may cost little more than quantising its dense parent. The converted model is taken under route replay: what
-    other experts cost is not the weights' error.
-    """
-    values = [(result.get("replay") or result)["overall"]["kl_ref_test"]["mean"] for result in (entry, baseline)]
-    ratio = values[0] / values[1] if values[0] is not None and values[1] else None
-    verdict = entry["verdict"]
-    verdict["checks"].append(_check_entry("kl_ratio_to_dense", ratio, "<=", limit))
-    verdict["parts"]["ratio"] = verdict["checks"][-1]["passed"]
-    verdict["passed"] = all(verdict["parts"].values())
 
 
 def _json_ready(value: Any) -> Any:

@@ -18,33 +18,47 @@ _ROWS = 16  # tokens reduced at once: 16 x 49152 float64 is 6 MB per temporary
 _PERCENTILES = (50, 90, 99, 99.9)
 
 
-_VALUES = ("abs_max", "abs_mean", "rel", "cosine", "kl", "kl_back", "gap1", "gap5", "top1", "top5", "nll", "nll_test")
+_VALUES = (
+    *("abs_max", "abs_mean", "scale", "rel", "cosine", "kl", "kl_back"),
+    *("gap1", "gap5", "top1", "top5", "nll", "nll_test", "changed"),
+)
 
 
 @dataclass
 class TokenErrors:
-    """Per-token numbers of one phase; each list holds float64 arrays [tokens]."""
+    """Per-token numbers of one phase; each list holds float64 arrays [tokens].
+
+    A token is a near-tie when the reference's gap is below ``margin * min(1, max|a| / scale)``: errors are relative to
+    a token's largest logit, so two flat logits are told apart as well as two large ones are.
+    """
 
     margin: float
+    scale: float = 1.0
     columns: dict[str, list[np.ndarray]] = field(default_factory=lambda: {name: [] for name in _VALUES})
     tokens: int = 0
     non_finite: int = 0
     constant: int = 0
 
-    def add(self, reference: np.ndarray, test: np.ndarray, targets: np.ndarray) -> None:
-        """Reduce logits [T, V] of both engines; ``targets`` int64 [T], -1 where no token follows."""
+    def add(
+        self, reference: np.ndarray, test: np.ndarray, targets: np.ndarray, changed: np.ndarray | None = None
+    ) -> None:
+        """Reduce logits [T, V] of both engines; ``targets`` int64 [T], -1 where no token follows.
+
+        ``changed`` bool [T]: some layer of the test engine chose other experts for this token; None: not known.
+        """
+        known = np.full(len(targets), np.nan) if changed is None else changed.astype(np.float64)
         for start in range(0, len(targets), _ROWS):
             rows = slice(start, start + _ROWS)
-            self._add(reference[rows], test[rows], targets[rows])
+            self._add(reference[rows], test[rows], targets[rows], known[rows])
 
-    def _add(self, a32: np.ndarray, b32: np.ndarray, targets: np.ndarray) -> None:
+    def _add(self, a32: np.ndarray, b32: np.ndarray, targets: np.ndarray, changed: np.ndarray) -> None:
         self.tokens += len(targets)
         good = np.isfinite(a32).all(1) & np.isfinite(b32).all(1)
         self.non_finite += int((~good).sum())
         # Kernels that fail silently return zeros: a flat row is a fault even where its error happens to be small.
         self.constant += int((b32[good].max(1) == b32[good].min(1)).sum())
         if not good.all():
-            a32, b32, targets = a32[good], b32[good], targets[good]
+            a32, b32, targets, changed = a32[good], b32[good], targets[good], changed[good]
         if not len(targets):
             return
         a, b = a32.astype(np.float64), b32.astype(np.float64)
@@ -63,6 +77,7 @@ class TokenErrors:
         values = {
             "abs_max": error.max(1),
             "abs_mean": error.mean(1),
+            "scale": scale,
             "rel": error.max(1) / np.maximum(scale, tiny),
             "cosine": (a * b).sum(1) / np.maximum(norms, tiny),
             # Rounding can leave -1e-17 where the truth is 0.
@@ -74,6 +89,7 @@ class TokenErrors:
             "top5": (np.sort(best_a[:, :k], 1) == np.sort(best_b[:, :k], 1)).all(1).astype(np.float64),
             "nll": nll[0],
             "nll_test": nll[1],
+            "changed": changed,
         }
         for name, value in values.items():
             self.columns[name].append(value)
@@ -81,7 +97,7 @@ class TokenErrors:
     @classmethod
     def merged(cls, parts: list[TokenErrors]) -> TokenErrors:
         """All tokens of several phases."""
-        whole = cls(parts[0].margin)
+        whole = cls(parts[0].margin, parts[0].scale)
         for part in parts:
             whole.tokens += part.tokens
             whole.non_finite += part.non_finite
@@ -95,6 +111,8 @@ class TokenErrors:
         v = {name: np.concatenate(parts) if parts else np.zeros(0) for name, parts in self.columns.items()}
         known = ~np.isnan(v["nll"])
         nll = [_mean(v[name][known]) for name in ("nll", "nll_test")]
+        same = v["changed"] == 0
+        margin = self.margin * np.minimum(1.0, v["scale"] / self.scale)
         moved = _distribution(v["nll_test"][known] - v["nll"][known])
         return {
             "tokens": self.tokens,
@@ -105,8 +123,14 @@ class TokenErrors:
             "cosine": {"mean": _mean(v["cosine"]), "min": -_max(-v["cosine"])},
             "kl_ref_test": _distribution(v["kl"]),
             "kl_test_ref": _distribution(v["kl_back"]),
-            "top1": _agreement(v["top1"], v["gap1"], self.margin),
-            "top5": _agreement(v["top5"], v["gap5"], self.margin),
+            "same_choices": {  # tokens for which every layer chose the same experts; not judged, but explains
+                "tokens": int(same.sum()),
+                "rel_error_mean": _mean(v["rel"][same]),
+                "kl_max": _max(v["kl"][same]),
+                "cosine_min": -_max(-v["cosine"][same]),
+            },
+            "top1": _agreement(v["top1"], v["gap1"], margin),
+            "top5": _agreement(v["top5"], v["gap5"], margin),
             "perplexity": {
                 "tokens": int(known.sum()),
                 "reference": math.exp(nll[0]) if nll[0] < 700 else float("inf"),
@@ -147,7 +171,7 @@ def _distribution(values: np.ndarray) -> dict[str, float]:
     }
 
 
-def _agreement(same: np.ndarray, gap: np.ndarray, margin: float) -> dict[str, Any]:
+def _agreement(same: np.ndarray, gap: np.ndarray, margin: np.ndarray) -> dict[str, Any]:
     clear = gap >= margin
     return {
         "agreement": _mean(same[clear]),
@@ -166,14 +190,15 @@ class RouteAgreement:
     counts: dict[int, np.ndarray] = field(default_factory=dict)
     reason: str = ""
 
-    def add(self, reference: dict[int, np.ndarray] | None, test: dict[int, np.ndarray] | None) -> None:
-        """Count one step: int32 [T, k] per layer and engine."""
+    def add(self, reference: dict[int, np.ndarray] | None, test: dict[int, np.ndarray] | None) -> np.ndarray | None:
+        """Count one step: int32 [T, k] per layer and engine; bool [T], whether any layer chose another set."""
         if not reference or not test:
             self.reason = f"the {'reference' if not reference else 'test'} engine returned no routes"
-            return
+            return None
         if reference.keys() != test.keys():
             odd = sorted(reference.keys() ^ test.keys())[0]
             raise MoEdgeError(f"Layer {odd} is routed in one engine only: these are not the same model.")
+        changed: np.ndarray | None = None
         for layer, one in reference.items():
             two = test[layer]
             if one.shape != two.shape:
@@ -181,8 +206,11 @@ class RouteAgreement:
                     f"Layer {layer} selects {one.shape[1]} experts in the reference, {two.shape[1]} in the test engine."
                 )
             shared = (one[:, :, None] == two[:, None, :]).any(2).sum(1)
-            counted = [len(one), int((shared == one.shape[1]).sum()), int(shared.sum()), one.size]
+            other = shared != one.shape[1]
+            changed = other if changed is None else changed | other
+            counted = [len(one), int((~other).sum()), int(shared.sum()), one.size]
             self.counts[layer] = self.counts.get(layer, np.zeros(4, dtype=np.int64)) + counted
+        return changed
 
     def summary(self) -> dict[str, Any]:
         """Agreement as sets: overall, the worst layer, and every layer."""

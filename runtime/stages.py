@@ -175,6 +175,7 @@ def build(recipe: Recipe, machine: dict[str, Any]) -> list[Stage]:
                 *_ENGINE_CODE,
                 "runtime/parity.py",
                 "runtime/reduction.py",
+                "runtime/verdict.py",
                 "runtime/replay.py",
                 "runtime/verification.py",
                 "configs/__init__.py",

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from moedge.configs import tolerances as tolerance_files
-from moedge.runtime import parity
+from moedge.runtime import parity, verdict
 from moedge.runtime.engines import Engine, open_engine
 
 SCHEMA = "moedge.verify/1"
@@ -93,12 +93,16 @@ def verify_run(
         converted, baseline = found.get(f"{label} vs torch moe"), found.get(f"{target} dense vs torch dense")
         limit = limits.profile(tolerances, target).kl_ratio_to_dense if converted and baseline else None
         if converted and baseline and limit:
-            parity.judge_ratio(converted, baseline, limit)
+            verdict.judge_ratio(converted, baseline, limit)
             if note:
                 check = converted["verdict"]["checks"][-1]
                 note(
                     f"{label}: its mean KL is {check['value'] or float('nan'):.2f} times the dense parent's at {target}"
                 )
+        kernels = found.get(f"{label} vs its de-quantised weights")
+        against = found.get(f"{label} vs torch {label.split()[-1]}")
+        if kernels and against:
+            verdict.quantised_note(against, kernels, target)
     result["passed"] = all(entry["passed"] for entry in result["identity"]) and all(
         entry["verdict"]["passed"] for entry in result["parity"]
     )
@@ -203,7 +207,8 @@ def _said(entry: dict[str, Any]) -> str:
     if "verdict" not in entry:
         return f"{'PASS' if entry['passed'] else 'FAIL'}, max relative logit error {entry['max_rel_error']:.2g}"
     failed = [check["name"] for check in entry["verdict"]["checks"] if not check["passed"]]
-    said = f"FAIL, failed: {', '.join(failed)}" if failed else "PASS, every check passed"
+    mark = "NOT DECIDED" if entry["verdict"]["outcome"] == verdict.NOT_DECIDED else "FAIL"
+    said = f"{mark}, failed: {', '.join(failed)}" if failed else "PASS, every check passed"
     if replay := entry["replay"]:
         values = [found["overall"]["kl_ref_test"]["mean"] for found in (replay, entry)]
         if None not in values:

@@ -14,7 +14,7 @@ from rich.table import Table
 from moedge import MoEdgeError
 from moedge._files import write_text
 from moedge.configs import tolerances as tolerance_files
-from moedge.runtime import parity, run_folder
+from moedge.runtime import parity, run_folder, verdict
 from moedge.runtime.commands.tokens import token_windows
 from moedge.runtime.engines import open_engine
 from moedge.runtime.progress import single
@@ -107,6 +107,8 @@ def _pair(
             one.close()
             two.close()
         entries.append({"name": name, **entry})
+    if len(entries) > 1:
+        verdict.quantised_note(entries[0], entries[1], target)
     return {
         "schema": SCHEMA,
         "text": text,
@@ -139,29 +141,33 @@ def _is_moe(folder: Path) -> bool:
     return False
 
 
-def checks(result: dict[str, Any]) -> list[tuple[str, str, float | None, str, float, bool]]:
-    """Every check of a verify result: (comparison, check, value, relation, limit, passed)."""
-    rows: list[tuple[str, str, float | None, str, float, bool]] = []
+def checks(result: dict[str, Any]) -> list[tuple[str, str, float | None, str, float, str]]:
+    """Every check of a verify result: (comparison, check, value, relation, limit, outcome)."""
+    rows: list[tuple[str, str, float | None, str, float, str]] = []
     for entry in result["identity"]:
-        value = entry["max_rel_error"]
-        rows.append((entry["name"], "identity.max_rel_error", value, "<=", entry["limit"], entry["passed"]))
+        value, outcome = entry["max_rel_error"], verdict.PASSED if entry["passed"] else verdict.FAILED
+        rows.append((entry["name"], "identity.max_rel_error", value, "<=", entry["limit"], outcome))
     for entry in result["parity"]:
         for check in entry["verdict"]["checks"]:
-            values = (check["name"], check["value"], check["relation"], check["limit"], check["passed"])
+            values = (check["name"], check["value"], check["relation"], check["limit"], verdict.outcome([check]))
             rows.append((entry["name"], *values))
     return rows
 
 
 def junit_xml(result: dict[str, Any]) -> str:
-    """The checks as JUnit XML, one test case each, for a CI server."""
+    """The checks as JUnit XML, one test case each, for a CI server; what is not decided is a failure that says so."""
     rows = checks(result)
     suite = ElementTree.Element(
-        "testsuite", name="moedge verify", tests=str(len(rows)), failures=str(sum(not row[-1] for row in rows))
+        "testsuite",
+        name="moedge verify",
+        tests=str(len(rows)),
+        failures=str(sum(row[-1] != verdict.PASSED for row in rows)),
     )
-    for comparison, name, value, relation, limit, passed in rows:
+    for comparison, name, value, relation, limit, outcome in rows:
         case = ElementTree.SubElement(suite, "testcase", classname=comparison, name=name)
-        if not passed:
-            ElementTree.SubElement(case, "failure", message=f"{name} is {value}, must be {relation} {limit}")
+        if outcome != verdict.PASSED:
+            said = f"{outcome}: {name} is {value}, must be {relation} {limit}"
+            ElementTree.SubElement(case, "failure", message=said)
     ElementTree.indent(suite)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"
 
@@ -191,14 +197,25 @@ def _print(result: dict[str, Any]) -> None:
     table = Table(title=f"verify on {escape(result['text'])}")
     for column in ("comparison", "check", "value", "limit", ""):
         table.add_column(column)
-    for comparison, name, value, relation, limit, passed in checks(result):
+    marks = {
+        verdict.PASSED: "[green]pass[/green]",
+        verdict.FAILED: "[red]FAIL[/red]",
+        verdict.NOT_DECIDED: "[yellow]not decided[/yellow]",
+    }
+    rows = checks(result)
+    for comparison, name, value, relation, limit, outcome in rows:
         shown = "none" if value is None else f"{value:.6g}"
-        mark = "[green]pass[/green]" if passed else "[red]FAIL[/red]"
-        table.add_row(escape(comparison), name, shown, f"{relation} {limit:g}", mark)
+        table.add_row(escape(comparison), name, shown, f"{relation} {limit:g}", marks[outcome])
     console = Console()
     console.print(table)
     for entry in result["parity"]:
         if replay := entry["replay"]:
             for line in (explained(entry, replay), _parts(entry)):
                 console.print(escape(line), highlight=False, soft_wrap=True)
-    console.print("[green]verdict: passed[/green]" if result["passed"] else "[red]verdict: FAILED[/red]")
+        for sentence in entry["verdict"]["notes"]:
+            console.print(escape(f"{entry['name']}: {sentence}"), highlight=False, soft_wrap=True)
+    failed = any(row[-1] == verdict.FAILED for row in rows)
+    if result["passed"]:
+        console.print("[green]verdict: passed[/green]")
+    else:
+        console.print("[red]verdict: FAILED[/red]" if failed else "[yellow]verdict: NOT DECIDED, not a pass[/yellow]")

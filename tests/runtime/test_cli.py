@@ -313,3 +313,7 @@ def test_junit_counts_every_check_and_names_the_failed_ones() -> None:
     assert (suite.get("tests"), suite.get("failures")) == ("3", "1")
     failed = [case.get("name") for case in suite.iter("testcase") if case.find("failure") is not None]
     assert failed == ["decode.top1 <&>"]
+    checks[1]["decided"] = False  # no pass, and a CI server says why
+    suite = ElementTree.fromstring(junit_xml(result))
+    (failure,) = suite.iter("failure")
+    assert (failure.get("message") or "").startswith("not decided: decode.top1 <&> is None")
