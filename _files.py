@@ -52,6 +52,20 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
+def spare(path: Path, inputs: Iterable[Path | str]) -> None:
+    """Refuse to replace a folder that is or holds one of ``inputs``, the working folder or the home folder.
+
+    Names that are no paths (hub ids) do no harm.
+
+    Raises:
+        MoEdgeError: replacing ``path`` would delete one.
+    """
+    place = path.resolve()
+    for kept in (*(Path(given).expanduser() for given in inputs), Path.cwd(), Path.home()):
+        if kept.exists() and kept.resolve().is_relative_to(place):
+            raise MoEdgeError(f"Output {path} is or holds {kept}, which would be deleted; choose another output path.")
+
+
 @contextmanager
 def atomic_dir(path: Path, *, force: bool = False, inputs: Iterable[Path | str] = ()) -> Iterator[Path]:
     """Yield an empty folder beside ``path`` that becomes ``path`` when the block ends without an error.
@@ -61,16 +75,13 @@ def atomic_dir(path: Path, *, force: bool = False, inputs: Iterable[Path | str] 
     Args:
         path: the output.
         force: replace what is there, all of it.
-        inputs: what the output is made from. Names that are no paths (hub ids) do no harm.
+        inputs: what the output is made from; see :func:`spare`.
 
     Raises:
         MoEdgeError: ``path`` exists and ``force`` is not given, its parent cannot be written, or replacing it would
             delete an input, the working folder or the home folder.
     """
-    place = path.resolve()
-    for kept in (*(Path(given).expanduser() for given in inputs), Path.cwd(), Path.home()):
-        if kept.exists() and kept.resolve().is_relative_to(place):
-            raise MoEdgeError(f"Output {path} is or holds {kept}, which would be deleted; choose another output path.")
+    spare(path, inputs)
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise MoEdgeError(f"Output {path} exists and is not a folder; choose another output path.")
     if path.exists() and any(path.iterdir()) and not force:

@@ -342,12 +342,13 @@ def save(
     """Write a checkpoint folder, whole or not at all: weights, configs, tokenizer, plan.json and plan.safetensors.
 
     Raises:
-        MoEdgeError: the plan has not been applied to the model, or the folder is in use or not writable.
+        MoEdgeError: the plan has not been applied to the model, or the folder is in use, not writable or what the model
+            was loaded from.
     """
     moedge_config = getattr(model.config, "moedge", None)
     if not moedge_config or moedge_config["plan_sha256"] != plan.sha256:
         raise MoEdgeError("The model to save was not made by this plan; call apply(plan, model) first.")
-    with atomic_dir(folder, force=force) as partial, sources.quiet():
+    with atomic_dir(folder, force=force, inputs=[model.name_or_path]) as partial, sources.quiet():
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         plan.save(partial)

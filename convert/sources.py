@@ -294,7 +294,7 @@ def _from_gguf(path: Path) -> tuple[Path, str]:
 
     where = {"gguf_file": path.name, "trust_remote_code": False}
     # The GGUF reader draws a tqdm bar that no transformers switch turns off.
-    with atomic_dir(folder, force=True) as partial, quiet(), redirect_stderr(io.StringIO()):
+    with atomic_dir(folder, force=True, inputs=[path]) as partial, quiet(), redirect_stderr(io.StringIO()):
         try:
             tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
             model = AutoModelForCausalLM.from_pretrained(

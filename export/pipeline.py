@@ -64,7 +64,7 @@ def export(
     for step, target in enumerate(order):
         report(f"{'tracing' if target == 'portable' else 'lowering'} {target}", step, len(order))
         destination = out / target
-        with atomic_dir(destination, force=force) as partial:
+        with atomic_dir(destination, force=force, inputs=[checkpoint]) as partial:
             if target == "portable":
                 _export_portable(checkpoint, partial, label, max_length)
             else:

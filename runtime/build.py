@@ -107,7 +107,8 @@ def build(
             _register_plugins(profiles[0])
         shapes = moedge_trt.profile_shapes(model, **limits)
         capabilities = sorted({device.compute_capability for device in profiles}, key=float)
-        with atomic_dir(out, force=force) as partial:
+        inputs: list[Path | str] = [bundle.path, *device_names, *([timing_cache] if timing_cache else [])]
+        with atomic_dir(out, force=force, inputs=inputs) as partial:
             with tempfile.TemporaryDirectory(dir=partial) as scratch:
                 graph, sums = bundle.model_path, 0
                 if target == "tensorrt-rtx" and "7.5" in capabilities:

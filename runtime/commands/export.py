@@ -56,7 +56,7 @@ def export(
             )
         window = min(256, gptq_tokens)
         calibration = token_windows(checkpoint, gptq_text, window, -(-gptq_tokens // window))[1]
-    opened = atomic_dir(out, force=force or bool(there), inputs=[checkpoint])
+    opened = atomic_dir(out, force=force or bool(there), inputs=[checkpoint, *([gptq_text] if gptq_text else [])])
     with opened as partial, single("export", f"{checkpoint} -> {out}") as reporter:
         from moedge.export.pipeline import export as run
 

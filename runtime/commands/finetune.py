@@ -55,7 +55,9 @@ def finetune(
     accelerator = training.make(settings)
     main = accelerator.is_main_process
     where = state or out.with_name(f".{out.name}.training")
-    inputs: list[Path | str] = [checkpoint, *([] if parent is None else [parent])]
+    if where.is_dir() and any(where.iterdir()) and not (where / "state.json").is_file():
+        raise MoEdgeError(f"--state {where} holds other files, which saved training would replace; name a new folder.")
+    inputs: list[Path | str] = [checkpoint, *([] if parent is None else [parent]), *text, *(held_out_texts or ())]
     with ExitStack() as stack:
         reporter = stack.enter_context(single("finetune", f"{checkpoint} -> {out}")) if main else None
         if reporter and where.is_dir():

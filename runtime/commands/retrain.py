@@ -34,7 +34,7 @@ def retrain(checkpoint: Path, out: Path, *, settings: dict[str, Any], force: boo
             tokenizer, entries, length=wanted.length, count=-(-wanted.tokens // wanted.length), seed=wanted.seed
         )
         reporter.note(f"{wanted.tokens:,} tokens from {train.size:,} of {len(entries)} domains; state in {state}")
-        with atomic_dir(out, force=force, inputs=[checkpoint]) as partial:
+        with atomic_dir(out, force=force, inputs=[checkpoint, *(entry["spec"] for entry in entries)]) as partial:
             result = training.retrain(
                 model,
                 train,

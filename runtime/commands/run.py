@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moedge import MoEdgeError
-from moedge._files import write_text
+from moedge._files import spare, write_text
 from moedge.configs.recipe import Recipe, load_recipe
 from moedge.runtime import run_folder, stages
 from moedge.runtime.machine import machine
@@ -29,6 +29,8 @@ def run(recipe_name: str, out: Path | None, *, dry_run: bool, force: list[str], 
     run_folder.check_free(root)
     check_early(recipe, root)
     todo = stages.build(recipe, machine())
+    for stage in todo:
+        spare(root / stage.name, [recipe_name, recipe.model.source, recipe.text.calibration, *recipe.text.held_out])
     forced = _forced(todo, force, start)
     console = Console(stderr=True)
     if dry_run:

@@ -63,6 +63,21 @@ def test_a_folder_with_other_files_is_left_alone(out: Path, checkpoints: dict[st
     assert (out / "mine.txt").read_text() == "keep"
 
 
+def test_force_never_deletes_the_checkpoint_or_the_text(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    from moedge import MoEdgeError
+    from moedge.export.pipeline import export
+
+    shutil.copytree(checkpoints["moe"], tmp_path / "all" / "portable")
+    (tmp_path / "all" / "text.txt").write_text("a\nb\n" * 3000)
+    before = hash_tree(tmp_path)
+    with pytest.raises(MoEdgeError, match="would be deleted"):
+        export(tmp_path / "all" / "portable", tmp_path / "all", ["ort-cpu"], label="x", force=True)
+    on_text = ["--target", "ort-cpu-int4", "--gptq", tmp_path / "all" / "text.txt", "--gptq-tokens", 64]
+    refused = moedge("export", checkpoints["moe"], tmp_path / "all", "--force", *on_text)
+    assert (refused.exit_code, "would be deleted" in refused.stderr) == (2, True)
+    assert hash_tree(tmp_path) == before
+
+
 def test_bundles_are_kept_where_there_are_no_hard_links(
     out: Path, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

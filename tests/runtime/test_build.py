@@ -122,6 +122,22 @@ def test_a_gpu_without_tensorrts_moe_layer_is_refused(tmp_path: Path) -> None:
         builder.build(bundle, tmp_path / "engine", ["h100"])
 
 
+@pytest.mark.parametrize("out", ["all", "all/bundle", "all/cache"])
+def test_force_never_deletes_what_an_engine_is_built_from(
+    tmp_path: Path, out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = make_bundle(tmp_path / "all" / "bundle")
+    (tmp_path / "all" / "cache").mkdir()
+    cache = tmp_path / "all" / "cache" / "timing.cache"
+    cache.write_bytes(b"measured")
+    before = hash_tree(tmp_path)
+    monkeypatch.setattr(builder, "_tensorrt", lambda *_: SimpleNamespace(__name__="tensorrt_rtx", __version__="1"))
+    monkeypatch.setattr(moedge_trt, "build", lambda *_, **__: pytest.fail("the build ran"))
+    with pytest.raises(MoEdgeError, match="would be deleted"):
+        builder.build(bundle, tmp_path / out, ["rtx-4090"], timing_cache=cache, force=True)
+    assert hash_tree(tmp_path) == before
+
+
 def test_too_little_memory_is_said_before_building(toy: Path, tmp_path: Path) -> None:
     from moedge.configs import files
 

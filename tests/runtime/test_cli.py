@@ -221,6 +221,24 @@ def test_bad_input_is_one_line_on_stderr(tmp_path: Path, arguments: list[str], s
     assert sorted(path for path in tmp_path.rglob("*")) == before, "a refused command leaves nothing behind"
 
 
+@pytest.mark.parametrize("key", ["model.source", "text.calibration", "text.held_out"])
+def test_a_run_never_deletes_what_it_reads(tmp_path: Path, key: str) -> None:
+    """A stage replaces its folder: a model or text in there would be gone before it is read."""
+    model = folder_with(tmp_path / "run" / "convert" / "checkpoint", model_type="llama", intermediate_size=96)
+    text = model / "text.txt"
+    text.write_text("a\nb\n")
+    (tmp_path / "run" / "run.json").write_text("{}")
+    values: dict[str, Any] = {"model.source": str(model), "text.calibration": str(text), "text.held_out": [str(text)]}
+    recipe: dict[str, Any] = {"model": {"source": "asset:smollm2-135m-instruct"}}
+    section, name = key.split(".")
+    recipe.setdefault(section, {})[name] = values[key]
+    write_json(tmp_path / "recipe.yaml", recipe)  # JSON is YAML
+    before = hash_tree(tmp_path)
+    result = moedge("run", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run"))
+    assert (result.exit_code, "would be deleted" in result.stderr) == (2, True), result.stderr
+    assert hash_tree(tmp_path) == before
+
+
 @pytest.mark.parametrize("arguments", [["run"], ["bench", "x", "--repeats", "2"], ["frobnicate"], ["run", "x", "--no"]])
 def test_usage_errors_exit_with_2(arguments: list[str]) -> None:
     assert moedge(*arguments).exit_code == 2
