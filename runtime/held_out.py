@@ -109,7 +109,11 @@ def check_window(model: PreTrainedModel, length: int, option: str) -> None:
     Raises:
         MoEdgeError: ``length`` is; ``option`` is what the user may lower.
     """
-    longest = getattr(model.config, "max_position_embeddings", None)
+    check_positions(getattr(model.config, "max_position_embeddings", None), length, option)
+
+
+def check_positions(longest: object, length: int, option: str) -> None:
+    """:func:`check_window` for a model that is not open: ``longest`` is its max_position_embeddings, if it has one."""
     if isinstance(longest, int) and length > longest:
         raise MoEdgeError(f"{option} {length} is beyond the model's {longest} positions; make it smaller.")
 

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from moedge import MoEdgeError
 from moedge._files import atomic_dir
-from moedge.runtime import held_out
+from moedge.runtime import held_out, run_folder
 from moedge.runtime.progress import single
 
 
@@ -43,6 +43,8 @@ def finetune(
     settings = settings_from({**core.recommended(MoEPlan.load(checkpoint)), **given})
     if settings.distill != "none" and parent is None:
         raise MoEdgeError(f"--distill {settings.distill} needs --parent: the dense model that was converted.")
+    config = run_folder.read_json(checkpoint / "config.json", "convert again")
+    held_out.check_positions(config.get("max_position_embeddings"), settings.length, "--length")
     if out.exists() and not force and any(out.iterdir()):
         raise MoEdgeError(f"Output folder {out} already exists and is not empty; pass --force to replace it.")
     if threads:

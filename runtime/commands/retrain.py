@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from moedge import MoEdgeError
 from moedge._files import atomic_dir, write_json
+from moedge.runtime import held_out
 from moedge.runtime.commands.domains import checked
 from moedge.runtime.progress import single
 
@@ -23,6 +24,7 @@ def retrain(checkpoint: Path, out: Path, *, settings: dict[str, Any], force: boo
 
     wanted = checked(training.RetrainSettings, settings)
     model, plan, tokenizer = modeling.load(checkpoint)
+    held_out.check_window(model, wanted.length, "--set length")
     facts = plan.provenance.get("domains")
     if plan.method != "dive" or not facts:
         raise MoEdgeError(f"{checkpoint} was made by {plan.method}, not by dive; retraining in stages is DIVE's.")

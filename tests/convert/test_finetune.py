@@ -142,9 +142,14 @@ def test_the_command_writes_checkpoint_record_and_picture(checkpoint: Path, text
         ([], "either tokens or minutes"),
         (["--tokens", "64", "--train", "everything"], "unknown group"),
         (["--tokens", "64", "--set", "learning=1"], "learning: unknown setting; known: "),
+        (["--tokens", "64", "--length", "257"], "--length 257 is beyond the model's 256 positions; make it smaller."),
+        (["--tokens", "64", "--length", "16", "--text", "{text}", "--state", "{dense}"], "holds other files, which"),
     ],
 )
-def test_what_cannot_work_is_one_sentence(checkpoint: Path, tmp_path: Path, options: list[str], says: str) -> None:
+def test_what_cannot_work_is_one_sentence(
+    checkpoint: Path, text: Path, tmp_path: Path, options: list[str], says: str
+) -> None:
+    options = [option.format(text=text, dense=tmp_path / "dense") for option in options]
     result = CliRunner().invoke(app, ["finetune", str(checkpoint), str(tmp_path / "no"), *options])
     assert result.exit_code not in (0, 1) or result.output.startswith("error: ")
     assert says in result.output
