@@ -31,6 +31,7 @@ from moedge.configs import files as yaml_files
 from moedge.configs.files import name_of
 from moedge.convert.methods import METHODS, Method
 from moedge.convert.moe_adapters import FAMILIES as MOE_FAMILIES
+from moedge.export.lowering import REFUSED
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -137,6 +138,14 @@ class ExportSection(_Section):
     """Device profiles for which the bundle ``tensorrt-rtx`` of the MoE becomes one engine."""
     dense_parent: bool = True
     max_length: Annotated[int, Field(ge=16)] = 2048
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _left_out_on_purpose(cls, value: Any) -> Any:
+        for name in value if isinstance(value, list) else []:
+            if isinstance(name, str) and name in REFUSED:
+                raise ValueError(REFUSED[name])
+        return value
 
     @field_validator("targets")
     @classmethod

@@ -15,7 +15,7 @@ import numpy as np
 from moedge import MoEdgeError, __version__
 from moedge._files import atomic_dir
 from moedge.export import bundle, loaders
-from moedge.export.lowering import TARGETS, Lowered
+from moedge.export.lowering import TARGETS, Lowered, check_targets
 
 CALIBRATED = ("ort-cpu-int4",)
 """Targets whose weights may be chosen on a text."""
@@ -56,8 +56,7 @@ def export(
         MoEdgeError: unknown target, a model that cannot be traced, an existing bundle without ``force``, or a lowering
             whose self-test fails.
     """
-    if unknown := [name for name in targets if name not in TARGETS]:
-        raise MoEdgeError(f"Unknown target {unknown[0]!r}; known: {', '.join(TARGETS)}.")
+    check_targets(targets)
     order = ["portable", *[name for name in TARGETS if name in targets and name != "portable"]]
     report = progress or (lambda *_: None)
     written: dict[str, Path] = {}

@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
+
+from moedge import MoEdgeError
 
 TARGETS = {
     "portable": "moedge.export.lowering.portable",
@@ -18,6 +21,26 @@ TARGETS = {
     "tensorrt": "moedge.export.lowering.tensorrt",
     "tensorrt-rtx": "moedge.export.lowering.tensorrt_rtx",
 }
+
+_NO_CUDA_QMOE = (
+    "{} does not exist: ONNX Runtime's CUDA kernel for quantised experts lays weights out on the GPU when it loads "
+    "them, which cannot be checked without one (docs/lowering.md). Take ort-cuda (float16) on a GPU, or {} on the CPU."
+)
+REFUSED = {f"ort-cuda-{kind}": _NO_CUDA_QMOE.format(f"ort-cuda-{kind}", f"ort-cpu-{kind}") for kind in ("int4", "int8")}
+"""Targets that one may expect and that are left out on purpose: name -> why, and what to take instead."""
+
+
+def check_targets(names: Iterable[str]) -> None:
+    """Check that every name is a target.
+
+    Raises:
+        MoEdgeError: one is not; why it is refused, or which there are.
+    """
+    for name in names:
+        if name in REFUSED:
+            raise MoEdgeError(f"Target {REFUSED[name]}")
+        if name not in TARGETS:
+            raise MoEdgeError(f"Unknown target {name!r}; known: {', '.join(TARGETS)}.")
 
 
 @dataclass(frozen=True)

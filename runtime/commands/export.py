@@ -11,7 +11,7 @@ from rich.markup import escape
 from moedge import MoEdgeError
 from moedge._files import atomic_dir, digest, link_or_copy
 from moedge.configs.recipe import TARGETS as DEFAULT
-from moedge.export.lowering import TARGETS
+from moedge.export.lowering import check_targets
 from moedge.runtime import run_folder
 from moedge.runtime.commands.sizes import size_table
 from moedge.runtime.commands.tokens import token_windows
@@ -36,9 +36,7 @@ def export(
     Bundles of other targets that ``out`` already holds stay when they are of the same graph.
     """
     wanted = targets or list(DEFAULT)
-    for target in wanted:
-        if target not in TARGETS:
-            raise MoEdgeError(f"Unknown target {target!r}; known: {', '.join(TARGETS)}.")
+    check_targets(wanted)
     if experts and "tensorrt" not in wanted:
         raise MoEdgeError(f"--experts is for target tensorrt, which is not among {', '.join(wanted)}.")
     if not (checkpoint / "config.json").is_file():

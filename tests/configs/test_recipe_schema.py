@@ -84,6 +84,7 @@ def test_a_recipe_without_a_name_takes_its_file_name(tmp_path: Path) -> None:
             "export.targets[1]",
             "unknown value 'tpu'; choose 'portable', 'ort-cpu', 'ort-cpu-int8', 'ort-cpu-int4', 'ort-cuda',",
         ),
+        ("model: {source: x}\nexport: {targets: [ort-cuda-int4]}", "export.targets", "ort-cuda-int4 does not exist"),
         ("model: {source: x}\nexport: {targets: []}", "export.targets", "must not be empty"),
         ("model: {source: x}\nexport: {targets: [portable, portable]}", "export.targets", "names a target twice"),
         ("model: {source: x}\nexport: {targets: portable}", "export.targets", "must be a list, got 'portable'"),

@@ -181,6 +181,11 @@ def test_a_model_with_another_activation_keeps_standard_operators(bundles, monke
 def test_export_refuses_what_it_cannot_do(checkpoints, tmp_path):
     with pytest.raises(MoEdgeError, match="Unknown target 'npu'; known: portable, ort-cpu"):
         export(checkpoints["dense"], tmp_path, ["npu"], label="x")
+    for kind in ("int4", "int8"):
+        with pytest.raises(
+            MoEdgeError, match=rf"ort-cuda-{kind} does not exist: .* ort-cuda \(float16\).*, or ort-cpu-{kind}"
+        ):
+            export(checkpoints["dense"], tmp_path, [f"ort-cuda-{kind}"], label="x")
     with pytest.raises(MoEdgeError, match=r"has no config\.json"):
         export(tmp_path, tmp_path / "out", ["portable"], label="x")
     (tmp_path / "full" / "portable").mkdir(parents=True)
