@@ -83,6 +83,11 @@ def register_schemas() -> None:
         onnx.defs.register_schema(schema)
 
 
+def attributes_of(operator: str) -> tuple[str, ...]:
+    """Names of the attributes that every node of an operator of ours has; none for an operator that is not ours."""
+    return tuple(_SIGNATURES[operator][2]) if operator in _SIGNATURES else ()
+
+
 def _parameter(text: str) -> onnx.defs.OpSchema.FormalParameter:
     name, kind = text.split(":", 1)
     options = onnx.defs.OpSchema.FormalParameterOption

@@ -8,7 +8,7 @@ from typing import Any
 import onnx_ir as ir
 
 from moedge import MoEdgeError
-from moedge.export.functions import DOMAIN, VERSION, bodies
+from moedge.export.functions import DOMAIN, VERSION, attributes_of, bodies
 
 
 def nodes_of(model: ir.Model, operator: str) -> list[ir.Node]:
@@ -32,6 +32,32 @@ def attention_kinds(model: ir.Model) -> list[ir.Node]:
         window, cap, scale = (node.attributes[name].value for name in ("window", "softcap", "scale"))
         kinds.setdefault((window, cap, scale), node)
     return list(kinds.values())
+
+
+_LATER = {"CausalAttention": {"window": 0, "softcap": 0.0}}
+"""Attributes that nodes of older exports lack, and what they meant then: models with any other value were refused."""
+
+
+def complete(model: ir.Model, where: str) -> None:
+    """Bring the ``moedge::`` nodes of a graph that an older version exported up to date, in place.
+
+    Raises:
+        MoEdgeError: a node lacks what cannot be known any more; ``where`` is the bundle.
+    """
+    for node in model.graph:
+        if node.domain != DOMAIN:
+            continue
+        for name in attributes_of(node.op_type):
+            if name in node.attributes:
+                continue
+            if name not in _LATER.get(node.op_type, {}):
+                raise MoEdgeError(
+                    f"{where} was exported by an older moedge: its {node.op_type} nodes have no {name}. Export the "
+                    "checkpoint again with this version (moedge export CHECKPOINT OUT --force)."
+                )
+            value = _LATER[node.op_type][name]
+            kind = ir.AttrInt64 if isinstance(value, int) else ir.AttrFloat32
+            node.attributes[name] = kind(name, value)
 
 
 def holds_experts(sparse_glu: ir.Node) -> bool:

@@ -155,11 +155,13 @@ def lower(
     """
     import onnx_ir as ir
 
+    from moedge.export import nodes
     from moedge.export.lowering import shapes
 
     source = bundle.open_bundle(portable)
     bundle.check_external_data(source.model_path, set(source.manifest["files"]))
     graph = ir.load(source.model_path)
+    nodes.complete(graph, f"Bundle {portable}")
     asked = {"tensorrt": tensorrt, "experts": experts} if target == "tensorrt" else {}
     options: dict[str, Any] = {name: value for name, value in asked.items() if value}
     on_text = calibration is not None and target in CALIBRATED
