@@ -88,13 +88,21 @@ def beside(plans: Iterable[MoEPlan], spec: str, every: int) -> tuple[TextSet, st
     text = calibration.split(text, every)[1]
     if not text.documents:
         raise MoEdgeError(f"The model has seen all of the text {spec}; give another text.")
-    how = "of the calibration text" if all("every" not in used for used in seen) else "of a text that a model has seen"
+    how = (
+        "of the calibration text"
+        if all(used.get("calibration") for used in seen)
+        else "of a text that a model has seen"
+    )
     return text, f"{len(text.documents)} documents {how} that were held out, id % {every} = 0"
 
 
 def _seen(plan: MoEPlan) -> list[dict[str, Any]]:
-    """Return ``{"text_sha256", "every"}`` of each text that made a plan; the calibration's has no ``every``."""
-    found = [{"text_sha256": plan.provenance["text_sha256"]}] if "text_sha256" in plan.provenance else []
+    """Return ``{"text_sha256", "every"}`` of each text that made a plan; older plans do not say the calibration's."""
+    found: list[dict[str, Any]] = []
+    if "text_sha256" in plan.provenance:
+        every = plan.provenance.get("held_out_every")
+        used = {"text_sha256": plan.provenance["text_sha256"], "calibration": True}
+        found.append(used if every is None else {**used, "every": every})
     found += plan.provenance.get("domains", [])
     note = plan.provenance.get("finetune")
     while note:

@@ -89,6 +89,7 @@ def calibrate(context: Context) -> None:
             "schema": "moedge.calibration/1",
             "text": params["text"]["spec"],
             "text_sha256": text.sha256,
+            "held_out_every": params["text"]["every"],
             "documents": len(text.documents),
             "windows": params["windows"],
             "length": params["length"],

@@ -62,6 +62,15 @@ def test_another_share_than_was_held_out_is_refused(text):
         documents([trained], text, every=5)
 
 
+def test_the_share_that_calibration_held_out_is_known(text):
+    calibrated = plan(text_sha256=sha256_file(text), held_out_every=8)
+    assert documents([calibrated], text, every=16) == [0, 16, 32]
+    assert "of the calibration text" in held_out.beside([calibrated], str(text), 8)[1]
+    with pytest.raises(MoEdgeError, match="every 8th document was held out when the model was made"):
+        documents([calibrated], text)  # 10: document 10 was calibrated on
+    assert documents([plan(text_sha256=sha256_file(text))], text) == [0, 10, 20, 30]  # an older plan does not say
+
+
 def test_windows_beyond_the_models_positions_are_refused(tiny_llama):
     held_out.check_window(tiny_llama(), 256, "--window")
     with pytest.raises(MoEdgeError, match="--window 257 is beyond the model's 256 positions"):
