@@ -143,7 +143,8 @@ def bench(
             "order": "round-robin over engines in one process, start rotated each round",
             "sampling": "greedy, end of text ignored, choice of the token timed",
             "intervals": "95% bootstrap over rounds; ratios of medians paired by round",
-            "memory": "peak resident memory and load time (imports included) in a fresh process per engine",
+            "memory": "peak resident memory and load time (imports included) in a fresh process per engine; on a GPU "
+            "also the peak of PyTorch's allocator there, without what CUDA takes for itself",
             "seed": seed,
         },
         "machine": {**machine(), "load_average_before": load_before},
@@ -245,7 +246,19 @@ def _child() -> None:
     except MoEdgeError as error:
         print(json.dumps({"refused": str(error)}))
         return
-    print(json.dumps({"peak_rss_mib": peak_rss_mib(), "peak_rss_after_load_mib": loaded, "load_s": load}))
+    memory = {"peak_rss_mib": peak_rss_mib(), "peak_rss_after_load_mib": loaded, **gpu_memory(engine)}
+    print(json.dumps({**memory, "load_s": load}))
+
+
+def gpu_memory(engine: Engine) -> dict[str, Any]:
+    """Peak GPU memory of an engine, ``{"peak_gpu_mib"}``; None where it runs on the CPU, or with the reason."""
+    if engine.info.device == "CPU":
+        return {"peak_gpu_mib": None}
+    tell = getattr(engine, "peak_gpu_mib", None)
+    if tell is None:
+        said = f"{engine.info.runtime} does not tell how much GPU memory it takes"
+        return {"peak_gpu_mib": None, "gpu_reason": said}
+    return {"peak_gpu_mib": tell()}
 
 
 def peak_rss_mib() -> float:

@@ -91,7 +91,8 @@ def show(result: dict[str, Any], console: Console) -> None:
         title=f"batch 1, prompt {protocol['prompt']}, decode {protocol['decode']}, {protocol['repeats']} rounds"
     )
     table.add_column("engine")
-    for column in ("first token ms", "per token ms", "95% CI", "tokens/s", "peak MiB", "load s"):
+    gpu = any(row["info"]["device"] != "CPU" for row in result["rows"])
+    for column in ("first token ms", "per token ms", "95% CI", "tokens/s", "peak MiB", *(["GPU MiB"] * gpu), "load s"):
         table.add_column(column, justify="right")
     for row in result["rows"]:
         low, high = row["tpot_ms"]["ci95"]
@@ -102,9 +103,13 @@ def show(result: dict[str, Any], console: Console) -> None:
             f"{low:.2f}-{high:.2f}",
             f"{row['decode_tokens_per_s']:.1f}",
             "-" if row["peak_rss_mib"] is None else f"{row['peak_rss_mib']:.0f}",
+            *(["-" if row.get("peak_gpu_mib") is None else f"{row['peak_gpu_mib']:.0f}"] if gpu else []),
             "-" if row["load_s"] is None else f"{row['load_s']:.1f}",
         )
     console.print(table)
+    for row in result["rows"]:
+        if reason := row.get("gpu_reason"):
+            console.print(escape(f"{row['label']}: no GPU MiB, for {reason}."), highlight=False, soft_wrap=True)
     infos = [row["info"] for row in result["rows"]]
     kinds = ", ".join(dict.fromkeys(f"{info['dtype']} on {info['device']}" for info in infos))
     console.print(

@@ -162,6 +162,14 @@ class TorchEngine:
     def _tensor(self, array: np.ndarray) -> Any:
         return self._torch.from_numpy(array).to(self._module.device)
 
+    def peak_gpu_mib(self) -> float | None:
+        """Most memory that PyTorch's tensors took on the GPU in this process, MiB; None on the CPU.
+
+        What CUDA takes for itself (its context, some hundred MiB) is not in it.
+        """
+        device = self._module.device
+        return self._torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
+
     def close(self) -> None:
         """Free the weights. The engine cannot be used afterwards."""
         self._module = None

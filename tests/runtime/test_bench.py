@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -165,6 +167,55 @@ def test_memory_belongs_to_the_engines_own_process(toy_bundles: dict[str, Path])
     assert measured["info"]["runtime"].startswith("onnxruntime 1.")
     assert result["machine"]["cores"] >= 1
     json.dumps(result, allow_nan=False)
+
+
+def gpu_engine(runtime: str, **told: Any) -> Any:
+    info = EngineInfo(runtime.split()[0], runtime, "NVIDIA Stand-in (cuda:1)", "bfloat16", 1, {"vocab_size": 7})
+    step = Step(np.zeros((1, 1, 7), np.float32), 0)
+    return SimpleNamespace(info=info, prefill=lambda ids: step, decode=lambda ids, cache: step, **told)
+
+
+def test_gpu_memory_is_pytorchs_peak_and_others_say_why_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the fresh process answers, with stand-ins for PyTorch on CUDA and for ONNX Runtime on CUDA."""
+    from rich.console import Console
+
+    from moedge.runtime.commands.bench import show
+    from moedge.runtime.engines.torch import TorchEngine
+
+    peaks = {0: 7 * 2**20, 1: 1536 * 2**20}
+    torch = TorchEngine.__new__(TorchEngine)
+    torch._torch = SimpleNamespace(cuda=SimpleNamespace(max_memory_allocated=lambda device: peaks[device.index]))
+    torch._module = SimpleNamespace(device=SimpleNamespace(type="cuda", index=1))
+    on_cpu = TorchEngine.__new__(TorchEngine)
+    on_cpu._torch, on_cpu._module = None, SimpleNamespace(device=SimpleNamespace(type="cpu", index=None))
+    assert on_cpu.peak_gpu_mib() is None
+
+    rows = []
+    engines = [gpu_engine("torch 2.13", peak_gpu_mib=torch.peak_gpu_mib), gpu_engine("onnxruntime 1.31.1")]
+    for engine in engines:
+        monkeypatch.setattr(module, "open_engine", lambda path, engine=engine: engine)
+        monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps({"path": "x", "options": {}, "ids": [1, 2]})))
+        module._child()
+        answer = json.loads(capsys.readouterr().out)
+        times = {"p50": 1.0, "ci95": [1.0, 1.0]}
+        timed = {"ttft_ms": times, "tpot_ms": times, "decode_tokens_per_s": 1e3}
+        rows.append({"label": engine.info.name, "info": asdict(engine.info), **timed, **answer})
+    assert [row["peak_gpu_mib"] for row in rows] == [1536, None]
+    assert "gpu_reason" not in rows[0]
+    protocol = {"prompt": 2, "decode": 1, "repeats": 1}
+    result = {"rows": rows, "protocol": protocol, "machine": {"processor": "x"}, "text": "t"}
+    shown = io.StringIO()
+    show(result, Console(file=shown, width=200))
+    assert "GPU MiB" in shown.getvalue()
+    assert "1536" in shown.getvalue()
+    assert "onnxruntime: no GPU MiB, for onnxruntime 1.31.1 does not tell how much" in shown.getvalue()
+    for row in rows:
+        row["info"]["device"] = "CPU"
+    shown = io.StringIO()
+    show(result, Console(file=shown, width=200))
+    assert "GPU MiB |" not in shown.getvalue().replace("\u2503", "|")
 
 
 def test_what_an_engine_refuses_in_its_own_process_is_one_sentence(tmp_path: Path) -> None:
