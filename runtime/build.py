@@ -79,10 +79,10 @@ def build(
     profiles = [devices.load(name) for name in device_names]
     if not profiles:
         raise MoEdgeError(f"Name at least one device to build for; known: {', '.join(devices.names())}.")
+    native = manifest.get("experts") == "native"
     for device in profiles:
         if reason := devices.refusal(target, device):
             raise MoEdgeError(reason)
-        native = manifest.get("experts") == "native"
         if native and (reason := moedge_trt.moe_refusal(device.label, device.compute_capability)):
             raise MoEdgeError(reason)
     if target == "tensorrt" and len({device.compute_capability for device in profiles}) > 1:
@@ -92,8 +92,8 @@ def build(
     max_length = max_length or min(2048, model["max_position_embeddings"])
     max_prompt = max_prompt or max(2, max_length // 2)
     weight_bytes = sum(entry["size"] for name, entry in manifest["files"].items() if name.endswith(".data"))
-    sparse = "plugins" in manifest or manifest.get("experts") == "native"
     fits, limits = {}, {"max_length": max_length, "max_prompt": max_prompt, "batch": batch}
+    sparse = native or "plugins" in manifest
     unread = estimate.unread_bytes(manifest["moe"], model["hidden_size"]) if sparse else 0
     for device in profiles:
         fit = estimate.fit(model, weight_bytes, device, **limits, unread=unread)
