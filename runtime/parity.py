@@ -81,10 +81,7 @@ def compare_all(
     """
     limits = {label: Profile.of(tolerances) for label, (_, tolerances) in tests.items()}
     windows = _check(reference, [test for test, _ in tests.values()], token_windows, prefill)
-    phases = {
-        label: {phase: TokenErrors(limit.near_tie_margin, limit.near_tie_scale) for phase in ("prefill", "decode")}
-        for label, limit in limits.items()
-    }
+    phases = {label: TokenErrors.by_phase(limit) for label, limit in limits.items()}
     routes = {label: RouteAgreement() for label in tests}
     engines = [test for test, _ in tests.values()]
     replays = {

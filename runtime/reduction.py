@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from moedge import MoEdgeError
+from moedge.configs.tolerances import Profile
 from moedge.runtime.stats import percentiles
 
 _ROWS = 16  # tokens reduced at once: 16 x 49152 float64 is 6 MB per temporary
@@ -93,6 +94,11 @@ class TokenErrors:
         }
         for name, value in values.items():
             self.columns[name].append(value)
+
+    @classmethod
+    def by_phase(cls, limits: Profile) -> dict[str, TokenErrors]:
+        """Nothing yet of a prefill and of decoding, with the margin of ``limits``."""
+        return {phase: cls(limits.near_tie_margin, limits.near_tie_scale) for phase in ("prefill", "decode")}
 
     @classmethod
     def merged(cls, parts: list[TokenErrors]) -> TokenErrors:

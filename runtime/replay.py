@@ -37,9 +37,7 @@ class Replay:
 
     def __init__(self, reference: ReplayEngine, limits: Profile) -> None:
         self._reference = reference
-        self._phases = {
-            phase: TokenErrors(limits.near_tie_margin, limits.near_tie_scale) for phase in ("prefill", "decode")
-        }
+        self._phases = TokenErrors.by_phase(limits)
         self._router = RouteAgreement()
         self._step: Step | None = None
 
