@@ -154,7 +154,9 @@ class TextStream:
 
     A character may span tokens, and a token's text may depend on the one before it (a leading space). So each step
     decodes a short window of the last ids, and shows what was not shown before. U+FFFD at the end of the window may be
-    the first bytes of a character, so it waits; a character has at most three bytes before its last one.
+    the first bytes of a character, so it waits. A character has at most three bytes before its last one, so after three
+    tokens without a whole one it is no character. Until then all of them wait: where every byte is a token (byte
+    fallback: Llama 2, Mistral, Gemma, Phi-3), an unfinished character turns the whole ones before it into U+FFFD, too.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -175,7 +177,9 @@ class TextStream:
 
     def _emit(self, *, final: bool) -> str:
         text = self._tokenizer.decode(self._ids[self._start :])
-        waiting = 0 if final else min(3, len(text) - len(text.rstrip("\ufffd")))
+        waiting = 0 if final else len(text) - len(text.rstrip("\ufffd"))
+        if len(self._ids) - self._whole > 3:
+            waiting = min(3, waiting)
         end = max(self._shown, len(text) - waiting)
         new, self._shown = text[self._shown : end], end
         if not waiting:

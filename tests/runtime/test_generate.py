@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
+import tokenizers.decoders
+import tokenizers.models
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -78,6 +81,35 @@ def test_a_stream_of_any_bytes_adds_up_to_the_whole_decoding(data: bytes, tokeni
         shown += stream.push(token)
         assert whole.startswith(shown)
     assert shown + stream.finish() == whole == data.decode("utf-8", errors="replace")
+
+
+@pytest.fixture(scope="module")
+def fallback(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """What SentencePiece models become (Llama 2, Mistral, Gemma): a character without a token is its bytes."""
+    vocabulary = {"<unk>": 0, **{f"<0x{byte:02X}>": 1 + byte for byte in range(256)}, "▁a": 257, "b": 258}
+    toy = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    steps = [tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+    toy.decoder = tokenizers.decoders.Sequence([*steps, tokenizers.decoders.Strip(" ", 1, 0)])
+    folder = tmp_path_factory.mktemp("fallback")
+    toy.save(str(folder / "tokenizer.json"))
+    return Tokenizer(folder)
+
+
+@hypothesis_settings(max_examples=200, deadline=None)
+@given(parts=st.lists(st.sampled_from([*"日本語é🙂\n", "b", " a"]), max_size=12))
+def test_characters_of_byte_tokens_are_shown_when_they_are_whole(parts: list[str], fallback: Tokenizer) -> None:
+    named = {" a": [257], "b": [258]}
+    stream, shown, wanted = fallback.stream(), "", fallback.decode([])
+    ids: list[int] = []
+    for part in parts:
+        of_part = named.get(part) or [1 + byte for byte in part.encode()]
+        for token in of_part[:-1]:
+            assert stream.push(token) == "", "half a character is not shown"
+        ids += of_part
+        wanted = fallback.decode(ids)
+        shown += "".join(stream.push(token) for token in of_part[-1:])
+        assert shown == wanted
+    assert shown + stream.finish() == wanted == "".join(parts).removeprefix(" ")
 
 
 def _byte_characters() -> list[str]:
