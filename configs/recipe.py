@@ -36,7 +36,8 @@ from moedge.export.lowering import REFUSED
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-Device = Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")]
+DEVICE = r"^(cpu|cuda(:\d+)?)$"
+Device = Annotated[str, Field(pattern=DEVICE)]
 """Where PyTorch computes."""
 
 Spec = Annotated[str, Field(min_length=1)]
@@ -375,6 +376,8 @@ def _sentences(entry: Any) -> list[str]:
         return [f"{path}: must not be empty."]
     if kind == "string_too_short":
         return [f"{path}: must not be empty text."]
+    if kind == "string_pattern_mismatch" and context["pattern"] == DEVICE:
+        return [f"{path}: {value!r} is not a device of PyTorch; give cpu, cuda or cuda:N."]
     if kind == "string_pattern_mismatch":
         return [f"{path}: {value!r} is not a plain name (letters, digits, '.', '_' and '-')."]
     return [f"{path}: {entry['msg']} ({got})."]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from moedge import MoEdgeError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from transformers import PreTrainedModel
 
@@ -185,6 +186,20 @@ def refuse_unsupported(model_type: str, where: str, build: Callable[[], Any]) ->
             f"{where} has no GLU FFN (model type {model_type!r}: no gate projection); MoEdge converts gated FFNs only."
         )
     raise MoEdgeError(f"{where}: model type {model_type!r} has no adapter yet; supported: {', '.join(FAMILIES)}.")
+
+
+def check_ids(model: PreTrainedModel, token_windows: np.ndarray) -> None:
+    """Refuse token ids that the model has no embedding for: its tokenizer is another model's, or was given tokens.
+
+    Raises:
+        MoEdgeError: the largest id, and how many there are.
+    """
+    size = model.get_input_embeddings().weight.shape[0]
+    if token_windows.size and token_windows.max() >= size:
+        raise MoEdgeError(
+            f"The tokenizer gives token {token_windows.max()}, the model has embeddings for {size} tokens; take the "
+            "model's own tokenizer."
+        )
 
 
 def describe(model: PreTrainedModel, sha256: str = "") -> dict[str, Any]:

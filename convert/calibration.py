@@ -219,6 +219,7 @@ def collect(
     from moedge.convert import adapters
 
     blocks = adapters.ffns(model)
+    adapters.check_ids(model, token_windows)
     tokens = int(token_windows.size)
     streams = [_Stream(block, tokens, k_a, profile) for block in blocks]
     gates = [_GateStream(block, gate, _sample_weights(token_windows, gate)) for block in blocks] if gate else []

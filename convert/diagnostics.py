@@ -81,6 +81,7 @@ def diagnose(
         blocks = list(adapters.ffns(dense_model))
         if len(blocks) != len(ffns) or dense_model.config.hidden_size != model.config.hidden_size:
             raise MoEdgeError("The dense model has other layers than the converted one; give its dense parent.")
+    adapters.check_ids(model, token_windows)
     generator = torch.Generator().manual_seed(seed)
     watched = [_Layer(ffn, block, k_a, generator) for ffn, block in zip(ffns, blocks, strict=True)]
     handles = [layer.ffn.register_forward_hook(layer.on_call) for layer in watched]

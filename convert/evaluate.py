@@ -215,6 +215,7 @@ def _perplexity(nll: float) -> float:
 
 def _hidden_states(model: PreTrainedModel, ids: np.ndarray, batch_size: int) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield (first window, last hidden states [b, L-1, H] of every position that predicts the next id)."""
+    adapters.check_ids(model, ids)
     for start in range(0, len(ids), batch_size):
         with torch.inference_mode():
             batch = torch.from_numpy(ids[start : start + batch_size]).to(model.device)

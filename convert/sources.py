@@ -27,6 +27,8 @@ _IDENTITY = ("*.safetensors", "*.safetensors.index.json", "config.json", "genera
 DTYPES = ("float32", "bfloat16", "float16")
 _GGUF_NAMES = {"gemma3": "gemma3_text"}
 """Architectures that a GGUF file names otherwise than transformers does."""
+_VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""Files that make a tokenizer; one of them has to be there."""
 _TOKENIZER = ("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "vocab.json", "merges.txt", "*.jinja")
 
 
@@ -209,7 +211,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        if not any(path for pattern in _TOKENIZER for path in folder.glob(pattern)):
+        if not any((folder / name).is_file() for name in _VOCABULARY):
             raise MoEdgeError(
                 f"{folder} has no tokenizer; copy tokenizer.json and tokenizer_config.json there."
             ) from None
@@ -240,6 +242,8 @@ def check_folder(folder: Path) -> None:
             raise MoEdgeError(
                 f"{folder} holds pickle weights (.bin) only, which can run code when loaded; save safetensors first."
             )
+        if (folder / "model.onnx").is_file():
+            raise MoEdgeError(f"{folder} is an ONNX bundle; give the checkpoint that it was exported from.")
         raise MoEdgeError(f"{folder} holds no *.safetensors weights.")
     if model_type not in moe_adapters.FAMILIES:
         adapters.refuse_unsupported(model_type, str(folder), _skeleton(folder, model_type))

@@ -199,6 +199,7 @@ class _Runner:
     """Runs parts of a model on all windows, one window at a time."""
 
     def __init__(self, model: PreTrainedModel, token_windows: np.ndarray) -> None:
+        adapters.check_ids(model, token_windows)
         self.model = model
         self.layers = model.base_model.layers
         self.ids = torch.from_numpy(token_windows).to(model.device)

@@ -77,7 +77,7 @@ class TrainSettings(BaseModel):
     @model_validator(mode="after")
     def _fits(self) -> TrainSettings:
         if (self.tokens is None) == (self.minutes is None):
-            raise ValueError("tokens: give a budget, either tokens or minutes.")
+            raise ValueError("give a budget, either tokens or minutes (--tokens, --minutes).")
         return self
 
     @property

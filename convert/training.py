@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from moedge import MoEdgeError
 from moedge._files import atomic_dir, digest, write_json
-from moedge.convert import balance, trainable
+from moedge.convert import adapters, balance, trainable
 from moedge.convert.train_settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -84,6 +84,8 @@ def train(
     """
     if not len(token_windows):
         raise MoEdgeError("There is no window of text to train on; give more text or a shorter length.")
+    for windows in (token_windows, *(held_out or {}).values()):
+        adapters.check_ids(model, windows)
     if settings.distill != "none" and teacher is None:
         raise MoEdgeError(f"distill={settings.distill} needs the dense parent; give it, or set distill to none.")
     routing = (

@@ -107,8 +107,12 @@ def write(
         )
     if experts == "native" and (reason := moedge_trt.moe_refusal(device.label, device.compute_capability)):
         raise MoEdgeError(reason)
-    if out.exists() and (not force or not out.is_file() or out.is_symlink()):
-        raise MoEdgeError(f"Output {out} already exists; pass --force to replace it (a plain file only).")
+    if out.is_symlink() or (out.exists() and not out.is_file()):
+        raise MoEdgeError(f"Output {out} exists and is not a plain file; name the archive, such as moe.tar.")
+    if out.exists() and not force:
+        raise MoEdgeError(f"Output {out} already exists; pass --force to replace it.")
+    if out.exists() and out.resolve().is_relative_to(source.resolve()):
+        raise MoEdgeError(f"Output {out} is a file of {source}, which would be lost; choose another output path.")
     out.parent.mkdir(parents=True, exist_ok=True)
     report = progress or (lambda *_: None)
     work = out.with_name(f".{out.name}.{os.getpid()}.partial")

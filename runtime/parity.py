@@ -244,6 +244,14 @@ def _check(reference: Engine, tests: list[Engine], token_windows: np.ndarray, pr
         raise MoEdgeError(f"Parity needs token windows [N, L >= 3], not shape {windows.shape}.")
     if not 1 <= prefill <= windows.shape[1] - 2:  # the last token has no successor to score
         raise MoEdgeError(f"prefill={prefill} must be between 1 and {windows.shape[1] - 2} (window - 2).")
+    for engine in (reference, *tests):
+        model = engine.info.model
+        longest = model.get("max_length") or model.get("max_position_embeddings")
+        if longest and windows.shape[1] > longest:
+            raise MoEdgeError(
+                f"Windows of {windows.shape[1]} tokens do not fit: {engine.info.name} holds at most {longest}; make "
+                "them shorter, and the prefill too (--window, --prefill)."
+            )
     size, *others = (engine.info.model["vocab_size"] for engine in (reference, *tests))
     for other in others:
         if size != other:

@@ -130,14 +130,20 @@ def notes(result: dict[str, Any], found: list[dict[str, Any]], limits: Profile) 
         )
     elif missed and not result["replay"] and result["routing"].get("flips"):
         routing, same = result["routing"], result["overall"]["same_choices"]
-        said.append(
-            f"{routing['flips']:,} of {routing['decisions']:,} choices of experts differ. Rounding turns close "
-            "decisions, and all later layers and tokens then read something else: these figures show how steady the "
-            "model's routing is, besides what the engine computes. The "
-            f"{same['tokens']:,} tokens whose choices all agree have a mean relative error of "
-            f"{same['rel_error_mean']:.2g} (limit {limits.mean_rel_error:.2g}); the dense parent at this target shows "
-            "the arithmetic alone."
-        )
+        differ = f"{routing['flips']:,} of {routing['decisions']:,} choices of experts differ"
+        if same["tokens"]:
+            said.append(
+                f"{differ}. Rounding turns close decisions, and all later layers and tokens then read something else: "
+                "these figures show how steady the model's routing is, besides what the engine computes. The "
+                f"{same['tokens']:,} tokens whose choices all agree have a mean relative error of "
+                f"{same['rel_error_mean']:.2g} (limit {limits.mean_rel_error:.2g}); the dense parent at this target "
+                "shows the arithmetic alone."
+            )
+        else:
+            said.append(
+                f"{differ}, and no token has all of its choices as the reference has them: check that both are of the "
+                "same model; the dense parent at this target shows the arithmetic alone."
+            )
     return said
 
 

@@ -40,6 +40,8 @@ def bench(
         tokenizer = run_folder.checkpoint(paths[0])
     else:
         folders = {str(path): path for path in paths}
+        if len(folders) < len(paths):
+            raise MoEdgeError(f"{next(p for p in paths if paths.count(p) > 1)} is given twice; name each engine once.")
         tokenizer = paths[0]
     if not folders:
         raise MoEdgeError(f"{paths[0]} has no engines yet; finish it with `moedge run`.")

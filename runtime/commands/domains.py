@@ -61,5 +61,7 @@ def checked(kind: type[BaseModel], settings: dict[str, Any]) -> Any:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
-        known = f"; known: {', '.join(kind.model_fields)}" if first["type"] == "extra_forbidden" else ""
-        raise MoEdgeError(f"{where + ': ' if where else ''}{first['msg']}{known}.") from None
+        said = first["msg"].removeprefix("Value error, ").rstrip(".")
+        if first["type"] == "extra_forbidden":
+            said = f"unknown setting; known: {', '.join(kind.model_fields)}"
+        raise MoEdgeError(f"{where + ': ' if where else ''}{said}.") from None

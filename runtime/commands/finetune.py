@@ -108,7 +108,14 @@ def settings_from(options: dict[str, Any]) -> Any:
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             message = f"unknown setting; known: {', '.join(TrainSettings.model_fields)}, lora_rank, lora_alpha, ..."
-        raise MoEdgeError(f"{name}: {message}" if name else message) from None
+        option = _OPTIONS.get(name, f"--set {name}")
+        raise MoEdgeError(f"{option}: {message}" if name else message) from None
+
+
+_OPTIONS = {"trainable": "--train", "mixed_precision": "--precision", "lora_rank": "--lora-rank"} | {
+    name: f"--{name}" for name in ("tokens", "minutes", "lr", "length", "batch", "distill", "balance")
+}
+"""What the command calls the settings that have an option of their own."""
 
 
 def _texts(

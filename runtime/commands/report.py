@@ -35,6 +35,8 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MoEdgeError(f"{path} does not exist; verify.py and bench.py of an archive write such files.") from None
     except (OSError, ValueError) as error:
         raise MoEdgeError(f"{path} cannot be read as a device result ({error}).") from error
     needed = {"verify": ("checks", "logits", "routing", "passed"), "bench": ("ttft_ms", "tpot_ms", "protocol")}

@@ -99,6 +99,7 @@ def test_a_recipe_without_a_name_takes_its_file_name(tmp_path: Path) -> None:
         ("model: {source: x}\ntext: {held_out: [a, a]}", "text.held_out", "names a text twice"),
         ("name: ../../etc\nmodel: {source: x}", "name", "is not a plain name"),
         ("name: ''\nmodel: {source: x}", "name", "must not be empty"),
+        ("model: {source: x, device: gpu}", "model.device", "'gpu' is not a device of PyTorch; give cpu, cuda or"),
     ],
 )
 def test_bad_values_are_refused_with_their_path(text: str, path: str, sentence: str) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
 import zipfile
 from pathlib import Path
 
@@ -69,6 +70,20 @@ def test_fetch_refuses_another_file(
 def test_registry_out_of_reach_is_one_sentence(registry: assets.Asset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_FIND_LINKS", "/nowhere")
     with pytest.raises(MoEdgeError, match=r"Cannot download moedge-toy-asset==1\.0 \(asset 'toy'\)"):
+        assets.fetch("toy")
+
+
+@pytest.mark.parametrize(("code", "wheel"), [(0, False), (1, True)])
+def test_a_download_is_whole_and_without_an_error(
+    code: int, wheel: bool, registry: assets.Asset, monkeypatch: pytest.MonkeyPatch, moedge_cache: Path
+) -> None:
+    def pip(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        if wheel:
+            (Path(command[command.index("--dest") + 1]) / "toy-1.0-py3-none-any.whl").write_bytes(b"half")
+        return subprocess.CompletedProcess(command, code, "", "WARNING: x\nERROR: connection lost\n")
+
+    monkeypatch.setattr(assets.subprocess, "run", pip)
+    with pytest.raises(MoEdgeError, match="from the package registry: ERROR: connection lost Check the network"):
         assets.fetch("toy")
 
 

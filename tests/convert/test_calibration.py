@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from moedge import MoEdgeError
-from moedge.convert import adapters, calibration
+from moedge.convert import adapters, calibration, evaluate, streaming, training
+from moedge.convert.train_settings import TrainSettings
 
 WIKI = '<doc id="{0}" url="u" title="t">\nTitle {0}\n\nBody {0}.\n\n</doc>\n'
 
@@ -151,6 +152,27 @@ def test_hooks_go_away_when_interrupted(tiny_llama: Callable[..., Any], token_wi
     with pytest.raises(KeyboardInterrupt):
         calibration.collect(model, token_windows, k_a=5, progress=interrupt)
     assert all(not block.module.down_proj._forward_pre_hooks for block in adapters.ffns(model))
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda model, ids: calibration.collect(model, ids, k_a=5),
+        lambda model, ids: next(streaming.walk(model, ids)),
+        evaluate.perplexity,
+        lambda model, ids: training.train(model, ids, TrainSettings(tokens=64)),
+        lambda model, ids: training.train(model, ids[:, :3], TrainSettings(tokens=64), held_out={"t": ids}),
+    ],
+)
+def test_tokens_without_an_embedding_are_refused(
+    run: Callable[..., Any], tiny_llama: Callable[..., Any], token_windows: np.ndarray
+) -> None:
+    model = tiny_llama()
+    size = model.get_input_embeddings().num_embeddings
+    ids = token_windows.copy()
+    ids[1, 7] = size
+    with pytest.raises(MoEdgeError, match=rf"gives token {size}, the model has embeddings for {size} tokens; take the"):
+        run(model, ids)
 
 
 def test_k_a_wider_than_the_ffn_is_refused(tiny_llama: Callable[..., Any], token_windows: np.ndarray) -> None:

@@ -140,8 +140,10 @@ def test_the_command_writes_checkpoint_record_and_picture(checkpoint: Path, text
     [
         (["--tokens", "64", "--distill", "logits"], "--parent"),
         ([], "either tokens or minutes"),
-        (["--tokens", "64", "--train", "everything"], "unknown group"),
-        (["--tokens", "64", "--set", "learning=1"], "learning: unknown setting; known: "),
+        (["--tokens", "64", "--train", "everything"], "--train: unknown group"),
+        (["--tokens", "64", "--precision", "fp8"], "--precision: Input should be"),
+        (["--tokens", "64", "--set", "clip=-1"], "--set clip: Input should be"),
+        (["--tokens", "64", "--set", "learning=1"], "--set learning: unknown setting; known: "),
         (["--tokens", "64", "--length", "257"], "--length 257 is beyond the model's 256 positions; make it smaller."),
         (["--tokens", "64", "--length", "16", "--text", "{text}", "--state", "{dense}"], "holds other files, which"),
     ],

@@ -150,6 +150,19 @@ def test_auto_classes_load_and_generate(
     assert torch.equal(out, expected)
 
 
+def test_force_never_replaces_what_the_model_was_loaded_from(
+    tiny_llama: Callable[..., Any], tiny_tokenizer: Any, make_plan: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = tiny_llama()
+    plan, _ = make_plan(model)
+    modeling.save(modeling.apply(plan, model), plan, tiny_tokenizer, tmp_path / "moe")
+    before = hash_tree(tmp_path)
+    loaded, _, _ = modeling.load(tmp_path / "moe")
+    with pytest.raises(MoEdgeError, match="which would be deleted"):
+        modeling.save(loaded, plan, tiny_tokenizer, tmp_path / "moe", force=True)
+    assert hash_tree(tmp_path) == before
+
+
 def test_plain_transformers_refuses_the_checkpoint(
     tiny_llama: Callable[..., Any], tiny_tokenizer: Any, make_plan: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -333,7 +346,7 @@ def test_unknown_router_and_misfit_tensors_are_refused(
     block = adapters.ffns(model)[0]
     with pytest.raises(MoEdgeError, match="Unknown router kind 'nope'"):
         modeling.build_ffn(block, replace(layer, router=RouterPlan("nope")))
-    with pytest.raises(MoEdgeError, match="do not fit"):
-        modeling.build_ffn(
-            block, replace(layer, router=RouterPlan("linear", {"weight": np.zeros((5, 32), np.float32)}))
-        )
+    right = np.zeros((6, 32), np.float32)
+    for tensors in ({"weight": right[:5]}, {}, {"weight": right, "wait": right}):
+        with pytest.raises(MoEdgeError, match="do not fit"):
+            modeling.build_ffn(block, replace(layer, router=RouterPlan("linear", tensors)))

@@ -48,6 +48,14 @@ def test_every_half_step_of_the_ascent_captures_more() -> None:
         assert ascent.objective[-1] == pytest.approx(float(best), rel=1e-5)
 
 
+def test_an_iteration_that_gains_too_little_is_the_last() -> None:
+    energies = torch.rand(60, 12, generator=generator()) ** 4
+    start = np.repeat(np.arange(4), 3).astype(np.int32)
+    steps = [len(energy.ascend(energies, start, [3] * 4, 1, 8, tolerance).objective) for tolerance in (0.0, 10.0)]
+    assert steps[0] > 3
+    assert steps[1] == 3, "selection, assignment, selection"
+
+
 def test_reassignment_is_the_best_balanced_one() -> None:
     energies = torch.rand(40, 6, generator=generator())
     mask = closed_form.select(torch.rand(40, 3, generator=generator(1)), 1)

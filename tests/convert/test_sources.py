@@ -227,9 +227,11 @@ def test_weights_that_are_not_finite_are_refused(folder: Path, dtype: str, value
         sources.load_model(folder, dtype)
 
 
-def test_a_folder_without_a_tokenizer_says_so(folder: Path) -> None:
+@pytest.mark.parametrize("left", ["chat_template.jinja", "special_tokens_map.json"])
+def test_a_folder_without_a_tokenizer_says_so(left: str, folder: Path) -> None:
     for path in folder.glob("tokenizer*"):
         path.unlink()
+    (folder / left).write_text("{}")  # belongs to a tokenizer, but makes none
     with pytest.raises(MoEdgeError, match=r"has no tokenizer; copy tokenizer\.json"):
         sources.load_tokenizer(folder)
 

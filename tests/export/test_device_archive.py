@@ -256,6 +256,10 @@ def test_what_cannot_be_packed_is_refused(source, tmp_path):
     with pytest.raises(MoEdgeError, match="--force"):
         device_archive.write(source, tmp_path / "mine.tar", devices.load("jetson-agx-orin"))
     assert (tmp_path / "mine.tar").read_text() == "keep"
+    part = next(path for path in source.rglob("*") if path.is_file())
+    for out, says in ((tmp_path, "not a plain file"), (part, "is a file of .*, which would be lost")):
+        with pytest.raises(MoEdgeError, match=says):
+            device_archive.write(source, out, devices.load("jetson-agx-orin"), force=True)
     with pytest.raises(MoEdgeError, match="no version of TensorRT"):
         device_archive.write(source, tmp_path / "y.tar", devices.load("jetson-agx-orin"), tensorrt="new")
     assert not list(tmp_path.glob(".*"))
@@ -307,6 +311,11 @@ def test_routes_are_compared_as_sets_by_layer():
 def test_report_refuses_what_is_no_result(tmp_path, content):
     (tmp_path / "r.json").write_text(content)
     with pytest.raises(MoEdgeError, match=r"r\.json"):
+        report.read(tmp_path / "r.json")
+
+
+def test_report_names_a_result_that_is_not_there(tmp_path):
+    with pytest.raises(MoEdgeError, match=r"r\.json does not exist; verify\.py and bench\.py of an archive write"):
         report.read(tmp_path / "r.json")
 
 

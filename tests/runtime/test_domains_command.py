@@ -43,7 +43,10 @@ def test_it_writes_the_affinity_as_json_page_and_picture(home: Path) -> None:
 
 
 def test_a_bad_setting_is_one_sentence_and_leaves_nothing(home: Path) -> None:
-    for setting, said in (("nothing=1", "nothing: Extra inputs"), ("linkage=ward", "linkage: Input should be")):
+    for setting, said in (
+        ("nothing=1", "nothing: unknown setting; known: domains,"),
+        ("linkage=ward", "linkage: Input should be"),
+    ):
         result = command(home, setting)
         assert result.exit_code != 0
         assert said in result.output

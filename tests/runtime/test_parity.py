@@ -307,6 +307,23 @@ def test_engines_of_different_models_are_refused() -> None:
         compare(Scripted(taps=True), wide, IDS, prefill=PREFILL, tolerances=LIMITS)
 
 
+@pytest.mark.parametrize("limit", ["max_length", "max_position_embeddings"])
+def test_windows_beyond_what_an_engine_holds_are_refused_with_the_options(limit: str) -> None:
+    short = Scripted()
+    short.info.model[limit] = LENGTH - 1
+    with pytest.raises(MoEdgeError, match=r"of 12 tokens do not fit: scripted holds at most 11; .*--window, --prefill"):
+        compare(Scripted(), short, IDS, prefill=PREFILL, tolerances=LIMITS)
+
+
+def test_a_model_that_routes_nothing_alike_is_not_called_rounding() -> None:
+    everywhere = {layer: list(range(LENGTH)) for layer in range(LAYERS)}
+    limits = tolerances.load().profile("float32", "tensorrt")
+    result = run(lambda logits, position, phase: -logits, taps=True, flips=everywhere, tolerances=limits)
+    (note,) = result["verdict"]["notes"]
+    assert note.startswith("72 of 72 choices of experts differ, and no token has all of its choices")
+    assert "nan" not in note
+
+
 @pytest.mark.parametrize(("windows", "prefill"), [(IDS[0], 5), (IDS[:0], 5), (IDS, 0), (IDS, LENGTH - 1)])
 def test_bad_windows_are_refused(windows: np.ndarray, prefill: int) -> None:
     with pytest.raises(MoEdgeError, match=r"windows \[N, L|must be between 1 and 10"):
