@@ -7,7 +7,7 @@
             intermediate and no sum over experts, which happens inside the last product, in its accumulator.
 ``gather``  the selected experts' matrices are gathered for each token and multiplied: for one token only.
 
-Shapes: T tokens, H hidden, I expert width, E experts, k active.
+Shapes: T tokens, H hidden (of gate and up H + 1 where the FFN has biases), I expert width, E experts, k active.
 """
 
 from __future__ import annotations
@@ -104,7 +104,10 @@ class _Layer:
         self.compensation = node.inputs[6] if len(node.inputs) > 6 else None
         assert self.gate is not None
         assert self.gate.shape is not None
-        self.experts, self.width, self.hidden = (int(size) for size in self.gate.shape)
+        assert self.down is not None
+        assert self.down.shape is not None
+        self.experts, self.width, self.inputs = (int(size) for size in self.gate.shape)
+        self.hidden = int(self.down.shape[1])
 
     def float(self, op_type: str, inputs: list[ir.Value | None], **attributes: object) -> ir.Value:
         """Insert a node with a float32 result."""
@@ -122,11 +125,10 @@ class _Layer:
 
     def _rows(self) -> tuple[ir.Value, ir.Value, ir.Value]:
         """Gate and up [E*I, H], down transposed [E*I, H]: the layout of both forms, so that they can share a file."""
-        shape = (self.experts * self.width, self.hidden)
-        made = []
-        for value, turn in ((self.gate, False), (self.up, False), (self.down, True)):
+        rows, made = self.experts * self.width, []
+        for value, columns in ((self.gate, self.inputs), (self.up, self.inputs), (self.down, self.hidden)):
             assert value is not None
-            made.append(_lazy(self.builder, value, shape, turn))
+            made.append(_lazy(self.builder, value, (rows, columns), turn=value is self.down))
         return made[0], made[1], made[2]
 
     def _activate(self, g: ir.Value) -> ir.Value:
@@ -167,10 +169,11 @@ class _Layer:
         return self.float("Squeeze", [y, first])
 
     def _gather(self) -> ir.Value:
-        b, shape = self.builder, constant_of(self.builder, [self.experts, self.width, self.hidden])
-        gate, up, down = (
-            self.float("Gather", [self.float("Reshape", [rows, shape]), self.indices], axis=0) for rows in self._rows()
-        )  # each [T, k, I, H]
+        b, stacks = self.builder, []
+        for rows, columns in zip(self._rows(), (self.inputs, self.inputs, self.hidden), strict=True):
+            shape = constant_of(self.builder, [self.experts, self.width, columns])
+            stacks.append(self.float("Gather", [self.float("Reshape", [rows, shape]), self.indices], axis=0))
+        gate, up, down = stacks  # each [T, k, I, H]
         column = self.float("Unsqueeze", [self.x, constant_of(b, [1, 3])])  # [T, 1, H, 1]
         g, u = (self.float("MatMul", [matrix, column]) for matrix in (gate, up))
         h = self.float("Mul", [self._activate(g), u])  # [T, k, I, 1]

@@ -81,4 +81,9 @@ def refusal(model: ir.Model, tensorrt: tuple[int, int] | None) -> str | None:
     activations = {node.attributes["activation"].as_string() for node in nodes_of(model, "SparseGLU")}
     if activations - {"silu"}:
         return f"TensorRT's MoE layer gates with SiLU only, the model uses {', '.join(sorted(activations))}"
+    stacks = [
+        (node.inputs[3], node.inputs[5]) for node in nodes_of(model, "SparseGLU")
+    ]  # gate [E, I, H], down [E, H, I]
+    if any(gate and down and gate.shape and down.shape and gate.shape[2] != down.shape[1] for gate, down in stacks):
+        return "TensorRT's MoE layer has no biases, the model's experts have some"
     return None

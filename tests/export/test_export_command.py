@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -37,6 +38,18 @@ def test_another_target_joins_the_bundles_that_are_there(out: Path, checkpoints:
     assert {name: after[name] for name in before} == before
     assert sorted(path.name for path in out.iterdir()) == ["openvino", "ort-cpu", "portable"]
     assert open_bundle(out / "openvino").manifest["parent"] == open_bundle(out / "portable").sha256
+
+
+def test_inspect_shows_the_self_tests_and_files_of_a_bundle(bundles: dict[str, Path]) -> None:
+    manifest = open_bundle(bundles["moe/ort-cpu"]).manifest
+    facts = json.loads(moedge("inspect", bundles["moe/ort-cpu"], "--json").stdout)
+    errors = [entry["self_test"] and entry["self_test"]["max_rel_error"] for entry in manifest["lowering"]]
+    assert [row["self-test error"] for row in facts["lowering"]] == errors
+    assert any(errors)
+    assert {row["file"]: row["sha256"] for row in facts["files"]} == {
+        name: entry["sha256"] for name, entry in manifest["files"].items()
+    }
+    assert (facts["kind"], facts["holds"], facts["target"]) == ("bundle", "moe", "ort-cpu")
 
 
 def test_a_bundle_that_is_there_is_replaced_only_by_force(out: Path, checkpoints: dict[str, Path]) -> None:

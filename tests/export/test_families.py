@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from moedge import MoEdgeError
 from moedge.convert import adapters, modeling
+from moedge.export import nodes
 from moedge.export.bundle import open_bundle
+from moedge.export.lowering import selftest, tensorrt, trt_experts
 from moedge.export.pipeline import export
 from moedge.export.trace import trace
 from moedge.runtime.engines.onnxruntime import OrtEngine
@@ -92,6 +95,17 @@ def test_ffn_biases(tiny_llama: Any, bundles: Any) -> None:
     found = applied(made["ort-cpu"])
     assert found[ATTENTION] == ""
     assert "biases" in found[EXPERTS]
+    graph = ir.load(made["portable"] / "model.onnx")
+    edges = [str(node.outputs[0].name) for node in nodes.nodes_of(graph, "SparseGLU")]
+    for form in ("merged", "gather"):  # gate and up have a column more than the hidden size, down has not
+        after = graph.clone()
+        trt_experts.rewrite(after, form)
+        assert selftest.compare(form, graph, after, edges, 2e-6).passed
+    with pytest.raises(MoEdgeError, match="has no biases, the model's experts have some; take --experts plugins"):
+        trt_experts.choose(graph, "11.0", "native")
+    for version in ("10.3", "10.13"):
+        found = tensorrt.lower(graph.clone(), max_length=64, tensorrt=version).rewrites
+        assert all(entry.self_test["passed"] for entry in found if entry.self_test)
 
 
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.1], "long_factor": [2.0, 3.0]}

@@ -186,6 +186,7 @@ def folder_with(path: Path, **config: Any) -> Path:
         (["verify", "{tmp}/used", "{tmp}/used", "--prefill", "256"], "leaves nothing to decode"),
         (["verify", "{tmp}/used", "{tmp}/used"], "tokenizer.json is missing"),
         (["bench", "{tmp}/used"], "tokenizer.json is missing"),
+        (["bench", "{tmp}/used", "{tmp}/bundles", "{tmp}/used"], "/used is given twice; name each engine once."),
         (["generate", "{tmp}/nothing", "hi"], "{tmp}/nothing"),
         (["generate", "{tmp}/used", "hi", "--target", "tpu"], "--target tpu: unknown; choose ort-cpu or ort-cpu-int8"),
         (["generate", "{tmp}/used", "hi", "--model", "big"], "--model big: unknown; choose moe or dense"),
@@ -318,6 +319,10 @@ def test_inspect_shows_a_run(tmp_path: Path) -> None:
     facts = json.loads(moedge("inspect", str(tmp_path), "--json").stdout)
     assert [stage["stage"] for stage in facts["stages"]] == ["evaluate"]
     assert facts["model"] == "asset:smollm2-135m-instruct"
+    assert "passed" not in facts, "there is no report yet"
+    for verdict in (True, False):
+        write_json(tmp_path / "report.json", {"passed": verdict})
+        assert json.loads(moedge("inspect", str(tmp_path), "--json").stdout)["passed"] is verdict
 
 
 def test_junit_counts_every_check_and_names_the_failed_ones() -> None:

@@ -81,6 +81,7 @@ def test_a_png_and_no_parent(home: Path, tmp_path: Path) -> None:
     [
         (["--plot", "x.pdf"], "write a .svg or .png file"),
         (["--stability"], "needs the dense parent"),
+        (["--window", "257"], "--window 257 is beyond the model's 256 positions"),
         (["--text", "missing.txt"], "Cannot read the text file"),
     ],
 )
