@@ -67,8 +67,19 @@ def load(device: str) -> Device:
         raise MoEdgeError(f"Device profile {path}: {first_problem(error)}.") from error
 
 
+def family(target: str) -> str:
+    """The runtime of a target: that of a quantised one without its bits."""
+    return target.partition("-int")[0]
+
+
 def refusal(target: str, device: Device) -> str | None:
     """Return why an engine of ``target`` cannot be built for ``device``, naming what can, or None."""
+    if target == "tensorrt-rtx-int4" and device.compute_capability == "7.5":
+        return (
+            f"TensorRT for RTX has no 4-bit weights for {device.label} ({device.sm}), they begin with SM80; export the "
+            "target tensorrt-rtx-int8 or tensorrt-rtx instead."
+        )
+    target = family(target)
     if target not in ("tensorrt", "tensorrt-rtx"):
         return (
             f"A {target} bundle is run by ONNX Runtime as it is and needs no engine; export tensorrt or tensorrt-rtx."

@@ -44,8 +44,9 @@ Spec = Annotated[str, Field(min_length=1)]
 """What ``convert.sources.resolve`` or ``convert.calibration.read_text`` opens: ``asset:NAME``, a path, or a hub id."""
 
 TargetName = Literal[
-    "portable", "ort-cpu", "ort-cpu-int8", "ort-cpu-int4", "ort-cuda", "openvino", "tensorrt", "tensorrt-rtx"
-]
+    "portable", "ort-cpu", "ort-cpu-int8", "ort-cpu-int4", "ort-cuda", "openvino", "tensorrt", "tensorrt-rtx",
+    "tensorrt-rtx-int8", "tensorrt-rtx-int4",
+]  # fmt: skip
 TARGETS = ("portable", "ort-cpu")
 """What a recipe exports to when it does not say."""
 ControlName = Literal[

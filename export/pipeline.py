@@ -17,7 +17,7 @@ from moedge._files import atomic_dir
 from moedge.export import bundle, loaders
 from moedge.export.lowering import TARGETS, Lowered, check_targets
 
-CALIBRATED = ("ort-cpu-int4",)
+CALIBRATED = ("ort-cpu-int4", "tensorrt-rtx-int4")
 """Targets whose weights may be chosen on a text."""
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, and how many of how many steps are finished."""

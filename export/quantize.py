@@ -2,7 +2,8 @@
 
 One format for every matrix of a model, dense products (``MatMulNBits``) and experts (``QMoE``) alike: blocks of 32
 consecutive inputs of one output row share a float32 scale, ``w = (q - zero_point) * scale`` with unsigned q of 4 or 8
-bits. Symmetric blocks have the fixed zero point 2**(bits-1) and a signed scale.
+bits. Symmetric blocks have the fixed zero point 2**(bits-1) and a signed scale. Targets of TensorRT for RTX have blocks
+of another size, or one scale a row, with scales that float16 holds (:mod:`moedge.export.lowering.trt_weights`).
 
 The numbers come from ``onnxruntime.quantization.MatMulNBitsQuantizer``. De-quantised weights are computed here, by the
 formula above, from the packed bytes: they are what a kernel is judged against, so no kernel is asked for them.
@@ -33,10 +34,10 @@ each input to those that are still to be rounded (Frantar et al., 2023); it need
 
 @dataclass(frozen=True)
 class Quantized:
-    """A matrix [N, K], or a stack of them [E, N, K], in blocks along K.
+    """A matrix [N, K], or a stack of them [E, N, K], in blocks of B along K.
 
-    ``packed`` uint8 [..., N, K/32, 32*bits/8] (4 bits: low nibble first), ``scales`` float32 [..., N, K/32],
-    ``zero_points`` uint8 [..., N, ceil(K/32*bits/8)] packed like the values, or None (symmetric). K counts the padding
+    ``packed`` uint8 [..., N, K/B, B*bits/8] (4 bits: low nibble first), ``scales`` float32 [..., N, K/B],
+    ``zero_points`` uint8 [..., N, ceil(K/B*bits/8)] packed like the values, or None (symmetric). K counts the padding
     of the last block.
     """
 
@@ -56,8 +57,8 @@ class Quantized:
         """Return float32 [..., N, K], K without padding."""
         zero = np.float32(2 ** (self.bits - 1))
         if self.zero_points is not None:
-            zero = _unpack(self.zero_points, self.bits)[..., : self.scales.shape[-1], None].astype(np.float32)
-        values = (_unpack(self.packed, self.bits).astype(np.float32) - zero) * self.scales[..., None]
+            zero = unpack(self.zero_points, self.bits)[..., : self.scales.shape[-1], None].astype(np.float32)
+        values = (unpack(self.packed, self.bits).astype(np.float32) - zero) * self.scales[..., None]
         return np.ascontiguousarray(values.reshape(*self.packed.shape[:-2], -1)[..., : self.columns])
 
     def rows(self, *parts: Quantized) -> Quantized:
@@ -73,17 +74,20 @@ class Quantized:
         )
 
 
-def _unpack(packed: np.ndarray, bits: int) -> np.ndarray:
+def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
     """Bytes [..., n] -> values [..., n * 8/bits], low nibble first."""
     if bits == 8:
         return packed
     return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
 
 
-def quantize(weight: np.ndarray, bits: int, method: str = "rtn", moments: np.ndarray | None = None) -> Quantized:
+def quantize(
+    weight: np.ndarray, bits: int, method: str = "rtn", moments: np.ndarray | None = None, block: int = BLOCK
+) -> Quantized:
     """Quantise float32 [N, K] or [E, N, K] with ONNX Runtime's own quantiser, one matrix after the other.
 
     Args:
+        block: inputs that share a scale, a power of two.
         moments: of the inputs, float32 [K, K] (for every matrix of a stack) or [E, K, K]. With method ``gptq``; without
             them it rounds to the nearest.
 
@@ -97,7 +101,7 @@ def quantize(weight: np.ndarray, bits: int, method: str = "rtn", moments: np.nda
     if weight.ndim == 3:
         shared = moments is None or moments.ndim == 2
         each = [moments] * len(weight) if shared or moments is None else list(moments)
-        parts = [quantize(matrix, bits, method, inputs) for matrix, inputs in zip(weight, each, strict=True)]
+        parts = [quantize(matrix, bits, method, inputs, block) for matrix, inputs in zip(weight, each, strict=True)]
         zero_points = [part.zero_points for part in parts if part.zero_points is not None]
         return Quantized(
             np.stack([part.packed for part in parts]),
@@ -107,16 +111,35 @@ def quantize(weight: np.ndarray, bits: int, method: str = "rtn", moments: np.nda
             weight.shape[2],
         )
     if method == "gptq" and moments is not None:
-        return _gptq(weight, bits, moments)
-    packed, scales, zero_points_2d = _block_quantizer(bits, method)(np.ascontiguousarray(weight.T, np.float32))
+        return _gptq(weight, bits, moments, block)
+    packed, scales, zero_points_2d = _block_quantizer(bits, method, block)(np.ascontiguousarray(weight.T, np.float32))
     return Quantized(packed, scales, zero_points_2d if method == "rtn-asymmetric" else None, bits, weight.shape[1])
+
+
+SMALLEST_SCALE = np.float32(2.0**-24)
+"""The smallest positive float16."""
+
+
+def quantize_rows(weight: np.ndarray) -> Quantized:
+    """Round float32 [N, K] to 8 bits with one scale a row, max|w| / 127, positive and in float16: no block, any K.
+
+    Raises:
+        MoEdgeError: a value is not finite.
+    """
+    if not np.isfinite(weight).all():
+        raise MoEdgeError("A weight is NaN or infinite; it cannot be quantised. Check the checkpoint.")
+    peak = np.abs(weight).max(1, initial=0.0, keepdims=True)
+    # TensorRT takes positive scales only, so a row of zeros has one too.
+    scales = np.maximum((peak / 127).astype(np.float16).astype(np.float32), SMALLEST_SCALE)
+    q = np.clip(np.rint(weight / scales), -127, 127) + 128
+    return Quantized(q.astype(np.uint8)[:, None], scales, None, 8, weight.shape[1])
 
 
 DAMPING = 0.01
 """Added to the diagonal of the moments, as a share of its mean: GPTQ's own default."""
 
 
-def _gptq(weight: np.ndarray, bits: int, moments: np.ndarray) -> Quantized:
+def _gptq(weight: np.ndarray, bits: int, moments: np.ndarray, size: int) -> Quantized:
     """GPTQ of one matrix [N, K] by moments [K, K] (Frantar et al., ICLR 2023, algorithm 1; blocks of the format).
 
     Not ``onnxruntime.quantization``'s ``gptq``: it reads its triangular factor by columns where rows are meant (up to
@@ -125,7 +148,7 @@ def _gptq(weight: np.ndarray, bits: int, moments: np.ndarray) -> Quantized:
     if bits != 4:
         raise MoEdgeError("GPTQ is for 4 bits; 8 bits lose nothing that it could win back. Use method rtn.")
     columns = weight.shape[1]
-    padding = -columns % BLOCK
+    padding = -columns % size
     rest = np.pad(weight.astype(np.float64), ((0, 0), (0, padding)))
     hessian = np.pad(moments.astype(np.float64), ((0, padding), (0, padding)))
     mean = float(np.diagonal(moments).astype(np.float64).mean())
@@ -133,27 +156,27 @@ def _gptq(weight: np.ndarray, bits: int, moments: np.ndarray) -> Quantized:
     upper = np.linalg.cholesky(np.linalg.inv(hessian)).T
     half = 2 ** (bits - 1)
     q = np.empty(rest.shape, np.uint8)
-    scales = np.empty((len(rest), rest.shape[1] // BLOCK), np.float32)
-    passed = np.empty((len(rest), BLOCK))
-    for block, start in enumerate(range(0, rest.shape[1], BLOCK)):
-        end = start + BLOCK
+    scales = np.empty((len(rest), rest.shape[1] // size), np.float32)
+    passed = np.empty((len(rest), size))
+    for block, start in enumerate(range(0, rest.shape[1], size)):
+        end = start + size
         now = rest[:, start:end]
         # The largest weight of a block is its lowest level, as in ONNX Runtime's rounding to the nearest.
         peak = np.take_along_axis(now, np.abs(now).argmax(1)[:, None], 1)[:, 0]
         scales[:, block] = np.where(peak == 0, 1, peak / -half)
         scale = scales[:, block].astype(np.float64)
-        for place in range(BLOCK):
+        for place in range(size):
             column = start + place
             level = np.clip(np.round(rest[:, column] / scale), -half, half - 1)
             q[:, column] = level + half
             passed[:, place] = (rest[:, column] - level * scale) / upper[column, column]
             rest[:, column + 1 : end] -= np.outer(passed[:, place], upper[column, column + 1 : end])
         rest[:, end:] -= passed @ upper[start:end, end:]
-    grouped = q.reshape(len(rest), -1, BLOCK)
+    grouped = q.reshape(len(rest), -1, size)
     return Quantized(grouped[..., ::2] | (grouped[..., 1::2] << 4), scales, None, bits, columns)
 
 
-def _block_quantizer(bits: int, method: str) -> Any:
+def _block_quantizer(bits: int, method: str, block: int) -> Any:
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     from onnxruntime.quantization.matmul_nbits_quantizer import (
@@ -163,7 +186,7 @@ def _block_quantizer(bits: int, method: str) -> Any:
 
     root.handlers[:], root.level = handlers, level  # importing that module sets the root logger to INFO
     symmetric = method != "rtn-asymmetric"
-    config = DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=symmetric, bits=bits)
+    config = DefaultWeightOnlyQuantConfig(block_size=block, is_symmetric=symmetric, bits=bits)
     return DefaultWeightOnlyQuantizer(config).qbits_block_quant
 
 
@@ -249,6 +272,9 @@ def dequantized_weights(bundle: Bundle) -> Iterator[tuple[str, np.ndarray]]:
 
     for name, place in section["tensors"].items():
         tensor, bits = place["tensor"], section["bits"]
+        if section.get("form") == "DequantizeLinear":
+            yield name, _dequantize_linear(read(f"{tensor}.q"), read(f"{tensor}.scales"), place)
+            continue
         scales = read(f"{tensor}.scales")
         packed = read(f"{tensor}.q").reshape(*scales.shape, -1)
         zero_points = read(f"{tensor}.zero_points") if f"{tensor}.zero_points" in stored else None
@@ -263,3 +289,16 @@ def dequantized_weights(bundle: Bundle) -> Iterator[tuple[str, np.ndarray]]:
         assert scales_part is not None
         values = Quantized(values_part, scales_part, zeros_part, bits, place["columns"]).dequantized()
         yield name, np.ascontiguousarray(values.T if place["layout"] == "KN" else values)
+
+
+def _dequantize_linear(q: np.ndarray, scales: np.ndarray, place: dict[str, Any]) -> np.ndarray:
+    """What DequantizeLinear makes of q [N, K] or [K, N], in float32 and in the shape of the portable graph's weight."""
+    if scales.ndim == 1:  # one a row
+        scales = scales[:, None] if place["axis"] else scales
+    else:
+        scales = np.repeat(scales, place["block"], axis=place["axis"])
+    values = q.astype(np.float32) * scales.astype(np.float32)
+    shape = place["shape"]
+    if place["merged"]:  # [E*I, H] of a stack [E, H, I]
+        return np.ascontiguousarray(values.reshape(shape[0], shape[2], shape[1]).swapaxes(1, 2))
+    return values.reshape(shape)

@@ -51,7 +51,7 @@ def build(
     timing_cache: Path | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
-    """Build the engine of a ``tensorrt-rtx`` bundle (on any machine) or a ``tensorrt`` bundle (on its device).
+    """Build the engine of a ``tensorrt-rtx`` bundle, quantised or not (on any machine), or a ``tensorrt`` bundle (on its device).
 
     Args:
         bundle_path: what ``moedge export`` wrote.
@@ -76,6 +76,7 @@ def build(
     bundle = open_bundle(bundle_path)
     manifest = bundle.manifest
     target, model = manifest["target"], manifest["model"]
+    rtx = devices.family(target) == "tensorrt-rtx"
     profiles = [devices.load(name) for name in device_names]
     if not profiles:
         raise MoEdgeError(f"Name at least one device to build for; known: {', '.join(devices.names())}.")
@@ -111,7 +112,7 @@ def build(
         with atomic_dir(out, force=force, inputs=inputs) as partial:
             with tempfile.TemporaryDirectory(dir=partial) as scratch:
                 graph, sums = bundle.model_path, 0
-                if target == "tensorrt-rtx" and "7.5" in capabilities:
+                if rtx and "7.5" in capabilities:
                     from moedge.export.lowering import trt_router
 
                     graph, sums = trt_router.write_without_products(bundle, Path(scratch))
@@ -119,7 +120,7 @@ def build(
                     trt,
                     graph,
                     shapes,
-                    compute_capabilities=capabilities if target == "tensorrt-rtx" else None,
+                    compute_capabilities=capabilities if rtx else None,
                     taps=outputs,
                     timing_cache=timing_cache,
                 )
@@ -157,7 +158,7 @@ def _tensorrt(target: str, device: devices.Device) -> Any:
     except moedge_trt.DeviceError as error:
         instead = (
             "install it with: pip install 'moedge[tensorrt-rtx]'"
-            if target == "tensorrt-rtx"
+            if devices.family(target) == "tensorrt-rtx"
             else f"build on the device: `moedge bundle CHECKPOINT OUT.tar --target {device.name}` makes its archive"
         )
         raise MoEdgeError(f"{str(error).rstrip('.')}; {instead}.") from error

@@ -42,6 +42,8 @@ _PLANNED: dict[str, tuple[str, tuple[tuple[str, ...], ...], bool]] = {
     "ort-cuda": ("ONNX Runtime's CUDA kernels", (("onnxruntime-gpu",),), True),
     "tensorrt": ("TensorRT engine with plugins", (("tensorrt",),), True),
     "tensorrt-rtx": ("TensorRT for RTX engine", (_RTX,), True),
+    "tensorrt-rtx-int8": ("the same with 8-bit weights", (_RTX,), True),
+    "tensorrt-rtx-int4": ("the same with 4-bit weights, SM80 and newer", (_RTX,), True),
 }
 
 _RUNTIMES: tuple[tuple[str, tuple[str, ...], str], ...] = (

@@ -156,11 +156,12 @@ def quantised_note(result: dict[str, Any], kernels: dict[str, Any], target: str)
     if verdict["outcome"] != FAILED or not kernels["verdict"]["passed"]:
         return
     bits = 4 if target.endswith("int4") else 8
+    family = target.partition("-int")[0]
     instead = (
-        "take ort-cpu-int8, or choose the integers on a text: moedge export CHECKPOINT OUT --target ort-cpu-int4 "
+        f"take {family}-int8, or choose the integers on a text: moedge export CHECKPOINT OUT --target {target} "
         "--gptq TEXT"
         if bits == 4
-        else "take ort-cpu, which is not quantised"
+        else f"take {family}, which is not quantised"
     )
     verdict["notes"].append(
         f"The bundle computes what its own weights say (the comparison with them passed), so it is their rounding to "

@@ -20,6 +20,8 @@ TARGETS = {
     "openvino": "moedge.export.lowering.openvino",
     "tensorrt": "moedge.export.lowering.tensorrt",
     "tensorrt-rtx": "moedge.export.lowering.tensorrt_rtx",
+    "tensorrt-rtx-int8": "moedge.export.lowering.trt_int8",
+    "tensorrt-rtx-int4": "moedge.export.lowering.trt_int4",
 }
 
 _NO_CUDA_QMOE = (

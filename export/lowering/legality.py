@@ -89,6 +89,28 @@ def attention_operator(*, head_dim: int) -> str | None:
     return None
 
 
+WEIGHT_BLOCKS = (128, 64, 32, 16)
+"""Blocks of 4-bit weights, the first that divides a row is taken. NVIDIA documents 128 and 64 for TensorRT; all four
+build for SM80, 86, 89, 120 and 121 on TensorRT-RTX 1.7.1, inside the product [M]. A last block that is not whole is
+refused by the parser [M], and so are unsigned integers [M]: blocks are symmetric."""
+DOCUMENTED_BLOCK = 64
+
+
+def weight_block(columns: int) -> int:
+    """Block of 4-bit rows of ``columns`` inputs; 0 where none divides them."""
+    return next((block for block in WEIGHT_BLOCKS if columns % block == 0), 0)
+
+
+def weights_rtx(*, columns: int) -> str | None:
+    """``DequantizeLinear`` of 4-bit blocks in TensorRT for RTX. Rows of 8 bits have one scale and any width."""
+    if weight_block(columns):
+        return None
+    return (
+        f"its rows of {columns} inputs are no whole number of blocks of {WEIGHT_BLOCKS[-1]}, and the parser refuses a "
+        "last block that is not whole [M]; take tensorrt-rtx-int8, which takes any width, or tensorrt-rtx"
+    )
+
+
 def quantized_cpu(
     *, dtypes: set[str], activations: set[str], smallest_weight: float, hidden_sizes: set[int]
 ) -> str | None:

@@ -189,14 +189,79 @@ def _swap_nibbles(value: Quantized) -> Quantized:
     return replace(value, packed=(value.packed << 4) | (value.packed >> 4)) if value.bits == 4 else value
 
 
+def _read_as_unsigned(value: Quantized) -> Quantized:
+    """Two's complement read as unsigned: the top bit counts as positive."""
+    top = 0x88 if value.bits == 4 else 0x80
+    zeros = np.zeros((*value.scales.shape[:-1], -(-value.scales.shape[-1] * value.bits // 8)), np.uint8)
+    return replace(value, packed=value.packed ^ np.uint8(top), zero_points=zeros)
+
+
+def _neighbours_exchanged(value: Quantized) -> Quantized:
+    rows = value.packed.shape[-3]
+    return replace(value, packed=value.packed[..., np.arange(rows - rows % 2) ^ 1, :, :]) if rows % 2 == 0 else value
+
+
+def _half_blocks(value: Quantized) -> Quantized:
+    """Blocks half as long, and the row of scales twice instead of every scale twice."""
+    *outer, blocks, size = value.packed.shape
+    if size % 2 or blocks < 2:
+        return value
+    packed = value.packed.reshape(*outer, 2 * blocks, size // 2)
+    return replace(value, packed=packed, scales=np.concatenate([value.scales, value.scales], axis=-1))
+
+
+def _scales_by_input(value: Quantized) -> Quantized:
+    """One scale a row taken for one scale a column; only square matrices hold that."""
+    *outer, rows, blocks, size = value.packed.shape
+    if blocks != 1 or rows != size or value.bits != 8:
+        return value
+    scales = np.broadcast_to(value.scales.swapaxes(-1, -2), (*outer, rows, size))
+    return replace(value, packed=value.packed.reshape(*outer, rows, size, 1), scales=scales)
+
+
 _WRONG_BLOCKS: dict[str, _Wrong] = {
     "the sign of the block scales is lost (abs)": lambda q: replace(q, scales=np.abs(q.scales)),
     "the block scales are dropped": lambda q: replace(q, scales=np.ones_like(q.scales)),
     "the nibbles of each byte are swapped": _swap_nibbles,
+    "the nibbles of each byte are swapped (values of neighbouring outputs)": _neighbours_exchanged,
     "the zero point is ignored (values taken as unsigned)": lambda q: replace(
         q, zero_points=np.zeros((*q.scales.shape[:-1], -(-q.scales.shape[-1] * q.bits // 8)), np.uint8)
     ),
+    "signed values are read as unsigned": _read_as_unsigned,
+    "the block scales are transposed": lambda q: replace(
+        q, scales=np.ascontiguousarray(q.scales.swapaxes(-1, -2)).reshape(q.scales.shape)
+    ),
+    "the scales run along the inputs instead of the outputs": _scales_by_input,
+    "each block has the scale of the one before it": lambda q: replace(q, scales=np.roll(q.scales, 1, axis=-1)),
+    "each row has the scales of the row before it": lambda q: replace(q, scales=np.roll(q.scales, 1, axis=-2)),
+    "the block size is wrong (half of it, the scales of a row repeated)": _half_blocks,
 }
+
+
+def explain_product(x: np.ndarray, want: np.ndarray, got: np.ndarray, weight: Quantized) -> list[str]:
+    """Name the mistakes with a quantised weight [N, K] that would turn ``want`` into ``got``, the best fit first.
+
+    Args:
+        x: float [..., K], what the product read, or int [...], the rows that a lookup took.
+        want: [..., N] (a lookup: [..., K]) from the right weight; other terms, such as a bias, cancel.
+        got: the same from the rewritten graph.
+        weight: the right weight.
+    """
+    right = weight.dequantized().astype(np.float64)
+
+    def change(wrong: np.ndarray) -> np.ndarray:
+        difference = wrong.astype(np.float64) - right
+        return difference[x] if np.issubdtype(x.dtype, np.integer) else x.astype(np.float64) @ difference.T
+
+    error = _distance(want.astype(np.float64), got)
+    found = []
+    with np.errstate(all="ignore"):
+        for name, wrong in _WRONG_BLOCKS.items():
+            distance = _distance(want + change(wrong(weight).dequantized()), got)
+            if distance <= MATCH * error:
+                found.append((distance, name))
+    best = min((distance for distance, _ in found), default=0.0)
+    return [name for distance, name in sorted(found) if distance <= 2 * best + 1e-12] or ["no known mistake"]
 
 
 def explain(

@@ -135,16 +135,7 @@ def _check(model: ir.Model, target: str) -> None:
 def dequantized_graph(model: ir.Model, packed: dict[str, Quantized], table: dict[str, weights.Weight]) -> ir.Model:
     """Return a copy of a float graph with the de-quantised values of ``packed``, made when they are read."""
     copy = model.clone()
-    for name, value in packed.items():
-        initializer = copy.graph.initializers[name]
-        assert initializer.const_value is not None
-
-        def array(value: Quantized = value, weight: weights.Weight = table[name]) -> ir.TensorProtocol:
-            return ir.tensor(np.ascontiguousarray(weight.as_rows(value.dequantized())), name=weight.name)
-
-        initializer.const_value = ir.LazyTensor(
-            array, dtype=ir.DataType.FLOAT, shape=initializer.const_value.shape, name=name
-        )
+    weights.set_dequantized(copy, packed, table)
     return copy
 
 

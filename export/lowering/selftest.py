@@ -171,6 +171,8 @@ def _cut_both(
     ]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    # De-quantised weights are constants. ONNX Runtime would run products with them on int8 activations instead.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     one, two = (
         onnxruntime.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
         for part in parts
@@ -247,6 +249,27 @@ def compare_ffn(
         both = _cut_both(before, after, [ffn.output], [ffn.x])
         feeds = both.feeds(CASES[0], 0)
         names = mistakes.explain(before, ffn, feeds[ffn.x], both.run(feeds)[1][0], weights)
+    except Exception as error:  # an explanation must not hide the failure
+        names = [f"nothing known ({error})"]
+    return replace(test, looks_like=tuple(names))
+
+
+def compare_product(
+    block: str, before: ir.Model, after: ir.Model, output: str, source: str, limit: float, weight: Quantized
+) -> SelfTest:
+    """Compare one product with, or lookup in, a quantised weight: from value ``source`` to value ``output``.
+
+    Args:
+        weight: [N, K]; ``before`` holds its de-quantised values. A failed test is explained by what was done to it.
+    """
+    test = compare(block, before, after, [output], limit, inputs=[source])
+    if test.passed:
+        return test
+    try:
+        both = _cut_both(before, after, [output], [source])
+        feeds = both.feeds(CASES[0], 0)
+        (want,), (got,) = both.run(feeds)
+        names = mistakes.explain_product(feeds[source], want, got, weight)
     except Exception as error:  # an explanation must not hide the failure
         names = [f"nothing known ({error})"]
     return replace(test, looks_like=tuple(names))

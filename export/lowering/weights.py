@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from moedge.export.functions import DOMAIN
 from moedge.export.lowering.graph import array_of
+from moedge.export.quantize import Quantized
 
 _PRODUCTS = ("MatMul", "Gemm", "FusedMatMul")
 _ATTENTION = ("CausalAttention", "GroupQueryAttention")
@@ -144,3 +145,17 @@ def _until_products(node: ir.Node, *, forward: bool) -> Iterator[ir.Node]:
 def array(value: ir.Value | None, weight: Weight) -> np.ndarray:
     """The weight as rows [N, K] or [E, N, K]."""
     return weight.as_rows(array_of(value))
+
+
+def set_dequantized(model: ir.Model, packed: Mapping[str, Quantized], table: Mapping[str, Weight]) -> None:
+    """Give the weights of ``packed`` their de-quantised values, in place; they are made when they are read."""
+    for name, value in packed.items():
+        initializer = model.graph.initializers[name]
+        assert initializer.const_value is not None
+
+        def made(value: Quantized = value, weight: Weight = table[name]) -> ir.TensorProtocol:
+            return ir.tensor(np.ascontiguousarray(weight.as_rows(value.dequantized())), name=weight.name)
+
+        initializer.const_value = ir.LazyTensor(
+            made, dtype=ir.DataType.FLOAT, shape=initializer.const_value.shape, name=name
+        )

@@ -21,8 +21,8 @@ def export(
         list[str] | None,
         typer.Option(
             "--target",
-            help="portable, ort-cpu, ort-cpu-int8, ort-cpu-int4, ort-cuda, openvino, tensorrt or tensorrt-rtx (may "
-            "be repeated); by default the first two.",
+            help="portable, ort-cpu, ort-cpu-int8, ort-cpu-int4, ort-cuda, openvino, tensorrt, tensorrt-rtx, "
+            "tensorrt-rtx-int8 or tensorrt-rtx-int4 (may be repeated); by default the first two.",
         ),
     ] = None,
     label: Annotated[
@@ -35,7 +35,7 @@ def export(
     experts: Experts = None,
     gptq: Annotated[
         str | None,
-        typer.Option(help="asset:NAME or a text file: choose the weights of ort-cpu-int4 by GPTQ on this text."),
+        typer.Option(help="asset:NAME or a text file: choose the weights of the int4 targets by GPTQ on this text."),
     ] = None,
     gptq_tokens: Annotated[int, typer.Option(min=32, help="Tokens of that text.")] = 4096,
     force: Force = False,
@@ -92,7 +92,7 @@ def export_hf(
 
 @command("build", PANEL)
 def build(
-    bundle: Annotated[Path | None, typer.Argument(help="Bundle of target tensorrt-rtx or tensorrt.")] = None,
+    bundle: Annotated[Path | None, typer.Argument(help="Bundle of target tensorrt-rtx (also -int8, -int4) or tensorrt.")] = None,
     out: Annotated[Path | None, typer.Argument(help="Folder for the engine.")] = None,
     device: Annotated[
         list[str] | None, typer.Option(help="Device profile: a name or a .yaml file (may be repeated).")
@@ -115,6 +115,7 @@ def build(
       moedge build --list
       moedge export build/moe build/bundles --target tensorrt-rtx
       moedge build build/bundles/tensorrt-rtx build/engine --device rtx-4090 --device rtx-3090
+      moedge build build/bundles/tensorrt-rtx-int4 build/engine4 --device rtx-4090
     """
     from moedge.runtime.commands import build as commands
 

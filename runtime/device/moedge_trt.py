@@ -44,16 +44,17 @@ class DeviceError(Exception):
 
 
 def load_tensorrt(target: str) -> Any:
-    """Import the TensorRT package of ``target`` (``tensorrt`` or ``tensorrt-rtx``).
+    """Import the TensorRT package of ``target`` (``tensorrt``, ``tensorrt-rtx``, or a quantised one of these).
 
     Raises:
         DeviceError: it is not installed, its libraries cannot be loaded, or it is older than :data:`OLDEST`.
     """
+    package = PACKAGES[target.partition("-int")[0]]
     try:
-        trt = importlib.import_module(PACKAGES[target])
+        trt = importlib.import_module(package)
     except (ImportError, OSError) as error:
         raise DeviceError(
-            f"The Python package {PACKAGES[target]} of target {target} cannot be imported ({error})."
+            f"The Python package {package} of target {target} cannot be imported ({error})."
         ) from None
     version = str(trt.__version__)
     if target == "tensorrt" and int(version.partition(".")[0]) < OLDEST:

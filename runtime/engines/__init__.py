@@ -151,6 +151,8 @@ ONNX_TARGETS = (
     "openvino",
     "tensorrt",
     "tensorrt-rtx",
+    "tensorrt-rtx-int8",
+    "tensorrt-rtx-int4",
 )
 """Bundle targets that run in ONNX Runtime: ort-cuda on its CUDA provider, the others on the CPU.
 

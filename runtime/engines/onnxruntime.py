@@ -339,6 +339,10 @@ def _open_session(
     options = _session_options(threads)
     path = folder / manifest["io"]["model"]
     model: str | bytes = str(path)
+    if manifest.get("quantization", {}).get("form") == "DequantizeLinear":
+        # Fold the weights when the graph is loaded. Otherwise each call unpacks all of them, or ONNX Runtime takes a
+        # product of its own that rounds activations to int8, which the engine of this graph does not.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     if weights:  # not add_initializer: it leaves some of the file's own values in use (1.31.1, no error)
         options.add_external_initializers(list(weights), [value for _, value in weights.values()])
     if graph is not None:

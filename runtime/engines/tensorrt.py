@@ -68,7 +68,7 @@ class TensorRTEngine:
             name=f"{manifest['target']} {manifest['kind']}",
             runtime=self._session.version,
             device=f"GPU SM{self._session.cuda.capability()}",
-            dtype="float16",
+            dtype=f"{bits} weights, float16" if (bits := manifest["target"].partition("-int")[2]) else "float16",
             threads=threads or 1,
             model={
                 **self._model,

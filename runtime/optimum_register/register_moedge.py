@@ -30,7 +30,7 @@ class MoEdgeExportCommand(BaseOptimumCLICommand):
         parser.add_argument("--tensorrt", metavar="VERSION", help="Of TensorRT on the device; the newest by default.")
         parser.add_argument("--experts", metavar="FORM", help="Target tensorrt: plugins, merged or native.")
         parser.add_argument(
-            "--gptq", help="Text by which the weights of ort-cpu-int4 are chosen: asset:NAME or a file."
+            "--gptq", help="Text by which the weights of int4 targets are chosen: asset:NAME or a file."
         )
         parser.add_argument("--gptq-tokens", type=int, help="Tokens of that text.")
         parser.add_argument("--force", action="store_true", help="Replace existing output.")
