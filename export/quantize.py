@@ -130,7 +130,8 @@ def quantize_rows(weight: np.ndarray) -> Quantized:
         raise MoEdgeError("A weight is NaN or infinite; it cannot be quantised. Check the checkpoint.")
     peak = np.abs(weight).max(1, initial=0.0, keepdims=True)
     # TensorRT takes positive scales only, so a row of zeros has one too.
-    scales = np.maximum((peak / 127).astype(np.float16).astype(np.float32), SMALLEST_SCALE)
+    with np.errstate(over="ignore"):  # infinite: the caller says which weight it was
+        scales = np.maximum((peak / 127).astype(np.float16).astype(np.float32), SMALLEST_SCALE)
     q = np.clip(np.rint(weight / scales), -127, 127) + 128
     return Quantized(q.astype(np.uint8)[:, None], scales, None, 8, weight.shape[1])
 

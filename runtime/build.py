@@ -51,10 +51,10 @@ def build(
     timing_cache: Path | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
-    """Build the engine of a ``tensorrt-rtx`` bundle, quantised or not (on any machine), or a ``tensorrt`` bundle (on its device).
+    """Build the engine of a ``tensorrt-rtx`` bundle (on any machine) or a ``tensorrt`` bundle (on its device).
 
     Args:
-        bundle_path: what ``moedge export`` wrote.
+        bundle_path: what ``moedge export`` wrote, quantised or not.
         out: engine folder.
         device_names: profiles the engine is for; see :mod:`moedge.configs.devices`.
         max_length: longest sequence; the bundle's limit, at most 2048, by default.

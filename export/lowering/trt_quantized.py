@@ -117,17 +117,6 @@ def _tested(before: ir.Model, reference: ir.Model, model: ir.Model, matrices: Ma
     """
     counts: dict[str, int] = {}
     tests: dict[str, list[Any]] = {}  # by rewrite: a callable (name, one, two, limit) a block
-    for node in nodes_of(reference, "SparseGLU"):
-        parts = [matrices[str(value.name)] for value in node.inputs[3:6] if value is not None]
-        stacks = [part.rows for part in parts]
-        kind = _rewrite("experts", *parts)
-        counts[kind] = counts.get(kind, 0) + 3
-        routed = str(node.outputs[0].name)
-        tests.setdefault(kind, []).append(
-            lambda name, one, two, limit, routed=routed, stacks=stacks: selftest.compare_ffn(
-                name, one, two, routed, limit, stacks
-            )
-        )
     for node in reference.graph:
         lookup = weights.is_embedding(node)
         product = None if lookup else weights.product_weight(node)
@@ -142,6 +131,18 @@ def _tested(before: ir.Model, reference: ir.Model, model: ir.Model, matrices: Ma
         counts[kind] = counts.get(kind, 0) + 1
         tests.setdefault(kind, []).append(
             partial(_product, output=str(node.outputs[0].name), source=str(source.name), weight=matrix.rows)
+        )
+    # Whole FFNs last: a mistake in one of its products has a name by then.
+    for node in nodes_of(reference, "SparseGLU"):
+        parts = [matrices[str(value.name)] for value in node.inputs[3:6] if value is not None]
+        stacks = [part.rows for part in parts]
+        kind = _rewrite("experts", *parts)
+        counts[kind] = counts.get(kind, 0) + 3
+        routed = str(node.outputs[0].name)
+        tests.setdefault(kind, []).append(
+            lambda name, one, two, limit, routed=routed, stacks=stacks: selftest.compare_ffn(
+                name, one, two, routed, limit, stacks
+            )
         )
     made = []
     for kind, blocks in tests.items():

@@ -92,7 +92,9 @@ def export_hf(
 
 @command("build", PANEL)
 def build(
-    bundle: Annotated[Path | None, typer.Argument(help="Bundle of target tensorrt-rtx (also -int8, -int4) or tensorrt.")] = None,
+    bundle: Annotated[
+        Path | None, typer.Argument(help="Bundle of target tensorrt-rtx (also -int8, -int4) or tensorrt.")
+    ] = None,
     out: Annotated[Path | None, typer.Argument(help="Folder for the engine.")] = None,
     device: Annotated[
         list[str] | None, typer.Option(help="Device profile: a name or a .yaml file (may be repeated).")

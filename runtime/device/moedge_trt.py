@@ -53,9 +53,7 @@ def load_tensorrt(target: str) -> Any:
     try:
         trt = importlib.import_module(package)
     except (ImportError, OSError) as error:
-        raise DeviceError(
-            f"The Python package {package} of target {target} cannot be imported ({error})."
-        ) from None
+        raise DeviceError(f"The Python package {package} of target {target} cannot be imported ({error}).") from None
     version = str(trt.__version__)
     if target == "tensorrt" and int(version.partition(".")[0]) < OLDEST:
         raise DeviceError(f"TensorRT {version} is too old for these graphs; {OLDEST}.0 or newer is needed (JetPack 6).")
