@@ -1,6 +1,8 @@
 """Weight-only int8 and int4 for TensorRT for RTX: what is stored, what it computes, what builds, and named mistakes."""
 
 import re
+import shutil
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from moedge import MoEdgeError
 from moedge.configs import devices, tolerances
 from moedge.export import bundle, calibrate, quantize
-from moedge.export.lowering import legality, tensorrt, trt_quantized, trt_weights, weights
+from moedge.export.lowering import legality, mistakes, tensorrt, trt_quantized, trt_weights, weights
 from moedge.export.lowering.graph import array_of
 from moedge.export.pipeline import export
 from moedge.runtime import build
@@ -175,12 +177,8 @@ def test_weights_that_float16_or_no_number_holds_are_refused():
 class Lowered:
     """A lowered model that was not tested yet, with a place to put a mistake."""
 
-    def __init__(self, portable: Path, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        caught: list[Any] = []
-        with monkeypatch.context() as patch:
-            patch.setattr(trt_quantized, "_tested", lambda *args: caught.append(args) or [])
-            trt_quantized.lower(ir.load(portable / "model.onnx"), max_length=64, bits=bits)
-        self.before, self.reference, self.model, self.matrices = caught[0]
+    def __init__(self, before: ir.Model, reference: ir.Model, model: ir.Model, matrices: dict[str, Any]) -> None:
+        self.before, self.reference, self.model, self.matrices = before, reference, model.clone(), dict(matrices)
 
     def change(self, tensor_class: str, part: str, change: Any) -> None:
         """Replace ``part`` (``q`` or ``scales``) of every weight of a class by ``change(array, axis of K)``."""
@@ -200,6 +198,17 @@ class Lowered:
         with pytest.raises(MoEdgeError) as caught:
             trt_quantized._tested(self.before, self.reference, self.model, self.matrices)
         return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def lowered(bundles: dict[str, Path]) -> Callable[[str, int], Lowered]:
+    """Return a function (kind, bits) -> a lowered model of its own."""
+    caught: dict[tuple[str, int], Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for kind, bits in (("dense", 4), ("dense", 8), ("moe", 4)):
+            patch.setattr(trt_quantized, "_tested", lambda *args, key=(kind, bits): caught.update({key: args}) or [])
+            trt_quantized.lower(ir.load(bundles[f"{kind}/portable"] / "model.onnx"), max_length=64, bits=bits)
+    return lambda kind, bits: Lowered(*caught[kind, bits])
 
 
 def swapped_nibbles(q: np.ndarray, _: int) -> np.ndarray:
@@ -224,17 +233,17 @@ MISTAKES = {
         *(("moe", "shared", mistake) for mistake in ("transposed", "block")),
     ],
 )
-def test_a_mistake_with_four_bit_blocks_is_caught_and_named(bundles, monkeypatch, kind, tensor_class, mistake):
+def test_a_mistake_with_four_bit_blocks_is_caught_and_named(lowered, kind, tensor_class, mistake):
     part, change, name = MISTAKES[mistake]
-    lowered = Lowered(bundles[f"{kind}/portable"], 4, monkeypatch)
+    broken = lowered(kind, 4)
     if mistake in ("transposed", "block"):  # only rows of several blocks show these: down of the shared expert
-        lowered.matrices = {
+        broken.matrices = {
             key: value
-            for key, value in lowered.matrices.items()
+            for key, value in broken.matrices.items()
             if value.weight.tensor_class != "shared" or value.blocks > 1
         }
-    lowered.change(tensor_class, part, change)
-    said = lowered.failure()
+    broken.change(tensor_class, part, change)
+    said = broken.failure()
     assert name in said, said
     assert tensor_class in said or "experts" in said
 
@@ -242,21 +251,21 @@ def test_a_mistake_with_four_bit_blocks_is_caught_and_named(bundles, monkeypatch
 @pytest.mark.parametrize(
     ("tensor_class", "name"), [("attention", "values of neighbouring outputs"), ("ffn", "nibbles")]
 )
-def test_swapped_nibbles_are_named(bundles, monkeypatch, tensor_class, name):
-    lowered = Lowered(bundles["dense/portable"], 4, monkeypatch)
-    lowered.change(tensor_class, "q", swapped_nibbles)
-    assert name in lowered.failure()
+def test_swapped_nibbles_are_named(lowered, tensor_class, name):
+    broken = lowered("dense", 4)
+    broken.change(tensor_class, "q", swapped_nibbles)
+    assert name in broken.failure()
 
 
-def test_a_wrong_block_size_is_named_or_does_not_run(bundles, monkeypatch):
-    lowered = Lowered(bundles["dense/portable"], 4, monkeypatch)
-    lowered.attribute("ffn", "block_size", lambda block: block // 2)
-    assert "could not run" in lowered.failure(), "as many scales as blocks are needed"
-    lowered.change("ffn", "scales", lambda s, axis: np.concatenate([s, s], axis))
-    lowered.matrices = {
-        k: v for k, v in lowered.matrices.items() if v.weight.tensor_class != "ffn" or v.blocks > 1
+def test_a_wrong_block_size_is_named_or_does_not_run(lowered):
+    broken = lowered("dense", 4)
+    broken.attribute("ffn", "block_size", lambda block: block // 2)
+    assert "could not run" in broken.failure(), "as many scales as blocks are needed"
+    broken.change("ffn", "scales", lambda s, axis: np.concatenate([s, s], axis))
+    broken.matrices = {
+        k: v for k, v in broken.matrices.items() if v.weight.tensor_class != "ffn" or v.blocks > 1
     }  # of one block both halves have the right scale
-    assert "the block size is wrong (half of it, the scales of a row repeated)" in lowered.failure()
+    assert "the block size is wrong (half of it, the scales of a row repeated)" in broken.failure()
 
 
 @pytest.mark.parametrize(
@@ -266,20 +275,30 @@ def test_a_wrong_block_size_is_named_or_does_not_run(bundles, monkeypatch):
         ("ffn", lambda s, _: np.roll(s, 1), "each row has the scales of the row before it"),
     ],
 )
-def test_a_mistake_with_scales_of_a_row_is_caught_and_named(bundles, monkeypatch, tensor_class, change, name):
-    lowered = Lowered(bundles["dense/portable"], 8, monkeypatch)
-    lowered.change(tensor_class, "scales", change)
-    assert name in lowered.failure()
+def test_a_mistake_with_scales_of_a_row_is_caught_and_named(lowered, tensor_class, change, name):
+    broken = lowered("dense", 8)
+    broken.change(tensor_class, "scales", change)
+    assert name in broken.failure()
 
 
-def test_scales_on_the_wrong_axis_are_named(bundles, monkeypatch):
-    lowered = Lowered(bundles["dense/portable"], 8, monkeypatch)
-    square = {k: v for k, v in lowered.matrices.items() if v.weight.shape == (HIDDEN, HIDDEN)}  # q and o projections
+def test_signed_values_read_as_unsigned_are_named():
+    rng = np.random.default_rng(3)
+    weight = weights.Weight("w", "attention", "NK", (8, 64))
+    made = trt_weights.quantized(weight, rng.standard_normal((8, 64)).astype(np.float32), 4, "rtn", None, False)
+    unsigned = (made.integers() & 15) * np.repeat(made.scales().astype(np.float32), made.block, axis=1)
+    x = rng.standard_normal((5, 64)).astype(np.float32)
+    found = mistakes.explain_product(x, x @ made.rows.dequantized().T, x @ unsigned.T, made.rows)
+    assert found == ["signed values are read as unsigned"]
+
+
+def test_scales_on_the_wrong_axis_are_named(lowered):
+    broken = lowered("dense", 8)
+    square = {k: v for k, v in broken.matrices.items() if v.weight.shape == (HIDDEN, HIDDEN)}  # q and o projections
     assert len(square) == 4
-    for node in lowered.model.graph:
+    for node in broken.model.graph:
         if node.op_type == "DequantizeLinear" and node.inputs[0].name.removesuffix(".q").split(".", 1)[1] in square:
             node.attributes["axis"] = ir.AttrInt64("axis", 1 - node.attributes["axis"].as_int())
-    assert "the scales run along the inputs instead of the outputs" in lowered.failure()
+    assert "the scales run along the inputs instead of the outputs" in broken.failure()
 
 
 def test_a_matrix_that_is_left_in_float_stops_the_export(bundles, monkeypatch):
@@ -343,8 +362,6 @@ def test_devices_are_refused_with_what_they_take(bundles, tmp_path, family):
 @pytest.mark.parametrize(("bits", "message"), [(4, "must divide into whole blocks"), (8, "must all be positive")])
 def test_a_broken_graph_is_no_engine(bundles, tmp_path, bits, message):
     """Blocks that are not whole; a negative scale of 8-bit weights."""
-    import shutil
-
     folder = tmp_path / "bundle"
     shutil.copytree(bundles[f"dense/{TARGETS[bits]}"], folder)
     model = onnx.load(folder / "model.onnx")
