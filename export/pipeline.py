@@ -162,7 +162,9 @@ def lower(
     bundle.check_external_data(source.model_path, set(source.manifest["files"]))
     graph = ir.load(source.model_path)
     nodes.complete(graph, f"Bundle {portable}")
-    asked = {"tensorrt": tensorrt, "experts": experts} if target == "tensorrt" else {}
+    asked: dict[str, Any] = {"tensorrt": tensorrt, "experts": experts} if target == "tensorrt" else {}
+    if target == "tensorrt-rtx" and experts != "native":  # where both targets are asked for, that is for the other
+        asked = {"experts": experts}
     options: dict[str, Any] = {name: value for name, value in asked.items() if value}
     on_text = calibration is not None and target in CALIBRATED
     if calibration is not None and on_text:

@@ -21,6 +21,8 @@ from moedge.runtime.device import moedge_cuda, moedge_plugins, moedge_trt
 SCHEMA = "moedge.engine/1"
 PLAN = "engine.plan"
 MANIFEST = "manifest.json"
+LIBRARY = "libmoedge_launch.so"
+"""The plugin library beside an engine of TensorRT for RTX that needs it."""
 _REQUIRED = ("target", "kind", "label", "model", "moe", "profiles", "taps", "compute_capabilities", "versions", "files")
 
 
@@ -37,6 +39,17 @@ class EngineFile:
             return moedge_trt.read_checked(safe_join(self.path, PLAN), self.manifest["files"][PLAN]["sha256"])
         except moedge_trt.DeviceError as error:
             raise MoEdgeError(str(error)) from error
+
+    def library(self) -> str | None:
+        """Return the file of the plugin library that the engine needs, its hash checked once more, or None."""
+        path = safe_join(self.path, LIBRARY)
+        if LIBRARY not in self.manifest["files"]:
+            return None
+        try:
+            moedge_trt.read_checked(path, self.manifest["files"][LIBRARY]["sha256"])
+        except moedge_trt.DeviceError as error:
+            raise MoEdgeError(str(error)) from error
+        return str(path)
 
 
 def build(
@@ -84,6 +97,8 @@ def build(
     for device in profiles:
         if reason := devices.refusal(target, device):
             raise MoEdgeError(reason)
+        if rtx and "plugins" in manifest and device.compute_capability == "7.5":
+            raise MoEdgeError(f"There are no kernels for {device.label} (SM75); export with --experts merged.")
         if native and (reason := moedge_trt.moe_refusal(device.label, device.compute_capability)):
             raise MoEdgeError(reason)
     if target == "tensorrt" and len({device.compute_capability for device in profiles}) > 1:
@@ -104,7 +119,8 @@ def build(
     outputs = {tap["output"]: f"routes.{layer}" for layer, tap in manifest["taps"].items()} if taps else {}
     try:
         trt = _tensorrt(target, profiles[0])
-        if "plugins" in manifest:
+        launched = "plugins" in manifest and rtx
+        if "plugins" in manifest and not launched:
             _register_plugins(profiles[0])
         shapes = moedge_trt.profile_shapes(model, **limits)
         capabilities = sorted({device.compute_capability for device in profiles}, key=float)
@@ -112,7 +128,12 @@ def build(
         with atomic_dir(out, force=force, inputs=inputs) as partial:
             with tempfile.TemporaryDirectory(dir=partial) as scratch:
                 graph, sums = bundle.model_path, 0
-                if rtx and "7.5" in capabilities:
+                if launched:
+                    from moedge.export import launcher
+
+                    launcher.load(trt, launcher.compile_library(partial / LIBRARY))
+                    graph = launcher.write_launches(bundle, Path(scratch), capabilities)
+                elif rtx and "7.5" in capabilities:
                     from moedge.export.lowering import trt_router
 
                     graph, sums = trt_router.write_without_products(bundle, Path(scratch))

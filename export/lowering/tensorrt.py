@@ -104,7 +104,7 @@ def lower_half(
             rewrites.append(Rewrite(name, count, "applied", reason, _test(name, before, model, names, table)))
     rewrites.append(Rewrite("float32 -> float16; router, norm sums, rotary and softmax stay float32", typed, "applied"))
     cache = {"kind": "concat", "max_length": max_length, "dtype": "float16"}
-    limits = [_LIMITS[form]] if sparse else []
+    limits = [_LIMITS["launcher" if form == "plugins" and tensorrt is None else form]] if sparse else []
     return Lowered(rewrites, taps, cache, limits=limits, plugins=plugins, experts=form if sparse else None)
 
 
@@ -115,6 +115,7 @@ _EXPERTS = {
 }
 _LIMITS = {
     "plugins": "engines are built by TensorRT 10.9 or newer; elsewhere the plugins' function bodies run, slowly",
+    "launcher": "engines are built and run with a plugin library, libmoedge_launch.so, which lies beside them",
     "native": "engines are built by TensorRT 11.0 or newer on SM100, SM103 and SM110 only",
     "merged": "every expert's weights are read for every token: the engine is no faster than its dense parent",
 }

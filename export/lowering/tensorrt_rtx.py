@@ -1,6 +1,7 @@
 """Target ``tensorrt-rtx``: the graph of ``tensorrt`` with the ONNX ``Attention`` operator (opset 23).
 
-TensorRT for RTX takes no plugins and builds engines on any machine, also one without a GPU.
+TensorRT for RTX builds engines on any machine, also one without a GPU. Experts are merged or, with
+``experts="plugins"``, nodes that ``moedge build`` gives to a C++ plugin library (:mod:`moedge.export.launcher`).
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from moedge.export.lowering.tensorrt import lower_half
 from moedge.export.nodes import nodes_of
 
 
-def lower(model: ir.Model, *, max_length: int) -> Lowered:
+def lower(model: ir.Model, *, max_length: int, experts: str | None = None) -> Lowered:
     """Rewrite ``model`` in place; see :func:`moedge.export.lowering.tensorrt.lower_half`."""
     heads = {
         int(node.inputs[0].shape[3]) for node in nodes_of(model, "CausalAttention") if node.inputs[0].shape is not None
     }
     illegal = legality.attention_operator(head_dim=min(heads, default=legality.SMALLEST_HEAD))
-    lowered = lower_half(model, max_length=max_length, attention="products" if illegal else "operator")
+    lowered = lower_half(model, max_length=max_length, attention="products" if illegal else "operator", experts=experts)
     if illegal:
         lowered.rewrites.append(Rewrite("CausalAttention -> Attention operator", 0, "refused", illegal))
     return lowered

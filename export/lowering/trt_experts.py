@@ -45,7 +45,7 @@ def choose(model: ir.Model, tensorrt: str | None, wanted: str | None = None) -> 
         MoEdgeError: no such version, or a form that cannot be; the message names one that can.
     """
     try:
-        reason = "TensorRT for RTX takes no kernels compiled ahead of time" if tensorrt is None else refusal(tensorrt)
+        reason = "TensorRT for RTX takes kernels from a plugin library only" if tensorrt is None else refusal(tensorrt)
     except DeviceError as error:
         raise MoEdgeError(str(error)) from None
     reason = reason or trt_plugins.refusal(model)
@@ -54,8 +54,10 @@ def choose(model: ir.Model, tensorrt: str | None, wanted: str | None = None) -> 
         if illegal := trt_native.refusal(model, parts):  # type: ignore[arg-type]
             raise MoEdgeError(f"{illegal}; take --experts {'merged' if reason else 'plugins'}.")
         return "native", "asked for"
+    if wanted == "plugins" and tensorrt is None and not trt_plugins.refusal(model):
+        return "plugins", "asked for: a plugin library launches the kernels"
     if wanted == "plugins" and reason:
-        raise MoEdgeError(f"{reason}; take --experts merged.")
+        raise MoEdgeError(f"{reason if tensorrt else trt_plugins.refusal(model)}; take --experts merged.")
     if wanted not in (None, "plugins", "merged"):
         raise MoEdgeError(f"No form of experts is called {wanted!r}; known: plugins, native, merged.")
     if wanted == "merged":

@@ -40,7 +40,8 @@ Experts = Annotated[
     typer.Option(
         metavar="FORM",
         help="Target tensorrt: plugins, merged (standard operators) or native (TensorRT's own MoE layer: SM100, 103 or "
-        "110, TensorRT 11); by default what the device's TensorRT can.",
+        "110, TensorRT 11); by default what the device's TensorRT can. Target tensorrt-rtx: merged, or plugins "
+        "(from a library that `moedge build` compiles with g++).",
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]

@@ -55,7 +55,8 @@ def _print(manifest: dict[str, Any], out: Path) -> None:
     table.add_row("engine", escape(str(out / builder.PLAN)))
     table.add_row(
         "built by",
-        f"{runtime} in {facts['build_s']:.1f} s ({facts['build_cpu_s']:.1f} s of CPU), {facts['layers']} layers",
+        f"{runtime} in {facts['build_s']:.1f} s ({facts['build_cpu_s']:.1f} s of CPU), {facts['layers']} layers"
+        + (f", {facts['plugins']} of them plugins" if facts["plugins"] else ""),
     )
     table.add_row("for", ", ".join("SM" + c.replace(".", "") for c in manifest["compute_capabilities"]))
     table.add_row("size", f"{facts['engine_bytes'] / 2**20:.0f} MiB (weights {manifest['weight_bytes'] / 2**20:.0f})")

@@ -37,8 +37,9 @@ def export(
     """
     wanted = targets or list(DEFAULT)
     check_targets(wanted)
-    if experts and "tensorrt" not in wanted:
-        raise MoEdgeError(f"--experts is for target tensorrt, which is not among {', '.join(wanted)}.")
+    takes = ("tensorrt",) if experts == "native" else ("tensorrt", "tensorrt-rtx")
+    if experts and not {*takes} & {*wanted}:
+        raise MoEdgeError(f"--experts {experts} is for target {' or '.join(takes)}, not among {', '.join(wanted)}.")
     if not (checkpoint / "config.json").is_file():
         raise MoEdgeError(f"{checkpoint} is not a checkpoint folder: it has no config.json.")
     there = _bundles(out)

@@ -21,6 +21,14 @@ ALIGNMENT = 256
 """Bytes: what TensorRT asks of the address of every tensor (IExecutionContext::setTensorAddress)."""
 
 
+LAUNCH = ("Launch", "moedge")
+"""Name and namespace of the plugin library's only plugin."""
+
+
+def _creators(trt: Any) -> set[tuple[str, str]]:
+    return {(creator.name, creator.plugin_namespace) for creator in trt.get_plugin_registry().all_creators}
+
+
 class Cache:
     """Keys and values of one sequence batch: two halves that take turns as past and present."""
 
@@ -44,17 +52,22 @@ class Session:
         plan: serialized engine, its hash already checked (deserializing is running code).
         facts: what ``moedge build`` or ``build_engine.py`` recorded beside it: ``target``, ``model``, ``profiles``
             (``max_length``, ``max_prompt``, ``batch``), ``taps``.
+        library: file of the plugin library that the engine needs, its hash already checked, if it needs one.
 
     Raises:
         DeviceError: no GPU, no TensorRT, or the engine was built for another device or version.
     """
 
-    def __init__(self, plan: bytes, facts: dict[str, Any]) -> None:
+    def __init__(self, plan: bytes, facts: dict[str, Any], *, library: str | None = None) -> None:
         self.cuda = Cuda()
         self.facts, self.model, self.limits = facts, facts["model"], facts["profiles"]
         trt = load_tensorrt(facts["target"])
         self.version = f"{facts['target']} {trt.__version__}"
         self._log = logger_class(trt)()
+        if library is not None and LAUNCH not in _creators(trt):
+            trt.get_plugin_registry().load_library(library)
+            if LAUNCH not in _creators(trt):
+                raise DeviceError(f"{self.version} does not load the plugin library {library}; build the engine again.")
         self._runtime = trt.Runtime(self._log)
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:

@@ -135,8 +135,8 @@ def build(
             damaged one, or one of another device or version, is replaced.
 
     Returns:
-        The serialized engine and facts about it: ``layers`` of the network, ``parse_s``, ``build_s``,
-        ``build_cpu_s``, ``engine_bytes``.
+        The serialized engine and facts about it: ``layers`` of the network, ``plugins`` among them, ``parse_s``,
+        ``build_s``, ``build_cpu_s``, ``engine_bytes``.
 
     Raises:
         DeviceError: the parser or the builder refuses; the message holds its reason.
@@ -191,6 +191,7 @@ def build(
     plan = bytes(memoryview(serialized))
     return plan, {
         "layers": layers,
+        "plugins": _count(trt, network, "PLUGIN_V3"),
         "parse_s": round(parsed - start, 3),
         "build_s": round(time.perf_counter() - begun, 3),
         "build_cpu_s": round(time.process_time() - cpu, 3),
@@ -217,6 +218,11 @@ def check_moe_layers(trt: Any, network: Any, onnx_path: str | Path) -> int:
                 )
             count += 1
     return count
+
+
+def _count(trt: Any, network: Any, kind: str) -> int:
+    wanted = getattr(getattr(trt, "LayerType", None), kind, None)
+    return sum(network.get_layer(i).type == wanted for i in range(network.num_layers)) if wanted is not None else 0
 
 
 def _mark_outputs(network: Any, taps: dict[str, str], onnx_path: str | Path) -> None:

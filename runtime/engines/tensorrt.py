@@ -58,7 +58,9 @@ class TensorRTEngine:
         if taps and routed and not manifest["taps"]:
             raise MoEdgeError(f"Engine {engine_path} was built without routing taps; build it again with --taps.")
         try:
-            self._session: moedge_session.Session | None = moedge_session.Session(file.plan(), manifest)
+            self._session: moedge_session.Session | None = moedge_session.Session(
+                file.plan(), manifest, library=file.library()
+            )
         except DeviceError as error:
             raise MoEdgeError(f"Engine {engine_path} cannot run here: {error}") from error
         self._path, self._taps, self._model = Path(engine_path), taps and routed, manifest["model"]

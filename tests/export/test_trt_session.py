@@ -35,6 +35,10 @@ class Cudart:
         count._obj.value = 1
         return 0
 
+    def cudaDeviceGetAttribute(self, value: Any, attribute: int, device: int) -> int:
+        value._obj.value = 8
+        return 0
+
     def cudaStreamCreate(self, stream: Any) -> int:
         stream._obj.value = 1
         return 0
@@ -150,6 +154,37 @@ def session(bundle, cuda, monkeypatch):
     yield made
     made.close()
     assert not cuda.memory, "all device memory is freed"
+
+
+def test_the_plugin_library_is_loaded_before_the_engine(bundle, cuda, monkeypatch) -> None:
+    """Once a process, and an engine whose library brings no plugin is refused before it is deserialized."""
+    registered: list[Any] = []
+    asked: list[Any] = []
+
+    def load(path: str) -> None:
+        asked.append(path)
+        registered.append(SimpleNamespace(name="Launch", plugin_namespace="moedge"))
+
+    registry = SimpleNamespace(all_creators=registered, load_library=load)
+    runtime = SimpleNamespace(deserialize_cuda_engine=lambda plan: asked.append(plan))
+    trt = SimpleNamespace(
+        __version__="1.7.1",
+        ILogger=type("ILogger", (), {"ERROR": 1, "INTERNAL_ERROR": 0, "__init__": lambda self: None}),
+        Runtime=lambda log: runtime,
+        get_plugin_registry=lambda: registry,
+    )
+    monkeypatch.setattr(moedge_session, "load_tensorrt", lambda target: trt)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    facts = {"target": "tensorrt-rtx", "model": manifest["model"], "profiles": {}, "taps": {}}
+    for _ in range(2):
+        with pytest.raises(moedge_trt.DeviceError, match="cannot load this engine"):
+            moedge_session.Session(b"plan", facts, library="library.so")
+    assert asked == ["library.so", b"plan", b"plan"]
+    registered.clear()
+    registry.load_library = asked.append
+    with pytest.raises(moedge_trt.DeviceError, match="does not load the plugin library"):
+        moedge_session.Session(b"plan", facts, library="library.so")
+    assert asked[3:] == ["library.so"]
 
 
 def test_prefill_and_decode_are_those_of_the_graph(bundle, session) -> None:
