@@ -28,7 +28,10 @@ from moedge.runtime import build
 from moedge.runtime.device.moedge_cuda import Cuda
 from moedge.runtime.engines import open_engine
 
-pytestmark = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="no package for this platform")
+pytestmark = [
+    pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx-cu13 has no package for this platform"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="the plugin library is compiled with g++"),
+]
 
 HERE = Path(__file__).parent
 
