@@ -86,11 +86,9 @@ def atomic_dir(path: Path, *, force: bool = False, inputs: Iterable[Path | str] 
         raise MoEdgeError(f"Output {path} exists and is not a folder; choose another output path.")
     if path.exists() and any(path.iterdir()) and not force:
         raise MoEdgeError(f"Output folder {path} already exists and is not empty; pass --force to replace it.")
-    host = socket.gethostname()
-    partial = path.with_name(f".{path.name}.{host}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_orphans(path, host)
+        partial = partial_of(path)
         partial.mkdir()
     except OSError as error:
         raise MoEdgeError(
@@ -107,9 +105,12 @@ def atomic_dir(path: Path, *, force: bool = False, inputs: Iterable[Path | str] 
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _remove_orphans(path: Path, host: str) -> None:
-    """Delete partial folders of ``path`` whose process on this machine was killed (out of memory, ``kill -9``)."""
-    start = f".{path.name}.{host}."
+def partial_of(path: Path) -> Path:
+    """Return this process's folder beside ``path`` for what is not whole yet, which nobody has made.
+
+    Those of processes on this machine that were killed (out of memory, ``kill -9``) are deleted.
+    """
+    start = f".{path.name}.{socket.gethostname()}."
     for left in path.parent.iterdir():
         number = left.name.removeprefix(start).removesuffix(".partial")
         if left.name != f"{start}{number}.partial" or not number.isdecimal():
@@ -120,6 +121,7 @@ def _remove_orphans(path: Path, host: str) -> None:
             shutil.rmtree(left, ignore_errors=True)
         except (PermissionError, OverflowError):
             continue  # somebody else's process, which lives
+    return path.with_name(f"{start}{os.getpid()}.partial")
 
 
 def link_or_copy(source: Path | str, destination: Path | str) -> None:

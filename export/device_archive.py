@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from moedge import MoEdgeError, __version__
-from moedge._files import atomic_dir, digest, hash_tree, link_or_copy, write_json
+from moedge._files import atomic_dir, digest, hash_tree, link_or_copy, partial_of, write_json
 from moedge.configs.devices import Device
 from moedge.export.bundle import MODEL, Bundle, copy_companions, open_bundle
 from moedge.export.lowering.tensorrt import HALF_LIMIT
@@ -115,13 +115,15 @@ def write(
         raise MoEdgeError(f"Output {out} is a file of {source}, which would be lost; choose another output path.")
     out.parent.mkdir(parents=True, exist_ok=True)
     report = progress or (lambda *_: None)
-    work = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    work = partial_of(out)
     try:
         work.mkdir()
         report("exporting", 0, 3)
         version = tensorrt or device.tensorrt
         assert version is not None, "a profile with the target tensorrt names its version"
-        graph, reference = _bundles(source, work / "bundles", label or source.name, version, experts)
+        graph, reference = _bundles(
+            source, work / "bundles", label or source.name or source.resolve().name, version, experts
+        )
         label, model = label or graph.manifest["label"], graph.manifest["model"]
         longest = max_length or min(2048, model["max_position_embeddings"])
         profiles = {"max_length": longest, "max_prompt": max_prompt or max(2, longest // 2), "batch": batch}

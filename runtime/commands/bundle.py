@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from rich.console import Console
@@ -59,6 +60,8 @@ def bundle(
     console.print(escape(f"For TensorRT {manifest['tensorrt']}: experts as {form}"), soft_wrap=True)
     folder = f"moedge-{device.name}"
     console.print(
-        escape(f"On the device: tar xf {out.name} && cd {folder} && python3 build_engine.py && python3 verify.py"),
+        escape(
+            f"On the device: tar xf {shlex.quote(out.name)} && cd {folder} && python3 build_engine.py && python3 verify.py"
+        ),
         soft_wrap=True,
     )

@@ -68,7 +68,7 @@ def export(
             checkpoint,
             partial,
             wanted,
-            label=label or checkpoint.name,
+            label=label or checkpoint.name or checkpoint.resolve().name,  # no name: the working folder
             max_length=max_length,
             tensorrt=tensorrt,
             experts=experts,

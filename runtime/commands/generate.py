@@ -18,6 +18,16 @@ MODELS = ("moe", "dense")
 TARGETS = ("ort-cpu", "ort-cpu-int8", "ort-cpu-int4", "portable", "torch")
 
 
+def _given(prompt: str) -> str:
+    """The prompt, or stdin for ``-``. An argument that is not UTF-8 comes with surrogates, which no tokenizer takes."""
+    try:
+        text = sys.stdin.buffer.read().decode() if prompt == "-" else prompt
+        text.encode()
+    except UnicodeError as error:
+        raise MoEdgeError("The prompt is not UTF-8 text; convert it, for example with iconv.") from error
+    return text
+
+
 def generate(
     path: Path,
     prompt: str,
@@ -37,7 +47,7 @@ def generate(
         if value not in known:
             raise MoEdgeError(f"{option} {value}: unknown; choose {' or '.join(known)}.")
     folder = run_folder.pick(path, model=which, target=target) if run_folder.is_run(path) else path
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _given(prompt)
     tokenizer = Tokenizer(folder)
     request: str | list[Message] = [{"role": "user", "content": text}] if chat else text
     engine = open_engine(folder, threads=threads, pytorch=pytorch, last_logits=True)

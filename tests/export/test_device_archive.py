@@ -5,6 +5,7 @@ TensorRT's: ONNX Runtime on the very file that TensorRT would build. What is tes
 """
 
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from moedge import MoEdgeError
+from moedge._files import partial_of
 from moedge.configs import devices
 from moedge.export import device_archive
 from moedge.export.bundle import open_bundle
@@ -263,6 +265,17 @@ def test_what_cannot_be_packed_is_refused(source, tmp_path):
     with pytest.raises(MoEdgeError, match="no version of TensorRT"):
         device_archive.write(source, tmp_path / "y.tar", devices.load("jetson-agx-orin"), tensorrt="new")
     assert not list(tmp_path.glob(".*"))
+
+
+def test_what_a_killed_process_left_is_deleted(source, tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = partial_of(tmp_path / "x.tar")
+    left = left.with_name(left.name.replace(f".{os.getpid()}.", f".{dead.pid}."))
+    (left / "content").mkdir(parents=True)
+    with pytest.raises(MoEdgeError, match="no version of TensorRT"):
+        device_archive.write(source, tmp_path / "x.tar", devices.load("jetson-agx-orin"), tensorrt="new")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 
 from moedge import MoEdgeError
 from moedge.export import bundle
+from moedge.export.lowering import onnxruntime as ort_cpu
 from moedge.export.lowering import ort_moe, selftest
 from moedge.export.lowering.graph import values_by_name
 from moedge.export.pipeline import export
@@ -114,6 +115,21 @@ def test_lowering_fuses_every_layer_and_records_an_executed_test(bundles):
     kinds = [node.op_type for node in graph.node]
     assert kinds.count("MoE") == kinds.count("GroupQueryAttention") == 2
     assert not [node for node in graph.node if node.domain == "moedge"]
+
+
+def test_the_first_and_the_last_layer_are_executed(bundles, monkeypatch):
+    graph = ir.load(bundles["moe/portable"] / "model.onnx")
+    outputs = [str(node.outputs[0].name) for node in graph.graph if node.op_type == "SparseGLU"]
+    compare, tested = selftest.compare_ffn, []
+
+    def recorded(block, before, after, routed, *rest, **named):
+        tested.append(routed)
+        return compare(block, before, after, routed, *rest, **named)
+
+    monkeypatch.setattr(selftest, "compare_ffn", recorded)
+    ort_cpu.lower(graph, max_length=64)
+    assert len(set(outputs)) > 1
+    assert set(tested) == {outputs[0], outputs[-1]}
 
 
 def _mutated(bundles, monkeypatch, **patches):

@@ -257,6 +257,28 @@ def test_ctrl_c_exits_with_130_and_says_how_to_go_on(monkeypatch: pytest.MonkeyP
     assert "Resume with the same command" in result.stderr
 
 
+def test_sigterm_leaves_no_partial_folder(tmp_path: Path) -> None:
+    code = (
+        "import sys, time, pathlib\n"
+        "from moedge._files import atomic_dir\n"
+        "from moedge.runtime import cli\n"
+        "def app():\n"
+        "    with atomic_dir(pathlib.Path(sys.argv[1])):\n"
+        "        print('writing', flush=True)\n"
+        "        time.sleep(60)\n"
+        "cli.app = app\n"
+        "cli.main()\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "writing\n"
+        assert len(list(tmp_path.iterdir())) == 1
+        child.terminate()
+        assert child.wait(30) == 143
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device", "/x/model"), MemoryError()])
 def test_a_full_disk_or_memory_is_a_sentence(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     from moedge.runtime.commands import run

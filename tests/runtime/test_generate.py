@@ -14,8 +14,10 @@ import tokenizers.models
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from moedge import MoEdgeError
+from moedge.runtime.cli import app
 from moedge.runtime.engines import EngineInfo, Step, open_engine
 from moedge.runtime.generate import choose, generate
 from moedge.runtime.text import StopStrings, Tokenizer
@@ -123,6 +125,20 @@ def _byte_characters() -> list[str]:
 def test_an_unfinished_character_is_marked_at_the_end(tokenizer: Tokenizer) -> None:
     engine = Script([*tokenizer.encode("ok "), *tokenizer.encode("🙂")[:2], END])
     assert generate(engine, tokenizer, "x").text == "ok \ufffd"
+
+
+@pytest.mark.parametrize("argument", ["-", b"caf\xe9".decode("utf-8", "surrogateescape")])
+def test_a_prompt_that_is_not_utf8_is_one_sentence(argument: str, toy_bundles: dict[str, Path]) -> None:
+    command = ["generate", str(toy_bundles["concat"]), argument, "--max-new-tokens", "2"]
+    result = CliRunner().invoke(app, command, input=b"caf\xe9")
+    assert (result.exit_code, "error: The prompt is not UTF-8 text" in result.stderr) == (2, True), result.output
+
+
+def test_a_prompt_from_stdin(toy_bundles: dict[str, Path]) -> None:
+    command = ["generate", str(toy_bundles["concat"]), "-", "--max-new-tokens", "2"]
+    result = CliRunner().invoke(app, command, input="café".encode())
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("café")
 
 
 @pytest.mark.parametrize("eos", [298, 299])
