@@ -94,12 +94,13 @@ def refusal(model: PreTrainedModel) -> str | None:
             f"a converted model of type {family!r} has no stock equivalent; supported: {', '.join(FAMILIES)}. "
             "Serve it with `moedge export` or with transformers after `import moedge.convert.modeling`"
         )
+    routed = any(ffn.num_experts for ffn in ffns)  # else it becomes a model of its own family
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if window and window < config.max_position_embeddings:
+    if routed and window and window < config.max_position_embeddings:
         return f"Glm4Moe has no sliding window, the model has one of {window}; choose a model without"
     for index, layer in enumerate(model.model.layers):
         bias = getattr(layer.self_attn.o_proj, "bias", None)
-        if bias is not None and bool(bias.any()):
+        if routed and bias is not None and bool(bias.any()):
             return f"layer {index} has a bias on its attention output, which Glm4Moe lacks; choose a model without"
     routed = any(ffn.num_experts for ffn in ffns)
     for ffn in ffns:

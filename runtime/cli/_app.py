@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import functools
+import os
+import re
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -21,8 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
-"""Causes of an OSError that lie with the machine, not with this program: they get a sentence, not a traceback."""
+_OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
+"""Causes of an error that lie with the machine, not with this program: they get a sentence, not a traceback."""
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -70,16 +72,16 @@ def command(name: str, panel: str) -> Callable[[Callable[..., int | None]], Call
             except KeyboardInterrupt:
                 _say_error("Interrupted; nothing half-written is left. Resume with the same command.")
                 raise typer.Exit(INTERRUPTED) from None
-            except OSError as error:
-                if error.errno not in _OUTSIDE:
-                    raise
-                where = f" ({error.filename})" if error.filename else ""
-                _say_error(
-                    f"{error.strerror}{where}; nothing half-written is left. Make room or choose another folder."
-                )
-                raise typer.Exit(MoEdgeError.exit_code) from None
             except MemoryError:
                 _say_error("Out of memory; close other programs, or lower the batch sizes and windows.")
+                raise typer.Exit(MoEdgeError.exit_code) from None
+            except Exception as error:
+                number = _system_error(error)
+                if number not in _OUTSIDE:
+                    raise
+                where = f" ({name})" if (name := getattr(error, "filename", None)) else ""
+                said = os.strerror(number)
+                _say_error(f"{said}{where}; nothing half-written is left. Make room or choose another folder.")
                 raise typer.Exit(MoEdgeError.exit_code) from None
             if code:
                 raise typer.Exit(code)
@@ -88,6 +90,19 @@ def command(name: str, panel: str) -> Callable[[Callable[..., int | None]], Call
         return guarded
 
     return register
+
+
+def _system_error(error: Exception) -> int:
+    """The system's number of an error, 0 where it has none.
+
+    Libraries in Rust (safetensors) put it into the text; numpy's ``tofile`` says only that the file ended early.
+    """
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    if isinstance(error, OSError) and re.fullmatch(r"\d+ requested and \d+ written", str(error)):
+        return errno.ENOSPC
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else 0
 
 
 def _say_error(message: str) -> None:

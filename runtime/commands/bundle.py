@@ -58,10 +58,6 @@ def bundle(
     forms = {"plugins": "plugins", "native": "TensorRT's own MoE layer"}
     form = forms.get(manifest["experts"], "standard operators")
     console.print(escape(f"For TensorRT {manifest['tensorrt']}: experts as {form}"), soft_wrap=True)
-    folder = f"moedge-{device.name}"
-    console.print(
-        escape(
-            f"On the device: tar xf {shlex.quote(out.name)} && cd {folder} && python3 build_engine.py && python3 verify.py"
-        ),
-        soft_wrap=True,
-    )
+    unpack = f"tar xf {shlex.quote(out.name)} && cd moedge-{device.name}"
+    said = f"On the device: {unpack} && python3 build_engine.py && python3 verify.py"
+    console.print(escape(said), soft_wrap=True)

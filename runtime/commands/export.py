@@ -12,7 +12,7 @@ from moedge import MoEdgeError
 from moedge._files import atomic_dir, digest, link_or_copy
 from moedge.configs.recipe import TARGETS as DEFAULT
 from moedge.export.lowering import check_targets
-from moedge.runtime import run_folder
+from moedge.runtime import held_out, run_folder
 from moedge.runtime.commands.sizes import size_table
 from moedge.runtime.commands.tokens import token_windows
 from moedge.runtime.progress import single
@@ -42,6 +42,9 @@ def export(
         raise MoEdgeError(f"--experts {experts} is for target {' or '.join(takes)}, not among {', '.join(wanted)}.")
     if not (checkpoint / "config.json").is_file():
         raise MoEdgeError(f"{checkpoint} is not a checkpoint folder: it has no config.json.")
+    if max_length is not None:
+        config = run_folder.read_json(checkpoint / "config.json", "download or save the model again")
+        held_out.check_positions(config.get("max_position_embeddings"), max_length, "--max-length")
     there = _bundles(out)
     if not force and (taken := sorted(set(there) & {*(targets or DEFAULT)})):
         raise MoEdgeError(f"Output folder {out / taken[0]} already exists; pass --force to replace it.")

@@ -40,6 +40,12 @@ def test_another_target_joins_the_bundles_that_are_there(out: Path, checkpoints:
     assert open_bundle(out / "openvino").manifest["parent"] == open_bundle(out / "portable").sha256
 
 
+def test_more_tokens_than_the_model_has_positions_are_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    result = moedge("export", checkpoints["moe"], tmp_path / "out", "--max-length", 257)
+    assert (result.exit_code, "--max-length 257 is beyond the model's 256" in result.stderr) == (2, True), result.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_inspect_shows_the_self_tests_and_files_of_a_bundle(bundles: dict[str, Path]) -> None:
     manifest = open_bundle(bundles["moe/ort-cpu"]).manifest
     facts = json.loads(moedge("inspect", bundles["moe/ort-cpu"], "--json").stdout)

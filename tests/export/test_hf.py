@@ -179,11 +179,17 @@ def test_a_wrong_checkpoint_is_not_written(
     assert [path.name for path in tmp_path.iterdir()] == ["moe"]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [("llama", {}), ("qwen3", {}), ("llama", {"attention_bias": True}), ("mistral", {"sliding_window": 8})],
+)
 def test_static_plans_are_narrower_dense_checkpoints(
-    family: str, tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path
+    family: str, more: dict[str, Any], tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
-    model = tiny_model(family)
+    model = tiny_model(family, **more)
+    for name, parameter in model.named_parameters():
+        if name.endswith("o_proj.bias"):
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
     want = saved(mlpmoe.plan(None, model, branches=8, p_max=0.5, keep=6), model, tiny_tokenizer, tmp_path / "moe")
     record = hf.export_hf(tmp_path / "moe", tmp_path / "stock", IDS)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "stock", dtype=torch.float32)

@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 from moedge._files import hash_tree, write_json
@@ -279,8 +280,19 @@ def test_sigterm_leaves_no_partial_folder(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device", "/x/model"), MemoryError()])
-def test_a_full_disk_or_memory_is_a_sentence(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/x/model"), "No space left on device (/x/model);"),
+        (
+            SafetensorError("Error while serializing: I/O error: No space left (os error 28)"),
+            "No space left on device;",
+        ),
+        (OSError("8192 requested and 4600 written"), "No space left on device;"),
+        (MemoryError(), "Out of memory"),
+    ],
+)
+def test_a_full_disk_or_memory_is_a_sentence(monkeypatch: pytest.MonkeyPatch, error: Exception, said: str) -> None:
     from moedge.runtime.commands import run
 
     def fail(*_: Any, **__: Any) -> None:
@@ -290,7 +302,18 @@ def test_a_full_disk_or_memory_is_a_sentence(monkeypatch: pytest.MonkeyPatch, er
     result = moedge("run", "smollm2-135m", "--out", "/tmp/never-made")
     assert result.exit_code == 2
     assert len(result.stderr.strip().splitlines()) == 2, "what runs where, and one error line"
-    assert "No space left on device (/x/model)" in result.stderr or "Out of memory" in result.stderr
+    assert f"error: {said}" in result.stderr
+
+
+def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moedge.runtime.commands import run
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError("a mistake of ours")
+
+    monkeypatch.setattr(run, "execute", fail)
+    with pytest.raises(ValueError, match="a mistake of ours"):
+        moedge("run", "smollm2-135m", "--out", "/tmp/never-made")
 
 
 def test_estimate_counts_the_parameters_of_the_default_model() -> None:
