@@ -78,8 +78,8 @@ def atomic_dir(path: Path, *, force: bool = False, inputs: Iterable[Path | str] 
         inputs: what the output is made from; see :func:`spare`.
 
     Raises:
-        MoEdgeError: ``path`` exists and ``force`` is not given, its parent cannot be written, or replacing it would
-            delete an input, the working folder or the home folder.
+        MoEdgeError: ``path`` exists, at the start or in the end, and ``force`` is not given, its parent cannot be
+            written, or replacing it would delete an input, the working folder or the home folder.
     """
     spare(path, inputs)
     if path.is_symlink() or (path.exists() and not path.is_dir()):
@@ -98,6 +98,10 @@ def atomic_dir(path: Path, *, force: bool = False, inputs: Iterable[Path | str] 
         yield partial
         replaced = path.with_name(f".{path.name}.{os.getpid()}.replaced")
         if path.exists():
+            if any(path.iterdir()) and not force:
+                raise MoEdgeError(
+                    f"Output folder {path} was written by another process meanwhile; nothing was changed."
+                )
             os.replace(path, replaced)
         os.replace(partial, path)
         shutil.rmtree(replaced, ignore_errors=True)

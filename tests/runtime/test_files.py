@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,18 @@ def test_force_never_replaces_an_input(tmp_path: Path, out: str) -> None:
     with pytest.raises(MoEdgeError), atomic_dir(tmp_path / out, force=True, inputs=[str(model), "org/name"]):
         pytest.fail("the block ran")
     assert (model / "file").read_text() == "old"
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_another_process_wrote_meanwhile_is_kept_unless_forced(tmp_path: Path, force: bool) -> None:
+    expected: AbstractContextManager[object] = (
+        nullcontext() if force else pytest.raises(MoEdgeError, match="by another process meanwhile")
+    )
+    with expected, atomic_dir(tmp_path / "out", force=force) as partial:
+        (partial / "file").write_text("second")
+        folder(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "file").read_text() == ("second" if force else "old")
 
 
 def test_force_never_replaces_the_working_or_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
