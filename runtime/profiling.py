@@ -188,6 +188,10 @@ def group_nodes(graph: Any) -> dict[str, str]:
     if not norms:
         return {}
     maker = {output: node for node in nodes for output in node.output if output}
+    readers: dict[str, list[Any]] = defaultdict(list)
+    for node in nodes:
+        for name in node.input:
+            readers[name].append(node)
     behind: set[str] = set()  # nodes that some norm feeds; the graph is in topological order
     for node in nodes:
         sources = [maker[name] for name in node.input if name in maker]
@@ -221,14 +225,24 @@ def group_nodes(graph: Any) -> dict[str, str]:
             groups[node.name] = "norms"
         else:
             groups[node.name] = kind.get(find(node.name), "dense FFN") if node.name in root else "input"
+    routing: list[Any] = []  # nodes that say which experts, with which weights
     for node in nodes:
         if node.op_type in _EXPERTS:
             groups[node.name] = "experts"
-            # The first input is the tokens; the others that are computed say which experts, with which weights.
-            stack = [maker[name] for name in node.input[1:] if name in maker]
-            while stack:
-                source = stack.pop()
-                if groups[source.name] == "dense FFN":
-                    groups[source.name] = "router"
-                    stack.extend(maker[name] for name in source.input if name in maker)
+            routing += [maker[name] for name in node.input[1:] if name in maker]  # the first input is the tokens
+        elif node.op_type == "NonZero" and groups[node.name] == "dense FFN":
+            # An expert's own products: from the tokens that chose it to the sum of its rows into the output.
+            inside = [node]
+            while inside:
+                part = inside.pop()
+                if groups[part.name] == "dense FFN":
+                    groups[part.name] = "experts"
+                    if part.op_type != "ScatterND":
+                        inside += [reader for output in part.output for reader in readers.get(output, [])]
+            routing += [maker[name] for name in node.input if name in maker]
+    while routing:
+        source = routing.pop()
+        if groups[source.name] == "dense FFN":
+            groups[source.name] = "router"
+            routing += [maker[name] for name in source.input if name in maker]
     return groups

@@ -29,7 +29,7 @@ class Builder:
 
     def initializer(self, name: str, array: np.ndarray) -> ir.Value:
         """Add ``array`` to the graph's weights under ``name`` and return its value."""
-        array = np.ascontiguousarray(array)
+        array = np.asarray(array, order="C")  # not ascontiguousarray, which gives a scalar a dimension
         value = ir.Value(
             name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
             const_value=ir.tensor(array, name=name),

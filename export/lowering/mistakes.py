@@ -42,8 +42,13 @@ class FFN:
             if node.outputs[0].name == routed:
                 adds = [use.node for use in node.outputs[0].uses() if use.node.op_type == "Add"]
                 output = adds[0].outputs[0] if adds else node.outputs[0]
-                assert node.inputs[0] is not None
-                return cls(node, str(node.inputs[0].name), str(output.name))
+                x = node.inputs[0]
+                assert x is not None
+                pad = x.producer()
+                if array_of(node.inputs[3]).shape[2] != array_of(node.inputs[5]).shape[1] and pad is not None:
+                    x = pad.inputs[0]  # experts with biases read a further input, 1; the router does not
+                assert x is not None
+                return cls(node, str(x.name), str(output.name))
         raise MoEdgeError(f"The graph has no SparseGLU with output {routed!r}.")
 
 
@@ -77,6 +82,19 @@ class _Run:
 
 def _silu(x: np.ndarray) -> np.ndarray:
     return x / (1 + np.exp(-x))
+
+
+def _gelu(x: np.ndarray) -> np.ndarray:
+    from scipy.special import ndtr
+
+    return np.asarray(x * ndtr(x))
+
+
+def _gelu_tanh(x: np.ndarray) -> np.ndarray:
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+_ACTIVATIONS = {"silu": _silu, "gelu": _gelu, "gelu_tanh": _gelu_tanh}
 
 
 def _softmax(x: np.ndarray) -> np.ndarray:
@@ -306,17 +324,22 @@ def _observe(before: ir.Model, ffn: FFN, x: np.ndarray) -> _Run:
     assert route.inputs[0] is not None
     scores, indices, weights, routed = route.inputs[0], node.inputs[1], node.inputs[2], node.outputs[0]
     output = values_by_name(before)[ffn.output]
-    part = cut(before, [scores, indices, weights, routed, output], lambda value: value.name == ffn.x)
+    tokens = node.inputs[0]
+    assert tokens is not None
+    wanted = [scores, indices, weights, routed, output]
+    wanted += [tokens] if tokens.name != ffn.x else []
+    part = cut(before, wanted, lambda value: value.name == ffn.x)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
     values = session.run(None, {ffn.x: x})
-    score, index, weight, expert, whole = (np.asarray(value, np.float64) for value in values)
+    score, index, weight, expert, whole, *padded = (np.asarray(value, np.float64) for value in values)
+    x = padded[0] if padded else x
     gate, up, down = (array_of(node.inputs[position]).astype(np.float64) for position in (3, 4, 5))
     compensation = array_of(node.inputs[6]).astype(np.float64) if len(node.inputs) > 6 else None
     shared = whole.reshape(expert.shape) - expert if ffn.output != str(routed.name) else np.zeros_like(expert)
     return _Run(
         x.reshape(-1, x.shape[-1]).astype(np.float64), score, array_of(route.inputs[1]).astype(np.float64),
         index.astype(np.int64), weight, shared, gate, up, down, compensation,
-        route.attributes["rule"].as_string(), _silu,
+        route.attributes["rule"].as_string(), _ACTIVATIONS[node.attributes["activation"].as_string()],
     )  # fmt: skip

@@ -21,6 +21,7 @@ from moedge.export.lowering import (
     ort_attention,
     ort_matmul,
     ort_moe,
+    ort_products,
     portable,
     selftest,
     weights,
@@ -57,7 +58,7 @@ def lower(model: ir.Model, *, max_length: int) -> Lowered:
             activations={node.attributes["activation"].as_string() for node in experts},
             smallest_weight=smallest_weight(before),
         )
-        rewrites.append(fuse_experts(model, before, illegal, taps))
+        rewrites += _lower_experts(model, before, illegal, taps)
         taps = taps or portable.taps(model)
     rewrites.append(
         apply(
@@ -104,21 +105,45 @@ def _dtype(model: ir.Model) -> str:
     return "float32" if dtype in (ir.DataType.FLOAT, ir.DataType.INT64) else str(dtype.name).lower()
 
 
+_KERNEL = "Route + SparseGLU -> MoE"
+_PRODUCTS = "SparseGLU -> products of each expert"
+
+
+def _lower_experts(
+    model: ir.Model, before: ir.Model, illegal: str | None, taps: dict[int, dict[str, object]]
+) -> list[Rewrite]:
+    """Rewrite the experts in the form that is faster, or in the one that is possible."""
+    if not illegal and ort_products.preferred(before):
+        illegal = "products of each expert are faster where experts are few and wide"
+    kernel = fuse_experts(model, before, illegal, taps)
+    if kernel.status == "applied":
+        return [kernel]
+    if reason := ort_products.illegal(before):
+        return [kernel, Rewrite(_PRODUCTS, 0, "refused", reason)]
+    count, found = ort_products.fuse(model)
+    taps.update({layer: vars(tap) for layer, tap in found.items()})
+    return [kernel, Rewrite(_PRODUCTS, count, "applied", self_test=_test_experts(_PRODUCTS, before, model))]
+
+
 def fuse_experts(model: ir.Model, before: ir.Model, illegal: str | None, taps: dict[int, dict[str, object]]) -> Rewrite:
-    """Rewrite the experts and execute the first and the last whole FFN: shared expert and router included."""
-    name = "Route + SparseGLU -> MoE"
+    """Rewrite the experts as ``MoE``; taps of the layers that hold routed experts are added to ``taps``."""
     if illegal:
-        return Rewrite(name, 0, "refused", illegal)
-    outputs = [str(node.outputs[0].name) for node in nodes_of(before, "SparseGLU")]
+        return Rewrite(_KERNEL, 0, "refused", illegal)
     count, reason, found = ort_moe.fuse(model)
     if not count:
-        return Rewrite(name, 0, "refused", reason)
+        return Rewrite(_KERNEL, 0, "refused", reason)
     taps.update({layer: vars(tap) for layer, tap in found.items()})
+    return Rewrite(_KERNEL, count, "applied", self_test=_test_experts(_KERNEL, before, model))
+
+
+def _test_experts(name: str, before: ir.Model, model: ir.Model) -> dict[str, object]:
+    """Execute the first and the last whole FFN, shared expert and router included, beside what it replaced."""
+    outputs = [str(node.outputs[0].name) for node in nodes_of(before, "SparseGLU")]
     limit = block_limit(before)
     tests = [selftest.compare_ffn(name, before, model, routed, limit) for routed in {outputs[0], outputs[-1]}]
     worst = max(tests, key=lambda test: (not test.passed, test.max_rel_error))
     _judge(worst)
-    return Rewrite(name, count, "applied", self_test=worst.to_json())
+    return worst.to_json()
 
 
 def _judge(test: selftest.SelfTest) -> None:

@@ -148,6 +148,16 @@ def zeros_at_top_k(
     builder: Builder, route: ir.Node, layer: int, top_k: int, num_experts: int
 ) -> tuple[ir.Value, ir.Value]:
     """Return the selected experts int64 [T, k] and logits [T, E] that are 0 there and UNSELECTED elsewhere."""
+    chosen, zeros = selection(builder, route, layer, top_k)
+    floor = by_token(builder, f"router.floor.{num_experts}", num_experts, UNSELECTED)
+    return chosen, builder.node("ScatterElements", [floor, chosen, zeros], attributes={"axis": 1})
+
+
+def selection(builder: Builder, route: ir.Node, layer: int, top_k: int) -> tuple[ir.Value, ir.Value]:
+    """Let a TopK select instead of a Route with unit weights; return the experts int64 [T, k] and zeros [T, k].
+
+    Its k is an initializer of the layer, so that a check with another k (every expert: the dense model) can set it.
+    """
     scores, bias = route.inputs[:2]
     assert scores is not None
     if array_of(bias).any():
@@ -167,22 +177,17 @@ def zeros_at_top_k(
             )
             for use in others:
                 use.node.replace_input_with(use.idx, new)
-    floor = _floor(builder, num_experts)
-    return chosen, builder.node("ScatterElements", [floor, chosen, zeros], attributes={"axis": 1})
+    return chosen, zeros
 
 
-def _floor(builder: Builder, num_experts: int) -> ir.Value:
-    """Return UNSELECTED as [T, E], computed once for the whole graph."""
-    name = f"router.floor.{num_experts}"
+def by_token(builder: Builder, name: str, columns: int, fill: float) -> ir.Value:
+    """Return ``fill`` as [T, columns] at the top of the graph, made once a ``name`` (T: the number of fed tokens)."""
     existing = values_by_name(builder.model).get(name)
-    return existing if existing is not None else by_token(builder, name, num_experts, UNSELECTED)
-
-
-def by_token(builder: Builder, name: str, num_experts: int, fill: float) -> ir.Value:
-    """Return ``fill`` as [T, E] at the top of the graph, called ``name`` (T is the number of fed tokens)."""
+    if existing is not None:
+        return existing
     top = Builder(builder.model, before=builder.graph[0])
     tokens = top.node("Reshape", [top.node("Size", [top.graph_input("input_ids")]), constant_of(top, [1])])
-    shape = top.node("Concat", [tokens, constant_of(top, [num_experts])], attributes={"axis": 0})
+    shape = top.node("Concat", [tokens, constant_of(top, [columns])], attributes={"axis": 0})
     value = top.node("ConstantOfShape", [shape], attributes={"value": ir.tensor(np.array([fill], np.float32))})
     value.name = name
     return value

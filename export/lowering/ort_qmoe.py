@@ -30,7 +30,7 @@ import numpy as np
 import onnx_ir as ir
 
 from moedge.export.lowering import ort_moe
-from moedge.export.lowering.graph import Builder, array_of, constant_of, remove_unused, values_by_name
+from moedge.export.lowering.graph import Builder, array_of, constant_of, remove_unused
 from moedge.export.lowering.ort_moe import Tap
 from moedge.export.lowering.ort_nbits import INT8_ACTIVATIONS, initializers
 from moedge.export.nodes import layer_of, nodes_of
@@ -142,19 +142,12 @@ def _selection(
     if rule == "normalised":
         return probs, scores, 1
     if rule == "unit":
-        return probs, _ones(builder, experts), 0
+        return probs, ort_moe.by_token(builder, f"router.ones.{experts}", experts, 1.0), 0
     share = builder.node("Softmax", [scores], attributes={"axis": -1})
     if rule == "probability":
         return probs, share, 0
     one = constant_of(builder, 1.0, np.float32)
     return probs, builder.node("Add", [builder.node("Mul", [share, route.inputs[2]]), one]), 0
-
-
-def _ones(builder: Builder, experts: int) -> ir.Value:
-    """Return ones [T, E], computed once for the whole graph (T is the number of fed tokens)."""
-    name = f"router.ones.{experts}"
-    existing = values_by_name(builder.model).get(name)
-    return existing if existing is not None else ort_moe.by_token(builder, name, experts, 1.0)
 
 
 def _adapter(

@@ -167,7 +167,7 @@ def _set_top_k(model: Any, path: Path, manifest: dict[str, Any], top_k: int) -> 
     """Set k of every routed layer to ``top_k``, or to the layer's number of experts where that is less.
 
     k stands in attributes: ``top_k`` of ``moedge::Route`` and ``k`` of ``com.microsoft::MoE`` and ``QMoE``. Where the
-    lowering has replaced Route (unit weights, export/lowering/ort_moe.py) it also stands in two initializers of the
+    lowering has replaced Route (unit weights, export/lowering/ort_moe.py) it also stands in initializers of the
     layer.
     """
     import numpy as np
@@ -201,8 +201,8 @@ def _set_top_k(model: Any, path: Path, manifest: dict[str, Any], top_k: int) -> 
     for layer, count in zip(layers, counts, strict=True):
         if f"layers.{layer}.router.top_k" in named:
             for name, new in (("top_k", np.array([count], np.int64)), ("weight_sum", np.array(count, np.float32))):
-                tensor = named[f"layers.{layer}.router.{name}"]
-                tensor.CopyFrom(numpy_helper.from_array(new, tensor.name))
+                if tensor := named.get(f"layers.{layer}.router.{name}"):
+                    tensor.CopyFrom(numpy_helper.from_array(new, tensor.name))
             routed.add(layer)
     if not layers or routed != set(layers):
         raise MoEdgeError(f"{path}: top_k cannot be set, the graph does not show where its layers choose experts.")

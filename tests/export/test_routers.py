@@ -14,8 +14,8 @@ from moedge import MoEdgeError
 from moedge.convert import adapters, modeling
 from moedge.convert.plan import LayerPlan, MoEPlan, RouterPlan
 from moedge.export.bundle import open_bundle
-from moedge.export.lowering import tensorrt
-from moedge.export.pipeline import export
+from moedge.export.lowering import ort_products, tensorrt
+from moedge.export.pipeline import export, lower
 from moedge.runtime.engines import open_engine
 from moedge.runtime.engines.onnxruntime import OrtEngine
 from moedge.runtime.engines.torch import TorchEngine
@@ -106,7 +106,7 @@ QUICK = ("sigmoid with selection bias (DeepSeek-V3)", "unequal widths, nothing s
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in FORMS])
 def test_a_router_is_exported_lowered_and_matched(
-    name: str, tiny_llama: Any, tiny_tokenizer: Any, tmp_path: Path
+    name: str, tiny_llama: Any, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     form, model = FORMS[name], tiny_llama(layers=1, hidden=HIDDEN, width=WIDTH)
     plan = make_plan(form, model)
@@ -116,6 +116,12 @@ def test_a_router_is_exported_lowered_and_matched(
     reference = TorchEngine(tmp_path / "moe", taps=True)
     for target in ("portable", "ort-cpu"):
         check(OrtEngine(made[target], taps=True), reference, FLOAT)
+    if form.widths:
+        monkeypatch.setattr(ort_products, "SMALLEST_EXPERT", 1)
+        (tmp_path / "products").mkdir()
+        lower("ort-cpu", made["portable"], tmp_path / "products")
+        check(OrtEngine(tmp_path / "products", taps=True), reference, FLOAT)
+        assert applied(tmp_path / "products")["SparseGLU -> products of each expert"]
     for target in ("tensorrt", "tensorrt-rtx"):
         check(open_engine(made[target], taps=True), reference, HALF)
     for bits in (4, 8):
