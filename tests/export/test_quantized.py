@@ -321,8 +321,11 @@ def test_a_dropped_router_scale_and_bias_are_named(bundles, monkeypatch):
     monkeypatch.setattr(ort_qmoe, "_selection", unscaled)
     test = Block(bundles["moe/portable"], rule="scaled").lower().test()
     assert test.looks_like == ("the scale of the router is dropped (1 + softmax)",)
-    ones = ort_qmoe._ones
-    monkeypatch.setattr(ort_qmoe, "_selection", lambda b, route, *_: (route.inputs[0], ones(b, EXPERTS), 0))
+    monkeypatch.setattr(
+        ort_qmoe,
+        "_selection",
+        lambda b, route, *_: (route.inputs[0], ort_moe.by_token(b, "ones", EXPERTS, 1.0), 0),
+    )
     test = Block(bundles["moe/portable"], bias=True).lower().test()
     assert test.looks_like == ("the selection bias is ignored",)
 
