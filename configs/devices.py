@@ -19,6 +19,10 @@ RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 """What TensorRT for RTX 1.7 builds engines for (its ComputeCapability enumeration)."""
 
 
+BFLOAT16 = 8.0
+"""The first compute capability with bfloat16 (Ampere)."""
+
+
 class Device(BaseModel):
     """One device. ``targets`` are the TensorRT targets that its engines may have, best first."""
 
@@ -70,6 +74,16 @@ def load(device: str) -> Device:
 def family(target: str) -> str:
     """The runtime of a target: that of a quantised one without its bits."""
     return target.partition("-int")[0]
+
+
+def half_refusal(dtype: str, device: Device) -> str | None:
+    """Return why a device cannot run an engine of a half-precision type, or None."""
+    if dtype != "bfloat16" or float(device.compute_capability) >= BFLOAT16:
+        return None
+    return (
+        f"{device.label} ({device.sm}) has no bfloat16, GPUs from SM{BFLOAT16 * 10:.0f} on have; export with --dtype "
+        "float16."
+    )
 
 
 def refusal(target: str, device: Device) -> str | None:

@@ -75,13 +75,18 @@ class Tolerances(BaseModel):
     schema_: Literal["moedge.tolerances/1"] = Field(alias="schema")
     profiles: dict[str, Profile]
 
-    def profile(self, dtype: str, target: str) -> Profile:
+    def profile(self, dtype: str, target: str, graph: str = "") -> Profile:
         """Return the limits for weights of ``dtype`` on ``target``.
+
+        Args:
+            dtype: of the checkpoint's weights: the first half of a profile's name.
+            target: of the bundle: the second half.
+            graph: type that the bundle's graph states: in bfloat16 a target's profile ends in ``-bf16``.
 
         Raises:
             MoEdgeError: the file has no such profile.
         """
-        key = f"{dtype}/{target}"
+        key = f"{dtype}/{target}{'-bf16' if graph == 'bfloat16' else ''}"
         if key not in self.profiles:
             raise MoEdgeError(f"No tolerance profile {key!r}; known: {', '.join(sorted(self.profiles))}.")
         return self.profiles[key]

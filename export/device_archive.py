@@ -19,9 +19,10 @@ import numpy as np
 
 from moedge import MoEdgeError, __version__
 from moedge._files import atomic_dir, digest, hash_tree, link_or_copy, partial_of, write_json
+from moedge.configs import devices
 from moedge.configs.devices import Device
 from moedge.export.bundle import MODEL, Bundle, copy_companions, open_bundle
-from moedge.export.lowering.tensorrt import HALF_LIMIT
+from moedge.export.lowering.tensorrt import block_limit
 from moedge.export.plugins import Request, compile_library
 from moedge.runtime.device import moedge_trt
 from moedge.runtime.device.moedge_plugins import FOLDER
@@ -44,20 +45,21 @@ FORMAT = tarfile.GNU_FORMAT
 Progress = Callable[[str, int, int], None]
 
 
-def limits() -> dict[str, float]:
+def limits(dtype: str = "float16") -> dict[str, float]:
     """What the engine may differ from the recorded float32 answers.
 
-    ``median_rel_error``: max|a-b| / max|a| of a token's logits. Each block may be off by HALF_LIMIT of its own output;
+    ``median_rel_error``: max|a-b| / max|a| of a token's logits. Each block may be off by ``block_limit`` of its output;
     blocks add to one residual stream of which each is a small part, so the sum stays of that size.
     ``near_tie_margin``: two logits that each move by that much can change places. ``mean_kl``: half the variance of the
     logit error, with logits up to 40 and an error of a third of its maximum (the maximum is over the vocabulary).
-    ``expert_set_agreement``: the router is float32 but reads a stream that is HALF_LIMIT off; scores closer than that
-    change places.
+    ``expert_set_agreement``: the router is float32 but reads a stream that is ``block_limit`` off; scores closer than
+    that change places.
     """
+    limit = block_limit(dtype)
     return {
-        "median_rel_error": HALF_LIMIT,
-        "near_tie_margin": 2 * HALF_LIMIT,
-        "mean_kl": 0.5 * (40 * HALF_LIMIT / 3) ** 2,
+        "median_rel_error": limit,
+        "near_tie_margin": 2 * limit,
+        "mean_kl": 0.5 * (40 * limit / 3) ** 2,
         "top1_agreement": 1.0,
         "expert_set_agreement": 0.95,
     }
@@ -71,6 +73,7 @@ def write(
     label: str | None = None,
     tensorrt: str | None = None,
     experts: str | None = None,
+    dtype: str | None = None,
     max_length: int | None = None,
     max_prompt: int | None = None,
     batch: int = 1,
@@ -88,6 +91,7 @@ def write(
         tensorrt: version of TensorRT on the device; that of its profile by default. It decides whether experts are
             plugins, whose kernels the archive then holds, or standard operators.
         experts: the form of the experts where it shall not be that; see ``lowering.trt_experts.choose``.
+        dtype: ``float16`` (the default) or ``bfloat16``.
         max_length: longest sequence of the engine; the model's, at most 2048, by default.
         max_prompt: most tokens of a prefill call; half of ``max_length`` by default.
         batch: most rows.
@@ -105,6 +109,8 @@ def write(
         raise MoEdgeError(
             f"{device.label} ({device.sm}) takes no TensorRT engine; export {device.targets[0]} and use `moedge build`."
         )
+    if reason := devices.half_refusal(dtype or "float16", device):
+        raise MoEdgeError(reason)
     if experts == "native" and (reason := moedge_trt.moe_refusal(device.label, device.compute_capability)):
         raise MoEdgeError(reason)
     if out.is_symlink() or (out.exists() and not out.is_file()):
@@ -121,9 +127,8 @@ def write(
         report("exporting", 0, 3)
         version = tensorrt or device.tensorrt
         assert version is not None, "a profile with the target tensorrt names its version"
-        graph, reference = _bundles(
-            source, work / "bundles", label or source.name or source.resolve().name, version, experts
-        )
+        name = label or source.name or source.resolve().name
+        graph, reference = _bundles(source, work / "bundles", name, version, experts, dtype)
         label, model = label or graph.manifest["label"], graph.manifest["model"]
         longest = max_length or min(2048, model["max_position_embeddings"])
         profiles = {"max_length": longest, "max_prompt": max_prompt or max(2, longest // 2), "batch": batch}
@@ -151,10 +156,11 @@ def write(
             **{key: graph.manifest[key] for key in ("kind", "model", "moe", "taps", "lowering")},
             **({"plugins": plugins} if plugins else {}),
             "experts": graph.manifest.get("experts"),
+            "dtype": graph.manifest["cache"]["dtype"],
             "device": device.model_dump(mode="json", by_alias=True),
             "tensorrt": version,
             "profiles": profiles,
-            "limits": limits(),
+            "limits": limits(graph.manifest["cache"]["dtype"]),
             "parent": graph.sha256,
             "versions": {"moedge": __version__},
             "content_sha256": digest(files),
@@ -184,21 +190,24 @@ def _check(graph: Bundle, device: Device, profiles: dict[str, int]) -> None:
     if profiles["max_length"] <= NEW_TOKENS:
         raise MoEdgeError(f"--max-length must be above {NEW_TOKENS}, the tokens of each answer that is recorded.")
     weights = sum(entry["size"] for name, entry in graph.manifest["files"].items() if name.endswith(".data"))
-    if reason := too_large(fit(model, weights, device, **profiles), device):
+    dtype = graph.manifest["cache"].get("dtype", "float16")
+    if reason := too_large(fit(model, weights, device, **profiles, dtype=dtype), device):
         raise MoEdgeError(reason)
 
 
-def _bundles(source: Path, scratch: Path, label: str, tensorrt: str, experts: str | None) -> tuple[Bundle, Bundle]:
+def _bundles(
+    source: Path, scratch: Path, label: str, tensorrt: str, experts: str | None, dtype: str | None
+) -> tuple[Bundle, Bundle]:
     """Return the graph for the device, lowered for its version of TensorRT, and the float32 graph."""
     from moedge.export import pipeline
 
     if (source / "portable" / "manifest.json").is_file():
         portable = open_bundle(source / "portable")
         with atomic_dir(scratch / "tensorrt") as partial:
-            pipeline.lower("tensorrt", portable.path, partial, tensorrt=tensorrt, experts=experts)
+            pipeline.lower("tensorrt", portable.path, partial, tensorrt=tensorrt, experts=experts, dtype=dtype)
     else:
         targets = ["portable", "tensorrt"]
-        pipeline.export(source, scratch, targets, label=label, tensorrt=tensorrt, experts=experts)
+        pipeline.export(source, scratch, targets, label=label, tensorrt=tensorrt, experts=experts, dtype=dtype)
         portable = open_bundle(scratch / "portable")
     return open_bundle(scratch / "tensorrt"), portable
 

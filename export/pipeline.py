@@ -15,7 +15,7 @@ import numpy as np
 from moedge import MoEdgeError, __version__
 from moedge._files import atomic_dir
 from moedge.export import bundle, loaders
-from moedge.export.lowering import TARGETS, Lowered, check_targets
+from moedge.export.lowering import HALF_TARGETS, TARGETS, Lowered, check_targets
 
 CALIBRATED = ("ort-cpu-int4", "tensorrt-rtx-int4")
 """Targets whose weights may be chosen on a text."""
@@ -32,6 +32,7 @@ def export(
     max_length: int | None = None,
     tensorrt: str | None = None,
     experts: str | None = None,
+    dtype: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
     calibration: np.ndarray | None = None,
@@ -48,6 +49,7 @@ def export(
         max_length: longest sequence (cache and rotary tables); the model's own maximum by default.
         tensorrt: version of TensorRT on the device that the bundle ``tensorrt`` is for; the newest by default.
         experts: form of the experts in the bundle ``tensorrt``, see ``lowering.trt_experts.choose``.
+        dtype: ``float16`` or ``bfloat16`` for the targets in :data:`lowering.HALF_TARGETS`; float16 by default.
         force: replace existing bundles.
         progress: see :data:`Progress`.
         calibration: int64 [N, L], text for which 4-bit weights are chosen by GPTQ instead of rounding to the nearest.
@@ -68,7 +70,7 @@ def export(
                 _export_portable(checkpoint, partial, label, max_length)
             else:
                 source = out / "portable"
-                lower(target, source, partial, tensorrt=tensorrt, experts=experts, calibration=calibration)
+                lower(target, source, partial, tensorrt=tensorrt, experts=experts, dtype=dtype, calibration=calibration)
         written[target] = destination
     report("done", len(order), len(order))
     return written
@@ -147,9 +149,10 @@ def lower(
     *,
     tensorrt: str | None = None,
     experts: str | None = None,
+    dtype: str | None = None,
     calibration: np.ndarray | None = None,
 ) -> None:
-    """Lower a portable bundle; ``tensorrt``, ``experts`` and ``calibration`` as in :func:`export`.
+    """Lower a portable bundle; ``tensorrt``, ``experts``, ``dtype`` and ``calibration`` as in :func:`export`.
 
     Needs onnx and the target's runtime, not torch; weights stay memory-mapped.
     """
@@ -165,6 +168,8 @@ def lower(
     asked: dict[str, Any] = {"tensorrt": tensorrt, "experts": experts} if target == "tensorrt" else {}
     if target == "tensorrt-rtx" and experts != "native":  # where both targets are asked for, that is for the other
         asked = {"experts": experts}
+    if target in HALF_TARGETS:
+        asked["dtype"] = dtype
     options: dict[str, Any] = {name: value for name, value in asked.items() if value}
     on_text = calibration is not None and target in CALIBRATED
     if calibration is not None and on_text:

@@ -99,6 +99,8 @@ def build(
             raise MoEdgeError(reason)
         if rtx and "plugins" in manifest and device.compute_capability == "7.5":
             raise MoEdgeError(f"There are no kernels for {device.label} (SM75); export with --experts merged.")
+        if reason := devices.half_refusal(manifest["cache"].get("dtype", "float16"), device):
+            raise MoEdgeError(reason)
         if native and (reason := moedge_trt.moe_refusal(device.label, device.compute_capability)):
             raise MoEdgeError(reason)
     if target == "tensorrt" and len({device.compute_capability for device in profiles}) > 1:
@@ -112,7 +114,7 @@ def build(
     sparse = native or "plugins" in manifest
     unread = estimate.unread_bytes(manifest["moe"], model["hidden_size"]) if sparse else 0
     for device in profiles:
-        fit = estimate.fit(model, weight_bytes, device, **limits, unread=unread)
+        fit = estimate.fit(model, weight_bytes, device, **limits, unread=unread, dtype=manifest["cache"]["dtype"])
         if reason := estimate.too_large(fit, device):
             raise MoEdgeError(reason)
         fits[device.name] = {**vars(fit), "needed": fit.needed}
@@ -150,6 +152,7 @@ def build(
             engine = {
                 "schema": SCHEMA,
                 **{key: manifest[key] for key in ("target", "kind", "label", "model", "moe")},
+                "dtype": manifest["cache"]["dtype"],
                 "parent": bundle.sha256,
                 "compute_capabilities": capabilities,
                 "devices": [device.name for device in profiles],

@@ -34,6 +34,7 @@ def fit(
     max_prompt: int,
     batch: int,
     unread: int = 0,
+    dtype: str = "float16",
 ) -> Fit:
     """Estimate memory, and the decode speed that bandwidth allows: the bytes of weights read, and a cache half full.
 
@@ -47,6 +48,7 @@ def fit(
         batch: rows.
         unread: bytes of the experts that one token does not select, where they are plugins; 0 where every expert is
             computed (:mod:`moedge.export.lowering.trt_experts`).
+        dtype: of the engine; the logits of a bfloat16 one are float32.
     """
     per_token = 2 * model["num_layers"] * model["num_kv_heads"] * model["head_dim"] * 2
     cache = per_token * max_length * batch
@@ -55,7 +57,7 @@ def fit(
     return Fit(
         weights=weight_bytes,
         cache=2 * cache,
-        logits=batch * max_prompt * model["vocab_size"] * 2,
+        logits=batch * max_prompt * model["vocab_size"] * (4 if dtype == "bfloat16" else 2),
         memory=int(device.memory_gib * 2**30),
         active=active,
         bound_tokens_per_s=batch * device.bandwidth_gb_s * 1e9 / active,
@@ -73,7 +75,7 @@ def too_large(fit: Fit, device: Device) -> str | None:
 
 
 def unread_bytes(moe: dict[str, Any] | None, hidden: int) -> int:
-    """Bytes of float16 experts that one token does not select: (E - k) * 3 * I * H * 2 in each layer.
+    """Bytes of half-precision experts that one token does not select: (E - k) * 3 * I * H * 2 in each layer.
 
     Args:
         moe: the ``moe`` section of a bundle's manifest; None for a dense model.

@@ -108,6 +108,14 @@ def notes(result: dict[str, Any], found: list[dict[str, Any]], limits: Profile) 
     """
     said = []
     missed = [check for check in found if not check["passed"]]
+    half = result["test"]["dtype"] == "float16" and str(result["test"]["model"].get("target", "")).startswith(
+        "tensorrt"
+    )
+    if half and any(check["name"].endswith("non_finite_tokens") for check in missed):
+        said.append(
+            "A value of this model leaves float16's range (65,504), so some logits are no numbers; export with --dtype "
+            "bfloat16, which has float32's range."
+        )
     if any(not check["decided"] for check in missed):
         phases = (result["replay"] or result)["phases"]
         share = max(phase["top1"]["near_tie_share"] for phase in phases.values() if phase["top1"]["near_ties_excluded"])

@@ -22,6 +22,7 @@ import numpy as np
 from moedge.configs import tolerances as tolerance_files
 from moedge.runtime import parity, verdict
 from moedge.runtime.engines import Engine, open_engine
+from moedge.runtime.run_folder import read_json
 
 SCHEMA = "moedge.verify/1"
 ALL_EXPERTS = 1 << 16
@@ -91,7 +92,11 @@ def verify_run(
     for label in engines:
         target = label.split()[0]
         converted, baseline = found.get(f"{label} vs torch moe"), found.get(f"{target} dense vs torch dense")
-        limit = limits.profile(tolerances, target).kl_ratio_to_dense if converted and baseline else None
+        limit = (
+            limits.profile(tolerances, target, graph_dtype(engines[label])).kl_ratio_to_dense
+            if converted and baseline
+            else None
+        )
         if converted and baseline and limit:
             verdict.judge_ratio(converted, baseline, limit)
             if note:
@@ -147,6 +152,12 @@ def is_quantised(target: str) -> bool:
     return "-int" in target
 
 
+def graph_dtype(folder: Path) -> str:
+    """Type that a bundle's graph states, or an empty string for a checkpoint."""
+    manifest = folder / "manifest.json"
+    return str(read_json(manifest).get("cache", {}).get("dtype", "")) if manifest.is_file() else ""
+
+
 def reference_options(targets: Iterable[str], *, moe: bool) -> dict[str, Any]:
     """How to open the engine that bundles of ``targets`` are compared with; choices of quantised ones are replayed."""
     return {"taps": moe, "replay": True} if moe and any(map(is_quantised, targets)) else {"taps": moe}
@@ -184,7 +195,7 @@ def _compare(
     moe = reference.endswith(" moe")
     every: dict[str, Any] = {"top_k": ALL_EXPERTS}
     kept = DEQUANTIZED if kind == "kernels" else tolerances
-    profiles = {test: limits.profile(kept, test.split()[0]) for test in tests}
+    profiles = {test: limits.profile(kept, test.split()[0], graph_dtype(engines[test])) for test in tests}
     with ExitStack() as stack:
 
         def opened(label: str, **options: Any) -> Engine:

@@ -24,6 +24,9 @@ TARGETS = {
     "tensorrt-rtx-int4": "moedge.export.lowering.trt_int4",
 }
 
+HALF_TARGETS = ("tensorrt", "tensorrt-rtx")
+"""Targets whose half-precision type can be chosen."""
+
 _NO_CUDA_QMOE = (
     "{} does not exist: ONNX Runtime's CUDA kernel for quantised experts lays weights out on the GPU when it loads "
     "them, which cannot be checked without one (docs/lowering.md). Take ort-cuda (float16) on a GPU, or {} on the CPU."

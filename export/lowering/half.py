@@ -1,12 +1,14 @@
 """Give a float32 graph explicit half-precision types: what a strongly typed TensorRT network takes literally.
 
-TensorRT 11 and TensorRT for RTX choose no precision themselves; a graph says where it is float16 and where not. Float32
-stays where half precision is known to hurt:
+TensorRT 11 and TensorRT for RTX choose no precision themselves; a graph says where it is float16 or bfloat16 and where
+not. Float32 stays where half precision is known to hurt:
 
 * the router, from the FFN's input to the indices: rounding flips ranks of experts (methods.md 1.8);
 * the sums of a norm: squares of activations overflow float16 above 255;
 * the rotary table: positions above 2048 are not integers in float16;
-* the softmax of attention, inside the body of CausalAttention.
+* the softmax of attention, inside the body of CausalAttention;
+* in a bfloat16 graph, what follows the output projection (scale, soft cap) and the logits themselves: numpy, which
+  reads them on a device, has no bfloat16.
 
 Everything else, weights and cache included, becomes half. A cast is placed once a value, where it is first needed.
 """
@@ -19,7 +21,10 @@ import onnx_ir as ir
 from moedge import MoEdgeError
 from moedge.export.functions import DOMAIN
 
+UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
+"""Largest relative error of one rounding to a half type (11 and 8 bits of significand, to nearest)."""
 _LARGEST = {ir.DataType.FLOAT16: 65504.0, ir.DataType.BFLOAT16: 3.3895313892515355e38}
+_OF_ANOTHER_RANGE = "take --dtype bfloat16 (targets tensorrt, tensorrt-rtx), or "
 # Inputs of moedge nodes that stay float32: the body casts where it must.
 _FLOAT_INPUTS = {"Route": {0, 1, 2}, "SparseGLU": {2}, "CausalAttention": set()}
 _REDUCTIONS = {"Pow", "ReduceMean", "ReduceSum", "Sqrt", "Reciprocal", "Cos", "Sin", "Exp", "Log", "Softmax"}
@@ -36,13 +41,14 @@ _SAME_TYPE = {
     "Identity",
     "Split",
 }
-_ELEMENTWISE = {"Add", "Sub", "Mul", "Div", "Neg", "Clip", "Max", "Min"}
+_SCALES = ("Mul", "Div", "Tanh")
+_ELEMENTWISE = {"Add", "Sub", "Mul", "Div", "Neg", "Clip", "Max", "Min", "Tanh"}
 
 
 def convert(model: ir.Model, dtype: ir.DataType = ir.DataType.FLOAT16) -> int:
     """Type ``model`` in place; return how many nodes compute in ``dtype``.
 
-    Cache inputs and outputs become ``dtype`` too, and so do the logits.
+    Cache inputs and outputs become ``dtype`` too, and so do the logits in float16.
 
     Args:
         model: float32 graph with ``moedge`` nodes.
@@ -51,7 +57,7 @@ def convert(model: ir.Model, dtype: ir.DataType = ir.DataType.FLOAT16) -> int:
     Raises:
         MoEdgeError: a weight does not fit ``dtype``'s range.
     """
-    router = _router_nodes(model)
+    wide = _router_nodes(model) | (_after_projection(model) if dtype == ir.DataType.BFLOAT16 else set())
     casts: dict[tuple[int, ir.DataType], ir.Value] = {}
     for value in model.graph.inputs:
         if value.dtype == ir.DataType.FLOAT:
@@ -61,7 +67,7 @@ def convert(model: ir.Model, dtype: ir.DataType = ir.DataType.FLOAT16) -> int:
         wanted = _compute_type(node, dtype)
         if wanted is None:
             continue
-        if node in router:
+        if node in wide:
             wanted = ir.DataType.FLOAT
         count += wanted == dtype
         kept = _FLOAT_INPUTS.get(node.op_type, set()) if node.domain == DOMAIN else set()
@@ -74,8 +80,10 @@ def convert(model: ir.Model, dtype: ir.DataType = ir.DataType.FLOAT16) -> int:
                 # A fused norm's mean and inverse deviation are float32 whatever it normalises.
                 statistic = node.op_type.endswith("SimplifiedLayerNormalization") and index in (1, 2)
                 output.type = ir.TensorType(ir.DataType.FLOAT if statistic else wanted)
-    for output in model.graph.outputs:
-        if output.dtype == ir.DataType.FLOAT:
+    for index, output in enumerate(model.graph.outputs):
+        if output.name == "logits" and dtype == ir.DataType.BFLOAT16:
+            _widen_output(model, index, dtype)
+        elif output.dtype == ir.DataType.FLOAT:
             raise MoEdgeError(f"Graph output {output.name} stayed float32; this graph has a node that half.py misses.")
     unused = [name for name, value in model.graph.initializers.items() if not value.uses()]
     for name in unused:
@@ -97,6 +105,30 @@ def _router_nodes(model: ir.Model) -> set[ir.Node]:
         if uses and inside and not any(id(v) in outputs for v in node.outputs):
             routers.add(node)
     return routers
+
+
+def _after_projection(model: ir.Model) -> set[ir.Node]:
+    """Nodes between the product that makes the logits and the output ``logits``: scale and soft cap."""
+    found: set[ir.Node] = set()
+    node = next((value.producer() for value in model.graph.outputs if value.name == "logits"), None)
+    while node is not None and node.op_type in _SCALES:
+        found.add(node)
+        computed = [value for value in node.inputs if value is not None and value.const_value is None]
+        node = computed[0].producer() if computed else None
+    return found
+
+
+def _widen_output(model: ir.Model, index: int, dtype: ir.DataType) -> None:
+    """Let a graph output of ``dtype`` leave the graph as float32, under its own name."""
+    value = model.graph.outputs[index]
+    if value.dtype != dtype:
+        return
+    cast = ir.node("Cast", [value], attributes={"to": int(ir.DataType.FLOAT)})
+    output = cast.outputs[0]
+    output.type, output.shape = ir.TensorType(ir.DataType.FLOAT), value.shape
+    value.name, output.name = f"{value.name}.{dtype.name.lower()}", value.name
+    model.graph.append(cast)
+    model.graph.outputs[index] = output
 
 
 def _is_float(value: ir.Value | None) -> bool:
@@ -159,7 +191,8 @@ def _weight(model: ir.Model, value: ir.Value, dtype: ir.DataType) -> ir.Value:
         if array.size and not float(np.abs(array).max()) <= _LARGEST[dtype]:
             raise MoEdgeError(
                 f"Weight {value.name} does not fit {dtype.name.lower()} (largest {np.abs(array).max():.3g}); "
-                "export ort-cpu or portable, which keep float32."
+                f"{_OF_ANOTHER_RANGE if dtype == ir.DataType.FLOAT16 else ''}export ort-cpu or portable, which keep "
+                "float32."
             )
         return ir.tensor(array.astype(dtype.numpy()), name=name)
 

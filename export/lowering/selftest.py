@@ -169,6 +169,10 @@ def _cut_both(
         cut(before, outputs_before, lambda value: str(value.name) in everything),
         cut(after, outputs_after, lambda value: str(value.name) in everything),
     ]
+    from moedge.runtime.engines import emulation
+
+    # ONNX Runtime's own kernels (ort-cuda) run as they are; standard operators in half precision with every rounding.
+    parts = [emulation.emulated(part) if emulation.needed(part) else part for part in parts]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     # De-quantised weights are constants. ONNX Runtime would run products with them on int8 activations instead.

@@ -10,6 +10,7 @@ device can run (``verify.py`` in the bundle, or ``moedge verify``). Plugins are 
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 
 import onnx_ir as ir
@@ -33,14 +34,24 @@ from moedge.runtime.device.moedge_plugins import OLDEST
 
 NEWEST = "11.0"
 """What a bundle that names no device is for."""
-HALF_LIMIT = 16 * 2.0**-11
-"""Limit of a block's relative error: one rounding to float16 is at most 2^-11, and no path through an attention or an
-FFN block rounds more than 16 times (weights and input included)."""
+ROUNDINGS = 16
+"""No path through an attention or an FFN block rounds more often (weights and input included)."""
+HALF_LIMIT = ROUNDINGS * half.UNIT["float16"]
+"""Limit of a block's relative error in float16; see :func:`block_limit`."""
 
 
-def lower(model: ir.Model, *, max_length: int, tensorrt: str = NEWEST, experts: str | None = None) -> Lowered:
+def block_limit(dtype: str) -> float:
+    """Limit of a block's relative error: as many roundings as a path through it can have, one after the other."""
+    return ROUNDINGS * half.UNIT[dtype]
+
+
+def lower(
+    model: ir.Model, *, max_length: int, tensorrt: str = NEWEST, experts: str | None = None, dtype: str = "float16"
+) -> Lowered:
     """Rewrite ``model`` in place for TensorRT; ``tensorrt`` is the version on the device. See :func:`lower_half`."""
-    return lower_half(model, max_length=max_length, attention="products", tensorrt=tensorrt, experts=experts)
+    return lower_half(
+        model, max_length=max_length, attention="products", tensorrt=tensorrt, experts=experts, dtype=dtype
+    )
 
 
 def lower_half(
@@ -50,6 +61,7 @@ def lower_half(
     attention: trt_attention.Form,
     tensorrt: str | None = None,
     experts: str | None = None,
+    dtype: str = "float16",
 ) -> Lowered:
     """Rewrite a portable float32 graph in place.
 
@@ -59,10 +71,15 @@ def lower_half(
         attention: form of attention and rotary embedding.
         tensorrt: version of TensorRT on the device, None for TensorRT for RTX.
         experts: form of the experts; by default :func:`trt_experts.choose` takes the best that is possible.
+        dtype: ``float16``, or ``bfloat16``: the range of float32 with 8 bits of significand instead of 11.
 
     Raises:
-        MoEdgeError: the weights are not float32, no runtime is here to execute the self-tests, or one of them fails.
+        MoEdgeError: another ``dtype``, the weights are not float32, no runtime is here to execute the self-tests, or
+            one of them fails.
     """
+    if dtype not in half.UNIT:
+        raise MoEdgeError(f"TensorRT graphs are float16 or bfloat16, not {dtype!r}; give --dtype one of them.")
+    kind = ir.DataType[dtype.upper()]
     sparse = nodes_of(model, "SparseGLU")
     routes = nodes_of(model, "Route")
     weights = {value.dtype for value in model.graph.initializers.values() if value.dtype is not None}
@@ -85,25 +102,27 @@ def lower_half(
         _EXPERTS[form]: [str(n.outputs[0].name) for n in sparse[:1] + sparse[-1:]],
     }
     reasons = ["" if turned else "not recognised", "", why]
-    counts = [turned, trt_attention.rewrite(model, attention)]
+    counts = [turned, trt_attention.rewrite(model, attention, dtype)]
     plugins = None
     if form == "plugins" and sparse:
-        typed = half.convert(model)
+        typed = half.convert(model, kind)
         counts.append(trt_plugins.rewrite(model))
         kernels = [asdict(request) for request in trt_plugins.requests(model)]
         plugins = {"oldest_tensorrt": ".".join(map(str, OLDEST)), "kernels": kernels}
     else:
         counts.append(trt_experts.rewrite(model, form))
-        typed = half.convert(model)
+        typed = half.convert(model, kind)
         _inline(model)
         if form == "native" and sparse:
             trt_native.attach(model)
     rewrites = []
     for (name, names), count, reason in zip(edges.items(), counts, reasons, strict=True):
         if count:
-            rewrites.append(Rewrite(name, count, "applied", reason, _test(name, before, model, names, table)))
-    rewrites.append(Rewrite("float32 -> float16; router, norm sums, rotary and softmax stay float32", typed, "applied"))
-    cache = {"kind": "concat", "max_length": max_length, "dtype": "float16"}
+            test = _test(name, before, model, names, table, dtype)
+            rewrites.append(Rewrite(name, count, "applied", reason, test))
+    name = f"float32 -> {dtype}; router, norm sums, rotary and softmax stay float32"
+    rewrites.append(Rewrite(name, typed, "applied"))
+    cache = {"kind": "concat", "max_length": max_length, "dtype": dtype}
     limits = [_LIMITS["launcher" if form == "plugins" and tensorrt is None else form]] if sparse else []
     return Lowered(rewrites, taps, cache, limits=limits, plugins=plugins, experts=form if sparse else None)
 
@@ -121,18 +140,26 @@ _LIMITS = {
 }
 
 
-def _test(name: str, before: ir.Model, model: ir.Model, edges: list[str], inside: set[str]) -> dict[str, object]:
+def _test(
+    name: str, before: ir.Model, model: ir.Model, edges: list[str], inside: set[str], dtype: str
+) -> dict[str, object]:
     cases = selftest.attention_cases(before) if name.startswith("CausalAttention") else selftest.CASES
-    test = selftest.compare(name, before, model, edges, HALF_LIMIT, cases, inside=inside)
+    limit = block_limit(dtype)
+    test = selftest.compare(name, before, model, edges, limit, cases, inside=inside)
+    if not math.isfinite(test.max_rel_error) and dtype == "float16":
+        raise MoEdgeError(f"{test.failure()} {RANGE}")
     if not test.passed:
         if name in _EXPERTS.values():  # once more as a whole FFN, whose known mistakes have names
-            named = [selftest.compare_ffn(name, before, model, edge, HALF_LIMIT) for edge in edges]
+            named = [selftest.compare_ffn(name, before, model, edge, limit) for edge in edges]
             test = next((found for found in named if not found.passed), test)
-        raise MoEdgeError(
-            f"{test.failure()} The half-precision graph does not compute what it replaced, or an activation left "
-            "float16's range."
-        )
+        raise MoEdgeError(f"{test.failure()} The {dtype} graph does not compute what it replaced.")
     return test.to_json()
+
+
+RANGE = (
+    "A value left float16's range (65,504): take --dtype bfloat16, which has float32's range at an eighth of float16's "
+    "precision."
+)
 
 
 def _attention_edges(model: ir.Model) -> list[str]:

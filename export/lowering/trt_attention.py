@@ -87,10 +87,11 @@ def _typed(value: ir.Value) -> ir.Value:
     return value
 
 
-def rewrite(model: ir.Model, form: Form) -> int:
+def rewrite(model: ir.Model, form: Form, dtype: str = "float16") -> int:
     """Replace every CausalAttention in place; return how many. ``operator`` raises the opset to 23.
 
-    Soft-capped scores always take the form ``products``.
+    ``dtype`` is the half type that the graph gets: products of float16 are scaled before they can leave its range,
+    those of bfloat16 after, in float32. Soft-capped scores always take the form ``products``.
     """
     nodes = nodes_of(model, "CausalAttention")
     if not nodes:
@@ -104,7 +105,7 @@ def rewrite(model: ir.Model, form: Form) -> int:
         builder, output = Builder(model, before=node), node.outputs[0]
         bias = biases[node.attributes["window"].as_int()]
         operator = form == "operator" and not node.attributes["softcap"].as_float()
-        y = _operator(builder, node, bias) if operator else _products(builder, node, bias)
+        y = _operator(builder, node, bias) if operator else _products(builder, node, bias, dtype)
         y.type = output.type
         builder.replace_output(output, builder.node("Transpose", [y], attributes={"perm": [0, 2, 1, 3]}))
     remove_unused(model)
@@ -118,7 +119,7 @@ def _operator(builder: Builder, node: ir.Node, bias: ir.Value) -> ir.Value:
     return y
 
 
-def _products(builder: Builder, node: ir.Node, bias: ir.Value) -> ir.Value:
+def _products(builder: Builder, node: ir.Node, bias: ir.Value, dtype: str) -> ir.Value:
     query, key, value = node.inputs[:3]
     assert query is not None
     assert query.shape is not None
@@ -126,11 +127,14 @@ def _products(builder: Builder, node: ir.Node, bias: ir.Value) -> ir.Value:
     assert key.shape is not None
     heads, size, kv_heads = query.shape[1], query.shape[3], int(key.shape[1])
     # Query heads of one key head follow each other, so groups are a reshape: [B, N, S, D] -> [B, G, (N/G)*S, D].
-    scaled = _typed(builder.node("Mul", [query, constant_of(builder, node.attributes["scale"].as_float(), np.float32)]))
-    grouped = _typed(builder.node("Reshape", [scaled, constant_of(builder, [0, kv_heads, -1, size])]))
+    scale = constant_of(builder, node.attributes["scale"].as_float(), np.float32)
+    early = _typed(builder.node("Mul", [query, scale])) if dtype == "float16" else query
+    grouped = _typed(builder.node("Reshape", [early, constant_of(builder, [0, kv_heads, -1, size])]))
     turned = _typed(builder.node("Transpose", [key], attributes={"perm": [0, 1, 3, 2]}))
     scores = _typed(builder.node("MatMul", [grouped, turned]))
     wide = _typed(builder.node("Cast", [scores], attributes={"to": int(ir.DataType.FLOAT)}))
+    if dtype != "float16":
+        wide = _typed(builder.node("Mul", [wide, scale]))
     if softcap := node.attributes["softcap"].as_float():
         cap = constant_of(builder, softcap, np.float32)
         wide = _typed(builder.node("Tanh", [_typed(builder.node("Div", [wide, cap]))]))

@@ -46,6 +46,14 @@ Experts = Annotated[
         "(from a library that `moedge build` compiles with g++).",
     ),
 ]
+HalfDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        help="Targets tensorrt and tensorrt-rtx: float16 (default), or bfloat16 for models whose activations leave "
+        "float16's range, such as Gemma.",
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all physical cores by default.")]
 Device = Annotated[

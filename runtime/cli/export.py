@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moedge import MoEdgeError
-from moedge.runtime.cli._app import Experts, Force, Json, TensorRT, Text, command
+from moedge.runtime.cli._app import Experts, Force, HalfDtype, Json, TensorRT, Text, command
 
 PANEL = "Export"
 
@@ -33,6 +33,7 @@ def export(
     ] = None,
     tensorrt: TensorRT = None,
     experts: Experts = None,
+    dtype: HalfDtype = None,
     gptq: Annotated[
         str | None,
         typer.Option(help="asset:NAME or a text file: choose the weights of the int4 targets by GPTQ on this text."),
@@ -47,6 +48,7 @@ def export(
       moedge export build/moe build/bundles
       moedge export ./my-llama build/dense --target ort-cpu
       moedge export build/moe build/bundles --target ort-cpu-int4 --gptq my.txt
+      moedge export build/moe build/bundles --target tensorrt-rtx --dtype bfloat16
     """
     from moedge.runtime.commands.export import export as body
 
@@ -58,6 +60,7 @@ def export(
         max_length=max_length,
         tensorrt=tensorrt,
         experts=experts,
+        dtype=dtype,
         force=force,
         gptq_text=gptq,
         gptq_tokens=gptq_tokens,
@@ -151,6 +154,7 @@ def bundle(
     batch: Annotated[int, typer.Option(min=1, help="Most rows of a call.")] = 1,
     tensorrt: TensorRT = None,
     experts: Experts = None,
+    dtype: HalfDtype = None,
     force: Force = False,
 ) -> None:
     """Pack one archive for a device: graph, tokenizer, recorded answers, and scripts that build, verify and time there.
@@ -173,5 +177,6 @@ def bundle(
         batch=batch,
         tensorrt=tensorrt,
         experts=experts,
+        dtype=dtype,
         force=force,
     )

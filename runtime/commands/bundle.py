@@ -24,6 +24,7 @@ def bundle(
     batch: int,
     tensorrt: str | None,
     experts: str | None,
+    dtype: str | None,
     force: bool,
 ) -> None:
     """Write the archive and say what to do with it."""
@@ -47,6 +48,7 @@ def bundle(
             batch=batch,
             tensorrt=tensorrt,
             experts=experts,
+            dtype=dtype,
             force=force,
             progress=step,
         )
@@ -57,7 +59,8 @@ def bundle(
     )
     forms = {"plugins": "plugins", "native": "TensorRT's own MoE layer"}
     form = forms.get(manifest["experts"], "standard operators")
-    console.print(escape(f"For TensorRT {manifest['tensorrt']}: experts as {form}"), soft_wrap=True)
+    made = f"For TensorRT {manifest['tensorrt']}, {manifest['dtype']}: experts as {form}"
+    console.print(escape(made), soft_wrap=True)
     unpack = f"tar xf {shlex.quote(out.name)} && cd moedge-{device.name}"
     said = f"On the device: {unpack} && python3 build_engine.py && python3 verify.py"
     console.print(escape(said), soft_wrap=True)

@@ -11,7 +11,7 @@ from rich.markup import escape
 from moedge import MoEdgeError
 from moedge._files import atomic_dir, digest, link_or_copy
 from moedge.configs.recipe import TARGETS as DEFAULT
-from moedge.export.lowering import check_targets
+from moedge.export.lowering import HALF_TARGETS, check_targets
 from moedge.runtime import held_out, run_folder
 from moedge.runtime.commands.sizes import size_table
 from moedge.runtime.commands.tokens import token_windows
@@ -27,6 +27,7 @@ def export(
     max_length: int | None,
     tensorrt: str | None,
     experts: str | None,
+    dtype: str | None,
     force: bool,
     gptq_text: str | None = None,
     gptq_tokens: int = 4096,
@@ -40,6 +41,8 @@ def export(
     takes = ("tensorrt",) if experts == "native" else ("tensorrt", "tensorrt-rtx")
     if experts and not {*takes} & {*wanted}:
         raise MoEdgeError(f"--experts {experts} is for target {' or '.join(takes)}, not among {', '.join(wanted)}.")
+    if dtype and not {*HALF_TARGETS} & {*wanted}:
+        raise MoEdgeError(f"--dtype is for target {' or '.join(HALF_TARGETS)}, not among {', '.join(wanted)}.")
     if not (checkpoint / "config.json").is_file():
         raise MoEdgeError(f"{checkpoint} is not a checkpoint folder: it has no config.json.")
     if max_length is not None:
@@ -75,6 +78,7 @@ def export(
             max_length=max_length,
             tensorrt=tensorrt,
             experts=experts,
+            dtype=dtype,
             progress=step,
             calibration=calibration,
         )

@@ -21,6 +21,7 @@ from moedge.runtime.progress import single
 from moedge.runtime.verification import (
     DEQUANTIZED,
     SCHEMA,
+    graph_dtype,
     is_quantised,
     reference_options,
     tested_options,
@@ -101,7 +102,7 @@ def _pair(
             progress(done + number * total, total * len(jobs))
 
         try:
-            limits = tolerance_files.load().profile(dtype, str(two.info.model["target"]))
+            limits = tolerance_files.load().profile(dtype, str(two.info.model["target"]), graph_dtype(test))
             entry = parity.compare(one, two, windows, prefill=prefill, tolerances=limits, progress=step)
         finally:
             one.close()

@@ -76,6 +76,7 @@ def main() -> int:
     moedge_trt.write_bytes(engine, plan)
     facts = {
         "target": options.target,
+        "dtype": manifest["dtype"],
         "model": manifest["model"],
         "profiles": limits,
         "taps": {layer: {**tap, "output": f"routes.{layer}"} for layer, tap in taps.items()},

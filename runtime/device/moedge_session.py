@@ -29,6 +29,10 @@ def _creators(trt: Any) -> set[tuple[str, str]]:
     return {(creator.name, creator.plugin_namespace) for creator in trt.get_plugin_registry().all_creators}
 
 
+SIZES = {"float16": 2, "bfloat16": 2}
+"""Bytes of a number of the cache. They stay on the device, so numpy, which has no bfloat16, never sees them."""
+
+
 class Cache:
     """Keys and values of one sequence batch: two halves that take turns as past and present."""
 
@@ -51,7 +55,7 @@ class Session:
     Args:
         plan: serialized engine, its hash already checked (deserializing is running code).
         facts: what ``moedge build`` or ``build_engine.py`` recorded beside it: ``target``, ``model``, ``profiles``
-            (``max_length``, ``max_prompt``, ``batch``), ``taps``.
+            (``max_length``, ``max_prompt``, ``batch``), ``taps``, ``dtype`` (of weights and cache; float16 by default).
         library: file of the plugin library that the engine needs, its hash already checked, if it needs one.
 
     Raises:
@@ -77,7 +81,12 @@ class Session:
             )
         self._names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         self._past = [name for name in self._names if name.startswith("past_key_values.")]
-        self._half = np.dtype(np.float16)
+        self.dtype = str(facts.get("dtype", "float16"))
+        if self.dtype not in SIZES:
+            raise DeviceError(f"This engine is of type {self.dtype}; known: {', '.join(SIZES)}. Build it again.")
+        # A bfloat16 graph gives float32 logits.
+        self._given = np.dtype("float16" if self.dtype == "float16" else "float32")
+        self._check_types(trt)
         self._contexts = []
         for profile in (PREFILL, DECODE):
             context = self._engine.create_execution_context()
@@ -88,7 +97,7 @@ class Session:
             self._contexts.append(context)
         self.cuda.synchronize()
         rows = self.limits["batch"] * self.limits["max_prompt"]
-        self._logits = self.cuda.allocate(rows * self.model["vocab_size"] * self._half.itemsize)
+        self._logits = self.cuda.allocate(rows * self.model["vocab_size"] * self._given.itemsize)
         self._taps = {int(layer): tap for layer, tap in facts["taps"].items()}
         self._indices = {layer: self.cuda.allocate(rows * tap["top_k"] * 4) for layer, tap in self._taps.items()}
         self._inputs = {
@@ -100,7 +109,7 @@ class Session:
         self, ids: np.ndarray, mask: np.ndarray, *, last: bool = False
     ) -> tuple[np.ndarray, dict[int, np.ndarray], Cache]:
         """Read a prompt int64 [B, S] with its mask [B, S], in pieces where one call is too short; see :meth:`step`."""
-        per_row = self.model["num_kv_heads"] * self.limits["max_length"] * self.model["head_dim"] * self._half.itemsize
+        per_row = self.model["num_kv_heads"] * self.limits["max_length"] * self.model["head_dim"] * SIZES[self.dtype]
         slot = -(-len(ids) * per_row // ALIGNMENT) * ALIGNMENT
         cache = Cache(self.cuda.allocate(2 * len(self._past) * slot), slot, mask[:, :0])
         length, longest = ids.shape[1], self.limits["max_prompt"]
@@ -162,19 +171,31 @@ class Session:
         if not context.execute_async_v3(self.cuda.stream.value or 0):
             raise DeviceError(f"{self.version} failed to run: {self._reason()}")
         vocabulary = self.model["vocab_size"]
-        half = np.empty((batch, 1 if last else new, vocabulary), self._half)
+        logits = np.empty((batch, 1 if last else new, vocabulary), self._given)
         if last:
             for row in range(batch):
-                place = (row * new + new - 1) * vocabulary * self._half.itemsize
-                self.cuda.download(half[row], self._logits.address + place)
+                place = (row * new + new - 1) * vocabulary * self._given.itemsize
+                self.cuda.download(logits[row], self._logits.address + place)
         else:
-            self.cuda.download(half, self._logits.address)
+            self.cuda.download(logits, self._logits.address)
         routes = {}
         for layer, tap in self._taps.items():
             routes[layer] = np.empty((batch * new, tap["top_k"]), np.int32)
             self.cuda.download(routes[layer], self._indices[layer].address)
         cache.turn, cache.mask = 1 - cache.turn, mask
-        return half.astype(np.float32), routes, cache
+        return logits.astype(np.float32, copy=False), routes, cache
+
+    def _check_types(self, trt: Any) -> None:
+        """Raise a DeviceError when the engine's own types are not those that its description promises.
+
+        Buffers are sized by them, and a type of another size would be written past their end.
+        """
+        names = {"float16": "HALF", "bfloat16": "BF16", "float32": "FLOAT"}
+        wanted = {"logits": str(self._given)} | dict.fromkeys(self._past, self.dtype)
+        for name, dtype in wanted.items():
+            found = self._engine.get_tensor_dtype(name)
+            if found != getattr(trt.DataType, names[dtype], None):
+                raise DeviceError(f"Tensor {name} of this engine is {found}, not {dtype}; build it again.")
 
     def _bind(self, context: Any, name: str, address: int, shape: tuple[int, ...] | None = None) -> None:
         """Give a tensor its address and, for an input, its shape."""

@@ -55,6 +55,8 @@ def main() -> int:
     for check in checks:
         mark = "pass" if check["passed"] else "FAIL"
         print(f"{mark}  {check['name']:22} {check['value']}  ({check['relation']} {check['limit']})")
+    if found["non_finite"] and session.dtype == "float16":
+        print("A value left float16's range (65,504): make the archive again with --dtype bfloat16.")
     result = {
         **{"schema": moedge_archive.RESULT_SCHEMA, "kind": "verify", "label": manifest["label"]},
         **{"archive_sha256": manifest["content_sha256"], "device": moedge_archive.device_facts(session)},

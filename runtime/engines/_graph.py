@@ -60,6 +60,22 @@ def edited(
     return bytes(model.SerializeToString())
 
 
+def emulated(path: Path, graph: bytes | None) -> bytes:
+    """Return the half-precision graph at ``path``, or as :func:`edited` gave it, in float32 with its roundings.
+
+    Raises:
+        MoEdgeError: ``onnx`` is missing.
+    """
+    try:
+        import onnx
+
+        from moedge.runtime.engines import emulation
+    except ImportError as error:
+        raise MoEdgeError("Running a half-precision graph on a CPU needs the onnx package: pip install onnx") from error
+    model = onnx.load(path, load_external_data=False) if graph is None else onnx.ModelProto.FromString(graph)
+    return bytes(emulation.emulated(model).SerializeToString())
+
+
 _PRODUCTS = ("MatMul", "FusedMatMul", "MatMulNBits")
 _ELEMENTWISE = ("Cast", "Div", "Mul", "Tanh")  # what may follow the output projection: scale, soft cap
 

@@ -92,7 +92,10 @@ class OrtEngine:
             check_cuda(self._path)
         self._model: dict[str, Any] = manifest["model"]
         self._shared = manifest["cache"]["kind"] == "shared_buffer"
-        self._dtype = np.dtype(manifest["cache"].get("dtype", "float32"))  # of the cache and the logits
+        # TensorRT's graphs are executed with the roundings of their half type, which ONNX Runtime would leave out.
+        rounded = manifest["target"].startswith("tensorrt")
+        # Of the cache and the logits.
+        self._dtype = np.dtype("float32" if rounded else manifest["cache"].get("dtype", "float32"))
         # JSON keys are strings; layers are numbers everywhere else.
         self._taps = {int(layer): dict(tap) for layer, tap in manifest.get("taps", {}).items()} if taps else {}
         layers = (manifest["moe"] or {}).get("layers", {}) if manifest["kind"] == "moe" else {}
@@ -124,6 +127,8 @@ class OrtEngine:
                 replay,
                 self._last_logits,
             )
+        if rounded:
+            graph = _graph.emulated(bundle.model_path, graph)
         # The session reads this memory as long as it lives.
         self._weights = _dequantized(bundle, weights_of) if weights_of is not None else {}
         self._session, version = _open_session(bundle.path, manifest, threads, graph, self._weights, trace)

@@ -66,11 +66,12 @@ class TensorRTEngine:
         self._path, self._taps, self._model = Path(engine_path), taps and routed, manifest["model"]
         self._last = last_logits
         self._max_length = int(manifest["profiles"]["max_length"])
+        dtype = self._session.dtype
         self.info = EngineInfo(
             name=f"{manifest['target']} {manifest['kind']}",
             runtime=self._session.version,
             device=f"GPU SM{self._session.cuda.capability()}",
-            dtype=f"{bits} weights, float16" if (bits := manifest["target"].partition("-int")[2]) else "float16",
+            dtype=f"{bits} weights, {dtype}" if (bits := manifest["target"].partition("-int")[2]) else dtype,
             threads=threads or 1,
             model={
                 **self._model,

@@ -1,7 +1,8 @@
 """The archive for a device: deterministic, whole, and its scripts work on their own (numpy and a runtime, no MoEdge).
 
 There is no GPU here, so the scripts run the archive's half-precision graph through a session that stands in for
-TensorRT's: ONNX Runtime on the very file that TensorRT would build. What is tested is everything but the engine.
+TensorRT's: ONNX Runtime on the very file that TensorRT would build, its half precision emulated. What is tested is
+everything but the engine.
 """
 
 import json
@@ -13,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from moedge import MoEdgeError
@@ -23,6 +25,7 @@ from moedge.export.bundle import open_bundle
 from moedge.runtime import reduction
 from moedge.runtime.commands import report
 from moedge.runtime.device import moedge_compare
+from moedge.runtime.engines import emulation
 
 STAND_IN = '''
 import os
@@ -47,15 +50,13 @@ class Session:
     """ONNX Runtime on the archived graph, with the methods of moedge_session.Session. BREAK scales the logits."""
 
     def __init__(self, plan, facts):
-        import onnx
-
-        model = onnx.load("model.onnx", load_external_data=False)
-        for tap in facts["archive_taps"].values():
-            model.graph.output.append(onnx.ValueInfoProto(name=tap["output"]))
+        with open("../emulated.onnx", "rb") as file:
+            model = file.read()
+        self.dtype = facts["dtype"]
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", ".")
-        self.session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+        self.session = onnxruntime.InferenceSession(model, options, ["CPUExecutionProvider"])
         self.facts, self.limits, self.cuda, self.version = facts, facts["profiles"], Cuda(), "stand-in"
 
     def start(self, ids, mask, last=False):
@@ -67,7 +68,7 @@ class Session:
         feeds["position_ids"] = np.arange(past, past + ids.shape[1])[None]
         names = [i.name for i in self.session.get_inputs() if i.name.startswith("past")]
         m = self.facts["model"]
-        empty = np.zeros((1, m["num_kv_heads"], 0, m["head_dim"]), np.float16)
+        empty = np.zeros((1, m["num_kv_heads"], 0, m["head_dim"]), np.float32)
         feeds.update(zip(names, cache or [empty] * len(names)))
         taps = self.facts["archive_taps"]
         wanted = ["logits", *[n.replace("past_key_values", "present") for n in names]]
@@ -96,17 +97,34 @@ def archive(source, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def in_bfloat16(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("archive") / "moe.tar"
+    orin = devices.load("jetson-agx-orin")
+    device_archive.write(source, out, orin, max_length=64, max_prompt=48, dtype="bfloat16")
+    return out
+
+
 @pytest.fixture
 def unpacked(archive, tmp_path):
+    return unpack(archive, tmp_path)
+
+
+def unpack(archive: Path, tmp_path: Path) -> Path:
     """The archive's folder, with a file in place of the engine (nothing here can deserialize one)."""
     with tarfile.open(archive) as tar:
         tar.extractall(tmp_path, filter="data")
     folder = tmp_path / "moedge-jetson-agx-orin"
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "engine.plan").write_bytes(b"stand-in")
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    for tap in manifest["taps"].values():
+        model.graph.output.append(onnx.ValueInfoProto(name=tap["output"]))
+    (tmp_path / "emulated.onnx").write_bytes(emulation.emulated(model).SerializeToString())
     facts = {
         **{
             "target": "tensorrt",
+            "dtype": manifest["dtype"],
             "model": manifest["model"],
             "profiles": manifest["profiles"],
             "taps": manifest["taps"],
@@ -161,6 +179,30 @@ def test_verify_passes_the_half_precision_graph_and_report_reads_the_result(unpa
     assert 0 < result["logits"]["median_rel_error"] <= device_archive.limits()["median_rel_error"]
     assert report.report([unpacked / "verify-result.json"], as_json=False) == 0
     assert "median_rel_error" in capsys.readouterr().out
+
+
+def test_an_archive_in_bfloat16_is_verified_by_its_own_limits(in_bfloat16, tmp_path):
+    """The same scripts, which know numpy and no bfloat16: float32 logits, a cache they never see."""
+    folder = unpack(in_bfloat16, tmp_path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["dtype"] == "bfloat16"
+    assert manifest["limits"]["median_rel_error"] == 8 * device_archive.limits()["median_rel_error"]
+    child = run(folder, "verify.py")
+    assert child.returncode == 0, child.stdout + child.stderr
+    found = json.loads((folder / "verify-result.json").read_text())["logits"]
+    # Far beyond what float16 may do, so the graph is no float16 one; its own limit holds.
+    assert device_archive.limits()["median_rel_error"] < found["median_rel_error"] < 0.0625
+    child = run(folder, "bench.py", "--prompt", "20", "--decode", "3", "--repeats", "3")
+    assert child.returncode == 0, child.stdout + child.stderr
+    child = run(folder, "verify.py", scale=0.8)
+    assert child.returncode == 1, child.stdout + child.stderr
+    assert "FAIL  median_rel_error" in child.stdout
+
+
+def test_verify_tells_of_bfloat16_when_float16_overflows(unpacked, in_bfloat16, tmp_path):
+    assert "again with --dtype bfloat16" in run(unpacked, "verify.py", scale=float("inf")).stdout
+    (tmp_path / "b").mkdir()
+    assert "--dtype" not in run(unpack(in_bfloat16, tmp_path / "b"), "verify.py", scale=float("inf")).stdout
 
 
 @pytest.mark.parametrize(
@@ -264,6 +306,9 @@ def test_what_cannot_be_packed_is_refused(source, tmp_path):
             device_archive.write(source, out, devices.load("jetson-agx-orin"), force=True)
     with pytest.raises(MoEdgeError, match="no version of TensorRT"):
         device_archive.write(source, tmp_path / "y.tar", devices.load("jetson-agx-orin"), tensorrt="new")
+    old = devices.load("jetson-agx-orin").model_copy(update={"compute_capability": "7.2", "label": "Xavier"})
+    with pytest.raises(MoEdgeError, match=r"Xavier \(SM72\) has no bfloat16, .* --dtype float16"):
+        device_archive.write(source, tmp_path / "z.tar", old, dtype="bfloat16")
     assert not list(tmp_path.glob(".*"))
 
 

@@ -234,6 +234,7 @@ USED = """
     IBuilderConfig.create_timing_cache IBuilderConfig.set_timing_cache IBuilderConfig.get_timing_cache
     IBuilderConfig.add_optimization_profile IOptimizationProfile.set_shape ITimingCache.serialize
     Runtime.deserialize_cuda_engine ICudaEngine.num_io_tensors ICudaEngine.get_tensor_name
+    ICudaEngine.get_tensor_dtype DataType.HALF DataType.BF16 DataType.FLOAT
     ICudaEngine.create_execution_context IExecutionContext.set_optimization_profile_async
     IExecutionContext.set_input_shape IExecutionContext.set_tensor_address IExecutionContext.execute_async_v3
 """
