@@ -138,6 +138,8 @@ class ExportSection(_Section):
     targets: Annotated[list[TargetName], Field(min_length=1)] = ["portable", "ort-cpu"]
     build: list[Spec] = []
     """Device profiles for which the bundle ``tensorrt-rtx`` of the MoE becomes one engine."""
+    dtype: Literal["float16", "bfloat16"] = "float16"
+    """Half-precision type of the targets in ``lowering.HALF_TARGETS``."""
     dense_parent: bool = True
     max_length: Annotated[int, Field(ge=16)] = 2048
 
@@ -168,6 +170,9 @@ class ExportSection(_Section):
     def _there_is_something_to_build(self) -> ExportSection:
         if self.build and "tensorrt-rtx" not in self.targets:
             raise ValueError("build needs the target tensorrt-rtx; add it to targets.")
+        for name in self.build:
+            if reason := devices.half_refusal(self.dtype, devices.load(name)):
+                raise ValueError(reason)
         return self
 
 

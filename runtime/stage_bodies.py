@@ -146,7 +146,8 @@ def export(context: Context) -> None:
     moe = params["kind"] == "moe"
     label = run_folder.source(context.root)["label"] + (f" {params['notation']}" if moe else "")
     folder = run_folder.checkpoint(context.root) if moe else run_folder.dense(context.root)
-    pipeline.export(folder, context.out, params["targets"], label=label, max_length=params["max_length"], progress=step)
+    chosen = {"max_length": params["max_length"], "dtype": params.get("dtype")}
+    pipeline.export(folder, context.out, params["targets"], label=label, **chosen, progress=step)
 
 
 def build_engine(context: Context) -> None:

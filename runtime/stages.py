@@ -10,6 +10,7 @@ from typing import Any
 
 from moedge.configs import devices
 from moedge.configs.recipe import CONVERT_SECTIONS, Recipe
+from moedge.export.lowering import HALF_TARGETS
 from moedge.runtime import run_folder
 from moedge.runtime import stage_bodies as bodies
 from moedge.runtime.fingerprint import fingerprint
@@ -27,7 +28,7 @@ SOURCE_CODE = (
     "runtime/fingerprint.py",
 )
 CONVERT_CODE = (*_ALWAYS_CODE, "runtime/held_out.py", "convert", "export/ops.py", "export/kernels")
-_EXPORT_CODE = (*CONVERT_CODE, "export", "runtime/text.py")
+_EXPORT_CODE = (*CONVERT_CODE, "export", "runtime/engines/emulation.py", "runtime/text.py")
 _ENGINE_CODE = (
     *CONVERT_CODE,
     "export/bundle.py",
@@ -69,6 +70,8 @@ def build(recipe: Recipe, machine: dict[str, Any]) -> list[Stage]:
     texts |= {"domains": domains["texts"]} if domains else {}
     first_text = {**texts, "held_out": held_out[:1]}
     exported = recipe.export.model_dump(exclude={"dense_parent", "build"})
+    if not set(recipe.export.targets) & set(HALF_TARGETS):
+        del exported["dtype"]
     if "ort-cuda" in recipe.export.targets:
         from moedge.runtime.engines.onnxruntime import check_cuda
 

@@ -36,6 +36,8 @@ def cases() -> dict[str, Launch]:
         ("fp16", "gemv", 16),
         ("fp16", "gemm16", 16),
         ("fp16", "gemm64", 16),
+        ("bf16", "gemv", 16),
+        ("bf16", "gemm64", 16),
         ("fp32", "gemm64", 16),
         ("fp16", "gemv", 8),
         ("fp16", "gemm64", 8),
@@ -47,6 +49,7 @@ def cases() -> dict[str, Launch]:
         listed[f"GroupedGLU {path}, {dtype}{weights}"] = grouped_glu.launch(activation="silu", **shape, **options)
         listed[f"GroupedLinear {path}, {dtype}{weights}"] = grouped_linear.launch(**shape, **options)
     listed["Combine, fp16"] = combine.launch(**selected, compensated=False)
+    listed["Combine, bf16"] = combine.launch(**selected | {"dtype": "bf16"}, compensated=False)
     listed["Combine with compensation, fp16"] = combine.launch(**selected, compensated=True)
     return dict(
         sorted(

@@ -185,6 +185,8 @@ def test_models_that_fit_pass() -> None:
         ("{build: [rtx-4090]}", "build needs the target tensorrt-rtx"),
         ("{targets: [tensorrt-rtx], build: [jetson-agx-orin]}", "TensorRT for RTX has no engines for"),
         ("{targets: [tensorrt-rtx], build: [rtx-9090]}", "No device 'rtx-9090'"),
+        ("{targets: [tensorrt-rtx], build: [rtx-2080-ti], dtype: bfloat16}", "SM75.* has no bfloat16"),
+        ("{targets: [tensorrt-rtx], dtype: float32}", "dtype"),
     ],
 )
 def test_engines_are_built_for_devices_that_take_them(export: str, sentence: str) -> None:

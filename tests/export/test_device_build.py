@@ -132,6 +132,18 @@ def thor(source, tmp_path_factory):
     return out / "moedge-jetson-agx-thor"
 
 
+@pytest.fixture(scope="module")
+def orin(source, tmp_path_factory):
+    """The unpacked archive in bfloat16 for an Orin with a TensorRT that takes plugins."""
+    pytest.importorskip("triton")  # Linux on x86-64 only
+    out = tmp_path_factory.mktemp("orin")
+    made = {"label": "Mø E", "max_length": 64, "max_prompt": 48, "tensorrt": "10.13", "dtype": "bfloat16"}
+    device_archive.write(source, out / "moe.tar", devices.load("jetson-agx-orin"), **made)
+    with tarfile.open(out / "moe.tar") as tar:
+        tar.extractall(out, filter="data")
+    return out / "moedge-jetson-agx-orin"
+
+
 def build(folder: Path, tensorrt: str, capability: str = "11.0") -> subprocess.CompletedProcess:
     """Run build_engine.py as on a device: no MoEdge, and a module in TensorRT's place."""
     (folder.parent / "tensorrt.py").write_text(tensorrt)
@@ -147,17 +159,24 @@ exec(compile(open('build_engine.py').read(), 'build_engine.py', 'exec'),
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_the_archive_gives_tensorrt_a_kernel_for_every_node_and_tactic(thor):
+@pytest.mark.parametrize(
+    ("device", "capability", "half"),
+    [("thor", "11.0", "FP16"), ("orin", "8.7", "BF16")],
+)
+def test_the_archive_gives_tensorrt_a_kernel_for_every_node_and_tactic(request, device, capability, half):
     from moedge.export.plugins import launch_of
     from moedge.runtime.device.moedge_plugins import PLUGINS
 
-    child = build(thor, TENSORRT)
+    folder = request.getfixturevalue(device)
+    child = build(folder, TENSORRT, capability)
     assert "cannot parse" in child.stderr, child.stderr
-    record = json.loads((thor / "asked.json").read_text())
+    record = json.loads((folder / "asked.json").read_text())
     assert not {"torch", "triton", "moedge", "onnxruntime"} & set(record["modules"])
-    manifest = json.loads((thor / "manifest.json").read_text())
+    manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["label"] == "Mø E"
-    assert (thor / "README.md").read_text(encoding="utf-8").startswith("# Mø E for NVIDIA Jetson AGX Thor")
+    assert (
+        (folder / "README.md").read_text(encoding="utf-8").startswith(f"# Mø E for NVIDIA Jetson AGX {device.title()}")
+    )
     kernels = {kernel["plugin"]: kernel["options"] for kernel in manifest["plugins"]["kernels"]}
     names = [(asked["plugin"], asked["tactic"]) for asked in record["asked"]]
     one_layer = [(name, tactic) for name in kernels for tactic in PLUGINS[name].tactic_numbers]
@@ -166,15 +185,17 @@ def test_the_archive_gives_tensorrt_a_kernel_for_every_node_and_tactic(thor):
     for asked in record["asked"]:
         plugin = PLUGINS[asked["plugin"]]
         launch = launch_of(plugin, kernels[plugin.name], asked["tactic"])
+        path = plugin.tactics[asked["tactic"] - 1] if plugin.tactics else ""
         size = 5 * k if plugin.name.startswith("Grouped") else 5
         assert asked["grid"] == [*launch.programs(size), 1, 1][:3]
         assert asked["scalars"] == [size] * len(launch.scalars)
         assert asked["block"] == 32 * launch.warps
         assert asked["shared"] <= 48 * 1024
-        assert ".target sm_110" in asked["ptx"]
+        assert f".target sm_{capability.replace('.', '')}" in asked["ptx"]
+        assert (".bf16" in asked["ptx"]) == (half == "BF16" and plugin.name.startswith("Grouped") and "gemm" in path)
         entry = asked["ptx"].partition(f".entry {asked['name']}(")[2].partition(")")[0]
         assert entry.count(".param") == len(launch.inputs) + len(launch.scalars) + len(launch.outputs)
-        assert asked["types"].split(", ")[0] == ("FP32" if plugin.name == "Route" else "FP16")
+        assert asked["types"].split(", ")[0] == ("FP32" if plugin.name == "Route" else half)
 
 
 def test_an_archive_with_plugins_says_what_an_older_tensorrt_needs(thor):

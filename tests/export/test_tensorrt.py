@@ -20,6 +20,7 @@ from moedge.runtime.engines.torch import TorchEngine
 
 # A 2-layer model: four blocks, each within tensorrt.HALF_LIMIT of its own output, added to one residual stream.
 MODEL_LIMIT = 4 * tensorrt.HALF_LIMIT
+BF16 = "bfloat16"
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,11 @@ def typed(bundles, tmp_path_factory):
             with atomic_dir(root / kind / target) as partial:
                 lower(name, bundles[f"{kind}/portable"], partial, tensorrt=version)
             made[f"{kind}/{target}"] = root / kind / target
+    for target, version in (("tensorrt-rtx", None), ("plugins", "10.13")):
+        folder = root / "bfloat16" / target
+        with atomic_dir(folder) as partial:
+            lower(target.replace("plugins", "tensorrt"), bundles["moe/portable"], partial, tensorrt=version, dtype=BF16)
+        made[f"bfloat16/{target}"] = folder
     return made
 
 
@@ -70,6 +76,96 @@ def test_the_typed_graph_computes_what_pytorch_computes(typed, checkpoints, name
 )
 def test_every_value_has_its_type_and_shape(typed, values_match_their_shapes, name):
     assert values_match_their_shapes(typed[name]) > 100
+
+
+@pytest.mark.parametrize("target", ["tensorrt-rtx", "plugins"])
+def test_the_graph_in_bfloat16_computes_what_pytorch_computes(typed, checkpoints, target):
+    """Eight times float16's limits, and not less than float16 could do: the numbers are bfloat16's."""
+    ids = np.random.default_rng(1).integers(0, 256, (1, 24))
+    reference, engine = TorchEngine(checkpoints["moe"], taps=True), open_engine(typed[f"bfloat16/{target}"], taps=True)
+    assert engine.info.dtype == BF16
+    want, got = reference.prefill(ids[:, :23]), engine.prefill(ids[:, :23])
+    for _ in range(2):
+        assert 2**-9 < relative(got.logits, want.logits) < 8 * MODEL_LIMIT
+        want, got = reference.decode(ids[:, 23:], want.cache), engine.decode(ids[:, 23:], got.cache)
+
+
+@pytest.mark.parametrize("target", ["tensorrt-rtx", "plugins"])
+def test_a_graph_in_bfloat16_states_its_types(typed, target):
+    """Weights and cache bfloat16, routers float32, and float32 logits: numpy, which reads them, has no bfloat16."""
+    path = typed[f"bfloat16/{target}"] / "model.onnx"
+    onnx.checker.check_model(path, full_check=True)
+    model = onnx.load(path, load_external_data=False)
+    name_of = onnx.TensorProto.DataType.Name
+    kinds = {tensor.name: name_of(tensor.data_type) for tensor in model.graph.initializer}
+    assert {kind for name, kind in kinds.items() if ".router." in name} == {"FLOAT"}
+    matrices = [tensor for tensor in model.graph.initializer if len(tensor.dims) >= 2 and ".router." not in tensor.name]
+    assert {name_of(tensor.data_type) for tensor in matrices} - {"INT32", "INT64"} == {"BFLOAT16"}
+    types = {v.name: name_of(v.type.tensor_type.elem_type) for v in (*model.graph.input, *model.graph.output)}
+    assert types["past_key_values.0.key"] == types["present.1.value"] == "BFLOAT16"
+    assert types["logits"] == "FLOAT"
+    manifest = bundle.open_bundle(typed[f"bfloat16/{target}"]).manifest
+    assert manifest["cache"]["dtype"] == BF16
+    tests = [entry["self_test"] for entry in manifest["lowering"] if entry["self_test"]]
+    assert len(tests) == 3
+    assert all(tensorrt.HALF_LIMIT / 16 < t["max_rel_error"] < t["limit"] == 8 * tensorrt.HALF_LIMIT for t in tests)
+
+
+def test_soft_caps_and_what_follows_the_projection_stay_float32(tiny_model, tmp_path):
+    """Gemma 2: a tanh rounded to 8 bits would move scores of 50 by 0.1."""
+    from moedge.export.trace import trace
+
+    graph = trace(tiny_model("gemma2"))
+    tensorrt.lower(graph, max_length=64, tensorrt="10.3", dtype=BF16)
+    kinds = {node.inputs[0].dtype for node in graph.graph if node.op_type == "Tanh" and "mlp" not in str(node.name)}
+    gates = [node for node in graph.graph if node.op_type == "Tanh" and node.inputs[0].dtype == ir.DataType.BFLOAT16]
+    assert ir.DataType.FLOAT in kinds
+    assert len(gates) <= 2, "the gates of two layers"
+    logits = next(value for value in graph.graph.outputs if value.name == "logits")
+    assert logits.dtype == ir.DataType.FLOAT
+    assert logits.producer().op_type == "Mul"
+
+
+@pytest.mark.parametrize(("dtype", "fits"), [("float16", False), (BF16, True)])
+def test_activations_beyond_float16s_range_need_bfloat16(bundles, dtype, fits):
+    """Up times 1000, down over 1000: no weight is large, products of the gate and up are."""
+    graph = portable(bundles)
+    for node in nodes.nodes_of(graph, "SparseGLU"):
+        for index, factor in ((4, 1e4), (5, 1e-4)):
+            value = node.inputs[index]
+            value.const_value = ir.tensor(value.const_value.numpy() * np.float32(factor), name=value.name)
+    if fits:
+        assert tensorrt.lower(graph, max_length=64, tensorrt="10.3", dtype=dtype).cache["dtype"] == BF16
+    else:
+        with pytest.raises(MoEdgeError, match=r"left float16's range \(65,504\): take --dtype bfloat16"):
+            tensorrt.lower(graph, max_length=64, tensorrt="10.3", dtype=dtype)
+
+
+def test_another_type_is_refused(bundles):
+    with pytest.raises(MoEdgeError, match="float16 or bfloat16, not 'float32'"):
+        tensorrt.lower(portable(bundles), max_length=64, dtype="float32")
+
+
+@pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx-cu13 has no package for this platform")
+def test_an_engine_in_bfloat16_is_built_where_there_is_bfloat16(typed, tmp_path):
+    from moedge.runtime import build
+    from moedge.runtime.device import moedge_trt
+
+    folder = typed["bfloat16/tensorrt-rtx"]
+    made = build.build(folder, tmp_path / "engine", ["rtx-3090"], max_length=64, max_prompt=32, taps=True)
+    assert (made["dtype"], made["compute_capabilities"]) == (BF16, ["8.6"])
+    # A tied embedding may lie in the engine twice; float32 weights would be twice all of this.
+    assert made["build"]["engine_bytes"] > made["weight_bytes"]
+    with pytest.raises(MoEdgeError, match=r"2080 Ti \(SM75\) has no bfloat16, .* export with --dtype float16"):
+        build.build(folder, tmp_path / "old", ["rtx-2080-ti"], max_length=64)
+    assert not (tmp_path / "old").exists()
+    # The refusal is NVIDIA's own.
+    opened = bundle.open_bundle(folder)
+    shapes = moedge_trt.profile_shapes(opened.manifest["model"], max_length=64, max_prompt=32)
+    with pytest.raises(moedge_trt.DeviceError, match="HW-specific datatypes: b16"):
+        moedge_trt.build(
+            moedge_trt.load_tensorrt("tensorrt-rtx"), opened.model_path, shapes, compute_capabilities=["7.5"]
+        )
 
 
 @pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx", "plugins"])
@@ -240,7 +336,7 @@ def test_a_weight_beyond_half_precision_is_refused(bundles, tmp_path):
     array = value.const_value.numpy().copy()
     array.flat[0] = 1e5
     value.const_value = ir.tensor(array, name=name)
-    with pytest.raises(MoEdgeError, match=r"does not fit float16|left float16's range"):
+    with pytest.raises(MoEdgeError, match=r"does not fit float16 .*; take --dtype bfloat16"):
         tensorrt.lower(graph, max_length=64, tensorrt="10.3")
 
 

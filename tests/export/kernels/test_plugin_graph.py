@@ -16,7 +16,7 @@ from onnx import numpy_helper
 
 from moedge._files import atomic_dir
 from moedge.export import ops
-from moedge.export.lowering.tensorrt import HALF_LIMIT
+from moedge.export.lowering.tensorrt import block_limit
 from moedge.export.pipeline import lower
 from moedge.export.plugins import Request, launch_of
 from moedge.runtime.device.moedge_plugins import PLUGINS
@@ -33,13 +33,31 @@ TYPES = {
 }
 
 
+@pytest.fixture(scope="module", params=[HALF, "bfloat16"])
+def dtype(request: pytest.FixtureRequest) -> str:
+    """Half-precision type of the graph."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def bundle(bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(dtype: str, bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Bundle ``tensorrt`` of the tiny MoE for a TensorRT that takes plugins."""
     out = tmp_path_factory.mktemp("plugins") / "tensorrt"
     with atomic_dir(out) as partial:
-        lower("tensorrt", bundles["moe/portable"], partial, tensorrt="10.13")
+        lower("tensorrt", bundles["moe/portable"], partial, tensorrt="10.13", dtype=dtype)
     return out
+
+
+def tensors_of(model: onnx.ModelProto) -> dict[str, torch.Tensor]:
+    """The weights of a file; numpy knows bfloat16 as bits only."""
+    found = {}
+    for tensor in model.graph.initializer:
+        array = numpy_helper.to_array(tensor).copy()
+        brain = tensor.data_type == onnx.TensorProto.BFLOAT16
+        found[tensor.name] = (
+            torch.from_numpy(array.view("int16")).view(torch.bfloat16) if brain else torch.from_numpy(array)
+        )
+    return found
 
 
 def nodes_of(model: onnx.ModelProto) -> list[onnx.NodeProto]:
@@ -63,10 +81,11 @@ def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
     return {name: value.decode() if isinstance(value, bytes) else value for name, value in values.items()}
 
 
-def test_every_node_is_a_plugin_with_its_inputs_attributes_and_types(bundle: Path) -> None:
+def test_every_node_is_a_plugin_with_its_inputs_attributes_and_types(bundle: Path, dtype: str) -> None:
     onnx.checker.check_model(bundle / "model.onnx", full_check=True)
     model = onnx.load(bundle / "model.onnx", load_external_data=False)
     nodes, types = nodes_of(model), types_of(model)
+    stated = {name: tuple([dtype if t == HALF else t for t in side] for side in both) for name, both in TYPES.items()}
     assert [node.op_type for node in nodes] == ["Route", "Dispatch", "GroupedGLU", "GroupedLinear", "Combine"] * 2
     asked = []
     for node in nodes:
@@ -75,11 +94,11 @@ def test_every_node_is_a_plugin_with_its_inputs_attributes_and_types(bundle: Pat
         assert (attributes.pop("plugin_namespace"), attributes.pop("plugin_version")) == ("moedge", "1")
         assert {name: type(value) for name, value in attributes.items()} == dict(plugin.attributes)
         assert len(node.input) == len(plugin.inputs)
-        assert [types[name][0] for name in node.input] == TYPES[node.op_type][0]
+        assert [types[name][0] for name in node.input] == stated[node.op_type][0]
         described = plugin.outputs(
             [([7 if d is None else d for d in types[name][1]], types[name][0]) for name in node.input], attributes
         )
-        assert [kind for _, kind in described] == TYPES[node.op_type][1]
+        assert [kind for _, kind in described] == stated[node.op_type][1]
         for name, (dims, kind) in zip(node.output, described, strict=True):
             recorded_kind, recorded = types[name]
             assert recorded_kind == kind
@@ -120,22 +139,22 @@ def execute(node: onnx.NodeProto, values: dict[str, torch.Tensor], path: str, pl
 
 @pytest.mark.parametrize(("tokens", "path"), [(1, "gemv"), (7, "gemv"), (7, "gemm16")])
 def test_the_chain_of_plugins_is_the_float32_experts(
-    place: str, bundle: Path, bundles: dict[str, Path], tokens: int, path: str
+    place: str, bundle: Path, bundles: dict[str, Path], dtype: str, tokens: int, path: str
 ) -> None:
     """Weights and nodes of the half-precision file, executed by the kernels, beside the float32 operators."""
     model = onnx.load(bundle / "model.onnx")
-    weights = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in model.graph.initializer}
+    weights, half = tensors_of(model), getattr(torch, dtype)
     first = nodes_of(model)[:5]
     route, glu, linear, combine = first[0], first[2], first[3], first[4]
     scores_name, x_name = route.input[0], first[1].input[0]
     generator = torch.Generator().manual_seed(3)
     experts, _, hidden = weights[glu.input[2]].shape
     scores, x = torch.randn(tokens, experts, generator=generator), torch.randn(tokens, hidden, generator=generator)
-    values = {**weights, scores_name: scores, x_name: x.half()}
+    values = {**weights, scores_name: scores, x_name: x.to(half)}
     for node in first:
         execute(node, values, path, place)
     portable = onnx.load(bundles["moe/portable"] / "model.onnx")
-    floats = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in portable.graph.initializer}
+    floats = tensors_of(portable)
     sparse = next(node for node in portable.graph.node if node.op_type == "SparseGLU")
     attributes = attributes_of(route)
     bias = weights[route.input[1]]
@@ -146,9 +165,9 @@ def test_the_chain_of_plugins_is_the_float32_experts(
     assert values[route.output[0]].cpu().equal(indices)
     got = values[combine.output[0]].cpu().float()
     error = float((got - wanted).abs().max() / wanted.abs().max())
-    # Each of x, weight, hidden, product and sum is rounded to float16 once: well within the block's limit.
-    assert 0 < error < HALF_LIMIT, error
-    assert values[linear.output[0]].dtype == torch.float16
+    # Each of x, weight, hidden, product and sum is rounded to half precision once: well within the block's limit.
+    assert 0 < error < block_limit(dtype), error
+    assert values[linear.output[0]].dtype == half
 
 
 @pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx-cu13 has no package for this platform")
