@@ -13,17 +13,17 @@ outputs of half precision become float32 that holds half-precision numbers.
 
 from __future__ import annotations
 
-from typing import Any
-
-import onnx
-import onnx.inliner
-import onnx.shape_inference
-from onnx import TensorProto, helper, numpy_helper
+from typing import TYPE_CHECKING, Any
 
 from moedge import MoEdgeError
 
-HALVES = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
+if TYPE_CHECKING:
+    import onnx
+
+HALVES = {"float16": 10, "bfloat16": 16}
+"""Half-precision types and their numbers in ONNX (``TensorProto.DataType``)."""
 _HALVES = tuple(HALVES.values())
+_FLOAT = 1
 _MOVES = {
     *("Reshape", "Transpose", "Slice", "Concat", "Unsqueeze", "Squeeze", "Expand", "Gather", "GatherElements"),
     *("Identity", "Split", "Tile", "Where", "Neg", "Max", "Min"),
@@ -53,6 +53,9 @@ def emulated(model: onnx.ModelProto) -> onnx.ModelProto:
     Raises:
         MoEdgeError: a value whose type cannot be inferred, or a node with a graph inside.
     """
+    import onnx.inliner
+    from onnx import helper
+
     weights = list(model.graph.initializer)
     del model.graph.initializer[:]
     del model.graph.value_info[:]
@@ -71,7 +74,7 @@ def emulated(model: onnx.ModelProto) -> onnx.ModelProto:
     for tensor in weights:
         if tensor.name in halves:
             name, tensor.name = tensor.name, f"{tensor.name}.stored"
-            nodes.append(helper.make_node("Cast", [tensor.name], [name], to=TensorProto.FLOAT))
+            nodes.append(helper.make_node("Cast", [tensor.name], [name], to=_FLOAT))
     for node in model.graph.node:
         nodes.append(_in_float32(node))
         if node.op_type in _MOVES and not node.domain:
@@ -80,14 +83,14 @@ def emulated(model: onnx.ModelProto) -> onnx.ModelProto:
             if name in halves:
                 node.output[index] = f"{name}.exact"
                 nodes.append(helper.make_node("Cast", [f"{name}.exact"], [f"{name}.half"], to=kinds[name]))
-                nodes.append(helper.make_node("Cast", [f"{name}.half"], [name], to=TensorProto.FLOAT))
+                nodes.append(helper.make_node("Cast", [f"{name}.half"], [name], to=_FLOAT))
     copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del model.graph.node[:]
     model.graph.node.extend(copies)
     model.graph.initializer.extend(weights)
     for value in (*model.graph.input, *model.graph.output):
         if value.type.tensor_type.elem_type in _HALVES:
-            value.type.tensor_type.elem_type = TensorProto.FLOAT
+            value.type.tensor_type.elem_type = _FLOAT
     return model
 
 
@@ -97,6 +100,8 @@ def _types(model: onnx.ModelProto) -> dict[str, int]:
     Raises:
         MoEdgeError: one has none.
     """
+    import onnx.shape_inference
+
     try:
         inferred = onnx.shape_inference.infer_shapes(model)
     except onnx.shape_inference.InferenceError as error:
@@ -115,11 +120,14 @@ def _in_float32(node: onnx.NodeProto) -> onnx.NodeProto:
     Raises:
         MoEdgeError: the node has a graph inside.
     """
+    import onnx
+    from onnx import numpy_helper
+
     for item in node.attribute:
         if item.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS):
             raise MoEdgeError(f"{node.op_type} has a graph inside, whose values are not rounded.")
         if item.name in _TYPES and item.i in _HALVES:
-            item.i = TensorProto.FLOAT
+            item.i = _FLOAT
         if item.type == onnx.AttributeProto.TENSOR and item.t.data_type in _HALVES:
             array: Any = numpy_helper.to_array(item.t)
             item.t.CopyFrom(numpy_helper.from_array(array.astype("float32"), item.t.name))
