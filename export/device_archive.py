@@ -22,7 +22,7 @@ from moedge._files import atomic_dir, digest, hash_tree, link_or_copy, partial_o
 from moedge.configs import devices
 from moedge.configs.devices import Device
 from moedge.export.bundle import MODEL, Bundle, copy_companions, open_bundle
-from moedge.export.lowering.tensorrt import block_limit
+from moedge.export.lowering.tensorrt import HALF_LIMIT, block_limit
 from moedge.export.plugins import Request, compile_library
 from moedge.runtime.device import moedge_trt
 from moedge.runtime.device.moedge_plugins import FOLDER
@@ -53,7 +53,7 @@ def limits(dtype: str = "float16") -> dict[str, float]:
     ``near_tie_margin``: two logits that each move by that much can change places. ``mean_kl``: half the variance of the
     logit error, with logits up to 40 and an error of a third of its maximum (the maximum is over the vocabulary).
     ``expert_set_agreement``: the router is float32 but reads a stream that is ``block_limit`` off; scores closer than
-    that change places.
+    that change places: with 10 experts some 5% of the decisions in float16, eight times as many in bfloat16.
     """
     limit = block_limit(dtype)
     return {
@@ -61,7 +61,7 @@ def limits(dtype: str = "float16") -> dict[str, float]:
         "near_tie_margin": 2 * limit,
         "mean_kl": 0.5 * (40 * limit / 3) ** 2,
         "top1_agreement": 1.0,
-        "expert_set_agreement": 0.95,
+        "expert_set_agreement": 1 - 0.05 * limit / HALF_LIMIT,
     }
 
 
