@@ -185,14 +185,14 @@ def test_the_archive_gives_tensorrt_a_kernel_for_every_node_and_tactic(request, 
     for asked in record["asked"]:
         plugin = PLUGINS[asked["plugin"]]
         launch = launch_of(plugin, kernels[plugin.name], asked["tactic"])
-        path = plugin.tactics[asked["tactic"] - 1] if plugin.tactics else ""
         size = 5 * k if plugin.name.startswith("Grouped") else 5
         assert asked["grid"] == [*launch.programs(size), 1, 1][:3]
         assert asked["scalars"] == [size] * len(launch.scalars)
         assert asked["block"] == 32 * launch.warps
         assert asked["shared"] <= 48 * 1024
         assert f".target sm_{capability.replace('.', '')}" in asked["ptx"]
-        assert (".bf16" in asked["ptx"]) == (half == "BF16" and plugin.name.startswith("Grouped") and "gemm" in path)
+        if plugin.name.startswith("Grouped"):
+            assert (".bf16" in asked["ptx"]) == (half == "BF16")
         entry = asked["ptx"].partition(f".entry {asked['name']}(")[2].partition(")")[0]
         assert entry.count(".param") == len(launch.inputs) + len(launch.scalars) + len(launch.outputs)
         assert asked["types"].split(", ")[0] == ("FP32" if plugin.name == "Route" else half)
