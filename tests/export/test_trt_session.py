@@ -257,7 +257,7 @@ def test_the_engine_class_passes_on_what_is_wanted(bundle, session, tmp_path, mo
     kept = {key: manifest[key] for key in ("target", "kind", "label", "model", "moe", "taps")}
     made = {"schema": "moedge.engine/1", "profiles": session.limits, "compute_capabilities": ["8.7"], "versions": {}}
     (tmp_path / "manifest.json").write_text(json.dumps({**kept, **made, "files": hash_tree(tmp_path)}))
-    monkeypatch.setattr(moedge_session, "Session", lambda plan, facts: session)
+    monkeypatch.setattr(moedge_session, "Session", lambda plan, facts, library=None: session)
     monkeypatch.setattr(session.cuda, "capability", lambda: "8.7")
     engine, reference = open_engine(tmp_path, taps=True, last_logits=last), open_engine(bundle, taps=True)
     ids = np.random.default_rng(4).integers(0, 256, (1, 20))
