@@ -61,11 +61,6 @@ class Tokenizer:
         text = self._special("eos_token")
         return self._tokenizer.token_to_id(text) if text else None
 
-    @property
-    def has_chat_template(self) -> bool:
-        """True when :meth:`apply_chat_template` can be used."""
-        return self._template is not None
-
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of ``text``; special tokens (BOS) as the tokenizer's own post-processor adds them."""
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
