@@ -77,7 +77,7 @@ def test_a_model_without_end_and_padding_still_gets_what_genai_requires(tmp_path
 
 @pytest.mark.parametrize("name", [*ALL, "openvino"])
 def test_every_value_of_a_bundle_has_its_type_and_shape(bundles, openvino, values_match_their_shapes, name):
-    """int8 and int4: test_quantized.py. ort-cuda: test_ort_cuda.py. TensorRT: test_tensorrt.py."""
+    """int8 and int4: quantized/. ort-cuda: test_ort_cuda.py. TensorRT: test_tensorrt.py."""
     assert values_match_their_shapes(openvino[name] if name == "openvino" else bundles[name]) > 40
 
 

@@ -1,6 +1,6 @@
 """What ONNX Runtime's CPU kernels do wrongly without an error, executed, and what refuses or routes around it.
 
-Others are where they belong: ignored normalisation and dropped weights of QMoE in test_quantized.py, ignored positions
+Others are where they belong: ignored normalisation and dropped weights of QMoE in quantized/, ignored positions
 of GroupQueryAttention in the left-padded batches of test_export.py, CUDA's constants in test_ort_cuda.py, TensorRT's
 dropped activation and plugins in test_tensorrt.py and kernels/test_plugin_graph.py. A test here fails when a newer
 ONNX Runtime does better: then the refusal can go.

@@ -235,6 +235,10 @@ def test_rounding_is_blamed_only_where_the_kernels_are_right(target: str, instea
     again = run(lambda logits, position, phase: -logits)
     verdict.quantised_note(again, broken, target)  # its kernels are wrong too
     verdict.quantised_note(right, right, target)
+    converted = run(lambda logits, position, phase: -logits)
+    converted["test"]["model"]["routed"] = not converted["reference"]["model"]["routed"]
+    verdict.quantised_note(converted, right, target)
+    assert not converted["verdict"]["notes"]
     assert not again["verdict"]["notes"]
     assert not right["verdict"]["notes"]
 
