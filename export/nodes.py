@@ -65,6 +65,16 @@ def holds_experts(sparse_glu: ir.Node) -> bool:
     return str(getattr(sparse_glu.inputs[3], "name", "")).endswith(".mlp.gate")
 
 
+def has_biases(sparse_glu: ir.Node) -> bool:
+    """Whether gate and up have biases: then their rows are one longer than the hidden size, and x ends in ones."""
+    gate, down = sparse_glu.inputs[3], sparse_glu.inputs[5]
+    if gate is None or down is None or gate.shape is None or down.shape is None:
+        raise MoEdgeError(
+            f"Node {sparse_glu.name} does not say how large its experts are; it was not traced by moedge."
+        )
+    return bool(gate.shape[2] != down.shape[1])
+
+
 def active_of(sparse_glu: ir.Node) -> int:
     """Return how many experts a SparseGLU runs for one token."""
     indices = sparse_glu.inputs[1]

@@ -61,6 +61,11 @@ class Quantized:
         values = (unpack(self.packed, self.bits).astype(np.float32) - zero) * self.scales[..., None]
         return np.ascontiguousarray(values.reshape(*self.packed.shape[:-2], -1)[..., : self.columns])
 
+    def expert(self, number: int) -> Quantized:
+        """Return one matrix of a stack."""
+        zero_points = None if self.zero_points is None else self.zero_points[number]
+        return Quantized(self.packed[number], self.scales[number], zero_points, self.bits, self.columns)
+
     def rows(self, *parts: Quantized) -> Quantized:
         """Return this matrix [N, K] with the rows of ``parts`` below its own."""
         every = [self, *parts]
@@ -271,11 +276,8 @@ def dequantized_weights(bundle: Bundle) -> Iterator[tuple[str, np.ndarray]]:
     def read(name: str) -> np.ndarray:
         return onnx.numpy_helper.to_array(stored[name], base_dir=str(bundle.path))
 
-    for name, place in section["tensors"].items():
-        tensor, bits = place["tensor"], section["bits"]
-        if section.get("form") == "DequantizeLinear":
-            yield name, _dequantize_linear(read(f"{tensor}.q"), read(f"{tensor}.scales"), place)
-            continue
+    def blocks(place: dict[str, Any], columns: int) -> np.ndarray:
+        tensor = place["tensor"]
         scales = read(f"{tensor}.scales")
         packed = read(f"{tensor}.q").reshape(*scales.shape, -1)
         zero_points = read(f"{tensor}.zero_points") if f"{tensor}.zero_points" in stored else None
@@ -284,12 +286,21 @@ def dequantized_weights(bundle: Bundle) -> Iterator[tuple[str, np.ndarray]]:
             first = 0 if place["part"] == "gate" else 1
             whole = [None if array is None else array[:, first::2] for array in whole]
         rows = slice(*place["rows"])
-        axis = (slice(None), rows) if place["layout"] == "ENK" else (rows,)
+        axis = (slice(None), rows) if place.get("layout") == "ENK" else (rows,)
         values_part, scales_part, zeros_part = (None if array is None else array[axis] for array in whole)
         assert values_part is not None
         assert scales_part is not None
-        values = Quantized(values_part, scales_part, zeros_part, bits, place["columns"]).dequantized()
-        yield name, np.ascontiguousarray(values.T if place["layout"] == "KN" else values)
+        return Quantized(values_part, scales_part, zeros_part, section["bits"], columns).dequantized()
+
+    for name, place in section["tensors"].items():
+        if section.get("form") == "DequantizeLinear":
+            tensor = place["tensor"]
+            yield name, _dequantize_linear(read(f"{tensor}.q"), read(f"{tensor}.scales"), place)
+        elif "experts" in place:  # each in a matrix of its own (lowering/ort_products.py)
+            yield name, np.stack([blocks(part, place["columns"]) for part in place["experts"]])
+        else:
+            values = blocks(place, place["columns"])
+            yield name, np.ascontiguousarray(values.T if place["layout"] == "KN" else values)
 
 
 def _dequantize_linear(q: np.ndarray, scales: np.ndarray, place: dict[str, Any]) -> np.ndarray:

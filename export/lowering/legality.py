@@ -111,15 +111,11 @@ def weights_rtx(*, columns: int) -> str | None:
     )
 
 
-def quantized_cpu(
-    *, dtypes: set[str], activations: set[str], smallest_weight: float, hidden_sizes: set[int]
-) -> str | None:
-    """``com.microsoft.QMoE`` and ``MatMulNBits`` on the CPU provider, blocks of 32.
+def quantized_cpu(*, dtypes: set[str], hidden_sizes: set[int]) -> str | None:
+    """Block-quantised weights on the CPU provider (``MatMulNBits``, ``QMoE``), blocks of 32.
 
     Args:
         dtypes: dtypes of the float weights.
-        activations: gate activations of the model's experts.
-        smallest_weight: lower bound of the combination weights.
         hidden_sizes: H of the layers with experts.
     """
     installed = onnxruntime_version()
@@ -128,10 +124,23 @@ def quantized_cpu(
         return f"quantised experts need onnxruntime {oldest}, this is {found}; pip install -U onnxruntime"
     if dtypes - {"FLOAT"}:
         return f"weights are quantised from float32, the model holds {', '.join(sorted(dtypes)).lower()}"
+    if odd := sorted(size for size in hidden_sizes if size % 32):
+        return f"the hidden size {odd[0]} is not a multiple of the block of 32, which the QMoE kernel needs [R]"
+    return None
+
+
+def qmoe_cpu(*, activations: set[str], smallest_weight: float, biased: bool) -> str | None:
+    """``com.microsoft.QMoE`` on the CPU provider; where it is illegal, experts are products of their own.
+
+    Args:
+        activations: gate activations of the model's experts.
+        smallest_weight: lower bound of the combination weights.
+        biased: whether experts have biases in gate or up.
+    """
     if activations - {"silu"}:
         return f"the QMoE kernel gates with SiLU only, the model uses {', '.join(sorted(activations))} [M]"
     if not smallest_weight > 0:
         return "an expert weight can be zero or negative; the QMoE kernel drops such experts without an error [M]"
-    if odd := sorted(size for size in hidden_sizes if size % 32):
-        return f"the hidden size {odd[0]} is not a multiple of the block of 32, which the QMoE kernel needs [R]"
+    if biased:
+        return "the experts have biases in gate or up, kept as a further input that the kernel has no place for"
     return None

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from moedge import MoEdgeError
 from moedge.export.lowering.graph import array_of, cut, values_by_name
-from moedge.export.nodes import nodes_of
+from moedge.export.nodes import has_biases, nodes_of
 from moedge.export.quantize import Quantized
 
 MATCH = 0.1
@@ -45,7 +45,7 @@ class FFN:
                 x = node.inputs[0]
                 assert x is not None
                 pad = x.producer()
-                if array_of(node.inputs[3]).shape[2] != array_of(node.inputs[5]).shape[1] and pad is not None:
+                if has_biases(node) and pad is not None:
                     x = pad.inputs[0]  # experts with biases read a further input, 1; the router does not
                 assert x is not None
                 return cls(node, str(x.name), str(output.name))

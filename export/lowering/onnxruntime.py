@@ -106,7 +106,6 @@ def _dtype(model: ir.Model) -> str:
 
 
 _KERNEL = "Route + SparseGLU -> MoE"
-_PRODUCTS = "SparseGLU -> products of each expert"
 
 
 def _lower_experts(
@@ -119,10 +118,13 @@ def _lower_experts(
     if kernel.status == "applied":
         return [kernel]
     if reason := ort_products.illegal(before):
-        return [kernel, Rewrite(_PRODUCTS, 0, "refused", reason)]
+        return [kernel, Rewrite(ort_products.REWRITE, 0, "refused", reason)]
     count, found = ort_products.fuse(model)
     taps.update({layer: vars(tap) for layer, tap in found.items()})
-    return [kernel, Rewrite(_PRODUCTS, count, "applied", self_test=_test_experts(_PRODUCTS, before, model))]
+    return [
+        kernel,
+        Rewrite(ort_products.REWRITE, count, "applied", self_test=_test_experts(ort_products.REWRITE, before, model)),
+    ]
 
 
 def fuse_experts(model: ir.Model, before: ir.Model, illegal: str | None, taps: dict[int, dict[str, object]]) -> Rewrite:

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from moedge.export.lowering.graph import Builder, array_of, constant_of, remove_unused, values_by_name
-from moedge.export.nodes import active_of, holds_experts, layer_of, nodes_of, routed_directly
+from moedge.export.nodes import active_of, has_biases, holds_experts, layer_of, nodes_of, routed_directly
 
 UNSELECTED = -1.0e4
 """Logit of an unselected expert: its softmax weight is exactly 0 beside any log(w) above -9.9e3; fits float16."""
@@ -46,7 +46,7 @@ def fuse(model: ir.Model) -> tuple[int, str, dict[int, Tap]]:
     activations = {node.attributes["activation"].as_string() for node in nodes}
     if activations != {"silu"}:
         return 0, f"com.microsoft.MoE on CPU gates with SiLU only, the model with {', '.join(sorted(activations))}", {}
-    if any(node.inputs[3].shape[2] != node.inputs[5].shape[1] for node in nodes):
+    if any(map(has_biases, nodes)):
         return 0, "the experts have biases in gate or up, kept as a further input that the kernel has no place for", {}
     taps = {}
     for node in nodes:

@@ -19,6 +19,8 @@ from moedge.export.lowering.graph import Builder, array_of, constant_of, remove_
 from moedge.export.lowering.ort_moe import Tap
 from moedge.export.nodes import layer_of, nodes_of, routed_directly
 
+REWRITE = "SparseGLU -> products of each expert"
+
 SMALLEST_EXPERT = 1 << 19
 """Parameters of an expert (3 * H * I) from which its own products are at least as fast as ``com.microsoft.MoE``."""
 MOST_EXPERTS = 16
@@ -96,11 +98,16 @@ def _glu(builder: Builder, g: ir.Value, u: ir.Value, activation: str) -> ir.Valu
     return product
 
 
+def matrix_name(stack: str, expert: int) -> str:
+    """Name of one expert's matrix in the graph, from that of the layer's stack."""
+    return f"{stack}.{expert}"
+
+
 def _matrix(builder: Builder, stack: ir.Value | None, expert: int) -> ir.Value:
     """Expert ``expert`` of a stack [E, N, K] as a matrix [K, N], made when it is read."""
     assert stack is not None
     assert stack.const_value is not None
-    source, name = stack.const_value, f"{stack.name}.{expert}"
+    source, name = stack.const_value, matrix_name(str(stack.name), expert)
     _, rows, columns = (int(size) for size in stack.const_value.shape)
 
     def matrix() -> ir.TensorProtocol:

@@ -65,18 +65,15 @@ def pad_rows(weight: Quantized, rows: int) -> Quantized:
     return Quantized(pad(weight.packed), pad(weight.scales), zero_points, weight.bits, weight.columns)
 
 
-def fuse(
-    model: ir.Model, weights: Mapping[str, Quantized], *, form: str = "weights"
-) -> tuple[int, dict[int, Tap], list[str]]:
-    """Replace every SparseGLU; return how many, the routing taps by layer, and the name of each layer's output."""
+def fuse(model: ir.Model, weights: Mapping[str, Quantized], *, form: str = "weights") -> tuple[int, dict[int, Tap]]:
+    """Replace every SparseGLU; return how many, and the routing taps by layer."""
     nodes = nodes_of(model, "SparseGLU")
-    taps, outputs = {}, []
+    taps = {}
     for node in nodes:
         layer = layer_of(node)
-        outputs.append(str(node.outputs[0].name))
         taps[layer] = _replace(model, node, layer, weights, form)
     remove_unused(model)
-    return len(nodes), taps, outputs
+    return len(nodes), taps
 
 
 def _replace(model: ir.Model, node: ir.Node, layer: int, weights: Mapping[str, Quantized], form: str) -> Tap:

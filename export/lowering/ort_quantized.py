@@ -27,13 +27,14 @@ from moedge.export.lowering import (
     mistakes,
     ort_matmul,
     ort_nbits,
+    ort_products,
     ort_qmoe,
     selftest,
     weights,
 )
 from moedge.export.lowering import onnxruntime as ort_cpu
 from moedge.export.lowering.graph import array_of, remove_unused
-from moedge.export.nodes import layer_of, nodes_of, routed_directly
+from moedge.export.nodes import has_biases, layer_of, nodes_of, routed_directly
 from moedge.export.quantize import BLOCK, QUANTISED, Quantized, account, quantize, stored_bytes
 
 INT8_LIMIT = 4e-2
@@ -63,10 +64,10 @@ def lower(
     """
     target = f"ort-cpu-int{bits}"
     before = model.clone()
-    _check(before, target)
+    unfit = _check(before, target)
     table = weights.collect(before)
     narrow = min((weight.columns for weight in table.values() if weight.tensor_class == "experts"), default=2 * BLOCK)
-    if method == "rtn-asymmetric" and narrow <= BLOCK:
+    if method == "rtn-asymmetric" and narrow <= BLOCK and not unfit:
         raise MoEdgeError(
             f"Cannot lower for {target}: experts of {narrow} neurons are one block, whose zero points QMoE reads in "
             "another layout; use symmetric blocks (rtn)."
@@ -81,17 +82,30 @@ def lower(
     reference = dequantized_graph(before, packed, table)
 
     rewrites, cache = ort_cpu.lower_norms_and_attention(model, before, max_length)
-    count, taps, routed = ort_qmoe.fuse(model, packed)
-    edges = ort_nbits.fuse(model, packed, {name: weight.tensor_class for name, weight in chosen.items()})
-    sizes = _account(before, model, table, bits, method)
+    classes = {name: weight.tensor_class for name, weight in chosen.items()}
+    routed = [str(node.outputs[0].name) for node in nodes_of(model, "SparseGLU")]
+    if unfit:
+        parts = _experts(packed, [name for name, found in classes.items() if found == "experts"])
+        count, taps = ort_products.fuse(model)
+        edges = ort_nbits.fuse(model, {**packed, **parts}, {**classes, **dict.fromkeys(parts, "experts")})
+    else:
+        count, taps = ort_qmoe.fuse(model, packed)
+        edges = ort_nbits.fuse(model, packed, classes)
+    edges.pop("experts", None)  # inside of an FFN, which is tested whole
+    sizes = _account(before, model, table, bits, method, padded=not unfit)
     merged, _ = ort_matmul.merge_siblings(model)
     remove_unused(model)
 
     exact = ort_nbits.with_accuracy(model, 0)
     test = partial(_test, before, reference, exact, model)
     if count:
-        blocks = [_ffn(before, name, packed, bits) for name in dict.fromkeys((routed[0], routed[-1]))]
-        rewrites.append(Rewrite("Route + SparseGLU -> QMoE", count, "applied", self_test=test("QMoE", blocks)))
+        # 8-bit experts have no kernel with float32 activations (docs/quantization.md); products have.
+        exact_too = bits == 4 or bool(unfit)
+        blocks = [_ffn(before, name, packed, exact_too) for name in dict.fromkeys((routed[0], routed[-1]))]
+        if unfit:
+            rewrites.append(Rewrite(_KERNEL, 0, "refused", unfit))
+        name = ort_products.REWRITE if unfit else _KERNEL
+        rewrites.append(Rewrite(name, count, "applied", self_test=test(name.rpartition("-> ")[2], blocks)))
     for tensor_class, groups in edges.items():
         kind = "GatherBlockQuantized" if tensor_class == "embedding" else "MatMulNBits"
         ends = [groups[0]] if len(groups) == 1 else [groups[0], groups[-1]]
@@ -103,7 +117,7 @@ def lower(
     if merged:
         rewrites.append(Rewrite("products of the router -> one MatMul + Split", merged, "applied"))
     limits = ort_cpu.limits(cache)
-    if count:
+    if count and not unfit:
         limits.append("equal router scores go to the higher expert index, in PyTorch to the lower (QMoE)")
     quantization = {
         "bits": bits,
@@ -115,21 +129,35 @@ def lower(
     return Lowered(rewrites, {layer: vars(tap) for layer, tap in taps.items()}, cache, limits, quantization)
 
 
-def _check(model: ir.Model, target: str) -> None:
-    """Refuse what the kernels cannot hold; see :mod:`legality`."""
+_KERNEL = "Route + SparseGLU -> QMoE"
+
+
+def _check(model: ir.Model, target: str) -> str | None:
+    """Refuse what the kernels cannot hold; see :mod:`legality`. Return why ``QMoE`` alone cannot, or None."""
     experts = nodes_of(model, "SparseGLU")
     if not all(map(routed_directly, experts)):
         raise MoEdgeError(f"Cannot lower experts inside experts for {target}; export a hierarchical model to ort-cpu.")
     dtypes = {value.dtype for value in model.graph.initializers.values() if value.dtype}
     floats = {dtype.name for dtype in dtypes if dtype.is_floating_point()}
     reason = legality.runtime() or legality.quantized_cpu(
-        dtypes=floats,
-        activations={node.attributes["activation"].as_string() for node in experts},
-        smallest_weight=ort_cpu.smallest_weight(model),
-        hidden_sizes={int(array_of(node.inputs[3]).shape[2]) for node in experts},
+        dtypes=floats, hidden_sizes={int(array_of(node.inputs[5]).shape[1]) for node in experts}
     )
     if reason:
         raise MoEdgeError(f"Cannot lower for {target}: {reason}.")
+    return legality.qmoe_cpu(
+        activations={node.attributes["activation"].as_string() for node in experts},
+        smallest_weight=ort_cpu.smallest_weight(model),
+        biased=any(map(has_biases, experts)),
+    )
+
+
+def _experts(packed: Mapping[str, Quantized], stacks: Sequence[str]) -> dict[str, Quantized]:
+    """Each expert of the quantised stacks, by the name of its matrix in :mod:`ort_products`."""
+    return {
+        ort_products.matrix_name(name, expert): packed[name].expert(expert)
+        for name in stacks
+        for expert in range(len(packed[name].packed))
+    }
 
 
 def dequantized_graph(model: ir.Model, packed: dict[str, Quantized], table: dict[str, weights.Weight]) -> ir.Model:
@@ -139,11 +167,10 @@ def dequantized_graph(model: ir.Model, packed: dict[str, Quantized], table: dict
     return copy
 
 
-def _ffn(model: ir.Model, routed: str, packed: dict[str, Quantized], bits: int) -> dict[str, Any]:
+def _ffn(model: ir.Model, routed: str, packed: dict[str, Quantized], exact: bool) -> dict[str, Any]:
     node = mistakes.FFN.find(model, routed).node
     stacks = [packed[str(value.name)] for value in node.inputs[3:6] if value is not None]
-    # 8-bit experts have no kernel with float32 activations (docs/quantization.md).
-    return {"routed": routed, "weights": stacks, "exact": bits == 4}
+    return {"routed": routed, "weights": stacks, "exact": exact}
 
 
 def _inputs(model: ir.Model, names: Sequence[str]) -> list[str]:
@@ -186,8 +213,10 @@ def _test(
     return entry
 
 
-def _account(before: ir.Model, model: ir.Model, table: dict[str, weights.Weight], bits: int, method: str) -> list[Any]:
-    """Account for every initializer of both graphs.
+def _account(
+    before: ir.Model, model: ir.Model, table: dict[str, weights.Weight], bits: int, method: str, *, padded: bool
+) -> list[Any]:
+    """Account for every initializer of both graphs; ``padded``: experts are as wide as QMoE needs them.
 
     Raises:
         MoEdgeError: a class that should be quantised is not, or not as it should be.
@@ -208,8 +237,9 @@ def _account(before: ir.Model, model: ir.Model, table: dict[str, weights.Weight]
         should = size
         if kept(name) in QUANTISED:
             weight = table[name]
-            # Expert widths are padded to whole blocks: rows of gate and up, inputs of down.
-            extra = ort_qmoe.padded_width(weight.shape[1]) / weight.shape[1] if _is_gate_or_up(before, name) else 1
+            # QMoE's expert widths are padded to whole blocks: rows of gate and up, inputs of down.
+            grown = padded and _is_gate_or_up(before, name)
+            extra = ort_qmoe.padded_width(weight.shape[1]) / weight.shape[1] if grown else 1
             should = stored_bytes(round(weight.rows * extra), weight.columns, bits, method)
         rows.append((kept(name), count, size, should))
     after = [
@@ -232,17 +262,31 @@ def _where(model: ir.Model, chosen: dict[str, weights.Weight], before: ir.Model)
     """Say for each weight of the portable graph where its quantised rows lie, so that a reader can de-quantise it."""
     made = [name.removesuffix(".q") for name in model.graph.initializers if name.endswith(".q")]
     places: dict[str, dict[str, Any]] = {}
+    divided = {  # matrix of one expert -> its stack
+        ort_products.matrix_name(name, expert): name
+        for name, weight in chosen.items()
+        if weight.layout == "ENK"
+        for expert in range(weight.shape[0])
+    }
     for tensor in made:
         rest = tensor.split(".", 1)[1]
         row = 0
         for name in rest.split("+"):
-            if name in chosen:
+            if name in divided:
+                stack = chosen[divided[name]]
+                rows = stack.shape[1]
+                place = places.setdefault(stack.name, {"layout": "ENK", "columns": stack.columns, "experts": []})
+                place["experts"].append({"tensor": tensor, "rows": [row, row + rows]})
+                row += rows
+            elif name in chosen:
                 rows = chosen[name].rows
                 places[name] = {"tensor": tensor, "rows": [row, row + rows], "layout": chosen[name].layout}
                 places[name]["columns"] = chosen[name].columns
                 row += rows
     for node in nodes_of(before, "SparseGLU"):
         layer = layer_of(node)
+        if str(getattr(node.inputs[3], "name", "")) in places:
+            continue
         for part, value in zip(("gate", "up", "down"), node.inputs[3:6], strict=True):
             assert value is not None
             shape = chosen[str(value.name)].shape

@@ -10,9 +10,11 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from moedge.convert import modeling
+from moedge.export.bundle import open_bundle
 from moedge.export.lowering import ort_products, selftest
 from moedge.export.nodes import nodes_of
-from moedge.export.pipeline import lower
+from moedge.export.pipeline import export, lower
 from moedge.runtime.engines.onnxruntime import OrtEngine
 from moedge.runtime.profiling import group_nodes
 
@@ -86,6 +88,29 @@ def test_a_profile_counts_them_as_experts(divided, tmp_path):
     assert kinds["experts"]["MatMul"] == 2 * 2 * 6
     assert kinds["router"]["TopK"] == 2
     assert not {"NonZero", "ScatterND", "TopK"} & set(kinds["dense FFN"])
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "llama with biases"])
+def test_quantised_experts_that_qmoe_cannot_hold(kind, tiny_model, convert_tiny, tiny_tokenizer, tmp_path):
+    """GELU, and gate and up with biases, in 8 and 4 bits: kernels exact, every expert de-quantised as it is stored."""
+    model = tiny_model("gemma2", layers=2) if kind == "gemma2" else tiny_model("llama", layers=1, mlp_bias=True)
+    plan = convert_tiny(model, "cmoe")
+    modeling.save(modeling.apply(plan, model), plan, tiny_tokenizer, tmp_path / "moe")
+    targets = ["portable", "ort-cpu-int8", "ort-cpu-int4"]
+    made = export(tmp_path / "moe", tmp_path / "bundles", targets, label="tiny")
+    for target in targets[1:]:
+        manifest = open_bundle(made[target]).manifest
+        (found,) = (entry for entry in manifest["lowering"] if entry["rewrite"] == ort_products.REWRITE)
+        assert found["status"] == "applied"
+        assert found["self_test"]["passed"]
+        assert 0 < found["self_test"]["float32_activations"] < 2e-6
+        stored = OrtEngine(made["portable"], taps=True, weights_of=made[target])
+        engine = OrtEngine(made[target], taps=True, float32_activations=True)
+        want, got = stored.prefill(IDS[:1]), engine.prefill(IDS[:1])
+        for layer, chosen in want.routes.items():
+            np.testing.assert_array_equal(np.sort(got.routes[layer]), np.sort(chosen))
+        # Logits: two such layers and a head, each a product of at most 64 terms in another order, 64 * 2^-24.
+        assert 0 < _error(got.logits, want.logits) < 1e-5
 
 
 def test_every_value_has_the_shape_that_it_says(divided, values_match_their_shapes):

@@ -239,18 +239,28 @@ def test_a_failing_self_test_stops_the_export_and_says_what_is_wrong(bundles, mo
 @pytest.mark.parametrize(
     ("facts", "reason"),
     [
-        ({"activations": {"gelu_tanh"}}, "gates with SiLU only"),
-        ({"smallest_weight": 0.0}, "drops such experts"),
         ({"dtypes": {"FLOAT", "FLOAT16"}}, "quantised from float32"),
         ({"hidden_sizes": {96, 100}}, "hidden size 100"),
     ],
 )
 def test_what_the_kernels_cannot_hold_is_refused(facts, reason):
-    fine: dict[str, Any] = {
-        "dtypes": {"FLOAT"}, "activations": {"silu"}, "smallest_weight": 1.0, "hidden_sizes": {64},
-    }  # fmt: skip
+    fine: dict[str, Any] = {"dtypes": {"FLOAT"}, "hidden_sizes": {64}}
     assert legality.quantized_cpu(**fine) is None
     assert reason in legality.quantized_cpu(**{**fine, **facts})
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({"activations": {"gelu_tanh"}}, "gates with SiLU only"),
+        ({"smallest_weight": 0.0}, "drops such experts"),
+        ({"biased": True}, "biases in gate or up"),
+    ],
+)
+def test_what_qmoe_cannot_hold_becomes_products(facts, reason):
+    fine: dict[str, Any] = {"activations": {"silu"}, "smallest_weight": 1.0, "biased": False}
+    assert legality.qmoe_cpu(**fine) is None
+    assert reason in legality.qmoe_cpu(**{**fine, **facts})
 
 
 def test_an_older_runtime_is_refused_with_what_to_do(monkeypatch, bundles):
