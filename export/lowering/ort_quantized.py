@@ -273,9 +273,9 @@ def _where(model: ir.Model, chosen: dict[str, weights.Weight], before: ir.Model)
         row = 0
         for name in rest.split("+"):
             if name in divided:
-                stack = chosen[divided[name]]
-                rows = stack.shape[1]
-                place = places.setdefault(stack.name, {"layout": "ENK", "columns": stack.columns, "experts": []})
+                experts = chosen[divided[name]]
+                rows = experts.shape[1]
+                place = places.setdefault(experts.name, {"layout": "ENK", "columns": experts.columns, "experts": []})
                 place["experts"].append({"tensor": tensor, "rows": [row, row + rows]})
                 row += rows
             elif name in chosen:
