@@ -66,6 +66,13 @@ def emulated(model: onnx.ModelProto) -> onnx.ModelProto:
     count = len(model.graph.input)
     model.graph.input.extend(stated)
     if model.functions:
+        # Bodies state opset 18, and the operators in them mean the same in a graph of opset 23; the inliner leaves a
+        # function of another opset where it is.
+        opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+        for function in model.functions:
+            for entry in function.opset_import:
+                if entry.domain in ("", "ai.onnx"):
+                    entry.version = opset
         model = onnx.inliner.inline_local_functions(model)
     kinds |= _types(model)
     del model.graph.input[count:]
