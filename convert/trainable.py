@@ -7,6 +7,7 @@ that is not its own; the groups that were asked for are switched on after wrappi
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -211,7 +212,9 @@ def _wrap(model: PreTrainedModel, ffns: dict[str, SparseFFN], lora: LoRASettings
         target_modules=modules or None,
         target_parameters=tensors or None,
     )
-    return get_peft_model(model, config)
+    with warnings.catch_warnings():  # peft 0.21 asks transformers 5 by a name of version 4
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return get_peft_model(model, config)
 
 
 def _promote(ffn: SparseFFN, name: str) -> None:

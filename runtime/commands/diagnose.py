@@ -52,8 +52,10 @@ def diagnose(
         model, plan, tokenizer = modeling.load(folder, device=device)
         parent = None
         if dense is not None or run_folder.is_run(path):
-            where = sources.resolve(dense).folder if dense else run_folder.dense(path)
-            parent = sources.load_model(where, device=device)
+            given = sources.resolve(dense) if dense else None
+            parent = sources.load_model(given.folder if given else run_folder.dense(path), device=device)
+            if given and plan.model.get("sha256") not in ("", None, given.sha256):
+                reporter.note(f"{dense} is not the folder that was converted (its files differ); errors are against it")
         count = -(-tokens // window)
         found: dict[str, Any] = {}
         windows = {}

@@ -340,6 +340,11 @@ def test_a_budget_of_minutes_ends_in_time(converted: Any, windows: np.ndarray) -
     assert result.seconds >= 1.2
 
 
+def test_lora_is_made_without_warnings_of_libraries(converted: Any, recwarn: pytest.WarningsRecorder) -> None:
+    trainable.prepare(converted(), ("lora",), LoRASettings(rank=2))
+    assert not [str(warning.message) for warning in recwarn]
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from moedge.convert import calibration, modeling
+from moedge.convert import calibration, modeling, sources
 from moedge.convert.methods import cmoe
 from moedge.runtime.cli import app
 
@@ -41,6 +42,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Any
         calibration.collect(model, windows, k_a=6),
         model,
         **{"shared": 2, "active": 3, "experts": 8, "k_a": 6},
+        source_sha256=sources.identity(home / "dense"),
         provenance={"text": str(home / "text.txt"), "text_sha256": text.sha256},
     )
     modeling.save(modeling.apply(plan, model), plan, tiny_tokenizer, home / "moe")
@@ -74,6 +76,15 @@ def test_a_png_and_no_parent(home: Path, tmp_path: Path) -> None:
     options = ["--text", home / "other.txt", "--tokens", 64, "--window", 64, "--plot", plot]
     assert "the layer with every expert" in moedge("diagnose", home / "moe", *options).stdout
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_another_parent_is_named(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "dense", tmp_path / "other")
+    (tmp_path / "other" / "generation_config.json").write_text("{}")
+    options = ["--text", home / "other.txt", "--tokens", 64, "--window", 64, "--dense"]
+    said = [moedge("diagnose", home / "moe", *options, home / "dense").stderr]
+    said.append(moedge("diagnose", home / "moe", *options, tmp_path / "other").stderr)
+    assert ["is not the folder that was converted" in " ".join(text.split()) for text in said] == [False, True]
 
 
 @pytest.mark.parametrize(
