@@ -26,7 +26,8 @@ IDS = np.random.default_rng(1).integers(0, 256, (1, 24))
 FLOAT = 4e-5
 # Two blocks, each within HALF_LIMIT of its own output, added to one residual stream.
 HALF = 2 * tensorrt.HALF_LIMIT
-TARGETS = ("portable", "ort-cpu", "ort-cpu-int8", "ort-cpu-int4", "tensorrt", "tensorrt-rtx")
+QUANTISED = ("ort-cpu-int8", "ort-cpu-int4", "tensorrt-rtx-int8", "tensorrt-rtx-int4")
+TARGETS = ("portable", "ort-cpu", "tensorrt", "tensorrt-rtx", *QUANTISED)
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,8 @@ def test_a_router_is_exported_lowered_and_matched(
         stored = OrtEngine(made["portable"], taps=True, weights_of=path)
         if bits == 4 or not form.widths:  # 8-bit experts have no float32 kernel: their self-test is the export's
             check(OrtEngine(path, taps=True, float32_activations=True), stored, FLOAT)
+        path = made[f"tensorrt-rtx-int{bits}"]
+        check(OrtEngine(path, taps=True), OrtEngine(made["portable"], taps=True, weights_of=path), HALF)
     kinds = {target: applied(path) for target, path in made.items()}
     if form.widths:
         assert kinds["ort-cpu"]["Route + SparseGLU -> MoE"]
