@@ -20,6 +20,7 @@ from moedge.export.lowering import legality, mistakes, tensorrt, trt_quantized, 
 from moedge.export.lowering.graph import array_of
 from moedge.export.pipeline import export
 from moedge.runtime import build
+from moedge.runtime.commands.verify import _pair
 from moedge.runtime.engines.onnxruntime import OrtEngine
 
 # Rows of 128 inputs are one block of 128, of 320 (merged down) and 192 (shared) blocks of 64, of 512 (dense) of 128.
@@ -38,7 +39,10 @@ def bundles(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any, tiny_toke
     from moedge.convert.methods import cmoe
 
     root = tmp_path_factory.mktemp("bundles")
-    model = tiny_llama(hidden=HIDDEN, width=WIDTH)
+    model = tiny_llama(hidden=HIDDEN, width=WIDTH, layers=1)
+    model.model.norm.weight.data *= 1.5  # logits with a standard deviation of 3, which the limits are derived for
+    for layer in model.model.layers:  # random weights of 0.2 make attention sharper than training does
+        layer.self_attn.q_proj.weight.data *= 0.25
     model.save_pretrained(root / "checkpoints" / "dense")
     tiny_tokenizer.save_pretrained(root / "checkpoints" / "dense")
     statistics = calibration.collect(model, WINDOWS, k_a=8)
@@ -89,8 +93,8 @@ def test_the_graph_is_standard_onnx_and_every_value_has_its_type(bundles, values
     onnx.checker.check_model(path, full_check=True)
     model = onnx.load(path, load_external_data=False)
     assert {node.domain for node in model.graph.node} == {""}
-    assert sum(node.op_type == "DequantizeLinear" for node in model.graph.node) > 10
-    assert values_match_their_shapes(bundles[name]) > 80
+    assert sum(node.op_type == "DequantizeLinear" for node in model.graph.node) > 8
+    assert values_match_their_shapes(bundles[name]) > 60
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -103,7 +107,7 @@ def test_stored_weights_are_the_originals_to_one_step(bundles, name):
         assert values.shape == want.shape
         assert 0 < np.abs(values - want).max() <= np.abs(want).max() / 2 ** (bits - 1) * 1.002
         seen += 1
-    router = 4 if name.startswith("moe") else 0  # its gate and up in two layers
+    router = 2 if name.startswith("moe") else 0  # its gate and up
     assert seen == len(weights.collect(portable)) - router
 
 
@@ -114,24 +118,40 @@ def test_prefill_and_decode_compute_what_the_stored_weights_say(bundles, name):
     assert engine.info.dtype.startswith("int")
     want, got = reference.prefill(IDS[:, :20]), engine.prefill(IDS[:, :20])
     for position in range(20, 24):
-        # Four blocks, each within the half-precision limit of its own output, added to one residual stream.
-        assert 0 < relative(got.logits, want.logits) < 4 * tensorrt.HALF_LIMIT
+        # Two blocks, each within the half-precision limit of its own output, added to one residual stream.
+        assert 0 < relative(got.logits, want.logits) < 2 * tensorrt.HALF_LIMIT
         for layer, experts in (want.routes or {}).items():
             assert (np.sort(got.routes[layer]) == np.sort(experts)).mean() > 0.95
         token = IDS[:, position : position + 1]
         want, got = (each.decode(token, step.cache) for each, step in ((reference, want), (engine, got)))
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_verify_judges_the_graph_and_the_rounding_of_its_weights_apart(bundles, name):
+    windows = np.random.default_rng(5).integers(0, 256, (2, 48))
+    kind = name.split("/")[0]
+    quiet: Any = lambda *_: None  # noqa: E731
+    found = _pair(bundles[f"{kind}/portable"], bundles[name], "random", windows, 40, "float32", {"threads": 1}, quiet)
+    against, kernels = found["parity"]
+    missed = [check for check in kernels["verdict"]["checks"] if not check["passed"]]
+    assert kernels["verdict"]["passed"], missed
+    if kind == "moe":
+        assert list(kernels["verdict"]["parts"]) == ["arithmetic", "router", "free"]
+        assert kernels["replay"]["router"]["decisions"] == windows.size
+    one, two = ((entry["replay"] or entry)["overall"]["kl_ref_test"]["mean"] for entry in (against, kernels))
+    assert one > 10 * two, "rounding the weights costs far more than float16"
+
+
 def test_the_manifest_records_executed_tests_of_every_class(bundles):
     manifest = bundle.open_bundle(bundles["moe/tensorrt-rtx-int4"]).manifest
     found = {entry["rewrite"]: entry for entry in manifest["lowering"] if "int4" in entry["rewrite"]}
     assert {name.partition(":")[0]: entry["nodes"] for name, entry in found.items() if "shared" not in name} == {
-        "experts": 6,
-        "attention": 8,
+        "experts": 3,
+        "attention": 4,
         "embedding, lookup": 1,
         "embedding, tied output projection": 1,
     }
-    assert sum(entry["nodes"] for name, entry in found.items() if "shared" in name) == 6
+    assert sum(entry["nodes"] for name, entry in found.items() if "shared" in name) == 3
     for entry in found.values():
         test = entry["self_test"]
         assert test["passed"]
@@ -294,7 +314,7 @@ def test_signed_values_read_as_unsigned_are_named():
 def test_scales_on_the_wrong_axis_are_named(lowered):
     broken = lowered("dense", 8)
     square = {k: v for k, v in broken.matrices.items() if v.weight.shape == (HIDDEN, HIDDEN)}  # q and o projections
-    assert len(square) == 4
+    assert len(square) == 2
     for node in broken.model.graph:
         if node.op_type == "DequantizeLinear" and node.inputs[0].name.removesuffix(".q").split(".", 1)[1] in square:
             node.attributes["axis"] = ir.AttrInt64("axis", 1 - node.attributes["axis"].as_int())
@@ -345,7 +365,7 @@ def test_integers_chosen_on_a_text_lose_less_where_it_counts(bundles):
 def test_engines_are_built_without_a_gpu(bundles, tmp_path, bits, names):
     manifest = build.build(bundles[f"moe/{TARGETS[bits]}"], tmp_path / "engine", names, max_length=64, max_prompt=32)
     assert manifest["target"] == TARGETS[bits]
-    assert manifest["build"]["products_as_sums"] == (4 if bits == 8 else 0), "float32 routers for SM75"
+    assert manifest["build"]["products_as_sums"] == (2 if bits == 8 else 0), "float32 routers for SM75"
     assert build.open_file(tmp_path / "engine").plan()
 
 
