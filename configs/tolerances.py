@@ -41,8 +41,8 @@ class Profile(BaseModel):
     expert_set_agreement: Share | None = None
     """Limit for the free-running comparison. None where ``router_set_agreement`` takes its place."""
     router_set_agreement: Share | None = None
-    """Set for quantised targets: a routed model is judged by route replay, see :mod:`moedge.runtime.replay`. The engine
-    must select what the reference's router selects for the engine's own input to it."""
+    """Set where arithmetic is not float32: a routed model is judged by route replay (:mod:`moedge.runtime.replay`). The
+    engine must select what the reference's router selects for the engine's own input to it."""
     kl_ratio_to_dense: Positive | None = None
     """Quantised targets: mean KL of the MoE's bundle over that of its dense parent's bundle of the same target."""
 

@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from moedge import MoEdgeError
 from moedge.export.functions import DOMAIN, VERSION, attributes_of, bodies
+from moedge.export.lowering.graph import depends_only_on, values_by_name
 
 
 def nodes_of(model: ir.Model, operator: str) -> list[ir.Node]:
@@ -82,6 +83,41 @@ def active_of(sparse_glu: ir.Node) -> int:
     if shape is None or not isinstance(shape[1], int):
         raise MoEdgeError(f"Node {sparse_glu.name} does not say how many experts it runs; it was not traced by moedge.")
     return int(shape[1])
+
+
+def router_inputs(model: ir.Model) -> dict[int, str]:
+    """Name by layer of a portable graph what the layer's router reads; hierarchical layers are left out.
+
+    That is what the experts read, before experts with biases get their further column of ones.
+    """
+    found: dict[int, str] = {}
+    for node in nodes_of(model, "SparseGLU"):
+        x, indices = node.inputs[:2]
+        if x is None or indices is None or not (holds_experts(node) and routed_directly(node)):
+            continue
+        before = x.producer()
+        sources = [x, *(before.inputs[:1] if before is not None else ())]
+        names = [str(value.name) for value in sources if value is not None]
+        found |= {layer_of(node): name for name in reversed(names) if depends_only_on(indices, name)}
+    return found
+
+
+def name_reads(model: ir.Model, read: dict[int, str], taps: dict[int, dict[str, Any]]) -> None:
+    """Add to each layer's tap, in place, what its router reads in ``model``: the entries ``reads`` and ``reads_dtype``.
+
+    Args:
+        model: the lowered graph.
+        read: :func:`router_inputs` of the graph that it was lowered from. Rewrites keep the names of values.
+        taps: by layer, for the manifest. A layer is left without the entries where its choice is not a function of that
+            value alone: nobody could then repeat the choice from it.
+    """
+    values = values_by_name(model)
+    for layer, tap in taps.items():
+        name = read.get(layer, "")
+        if name in values and depends_only_on(values[tap["output"]], name):
+            kind = values[name].dtype
+            assert kind is not None
+            tap |= {"reads": name, "reads_dtype": kind.numpy().name}
 
 
 def routed_directly(sparse_glu: ir.Node) -> bool:

@@ -80,6 +80,7 @@ def _export_portable(checkpoint: Path, partial: Path, label: str, max_length: in
     import onnx_ir as ir
 
     from moedge.convert import modeling, sources
+    from moedge.export import nodes
     from moedge.export.trace import Architecture, trace
 
     converted = str(_read_json(checkpoint / "config.json").get("model_type", "")).startswith("moedge_")
@@ -93,6 +94,7 @@ def _export_portable(checkpoint: Path, partial: Path, label: str, max_length: in
     longest = min(max_length or model.config.max_position_embeddings, model.config.max_position_embeddings)
     graph = trace(model)
     lowered = _lowering("portable").lower(graph, max_length=longest)
+    nodes.name_reads(graph, nodes.router_inputs(graph), lowered.taps)
     ir.save(graph, partial / bundle.MODEL, external_data=bundle.WEIGHTS)
     bundle.copy_companions(checkpoint, partial)
     generation = getattr(model, "generation_config", None) or model.config
@@ -177,7 +179,9 @@ def lower(
 
         options = {"method": "gptq", "moments": moments(source, calibration)}
     longest = source.manifest["model"]["max_position_embeddings"]
+    read = nodes.router_inputs(graph)
     lowered = _lowering(target).lower(graph, max_length=longest, **options)
+    nodes.name_reads(graph, read, lowered.taps)
     if calibration is not None and on_text and lowered.quantization is not None:
         ids = np.ascontiguousarray(calibration, np.int64)
         lowered.quantization["calibration"] = {

@@ -73,7 +73,8 @@ def build(
         max_length: longest sequence; the bundle's limit, at most 2048, by default.
         max_prompt: most tokens of one prefill call; half of ``max_length`` by default.
         batch: most rows of a call.
-        taps: make every layer's selected experts outputs of the engine, to compare routing (a little slower).
+        taps: make every layer's selected experts, and what its router read, outputs of the engine, to judge routing (a
+            little slower).
         timing_cache: see :func:`moedge_trt.build`.
         force: replace an existing folder.
 
@@ -118,7 +119,7 @@ def build(
         if reason := estimate.too_large(fit, device):
             raise MoEdgeError(reason)
         fits[device.name] = {**vars(fit), "needed": fit.needed}
-    outputs = {tap["output"]: f"routes.{layer}" for layer, tap in manifest["taps"].items()} if taps else {}
+    outputs, shown = moedge_trt.tap_outputs(manifest["taps"] if taps else {})
     try:
         trt = _tensorrt(target, profiles[0])
         launched = "plugins" in manifest and rtx
@@ -161,9 +162,7 @@ def build(
                     kind: {name: shapes[index][name] for name in ("input_ids", "attention_mask")}
                     for kind, index in (("prefill", moedge_trt.PREFILL), ("decode", moedge_trt.DECODE))
                 },
-                "taps": {
-                    layer: {**tap, "output": f"routes.{layer}"} for layer, tap in manifest["taps"].items() if taps
-                },
+                "taps": shown,
                 "weight_bytes": weight_bytes,
                 "build": {**facts, "products_as_sums": sums},
                 "estimate": fits,

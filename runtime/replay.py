@@ -45,10 +45,16 @@ class Replay:
         """Replay one step of the engine: ``ids`` int64 [1, S] were fed, ``targets`` int64 [S] follow them.
 
         Raises:
-            MoEdgeError: the engine was opened without ``taps`` or ``router_inputs``.
+            MoEdgeError: the engine was opened without ``taps`` or ``router_inputs``, or shows no router inputs [T, H].
         """
         if test.routes is None or test.router_inputs is None:
             raise MoEdgeError("Route replay needs the engine's choices; open it with taps and router_inputs.")
+        for layer, read in test.router_inputs.items():
+            if read.ndim != 2 or len(read) != len(test.routes[layer]):
+                raise MoEdgeError(
+                    f"What the engine calls the input of layer {layer}'s router has shape {read.shape}, not one row "
+                    f"for each of {len(test.routes[layer])} tokens; export it again."
+                )
         if phase == "prefill":
             self._step = self._reference.prefill(ids, experts=test.routes)
         else:

@@ -3,17 +3,19 @@
 * identity: a MoE with every expert selected is its dense parent (:func:`moedge.runtime.parity.identity`). A plan that
   prunes or refits is not; its exports are then compared, every expert selected, with the same MoE in PyTorch;
 * parity: an exported bundle computes what PyTorch computes (:func:`moedge.runtime.parity.compare`), the MoE bundles
-  with their routing, the dense bundles without. A quantised bundle is another model than its checkpoint; against
-  PyTorch it is held to the looser limits of what quantisation costs, if it is routed under its own choice of experts
-  (:mod:`moedge.runtime.replay`), and
-* kernels: against the portable graph that runs on the bundle's own de-quantised weights in float32 it is held to what
-  its kernels may do (profiles ``dequantized/...``). Nothing is identical to the dense parent after quantisation.
+  with their routing, the dense bundles without. A routed bundle whose arithmetic is not float32 is compared under its
+  own choice of experts (:mod:`moedge.runtime.replay`): rounding turns close decisions;
+* kernels: a quantised bundle is another model than its checkpoint, and against PyTorch it is held to the looser limits
+  of what quantisation costs. Against the portable graph that runs on the bundle's own de-quantised weights in float32
+  it is held to what its kernels may do (profiles ``dequantized/...``). Nothing is identical to the dense parent after
+  quantisation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import numpy as np
 
 from moedge.configs import tolerances as tolerance_files
 from moedge.runtime import parity, verdict
-from moedge.runtime.engines import Engine, open_engine
+from moedge.runtime.engines import Engine, _graph, open_engine
 from moedge.runtime.run_folder import read_json
 
 SCHEMA = "moedge.verify/1"
@@ -29,6 +31,8 @@ ALL_EXPERTS = 1 << 16
 """A top_k beyond any layer's number of experts; engines take it as "all of them"."""
 DEQUANTIZED = "dequantized"
 """Profiles of quantised kernels against float32 on their own weights: ``dequantized/<target>``."""
+FREE = "free"
+"""Profiles of routed bundles that cannot be replayed, and would be if they could: ``free/<target>``."""
 IDENTITY_WINDOWS = 2
 DENSE_WINDOWS = 2
 """Identity and the dense parents are checked on fewer windows: a wrong kernel shows in the first one, and what the run
@@ -158,14 +162,46 @@ def graph_dtype(folder: Path) -> str:
     return str(read_json(manifest).get("cache", {}).get("dtype", "")) if manifest.is_file() else ""
 
 
-def reference_options(targets: Iterable[str], *, moe: bool) -> dict[str, Any]:
-    """How to open the engine that bundles of ``targets`` are compared with; choices of quantised ones are replayed."""
-    return {"taps": moe, "replay": True} if moe and any(map(is_quantised, targets)) else {"taps": moe}
+@dataclass(frozen=True)
+class Judging:
+    """How one engine under test is judged: its limits, whether under its own choice of experts, and if not, why."""
+
+    limits: tolerance_files.Profile
+    replayed: bool
+    reason: str | None = None
+
+    @classmethod
+    def of(cls, folder: Path, limits: tolerance_files.Tolerances, dtype: str, target: str) -> Judging:
+        """Decide it for the bundle, engine or checkpoint in ``folder`` by its profile, ``dtype/target``."""
+        profile, file = limits.profile(dtype, target, graph_dtype(folder)), folder / "manifest.json"
+        if profile.router_set_agreement is None or not file.is_file():
+            return cls(profile, False)
+        manifest = read_json(file)
+        if manifest.get("kind") != "moe" or not _graph.routed_layers(manifest):
+            return cls(profile, False)
+        free = f"{FREE}/{target}" in limits.profiles
+        if _graph.names_reads(manifest) or not free:  # without either, opening says what to do
+            return cls(profile, True)
+        reason = (
+            f"{folder} does not say what its routers read, so its arithmetic and its routers cannot be judged apart: "
+            "these are free-running figures, changed choices of experts included, under the wide limits that they "
+            "need. Bundles of older versions lack it; export again."
+        )
+        return cls(limits.profile(FREE, target, graph_dtype(folder)), False, reason)
+
+    def options(self, *, moe: bool) -> dict[str, Any]:
+        """How to open the engine: what it must show of its routing."""
+        return {"taps": moe, "router_inputs": True} if self.replayed else {"taps": moe}
+
+    def explain(self, entry: dict[str, Any]) -> None:
+        """Add the reason to the notes of a finished comparison."""
+        if self.reason:
+            entry["verdict"]["notes"].append(self.reason)
 
 
-def tested_options(target: str, *, moe: bool) -> dict[str, Any]:
-    """How to open an engine under test: what it must show of its routing to be judged."""
-    return {"taps": moe, "router_inputs": True} if moe and is_quantised(target) else {"taps": moe}
+def reference_options(tests: Iterable[Judging], *, moe: bool) -> dict[str, Any]:
+    """How to open the engine that others are compared with; it must replay the choices of those that need it."""
+    return {"taps": moe, "replay": True} if moe and any(test.replayed for test in tests) else {"taps": moe}
 
 
 def _grouped(jobs: list[tuple[str, str, str]], windows: int) -> dict[tuple[str, str, int], list[str]]:
@@ -195,7 +231,7 @@ def _compare(
     moe = reference.endswith(" moe")
     every: dict[str, Any] = {"top_k": ALL_EXPERTS}
     kept = DEQUANTIZED if kind == "kernels" else tolerances
-    profiles = {test: limits.profile(kept, test.split()[0], graph_dtype(engines[test])) for test in tests}
+    judged = {test: Judging.of(engines[test], limits, kept, test.split()[0]) for test in tests}
     with ExitStack() as stack:
 
         def opened(label: str, **options: Any) -> Engine:
@@ -203,15 +239,15 @@ def _compare(
 
         if kind == "identity":
             one = opened(reference, taps=moe, **(every if moe else {}))
-            checked = {test: (opened(test, **every), profiles[test].identity_rel_error) for test in tests}
+            checked = {test: (opened(test, **every), judged[test].limits.identity_rel_error) for test in tests}
             return parity.identity_all(one, checked, windows, prefill=prefill, progress=progress)
         options = {"weights_of": engines[rounded]} if rounded else {}
-        targets = {test: test.split()[0] for test in tests}
-        one = opened(reference, **reference_options(targets.values(), moe=moe), **options)
-        compared = {
-            test: (opened(test, **tested_options(target, moe=moe)), profiles[test]) for test, target in targets.items()
-        }
-        return parity.compare_all(one, compared, windows, prefill=prefill, progress=progress)
+        one = opened(reference, **reference_options(judged.values(), moe=moe), **options)
+        compared = {test: (opened(test, **how.options(moe=moe)), how.limits) for test, how in judged.items()}
+        found = parity.compare_all(one, compared, windows, prefill=prefill, progress=progress)
+        for test, entry in found.items():
+            judged[test].explain(entry)
+        return found
 
 
 def _said(entry: dict[str, Any]) -> str:

@@ -134,6 +134,11 @@ def upstream(outputs: Sequence[ir.Value], stop: Callable[[ir.Value], bool]) -> t
     return nodes, list(ends.values())
 
 
+def depends_only_on(output: ir.Value, source: str) -> bool:
+    """Whether ``output`` is computed from the value called ``source`` and weights, and from nothing else."""
+    return {str(value.name) for value in upstream([output], lambda value: value.name == source)[1]} == {source}
+
+
 def cut(model: ir.Model, outputs: Sequence[ir.Value], stop: Callable[[ir.Value], bool]) -> onnx.ModelProto:
     """Return the part of the main graph between ``stop`` values and ``outputs`` as a model, weights inside."""
     nodes, ends = upstream(outputs, stop)

@@ -21,10 +21,9 @@ from moedge.runtime.progress import single
 from moedge.runtime.verification import (
     DEQUANTIZED,
     SCHEMA,
-    graph_dtype,
+    Judging,
     is_quantised,
     reference_options,
-    tested_options,
     verify_run,
 )
 
@@ -93,20 +92,21 @@ def _pair(
         found = [path for path in (reference, test.parent / "portable") if _target(path) == "portable"]
         if found:
             jobs.append((found[0], f"{test} vs its de-quantised weights", DEQUANTIZED, {"weights_of": test}))
-    entries = []
+    entries, limits = [], tolerance_files.load()
     for number, (folder, name, dtype, options) in enumerate(jobs):
-        one = open_engine(folder, **opening, **_reference_options(folder, target), **options)
-        two = open_engine(test, **opening, **tested_options(target, moe=_is_moe(test)))
+        how = Judging.of(test, limits, dtype, target or "torch")
+        one = open_engine(folder, **opening, **_reference_options(folder, how, target), **options)
+        two = open_engine(test, **opening, **how.options(moe=_is_moe(test)))
 
         def step(done: int, total: int, number: int = number) -> None:
             progress(done + number * total, total * len(jobs))
 
         try:
-            limits = tolerance_files.load().profile(dtype, str(two.info.model["target"]), graph_dtype(test))
-            entry = parity.compare(one, two, windows, prefill=prefill, tolerances=limits, progress=step)
+            entry = parity.compare(one, two, windows, prefill=prefill, tolerances=how.limits, progress=step)
         finally:
             one.close()
             two.close()
+        how.explain(entry)
         entries.append({"name": name, **entry})
     if len(entries) > 1:
         verdict.quantised_note(entries[0], entries[1], target)
@@ -125,8 +125,8 @@ def _target(folder: Path) -> str:
     return str(run_folder.read_json(manifest).get("target", "")) if manifest.is_file() else ""
 
 
-def _reference_options(folder: Path, target: str) -> dict[str, Any]:
-    options = reference_options([target], moe=_is_moe(folder))
+def _reference_options(folder: Path, how: Judging, target: str) -> dict[str, Any]:
+    options = reference_options([how], moe=_is_moe(folder))
     if options.get("replay") and _target(folder) not in ("portable", ""):
         raise MoEdgeError(
             f"{target} is judged under its own choice of experts, which {folder} cannot replay; compare it with "

@@ -62,14 +62,14 @@ def main() -> int:
         library = moedge_plugins.Library(folder / moedge_plugins.FOLDER)
         moedge_plugins.register(library, capability=int(capabilities[0].replace(".", "")))
     limits = {"max_length": options.max_length, "max_prompt": options.max_prompt, "batch": options.batch}
-    taps = {} if options.no_taps else manifest["taps"]
+    outputs, taps = moedge_trt.tap_outputs({} if options.no_taps else manifest["taps"])
     print(f"building with {options.target} {trt.__version__} for SM{', SM'.join(capabilities)}: this takes minutes")
     plan, built = moedge_trt.build(
         trt,
         folder / "model.onnx",
         moedge_trt.profile_shapes(manifest["model"], **limits),
         compute_capabilities=capabilities if options.target == "tensorrt-rtx" else None,
-        taps={tap["output"]: f"routes.{layer}" for layer, tap in taps.items()},
+        taps=outputs,
         timing_cache=folder / "timing.cache",
     )
     engine = folder / moedge_archive.ENGINE
@@ -79,7 +79,7 @@ def main() -> int:
         "dtype": manifest["dtype"],
         "model": manifest["model"],
         "profiles": limits,
-        "taps": {layer: {**tap, "output": f"routes.{layer}"} for layer, tap in taps.items()},
+        "taps": taps,
         "compute_capabilities": capabilities,
         "versions": {trt.__name__: trt.__version__},
         "build": built,

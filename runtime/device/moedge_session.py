@@ -19,8 +19,6 @@ else:  # in an archive the files lie side by side
 
 ALIGNMENT = 256
 """Bytes: what TensorRT asks of the address of every tensor (IExecutionContext::setTensorAddress)."""
-
-
 LAUNCH = ("Launch", "moedge")
 """Name and namespace of the plugin library's only plugin."""
 
@@ -31,6 +29,8 @@ def _creators(trt: Any) -> set[tuple[str, str]]:
 
 SIZES = {"float16": 2, "bfloat16": 2}
 """Bytes of a number of the cache. They stay on the device, so numpy, which has no bfloat16, never sees them."""
+Taps = dict[int, np.ndarray]
+"""An array by layer: the experts that it selected, or what its router read."""
 
 
 class Cache:
@@ -100,37 +100,50 @@ class Session:
         self._logits = self.cuda.allocate(rows * self.model["vocab_size"] * self._given.itemsize)
         self._taps = {int(layer): tap for layer, tap in facts["taps"].items()}
         self._indices = {layer: self.cuda.allocate(rows * tap["top_k"] * 4) for layer, tap in self._taps.items()}
+        self._reads = {}  # what each layer's router reads, [T, H]: name, type and place, of engines that show it
+        for layer, tap in self._taps.items():
+            if "reads" in tap:
+                kind = np.dtype(tap["reads_dtype"])
+                buffer = self.cuda.allocate(rows * self.model["hidden_size"] * kind.itemsize)
+                self._reads[layer] = (tap["reads"], kind, buffer)
         self._inputs = {
             name: self.cuda.allocate(self.limits["batch"] * self.limits["max_length"] * 8)
             for name in ("input_ids", "attention_mask", "position_ids")
         }
 
     def start(
-        self, ids: np.ndarray, mask: np.ndarray, *, last: bool = False
-    ) -> tuple[np.ndarray, dict[int, np.ndarray], Cache]:
+        self, ids: np.ndarray, mask: np.ndarray, *, last: bool = False, reads: list[Taps] | None = None
+    ) -> tuple[np.ndarray, Taps, Cache]:
         """Read a prompt int64 [B, S] with its mask [B, S], in pieces where one call is too short; see :meth:`step`."""
         per_row = self.model["num_kv_heads"] * self.limits["max_length"] * self.model["head_dim"] * SIZES[self.dtype]
         slot = -(-len(ids) * per_row // ALIGNMENT) * ALIGNMENT
         cache = Cache(self.cuda.allocate(2 * len(self._past) * slot), slot, mask[:, :0])
         length, longest = ids.shape[1], self.limits["max_prompt"]
         logits: list[np.ndarray] = []
-        routes: list[dict[int, np.ndarray]] = []
+        routes: list[Taps] = []
+        parts: list[Taps] | None = None if reads is None else []
         done = 0
         while done < length or not logits:
             # Beyond what the prefill profile has as a past, the decode profile takes one token at a time.
             new = min(longest, length - done) if done <= self.limits["max_length"] - longest else 1
-            part, chosen, cache = self.step(ids[:, done : done + new], cache, mask[:, done : done + new], last=last)
+            part, chosen, cache = self.step(
+                ids[:, done : done + new], cache, mask[:, done : done + new], last=last, reads=parts
+            )
             logits, routes = [*([] if last else logits), part], [*routes, chosen]
             done += max(new, 1)
-        joined = {}
-        for layer in routes[0]:  # [T, k] of a call is its B rows, one after the other
-            parts = [part[layer].reshape(len(ids), -1, part[layer].shape[1]) for part in routes]
-            joined[layer] = np.concatenate(parts, axis=1).reshape(-1, parts[0].shape[2])
-        return logits[0] if len(logits) == 1 else np.concatenate(logits, axis=1), joined, cache
+        if reads is not None and parts is not None:
+            reads.append(_joined(parts, len(ids)))
+        return logits[0] if len(logits) == 1 else np.concatenate(logits, axis=1), _joined(routes, len(ids)), cache
 
     def step(
-        self, ids: np.ndarray, cache: Cache, mask: np.ndarray | None = None, *, last: bool = False
-    ) -> tuple[np.ndarray, dict[int, np.ndarray], Cache]:
+        self,
+        ids: np.ndarray,
+        cache: Cache,
+        mask: np.ndarray | None = None,
+        *,
+        last: bool = False,
+        reads: list[Taps] | None = None,
+    ) -> tuple[np.ndarray, Taps, Cache]:
         """Run ``ids`` int64 [B, S] after ``cache``.
 
         Args:
@@ -139,6 +152,8 @@ class Session:
             mask: int64 [B, S] of the new tokens, 0 for padding on the left; ones by default.
             last: return the logits of the last position only. The engine computes all of them, but for a prompt the
                 copy to the host costs more than that.
+            reads: a list to append to, of this call: what each layer's router read, float32 [T, H] by layer, of engines
+                that show it (``reads`` in their taps).
 
         Returns:
             Logits float32 [B, S or 1, V], selected experts int32 [T, k] by layer (engines built with taps), the cache.
@@ -168,6 +183,8 @@ class Session:
         self._bind(context, "logits", self._logits.address)
         for layer, tap in self._taps.items():
             self._bind(context, tap["output"], self._indices[layer].address)
+        for name, _, buffer in self._reads.values():
+            self._bind(context, name, buffer.address)
         if not context.execute_async_v3(self.cuda.stream.value or 0):
             raise DeviceError(f"{self.version} failed to run: {self._reason()}")
         vocabulary = self.model["vocab_size"]
@@ -182,6 +199,12 @@ class Session:
         for layer, tap in self._taps.items():
             routes[layer] = np.empty((batch * new, tap["top_k"]), np.int32)
             self.cuda.download(routes[layer], self._indices[layer].address)
+        if reads is not None:
+            read = {}
+            for layer, (_, kind, buffer) in self._reads.items():
+                read[layer] = np.empty((batch * new, self.model["hidden_size"]), kind)
+                self.cuda.download(read[layer], buffer.address)
+            reads.append({layer: array.astype(np.float32, copy=False) for layer, array in read.items()})
         cache.turn, cache.mask = 1 - cache.turn, mask
         return logits.astype(np.float32, copy=False), routes, cache
 
@@ -228,6 +251,15 @@ class Session:
     def close(self) -> None:
         """Free the engine and its buffers."""
         self._contexts, self._engine, self._runtime = [], None, None
-        self._inputs, self._indices = {}, {}
+        self._inputs, self._indices, self._reads = {}, {}, {}
         del self._logits
         self.cuda.close()
+
+
+def _joined(parts: list[Taps], batch: int) -> Taps:
+    """Join what the pieces of a prompt gave, each [T, n]: the rows of a batch, one after the other."""
+    found = {}
+    for layer in parts[0]:
+        rows = [part[layer].reshape(batch, -1, part[layer].shape[1]) for part in parts]
+        found[layer] = np.concatenate(rows, axis=1).reshape(-1, rows[0].shape[2])
+    return found

@@ -130,7 +130,7 @@ def build(
         profiles: :func:`profile_shapes`.
         compute_capabilities: TensorRT-RTX only, e.g. ``["8.6", "8.9"]``: GPUs that the engine is for, which need not be
             here. TensorRT builds for the GPU that it runs on.
-        taps: name of an inner int32 tensor -> name of the output that it becomes (selected experts of a layer).
+        taps: name of an inner tensor -> name of the output that it becomes, see :func:`tap_outputs`.
         timing_cache: TensorRT only: file that is read when it exists and written when the build ends. It saves time; a
             damaged one, or one of another device or version, is replaced.
 
@@ -157,6 +157,8 @@ def build(
     if taps:
         _mark_outputs(network, taps, onnx_path)
     config = builder.create_builder_config()
+    # On by default: products of float32, the routers', would round what they read to 11 bits, as many as float16 has.
+    config.clear_flag(trt.BuilderFlag.TF32)
     if compute_capabilities:
         config.num_compute_capabilities = len(compute_capabilities)
         for index, capability in enumerate(compute_capabilities):
@@ -197,6 +199,25 @@ def build(
         "build_cpu_s": round(time.process_time() - cpu, 3),
         "engine_bytes": len(plan),
     }
+
+
+def tap_outputs(taps: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
+    """Name the outputs of an engine that shows its routing.
+
+    Args:
+        taps: those of a bundle's manifest, by layer: ``output`` is the tensor with the selected experts, ``reads`` the
+            one that the layer's router read (bundles of older versions lack it).
+
+    Returns:
+        Inner tensor -> output, as :func:`build` takes it, and the same taps with the outputs' names.
+    """
+    outputs, found = {}, {}
+    for layer, tap in taps.items():
+        found[layer] = dict(tap)
+        for key, name in (("output", f"routes.{layer}"), ("reads", f"router_inputs.{layer}")):
+            if key in tap:
+                outputs[tap[key]] = found[layer][key] = name
+    return outputs, found
 
 
 def check_moe_layers(trt: Any, network: Any, onnx_path: str | Path) -> int:

@@ -24,7 +24,7 @@ def edited(
     """Return the model at ``path`` as bytes, with ``taps`` as outputs and every layer run with ``top_k`` experts.
 
     ``float32_activations`` sets ``accuracy_level`` of quantised products to 0: no rounding of activations to int8.
-    ``router_inputs`` (see :func:`expert_inputs`) become outputs too. With ``replay`` each routed layer gets an input
+    ``router_inputs`` (see the function) become outputs too. With ``replay`` each routed layer gets an input
     ``layers.N.forced`` float32 [T, E] that is added to the scores it selects by, and to no weight. ``last_logits``
     makes the output projection read the last position alone.
 
@@ -136,19 +136,49 @@ def _add_forced(model: Any, path: Path, manifest: dict[str, Any]) -> None:
         node.input[1] = f"{name}.bias"
 
 
-def expert_inputs(path: Path, manifest: dict[str, Any]) -> dict[int, str]:
-    """Return by layer the value that its quantised experts and its router read.
+def names_reads(manifest: dict[str, Any]) -> bool:
+    """Whether a manifest, of a bundle or an engine, names for each routed layer what its router reads."""
+    taps = manifest.get("taps") or {}
+    return all("reads" in taps.get(str(layer), {}) for layer in routed_layers(manifest))
+
+
+def router_inputs(path: Path, manifest: dict[str, Any]) -> dict[int, str]:
+    """Return by layer the value that its router reads, as the bundle's taps name it.
 
     Raises:
-        MoEdgeError: ``onnx`` is missing, or the layers' experts are not one ``QMoE`` node each.
+        MoEdgeError: ``onnx`` is missing, or the taps name no such value, or one that is not all that the layer's choice
+            depends on: what a router would select could not be told from it.
     """
+    layers = routed_layers(manifest)
+    if not names_reads(manifest):
+        return _expert_inputs(path, layers)
+    import onnx_ir as ir
+
+    from moedge.export.lowering.graph import depends_only_on, values_by_name
+
+    values = values_by_name(ir.load(path))
+    found = {}
+    for layer in layers:
+        tap = manifest["taps"][str(layer)]
+        if tap["reads"] not in values or tap["output"] not in values:
+            raise MoEdgeError(f"{path}: a tap of layer {layer} is not in the graph; export it again.")
+        if not depends_only_on(values[tap["output"]], tap["reads"]):
+            raise MoEdgeError(
+                f"{path}: layer {layer} does not choose its experts by {tap['reads']!r} alone, as its tap says; export "
+                "it again."
+            )
+        found[layer] = str(tap["reads"])
+    return found
+
+
+def _expert_inputs(path: Path, layers: list[int]) -> dict[int, str]:
+    """What the experts of older quantised bundles read, and their routers with them: one ``QMoE`` node a layer."""
     import onnx
 
-    layers = routed_layers(manifest)
     graph = onnx.load(path, load_external_data=False).graph
     names = [node.input[0] for node in graph.node if (node.domain, node.op_type) == ("com.microsoft", "QMoE")]
     if len(names) != len(layers):
-        raise MoEdgeError(f"{path}: {len(names)} QMoE nodes for {len(layers)} routed layers; export it again.")
+        raise MoEdgeError(f"{path} does not say what its routers read; export it again.")
     return dict(zip(layers, names, strict=True))
 
 
@@ -164,12 +194,11 @@ def routers(path: Path, taps: dict[int, dict[str, Any]]) -> tuple[bytes, dict[in
     """
     import onnx_ir as ir
 
+    from moedge.export import nodes
     from moedge.export.lowering.graph import cut, values_by_name
-    from moedge.export.nodes import layer_of, nodes_of
 
     model = ir.load(path)
-    experts = nodes_of(model, "SparseGLU")
-    inputs = {layer_of(node): str(node.inputs[0].name) for node in experts if node.inputs[0] is not None}
+    inputs = nodes.router_inputs(model)
     stops = set(inputs.values())
     outputs = [tap["output"] for tap in taps.values()]
     values = values_by_name(model)

@@ -52,7 +52,7 @@ class OrtEngine:
             (portable bundles only): the float32 model that the quantised one is a rounding of (needs ``onnx``).
         float32_activations: run a quantised bundle without rounding activations to int8 (needs ``onnx``). Experts of 8
             bits have no such kernel.
-        router_inputs: also return what each layer's router read (quantised bundles; needs ``onnx``).
+        router_inputs: also return what each layer's router read (needs ``onnx``).
         replay: let the caller force the experts (portable bundles; needs ``onnx``), see
             :class:`moedge.runtime.engines.ReplayEngine`.
         last_logits: compute the logits of each call's last position alone, ``Step.logits`` [B, 1, V]: all that
@@ -113,7 +113,7 @@ class OrtEngine:
         self._last_logits = last_logits and find_spec("onnx") is not None
         if self._taps or top_k is not None or float32_activations or router_inputs or replay or self._last_logits:
             if router_inputs:
-                self._router_inputs = _graph.expert_inputs(bundle.model_path, manifest)
+                self._router_inputs = _graph.router_inputs(bundle.model_path, manifest)
             if replay:
                 for layer in _graph.routed_layers(manifest):
                     self._forced[layer] = (layers[str(layer)]["num_experts"], layers[str(layer)]["top_k"])
@@ -262,7 +262,11 @@ class OrtEngine:
         read = None
         if self._router_inputs:
             tapped = outputs[1 + len(self._taps) : 1 + extra]
-            read = {n: value.numpy() for n, value in zip(self._router_inputs, tapped, strict=True)}
+            # Float32 holds every half-precision number, so a router that casts what it reads gets the same.
+            read = {
+                n: value.numpy().astype(np.float32, copy=False)
+                for n, value in zip(self._router_inputs, tapped, strict=True)
+            }
         return Step(logits.astype(np.float32, copy=False), _Cache(mask, values, binding), routes, read)
 
 
@@ -365,8 +369,10 @@ def _open_session(
         # CUDA and cuDNN from pip packages are on no loader path; only a process that imported torch has them already.
         with contextlib.redirect_stdout(sys.stderr):  # it reports there what it does not find
             onnxruntime.preload_dlls()
+    # On by default: products of float32, the routers', would round what they read to 11 bits, as many as float16.
+    settings = {"use_tf32": "0"} if provider == _PROVIDERS["cuda"] else {}
     try:
-        session = onnxruntime.InferenceSession(model, options, providers=[provider])
+        session = onnxruntime.InferenceSession(model, options, providers=[provider], provider_options=[settings])
     except Exception as error:
         raise MoEdgeError(f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]}") from error
     if session.get_providers()[0] != provider:  # ONNX Runtime goes on with the CPU, with a warning in its log

@@ -16,7 +16,7 @@ from moedge import MoEdgeError
 from moedge.runtime.build import open_file
 from moedge.runtime.device import moedge_session
 from moedge.runtime.device.moedge_trt import DeviceError
-from moedge.runtime.engines import EngineInfo, Step, check_batch, check_length
+from moedge.runtime.engines import EngineInfo, Step, _graph, check_batch, check_length
 
 
 @dataclass
@@ -33,6 +33,7 @@ class TensorRTEngine:
         engine_path: what ``moedge build`` wrote; every hash is checked before the engine is deserialized.
         threads: accepted for the sake of a common call; the work is on the GPU.
         taps: also return the experts that each layer selected; the engine must have been built with ``--taps``.
+        router_inputs: also return what each layer's router read; the same.
         top_k: refused: an engine's graph is fixed.
         last_logits: return the logits of the last position only; the engine computes all, the others are not copied.
 
@@ -46,6 +47,7 @@ class TensorRTEngine:
         *,
         threads: int | None = None,
         taps: bool = False,
+        router_inputs: bool = False,
         top_k: int | None = None,
         last_logits: bool = False,
     ) -> None:
@@ -55,7 +57,7 @@ class TensorRTEngine:
         routed = any(layer["num_experts"] for layer in layers.values())
         if top_k is not None:
             raise MoEdgeError(f"top_k cannot be set on {engine_path}: an engine's graph is fixed; use its ONNX bundle.")
-        if taps and routed and not manifest["taps"]:
+        if (taps and routed and not manifest["taps"]) or (router_inputs and not _graph.names_reads(manifest)):
             raise MoEdgeError(f"Engine {engine_path} was built without routing taps; build it again with --taps.")
         try:
             self._session: moedge_session.Session | None = moedge_session.Session(
@@ -64,7 +66,7 @@ class TensorRTEngine:
         except DeviceError as error:
             raise MoEdgeError(f"Engine {engine_path} cannot run here: {error}") from error
         self._path, self._taps, self._model = Path(engine_path), taps and routed, manifest["model"]
-        self._last = last_logits
+        self._last, self._router_inputs = last_logits, router_inputs and routed
         self._max_length = int(manifest["profiles"]["max_length"])
         dtype = self._session.dtype
         self.info = EngineInfo(
@@ -107,12 +109,13 @@ class TensorRTEngine:
         if self._session is None:
             raise MoEdgeError(f"The engine for {self._path} is closed; open it again.")
         check_length(ids.shape[1] + (cache.inner.mask.shape[1] if cache else 0), self._max_length)
+        reads: list[moedge_session.Taps] | None = [] if self._router_inputs else None
         try:
             if cache is None:
-                logits, routes, inner = self._session.start(ids, mask, last=self._last)
+                logits, routes, inner = self._session.start(ids, mask, last=self._last, reads=reads)
             else:
                 cache.used = True
-                logits, routes, inner = self._session.step(ids, cache.inner, mask, last=self._last)
+                logits, routes, inner = self._session.step(ids, cache.inner, mask, last=self._last, reads=reads)
         except DeviceError as error:
             raise MoEdgeError(f"Engine {self._path}: {error}") from error
-        return Step(logits, _Cache(inner, self), routes if self._taps else None)
+        return Step(logits, _Cache(inner, self), routes if self._taps else None, reads[0] if reads else None)

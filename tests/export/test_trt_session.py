@@ -141,6 +141,9 @@ def session(bundle, cuda, monkeypatch):
         types = {
             name: onnx.helper.tensor_dtype_to_np_dtype(kind or onnx.TensorProto.INT32) for name, kind in kinds.items()
         }
+        reads = [tap["reads"] for tap in manifest["taps"].values()]
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in reads)
+        types |= dict.fromkeys(reads, np.dtype(np.float32))
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         emulated = emulation.emulated(model).SerializeToString()
@@ -201,17 +204,19 @@ def test_the_plugin_library_is_loaded_before_the_engine(bundle, cuda, monkeypatc
 def test_prefill_and_decode_are_those_of_the_graph(bundle, session) -> None:
     """Every address is aligned and inside its buffer, and the halves of the cache take turns: equal bits."""
     ids = np.random.default_rng(0).integers(0, 256, (1, MAX_LENGTH))
-    engine = open_engine(bundle, taps=True)
-    want = engine.prefill(ids[:, :20])
-    logits, routes, cache = session.start(ids[:, :20], np.ones((1, 20), np.int64))
+    engine = open_engine(bundle, taps=True, router_inputs=True)
+    want, reads = engine.prefill(ids[:, :20]), []
+    logits, routes, cache = session.start(ids[:, :20], np.ones((1, 20), np.int64), reads=reads)
     for position in range(20, MAX_LENGTH):
         np.testing.assert_array_equal(logits, want.logits)
-        assert set(routes) == set(want.routes) == {0, 1}
+        assert set(routes) == set(want.routes) == set(reads[-1]) == {0, 1}
         for layer, chosen in want.routes.items():
             np.testing.assert_array_equal(routes[layer], chosen)
+            np.testing.assert_array_equal(reads[-1][layer], want.router_inputs[layer])
         token = ids[:, position : position + 1]
         want = engine.decode(token, want.cache)
-        logits, routes, cache = session.step(token, cache)
+        logits, routes, cache = session.step(token, cache, reads=reads)
+    assert len(reads) == 1 + MAX_LENGTH - 20
     np.testing.assert_array_equal(logits, want.logits)
     with pytest.raises(moedge_trt.DeviceError, match=f"holds at most {MAX_LENGTH}"):
         session.step(ids[:, :1], cache)
@@ -222,8 +227,9 @@ def test_a_long_padded_prompt_is_read_in_pieces(bundle, session) -> None:
     ids = np.random.default_rng(1).integers(0, 256, (2, 52))
     mask = np.ones_like(ids)
     mask[0, :5] = 0
-    want = open_engine(bundle, taps=True).prefill(ids, mask)
-    logits, routes, cache = session.start(ids, mask)
+    want = open_engine(bundle, taps=True, router_inputs=True).prefill(ids, mask)
+    reads = []
+    logits, routes, cache = session.start(ids, mask, reads=reads)
     # Sums over a past are taken in another order than those over one prompt: within the block limit of half precision.
     from moedge.export.lowering.tensorrt import block_limit
 
@@ -235,6 +241,10 @@ def test_a_long_padded_prompt_is_read_in_pieces(bundle, session) -> None:
         assert routes[layer].shape == chosen.shape
         same = (np.sort(routes[layer]) == np.sort(chosen)).all(axis=1)[alive]
         assert same.mean() > (0.95 if session.dtype == "float16" else 0.8)
+        read, close = reads[0][layer], want.router_inputs[layer]
+        wide = 1 if session.dtype == "float16" else 8
+        assert np.abs(read - close)[alive].max() / np.abs(close).max() < 4 * wide * HALF_LIMIT
+    assert len(reads) == 1
     np.testing.assert_array_equal(cache.mask, mask)
 
 
@@ -259,15 +269,25 @@ def test_the_engine_class_passes_on_what_is_wanted(bundle, session, tmp_path, mo
     (tmp_path / "manifest.json").write_text(json.dumps({**kept, **made, "files": hash_tree(tmp_path)}))
     monkeypatch.setattr(moedge_session, "Session", lambda plan, facts, library=None: session)
     monkeypatch.setattr(session.cuda, "capability", lambda: "8.7")
-    engine, reference = open_engine(tmp_path, taps=True, last_logits=last), open_engine(bundle, taps=True)
+    engine = open_engine(tmp_path, taps=True, last_logits=last, router_inputs=not last)
+    reference = open_engine(bundle, taps=True, router_inputs=True)
     ids = np.random.default_rng(4).integers(0, 256, (1, 20))
     want, got = reference.prefill(ids), engine.prefill(ids)
     np.testing.assert_array_equal(got.logits, want.logits[:, -1:] if last else want.logits)
+    if last:
+        assert got.router_inputs is None
+    else:
+        np.testing.assert_array_equal(got.router_inputs[1], want.router_inputs[1])
     token = ids[:, :1]
     want, after = reference.decode(token, want.cache), engine.decode(token, got.cache)
     np.testing.assert_array_equal(after.logits, want.logits)
     with pytest.raises(MoEdgeError, match="used before"):
         engine.decode(token, got.cache)
+    older = {layer: {key: tap[key] for key in ("output", "kind", "top_k")} for layer, tap in manifest["taps"].items()}
+    (tmp_path / "manifest.json").unlink()
+    (tmp_path / "manifest.json").write_text(json.dumps({**kept, **made, "taps": older, "files": hash_tree(tmp_path)}))
+    with pytest.raises(MoEdgeError, match="build it again with --taps"):
+        open_engine(tmp_path, taps=True, router_inputs=True)
 
 
 def test_what_the_profiles_do_not_hold_is_refused(session) -> None:

@@ -220,6 +220,10 @@ class Config:
         self.made, self.attached = made, attached
         self.cache: Any = None
         self.profiles = 0
+        self.cleared: list[str] = []
+
+    def clear_flag(self, flag: str) -> None:
+        self.cleared.append(flag)
 
     def create_timing_cache(self, content: bytes) -> Any:
         return SimpleNamespace(content=content, serialize=lambda: b"measured") if content in self.made else None
@@ -261,6 +265,7 @@ def tensorrt(config: Config, set_shape: Any) -> Any:
         **{"__name__": "tensorrt", "__version__": "10.13.3"},
         ILogger=type("ILogger", (), {"ERROR": 1, "INTERNAL_ERROR": 0, "__init__": lambda self: None}),
         NetworkDefinitionCreationFlag=SimpleNamespace(),
+        BuilderFlag=SimpleNamespace(TF32="TF32"),
         Builder=lambda log: builder,
         OnnxParser=lambda network, log: SimpleNamespace(parse_from_file=lambda path: True),
     )
@@ -288,6 +293,7 @@ def test_a_timing_cache_never_costs_the_engine(
     config = Config(made, attached)
     plan, facts = moedge_trt.build(tensorrt(config, accept), "model.onnx", profiles, timing_cache=path)
     assert (plan, facts["layers"], config.profiles) == (b"plan", 7, 2)
+    assert config.cleared == ["TF32"]
     assert path.read_bytes() == written
     with pytest.raises(moedge_trt.DeviceError, match="is no folder"):
         moedge_trt.build(tensorrt(config, accept), "model.onnx", profiles, timing_cache=tmp_path / "no" / "cache")

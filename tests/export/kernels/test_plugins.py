@@ -233,6 +233,7 @@ USED = """
     INetworkDefinition.get_layer INetworkDefinition.mark_output ILayer.num_outputs ILayer.get_output ITensor.name
     IBuilderConfig.create_timing_cache IBuilderConfig.set_timing_cache IBuilderConfig.get_timing_cache
     IBuilderConfig.add_optimization_profile IOptimizationProfile.set_shape ITimingCache.serialize
+    IBuilderConfig.clear_flag BuilderFlag.TF32
     Runtime.deserialize_cuda_engine ICudaEngine.num_io_tensors ICudaEngine.get_tensor_name
     ICudaEngine.get_tensor_dtype DataType.HALF DataType.BF16 DataType.FLOAT
     ICudaEngine.create_execution_context IExecutionContext.set_optimization_profile_async
