@@ -19,10 +19,9 @@ import numpy as np
 
 from moedge import MoEdgeError, __version__
 from moedge._files import atomic_dir, digest, hash_tree, link_or_copy, partial_of, write_json
-from moedge.configs import devices
+from moedge.configs import devices, tolerances
 from moedge.configs.devices import Device
 from moedge.export.bundle import MODEL, Bundle, copy_companions, open_bundle
-from moedge.export.lowering.tensorrt import HALF_LIMIT, block_limit
 from moedge.export.plugins import Request, compile_library
 from moedge.runtime.device import moedge_trt
 from moedge.runtime.device.moedge_plugins import FOLDER
@@ -46,22 +45,20 @@ Progress = Callable[[str, int, int], None]
 
 
 def limits(dtype: str = "float16") -> dict[str, float]:
-    """What the engine may differ from the recorded float32 answers.
+    """What the engine may differ from the recorded float32 answers, before any choice of experts differs.
 
-    ``median_rel_error``: max|a-b| / max|a| of a token's logits. Each block may be off by ``block_limit`` of its output;
-    blocks add to one residual stream of which each is a small part, so the sum stays of that size.
-    ``near_tie_margin``: two logits that each move by that much can change places. ``mean_kl``: half the variance of the
-    logit error, with logits up to 40 and an error of a third of its maximum (the maximum is over the vocabulary).
-    ``expert_set_agreement``: the router is float32 but reads a stream that is ``block_limit`` off; scores closer than
-    that change places: with 10 experts some 5% of the decisions in float16, eight times as many in bfloat16.
+    They are those of ``moedge verify`` for the target, derived in ``configs/tolerances.yaml``: ``median_rel_error``,
+    max|a-b| / max|a| of a token's logits; ``mean_kl`` in nats; ``top1_agreement`` outside near-ties; and
+    ``near_tie_margin``, here in units of a token's largest logit. ``judged_share``: with fewer tokens than half of them
+    the device has not decided anything.
     """
-    limit = block_limit(dtype)
+    profile = tolerances.load().profile("float32", "tensorrt", dtype)
     return {
-        "median_rel_error": limit,
-        "near_tie_margin": 2 * limit,
-        "mean_kl": 0.5 * (40 * limit / 3) ** 2,
-        "top1_agreement": 1.0,
-        "expert_set_agreement": 1 - 0.05 * limit / HALF_LIMIT,
+        "median_rel_error": profile.median_rel_error,
+        "near_tie_margin": profile.near_tie_margin / profile.near_tie_scale,
+        "mean_kl": profile.mean_kl,
+        "top1_agreement": profile.top1_agreement,
+        "judged_share": 0.5,
     }
 
 
@@ -257,8 +254,9 @@ _README = """# {label} for {device}
 On the device, with numpy and TensorRT's Python package (JetPack has both):
 
     python3 build_engine.py     # minutes; writes engine.plan, engine.json, timing.cache
-    python3 verify.py           # exit code 1 when the engine does not compute what was recorded
+    python3 verify.py           # exit code 1 when the engine does not compute what was recorded, or that is not decided
     python3 bench.py --prompt 512 --decode 64 --note "nvpmodel 0, jetson_clocks"
 
-Both results are JSON. Where MoEdge is installed: moedge report verify-result.json bench-result.json
+Both results are JSON. Where MoEdge is installed: moedge report verify-result.json bench-result.json, and, for a model
+with experts, moedge verify CHECKPOINT verify-answers.npz, which judges every token whatever experts were chosen.
 """

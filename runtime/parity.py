@@ -12,14 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from moedge import MoEdgeError
 from moedge.configs.tolerances import Profile
 from moedge.runtime import verdict
-from moedge.runtime.engines import Engine, ReplayEngine, Step
+from moedge.runtime.engines import Engine, EngineInfo, ReplayEngine, Step
 from moedge.runtime.reduction import RouteAgreement, TokenErrors
 from moedge.runtime.replay import Replay
 
@@ -85,7 +85,7 @@ def compare_all(
     routes = {label: RouteAgreement() for label in tests}
     engines = [test for test, _ in tests.values()]
     replays = {
-        label: Replay(_replaying(reference, test), limits[label])
+        label: Replay(replaying(reference, test), limits[label])
         for label, (test, _) in tests.items()
         if routing and limits[label].router_set_agreement is not None and _both_routed(reference, test)
     }
@@ -95,19 +95,31 @@ def compare_all(
             phases[label][phase].add(one.logits[0], two.logits[0], targets, changed)
             if label in replays:
                 replays[label].add(phase, ids, two, targets)
+    shape = windows.shape
     return {
-        label: _judged(
-            reference, test, windows, prefill, phases[label], routes[label], limits[label], routing, replays.get(label)
+        label: judged(
+            reference, test, shape, prefill, phases[label], routes[label], limits[label], routing, replays.get(label)
         )
         for label, (test, _) in tests.items()
     }
 
 
-def _both_routed(reference: Engine, test: Engine) -> bool:
+class Described(Protocol):
+    """An engine, or what is left of one: it says what it is."""
+
+    info: EngineInfo
+
+
+def _both_routed(reference: Described, test: Described) -> bool:
     return bool(reference.info.model.get("routed") and test.info.model.get("routed"))
 
 
-def _replaying(reference: Engine, test: Engine) -> ReplayEngine:
+def replaying(reference: Engine, test: Described) -> ReplayEngine:
+    """Return ``reference`` as one that replays the choices of ``test``.
+
+    Raises:
+        MoEdgeError: it cannot.
+    """
     if not isinstance(reference, ReplayEngine):
         raise MoEdgeError(
             f"{test.info.name} is judged under its own choice of experts, which {reference.info.name} cannot replay; "
@@ -116,10 +128,10 @@ def _replaying(reference: Engine, test: Engine) -> ReplayEngine:
     return reference
 
 
-def _judged(
-    reference: Engine,
-    test: Engine,
-    windows: np.ndarray,
+def judged(
+    reference: Described,
+    test: Described,
+    windows: tuple[int, ...],
     prefill: int,
     phases: dict[str, TokenErrors],
     routes: RouteAgreement,
@@ -127,14 +139,15 @@ def _judged(
     routing: bool,
     replay: Replay | None,
 ) -> dict[str, Any]:
+    """Return the result of a comparison, as :func:`compare` describes it; ``windows`` is their shape [N, L]."""
     summaries = {name: tokens.summary() for name, tokens in phases.items()}
     result: dict[str, Any] = {
         "schema": SCHEMA,
         "reference": asdict(reference.info),
         "test": asdict(test.info),
         "tokens": {
-            "windows": len(windows),
-            "window": windows.shape[1],
+            "windows": windows[0],
+            "window": windows[1],
             "prefill": prefill,
             **{name: summary["tokens"] for name, summary in summaries.items()},
         },
@@ -252,11 +265,20 @@ def _check(reference: Engine, tests: list[Engine], token_windows: np.ndarray, pr
                 f"Windows of {windows.shape[1]} tokens do not fit: {engine.info.name} holds at most {longest}; make "
                 "them shorter, and the prefill too (--window, --prefill)."
             )
-    size, *others = (engine.info.model["vocab_size"] for engine in (reference, *tests))
-    for other in others:
-        if size != other:
-            raise MoEdgeError(f"The engines have vocabularies of {size} and {other} tokens: not the same model.")
+    for test in tests:
+        same_vocabulary(reference, test)
     return windows
+
+
+def same_vocabulary(reference: Described, test: Described) -> None:
+    """Refuse to compare engines of different models.
+
+    Raises:
+        MoEdgeError: their vocabularies differ.
+    """
+    size, other = (engine.info.model["vocab_size"] for engine in (reference, test))
+    if size != other:
+        raise MoEdgeError(f"The engines have vocabularies of {size} and {other} tokens: not the same model.")
 
 
 def _steps(

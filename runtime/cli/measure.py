@@ -17,7 +17,12 @@ def verify(
     reference: Annotated[
         Path, typer.Argument(help="Run folder (all its pairs), or the reference: bundle or checkpoint.")
     ],
-    test: Annotated[Path | None, typer.Argument(help="Bundle or checkpoint to compare with the reference.")] = None,
+    test: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Bundle, engine or checkpoint to compare with the reference; or verify-answers.npz of a device."
+        ),
+    ] = None,
     text: Text = "asset:wiki",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to compare on.")] = 2048,
     window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 256,
@@ -34,6 +39,7 @@ def verify(
     Examples:
       moedge verify runs/smollm2-135m
       moedge verify build/moe build/bundles/ort-cpu --junit verify.xml
+      moedge verify build/moe verify-answers.npz
     """
     from moedge.runtime.commands.verify import verify as body
 

@@ -55,7 +55,8 @@ def _print(path: str, result: dict[str, Any], console: Console) -> None:
             table.add_column(column)
         for check in result["checks"]:
             shown = "none" if check["value"] is None else f"{check['value']:.6g}"
-            mark = "[green]pass[/green]" if check["passed"] else "[red]FAIL[/red]"
+            failed = "[red]FAIL[/red]" if check.get("decided", True) else "[yellow]not decided[/yellow]"
+            mark = "[green]pass[/green]" if check["passed"] else failed
             table.add_row(escape(check["name"]), shown, f"{check['relation']} {check['limit']:.4g}", mark)
     else:
         protocol = result["protocol"]

@@ -63,6 +63,8 @@ def verify(
                 progress=reporter.progress,
                 note=reporter.note,
             )
+        elif test.suffix == ".npz":
+            result = _device(reference, test, tolerances, opening, reporter.progress)
         else:
             name, windows = token_windows(test, text, window, count)
             result = _pair(reference, test, name, windows, prefill, tolerances, opening, reporter.progress)
@@ -116,6 +118,27 @@ def _pair(
         "identity": [],
         "parity": entries,
         "passed": all(entry["verdict"]["passed"] for entry in entries),
+    }
+
+
+def _device(reference: Path, answers: Path, tolerances: str, opening: dict[str, Any], progress: Any) -> dict[str, Any]:
+    """Judge what an engine gave on its device; the archive's prompts are the text."""
+    from moedge.runtime import recorded
+
+    found = recorded.Recorded(answers)
+    limits = tolerance_files.load().profile(tolerances, str(found.info.model["target"]), found.info.dtype)
+    options: dict[str, Any] = {"taps": True, "replay": True} if found.routed else {}
+    one = open_engine(reference, **opening, **options)
+    try:
+        entry = recorded.compare(one, found, limits, progress)
+    finally:
+        one.close()
+    return {
+        "schema": SCHEMA,
+        "text": f"the prompts of {answers.name}",
+        "identity": [],
+        "parity": [{"name": f"{answers} vs {reference}", **entry}],
+        "passed": entry["verdict"]["passed"],
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import platform
 import sys
@@ -21,6 +22,7 @@ MANIFEST = "manifest.json"
 ENGINE = "engine.plan"
 ENGINE_FACTS = "engine.json"
 RESULT_SCHEMA = "moedge.device-result/1"
+ANSWERS_SCHEMA = "moedge.device-answers/1"
 
 
 def open_archive(folder: Path) -> dict[str, Any]:
@@ -69,6 +71,43 @@ def golden(folder: Path) -> list[dict[str, Any]]:
         recorded = np.load(folder / f"golden.{number}.logits.npy", allow_pickle=False)
         cases.append({"ids": ids, "prompt": case["prompt_tokens"], "logits": recorded, "routes": routes})
     return cases
+
+
+def answers(
+    number: int,
+    ids: np.ndarray,
+    prompt: int,
+    logits: np.ndarray,
+    routes: dict[int, np.ndarray],
+    reads: list[dict[int, np.ndarray]],
+) -> dict[str, np.ndarray]:
+    """Name what the engine gave in one case, as ``moedge verify`` reads it: all that route replay needs.
+
+    Args:
+        number: of the case.
+        ids: int64 [1, L], of which ``prompt`` were read at once and the others one by one.
+        prompt: tokens.
+        logits: float32 [L, V], kept as float16 where the engine gave that.
+        routes: int32 [L, k] by layer; empty for an engine without taps.
+        reads: by call, float32 by layer, what its router read.
+    """
+    with np.errstate(over="ignore"):
+        half = logits.astype(np.float16)
+    given = half if np.array_equal(half, logits, equal_nan=True) else logits
+    case = {"ids": ids[0], "prompt": np.array(prompt), "logits": given}
+    case |= {f"routes.{layer}": chosen for layer, chosen in routes.items()}
+    for layer in reads[0] if reads else ():
+        case[f"router_inputs.{layer}"] = np.concatenate([part[layer] for part in reads])
+    return {f"{number}.{name}": array for name, array in case.items()}
+
+
+def write_answers(manifest: dict[str, Any], found: dict[str, np.ndarray], path: Path) -> None:
+    """Write every case's :func:`answers`, whole or not at all."""
+    about = {"schema": ANSWERS_SCHEMA, "archive_sha256": manifest["content_sha256"]}
+    about |= {key: manifest[key] for key in ("label", "kind", "model", "moe", "dtype")}
+    stream = io.BytesIO()
+    np.savez_compressed(stream, about=np.array(json.dumps(about)), **found)  # type: ignore[arg-type]
+    moedge_trt.write_bytes(path, stream.getvalue())
 
 
 def device_facts(session: moedge_session.Session) -> dict[str, Any]:

@@ -46,6 +46,16 @@ def logits(reference: np.ndarray, test: np.ndarray, margin: float) -> dict[str, 
     }
 
 
+def unchanged(reference: dict[int, np.ndarray], test: dict[int, np.ndarray]) -> np.ndarray:
+    """Tokens of one text, bool [L], before the first for which any layer chose other experts; layers int32 [L, k].
+
+    Up to there both engines computed the same products, so their answers differ by rounding alone. After it every layer
+    and every later token read something else, and the distance says how steady the model's routing is.
+    """
+    same = [(np.sort(reference[layer], axis=1) == np.sort(test[layer], axis=1)).all(axis=1) for layer in reference]
+    return np.logical_and.accumulate(np.logical_and.reduce(same))
+
+
 def routes(reference: dict[int, np.ndarray], test: dict[int, np.ndarray]) -> dict[str, Any]:
     """Share of (token, layer) pairs with the same set of experts; each layer int32 [T, k]."""
     if not reference or not test:
@@ -63,21 +73,29 @@ def routes(reference: dict[int, np.ndarray], test: dict[int, np.ndarray]) -> dic
     }
 
 
-def judge(found: dict[str, Any], routing: dict[str, Any], limits: dict[str, float]) -> list[dict[str, Any]]:
-    """Check values against limits; a value that could not be measured fails."""
-    rows = [
+def judge(found: dict[str, Any], clean: dict[str, Any] | None, limits: dict[str, float]) -> list[dict[str, Any]]:
+    """Check values against limits; a value that could not be measured fails.
+
+    Args:
+        found: :func:`logits` of every token, for what no choice of experts excuses.
+        clean: the same of the tokens before the first changed choice. None: there is none. What then has no value is
+            not decided here.
+        limits: of the manifest.
+    """
+    rows: list[tuple[str, Any, str, float]] = [
         ("non_finite", found["non_finite"], "<=", 0),
         ("constant", found["constant"], "<=", 0),
-        ("median_rel_error", found["median_rel_error"], "<=", limits["median_rel_error"]),
-        ("mean_kl", found["mean_kl"], "<=", limits["mean_kl"]),
-        ("top1_agreement", found["top1_agreement"], ">=", limits["top1_agreement"]),
     ]
-    if routing["compared"]:
-        rows.append(("expert_set_agreement", routing["agreement"], ">=", limits["expert_set_agreement"]))
+    for name, relation in (("median_rel_error", "<="), ("mean_kl", "<="), ("top1_agreement", ">=")):
+        rows.append((name, clean[name] if clean else None, relation, limits[name]))
+    share = clean["tokens"] / found["tokens"] if clean else 0.0
+    rows.append(("judged_share", share, ">=", limits["judged_share"]))
     checks = []
-    for name, value, relation, limit in rows:
+    for number, (name, value, relation, limit) in enumerate(rows):
         passed = value is not None and (value <= limit if relation == "<=" else value >= limit)
-        checks.append({"name": name, "value": value, "relation": relation, "limit": limit, "passed": bool(passed)})
+        check = {"name": name, "value": value, "relation": relation, "limit": limit, "passed": bool(passed)}
+        decided = bool(passed) or number < 2 or (value is not None and name != "judged_share")
+        checks.append({**check, "decided": decided})
     return checks
 
 

@@ -24,8 +24,10 @@ from moedge.export import device_archive
 from moedge.export.bundle import open_bundle
 from moedge.runtime import reduction
 from moedge.runtime.commands import report
+from moedge.runtime.commands.verify import _device
 from moedge.runtime.device import moedge_compare
 from moedge.runtime.engines import emulation
+from moedge.runtime.recorded import Recorded
 
 STAND_IN = '''
 import os
@@ -59,10 +61,10 @@ class Session:
         self.session = onnxruntime.InferenceSession(model, options, ["CPUExecutionProvider"])
         self.facts, self.limits, self.cuda, self.version = facts, facts["profiles"], Cuda(), "stand-in"
 
-    def start(self, ids, mask, last=False):
-        return self.step(ids, None, last=last)
+    def start(self, ids, mask, last=False, reads=None):
+        return self.step(ids, None, last=last, reads=reads)
 
-    def step(self, ids, cache, mask=None, last=False):
+    def step(self, ids, cache, mask=None, last=False, reads=None):
         past = cache[0].shape[2] if cache else 0
         feeds = {"input_ids": ids, "attention_mask": np.ones((1, past + ids.shape[1]), np.int64)}
         feeds["position_ids"] = np.arange(past, past + ids.shape[1])[None]
@@ -72,9 +74,13 @@ class Session:
         feeds.update(zip(names, cache or [empty] * len(names)))
         taps = self.facts["archive_taps"]
         wanted = ["logits", *[n.replace("past_key_values", "present") for n in names]]
-        wanted += [tap["output"] for tap in taps.values()]
+        wanted += [tap["output"] for tap in taps.values()] + [tap["reads"] for tap in taps.values()]
         logits, *rest = self.session.run(wanted, feeds)
-        cache, routes = rest[: len(names)], rest[len(names) :]
+        cache, routes, read = rest[: len(names)], rest[len(names) :][: len(taps)], rest[len(names) + len(taps) :]
+        if FLIP:  # the order of experts in the file is another one
+            routes = [(r + 1) % 6 for r in routes]
+        if reads is not None:
+            reads.append({int(k): r for k, r in zip(taps, read)})
         logits = logits[:, -1:] if last else logits
         return logits.astype(np.float32) * BREAK, {int(k): r for k, r in zip(taps, routes)}, cache
 
@@ -84,6 +90,7 @@ class Session:
 
 moedge_session.Session = Session
 script, BREAK, *sys.argv[1:] = sys.argv[1], float(sys.argv[2]), *sys.argv[3:]
+FLIP = os.environ.get("FLIP") == "1"
 sys.argv[0] = script
 path = os.path.abspath(script)
 exec(compile(open(script).read(), script, "exec"), {"__name__": "__main__", "__file__": path})
@@ -119,7 +126,7 @@ def unpack(archive: Path, tmp_path: Path) -> Path:
     (folder / "engine.plan").write_bytes(b"stand-in")
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     for tap in manifest["taps"].values():
-        model.graph.output.append(onnx.ValueInfoProto(name=tap["output"]))
+        model.graph.output.extend(onnx.ValueInfoProto(name=tap[key]) for key in ("output", "reads"))
     (tmp_path / "emulated.onnx").write_bytes(emulation.emulated(model).SerializeToString())
     facts = {
         **{
@@ -140,12 +147,15 @@ def unpack(archive: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def run(folder: Path, script: str, *more: str, scale: float = 1.0) -> subprocess.CompletedProcess:
+def run(folder: Path, script: str, *more: str, scale: float = 1.0, flip: bool = False) -> subprocess.CompletedProcess:
     (folder.parent / "stand_in.py").write_text(STAND_IN)
     code = f"import sys; sys.path.insert(0, '.'); exec(open({str(folder.parent / 'stand_in.py')!r}).read())"
     # -I: without this checkout on the path, as on a device.
     command = [sys.executable, "-I", "-c", code, script, str(scale), *more]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+    environment = {**os.environ, "FLIP": str(int(flip))}
+    return subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=120, check=False, env=environment
+    )
 
 
 def test_the_same_input_gives_the_same_bytes(source, archive, tmp_path):
@@ -203,6 +213,52 @@ def test_verify_tells_of_bfloat16_when_float16_overflows(unpacked, in_bfloat16, 
     assert "again with --dtype bfloat16" in run(unpacked, "verify.py", scale=float("inf")).stdout
     (tmp_path / "b").mkdir()
     assert "--dtype" not in run(unpack(in_bfloat16, tmp_path / "b"), "verify.py", scale=float("inf")).stdout
+
+
+def at_the_desk(reference: Path, answers: Path) -> dict[str, bool]:
+    """Parts of the verdict of ``moedge verify`` over what a device recorded."""
+    result = _device(reference, answers, "float32", {"threads": 1}, lambda *_: None)
+    (entry,) = result["parity"]
+    assert entry["replay"]["router"]["decisions"] == 2 * sum(entry["tokens"][phase] for phase in ("prefill", "decode"))
+    return entry["verdict"]["parts"]
+
+
+def test_the_desk_judges_every_token_that_a_device_recorded(unpacked, checkpoints, source):
+    """Arithmetic under the engine's own choices, routers on what they read; what is wrong fails its part."""
+    answers = unpacked / "verify-answers.npz"
+    whole = {"arithmetic": True, "router": True, "free": True}
+    assert run(unpacked, "verify.py").returncode == 0
+    for reference in (checkpoints["moe"], source / "portable"):
+        assert at_the_desk(reference, answers) == whole
+    assert run(unpacked, "verify.py", scale=0.97).returncode == 1
+    assert at_the_desk(source / "portable", answers) == {**whole, "arithmetic": False}
+
+    child = run(unpacked, "verify.py", flip=True)
+    assert child.returncode == 1
+    assert "----  median_rel_error" in child.stdout
+    assert "68 of 68 tokens follow a changed choice" in child.stdout
+    assert "the arithmetic is not decided" in child.stdout
+    assert "FAIL" not in child.stdout
+    assert not at_the_desk(source / "portable", answers)["router"]
+
+
+def test_answers_that_cannot_be_judged_are_refused(unpacked, tmp_path, source):
+    np.savez(tmp_path / "other.npz", about=np.array('{"schema": "x"}'))
+    with pytest.raises(MoEdgeError, match="cannot be read as the answers of a device"):
+        Recorded(tmp_path / "other.npz")
+    facts = json.loads((unpacked / "engine.json").read_text())
+    (unpacked / "engine.json").write_text(json.dumps({**facts, "archive_taps": {}}))  # built with --no-taps
+    child = run(unpacked, "verify.py")
+    assert child.returncode == 1, child.stderr
+    assert "the arithmetic is not decided" in child.stdout
+    with pytest.raises(MoEdgeError, match="does not say which experts the engine chose"):
+        Recorded(unpacked / "verify-answers.npz")
+
+
+def test_tokens_are_judged_until_the_first_changed_choice():
+    one = {0: np.array([[1, 2], [3, 4], [1, 2], [5, 6]]), 1: np.array([[1, 2]] * 4)}
+    two = {0: np.array([[2, 1], [3, 4], [1, 2], [5, 6]]), 1: np.array([[1, 2], [1, 2], [1, 3], [1, 2]])}
+    np.testing.assert_array_equal(moedge_compare.unchanged(one, two), [True, True, False, False])
 
 
 @pytest.mark.parametrize(
