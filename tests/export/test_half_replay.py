@@ -1,5 +1,6 @@
 """Route replay of half-precision bundles: flipped near-ties pass, a wrong router, tap or product does not."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,13 @@ from onnx import numpy_helper
 
 from moedge import MoEdgeError
 from moedge._files import atomic_dir
+from moedge.configs import tolerances
 from moedge.export import bundle
 from moedge.export.pipeline import export, lower
 from moedge.runtime.commands.verify import _pair
 from moedge.runtime.engines import onnxruntime as ort_engine
 from moedge.runtime.engines import open_engine
+from moedge.runtime.verification import Judging
 
 HIDDEN, EXPERTS, TOP_K, LAYERS = 64, 30, 15, 2
 WINDOWS = np.random.default_rng(1).integers(0, 256, (2, 64))
@@ -213,3 +216,26 @@ def test_an_older_bundle_is_judged_free_running_and_says_so(folders, tmp_path):
     assert "routing.expert_set_agreement" in names
     assert "does not say what its routers read" in entry["verdict"]["notes"][-1]
     assert "export again" in entry["verdict"]["notes"][-1]
+
+
+@pytest.mark.parametrize(
+    ("manifest", "profile", "replayed"),
+    [
+        (None, "float32/ort-cuda", False),  # a checkpoint
+        ({"kind": "dense", "moe": None, "taps": {}}, "float32/ort-cuda", False),
+        ({"kind": "moe", "moe": {"layers": {"0": {"num_experts": 0}}}, "taps": {}}, "float32/ort-cuda", False),
+        ({"kind": "moe", "moe": {"layers": {"0": {"num_experts": 4}}}, "taps": {"0": {}}}, "free/ort-cuda", False),
+        (
+            {"kind": "moe", "moe": {"layers": {"0": {"num_experts": 4}}}, "taps": {"0": {"reads": "x"}}},
+            "float32/ort-cuda",
+            True,
+        ),
+    ],
+)
+def test_every_kind_of_model_gets_limits(tmp_path, manifest, profile, replayed):
+    if manifest is not None:
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    limits = tolerances.load()
+    found = Judging.of(tmp_path, limits, "float32", "ort-cuda")
+    assert (found.limits, found.replayed) == (limits.profiles[profile], replayed)
+    assert (found.reason is None) == (profile != "free/ort-cuda")
