@@ -126,7 +126,7 @@ def test_prefill_and_decode_compute_what_the_stored_weights_say(bundles, name):
         want, got = (each.decode(token, step.cache) for each, step in ((reference, want), (engine, got)))
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if name.startswith("dense")])
+@pytest.mark.parametrize("name", ALL)
 def test_verify_judges_the_graph_and_the_rounding_of_its_weights_apart(bundles, name):
     windows = np.random.default_rng(5).integers(0, 256, (2, 48))
     kind = name.split("/")[0]
