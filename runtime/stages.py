@@ -31,10 +31,10 @@ CONVERT_CODE = (*_ALWAYS_CODE, "runtime/held_out.py", "convert", "export/ops.py"
 _EXPORT_CODE = (*CONVERT_CODE, "export", "runtime/engines/emulation.py", "runtime/text.py")
 _ENGINE_CODE = (
     *CONVERT_CODE,
-    "export/bundle.py",
-    "export/functions.py",
+    *("export/__init__.py", "export/bundle.py", "export/functions.py", "export/launcher"),
     "export/lowering/__init__.py",
     "export/lowering/graph.py",
+    "export/lowering/trt_plugins.py",
     "export/lowering/trt_router.py",
     "export/nodes.py",
     "export/quantize.py",
@@ -138,11 +138,12 @@ def build(recipe: Recipe, machine: dict[str, Any]) -> list[Stage]:
                 reads=("export",),
                 sources=(
                     *CONVERT_CODE,
-                    "export/bundle.py",
+                    *("export/__init__.py", "export/bundle.py", "export/functions.py", "export/launcher"),
                     "export/lowering/__init__.py",
                     "export/lowering/graph.py",
+                    "export/lowering/trt_plugins.py",
                     "export/lowering/trt_router.py",
-                    "export/plugins.py",
+                    *("export/nodes.py", "export/plugins.py"),
                     "runtime/build.py",
                     "runtime/device",
                     "runtime/estimate.py",

@@ -87,7 +87,7 @@ def generate(
 
 @command("inspect", PANEL)
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Run folder, MoE checkpoint, bundle, or a model folder.")],
+    path: Annotated[Path, typer.Argument(help="Run folder, MoE checkpoint, bundle, engine, or a model folder.")],
     as_json: Json = False,
 ) -> None:
     """Print what a run, a plan, a checkpoint or a bundle holds, after checking its hashes.

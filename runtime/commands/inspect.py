@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moedge import MoEdgeError
-from moedge.runtime import run_folder
+from moedge.runtime import build, run_folder
 from moedge.runtime.commands.sizes import size_rows
 
 
@@ -53,7 +53,7 @@ def _cell(value: Any) -> str:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Return what ``path`` holds as plain JSON; ``kind`` is run, moe checkpoint, bundle or dense model.
+    """Return what ``path`` holds as plain JSON; ``kind`` is run, moe checkpoint, bundle, engine or dense model.
 
     Raises:
         MoEdgeError: it is none of these, or it is damaged.
@@ -61,7 +61,8 @@ def describe(path: Path) -> dict[str, Any]:
     if run_folder.is_run(path):
         return _run(path)
     if (path / "manifest.json").is_file():
-        return _bundle(path)
+        engine = run_folder.read_json(path / "manifest.json", "export again").get("schema") == build.SCHEMA
+        return _engine(path) if engine else _bundle(path)
     if (path / "plan.json").is_file():
         return _checkpoint(path)
     if (path / "config.json").is_file():
@@ -69,7 +70,7 @@ def describe(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise MoEdgeError(f"{path} does not exist.")
     hint = run_folder.bundles_below(path)
-    raise MoEdgeError(f"{path} is not a run folder, a checkpoint, a bundle or a model folder.{hint}")
+    raise MoEdgeError(f"{path} is not a run folder, a checkpoint, a bundle, an engine or a model folder.{hint}")
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -151,6 +152,25 @@ def _nested(index: int, children: list[Any], width: int) -> dict[str, Any]:
     return row
 
 
+def _engine(path: Path) -> dict[str, Any]:
+    manifest = build.open_file(path).manifest
+    names = ("target", "dtype", "label", "profiles", "model", "moe", "build", "estimate", "versions", "parent")
+    return {
+        "kind": "engine",
+        **{name: manifest.get(name) for name in names},
+        **{name: ", ".join(manifest.get(name, [])) for name in ("devices", "compute_capabilities")},
+        "holds": manifest["kind"],
+        "files": _files(manifest),
+    }
+
+
+def _files(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {"file": name, "MiB": entry["size"] / 2**20, "sha256": entry["sha256"]}
+        for name, entry in manifest["files"].items()
+    ]
+
+
 def _bundle(path: Path) -> dict[str, Any]:
     from moedge.export.bundle import open_bundle
 
@@ -161,15 +181,11 @@ def _bundle(path: Path) -> dict[str, Any]:
         shown = {name: entry.get(name) for name in ("rewrite", "nodes", "status", "reason")}
         quantised = (entry.get("self_test") or {}).get("quantisation_error")
         lowering.append({**shown, "self-test error": error, **({"quantisation error": quantised} if quantised else {})})
-    files = [
-        {"file": name, "MiB": entry["size"] / 2**20, "sha256": entry["sha256"]}
-        for name, entry in manifest["files"].items()
-    ]
     return {
         "kind": "bundle",
         **{name: manifest.get(name) for name in ("target", "label", "model", "moe", "cache", "versions", "parent")},
         "holds": manifest["kind"],
         **({"sizes": size_rows(manifest["quantization"])} if "quantization" in manifest else {}),
         "lowering": lowering,
-        "files": files,
+        "files": _files(manifest),
     }

@@ -15,6 +15,7 @@ import pytest
 from moedge import MoEdgeError
 from moedge._files import hash_tree
 from moedge.runtime import build as builder
+from moedge.runtime.commands import inspect
 from moedge.runtime.device import moedge_cuda, moedge_trt
 from moedge.runtime.engines import open_engine
 
@@ -328,7 +329,9 @@ def test_a_broken_graph_does_not_pass_the_build(tmp_path: Path, broken: str) -> 
 
 
 @rtx
-def test_a_bundle_becomes_an_engine_for_several_gpus(toy: Path, tmp_path: Path) -> None:
+def test_a_bundle_becomes_an_engine_for_several_gpus(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "engine"
     manifest = builder.build(toy, out, ["rtx-4090", "rtx-3090"], max_prompt=32)
     assert manifest["compute_capabilities"] == ["8.6", "8.9"]
@@ -340,6 +343,11 @@ def test_a_bundle_becomes_an_engine_for_several_gpus(toy: Path, tmp_path: Path) 
     assert builder.open_file(out).plan() == plan
     with pytest.raises(MoEdgeError, match="--force"):
         builder.build(toy, out, ["rtx-4090"])
+    facts = inspect.describe(out)
+    assert (facts["kind"], facts["holds"], facts["compute_capabilities"]) == ("engine", manifest["kind"], "8.6, 8.9")
+    assert {row["file"] for row in facts["files"]} == set(manifest["files"])
+    inspect.inspect(out, as_json=False)
+    assert "rtx-3090" in capsys.readouterr().out
     shutil.copytree(out, tmp_path / "copy")
     assert builder.open_file(tmp_path / "copy").manifest == json.loads((out / "manifest.json").read_text())
 

@@ -192,7 +192,7 @@ def folder_with(path: Path, **config: Any) -> Path:
         (["generate", "{tmp}/used", "hi", "--target", "tpu"], "--target tpu: unknown; choose ort-cpu or ort-cpu-int8"),
         (["generate", "{tmp}/used", "hi", "--model", "big"], "--model big: unknown; choose moe or dense"),
         (["inspect", "{tmp}/nothing"], "{tmp}/nothing does not exist"),
-        (["inspect", "{tmp}/used"], "is not a run folder, a checkpoint, a bundle or a model folder"),
+        (["inspect", "{tmp}/used"], "is not a run folder, a checkpoint, a bundle, an engine or a model"),
         (["inspect", "{tmp}/bundles"], "It holds the bundles ort-cpu, portable; give one of them."),
         (["generate", "{tmp}/bundles", "hi"], "is missing. It holds the bundles ort-cpu, portable; give one of them."),
     ],
