@@ -12,7 +12,7 @@ test: .venv/test.done
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m "not slow and not network and not gpu"
 
 test-slow: .venv/test.done
-	$(BIN)/python -m pytest -m "(slow or network) and not gpu"
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m "(slow or network) and not gpu" --ignore tests/interop
 
 # optimum, onnxruntime-genai and OpenVINO in an environment of their own; of your bundles: make interop BUNDLES="a b"
 interop: .venv/test.done
