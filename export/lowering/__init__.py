@@ -35,6 +35,10 @@ REFUSED = {f"ort-cuda-{kind}": _NO_CUDA_QMOE.format(f"ort-cuda-{kind}", f"ort-cp
 """Targets that one may expect and that are left out on purpose: name -> why, and what to take instead."""
 
 
+EXPERT_FORMS = ("plugins", "native", "merged")
+"""Forms of the experts that one may ask for with a TensorRT target; see ``trt_experts``."""
+
+
 def check_targets(names: Iterable[str]) -> None:
     """Check that every name is a target.
 
@@ -46,6 +50,16 @@ def check_targets(names: Iterable[str]) -> None:
             raise MoEdgeError(f"Target {REFUSED[name]}")
         if name not in TARGETS:
             raise MoEdgeError(f"Unknown target {name!r}; known: {', '.join(TARGETS)}.")
+
+
+def check_form(experts: str | None) -> None:
+    """Check that a form of experts is one.
+
+    Raises:
+        MoEdgeError: it is not.
+    """
+    if experts is not None and experts not in EXPERT_FORMS:
+        raise MoEdgeError(f"No form of experts is called {experts!r}; known: {', '.join(EXPERT_FORMS)}.")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from moedge import MoEdgeError
 from moedge.export.functions import DOMAIN
-from moedge.export.lowering import trt_native, trt_plugins
+from moedge.export.lowering import check_form, trt_native, trt_plugins
 from moedge.export.lowering.graph import Builder, array_of, constant_of, remove_unused
 from moedge.export.nodes import active_of, nodes_of
 from moedge.runtime.device.moedge_plugins import refusal
@@ -44,6 +44,7 @@ def choose(model: ir.Model, tensorrt: str | None, wanted: str | None = None) -> 
     Raises:
         MoEdgeError: no such version, or a form that cannot be; the message names one that can.
     """
+    check_form(wanted)
     try:
         reason = "TensorRT for RTX takes kernels from a plugin library only" if tensorrt is None else refusal(tensorrt)
     except DeviceError as error:
@@ -58,8 +59,6 @@ def choose(model: ir.Model, tensorrt: str | None, wanted: str | None = None) -> 
         return "plugins", "asked for: a plugin library launches the kernels"
     if wanted == "plugins" and reason:
         raise MoEdgeError(f"{reason if tensorrt else trt_plugins.refusal(model)}; take --experts merged.")
-    if wanted not in (None, "plugins", "merged"):
-        raise MoEdgeError(f"No form of experts is called {wanted!r}; known: plugins, native, merged.")
     if wanted == "merged":
         return "merged", "asked for"
     if reason is None:

@@ -11,10 +11,12 @@ from rich.markup import escape
 from moedge import MoEdgeError
 from moedge._files import atomic_dir, digest, link_or_copy
 from moedge.configs.recipe import TARGETS as DEFAULT
-from moedge.export.lowering import HALF_TARGETS, check_targets
+from moedge.export.lowering import HALF_TARGETS, check_form, check_targets
 from moedge.runtime import held_out, run_folder
 from moedge.runtime.commands.sizes import size_table
 from moedge.runtime.commands.tokens import token_windows
+from moedge.runtime.device.moedge_plugins import refusal
+from moedge.runtime.device.moedge_trt import DeviceError
 from moedge.runtime.progress import single
 
 
@@ -38,6 +40,12 @@ def export(
     """
     wanted = targets or list(DEFAULT)
     check_targets(wanted)
+    check_form(experts)
+    if tensorrt is not None:
+        try:
+            refusal(tensorrt)
+        except DeviceError as error:
+            raise MoEdgeError(str(error)) from None
     takes = ("tensorrt",) if experts == "native" else ("tensorrt", "tensorrt-rtx")
     if experts and not {*takes} & {*wanted}:
         raise MoEdgeError(f"--experts {experts} is for target {' or '.join(takes)}, not among {', '.join(wanted)}.")

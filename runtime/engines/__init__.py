@@ -215,7 +215,7 @@ def check_length(total: int, max_length: int) -> None:
         MoEdgeError: ``total`` tokens are more than ``max_length``.
     """
     if total > max_length:
-        raise MoEdgeError(f"{total} tokens do not fit: this model holds at most {max_length}; shorten the text.")
+        raise MoEdgeError(f"{total} tokens do not fit: this model holds at most {max_length}; ask for fewer.")
 
 
 def position_ids(mask: np.ndarray, last: int) -> np.ndarray:

@@ -138,3 +138,17 @@ def test_a_bundle_in_bfloat16_is_verified_by_limits_of_its_own(tmp_path: Path, c
     error = (entry["replay"] or entry)["overall"]["rel_error"]["p50"]
     float16 = tolerances.load().profile("float32", "tensorrt-rtx", "float16")
     assert float16.median_rel_error / 8 < error < limits.median_rel_error
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--experts", "sparse"), "No form of experts is called 'sparse'; known: plugins, native, merged."),
+        (("--tensorrt", "ten"), "'ten' is no version of TensorRT; write it like 10.13."),
+    ],
+)
+def test_names_that_do_not_exist_are_refused_before_the_model_is_traced(options, said, checkpoints, tmp_path):
+    refused = moedge("export", checkpoints["moe"], tmp_path / "out", "--target", "tensorrt", *options)
+    assert refused.exit_code == 2
+    assert said in " ".join(refused.stderr.split())
+    assert "tracing" not in refused.stderr
