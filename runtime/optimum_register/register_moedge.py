@@ -28,7 +28,8 @@ class MoEdgeExportCommand(BaseOptimumCLICommand):
         parser.add_argument("--label", help="Name of the model in reports; the folder's name by default.")
         parser.add_argument("--max-length", type=int, help="Longest prompt + answer in tokens.")
         parser.add_argument("--tensorrt", metavar="VERSION", help="Of TensorRT on the device; the newest by default.")
-        parser.add_argument("--experts", metavar="FORM", help="Target tensorrt: plugins, merged or native.")
+        parser.add_argument("--experts", metavar="FORM", help="Of TensorRT targets: plugins, merged or native.")
+        parser.add_argument("--dtype", help="Of TensorRT targets: float16 or bfloat16.")
         parser.add_argument(
             "--gptq", help="Text by which the weights of int4 targets are chosen: asset:NAME or a file."
         )
@@ -42,7 +43,7 @@ class MoEdgeExportCommand(BaseOptimumCLICommand):
         given = self.args
         assert given is not None
         options = [f"--target={target}" for target in given.target or ()]
-        for name in ("label", "max_length", "tensorrt", "experts", "gptq", "gptq_tokens"):
+        for name in ("label", "max_length", "tensorrt", "experts", "dtype", "gptq", "gptq_tokens"):
             if (value := getattr(given, name)) is not None:
                 options.append(f"--{name.replace('_', '-')}={value}")
         options += ["--force"] * given.force
