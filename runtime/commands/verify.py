@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -218,20 +219,22 @@ def _parts(entry: dict[str, Any]) -> str:
 
 
 def _print(result: dict[str, Any]) -> None:
-    table = Table(title=f"verify on {escape(result['text'])}")
-    for column in ("comparison", "check", "value", "limit", ""):
-        table.add_column(column)
     marks = {
         verdict.PASSED: "[green]pass[/green]",
         verdict.FAILED: "[red]FAIL[/red]",
         verdict.NOT_DECIDED: "[yellow]not decided[/yellow]",
     }
     rows = checks(result)
-    for comparison, name, value, relation, limit, outcome in rows:
-        shown = "none" if value is None else f"{value:.6g}"
-        table.add_row(escape(comparison), name, shown, f"{relation} {limit:g}", marks[outcome])
     console = Console()
-    console.print(table)
+    for comparison, group in itertools.groupby(rows, key=lambda row: row[0]):
+        console.print(escape(f"{comparison}, on {result['text']}:"), highlight=False, soft_wrap=True)
+        table = Table(box=None, padding=(0, 2, 0, 0))  # names of checks are long, and logs of CI servers 80 wide
+        for column in ("check", "value", "limit", ""):
+            table.add_column(column, no_wrap=True)
+        for _, name, value, relation, limit, outcome in group:
+            shown = "none" if value is None else f"{value:.6g}"
+            table.add_row(name, shown, f"{relation} {limit:g}", marks[outcome])
+        console.print(table)
     for entry in result["parity"]:
         if replay := entry["replay"]:
             for line in (explained(entry, replay), _parts(entry)):
