@@ -27,7 +27,10 @@ def verify(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to compare on.")] = 2048,
     window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 256,
     prefill: Annotated[int, typer.Option(min=1, help="Tokens of a window in one prefill; the rest is decoded.")] = 224,
-    tolerances: Annotated[str, typer.Option(help="Profile in configs/tolerances.yaml.")] = "float32",
+    tolerances: Annotated[
+        str,
+        typer.Option(help="First half of a profile in configs/tolerances.yaml, such as float32 of float32/ort-cpu."),
+    ] = "float32",
     threads: Threads = None,
     device: Device = "cpu",
     as_json: Json = False,

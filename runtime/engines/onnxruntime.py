@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -297,6 +298,26 @@ _OLDEST_CUDA = (1, 28)
 """The first whose CUDA kernel of ``MoE`` reads its SwiGLU attributes (onnxruntime-genai #2062, onnxruntime #28467)."""
 
 
+_HEAVY = {
+    *("MatMul", "Gemm", "FusedMatMul", "MatMulNBits", "MoE", "QMoE", "GroupQueryAttention", "RotaryEmbedding"),
+    *("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"),
+}
+"""What a bundle is made for. Nodes that compute sizes are put on the CPU on purpose."""
+
+
+def not_on(session: Any, provider: str) -> dict[str, int]:
+    """Count by operator the nodes of a session that do the work and were not given to ``provider``.
+
+    ONNX Runtime gives a node without a kernel there to the CPU and says nothing. The session must have been opened with
+    ``session.record_ep_graph_assignment_info``.
+    """
+    found: Counter[str] = Counter()
+    for part in session.get_provider_graph_assignment_info():
+        if part.ep_name != provider:
+            found.update(node.op_type for node in part.get_nodes() if node.op_type in _HEAVY)
+    return dict(found)
+
+
 def check_cuda(what: Path | str) -> None:
     """Refuse what is made for ONNX Runtime's CUDA provider where there is none.
 
@@ -371,10 +392,18 @@ def _open_session(
             onnxruntime.preload_dlls()
     # On by default: products of float32, the routers', would round what they read to 11 bits, as many as float16.
     settings = {"use_tf32": "0"} if provider == _PROVIDERS["cuda"] else {}
+    if settings:
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
         session = onnxruntime.InferenceSession(model, options, providers=[provider], provider_options=[settings])
     except Exception as error:
         raise MoEdgeError(f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]}") from error
     if session.get_providers()[0] != provider:  # ONNX Runtime goes on with the CPU, with a warning in its log
         raise MoEdgeError(f"ONNX Runtime could not start {provider} for {path}; check the driver and cuDNN.")
+    if settings and (fallen := not_on(session, provider)):
+        counted = ", ".join(f"{count} {kind}" for kind, count in sorted(fallen.items()))
+        raise MoEdgeError(
+            f"ONNX Runtime would run parts of {folder} on the CPU ({counted}), for its CUDA provider has no kernel for "
+            "them as they are: update onnxruntime-gpu, or take --target ort-cpu."
+        )
     return session, onnxruntime.__version__

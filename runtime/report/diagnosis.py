@@ -36,14 +36,14 @@ def draw_inline(name: str, text: dict[str, Any]) -> str:
 def _draw(name: str, text: dict[str, Any]) -> Figure:
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = plots._figure(12.5, 2.9, 3)
+    figure, axes = plots.figure_of(12.5, 2.9, 3)
     layers = text["layers"]
     numbers = [layer["layer"] for layer in layers]
     for who, colour in _LINES.items():
         values = [_or_nan(layer["relative_error"][who]) for layer in layers]
         axes[0].plot(numbers, values, color=colour, marker="o", markersize=2.5, label=who)
     axes[0].set_ylabel("|F - y| / |F|")
-    axes[0].set_title(f"relative error of the FFN on {plots._short(name)}", fontsize=9, loc="left")
+    axes[0].set_title(f"relative error of the FFN on {plots.short(name)}", fontsize=9, loc="left")
     shares = {"captured": plots.MOE, "agreement": plots.BOUND, "dead_neurons": plots.BAD}
     for key, colour in shares.items():
         values = [100 * _or_nan(layer[key]) for layer in layers]

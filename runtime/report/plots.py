@@ -60,7 +60,8 @@ def draw_all(report: dict[str, Any]) -> dict[str, str]:
     return drawn
 
 
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
+def figure_of(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure of ``width`` by ``height`` inches with ``columns`` axes beside each other, in the report's style."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -88,7 +89,8 @@ def svg(figure: Figure, name: str) -> str:
     return text.replace("xlink:href", "href")
 
 
-def _short(text: str, limit: int = 34) -> str:
+def short(text: str, limit: int = 34) -> str:
+    """The text, cut to ``limit`` characters."""
     return text if len(text) <= limit else text[: limit - 1] + "\u2026"
 
 
@@ -96,13 +98,13 @@ def _quality(report: dict[str, Any]) -> Figure:
     quality = report["quality"]
     rows, names = quality["rows"], quality["protocol"]["texts"]
     dense = rows[0]["ppl"]
-    figure, axes = _figure(4.2 * len(names) + 1, 0.34 * len(rows) + 0.9, len(names))
+    figure, axes = figure_of(4.2 * len(names) + 1, 0.34 * len(rows) + 0.9, len(names))
     for column, (axis, name) in enumerate(zip(axes, names, strict=True)):
         values = [row["ppl"][name] / dense[name] for row in rows]
         spread = [(row.get("ppl_std") or {}).get(name, 0.0) / dense[name] for row in rows]
         colours = [_quality_colour(row) for row in rows]
         axis.barh(range(len(rows)), values, xerr=spread, color=colours, height=0.68, ecolor=MUTED)
-        axis.set_yticks(range(len(rows)), [_short(row["label"]) for row in rows] if column == 0 else [""] * len(rows))
+        axis.set_yticks(range(len(rows)), [short(row["label"]) for row in rows] if column == 0 else [""] * len(rows))
         axis.invert_yaxis()
         axis.grid(visible=False, axis="y")
         limit = min(max(values), 3 * sorted(values)[len(values) // 2])  # a broken control must not flatten the rest
@@ -111,7 +113,7 @@ def _quality(report: dict[str, Any]) -> Figure:
             at = min(value, limit * 1.02)
             axis.text(at + limit * 0.02, position, f"{row['ppl'][name]:.4g}", va="center", fontsize=8, color=INK)
         axis.axvline(1, color=MUTED, linewidth=0.8, linestyle=":")
-        axis.set_xlabel(f"perplexity on {_short(name)}, relative to dense (lower is better)")
+        axis.set_xlabel(f"perplexity on {short(name)}, relative to dense (lower is better)")
     return figure
 
 
@@ -128,7 +130,7 @@ def _quality_colour(row: dict[str, Any]) -> str:
 def _divergence(report: dict[str, Any]) -> Figure | None:
     entries = report["verification"]["parity"]
     keys = ("p50", "p90", "p99", "p99.9", "max")
-    figure, (axis,) = _figure(7.6, 2.9)
+    figure, (axis,) = figure_of(7.6, 2.9)
     drawn = 0
     floor = 1e-17  # a KL of exactly 0 has no place on a log axis
     for number, entry in enumerate(entries):
@@ -139,7 +141,7 @@ def _divergence(report: dict[str, Any]) -> Figure | None:
         style = "-" if " moe" in entry["name"] else ":"
         shown = [max(value, floor) for value in values]
         axis.plot(
-            range(len(keys)), shown, style, marker="o", markersize=3.5, color=colour, label=_short(entry["name"], 60)
+            range(len(keys)), shown, style, marker="o", markersize=3.5, color=colour, label=short(entry["name"], 60)
         )
         drawn += 1
         if number == 0 and entry.get("tolerances"):
@@ -160,7 +162,7 @@ def _divergence(report: dict[str, Any]) -> Figure | None:
 
 def _speed(report: dict[str, Any]) -> Figure:
     rows = report["speed"]["rows"]
-    figure, axes = _figure(9.4, 0.36 * len(rows) + 0.9, 2)
+    figure, axes = figure_of(9.4, 0.36 * len(rows) + 0.9, 2)
     titles = {"ttft_ms": "time to first token, ms", "tpot_ms": "time per decoded token, ms"}
     for column, (axis, (metric, title)) in enumerate(zip(axes, titles.items(), strict=True)):
         values = [row[metric]["p50"] for row in rows]
@@ -168,7 +170,7 @@ def _speed(report: dict[str, Any]) -> Figure:
         high = [max(row[metric]["ci95"][1] - value, 0) for value, row in zip(values, rows, strict=True)]
         colours = [MOE if row["info"]["model"].get("moe") else DENSE for row in rows]
         axis.barh(range(len(rows)), values, xerr=[low, high], color=colours, height=0.66, ecolor=INK, capsize=2)
-        axis.set_yticks(range(len(rows)), [_short(row["label"]) for row in rows] if column == 0 else [""] * len(rows))
+        axis.set_yticks(range(len(rows)), [short(row["label"]) for row in rows] if column == 0 else [""] * len(rows))
         axis.invert_yaxis()
         axis.grid(visible=False, axis="y")
         axis.set_xlim(0, max(values) * 1.22)
@@ -185,7 +187,7 @@ def _dead(report: dict[str, Any]) -> Figure | None:
     series = {"all neurons": "dead_share", "routed neurons": "dead_share_of_routed"}
     if not layers or any(layer["report"].get(key) is None for key in series.values() for layer in layers):
         return None
-    figure, (axis,) = _figure(7.6, 2.4)
+    figure, (axis,) = figure_of(7.6, 2.4)
     numbers = [layer["layer"] for layer in layers]
     for (label, key), colour in zip(series.items(), (DENSE, MOE), strict=True):
         shares = [100 * layer["report"][key] for layer in layers]
@@ -204,14 +206,14 @@ def _routing(report: dict[str, Any]) -> Figure | None:
     routed = [entry for entry in report["verification"]["parity"] if entry["routing"].get("compared")]
     if not routed:
         return None
-    figure, (axis,) = _figure(7.6, 2.2)
+    figure, (axis,) = figure_of(7.6, 2.2)
     width = 0.8 / len(routed)
     for number, entry in enumerate(routed):
         layers = {int(layer): value["flips"] for layer, value in entry["routing"]["layers"].items()}
         positions = [layer + (number - (len(routed) - 1) / 2) * width for layer in sorted(layers)]
         colour = MOE if entry["name"].startswith("ort") else BOUND
         axis.bar(
-            positions, [layers[layer] for layer in sorted(layers)], width, color=colour, label=_short(entry["name"], 60)
+            positions, [layers[layer] for layer in sorted(layers)], width, color=colour, label=short(entry["name"], 60)
         )
     axis.set_ylim(0, max(1.0, axis.get_ylim()[1]))
     for side in (axis.xaxis, axis.yaxis):

@@ -15,6 +15,7 @@ from moedge.export.lowering import legality, tensorrt
 from moedge.export.pipeline import lower
 from moedge.runtime import stages
 from moedge.runtime.engines import open_engine
+from moedge.runtime.engines.onnxruntime import not_on
 
 # A 2-layer model: four blocks, each within HALF_LIMIT of its own output, added to one residual stream.
 MODEL_LIMIT = 4 * tensorrt.HALF_LIMIT
@@ -108,6 +109,35 @@ def test_a_runtime_whose_cuda_kernel_is_silently_wrong_is_refused(made, monkeypa
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "__version__", "1.27.1")
     with pytest.raises(MoEdgeError, match=r"needs onnxruntime-gpu 1\.28 or newer, this is 1\.27\.1"):
+        open_engine(made["moe"])
+
+
+def test_nodes_that_fell_to_another_provider_are_counted(made) -> None:
+    """ONNX Runtime says where it put each node; here it is all on the CPU, so nothing is where CUDA is asked for."""
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    path = str(made["moe"] / "model.onnx")
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    assert not_on(session, "CPUExecutionProvider") == {}
+    fallen = not_on(session, "CUDAExecutionProvider")
+    assert fallen["MoE"] == fallen["GroupQueryAttention"] == 2
+    assert "Shape" not in fallen
+
+
+def test_an_engine_refuses_a_session_with_work_on_the_cpu(made, monkeypatch) -> None:
+    opened = onnxruntime.InferenceSession
+
+    def session(*given, **options):
+        """All on the CPU, but says that CUDA was started: what ONNX Runtime does with a node that has no kernel."""
+        options = {name: value for name, value in options.items() if name != "provider_options"}
+        session = opened(*given, **{**options, "providers": ["CPUExecutionProvider"]})
+        session.get_providers = lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+        return session
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    with pytest.raises(MoEdgeError, match=r"on the CPU \(.*2 GroupQueryAttention, .*2 MoE.*\).* take --target ort-cpu"):
         open_engine(made["moe"])
 
 
