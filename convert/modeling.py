@@ -29,6 +29,7 @@ import moedge.export.ops  # noqa: F401  registers torch.ops.moedge
 from moedge import MoEdgeError
 from moedge._files import atomic_dir
 from moedge.convert import adapters, hierarchical, moe_adapters, routers, sources
+from moedge.convert.errors import quiet
 from moedge.convert.plan import LayerPlan, MoEPlan
 from moedge.export.ops import activate
 
@@ -348,7 +349,7 @@ def save(
     moedge_config = getattr(model.config, "moedge", None)
     if not moedge_config or moedge_config["plan_sha256"] != plan.sha256:
         raise MoEdgeError("The model to save was not made by this plan; call apply(plan, model) first.")
-    with atomic_dir(folder, force=force, inputs=[model.name_or_path]) as partial, sources.quiet():
+    with atomic_dir(folder, force=force, inputs=[model.name_or_path]) as partial, quiet():
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         plan.save(partial)

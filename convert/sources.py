@@ -6,18 +6,17 @@ remote code.
 
 from __future__ import annotations
 
-import io
 import json
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moedge import MoEdgeError
-from moedge._files import atomic_dir, digest, sha256_file, write_json
-from moedge.convert import adapters, assets, moe_adapters
+from moedge._files import digest, sha256_file
+from moedge.convert import adapters, assets, gguf_files, moe_adapters
+from moedge.convert.errors import first_sentence, quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _IDENTITY = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
 DTYPES = ("float32", "bfloat16", "float16")
-_GGUF_NAMES = {"gemma3": "gemma3_text"}
-"""Architectures that a GGUF file names otherwise than transformers does."""
 _VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """Files that make a tokenizer; one of them has to be there."""
 _TOKENIZER = ("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "vocab.json", "merges.txt", "*.jinja")
@@ -59,12 +56,12 @@ def resolve(spec: str, revision: str | None = None) -> Source:
     path = Path(spec).expanduser()
     if spec.startswith("asset:"):
         asset = assets.find(spec.removeprefix("asset:"))
-        folder, label = _from_gguf(assets.fetch(asset.name))
+        folder, label = gguf_files.to_folder(assets.fetch(asset.name))
         return Source(spec, "asset", folder, identity(folder), label)
     if path.is_file():
         if path.suffix != ".gguf":
             raise MoEdgeError(f"{path} is neither a folder nor a .gguf file; give one of these or a hub id org/name.")
-        folder, label = _from_gguf(path)
+        folder, label = gguf_files.to_folder(path)
         return Source(spec, "gguf", folder, identity(folder), label)
     if path.is_dir():
         check_folder(path)
@@ -108,7 +105,7 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Pre
                 **options,
             )
     except (OSError, ValueError, SafetensorError) as error:
-        raise MoEdgeError(f"Cannot load the model in {folder}: {_first_sentence(error)}") from error
+        raise MoEdgeError(f"Cannot load the model in {folder}: {first_sentence(error)}") from error
     _check_weights(folder, model, info)
     _align(model)
     return model.eval().requires_grad_(False).to(device)
@@ -186,20 +183,6 @@ def _align(model: PreTrainedModel) -> None:
             tensor.data = tensor.data.clone()
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Switch transformers' own progress bars off: the caller shows progress."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a Hugging Face folder.
 
@@ -215,7 +198,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             raise MoEdgeError(
                 f"{folder} has no tokenizer; copy tokenizer.json and tokenizer_config.json there."
             ) from None
-        raise MoEdgeError(f"Cannot load the tokenizer in {folder}: {_first_sentence(error)}") from error
+        raise MoEdgeError(f"Cannot load the tokenizer in {folder}: {first_sentence(error)}") from error
 
 
 def identity(folder: Path) -> str:
@@ -278,72 +261,6 @@ def _from_hub(spec: str, revision: str | None) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         at = f" at revision {revision}" if revision else ""
         raise MoEdgeError(
-            f"Cannot download {spec}{at} from the Hugging Face hub: {_first_sentence(error)} "
+            f"Cannot download {spec}{at} from the Hugging Face hub: {first_sentence(error)} "
             "Check the name, the network and HF_TOKEN, or give a local folder."
         ) from error
-
-
-def _from_gguf(path: Path) -> tuple[Path, str]:
-    """De-quantize a GGUF file to float32 once; return the cached folder and a label.
-
-    float32, because a bfloat16 save moves logits by up to 0.16 (assets.md); loading the GGUF itself takes 17 s.
-    """
-    folder = assets.cache_dir() / "gguf" / f"{sha256_file(path)[:32]}-float32"
-    stamp = folder / "moedge_source.json"
-    if stamp.is_file():
-        return folder, _gguf_label(path, json.loads(stamp.read_text(encoding="utf-8"))["quantization"])
-    quantization = _check_gguf(path)
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    where = {"gguf_file": path.name, "trust_remote_code": False}
-    # The GGUF reader draws a tqdm bar that no transformers switch turns off.
-    with atomic_dir(folder, force=True, inputs=[path]) as partial, quiet(), redirect_stderr(io.StringIO()):
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
-            model = AutoModelForCausalLM.from_pretrained(
-                path.parent, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **where
-            )
-        except (OSError, ValueError, KeyError, NotImplementedError) as error:
-            raise MoEdgeError(f"Cannot read the GGUF file {path}: {_first_sentence(error)}") from error
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config  # it is a plain float model now, and must load as one
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        write_json(partial / stamp.name, {"quantization": quantization})
-    return folder, _gguf_label(path, quantization)
-
-
-def _gguf_label(path: Path, quantization: str) -> str:
-    return f"{path.stem} (float32 de-quantized from the {quantization} GGUF)"
-
-
-def _check_gguf(path: Path) -> str:
-    """Check that a GGUF file is whole and of a supported architecture; return its most used quantization, e.g. Q4_1.
-
-    Raises:
-        MoEdgeError: not a GGUF file, truncated or damaged, or an architecture without an adapter.
-    """
-    from collections import Counter
-
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(path)
-        field = reader.fields["general.architecture"]
-        architecture = bytes(field.parts[field.data[0]]).decode()
-        sizes: Counter[str] = Counter()
-        for tensor in reader.tensors:
-            sizes[tensor.tensor_type.name] += int(tensor.n_bytes)
-    except Exception as error:  # the reader indexes a memory map: a damaged file raises almost anything
-        raise MoEdgeError(f"{path} is not a whole GGUF file (truncated or damaged); download it again.") from error
-    if _GGUF_NAMES.get(architecture, architecture) not in adapters.FAMILIES:
-        supported = ", ".join(adapters.FAMILIES)
-        raise MoEdgeError(f"{path}: unknown architecture {architecture!r} in the GGUF file; supported: {supported}.")
-    return sizes.most_common(1)[0][0]
-
-
-def _first_sentence(error: BaseException) -> str:
-    """Return the first line of an error, ended by a full stop."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
-    return line if line.endswith((".", "!", "?")) else f"{line}."

@@ -40,6 +40,7 @@ import torch
 from moedge import MoEdgeError
 from moedge._files import atomic_dir, write_json
 from moedge.convert import modeling, sources
+from moedge.convert.errors import quiet
 from moedge.export import hf_check
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ def export_hf(
     reference = hf_check.measure(model, token_windows)
     record: dict[str, Any] = {"schema": EXPORT_SCHEMA, "plan_sha256": plan.sha256, "method": plan.method}
     ffns = modeling.sparse_ffns(model)
-    with atomic_dir(out, force=force, inputs=[checkpoint]) if keep else _temporary() as partial, sources.quiet():
+    with atomic_dir(out, force=force, inputs=[checkpoint]) if keep else _temporary() as partial, quiet():
         report("writing the stock checkpoint", 2, steps)
         generation = model.generation_config
         if routed := any(ffn.num_experts for ffn in ffns):

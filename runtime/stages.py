@@ -23,6 +23,8 @@ SOURCE_CODE = (
     "convert/__init__.py",
     "convert/adapters.py",
     "convert/assets.py",
+    "convert/errors.py",
+    "convert/gguf_files.py",
     "convert/moe_adapters.py",
     "convert/sources.py",
     "runtime/fingerprint.py",
