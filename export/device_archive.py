@@ -217,10 +217,14 @@ def _record(portable: Path, folder: Path, prompts: Sequence[str], max_length: in
     tokenizer = Tokenizer(portable)
     probe = json.loads((portable / "manifest.json").read_text(encoding="utf-8"))
     engine = open_engine(portable, threads=1, taps=bool(probe["taps"]))
+    limit = engine.info.model.get("rope_boundary")
     cases = []
     try:
         for number, prompt in enumerate(prompts):
             ids = tokenizer.encode(prompt)[: max_length - NEW_TOKENS]
+            if limit is not None and len(ids) <= limit < len(ids) + NEW_TOKENS:
+                # Where the factors change the text is read again, and its choices would be recorded for the last token.
+                ids = ids[: max(1, limit - NEW_TOKENS)]
             step = engine.prefill(np.array([ids], dtype=np.int64))
             logits, routes, count = [step.logits[0, -1]], [step.routes or {}], len(ids)
             for _ in range(NEW_TOKENS):

@@ -16,6 +16,9 @@ GENAI_CONFIG = "genai_config.json"
 GENAI_TARGETS = ("portable", "ort-cpu", "ort-cpu-int8", "ort-cpu-int4", "openvino")
 """Targets that onnxruntime-genai has generated the same tokens with (docs/interop.md)."""
 
+GENAI_SEARCH = ("repetition_penalty", "min_length", "no_repeat_ngram_size", "temperature", "top_k", "top_p")
+"""What ``generation_config.json`` may ask and genai's search has the same meaning and name for."""
+
 
 def describe(folder: Path, manifest: dict[str, Any]) -> None:
     """Make the files of a bundle in the making fit other loaders.
@@ -57,25 +60,29 @@ def genai_config(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """Return onnxruntime-genai's description of a bundle.
 
     The type is ``decoder``, its generic one: what a family needs of its own (windows, soft caps, rotary scaling) is
-    part of the graph. Search is greedy by default, and the tokens that end a text are those of ``moedge generate``.
+    part of the graph. Search is greedy by default; the tokens that end a text and what the model asks of the search are
+    those of ``moedge generate``, as far as genai has a name for it.
     """
-    from moedge.runtime.text import Tokenizer
+    from moedge.runtime.engines import longrope
+    from moedge.runtime.generation_config import GenerationConfig, Use
 
     model = manifest["model"]
-    ends = list(model["eos_token_ids"])
-    if (folder / "tokenizer.json").is_file():
-        tokenizer = Tokenizer(folder)
-        if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
-            ends.append(tokenizer.eos_token_id)
+    ends = [end for end in model["eos_token_ids"] if 0 <= end < model["vocab_size"]]
+    asked = GenerationConfig.read(folder).of(Use.ALWAYS, Use.SAMPLING)
     pad = model["pad_token_id"]
-    length = model["max_position_embeddings"]
+    length, kind = model["max_position_embeddings"], "decoder"
+    if limit := model.get(longrope.FACT):
+        # Where longrope changes its factors genai reads a text again for this family and length alone; any other text
+        # ends there.
+        kind = "phi3" if (model["model_type"], limit) == ("phi3", 4096) else kind
+        length = length if kind == "phi3" else min(length, limit)
     caches = {
         f"{kind}_{part}_names": f"{prefix}.%d.{part}"
         for kind, prefix in (("past", "past_key_values"), ("present", "present"))
         for part in ("key", "value")
     }
     described: dict[str, Any] = {
-        "type": "decoder",
+        "type": kind,
         "vocab_size": model["vocab_size"],
         "context_length": length,
         # genai wants a number here; it pads only batches, and what it pads is masked.
@@ -105,5 +112,6 @@ def genai_config(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
             "max_length": length,
             "num_beams": 1,
             "past_present_share_buffer": manifest["cache"]["kind"] == "shared_buffer",
+            **{name: asked[name] for name in GENAI_SEARCH if name in asked},
         },
     }

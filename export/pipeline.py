@@ -82,6 +82,8 @@ def _export_portable(checkpoint: Path, partial: Path, label: str, max_length: in
     from moedge.convert import modeling, sources
     from moedge.export import nodes
     from moedge.export.trace import Architecture, trace
+    from moedge.runtime.engines import longrope
+    from moedge.runtime.generation_config import GenerationConfig
 
     converted = str(_read_json(checkpoint / "config.json").get("model_type", "")).startswith("moedge_")
     plan_sha256 = None
@@ -97,8 +99,7 @@ def _export_portable(checkpoint: Path, partial: Path, label: str, max_length: in
     nodes.name_reads(graph, nodes.router_inputs(graph), lowered.taps)
     ir.save(graph, partial / bundle.MODEL, external_data=bundle.WEIGHTS)
     bundle.copy_companions(checkpoint, partial)
-    generation = getattr(model, "generation_config", None) or model.config
-    eos = getattr(generation, "eos_token_id", None)
+    generation = GenerationConfig.read(checkpoint)
     manifest = {
         "target": "portable",
         "kind": "moe" if converted else "dense",
@@ -106,9 +107,10 @@ def _export_portable(checkpoint: Path, partial: Path, label: str, max_length: in
         "model": {
             **vars(facts),
             "max_position_embeddings": longest,
-            "eos_token_ids": [] if eos is None else [eos] if isinstance(eos, int) else list(eos),
-            "bos_token_id": getattr(generation, "bos_token_id", None),
-            "pad_token_id": getattr(generation, "pad_token_id", None),
+            "eos_token_ids": list(generation.ends),
+            "bos_token_id": generation.settings.get("bos_token_id"),
+            "pad_token_id": generation.settings.get("pad_token_id"),
+            longrope.FACT: longrope.boundary(model.config.to_dict()),
             "dtype": str(model.dtype).removeprefix("torch."),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
         },

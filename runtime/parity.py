@@ -19,7 +19,7 @@ import numpy as np
 from moedge import MoEdgeError
 from moedge.configs.tolerances import Profile
 from moedge.runtime import verdict
-from moedge.runtime.engines import Engine, EngineInfo, ReplayEngine, Step
+from moedge.runtime.engines import Engine, EngineInfo, ReplayEngine, Step, longrope
 from moedge.runtime.reduction import RouteAgreement, TokenErrors
 from moedge.runtime.replay import Replay
 
@@ -284,8 +284,12 @@ def same_vocabulary(reference: Described, test: Described) -> None:
 def _steps(
     reference: Engine, tests: list[Engine], windows: np.ndarray, prefill: int, progress: Progress | None
 ) -> Iterator[tuple[str, np.ndarray, Step, list[Step], np.ndarray]]:
-    """Yield (phase, fed ids, reference step, test steps, the tokens that follow: -1 after the last)."""
+    """Yield (phase, fed ids, reference step, test steps, the tokens that follow: -1 after the last).
+
+    Where longrope changes its factors all engines read the text so far again, and all of it is compared.
+    """
     length = windows.shape[1]
+    again = {engine.info.model.get(longrope.FACT) for engine in (reference, *tests)} - {None}
     done, total = 0, len(windows) * length
     for window in windows:
         ids, targets = window[None], np.append(window[1:], -1)
@@ -295,10 +299,15 @@ def _steps(
         if progress:
             progress(done, total)
         for position in range(prefill, length):
-            token = ids[:, position : position + 1]
-            one = reference.decode(token, one.cache)
-            others = [test.decode(token, other.cache) for test, other in zip(tests, others, strict=True)]
-            yield "decode", token, one, others, targets[position : position + 1]
+            if position in again:
+                text = ids[:, : position + 1]
+                one, others = reference.prefill(text), [test.prefill(text) for test in tests]
+                yield "prefill", text, one, others, targets[: position + 1]
+            else:
+                token = ids[:, position : position + 1]
+                one = reference.decode(token, one.cache)
+                others = [test.decode(token, other.cache) for test, other in zip(tests, others, strict=True)]
+                yield "decode", token, one, others, targets[position : position + 1]
             done += 1
             if progress:
                 progress(done, total)

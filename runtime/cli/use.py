@@ -54,19 +54,38 @@ def generate(
         bool, typer.Option("--chat", help="Send the prompt as a chat message (the model's template).")
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 picks the most likely token (greedy).")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the smallest set with this mass.")] = 1.0,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Sample as the model's generation_config.json says; else greedy.")
+    ] = False,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="Sample with this temperature; 0 is greedy, the default.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, help="Sample from this many most likely tokens; 0: all.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Sample from the smallest set with this mass.")
+    ] = None,
+    min_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Sample from tokens with this share of the best one's mass.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampler.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="End before this text (may be repeated).")
+    ] = None,
     threads: Threads = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
 ) -> None:
     """Generate text and print it as it comes.
 
+    What the model's generation_config.json asks for is obeyed (repetition penalty, ends of text, ...) or named on
+    stderr; docs/generation.md lists it. Text is greedy unless one of --sample, --temperature, --top-k, --top-p, --min-p
+    asks for sampling; what these do not say is as in the file.
+
     \b
     Examples:
       moedge generate runs/smollm2-135m "The capital of France is"
-      moedge generate runs/smollm2-135m "Explain rain to a child." --chat --temperature 0.7
+      moedge generate runs/smollm2-135m "Explain rain to a child." --chat --sample
+      moedge generate runs/smollm2-135m "Explain rain to a child." --chat --temperature 0.7 --top-p 0.9
     """
     from moedge.runtime.commands.generate import generate as body
 
@@ -77,9 +96,13 @@ def generate(
         target=target,
         chat=chat,
         max_new_tokens=max_new_tokens,
+        sample=sample,
         temperature=temperature,
+        top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
         seed=seed,
+        stop=stop or [],
         threads=threads,
         pytorch={"device": device, "dtype": dtype},
     )

@@ -12,6 +12,7 @@ from moedge import MoEdgeError
 from moedge.runtime import generate as generation
 from moedge.runtime import run_folder
 from moedge.runtime.engines import open_engine
+from moedge.runtime.generation_config import shown
 from moedge.runtime.text import Message, Tokenizer
 
 MODELS = ("moe", "dense")
@@ -36,13 +37,17 @@ def generate(
     target: str,
     chat: bool,
     max_new_tokens: int,
-    temperature: float,
-    top_p: float,
+    sample: bool,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
     seed: int,
+    stop: list[str],
     threads: int | None,
     pytorch: dict[str, str],
 ) -> None:
-    """Stream the prompt (unless it is a chat) and its continuation to stdout; the speed goes to stderr."""
+    """Stream the prompt (unless it is a chat) and its continuation to stdout; speed and notes go to stderr."""
     for option, value, known in (("--model", which, MODELS), ("--target", target, TARGETS)):
         if value not in known:
             raise MoEdgeError(f"{option} {value}: unknown; choose {' or '.join(known)}.")
@@ -63,9 +68,13 @@ def generate(
             tokenizer,
             request,
             max_new_tokens=max_new_tokens,
+            sample=sample,
             temperature=temperature,
+            top_k=top_k,
             top_p=top_p,
+            min_p=min_p,
             seed=seed,
+            stop=stop,
             on_text=show,
         )
         show("\n")
@@ -73,12 +82,15 @@ def generate(
     finally:
         engine.close()
     rate = f", {result.decode_tokens_per_s:.1f} tokens/s" if result.decode_tokens_per_s else ""
-    Console(stderr=True).print(
-        escape(
-            f"{info.name}, {info.runtime}, {info.dtype}, {info.threads} threads: {len(result.ids)} tokens, "
-            f"first after {result.ttft_s * 1e3:.0f} ms{rate}, ended by {result.finish_reason}"
-        ),
-        style="dim",
-        highlight=False,
-        soft_wrap=True,
+    how = shown({name: value for name, value in result.settings.items() if name != "do_sample"})
+    _say(
+        f"{info.name}, {info.runtime}, {info.dtype}, {info.threads} threads: {len(result.ids)} tokens, "
+        f"first after {result.ttft_s * 1e3:.0f} ms{rate}, ended by {result.finish_reason}; "
+        f"{'sampled' if result.settings.get('do_sample') else 'greedy'}{f' ({how})' if how else ''}"
     )
+    for note in result.notes:
+        _say(f"note: {note}")
+
+
+def _say(sentence: str) -> None:
+    Console(stderr=True).print(escape(sentence), style="dim", highlight=False, soft_wrap=True)

@@ -34,10 +34,10 @@ Taps = dict[int, np.ndarray]
 
 
 class Cache:
-    """Keys and values of one sequence batch: two halves that take turns as past and present."""
+    """Keys and values of one batch, in two halves that take turns as past and present, and its ids and mask [B, P]."""
 
-    def __init__(self, buffer: Buffer, slot: int, mask: np.ndarray) -> None:
-        self.buffer, self.slot, self.mask = buffer, slot, mask
+    def __init__(self, buffer: Buffer, slot: int, ids: np.ndarray, mask: np.ndarray) -> None:
+        self.buffer, self.slot, self.ids, self.mask = buffer, slot, ids, mask
         self.turn = 0
 
     def past(self, index: int, count: int) -> int:
@@ -114,10 +114,15 @@ class Session:
     def start(
         self, ids: np.ndarray, mask: np.ndarray, *, last: bool = False, reads: list[Taps] | None = None
     ) -> tuple[np.ndarray, Taps, Cache]:
-        """Read a prompt int64 [B, S] with its mask [B, S], in pieces where one call is too short; see :meth:`step`."""
+        """Read a prompt int64 [B, S] with its mask [B, S], in pieces where one call is too short; see :meth:`step`.
+
+        Raises:
+            DeviceError: as for :meth:`step`, or a prompt that would be read with short and long factors of longrope.
+        """
+        self._check_pieces(mask)
         per_row = self.model["num_kv_heads"] * self.limits["max_length"] * self.model["head_dim"] * SIZES[self.dtype]
         slot = -(-len(ids) * per_row // ALIGNMENT) * ALIGNMENT
-        cache = Cache(self.cuda.allocate(2 * len(self._past) * slot), slot, mask[:, :0])
+        cache = Cache(self.cuda.allocate(2 * len(self._past) * slot), slot, ids[:, :0], mask[:, :0])
         length, longest = ids.shape[1], self.limits["max_prompt"]
         logits: list[np.ndarray] = []
         routes: list[Taps] = []
@@ -166,6 +171,9 @@ class Session:
         mask = np.concatenate([cache.mask, mask], axis=1)
         length = mask.shape[1]
         past = length - new
+        text = np.concatenate([cache.ids, ids], axis=1)
+        if past and self._crosses(mask, past):
+            return self._again(text, mask, new, last=last, reads=reads)
         profile = DECODE if new == 1 and past else PREFILL
         self._check(batch, new, length, profile)
         positions = np.clip(np.cumsum(mask, axis=1) - 1, 0, None)[:, -new:]
@@ -205,8 +213,37 @@ class Session:
                 read[layer] = np.empty((batch * new, self.model["hidden_size"]), kind)
                 self.cuda.download(read[layer], buffer.address)
             reads.append({layer: array.astype(np.float32, copy=False) for layer, array in read.items()})
-        cache.turn, cache.mask = 1 - cache.turn, mask
+        cache.turn, cache.ids, cache.mask = 1 - cache.turn, text, mask
         return logits.astype(np.float32, copy=False), routes, cache
+
+    def _crosses(self, mask: np.ndarray, past: int) -> bool:
+        """Whether longrope changes its factors after the first ``past`` columns of ``mask`` [B, L]."""
+        limit = self.model.get("rope_boundary")
+        return limit is not None and bool(mask.sum(axis=1).max() > limit >= mask[:, :past].sum(axis=1).max())
+
+    def _check_pieces(self, mask: np.ndarray) -> None:
+        longest = self.limits["max_prompt"]
+        if mask.shape[1] > longest and self._crosses(mask, longest):
+            limit = self.model["rope_boundary"]
+            raise DeviceError(
+                f"Beyond {limit} tokens longrope changes its factors, so {mask.shape[1]} tokens must be read at once, and "
+                f"this engine reads at most {longest}: build it with --max-prompt {mask.shape[1]} or more."
+            )
+
+    def _again(
+        self, text: np.ndarray, mask: np.ndarray, new: int, *, last: bool, reads: list[Taps] | None
+    ) -> tuple[np.ndarray, Taps, Cache]:
+        """Read the whole text again with the long factors; what is returned is of its last ``new`` tokens."""
+        batch, parts = len(text), list[Taps]()
+        logits, routes, cache = self.start(text, mask, last=last, reads=parts)
+
+        def ending(found: Taps) -> Taps:
+            rows = {layer: array.reshape(batch, -1, array.shape[1])[:, -new:] for layer, array in found.items()}
+            return {layer: array.reshape(-1, array.shape[2]) for layer, array in rows.items()}
+
+        if reads is not None:
+            reads.append(ending(parts[0]))
+        return logits[:, -new:], ending(routes), cache
 
     def _check_types(self, trt: Any) -> None:
         """Raise a DeviceError when the engine's own types are not those that its description promises.

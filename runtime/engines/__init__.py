@@ -33,7 +33,8 @@ class EngineInfo:
     threads: int
     model: dict[str, Any] = field(default_factory=dict)
     """Model facts: vocab_size, num_layers, eos_token_ids, max_position_embeddings, target (``torch``, ``portable``,
-    ``ort-cpu``), moe (bool), max_length (tokens that a cache can hold)."""
+    ``ort-cpu``), moe (bool), max_length (tokens that a cache can hold), rope_boundary (tokens after which the rotary
+    factors change, or None), generation (a :class:`moedge.runtime.generation_config.GenerationConfig`)."""
 
 
 @dataclass
@@ -62,7 +63,11 @@ class Engine(Protocol):
         ...
 
     def decode(self, ids: np.ndarray, cache: Any) -> Step:
-        """Run ``ids`` int64 [B, S] (S is 1 when generating) after what ``cache`` holds."""
+        """Run ``ids`` int64 [B, S] (S is 1 when generating) after what ``cache`` holds.
+
+        The result is that of one reading of the whole text, also where longrope changes its factors: that step then
+        takes as long as a prefill.
+        """
         ...
 
     def close(self) -> None:

@@ -26,14 +26,18 @@ from moedge.runtime.engines import (
     check_length,
     default_threads,
     forcing,
+    longrope,
     position_ids,
 )
+from moedge.runtime.generation_config import GenerationConfig
 
 
 @dataclass
 class _Cache:
-    """``mask`` int64 [B, P] as the caller sees it (padding on the left); ``values`` one OrtValue per past input."""
+    """``ids`` and ``mask`` int64 [B, P] as the caller sees them (padding on the left); ``values`` one OrtValue per past
+    input."""
 
+    ids: np.ndarray
     mask: np.ndarray
     values: list[Any]
     binding: Any = None
@@ -92,6 +96,7 @@ class OrtEngine:
         if self._device == "cuda":
             check_cuda(self._path)
         self._model: dict[str, Any] = manifest["model"]
+        self._rope_boundary = longrope.of_bundle(self._path, self._model)
         self._shared = manifest["cache"]["kind"] == "shared_buffer"
         # TensorRT's graphs are executed with the roundings of their half type, which ONNX Runtime would leave out.
         rounded = manifest["target"].startswith("tensorrt")
@@ -153,6 +158,8 @@ class OrtEngine:
             threads=threads,
             model={
                 **self._model,
+                longrope.FACT: self._rope_boundary,
+                "generation": GenerationConfig.read(self._path),
                 "label": manifest.get("label", ""),
                 "target": manifest["target"],
                 "moe": manifest["kind"] == "moe",
@@ -177,7 +184,7 @@ class OrtEngine:
         shape = (len(ids), self._model["num_kv_heads"], length, self._model["head_dim"])
         # np.zeros maps pages on first touch: a long buffer costs memory only for the tokens that were written.
         empty = [np.zeros(shape, dtype=self._dtype) for _ in self._past]
-        cache = _Cache(mask[:, :0], [self._ort_value(array, self._device) for array in empty])
+        cache = _Cache(ids[:, :0], mask[:, :0], [self._ort_value(array, self._device) for array in empty])
         return self._run(ids, mask, cache, experts)
 
     def decode(self, ids: np.ndarray, cache: Any, *, experts: dict[int, np.ndarray] | None = None) -> Step:
@@ -185,7 +192,13 @@ class OrtEngine:
         mask = check_batch(ids, None, self._model["vocab_size"])
         if not isinstance(cache, _Cache) or cache.used or len(cache.mask) != len(ids):
             raise MoEdgeError("This cache was used before or belongs to another engine or batch; prefill again.")
-        return self._run(ids, np.concatenate([cache.mask, mask], axis=1), cache, experts)
+        mask = np.concatenate([cache.mask, mask], axis=1)
+        if longrope.crosses(self._rope_boundary, mask, ids.shape[1]):
+            if experts is not None:
+                longrope.refuse_forced(self._rope_boundary)
+            cache.used = True
+            return longrope.last(self.prefill(np.concatenate([cache.ids, ids], axis=1), mask), ids.shape[1])
+        return self._run(ids, mask, cache, experts)
 
     def choose(self, router_inputs: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
         """Experts int32 [T, k] that each layer's router selects for float32 [T, H]; needs ``replay`` and ``taps``."""
@@ -268,7 +281,8 @@ class OrtEngine:
                 n: value.numpy().astype(np.float32, copy=False)
                 for n, value in zip(self._router_inputs, tapped, strict=True)
             }
-        return Step(logits.astype(np.float32, copy=False), _Cache(mask, values, binding), routes, read)
+        text = np.concatenate([cache.ids, ids], axis=1)
+        return Step(logits.astype(np.float32, copy=False), _Cache(text, mask, values, binding), routes, read)
 
 
 def selected(values: np.ndarray, tap: dict[str, Any]) -> np.ndarray:

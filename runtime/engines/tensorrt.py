@@ -16,7 +16,8 @@ from moedge import MoEdgeError
 from moedge.runtime.build import open_file
 from moedge.runtime.device import moedge_session
 from moedge.runtime.device.moedge_trt import DeviceError
-from moedge.runtime.engines import EngineInfo, Step, _graph, check_batch, check_length
+from moedge.runtime.engines import EngineInfo, Step, _graph, check_batch, check_length, longrope
+from moedge.runtime.generation_config import GenerationConfig
 
 
 @dataclass
@@ -52,7 +53,8 @@ class TensorRTEngine:
         last_logits: bool = False,
     ) -> None:
         file = open_file(Path(engine_path))
-        manifest = file.manifest
+        limit = longrope.of_bundle(Path(engine_path), file.manifest["model"])
+        manifest = {**file.manifest, "model": {**file.manifest["model"], longrope.FACT: limit}}
         layers = (manifest["moe"] or {}).get("layers", {}) if manifest["kind"] == "moe" else {}
         routed = any(layer["num_experts"] for layer in layers.values())
         if top_k is not None:
@@ -77,6 +79,7 @@ class TensorRTEngine:
             threads=threads or 1,
             model={
                 **self._model,
+                "generation": GenerationConfig.read(self._path),
                 "label": manifest["label"],
                 "target": manifest["target"],
                 "moe": manifest["kind"] == "moe",

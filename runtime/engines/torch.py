@@ -12,13 +12,24 @@ from typing import Any
 import numpy as np
 
 from moedge import MoEdgeError
-from moedge.runtime.engines import EngineInfo, Step, check_batch, check_length, default_threads, forcing, position_ids
+from moedge.runtime.engines import (
+    EngineInfo,
+    Step,
+    check_batch,
+    check_length,
+    default_threads,
+    forcing,
+    longrope,
+    position_ids,
+)
+from moedge.runtime.generation_config import GenerationConfig
 
 
 @dataclass
 class _Cache:
-    """``mask`` int64 [B, P] (padding on the left) and the transformers cache, which grows in place."""
+    """``ids`` and ``mask`` int64 [B, P] (padding on the left) and the transformers cache, which grows in place."""
 
+    ids: np.ndarray
     mask: np.ndarray
     past: Any
     used: bool = False
@@ -83,7 +94,9 @@ class TorchEngine:
         config = self._module.config
         self._vocab_size = int(config.vocab_size)
         self._max_length = int(config.max_position_embeddings)
+        self._rope_boundary = longrope.boundary(config.to_dict())
         moe = str(config.model_type).startswith("moedge_")
+        generation = GenerationConfig.read(self._path)
         self.info = EngineInfo(
             name=f"torch {'moe' if moe else 'dense'}",
             runtime=f"torch {torch.__version__}",
@@ -97,7 +110,9 @@ class TorchEngine:
                 "num_layers": config.num_hidden_layers,
                 "max_position_embeddings": self._max_length,
                 "max_length": self._max_length,
-                "eos_token_ids": eos_token_ids(self._path),
+                "eos_token_ids": list(generation.ends),
+                "generation": generation,
+                longrope.FACT: self._rope_boundary,
                 "parameters": sum(parameter.numel() for parameter in self._module.parameters()),
                 "label": self._path.name,
                 "target": "torch",
@@ -119,7 +134,7 @@ class TorchEngine:
 
         mask = check_batch(ids, attention_mask, self._vocab_size)
         with self._forced(experts, ids.size):
-            return self._run(ids, mask, DynamicCache())
+            return self._run(ids, ids, mask, DynamicCache())
 
     def decode(self, ids: np.ndarray, cache: Any, *, experts: dict[int, np.ndarray] | None = None) -> Step:
         """Run ``ids`` int64 [B, S] after what ``cache`` holds; the cache is used up."""
@@ -127,8 +142,13 @@ class TorchEngine:
         if not isinstance(cache, _Cache) or cache.used or len(cache.mask) != len(ids):
             raise MoEdgeError("This cache was used before or belongs to another engine or batch; prefill again.")
         cache.used = True
+        text, mask = np.concatenate([cache.ids, ids], axis=1), np.concatenate([cache.mask, mask], axis=1)
+        if longrope.crosses(self._rope_boundary, mask, ids.shape[1]):
+            if experts is not None:
+                longrope.refuse_forced(self._rope_boundary)
+            return longrope.last(self.prefill(text, mask), ids.shape[1])
         with self._forced(experts, ids.size):
-            return self._run(ids, np.concatenate([cache.mask, mask], axis=1), cache.past)
+            return self._run(ids, text, mask, cache.past)
 
     def choose(self, router_inputs: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
         """Experts int32 [T, k] that each layer's router selects for float32 [T, H]."""
@@ -175,7 +195,8 @@ class TorchEngine:
         self._module = None
         self._sparse = {}
 
-    def _run(self, ids: np.ndarray, mask: np.ndarray, past: Any) -> Step:
+    def _run(self, ids: np.ndarray, text: np.ndarray, mask: np.ndarray, past: Any) -> Step:
+        """Run ``ids``, the end of ``text``; ``mask`` is that of ``text``."""
         torch = self._torch
         if self._module is None:
             raise MoEdgeError(f"The engine for {self._path} is closed; open it again.")
@@ -197,18 +218,7 @@ class TorchEngine:
             routes = None
             if self._taps and self._sparse:
                 routes = {layer: _indices(module.last_routes) for layer, module in sorted(self._sparse.items())}
-        return Step(logits, _Cache(mask, result.past_key_values), routes)
-
-
-def eos_token_ids(folder: Path) -> list[int]:
-    """End-of-text ids of a checkpoint or bundle folder: generation_config.json first, then config.json."""
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        if path.is_file():
-            value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-            if value is not None:
-                return [int(item) for item in (value if isinstance(value, list) else [value])]
-    return []
+        return Step(logits, _Cache(text, mask, result.past_key_values), routes)
 
 
 def _indices(routes: Any) -> np.ndarray:
