@@ -183,8 +183,8 @@ class _Chooser:
             scores = process(ids, scores)
         if scores.max() == logits.NEVER:
             raise MoEdgeError(
-                f"The model's {generation_config.FILE} rules out every token here ({', '.join(self.settings)}); correct "
-                "the file."
+                f"The model's {generation_config.FILE} rules out every token here ({', '.join(self.settings)}); "
+                "correct the file."
             )
         if self._sampling is None:
             return int(scores.argmax())

@@ -119,7 +119,7 @@ SETTINGS: dict[str, Setting] = {
     "sequence_bias": _obeyed("added to a sequence's last token", _biases, "a list of [token ids, number]", []),
     "bad_words_ids": _obeyed("sequences that never come", _sequences, "a list of lists of token ids", []),
     "min_length": _obeyed("prompt and answer; no end of text before", _count, "a whole number", 0),
-    "min_new_tokens": _obeyed("of the answer; no end of text before", _count, "a whole number", 0),
+    "min_new_tokens": _obeyed("of the answer, in place of `min_length`", _count, "a whole number"),
     "forced_bos_token_id": _obeyed("first token of the answer to a prompt of one token", _token, "a token id"),
     "forced_eos_token_id": _obeyed("last token that fits the length", _token_or_tokens, _ONE_OR_MORE),
     "exponential_decay_length_penalty": _obeyed(
@@ -128,14 +128,14 @@ SETTINGS: dict[str, Setting] = {
     "suppress_tokens": _obeyed("tokens that never come", _tokens, _IDS, []),
     "begin_suppress_tokens": _obeyed("tokens that do not come first", _tokens, _IDS, []),
     "stop_strings": _obeyed("end the text and are not shown", _strings, "a text or a list of texts", []),
-    "temperature": _obeyed("", _positive, "a number above 0", 1, sampling=True),
-    "top_h": _obeyed("", _share, "a number of 0 to 1", sampling=True),
-    "top_k": _obeyed("50 where the file says nothing, 0 for none", _count, "a whole number", sampling=True),
-    "top_p": _obeyed("", _share, "a number of 0 to 1", 1, sampling=True),
-    "min_p": _obeyed("", _share, "a number of 0 to 1", 0, sampling=True),
-    "typical_p": _obeyed("", _share, "a number of 0 to 1", 1, sampling=True),
-    "epsilon_cutoff": _obeyed("", _share, "a number of 0 to 1", 0, 1, sampling=True),
-    "eta_cutoff": _obeyed("", _share, "a number of 0 to 1", 0, 1, sampling=True),
+    "temperature": _obeyed("in transformers' order", _positive, "a number above 0", 1, sampling=True),
+    "top_h": _obeyed("in transformers' order", _share, "a number of 0 to 1", sampling=True),
+    "top_k": _obeyed("the same; 50 where the file says nothing, 0 for all tokens", _count, "a whole number", sampling=True),
+    "top_p": _obeyed("in transformers' order", _share, "a number of 0 to 1", 1, sampling=True),
+    "min_p": _obeyed("in transformers' order", _share, "a number of 0 to 1", 0, sampling=True),
+    "typical_p": _obeyed("in transformers' order", _share, "a number of 0 to 1", 1, sampling=True),
+    "epsilon_cutoff": _obeyed("in transformers' order", _share, "a number of 0 to 1", 0, 1, sampling=True),
+    "eta_cutoff": _obeyed("in transformers' order", _share, "a number of 0 to 1", 0, 1, sampling=True),
     "do_sample": Setting(Use.CALLER, "greedy unless you ask for sampling; where the file asks for it, a note says so"),
     "max_new_tokens": Setting(Use.CALLER, "`--max-new-tokens`, and what the model can hold"),
     "max_length": Setting(Use.CALLER, "`--max-new-tokens`, and what the model can hold"),
@@ -208,7 +208,7 @@ class GenerationConfig:
             return cls._of(model, folder / "config.json", ())
         found = _object(path)
         notes = []
-        if found.get("eos_token_id") is None and (dropped := model.get("eos_token_id")) is not None:
+        if found.get("eos_token_id") is None and (dropped := model.get("eos_token_id")) not in (None, []):
             notes.append(
                 f"{FILE} names no end of text, so nothing but the length ends one, as in transformers' generate(); "
                 f'add "eos_token_id": {json.dumps(dropped)}, which config.json names, to {FILE} to end there.'

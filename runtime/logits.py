@@ -1,9 +1,9 @@
 """What ``generation_config.json`` may ask of the logits, as small functions in numpy.
 
 Each is the rule of transformers' ``LogitsProcessor`` of that name (``transformers/generation/logits_process.py``) for
-one sequence. Symbols: ``scores`` float32 [V], the logits of the next token, never changed in place; ``ids`` the tokens so
-far, prompt and answer. A token that is ruled out gets minus infinity. Ids outside the vocabulary are skipped: they cannot
-come.
+one sequence. Symbols: ``scores`` float32 [V], the logits of the next token, never changed in place; ``ids`` the tokens
+so far, prompt and answer. A token that is ruled out gets minus infinity. Ids outside the vocabulary are skipped: they
+cannot come.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ def force(scores: np.ndarray, ids: Iterable[int]) -> np.ndarray:
 
 def favour_ends(scores: np.ndarray, ends: Iterable[int], factor: float, steps: int) -> np.ndarray:
     """Raise the ends of text by their size times factor^steps - 1 (``exponential_decay_length_penalty``)."""
-    changed, known = scores.copy(), _known(ends, scores)
-    raised = scores[known] + np.abs(scores[known]) * np.float32(factor**steps - 1)
-    changed[known] = np.where(np.isfinite(scores[known]), raised, scores[known])
+    known = _known(ends, scores)
+    known, changed = known[np.isfinite(scores[known])], scores.copy()  # what is ruled out stays so
+    changed[known] += np.abs(scores[known]) * np.float32(factor**steps - 1)
     return changed
 
 
@@ -172,8 +172,8 @@ def processors(settings: Mapping[str, Any], prompt: Sequence[int], ends: Iterabl
         made.append(lambda ids, scores: no_repeat_ngram(scores, ids, prompt, of_prompt))
     if words := [(word, -np.inf) for word in get("bad_words_ids") or [] if word not in [[end] for end in ends]]:
         made.append(lambda ids, scores: bias_sequences(scores, ids, words))
-    # Both say how many tokens there are at least; the first counts the prompt.
-    least = max(get("min_length") or 0, start + (get("min_new_tokens") or 0))
+    # Tokens that there are at least, the prompt included. Where both are given the second one counts.
+    least = get("min_length") or 0 if get("min_new_tokens") is None else start + settings["min_new_tokens"]
     made.append(lambda ids, scores: suppress(scores, ends) if len(ids) < least else scores)
     if (first := get("forced_bos_token_id")) is not None:
         made.append(lambda ids, scores: force(scores, [first]) if len(ids) == 1 else scores)

@@ -173,6 +173,7 @@ class Session:
         past = length - new
         text = np.concatenate([cache.ids, ids], axis=1)
         if past and self._crosses(mask, past):
+            del cache.buffer  # free before the same is allocated again
             return self._again(text, mask, new, last=last, reads=reads)
         profile = DECODE if new == 1 and past else PREFILL
         self._check(batch, new, length, profile)
@@ -226,8 +227,8 @@ class Session:
         if mask.shape[1] > longest and self._crosses(mask, longest):
             limit = self.model["rope_boundary"]
             raise DeviceError(
-                f"Beyond {limit} tokens longrope changes its factors, so {mask.shape[1]} tokens must be read at once, and "
-                f"this engine reads at most {longest}: build it with --max-prompt {mask.shape[1]} or more."
+                f"Beyond {limit} tokens longrope changes its factors, so {mask.shape[1]} tokens must be read at once, "
+                f"and this engine reads at most {longest}: build it with --max-prompt {mask.shape[1]} or more."
             )
 
     def _again(
