@@ -19,7 +19,9 @@ from typer.testing import CliRunner
 from moedge import MoEdgeError
 from moedge.runtime.cli import app
 from moedge.runtime.engines import EngineInfo, Step, open_engine
-from moedge.runtime.generate import choose, generate
+from moedge.runtime.generate import draw, generate
+from moedge.runtime.generation_config import GenerationConfig
+from moedge.runtime.logits import warped
 from moedge.runtime.text import StopStrings, Tokenizer
 
 END = 257  # <|end|> of the toy tokenizer: 256 bytes, <|start|>, <|end|>
@@ -33,9 +35,11 @@ def tokenizer(toy_bundles: dict[str, Path]) -> Tokenizer:
 class Script:
     """An engine that says the given ids, whatever it is asked."""
 
-    def __init__(self, ids: list[int], eos: list[int] | None = None, max_length: int = 64) -> None:
+    def __init__(self, ids: list[int], eos: list[int] | None = None, max_length: int = 64, **generation: Any) -> None:
         self.ids, self.prompts, self.fed = ids, [], []
-        model = {"vocab_size": 300, "eos_token_ids": eos or [], "max_length": max_length}
+        ends = [END] if eos is None else eos
+        model = {"vocab_size": 300, "eos_token_ids": ends, "max_length": max_length}
+        model["generation"] = GenerationConfig(generation)
         self.info = EngineInfo("script", "script", "CPU", "float32", 1, model)
 
     def _say(self, position: int) -> Step:
@@ -147,6 +151,66 @@ def test_any_end_of_text_id_of_the_model_stops(eos: int, tokenizer: Tokenizer) -
     assert (result.text, result.finish_reason) == ("Hi", "eos")
 
 
+def test_the_tokenizers_end_of_text_ends_a_chat_and_no_plain_prompt(tokenizer: Tokenizer) -> None:
+    """generate() knows only what the model's files name; a template closes turns with the tokenizer's."""
+    says = [*tokenizer.encode("Hi"), END, 65]
+    plain = generate(Script(says, eos=[]), tokenizer, "x", max_new_tokens=4)
+    assert (plain.ids, plain.finish_reason) == (says, "length")
+    chat = generate(Script(says, eos=[]), tokenizer, MESSAGES, max_new_tokens=4)
+    assert (chat.ids, chat.finish_reason) == (says[:-1], "eos")
+
+
+def test_stop_strings_of_the_model_and_of_the_caller_end_a_text(tokenizer: Tokenizer) -> None:
+    engine = Script([*tokenizer.encode("one two three"), END], stop_strings=["thr"])
+    assert generate(engine, tokenizer, "x").text == "one two "
+    assert generate(engine, tokenizer, "x", stop=["wo"]).text == "one t"
+    engine = Script([*tokenizer.encode("one two three"), END], stop_strings="two")
+    assert generate(engine, tokenizer, "x").text == "one "
+
+
+def test_a_setting_that_rules_out_every_token_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(MoEdgeError, match=r"generation_config\.json rules out every token here \(suppress_tokens\)"):
+        generate(Script([65], suppress_tokens=list(range(300))), tokenizer, "x")
+
+
+def test_sampling_takes_what_is_not_given_from_the_model(tokenizer: Tokenizer) -> None:
+    engine = Script([65], do_sample=True, temperature=1.2, top_p=0.3, repetition_penalty=1.5)
+
+    def used(**options: Any) -> dict[str, Any]:
+        return generate(engine, tokenizer, "x", max_new_tokens=1, **options).settings
+
+    penalty = {"repetition_penalty": 1.5}
+    assert used() == used(temperature=0.0) == penalty
+    sampled = {"do_sample": True, "temperature": 1.2, "top_k": 50, "top_p": 0.3, **penalty}
+    assert used(sample=True) == sampled
+    assert used(temperature=0.5) == {**sampled, "temperature": 0.5}
+    assert used(top_k=7, min_p=0.1, top_p=0.9) == {**sampled, "top_k": 7, "min_p": 0.1, "top_p": 0.9}
+    assert generate(engine, tokenizer, "x", max_new_tokens=1, sample=True).notes == ()
+    assert "--sample" in generate(engine, tokenizer, "x", max_new_tokens=1).notes[0]
+
+
+def test_the_command_names_what_it_used_and_what_it_left_out(make_toy_bundle: Any, tmp_path: Path) -> None:
+    from moedge._files import hash_tree, write_json
+
+    make_toy_bundle(tmp_path / "toy")
+    asked = {"repetition_penalty": 1.1, "num_beams": 4, "do_sample": True, "temperature": 0.6}
+    write_json(tmp_path / "toy" / "generation_config.json", asked)
+    manifest = json.loads((tmp_path / "toy" / "manifest.json").read_text())
+    (tmp_path / "toy" / "manifest.json").unlink()
+    write_json(tmp_path / "toy" / "manifest.json", {**manifest, "files": hash_tree(tmp_path / "toy")})
+    command = ["generate", str(tmp_path / "toy"), "The", "--max-new-tokens", "2"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "; greedy (repetition_penalty 1.1)" in result.stderr
+    assert "note: generation_config.json asks for sampling (temperature 0.6)" in result.stderr
+    assert "note: generation_config.json asks for num_beams 4: left out, see docs/generation.md." in result.stderr
+    assert "note" not in result.stdout
+    sampled = CliRunner().invoke(app, [*command, "--sample", "--top-k", "3"])
+    assert "; sampled (repetition_penalty 1.1, top_k 3, temperature 0.6)" in sampled.stderr, sampled.stderr
+    both = CliRunner().invoke(app, [*command, "--sample", "--temperature", "0"])
+    assert (both.exit_code, "temperature 0 is greedy" in both.stderr) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("stop", "text", "reason"),
     [
@@ -220,7 +284,10 @@ def test_both_cache_kinds_generate_the_same_text(toy_bundles: dict[str, Path], t
     ("options", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens >= 1"),
-        ({"temperature": -1}, "temperature >= 0"),
+        ({"temperature": -1}, "must be 0 .greedy. or more"),
+        ({"temperature": 0, "sample": True}, "cannot be asked for together"),
+        ({"top_k": -1}, "top_k is -1; it must be a whole number"),
+        ({"min_p": 1.5}, "min_p is 1.5"),
         ({"top_p": 0}, "top_p <= 1"),
         ({"prompt": ""}, "empty"),
     ],
@@ -230,9 +297,11 @@ def test_bad_settings_are_one_sentence(options: dict[str, Any], message: str, to
         generate(Script([65]), tokenizer, **{"prompt": "x", **options})
 
 
-def test_broken_logits_are_refused_not_spoken() -> None:
+def test_broken_logits_are_refused_not_spoken(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Script([65])
+    monkeypatch.setattr(engine, "_say", lambda _: Step(np.full((1, 1, 300), np.nan, np.float32), 1))
     with pytest.raises(MoEdgeError, match="NaN"):
-        choose(np.array([0, np.nan], dtype=np.float32), 0, 1, np.random.default_rng(0))
+        generate(engine, tokenizer, "x")
 
 
 def test_temperature_and_top_p_give_the_distribution_they_promise() -> None:
@@ -241,7 +310,8 @@ def test_temperature_and_top_p_give_the_distribution_they_promise() -> None:
     draws = 4000
 
     def frequencies(temperature: float, top_p: float) -> np.ndarray:
-        return np.bincount([choose(logits, temperature, top_p, generator) for _ in range(draws)], minlength=4) / draws
+        scores = warped(logits, {"temperature": temperature, "top_p": top_p})
+        return np.bincount([draw(scores, generator) for _ in range(draws)], minlength=4) / draws
 
     # Four standard deviations of a frequency over 4,000 draws: 4 * sqrt(0.25 / 4000) = 0.032.
     np.testing.assert_allclose(frequencies(1.0, 1.0), [0.5, 0.3, 0.15, 0.05], atol=0.032)
@@ -249,7 +319,6 @@ def test_temperature_and_top_p_give_the_distribution_they_promise() -> None:
     np.testing.assert_allclose(frequencies(1.0, 0.4), [1, 0, 0, 0], atol=0)
     squared = np.array([0.25, 0.09, 0.0225, 0.0025])
     np.testing.assert_allclose(frequencies(0.5, 1.0), squared / squared.sum(), atol=0.032)
-    assert choose(logits, 0, 1.0, generator) == 0
 
 
 MESSAGES = [{"role": "user", "content": "Hi <b> & 'you'"}]
