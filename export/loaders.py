@@ -67,26 +67,27 @@ def genai_config(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     from moedge.runtime.generation_config import GenerationConfig, Use
 
     model = manifest["model"]
-    ends = [end for end in model["eos_token_ids"] if 0 <= end < model["vocab_size"]]
+    tokens = range(model["vocab_size"])
+    ends = [end for end in model["eos_token_ids"] if end in tokens]
     asked = GenerationConfig.read(folder).of(Use.ALWAYS, Use.SAMPLING)
     pad = model["pad_token_id"]
-    length, kind = model["max_position_embeddings"], "decoder"
+    length, family = model["max_position_embeddings"], "decoder"
     if limit := model.get(longrope.FACT):
         # Where longrope changes its factors genai reads a text again for this family and length alone; any other text
         # ends there.
-        kind = "phi3" if (model["model_type"], limit) == ("phi3", 4096) else kind
-        length = length if kind == "phi3" else min(length, limit)
+        family = "phi3" if (model["model_type"], limit) == ("phi3", 4096) else family
+        length = length if family == "phi3" else min(length, limit)
     caches = {
         f"{kind}_{part}_names": f"{prefix}.%d.{part}"
         for kind, prefix in (("past", "past_key_values"), ("present", "present"))
         for part in ("key", "value")
     }
     described: dict[str, Any] = {
-        "type": kind,
+        "type": family,
         "vocab_size": model["vocab_size"],
         "context_length": length,
         # genai wants a number here; it pads only batches, and what it pads is masked.
-        "pad_token_id": pad if pad is not None else next(iter(ends), 0),
+        "pad_token_id": pad if pad in tokens else next(iter(ends), 0),
         "decoder": {
             "filename": "model.onnx",
             "session_options": {"provider_options": []},
@@ -103,7 +104,7 @@ def genai_config(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     }
     if ends:
         described["eos_token_id"] = ends
-    if model["bos_token_id"] is not None:
+    if model["bos_token_id"] in tokens:
         described["bos_token_id"] = model["bos_token_id"]
     return {
         "model": described,

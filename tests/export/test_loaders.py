@@ -65,14 +65,56 @@ def test_genai_config_describes_the_graph_that_it_lies_beside(bundles, name):
     assert described["search"]["past_present_share_buffer"] == name.endswith("ort-cpu")
 
 
-def test_a_model_without_end_and_padding_still_gets_what_genai_requires(tmp_path):
-    facts: dict[str, Any] = {"eos_token_ids": [], "bos_token_id": None, "pad_token_id": None}
+@pytest.mark.parametrize("pad", [None, -1])  # Llama 2 says -1
+def test_a_model_without_end_and_padding_still_gets_what_genai_requires(pad, tmp_path):
+    facts: dict[str, Any] = {"model_type": "llama", "eos_token_ids": [], "bos_token_id": None, "pad_token_id": None}
     sizes = ("vocab_size", "hidden_size", "head_dim", "num_attention_heads", "num_kv_heads", "num_layers")
     facts |= dict.fromkeys((*sizes, "max_position_embeddings"), 8)
+    facts["pad_token_id"] = pad
     described = loaders.genai_config(tmp_path, {"model": facts, "cache": {"kind": "concat"}})["model"]
     assert described["pad_token_id"] == 0
     assert "bos_token_id" not in described
     assert "eos_token_id" not in described
+
+
+def genai(folder: Path, generation: dict[str, Any], **facts: Any) -> dict[str, Any]:
+    sizes = ("hidden_size", "head_dim", "num_attention_heads", "num_kv_heads", "num_layers")
+    model: dict[str, Any] = {"model_type": "llama", "vocab_size": 300, "max_position_embeddings": 8192} | facts
+    model |= {"eos_token_ids": [3, 4, 999], "bos_token_id": 1, "pad_token_id": 0, **dict.fromkeys(sizes, 8)}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    return loaders.genai_config(folder, {"model": model, "cache": {"kind": "concat"}})
+
+
+def test_genai_gets_what_the_model_asks_of_the_search(tmp_path):
+    asked = {
+        **{"repetition_penalty": 1.1, "temperature": 0.6, "top_k": 20, "top_p": 0.8, "min_length": 5},
+        **{"no_repeat_ngram_size": 3, "suppress_tokens": [5], "do_sample": True, "max_length": 20},
+    }
+    described = genai(tmp_path, asked)
+    search = {key: value for key, value in asked.items() if key not in ("suppress_tokens", "do_sample", "max_length")}
+    assert described["search"] == {
+        **{"do_sample": False, "max_length": 8192, "num_beams": 1, "past_present_share_buffer": False},
+        **search,
+    }
+    assert described["model"]["eos_token_id"] == [3, 4], "ids outside of the vocabulary cannot come"
+    assert genai(tmp_path, {})["search"].keys() & search.keys() == set()
+
+
+@pytest.mark.parametrize(
+    ("facts", "kind", "length"),
+    [
+        ({"model_type": "phi3", "rope_boundary": 4096}, "phi3", 8192),  # genai reads these again at 4,097 tokens
+        ({"model_type": "phi3", "rope_boundary": 2048}, "decoder", 2048),
+        ({"model_type": "llama", "rope_boundary": 4096}, "decoder", 4096),
+        ({"model_type": "llama", "rope_boundary": 9000}, "decoder", 8192),
+        ({"model_type": "phi3", "rope_boundary": None}, "decoder", 8192),
+        ({"model_type": "phi3"}, "decoder", 8192),
+    ],
+)
+def test_genai_passes_no_boundary_of_longrope_that_it_does_not_know(facts, kind, length, tmp_path):
+    described = genai(tmp_path, {}, **facts)
+    assert described["model"]["type"] == kind
+    assert described["model"]["context_length"] == described["search"]["max_length"] == length
 
 
 @pytest.mark.parametrize("name", [*ALL, "openvino"])

@@ -310,3 +310,41 @@ def test_an_engine_whose_types_are_not_those_of_its_description_is_refused(sessi
         moedge_session.Session(b"plan", facts)
     with pytest.raises(moedge_trt.DeviceError, match="of type float8; known: float16, bfloat16"):
         moedge_session.Session(b"plan", {**facts, "dtype": "float8"})
+
+
+def test_a_text_is_read_again_where_longrope_changes_its_factors(bundle, session) -> None:
+    """The step that passes the boundary gives the bits of one whole reading, of its own tokens only."""
+    session.model["rope_boundary"] = limit = 21
+    ids = np.random.default_rng(0).integers(0, 256, (2, 24))
+    mask = np.ones((2, 20), np.int64)
+    mask[:, 0] = mask[0, 1] = 0  # 19 tokens and 18: padding does not count
+    logits, _, cache = session.start(ids[:, :20], mask)
+    reads: list[Any] = []
+    for position in range(20, 24):
+        before = cache
+        logits, routes, cache = session.step(ids[:, position : position + 1], cache, reads=reads)
+        mask = np.concatenate([mask, np.ones((2, 1), np.int64)], axis=1)
+        crossed = mask.sum(axis=1).max() == limit + 1
+        assert (before is not cache) == crossed
+        assert logits.shape[:2] == (2, 1)
+        assert {len(found) for found in (*routes.values(), *reads[-1].values())} == {2}
+        if crossed:
+            parts: list[Any] = []
+            whole, chosen, _ = session.start(ids[:, : position + 1], mask, reads=parts)
+            np.testing.assert_array_equal(logits, whole[:, -1:])
+            for layer, found in chosen.items():
+                np.testing.assert_array_equal(routes[layer], found.reshape(2, position + 1, -1)[:, -1])
+                read = parts[0][layer].reshape(2, position + 1, -1)[:, -1]
+                np.testing.assert_array_equal(reads[-1][layer], read)
+    assert mask.sum(axis=1).max() == limit + 2
+
+
+def test_a_prompt_that_would_be_read_with_two_kinds_of_factors_is_refused(session) -> None:
+    session.model["rope_boundary"] = MAX_PROMPT
+    ids = np.zeros((1, MAX_PROMPT + 1), np.int64)
+    with pytest.raises(
+        moedge_trt.DeviceError, match="25 tokens must be read at once, and this engine reads at most 24"
+    ):
+        session.start(ids, np.ones_like(ids))
+    session.model["rope_boundary"] = MAX_PROMPT - 1  # the first piece is beyond it: long factors throughout
+    assert session.start(ids, np.ones_like(ids))[0].shape[1] == MAX_PROMPT + 1
