@@ -130,7 +130,7 @@ SETTINGS: dict[str, Setting] = {
     "stop_strings": _obeyed("end the text and are not shown", _strings, "a text or a list of texts", []),
     "temperature": _obeyed("in transformers' order", _positive, "a number above 0", 1, sampling=True),
     "top_h": _obeyed("in transformers' order", _share, "a number of 0 to 1", sampling=True),
-    "top_k": _obeyed("the same; 50 where the file says nothing, 0 for all tokens", _count, "a whole number", sampling=True),
+    "top_k": _obeyed("the same; 50 where the file says nothing, 0 for all", _count, "a whole number", sampling=True),
     "top_p": _obeyed("in transformers' order", _share, "a number of 0 to 1", 1, sampling=True),
     "min_p": _obeyed("in transformers' order", _share, "a number of 0 to 1", 0, sampling=True),
     "typical_p": _obeyed("in transformers' order", _share, "a number of 0 to 1", 1, sampling=True),

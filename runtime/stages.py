@@ -75,7 +75,7 @@ def build(recipe: Recipe, machine: dict[str, Any]) -> list[Stage]:
     if not set(recipe.export.targets) & set(HALF_TARGETS):
         del exported["dtype"]
     if "ort-cuda" in recipe.export.targets:
-        from moedge.runtime.engines.onnxruntime import check_cuda
+        from moedge.runtime.engines._session import check_cuda
 
         check_cuda(f"{recipe.name}: export.targets: ort-cuda")
     device = {"device": model.device}

@@ -102,11 +102,17 @@ def outcome(found: list[dict[str, Any]]) -> str:
 
 
 def notes(result: dict[str, Any], found: list[dict[str, Any]], limits: Profile) -> list[str]:
-    """What the checks that did not pass mean, in sentences; empty where the figures say it themselves.
+    """What was not compared and what failed checks mean, in sentences; empty where the figures say it themselves.
 
     Checks that changed choices of experts explain are marked as not decided, in place.
     """
     said = []
+    limit, longest = (result["test"]["model"].get(key) for key in ("rope_boundary", "max_length"))
+    if limit is not None and result["tokens"]["window"] <= limit < (longest or 0):
+        said.append(
+            f"Beyond {limit:,} tokens this model's rotary factors change (longrope), and these windows of "
+            f"{result['tokens']['window']:,} end before: that part was not compared; --window {limit + 32} does."
+        )
     missed = [check for check in found if not check["passed"]]
     half = result["test"]["dtype"] == "float16" and str(result["test"]["model"].get("target", "")).startswith(
         "tensorrt"

@@ -63,7 +63,7 @@ def cuda_graphs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """An ort-cuda bundle runs on the CPU provider: the same file, other kernels."""
     place = onnxruntime.OrtValue.ortvalue_from_numpy
     monkeypatch.setattr(ort_engine, "check_cuda", lambda what: None)
-    monkeypatch.setitem(ort_engine._PROVIDERS, "cuda", "CPUExecutionProvider")
+    monkeypatch.setitem(ort_engine.PROVIDERS, "cuda", "CPUExecutionProvider")
     monkeypatch.setattr(ort_engine.OrtEngine, "_ort_value", staticmethod(lambda array, device="cpu": place(array)))
 
 

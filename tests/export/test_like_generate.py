@@ -229,6 +229,9 @@ def test_verify_compares_both_sides_of_the_boundary(long: Made) -> None:
     assert result["verdict"]["passed"], result["verdict"]["checks"]
     assert result["phases"]["prefill"]["tokens"] == 8 + LIMIT + 1
     assert result["replay"]["phases"]["prefill"]["tokens"] == 8 + LIMIT + 1
+    assert not result["verdict"]["notes"]
+    (note,) = parity.compare(reference, test, windows[:, :LIMIT], prefill=8, tolerances=profile)["verdict"]["notes"]
+    assert f"Beyond {LIMIT} tokens" in note
     reference, test = opened(long, "dense"), opened(long, "moe-ort-cpu")
     assert parity.identity(reference, test, windows, prefill=8, limit=1e-4)["passed"]
     test._rope_boundary = None

@@ -15,7 +15,7 @@ from moedge.export.lowering import legality, tensorrt
 from moedge.export.pipeline import lower
 from moedge.runtime import stages
 from moedge.runtime.engines import open_engine
-from moedge.runtime.engines.onnxruntime import not_on
+from moedge.runtime.engines._session import not_on
 
 # A 2-layer model: four blocks, each within HALF_LIMIT of its own output, added to one residual stream.
 MODEL_LIMIT = 4 * tensorrt.HALF_LIMIT
