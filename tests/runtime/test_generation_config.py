@@ -1,4 +1,4 @@
-"""generation_config.json is obeyed or named: the list is whole, files count as in transformers, bad ones are refused."""
+"""generation_config.json is obeyed or named: the list is whole, files count as for transformers, bad ones fail."""
 
 from __future__ import annotations
 
