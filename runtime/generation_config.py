@@ -256,9 +256,9 @@ class GenerationConfig:
         """Sentences about what is not done of what the files ask for."""
         said = list(self.notes)
         if self.settings.get("do_sample") is True and not sampled:
+            settings = self.of(Use.SAMPLING) or {"top_k": DEFAULT_TOP_K}
             said.append(
-                f"{self.source} asks for sampling ({shown(self.of(Use.SAMPLING)) or 'from all tokens'}); this text is "
-                "greedy, --sample follows the file."
+                f"{self.source} asks for sampling ({shown(settings)}); this text is greedy, --sample follows the file."
             )
         if missing := self.left_out():
             said.append(f"{self.source} asks for {shown(missing)}: left out, see {PAGE}.")
