@@ -30,7 +30,15 @@ SOURCE_CODE = (
     "runtime/fingerprint.py",
 )
 CONVERT_CODE = (*_ALWAYS_CODE, "runtime/held_out.py", "convert", "export/ops.py", "export/kernels")
-_EXPORT_CODE = (*CONVERT_CODE, "export", "runtime/engines/emulation.py", "runtime/text.py")
+_EXPORT_CODE = (
+    *CONVERT_CODE,
+    "export",
+    "runtime/engines/__init__.py",
+    "runtime/engines/emulation.py",
+    "runtime/engines/longrope.py",
+    "runtime/generation_config.py",
+    "runtime/text.py",
+)
 _ENGINE_CODE = (
     *CONVERT_CODE,
     *("export/__init__.py", "export/bundle.py", "export/functions.py", "export/launcher"),
@@ -41,6 +49,7 @@ _ENGINE_CODE = (
     "export/nodes.py",
     "export/quantize.py",
     "runtime/engines",
+    "runtime/generation_config.py",
     "runtime/stats.py",
 )
 _TORCH = ("torch", "transformers")
