@@ -19,9 +19,10 @@ import onnx_ir as ir
 
 from moedge import MoEdgeError
 from moedge.export.functions import DOMAIN
-from moedge.export.lowering import check_form, trt_native, trt_plugins
+from moedge.export.lowering import trt_native, trt_plugins
 from moedge.export.lowering.graph import Builder, array_of, constant_of, remove_unused
 from moedge.export.nodes import active_of, nodes_of
+from moedge.export.targets import check_form
 from moedge.runtime.device.moedge_plugins import refusal
 from moedge.runtime.device.moedge_trt import DeviceError
 
