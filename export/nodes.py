@@ -57,8 +57,7 @@ def complete(model: ir.Model, where: str) -> None:
                     "checkpoint again with this version (moedge export CHECKPOINT OUT --force)."
                 )
             value = _LATER[node.op_type][name]
-            kind = ir.AttrInt64 if isinstance(value, int) else ir.AttrFloat32
-            node.attributes[name] = kind(name, value)
+            node.attributes[name] = ir.AttrInt64(name, value) if isinstance(value, int) else ir.AttrFloat32(name, value)
 
 
 def holds_experts(sparse_glu: ir.Node) -> bool:

@@ -26,7 +26,7 @@ from moedge.export.lowering import (
     selftest,
     weights,
 )
-from moedge.export.lowering.graph import array_of, remove_unused
+from moedge.export.lowering.graph import array_of, remove_unused, required
 from moedge.export.nodes import attention_kinds, nodes_of
 
 # Two float32 evaluations of one block differ by the order of their sums: about sqrt(n) * 2^-24 of the largest output
@@ -199,8 +199,8 @@ def attention_edges(model: ir.Model) -> list[str]:
     """Name what a block of each kind gives to the rest of the graph: output, present keys and values."""
     names = []
     for node in attention_kinds(model):
-        reshape = node.outputs[0].uses()[0].node
-        names += [str(reshape.outputs[0].name), str(node.inputs[1].name), str(node.inputs[2].name)]
+        reshape = next(iter(node.outputs[0].uses())).node
+        names += [str(value.name) for value in (reshape.outputs[0], *map(required, node.inputs[1:3]))]
     return names
 
 

@@ -19,7 +19,16 @@ import numpy as np
 import onnx_ir as ir
 
 from moedge import MoEdgeError
-from moedge.export.lowering.graph import Builder, array_of, constant_of, evaluate, remove_unused, same_shape_input
+from moedge.export.lowering.graph import (
+    Builder,
+    array_of,
+    constant_of,
+    evaluate,
+    remove_unused,
+    required,
+    same_shape_input,
+    size,
+)
 from moedge.export.nodes import nodes_of
 
 _ROTARY_DOMAIN = "ai.onnxruntime._fusion"
@@ -113,12 +122,8 @@ def _match(node: ir.Node) -> _Match | str:
     past_key, past_value = key_concat.inputs[0], value_concat.inputs[0]
     if flat_value is None or past_key is None or past_value is None:
         return "the value is not a reshaped projection"
-    assert query is not None
-    assert query.shape is not None
-    assert key is not None
-    assert key.shape is not None
-    sizes = int(query.shape[1]), int(key.shape[1])
-    return _Match(node, query_heads, key_heads, flat_value, past_key, past_value, *sizes)
+    heads = size(query, 1), size(key, 1)
+    return _Match(node, query_heads, key_heads, flat_value, past_key, past_value, *heads)
 
 
 def rotary_table(model: ir.Model, value: ir.Value, positions: int) -> np.ndarray:
@@ -197,7 +202,7 @@ def fuse(model: ir.Model, max_length: int, *, padding: bool = True) -> tuple[int
         here = Builder(model, before=node)
         query = _rotate(here, match.query, match.num_heads, position_ids, tables)
         key = _rotate(here, match.key, match.kv_heads, position_ids, tables)
-        attributes = {"num_heads": match.num_heads, "kv_num_heads": match.kv_heads, "do_rotary": 0}
+        attributes: dict[str, float] = {"num_heads": match.num_heads, "kv_num_heads": match.kv_heads, "do_rotary": 0}
         attributes |= {"scale": node.attributes["scale"].as_float()}
         if window := node.attributes["window"].as_int():
             attributes["local_window_size"] = window
@@ -214,7 +219,7 @@ def fuse(model: ir.Model, max_length: int, *, padding: bool = True) -> tuple[int
             attributes=attributes,
         )
         for old, new in ((node.inputs[1], present_key), (node.inputs[2], present_value)):
-            here.replace_output(old, new)
+            here.replace_output(required(old), new)
         # [B, S, N, D] -> Reshape -> [B, S, N*D] was the only use; GroupQueryAttention gives the latter at once.
         for consumer in [use.node for use in output.uses()]:
             if consumer.op_type == "Reshape" and same_shape_input(consumer):

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from moedge.export.lowering import ort_moe
-from moedge.export.lowering.graph import Builder, array_of, constant_of, remove_unused
+from moedge.export.lowering.graph import Builder, array_of, constant_of, remove_unused, sizes
 from moedge.export.lowering.ort_moe import Tap
 from moedge.export.nodes import layer_of, nodes_of, routed_directly
 
@@ -108,7 +108,7 @@ def _matrix(builder: Builder, stack: ir.Value | None, expert: int) -> ir.Value:
     assert stack is not None
     assert stack.const_value is not None
     source, name = stack.const_value, matrix_name(str(stack.name), expert)
-    _, rows, columns = (int(size) for size in stack.const_value.shape)
+    _, rows, columns = sizes(stack.const_value)
 
     def matrix() -> ir.TensorProtocol:
         return ir.tensor(np.ascontiguousarray(source.numpy()[expert].T), name=name)

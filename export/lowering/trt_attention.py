@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from moedge.export.lowering.graph import Builder, constant_of, remove_unused, upstream
+from moedge.export.lowering.graph import Builder, constant_of, remove_unused, size, upstream
 from moedge.export.nodes import nodes_of
 
 Form = Literal["operator", "products"]
@@ -45,9 +45,7 @@ def rotary(model: ir.Model, form: Form) -> tuple[int, list[str], set[str]]:
         model.opset_imports[""] = max(23, model.opset_imports[""])
     for node in nodes:
         x, cos, sin = node.inputs[:3]
-        assert x is not None
-        assert x.shape is not None
-        half = int(x.shape[3]) // 2
+        half = size(x, 3) // 2
         if cos is not None and str(cos.name) not in inside:
             sources, _ = upstream([value for value in (cos, sin) if value is not None], lambda _: False)
             inside |= {str(value.name) for source in sources for value in source.outputs}
@@ -121,15 +119,11 @@ def _operator(builder: Builder, node: ir.Node, bias: ir.Value) -> ir.Value:
 
 def _products(builder: Builder, node: ir.Node, bias: ir.Value, dtype: str) -> ir.Value:
     query, key, value = node.inputs[:3]
-    assert query is not None
-    assert query.shape is not None
-    assert key is not None
-    assert key.shape is not None
-    heads, size, kv_heads = query.shape[1], query.shape[3], int(key.shape[1])
+    heads, head, kv_heads = size(query, 1), size(query, 3), size(key, 1)
     # Query heads of one key head follow each other, so groups are a reshape: [B, N, S, D] -> [B, G, (N/G)*S, D].
     scale = constant_of(builder, node.attributes["scale"].as_float(), np.float32)
     early = _typed(builder.node("Mul", [query, scale])) if dtype == "float16" else query
-    grouped = _typed(builder.node("Reshape", [early, constant_of(builder, [0, kv_heads, -1, size])]))
+    grouped = _typed(builder.node("Reshape", [early, constant_of(builder, [0, kv_heads, -1, head])]))
     turned = _typed(builder.node("Transpose", [key], attributes={"perm": [0, 1, 3, 2]}))
     scores = _typed(builder.node("MatMul", [grouped, turned]))
     wide = _typed(builder.node("Cast", [scores], attributes={"to": int(ir.DataType.FLOAT)}))
@@ -139,7 +133,7 @@ def _products(builder: Builder, node: ir.Node, bias: ir.Value, dtype: str) -> ir
         cap = constant_of(builder, softcap, np.float32)
         wide = _typed(builder.node("Tanh", [_typed(builder.node("Div", [wide, cap]))]))
         wide = _typed(builder.node("Mul", [wide, cap]))
-    lengths = _lengths(builder, int(heads), kv_heads, int(size))
+    lengths = _lengths(builder, heads, kv_heads, head)
     by_head = _typed(builder.node("Reshape", [wide, lengths[0]]))
     p = _typed(builder.node("Softmax", [_typed(builder.node("Add", [by_head, bias]))], attributes={"axis": -1}))
     y = _typed(builder.node("MatMul", [_typed(builder.node("Reshape", [p, lengths[1]])), value]))

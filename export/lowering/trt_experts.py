@@ -20,7 +20,7 @@ import onnx_ir as ir
 from moedge import MoEdgeError
 from moedge.export.functions import DOMAIN
 from moedge.export.lowering import trt_native, trt_plugins
-from moedge.export.lowering.graph import Builder, array_of, constant_of, remove_unused
+from moedge.export.lowering.graph import Builder, array_of, constant_of, remove_unused, required, size, sizes
 from moedge.export.nodes import active_of, nodes_of
 from moedge.export.targets import check_form
 from moedge.runtime.device.moedge_plugins import refusal
@@ -70,9 +70,7 @@ def choose(model: ir.Model, tensorrt: str | None, wanted: str | None = None) -> 
 
 def _sizes(node: ir.Node) -> tuple[int, int]:
     """E and k of a SparseGLU."""
-    assert node.inputs[3] is not None
-    assert node.inputs[3].shape is not None
-    return int(node.inputs[3].shape[0]), active_of(node)
+    return size(node.inputs[3], 0), active_of(node)
 
 
 def by_bytes(num_experts: int, top_k: int, tokens: int) -> tuple[Form, str]:
@@ -104,12 +102,9 @@ class _Layer:
         self.node = node
         self.x, self.indices, self.weights, self.gate, self.up, self.down = node.inputs[:6]
         self.compensation = node.inputs[6] if len(node.inputs) > 6 else None
-        assert self.gate is not None
-        assert self.gate.shape is not None
-        assert self.down is not None
-        assert self.down.shape is not None
-        self.experts, self.width, self.inputs = (int(size) for size in self.gate.shape)
-        self.hidden = int(self.down.shape[1])
+        self.experts, self.width, self.inputs = sizes(self.gate)
+        self.hidden = size(self.down, 1)
+        self._tokens = (required(self.x).shape or [None])[0]
 
     def float(self, op_type: str, inputs: list[ir.Value | None], **attributes: object) -> ir.Value:
         """Insert a node with a float32 result."""
@@ -167,7 +162,10 @@ class _Layer:
         matrices = [_turned(b, value) for value in (self.gate, self.up, self.down)]
         inputs = [x, indices, scores, *matrices]
         y = b.node(trt_native.OPERATOR, inputs, domain=DOMAIN, attributes=trt_native.node_attributes())
-        y.type, y.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([1, self.x.shape[0], self.hidden])
+        y.type, y.shape = (
+            ir.TensorType(ir.DataType.FLOAT),
+            ir.Shape([1, self._tokens, self.hidden]),
+        )
         return self.float("Squeeze", [y, first])
 
     def _gather(self) -> ir.Value:
@@ -187,10 +185,8 @@ class _Layer:
 
 def _turned(builder: Builder, source: ir.Value | None) -> ir.Value:
     """Return a stack of matrices [E, N, K] as [E, K, N]."""
-    assert source is not None
-    assert source.shape is not None
-    experts, rows, columns = (int(size) for size in source.shape)
-    return _lazy(builder, source, (experts, columns, rows), turn=True, suffix="turned")
+    experts, rows, columns = sizes(source)
+    return _lazy(builder, required(source), (experts, columns, rows), turn=True, suffix="turned")
 
 
 def _lazy(builder: Builder, source: ir.Value, shape: tuple[int, ...], turn: bool, suffix: str = "rows") -> ir.Value:

@@ -21,6 +21,7 @@ import onnx_ir as ir
 
 from moedge import MoEdgeError
 from moedge.export.lowering import legality
+from moedge.export.lowering.graph import sizes
 from moedge.export.lowering.weights import Weight
 from moedge.export.quantize import Quantized, quantize, quantize_rows, unpack
 
@@ -205,7 +206,7 @@ def _initializers(model: ir.Model, name: str, matrix: Matrix) -> list[ir.Value]:
     made = []
     for tensor in tensors:
         value = ir.Value(
-            name=tensor.name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+            name=tensor.name, shape=ir.Shape(sizes(tensor)), type=ir.TensorType(tensor.dtype), const_value=tensor
         )
         model.graph.register_initializer(value)
         made.append(value)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 INK, MUTED, GRID = "#1d2733", "#66727f", "#e3e8ee"
 DENSE, MOE, CONTROL, BOUND, BAD = "#8795a5", "#1f6feb", "#c6cdd6", "#b9a3e3", "#c9372c"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "moedge",
     "font.family": "sans-serif",
