@@ -1,4 +1,4 @@
-"""Lowering: rewrite the portable graph for one target, with a legality check and an executed self-test.
+"""Lowering: rewrite the portable graph for one target, with a capabilities check and an executed self-test.
 
 Which function lowers for which target is in :mod:`moedge.export.targets`.
 """

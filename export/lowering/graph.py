@@ -121,6 +121,13 @@ def same_shape_input(reshape: ir.Node) -> bool:
     return isinstance(heads, int) and isinstance(head, int) and heads * head == merged
 
 
+def weights_dtype(model: ir.Model) -> str:
+    """Return the type of a portable graph's weights, e.g. ``float32``."""
+    dtype = next(value for value in model.graph.initializers.values() if value.dtype is not None).dtype
+    assert dtype is not None
+    return "float32" if dtype in (ir.DataType.FLOAT, ir.DataType.INT64) else str(dtype.name).lower()
+
+
 def remove_unused(model: ir.Model) -> None:
     """Delete nodes, functions and initializers that no output depends on."""
     import onnx_ir.passes.common as passes

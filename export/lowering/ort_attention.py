@@ -13,12 +13,14 @@ head leaves [B, N, S, D] to rotate, which is then transposed back. The cache may
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from moedge import MoEdgeError
+from moedge.export.lowering import selftest
 from moedge.export.lowering.graph import (
     Builder,
     array_of,
@@ -28,8 +30,10 @@ from moedge.export.lowering.graph import (
     required,
     same_shape_input,
     size,
+    weights_dtype,
 )
-from moedge.export.nodes import nodes_of
+from moedge.export.lowering.rule import Applied, Block
+from moedge.export.nodes import attention_kinds, nodes_of
 
 _ROTARY_DOMAIN = "ai.onnxruntime._fusion"
 HIDDEN = -1.0e9
@@ -174,12 +178,42 @@ def _rotate(here: Builder, heads: _Heads, count: int, position_ids: ir.Value, ta
     return here.node("Reshape", [by_token, constant_of(here, [0, 0, -1])])
 
 
-def fuse(model: ir.Model, max_length: int, *, padding: bool = True) -> tuple[int, str]:
-    """Replace every CausalAttention of ``model``; return how many, and why the rest (if any) were left.
+@dataclass(frozen=True)
+class FuseAttention:
+    """Rule for every CausalAttention of a graph.
 
     ``max_length`` is the longest sequence that the rotary tables, hence the graph, can hold. ``padding=False`` leaves
     out the bias that hides left padding: the rows of a batch are then equally long.
     """
+
+    max_length: int
+    padding: bool = True
+    name: str = "CausalAttention -> GroupQueryAttention"
+
+    def refuse(self, graph: ir.Model) -> str | None:
+        """Only float32 was executed on the CPU kernel."""
+        dtype = weights_dtype(graph)
+        return None if dtype == "float32" else f"only float32 was executed on the CPU kernel, the model is {dtype}"
+
+    def apply(self, graph: ir.Model) -> Applied:
+        """Replace every node, or none when the surroundings of one are not recognised."""
+        kinds = attention_kinds(graph)
+        blocks = [Block(tuple(edges(kinds)))]
+        cases = [case for case in selftest.attention_cases(graph) if self.padding or not case.padding]
+        count, reason = _fuse(graph, self.max_length, self.padding)
+        return Applied(count, blocks, reason=reason, cases=cases)
+
+
+def edges(nodes: Sequence[ir.Node]) -> list[str]:
+    """Name what attention blocks give to the rest of the graph: outputs, present keys and values."""
+    names = []
+    for node in nodes:
+        reshape = next(iter(node.outputs[0].uses())).node
+        names += [str(value.name) for value in (reshape.outputs[0], *map(required, node.inputs[1:3]))]
+    return names
+
+
+def _fuse(model: ir.Model, max_length: int, padding: bool) -> tuple[int, str]:
     nodes = nodes_of(model, "CausalAttention")
     if not nodes:
         return 0, "the graph has no CausalAttention node"

@@ -10,13 +10,16 @@ into every row that masks them.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 
-from moedge.export.lowering.graph import Builder, constant_of, remove_unused, size, upstream
-from moedge.export.nodes import nodes_of
+from moedge.export.lowering import selftest
+from moedge.export.lowering.graph import Builder, constant_of, remove_unused, required, size, upstream
+from moedge.export.lowering.rule import Applied, Block
+from moedge.export.nodes import attention_kinds, nodes_of
 
 Form = Literal["operator", "products"]
 HIDDEN = -3.0e4
@@ -26,15 +29,45 @@ HIDDEN = -3.0e4
 _MARK = "ai.onnxruntime._fusion"
 
 
-def rotary(model: ir.Model, form: Form) -> tuple[int, list[str], set[str]]:
-    """Replace rotary embeddings in place; return how many, the outputs of the first two, and the table's values.
+SMALLEST_HEAD = 16
+"""Head sizes 16 to 256 built for SM75, 86 and 120 on TensorRT-RTX 1.7.1, float16; 8 did not [M]."""
 
-    The table's values (all that is computed from the positions) are no place to cut a test: its halves are equal, and
-    random numbers' are not.
+
+def operator_refusal(model: ir.Model) -> str | None:
+    """Say why ONNX ``Attention`` (opset 23) cannot be used in float16, or None; float32 has no kernel at all [M]."""
+    heads = {size(node.inputs[0], 3) for node in nodes_of(model, "CausalAttention")}
+    head_dim = min(heads, default=SMALLEST_HEAD)
+    if head_dim < SMALLEST_HEAD:
+        return f"the Attention operator has no kernel for heads of {head_dim} (at least {SMALLEST_HEAD}) [M]"
+    return None
+
+
+@dataclass(frozen=True)
+class TurnRotary:
+    """Rule for rotary embeddings.
 
     x*cos + rotate_half(x)*sin reaches the graph with two Slices of a dynamic tensor, for each of which TensorRT
     makes 25 layers of shape arithmetic: half of all layers of a whole model, and most of its build time.
     """
+
+    form: Form
+    name: str = "rotary embedding without dynamic slices"
+
+    def refuse(self, graph: ir.Model) -> str | None:
+        """Nothing is refused: what is not recognised stays as it is."""
+        return None
+
+    def apply(self, graph: ir.Model) -> Applied:
+        """Replace every one; the first two are tested.
+
+        The table's values (all that is computed from the positions) are no place to cut a test: its halves are equal,
+        and random numbers' are not.
+        """
+        count, outputs, table = _rotary(graph, self.form)
+        return Applied(count, [Block(tuple(outputs))], inside=frozenset(table))
+
+
+def _rotary(model: ir.Model, form: Form) -> tuple[int, list[str], set[str]]:
     from onnxscript.rewriter.ort_fusions.rotary_embedding import fuse_rotary_embedding
 
     fuse_rotary_embedding(model)  # marks x, cos, sin
@@ -85,12 +118,32 @@ def _typed(value: ir.Value) -> ir.Value:
     return value
 
 
-def rewrite(model: ir.Model, form: Form, dtype: str = "float16") -> int:
-    """Replace every CausalAttention in place; return how many. ``operator`` raises the opset to 23.
+@dataclass(frozen=True)
+class RewriteAttention:
+    """Rule for every CausalAttention. ``operator`` raises the opset to 23.
 
     ``dtype`` is the half type that the graph gets: products of float16 are scaled before they can leave its range,
     those of bfloat16 after, in float32. Soft-capped scores always take the form ``products``.
     """
+
+    form: Form
+    dtype: str = "float16"
+    name: str = "CausalAttention -> attention with one mask"
+
+    def refuse(self, graph: ir.Model) -> str | None:
+        """Nothing is refused: the form was chosen before."""
+        return None
+
+    def apply(self, graph: ir.Model) -> Applied:
+        """Replace every node; one of each kind is tested, with its output, present keys and values."""
+        kinds = attention_kinds(graph)
+        values = [value for node in kinds for value in (node.outputs[0], *node.inputs[1:3])]
+        block = Block(tuple(str(required(value).name) for value in values))
+        cases = selftest.attention_cases(graph)
+        return Applied(_rewrite(graph, self.form, self.dtype), [block], cases=cases)
+
+
+def _rewrite(model: ir.Model, form: Form, dtype: str) -> int:
     nodes = nodes_of(model, "CausalAttention")
     if not nodes:
         return 0
