@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from moedge.convert.errors import first_sentence
 from moedge.convert.gguf_files import ARCHITECTURES, GGUF, Keys, values
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -49,7 +48,9 @@ def build(file: GGUF, ids: dict[str, int | None]) -> Any:
     Raises:
         MoEdgeError: a key that is missing, out of range or not known, or a rotary scaling that cannot be expressed.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     keys = Keys(file, f"{file.architecture}.")
     for key, allowed in _NEUTRAL.items():
@@ -70,9 +71,11 @@ def build(file: GGUF, ids: dict[str, int | None]) -> Any:
         facts["mlp_bias"] = "blk.0.ffn_gate.bias" in file.tensors
     keys.done()
     try:
-        return AutoConfig.for_model(model_type, dtype="float32", **facts)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise file.refuse(f"its metadata make no {model_type} model: {first_sentence(error)}") from error
+        names = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]
+        return AutoConfig.for_model(model_type, architectures=names, dtype="float32", **facts)
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]  # the first line only names a class
+        raise file.refuse(f"its metadata make no {model_type} model: {reason[0].strip()}") from error
 
 
 def _sizes(file: GGUF, keys: Keys) -> dict[str, Any]:
@@ -126,7 +129,7 @@ def _window(keys: Keys, layers: int) -> tuple[str, dict[str, Any]]:
     if architecture in ("llama", "phi3") and not pattern:
         # A Llama with a sliding window is what transformers calls a Mistral.
         return "mistral" if architecture == "llama" else model_type, {"sliding_window": window}
-    raise keys.refuse("attention.sliding_window", f"is {window}: no {model_type} that MoEdge knows has a sliding window")
+    raise keys.refuse("attention.sliding_window", f"is {window}; no {model_type} model has a sliding window")
 
 
 def _local_layers(keys: Keys, pattern: Any, layers: int) -> list[bool]:
@@ -170,7 +173,7 @@ def _partial(keys: Keys, facts: dict[str, Any]) -> dict[str, float]:
     if keys.file.architecture == "phi3" and int(whole * (dims / whole)) == dims:
         return {"partial_rotary_factor": dims / whole}
     if keys.file.architecture.startswith("gemma") and dims == facts["hidden_size"] // facts["num_attention_heads"]:
-        return {}  # no Gemma rotates a part of a head: some writers put hidden size / heads here, whatever the head size
+        return {}  # every Gemma rotates whole heads; this is what a writer puts here that does not know the head size
     raise keys.refuse("rope.dimension_count", f"is {dims} for heads of {whole}, which this family cannot have")
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moedge import MoEdgeError
 from moedge.convert.errors import first_sentence
 from moedge.convert.gguf_files import GGUF, Keys
 
@@ -126,7 +127,9 @@ def build(file: GGUF) -> Vocabulary:
             made = _byte_level(file, tokens, types, merges, prefix, pre)
         _add_tokens(made, file, tokens, types, spm)
         _add_ends(made, keys, tokens, ids, adds)
-    except (ValueError, TypeError, KeyError) as error:
+    except MoEdgeError:
+        raise
+    except Exception as error:  # what the tokenizers library raises has no class of its own
         raise file.refuse(f"its vocabulary makes no tokenizer: {first_sentence(error)}") from error
     special = {"bos_token_id": ids["bos"], "eos_token_id": ids["eos"], "pad_token_id": ids["padding"]}
     generation = _generation(keys, tokens, types, ids)
@@ -313,7 +316,10 @@ def save(file: GGUF, vocabulary: Vocabulary, folder: Path) -> None:
         **{name: None if i is None else vocabulary.tokens[i] for name, i in special.items()},
     )
     made.save_pretrained(folder)
-    GenerationConfig(**vocabulary.generation).save_pretrained(folder)
+    try:
+        GenerationConfig(**vocabulary.generation).save_pretrained(folder)
+    except (ValueError, TypeError) as error:
+        raise file.refuse(f"its sampling (general.sampling.*) is not valid: {first_sentence(error)}") from error
     again = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     if again(_PROBE)["input_ids"] != vocabulary.tokenizer.encode(_PROBE).ids:
         raise file.refuse(

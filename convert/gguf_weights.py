@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from moedge import MoEdgeError
 from moedge._files import write_json
+from moedge.convert.errors import first_sentence
 from moedge.convert.gguf_files import GGUF, values
 
 if TYPE_CHECKING:
@@ -54,8 +55,11 @@ def plan(file: GGUF, config: Any) -> dict[str, str]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    try:
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (ValueError, TypeError, ArithmeticError, RuntimeError, AssertionError) as error:
+        raise file.refuse(f"its metadata make no {config.model_type} model: {first_sentence(error)}") from error
     shapes = {name: tuple(value.shape) for name, value in skeleton.state_dict().items()}
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]
@@ -114,7 +118,7 @@ def write(file: GGUF, config: Any, weights: dict[str, str], folder: Path) -> Non
             size = 0
         shards[-1].append(name)
         size, total = size + n_bytes, total + n_bytes
-    index = {}
+    index: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         shard = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         arrays = {name: _undo(name, values(file, weights[name]), config) for name in names}
