@@ -87,7 +87,7 @@ def _sizes(file: GGUF, keys: Keys) -> dict[str, Any]:
         keys.only(key, head_dim)
     layers = keys.whole("block_count")
     blocks = {int(match[1]) for name in file.tensors if (match := re.match(r"blk\.(\d+)\.", name))}
-    if blocks != set(range(layers)):
+    if len(blocks) != layers or blocks != set(range(layers)):  # the first: a damaged number may be huge
         raise keys.refuse("block_count", f"is {layers}, but the file holds tensors of {len(blocks)} layers")
     embedding = file.tensors.get("token_embd.weight")
     rows = int(embedding.shape[-1]) if embedding is not None else 0
