@@ -112,8 +112,8 @@ def _sizes(file: GGUF, keys: Keys) -> dict[str, Any]:
 def _window(keys: Keys, layers: int) -> tuple[str, dict[str, Any]]:
     """Return the model type, which for a Llama depends on it, and the entries about sliding windows."""
     architecture = keys.file.architecture
-    default = {"gemma2": 4096}.get(architecture, 0)  # that of llama.cpp
-    window = keys.take("attention.sliding_window", default, kind=int)
+    default = {"gemma2": 4096}.get(architecture)  # that of llama.cpp
+    window = int(keys.given("attention.sliding_window", default) or 0)
     pattern = keys.take("attention.sliding_window_pattern", kind=(int, list))
     model_type = ARCHITECTURES[architecture]
     if not window:
@@ -146,7 +146,7 @@ def _gemma(keys: Keys, facts: dict[str, Any]) -> dict[str, Any]:
     gemma2 = keys.file.architecture == "gemma2"
     caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0} if gemma2 else {}
     names = ("attn_logit_softcapping", "final_logit_softcapping")
-    found = {name: keys.take(name, caps.get(name), kind=(int, float)) or None for name in names}
+    found = {name: keys.given(name, caps.get(name)) for name in names}
     big = facts["num_hidden_layers"] == (46 if gemma2 else 62)
     scalar = facts["hidden_size"] // facts["num_attention_heads"] if big else facts["head_dim"]
     return {**found, "query_pre_attn_scalar": scalar}
@@ -170,7 +170,7 @@ def _partial(keys: Keys, facts: dict[str, Any]) -> dict[str, float]:
     dims = keys.whole("rope.dimension_count", whole)
     if dims == whole:
         return {}
-    if keys.file.architecture == "phi3" and int(whole * (dims / whole)) == dims:
+    if keys.file.architecture == "phi3" and dims < whole and int(whole * (dims / whole)) == dims:
         return {"partial_rotary_factor": dims / whole}
     if keys.file.architecture.startswith("gemma") and dims == facts["hidden_size"] // facts["num_attention_heads"]:
         return {}  # every Gemma rotates whole heads; this is what a writer puts here that does not know the head size
@@ -179,16 +179,15 @@ def _partial(keys: Keys, facts: dict[str, Any]) -> dict[str, float]:
 
 def _scaling(file: GGUF, keys: Keys, facts: dict[str, Any], theta: float) -> dict[str, Any]:
     """Return how positions are scaled: ``rope_type`` and what belongs to it."""
-    number = (int, float)
     kind = keys.take("rope.scaling.type", kind=str)
-    older = keys.take("rope.scale_linear", kind=number)
-    factor = keys.take("rope.scaling.factor", kind=number) or older or 1.0
-    original = keys.take("rope.scaling.original_context_length", kind=int)
-    attention = keys.take("rope.scaling.attn_factor", kind=number)  # on top of what the kind of scaling brings along
+    older = keys.given("rope.scale_linear")
+    factor = keys.given("rope.scaling.factor") or older or 1.0
+    original = int(keys.given("rope.scaling.original_context_length") or 0)
+    attention = keys.given("rope.scaling.attn_factor")  # on top of what the kind of scaling brings along
     yarn = {
         name: value
         for name, key in (("attention_factor", "attn_factor"), ("beta_fast", "beta_fast"), ("beta_slow", "beta_slow"))
-        if (value := keys.take(f"rope.scaling.yarn_{key}", kind=number)) is not None
+        if (value := keys.given(f"rope.scaling.yarn_{key}")) is not None
     }
     if kind not in (None, "none", "linear", "yarn", "longrope"):
         raise keys.refuse("rope.scaling.type", f"is {kind!r}; known: none, linear, yarn, longrope")
@@ -212,7 +211,7 @@ def _scaling(file: GGUF, keys: Keys, facts: dict[str, Any], theta: float) -> dic
 
 
 def _longrope(
-    file: GGUF, keys: Keys, kind: str | None, factor: float, attention: float | None, original: int | None
+    file: GGUF, keys: Keys, kind: str | None, factor: float, attention: float | None, original: int
 ) -> dict[str, Any]:
     tensors = {name: f"rope_factors_{name.split('_')[0]}.weight" for name in ("long_factor", "short_factor")}
     for tensor in tensors.values():

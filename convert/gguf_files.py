@@ -8,6 +8,7 @@ to change nothing, or refused by name. The rules are llama.cpp's, the program th
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ class Keys:
             value = value[0]
         if isinstance(value, list):
             raise self.refuse(key, "differs from layer to layer, which MoEdge does not support")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise self.refuse(key, "is missing" if value is None else f"is {value!r}, not a number above 0")
         return value
 
@@ -101,6 +102,19 @@ class Keys:
         if value != int(value):
             raise self.refuse(key, f"is {value!r}, not a whole number")
         return int(value)
+
+    def given(self, key: str, default: float | None = None) -> float | None:
+        """Return a number above zero, or None where the file has none or 0, which is llama.cpp's "not set".
+
+        Raises:
+            MoEdgeError: it is something else.
+        """
+        if default is None and self.left.get(key) is None:
+            return None
+        if self.left.get(key) == 0 and not isinstance(self.left[key], bool):
+            del self.left[key]
+            return None
+        return self.number(key, default)
 
     def only(self, key: str, *values: Any) -> None:
         """Accept a key that changes nothing as long as it is missing or has one of ``values``.
@@ -219,8 +233,8 @@ def read(path: Path) -> GGUF:
         number, count = fields.get("split.no", 0), fields.get("split.count", 0) or 1
         if (number, count) != (index, len(files)):
             raise MoEdgeError(
-                f"{file} says that it is part {number + 1} of {count} (split.no, split.count); name its parts "
-                "NAME-00001-of-0000N.gguf as llama-gguf-split does, and put them into one folder."
+                f"{file} says that it is number {number} (from 0 on) of {count} parts (split.no, split.count); name "
+                "them NAME-00001-of-0000N.gguf as llama-gguf-split does, and put them into one folder."
             )
         if index == 0:
             metadata = fields

@@ -116,8 +116,10 @@ def build(file: GGUF) -> Vocabulary:
     if spm:  # llama.cpp's defaults
         ids |= {name: i for name, i in (("bos", 1), ("eos", 2), ("unknown", 0)) if ids[name] is None}
     pre = _pre(keys, spm)
-    adds = [name for name in ("bos", "eos") if keys.take(f"ggml.add_{name}_token", pre.bos and name == "bos")]
-    prefix = keys.take("ggml.add_space_prefix", spm)
+    adds = [
+        name for name in ("bos", "eos") if keys.take(f"ggml.add_{name}_token", pre.bos and name == "bos", kind=bool)
+    ]
+    prefix = keys.take("ggml.add_space_prefix", spm, kind=bool)
     merges = keys.take("ggml.merges", kind=list)
     scores = keys.take("ggml.scores", kind=list)
     try:
@@ -164,7 +166,7 @@ def _id(keys: Keys, name: str, size: int) -> int | None:
 
 
 def _pre(keys: Keys, spm: bool) -> Pre:
-    name = keys.take("ggml.pre")
+    name = keys.take("ggml.pre", kind=str)
     if spm:  # text is not split; converters write "default"
         return Pre((), bos=True)
     if name is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Callable
@@ -18,7 +19,8 @@ from moedge.convert import gguf_tokenizer, sources
 TEXTS = [
     "In 1999 there were 12345 of them, 3.14159 each; 7 of 10.",
     "def f(x):\n    return  x   +\t1\n\n\n        # it's  DON'T we'LL\r\n",
-    "na\u00efve cafe\u0301 \u00bd \u0661\u0662\u0663 \u4f60\u597d\u4e16\u754c \u3053\u3093 \U0001f468\u200d\U0001f469 \u2007\u00a0x\u3000 \u041f\u0440\u0438\u0432\u0435\u0442",
+    "na\u00efve cafe\u0301 \u00bd \u0661\u0662\u0663 \u4f60\u597d \u3053\u3093 \u041f\u0440\u0438",
+    "\U0001f468\u200d\U0001f469 \u2007\u00a0x\u3000",
     "  leading, trailing   ",
     "\n\n",
     "a/b_c--d==e !!\n",
@@ -49,8 +51,12 @@ def trained() -> Tokenizer:
 
 @pytest.fixture
 def read(
-    trained: Tokenizer, tiny_model: Callable[..., Any], write_gguf: Callable[..., Path], tmp_path: Path, moedge_cache: Path
-) -> Callable[..., tuple[Any, Path]]:  # fmt: skip
+    trained: Tokenizer,
+    tiny_model: Callable[..., Any],
+    write_gguf: Callable[..., Path],
+    tmp_path: Path,
+    moedge_cache: Path,
+) -> Callable[..., tuple[Any, Path]]:
     """Return a function (metadata, family) -> (the tokenizer that AutoTokenizer reads of such a file, its folder)."""
 
     def make(metadata: dict[str, Any] | None = None, family: str = "llama", **more: Any) -> tuple[Any, Path]:
@@ -163,20 +169,20 @@ def test_default_is_the_rule_of_llama_cpp(trained: Tokenizer, read: Callable[...
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"ggml.pre": "somebody-else"}, r"tokenizer\.ggml\.pre is 'somebody-else', a pre-tokenizer that MoEdge does not"),
+        ({"ggml.pre": "somebody-else"}, r"ggml\.pre is 'somebody-else', a pre-tokenizer that MoEdge does not"),
         ({"ggml.pre": None}, r"tokenizer\.ggml\.pre is missing: an early converter"),
         ({"ggml.model": "bert"}, r"tokenizer\.ggml\.model is 'bert'"),
         ({"ggml.merges": None}, r"tokenizer\.ggml\.merges is missing"),
         ({"ggml.merges": ["nobody knows"]}, "its vocabulary makes no tokenizer: .*nobody"),
         ({"ggml.add_space_prefix": True}, "add_space_prefix is true for a byte-level vocabulary"),
-        ({"ggml.add_bos_token": True, "ggml.bos_token_id": None}, r"add_bos_token is true, but .*bos_token_id is missing"),
+        ({"ggml.add_bos_token": True, "ggml.bos_token_id": None}, r"is true, but .*bos_token_id is missing"),
         ({"ggml.eos_token_id": 70000}, r"eos_token_id is 70000, but the vocabulary has \d+ tokens"),
         ({"ggml.add_sep_token": True}, r"add_sep_token is True, which MoEdge does not apply"),
         ({"ggml.remove_extra_whitespaces": True}, "remove_extra_whitespaces is True"),
         ({"ggml.precompiled_charsmap": [1, 2]}, r"does not know what tokenizer\.ggml\.precompiled_charsmap"),
         ({"ggml.added_tokens": ["<gone>"]}, r"added_tokens names tokens that are not in the vocabulary"),
     ],
-)  # fmt: skip
+)
 def test_a_vocabulary_that_is_not_understood_is_refused(
     keys: dict[str, Any], message: str, read: Callable[..., Any], moedge_cache: Path
 ) -> None:
@@ -191,7 +197,7 @@ def test_a_token_twice_is_refused(read: Callable[..., Any]) -> None:
 
 
 def test_a_tokenizer_that_transformers_would_read_otherwise_is_refused(read: Callable[..., Any]) -> None:
-    with pytest.raises(MoEdgeError, match="transformers would tokenize with another pre-tokenizer than .* 'gpt-2'"):
+    with pytest.raises(MoEdgeError, match=r"transformers would tokenize with another .* 'gpt-2'"):
         read({"ggml.pre": "gpt-2"}, family="qwen2")
 
 
@@ -296,9 +302,7 @@ def llama_cpp(text: str, scores: list[float], prefix: bool) -> list[int]:
     ids = {token: i for i, token in enumerate(SPM)}
     pieces = list(("\u2581" if prefix and text else "") + text.replace(" ", "\u2581"))
     while True:
-        pairs = [
-            (scores[ids[a + b]], -i) for i, (a, b) in enumerate(zip(pieces, pieces[1:], strict=False)) if a + b in ids
-        ]
+        pairs = [(scores[ids[a + b]], -i) for i, (a, b) in enumerate(itertools.pairwise(pieces)) if a + b in ids]
         if not pairs:
             break
         i = -max(pairs)[1]
