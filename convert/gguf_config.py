@@ -170,7 +170,7 @@ def _partial(keys: Keys, facts: dict[str, Any]) -> dict[str, float]:
     dims = keys.whole("rope.dimension_count", whole)
     if dims == whole:
         return {}
-    if keys.file.architecture == "phi3" and dims < whole and int(whole * (dims / whole)) == dims:
+    if keys.file.architecture == "phi3" and dims < whole and dims % 2 == 0 and int(whole * (dims / whole)) == dims:
         return {"partial_rotary_factor": dims / whole}
     if keys.file.architecture.startswith("gemma") and dims == facts["hidden_size"] // facts["num_attention_heads"]:
         return {}  # every Gemma rotates whole heads; this is what a writer puts here that does not know the head size
@@ -192,7 +192,7 @@ def _scaling(file: GGUF, keys: Keys, facts: dict[str, Any], theta: float) -> dic
     if kind not in (None, "none", "linear", "yarn", "longrope"):
         raise keys.refuse("rope.scaling.type", f"is {kind!r}; known: none, linear, yarn, longrope")
     if kind == "longrope" or any(name.startswith("rope_factors") for name in file.tensors):
-        return _longrope(file, keys, kind, factor, attention, original)
+        return _longrope(file, keys, facts, kind, factor, attention, original)
     if attention not in (None, 1):
         raise keys.refuse("rope.scaling.attn_factor", f"is {attention!r}, which MoEdge applies to longrope only")
     if "rope_freqs.weight" in file.tensors:
@@ -211,7 +211,13 @@ def _scaling(file: GGUF, keys: Keys, facts: dict[str, Any], theta: float) -> dic
 
 
 def _longrope(
-    file: GGUF, keys: Keys, kind: str | None, factor: float, attention: float | None, original: int
+    file: GGUF,
+    keys: Keys,
+    facts: dict[str, Any],
+    kind: str | None,
+    factor: float,
+    attention: float | None,
+    original: int,
 ) -> dict[str, Any]:
     tensors = {name: f"rope_factors_{name.split('_')[0]}.weight" for name in ("long_factor", "short_factor")}
     for tensor in tensors.values():
@@ -224,6 +230,7 @@ def _longrope(
         )  # fmt: skip
     factors = {name: values(file, tensor).ravel().tolist() for name, tensor in tensors.items()}
     found = {"rope_type": "longrope", "original_max_position_embeddings": original, "attention_factor": attention}
+    found["factor"] = facts["max_position_embeddings"] / original  # transformers asks for it, and warns otherwise
     return {**found, **factors}
 
 

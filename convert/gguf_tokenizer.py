@@ -284,12 +284,12 @@ def _generation(keys: Keys, tokens: list[str], types: list[int], ids: dict[str, 
     found |= {f"{name}_token_id": ids[key] for name, key in (("bos", "bos"), ("pad", "padding"))}
     suppressed = keys.take("ggml.suppress_tokens", kind=list)
     if suppressed:
+        if not all(isinstance(i, int) and 0 <= i < len(tokens) for i in suppressed):
+            raise keys.refuse("ggml.suppress_tokens", "names tokens that are not in the vocabulary")
         found["suppress_tokens"] = suppressed
-    sampling = {
-        entry: value
-        for key, entry in _SAMPLING.items()
-        if (value := keys.file.metadata.get(f"general.sampling.{key}")) is not None
-    }
+    advice = Keys(keys.file, "general.sampling.")
+    sampling = {entry: advice.given(key) for key, entry in _SAMPLING.items() if key in advice.left}
+    sampling = {entry: value for entry, value in sampling.items() if value is not None}
     return {**found, **sampling, "do_sample": True} if sampling else found
 
 

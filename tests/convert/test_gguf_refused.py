@@ -104,6 +104,7 @@ def test_what_would_be_lost_or_made_up_is_refused_by_name(
         ("olmo2", {"olmo2.attention.sliding_window": 8}, r"sliding_window is 8; no olmo2 model has"),  # OLMo 3
         ("gemma3_text", {"gemma3.attention.sliding_window": None}, r"sliding_window is missing; without it a Gemma 3"),
         ("gemma3_text", {"gemma3.attention.sliding_window_pattern": [True]}, r"has 1 entries for 2 layers"),
+        ("phi3", {"phi3.rope.dimension_count": 7}, r"rope\.dimension_count is 7 for heads of 8, which"),
         ("phi3", scaling("linear", "phi3", factor=2.0), r"type is 'linear', which transformers' Phi-3 cannot have"),
     ],
 )

@@ -177,6 +177,8 @@ def test_default_is_the_rule_of_llama_cpp(trained: Tokenizer, read: Callable[...
         ({"ggml.add_space_prefix": True}, "add_space_prefix is true for a byte-level vocabulary"),
         ({"ggml.add_bos_token": True, "ggml.bos_token_id": None}, r"is true, but .*bos_token_id is missing"),
         ({"ggml.eos_token_id": 70000}, r"eos_token_id is 70000, but the vocabulary has \d+ tokens"),
+        ({"ggml.suppress_tokens": [70000]}, r"suppress_tokens names tokens that are not in the vocabulary"),
+        ({"general.sampling.temp": -1.0}, r"general\.sampling\.temp is -1\.0, not a number above 0"),
         ({"ggml.add_sep_token": True}, r"add_sep_token is True, which MoEdge does not apply"),
         ({"ggml.remove_extra_whitespaces": True}, "remove_extra_whitespaces is True"),
         ({"ggml.precompiled_charsmap": [1, 2]}, r"does not know what tokenizer\.ggml\.precompiled_charsmap"),
@@ -363,7 +365,7 @@ def test_gemma_merges_in_the_order_of_its_ids(read: Callable[..., Any]) -> None:
         **spm_keys(),
         "ggml.tokens": tokens,
         "ggml.token_type": [3, 3, 3, 2, *[6] * 256, 4, *[1] * 6],
-        "ggml.scores": [0.0] * len(tokens),
+        "ggml.scores": [float(i) for i in range(len(tokens))],  # by these, "ab" were first
         "ggml.unknown_token_id": 3,
         "ggml.add_space_prefix": False,
     }
