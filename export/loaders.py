@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from moedge._files import write_json
+from moedge.export import targets
 
 GENAI_CONFIG = "genai_config.json"
-GENAI_TARGETS = ("portable", "ort-cpu", "ort-cpu-int8", "ort-cpu-int4", "openvino")
-"""Targets that onnxruntime-genai has generated the same tokens with (docs/interop.md)."""
 
 GENAI_SEARCH = ("repetition_penalty", "min_length", "no_repeat_ngram_size", "temperature", "top_k", "top_p")
 """What ``generation_config.json`` may ask and genai's search has the same meaning and name for."""
@@ -29,7 +28,7 @@ def describe(folder: Path, manifest: dict[str, Any]) -> None:
     """
     _name_the_family(folder / "config.json", manifest["model"]["model_type"])
     _name_a_known_tokenizer(folder / "tokenizer_config.json")
-    if manifest["target"] in GENAI_TARGETS:
+    if targets.find(manifest["target"]).genai:
         write_json(folder / GENAI_CONFIG, genai_config(folder, manifest))
 
 

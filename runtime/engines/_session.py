@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from moedge import MoEdgeError
+from moedge.export import targets
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _OLDEST_CUDA = (1, 28)
 """The first whose CUDA kernel of ``MoE`` reads its SwiGLU attributes (onnxruntime-genai #2062, onnxruntime #28467)."""
 
@@ -47,7 +47,7 @@ def check_cuda(what: Path | str) -> None:
         import onnxruntime
     except ImportError as error:
         raise MoEdgeError("Running a bundle needs ONNX Runtime; install it with: pip install 'moedge[cuda]'") from error
-    if PROVIDERS["cuda"] not in onnxruntime.get_available_providers():
+    if targets.CUDA not in onnxruntime.get_available_providers():
         raise MoEdgeError(
             f"{what} is for ONNX Runtime's CUDA provider, which onnxruntime {onnxruntime.__version__} here does not "
             "have; run it on a machine with an NVIDIA GPU and `pip install 'moedge[cuda]'`, or use ort-cpu."
@@ -118,13 +118,13 @@ def open_session(
         # With a file of its own the weights may pass 2 GiB.
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimized.data")
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
-    provider = PROVIDERS["cuda" if manifest["target"] == "ort-cuda" else "cpu"]
-    if provider == PROVIDERS["cuda"]:
+    provider = targets.find(manifest["target"]).provider
+    if provider == targets.CUDA:
         # CUDA and cuDNN from pip packages are on no loader path; only a process that imported torch has them already.
         with contextlib.redirect_stdout(sys.stderr):  # it reports there what it does not find
             onnxruntime.preload_dlls()
     # On by default: products of float32, the routers', would round what they read to 11 bits, as many as float16.
-    settings = {"use_tf32": "0"} if provider == PROVIDERS["cuda"] else {}
+    settings = {"use_tf32": "0"} if provider == targets.CUDA else {}
     if settings:
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:

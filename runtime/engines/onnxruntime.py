@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from moedge import MoEdgeError
+from moedge.export import targets
 from moedge.runtime.engines import (
     EngineInfo,
     Step,
@@ -26,7 +27,7 @@ from moedge.runtime.engines import (
     longrope,
     position_ids,
 )
-from moedge.runtime.engines._session import PROVIDERS, check_cuda, open_session, session_options
+from moedge.runtime.engines._session import check_cuda, open_session, session_options
 from moedge.runtime.generation_config import GenerationConfig
 
 
@@ -90,14 +91,16 @@ class OrtEngine:
         if find_spec("onnx"):  # without it ONNX Runtime's own check that data stays in the folder remains
             check_external_data(bundle.model_path, set(manifest["files"]))
         self._path = Path(bundle_path)
-        self._device = "cuda" if manifest["target"] == "ort-cuda" else "cpu"
+        row = targets.find(manifest["target"])
+        self._provider = row.provider
+        self._device = "cuda" if row.provider == targets.CUDA else "cpu"
         if self._device == "cuda":
             check_cuda(self._path)
         self._model: dict[str, Any] = manifest["model"]
         self._rope_boundary = longrope.of_bundle(self._path, self._model)
         self._shared = manifest["cache"]["kind"] == "shared_buffer"
         # TensorRT's graphs are executed with the roundings of their half type, which ONNX Runtime would leave out.
-        rounded = manifest["target"].startswith("tensorrt")
+        rounded = row.engine is not None
         # Of the cache and the logits.
         self._dtype = np.dtype("float32" if rounded else manifest["cache"].get("dtype", "float32"))
         # JSON keys are strings; layers are numbers everywhere else.
@@ -206,7 +209,7 @@ class OrtEngine:
             import onnxruntime
 
             part, names, outputs = _graph.routers(self._model_path, self._taps)
-            session = onnxruntime.InferenceSession(part, session_options(self.info.threads), [PROVIDERS[self._device]])
+            session = onnxruntime.InferenceSession(part, session_options(self.info.threads), [self._provider])
             self._routers = (session, names, outputs)
         session, names, outputs = self._routers
         found = session.run(outputs, {name: router_inputs[layer] for layer, name in names.items()})

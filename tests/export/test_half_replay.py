@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,11 @@ from onnx import numpy_helper
 from moedge import MoEdgeError
 from moedge._files import atomic_dir
 from moedge.configs import tolerances
-from moedge.export import bundle
+from moedge.export import bundle, targets
 from moedge.export.pipeline import export, lower
 from moedge.runtime.commands.verify import _pair
+from moedge.runtime.engines import _session, open_engine
 from moedge.runtime.engines import onnxruntime as ort_engine
-from moedge.runtime.engines import open_engine
 from moedge.runtime.verification import Judging
 
 HIDDEN, EXPERTS, TOP_K, LAYERS = 64, 30, 15, 2
@@ -63,7 +64,8 @@ def cuda_graphs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """An ort-cuda bundle runs on the CPU provider: the same file, other kernels."""
     place = onnxruntime.OrtValue.ortvalue_from_numpy
     monkeypatch.setattr(ort_engine, "check_cuda", lambda what: None)
-    monkeypatch.setitem(ort_engine.PROVIDERS, "cuda", "CPUExecutionProvider")
+    rows = SimpleNamespace(find=lambda name: SimpleNamespace(provider=targets.CPU), CUDA=targets.CUDA)
+    monkeypatch.setattr(_session, "targets", rows)
     monkeypatch.setattr(ort_engine.OrtEngine, "_ort_value", staticmethod(lambda array, device="cpu": place(array)))
 
 
