@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moedge import MoEdgeError
 from moedge._files import atomic_dir, sha256_file, write_json
-from moedge.convert import adapters, assets
+from moedge.convert import adapters, assets, tokenizer_files
 from moedge.convert.errors import first_sentence, quiet
 
 _NAMES = {"gemma3": "gemma3_text"}
@@ -42,7 +42,7 @@ def to_folder(path: Path) -> tuple[Path, str]:
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config  # it is a plain float model now, and must load as one
         model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        tokenizer_files.save(tokenizer, partial)
         write_json(partial / stamp.name, {"quantization": quantization})
     return folder, _label(path, quantization)
 

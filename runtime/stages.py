@@ -27,10 +27,11 @@ SOURCE_CODE = (
     "convert/gguf_files.py",
     "convert/moe_adapters.py",
     "convert/sources.py",
+    "convert/tokenizer_files.py",
     "runtime/fingerprint.py",
 )
 CONVERT_CODE = (*_ALWAYS_CODE, "runtime/held_out.py", "convert", "export/ops.py", "export/kernels")
-_EXPORT_CODE = (*CONVERT_CODE, "export", "runtime/engines/emulation.py", "runtime/text.py")
+_EXPORT_CODE = (*CONVERT_CODE, "export", "runtime/engines/emulation.py", "runtime/chat_template.py", "runtime/text.py")
 _ENGINE_CODE = (
     *CONVERT_CODE,
     *("export/__init__.py", "export/bundle.py", "export/functions.py", "export/launcher"),
