@@ -10,6 +10,7 @@ what came out, which every reader takes as it is.
 from __future__ import annotations
 
 import json
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,8 @@ def load(folder: Path) -> PreTrainedTokenizerBase:
             f"{folder / min(found)} is a SentencePiece model; install the package that reads it: "
             "pip install sentencepiece."
         )
+    import moedge.convert.modeling  # registers the model types of checkpoints
+
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -101,6 +104,16 @@ def save(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     # The name that transformers 4 knows, too; both take tokenizer.json as it is.
     write_json(path, {**config, "tokenizer_class": "PreTrainedTokenizerFast"})
     _check(tokenizer, folder)
+
+
+def check(folder: Path) -> None:
+    """Refuse a model folder whose tokenizer cannot be loaded, or not be written as tokenizer.json.
+
+    Raises:
+        MoEdgeError: see :func:`load` and :func:`save`.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        save(load(folder), Path(scratch))
 
 
 def _check(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -102,7 +102,10 @@ def build(recipe: Recipe, machine: dict[str, Any]) -> list[Stage]:
             bodies.calibrate,
             {
                 **recipe.calibration.model_dump(),
-                "text": calibration_text,
+                "text": {
+                    **calibration_text,
+                    "alone": all(entry["is"] != calibration_text["is"] for entry in held_out),
+                },
                 **_measured(convert),
                 "domains": domains,
                 **device,

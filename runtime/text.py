@@ -79,6 +79,7 @@ class Tokenizer:
             not isinstance(self._tokenizer.model, tokenizers.models.BPE)
             or config.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output") is True
         )
+        self.byte_fallback = bool(getattr(self._tokenizer.model, "byte_fallback", False))
         self._templates = chat_template.find(files, config)
         self._template: ChatTemplate | None = None
 
@@ -188,7 +189,10 @@ class TextStream:
         decode = self._tokenizer.decode_as_it_is
         text = decode(self._ids[self._start :])
         waiting = 0 if final else len(text) - len(text.rstrip("\ufffd"))
-        if len(self._ids) - self._whole > 3:
+        pending = self._ids[self._whole :]
+        if waiting and self._tokenizer.byte_fallback and decode(pending).count("\ufffd") < len(pending):
+            waiting = 0  # bytes of an unfinished character are one U+FFFD each: this one is written in the text
+        if len(pending) > 3:
             waiting = min(3, waiting)
         end = max(self._shown, len(text) - waiting)
         new, self._shown = text[self._shown : end], end

@@ -12,7 +12,7 @@ from moedge import MoEdgeError
 from moedge.runtime import generate as generation
 from moedge.runtime import run_folder
 from moedge.runtime.engines import open_engine
-from moedge.runtime.text import Message, Tokenizer
+from moedge.runtime.text import Message, open_tokenizer
 
 MODELS = ("moe", "dense")
 TARGETS = ("ort-cpu", "ort-cpu-int8", "ort-cpu-int4", "portable", "torch")
@@ -48,7 +48,7 @@ def generate(
             raise MoEdgeError(f"{option} {value}: unknown; choose {' or '.join(known)}.")
     folder = run_folder.pick(path, model=which, target=target) if run_folder.is_run(path) else path
     text = _given(prompt)
-    tokenizer = Tokenizer(folder)
+    tokenizer = open_tokenizer(folder)
     request: str | list[Message] = [{"role": "user", "content": text}] if chat else text
     engine = open_engine(folder, threads=threads, pytorch=pytorch, last_logits=True)
     before = [] if chat else [text]  # printed once the prompt is known to fit

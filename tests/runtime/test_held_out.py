@@ -16,7 +16,7 @@ def test_a_text_of_one_document_is_all_held_out(tmp_path):
         held_out.calibration_text({"spec": str(path), "every": 10})
     path.write_text("first\nsecond\n", encoding="utf-8")
     assert [
-        document.text.strip() for document in held_out.calibration_text({"spec": str(path), "every": 10}).documents
+        document.text.strip() for document in held_out.calibration_text({"spec": str(path), "every": 10})[0].documents
     ] == ["second"]
 
 
