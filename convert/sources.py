@@ -26,12 +26,15 @@ _IDENTITY = ("*.safetensors", "*.safetensors.index.json", "config.json", "genera
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+Kind = Literal["folder", "gguf", "hub", "asset"]
+
+
 @dataclass(frozen=True)
 class Source:
     """A model that is ready to load."""
 
     spec: str
-    kind: Literal["folder", "gguf", "hub", "asset"]
+    kind: Kind
     folder: Path
     """Hugging Face folder; for a GGUF the de-quantized float32 copy in the cache."""
     sha256: str
@@ -41,7 +44,7 @@ class Source:
 
 
 def resolve(spec: str, revision: str | None = None) -> Source:
-    """Turn a user's model spec into a folder on disk.
+    """Turn a user's model spec into a folder on disk, and identify what is in it.
 
     Args:
         spec: a local Hugging Face folder, the path of a ``.gguf`` file, a hub id ``org/name`` or ``asset:NAME``.
@@ -50,24 +53,28 @@ def resolve(spec: str, revision: str | None = None) -> Source:
     Raises:
         MoEdgeError: missing, damaged, pickle-only, already converted, without GLU FFN or of an unknown architecture.
     """
+    kind, folder, label = locate(spec, revision)
+    return Source(spec, kind, folder, identity(folder), label)
+
+
+def locate(spec: str, revision: str | None = None) -> tuple[Kind, Path, str]:
+    """:func:`resolve` without the identity, which reads all weights: (kind, folder, label)."""
     path = Path(spec).expanduser()
     if spec.startswith("asset:"):
         asset = assets.find(spec.removeprefix("asset:"))
-        folder, label = gguf_files.to_folder(assets.fetch(asset.name))
-        return Source(spec, "asset", folder, identity(folder), label)
+        return "asset", *gguf_files.to_folder(assets.fetch(asset.name))
     if path.is_file():
         if path.suffix != ".gguf":
             raise MoEdgeError(f"{path} is neither a folder nor a .gguf file; give one of these or a hub id org/name.")
-        folder, label = gguf_files.to_folder(path)
-        return Source(spec, "gguf", folder, identity(folder), label)
+        return "gguf", *gguf_files.to_folder(path)
     if path.is_dir():
         check_folder(path)
-        return Source(spec, "folder", path, identity(path), path.name or str(path.resolve()))
+        return "folder", path, path.name or str(path.resolve())
     if spec.endswith(".gguf") or spec.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(spec):
         raise MoEdgeError(f"Model {spec} does not exist; give a folder, a .gguf file, a hub id org/name or asset:NAME.")
     folder = _from_hub(spec, revision)
     check_folder(folder)
-    return Source(spec, "hub", folder, identity(folder), f"{spec}@{revision}" if revision else spec)
+    return "hub", folder, f"{spec}@{revision}" if revision else spec
 
 
 def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:

@@ -11,6 +11,7 @@ from rich.markup import escape
 from moedge import MoEdgeError
 from moedge.runtime import generate as generation
 from moedge.runtime import run_folder
+from moedge.runtime.commands import models
 from moedge.runtime.engines import open_engine
 from moedge.runtime.text import Message, open_tokenizer
 
@@ -46,7 +47,7 @@ def generate(
     for option, value, known in (("--model", which, MODELS), ("--target", target, TARGETS)):
         if value not in known:
             raise MoEdgeError(f"{option} {value}: unknown; choose {' or '.join(known)}.")
-    folder = run_folder.pick(path, model=which, target=target) if run_folder.is_run(path) else path
+    folder = run_folder.pick(path, model=which, target=target) if run_folder.is_run(path) else models.local(path)
     text = _given(prompt)
     tokenizer = open_tokenizer(folder)
     request: str | list[Message] = [{"role": "user", "content": text}] if chat else text
