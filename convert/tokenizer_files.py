@@ -51,21 +51,26 @@ def load(folder: Path) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
+    import moedge.convert.modeling  # registers the model types of checkpoints
+
     found = {path.name for pattern in _VOCABULARY for path in folder.glob(pattern) if path.is_file()}
     if not found:
         raise MoEdgeError(f"{folder} has no tokenizer; copy tokenizer.json and tokenizer_config.json there.")
+    _check_files(folder)
     if all(".model" in name for name in found) and find_spec("sentencepiece") is None:
         raise MoEdgeError(
-            f"{folder / min(found)} is a SentencePiece model; install the package that reads it: "
-            "pip install sentencepiece."
+            f"Reading the tokenizer in {folder / min(found)} takes the package sentencepiece; install moedge[convert]."
         )
-    import moedge.convert.modeling  # registers the model types of checkpoints
-
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception, and classes raise what they like on damaged files
-        raise MoEdgeError(f"Cannot load the tokenizer in {folder}: {first_sentence(error)}") from error
+        # The first line of that one only announces a list.
+        said = "" if "Couldn't instantiate the backend tokenizer" in str(error) else f": {first_sentence(error)[:-1]}"
+        raise MoEdgeError(
+            f"Cannot load the tokenizer in {folder} from {', '.join(sorted(found))}{said}; copy the model's "
+            "tokenizer.json and tokenizer_config.json there."
+        ) from error
     kind = type(tokenizer).__name__
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -80,6 +85,19 @@ def load(folder: Path) -> PreTrainedTokenizerBase:
             "and tokenizer_config.json there."
         )
     return tokenizer
+
+
+def _check_files(folder: Path) -> None:
+    """Name the file that is damaged: libraries say what is wrong, but not where."""
+    for path in sorted({path for pattern in PATTERNS for path in folder.glob(pattern) if path.is_file()}):
+        data = path.read_bytes()
+        if data.startswith(b"version https://git-lfs"):
+            raise MoEdgeError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in {folder}.")
+        try:
+            if path.suffix == ".json" and not isinstance(json.loads(data), dict):
+                raise ValueError("not a JSON object")
+        except (ValueError, RecursionError) as error:
+            raise MoEdgeError(f"{path} is damaged ({error}); download it again.") from error
 
 
 def save(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

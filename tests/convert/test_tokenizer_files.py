@@ -221,3 +221,161 @@ def test_every_folder_names_the_special_tokens_of_the_parent(
         if not isinstance(tokenizer, runtime.Tokenizer):
             for fact in ("special_tokens_map", "padding_side", "truncation_side", "model_max_length"):
                 assert getattr(tokenizer, fact) == getattr(stock, fact), (name, fact)
+
+
+def test_what_is_written_says_nothing_that_a_reader_would_apply_again(tmp_path: Path) -> None:
+    """Neither what training left (truncation, padding) nor what asks a class to build the tokenizer anew."""
+    tokenizer_files.save(sources.load_tokenizer(KINDS["tokenizer.json"](tmp_path / "a")), tmp_path)
+    written = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert (written["truncation"], written["padding"]) == (None, None)
+    assert [token["content"] for token in written["added_tokens"]] == [*SPECIAL, "<unk>"]
+    tokenizer_files.save(sources.load_tokenizer(KINDS["llama 2, LlamaTokenizer"](tmp_path / "b")), tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert not {"legacy", "add_eos_token", "add_bos_token", "add_prefix_space", "name_or_path"} & set(config)
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast", "transformers 4 knows this name, too"
+
+
+def test_a_sentencepiece_model_becomes_tokenizer_json(tmp_path: Path) -> None:
+    pytest.importorskip("sentencepiece")
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    pieces = [("<unk>", 2), ("<s>", 3), ("</s>", 3), *((f"<0x{byte:02X}>", 6) for byte in range(256))]
+    pieces += [(piece, 1) for piece in ("▁the", "▁t", "he", "▁", "t", "h", "e", "a")]
+    for rank, (piece, kind) in enumerate(pieces):
+        model.pieces.add(piece=piece, type=kind, score=-float(rank))
+    model.trainer_spec.model_type, model.trainer_spec.byte_fallback = 2, True
+    model.trainer_spec.unk_id, model.trainer_spec.bos_id, model.trainer_spec.eos_id = 0, 1, 2
+    model.normalizer_spec.name, model.normalizer_spec.add_dummy_prefix = "identity", True
+    model.normalizer_spec.remove_extra_whitespaces = False
+    folder = model_folder(tmp_path / "model", "llama", tokenizer_class="LlamaTokenizer", add_bos_token=True)
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+    stock, ours = AutoTokenizer.from_pretrained(folder), runtime.open_tokenizer(folder)
+    for text in ("the heat", "  the\n\u00e9", "</s>the"):
+        assert ours.encode(text) == stock(text)["input_ids"]
+        assert ours.decode(ours.encode(text)) == stock.decode(stock(text)["input_ids"], skip_special_tokens=True)
+
+
+def test_a_sentencepiece_model_without_its_package_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = model_folder(tmp_path / "model", "llama", tokenizer_class="LlamaTokenizer")
+    (folder / "tokenizer.model").write_bytes(b"\n\x05")
+    monkeypatch.setattr(tokenizer_files, "find_spec", lambda name: None)
+    with pytest.raises(MoEdgeError, match=r"tokenizer\.model takes the package sentencepiece; install moedge\[convert\]"):
+        sources.load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "has no tokenizer; copy"),
+        ({"tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer"}, "merges.txt": ""}, "has no tokenizer; copy"),
+        # LlamaTokenizer reads no vocab.json: transformers would give a tokenizer of <unk>, <s> and </s>.
+        ({"tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer"}, "vocab.json": {"a": 0}}, r"vocab\.json"),
+        ({"tokenizer.json": '{"model": {"type": "BPE2"}}'}, r"Cannot load the tokenizer in .* from tokenizer\.json"),
+        ({"tokenizer.json": '{"model": '}, r"tokenizer\.json is damaged"),
+        ({"tokenizer.json": "[]"}, r"tokenizer\.json is damaged \(not a JSON object\)"),
+        ({"vocab.json": {"a": 0}, "added_tokens.json": "nonsense"}, r"added_tokens\.json is damaged"),
+        ({"tokenizer.model": "version https://git-lfs.github.com/spec/v1\n"}, r"tokenizer\.model is a Git LFS pointer"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_had_is_refused(files: dict[str, Any], message: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name, value in {"config.json": {"model_type": "llama"}, **files}.items():
+        write(folder / name, value)
+    with pytest.raises(MoEdgeError, match=message) as caught:
+        sources.load_tokenizer(folder)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(MoEdgeError, match=message):  # never a bundle without one
+        bundle.write_companions(folder, tmp_path)
+    assert not (tmp_path / "tokenizer.json").exists()
+
+
+def test_a_tokenizer_that_reads_back_otherwise_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = sources.load_tokenizer(KINDS["tokenizer.json"](tmp_path / "model"))
+    saved = type(tokenizer).save_pretrained
+
+    def lossy(self: Any, folder: Path) -> Any:
+        made = saved(self, folder)
+        value = json.loads((folder / "tokenizer.json").read_text())
+        write(folder / "tokenizer.json", {**value, "pre_tokenizer": {**value["pre_tokenizer"], "add_prefix_space": True}})
+        return made
+
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", lossy)
+    with pytest.raises(MoEdgeError, match="cannot be written as tokenizer.json: read back, it gives"):
+        tokenizer_files.save(tokenizer, tmp_path)
+
+
+def hub_snapshot(plain: Path, root: Path) -> Path:
+    """A folder of links into ``blobs``, as the hub's cache keeps a model."""
+    snapshot = root / "snapshots" / "1"
+    (root / "blobs").mkdir(parents=True)
+    for number, file in enumerate(sorted(path for path in plain.rglob("*") if path.is_file())):
+        blob, link = root / "blobs" / str(number), snapshot / file.relative_to(plain)
+        blob.write_bytes(file.read_bytes())
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(blob)
+    return snapshot
+
+
+def test_a_snapshot_of_the_hub_is_the_model_that_it_links_to(tmp_path: Path) -> None:
+    plain = KINDS["tokenizer.json"](tmp_path / "plain")
+    write(plain / "chat_template.jinja", "{{ messages[0].content }}")
+    (plain / "additional_chat_templates").mkdir()
+    write(plain / "additional_chat_templates" / "rag.jinja", "rag")
+    write(plain / "generation_config.json", {"eos_token_id": 257})
+    snapshot = hub_snapshot(plain, tmp_path / "cache")
+    (tmp_path / "link").symlink_to(snapshot)
+    made = []
+    for number, folder in enumerate((plain, snapshot, tmp_path / "link")):
+        assert sources.identity(folder) == sources.identity(plain)
+        out = tmp_path / f"bundle{number}"
+        out.mkdir()
+        bundle.write_companions(folder, out)
+        made.append({path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()})
+        assert not any(path.is_symlink() for path in out.rglob("*"))
+    assert made[0] == made[1] == made[2]
+    assert {"config.json", "generation_config.json", "chat_template.jinja"} <= {path.name for path in made[0]}
+    assert Path("additional_chat_templates/rag.jinja") in made[0]
+    lowered = tmp_path / "lowered"
+    lowered.mkdir()
+    bundle.copy_companions(tmp_path / "bundle0", lowered)
+    assert {path.relative_to(lowered) for path in lowered.rglob("*") if path.is_file()} == set(made[0])
+
+
+def test_a_link_whose_file_is_gone_is_named(tmp_path: Path) -> None:
+    snapshot = hub_snapshot(KINDS["tokenizer.json"](tmp_path / "plain"), tmp_path / "cache")
+    for blob in (tmp_path / "cache" / "blobs").iterdir():
+        blob.unlink()
+    with pytest.raises(MoEdgeError, match=r"is a link to .*blobs.*, which is not there"):
+        sources.resolve(str(snapshot))
+    with pytest.raises(MoEdgeError, match=r"is a link to .*blobs.*, which is not there"):
+        bundle.write_companions(snapshot, tmp_path)
+
+
+def test_a_link_in_a_bundle_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "bundle").mkdir()
+    write(tmp_path / "elsewhere.json", {})
+    (tmp_path / "bundle" / "config.json").symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(MoEdgeError, match="is a symbolic link"):
+        bundle.copy_companions(tmp_path / "bundle", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+        *("vocab.txt", "merges.txt", "tokenizer.model", "tokenizer.model.v3", "spiece.model", "tekken.json"),
+        *("chat_template.jinja", "additional_chat_templates/rag.jinja"),
+    ],
+)
+def test_another_tokenizer_is_another_source(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    before = sources.identity(tmp_path)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("{}")
+    after = sources.identity(tmp_path)
+    (tmp_path / name).write_text("{ }")
+    assert len({before, after, sources.identity(tmp_path)}) == 3

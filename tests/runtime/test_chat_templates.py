@@ -10,9 +10,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from moedge import MoEdgeError
-from moedge.convert import tokenizer_files
+from moedge.convert import sources, tokenizer_files
 from moedge.runtime import chat_template
-from moedge.runtime.text import Tokenizer
+from moedge.runtime.text import Tokenizer, open_tokenizer
 
 # Written in the manner of the families that their names tell; what they ask for is what those ask for.
 CHATML = (
@@ -168,3 +168,14 @@ def test_several_templates_without_a_default_are_named(tmp_path: Path, tiny_toke
 def test_a_chat_without_messages_is_refused(tmp_path: Path, tiny_tokenizer: Any) -> None:
     with pytest.raises(MoEdgeError, match="at least one message"):
         Tokenizer(parent(tmp_path / "model", tiny_tokenizer, CHATML)).apply_chat_template([])
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_the_packaged_model_has_transformers_prompt() -> None:
+    folder = sources.locate("asset:smollm2-135m-instruct")[1]
+    stock, ours = AutoTokenizer.from_pretrained(folder), open_tokenizer(folder)
+    for chat in CHATS.values():
+        prompt = stock.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        assert ours.apply_chat_template(chat) == prompt
+        assert ours.encode(prompt, add_special_tokens=False) == stock(prompt, add_special_tokens=False)["input_ids"]
