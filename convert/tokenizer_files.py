@@ -31,7 +31,16 @@ PATTERNS = (
 """Files of a model folder that make a tokenizer and its chat templates."""
 
 _MADE_BY_CLASS = ("add_bos_token", "add_eos_token", "add_prefix_space", "from_slow", "legacy", "sp_model_kwargs")
-_OF_FILES = ("added_tokens_decoder", "auto_map", "backend", "files_loaded", "merges", "merges_file", "vocab", "vocab_file")
+_OF_FILES = (
+    "added_tokens_decoder",
+    "auto_map",
+    "backend",
+    "files_loaded",
+    "merges",
+    "merges_file",
+    "vocab",
+    "vocab_file",
+)
 _OF_LOADING = ("is_local", "local_files_only", "tokenizer_file", "tokenizer_object", "use_default_system_prompt")
 _WRITTEN = ("clean_up_tokenization_spaces", "model_input_names", "padding_side", "split_special_tokens")
 """Attributes whose defaults depend on the class."""

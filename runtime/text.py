@@ -174,7 +174,10 @@ class TextStream:
         self._start = 0  # first id of the window
         self._whole = 0  # ids before this one are shown completely
         self._shown = 0  # characters of the window that have been shown
-        self._text, self._given = "", 0  # where spaces are tidied up: all text before that, and how much was given after
+        self._text, self._given = (
+            "",
+            0,
+        )  # where spaces are tidied up: all text before that, and how much was given after
 
     def push(self, token: int) -> str:
         """Add one id and return the new text, empty while a character is incomplete."""

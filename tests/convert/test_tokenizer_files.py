@@ -72,7 +72,9 @@ def whole(folder: Path) -> Path:
 
 def split_specials(folder: Path) -> Path:
     whole(folder)
-    write(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True})
+    write(
+        folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True}
+    )
     return folder
 
 
@@ -132,9 +134,7 @@ def unigram(folder: Path) -> Path:
     made.pre_tokenizer = pre_tokenizers.Metaspace()
     made.decoder = decoders.Metaspace()
     made.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
-    model_folder(
-        folder, "llama", tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=True, **NAMED
-    )
+    model_folder(folder, "llama", tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=True, **NAMED)
     made.save(str(folder / "tokenizer.json"))
     return folder
 
@@ -262,7 +262,9 @@ def test_a_sentencepiece_model_without_its_package_is_one_sentence(
     folder = model_folder(tmp_path / "model", "llama", tokenizer_class="LlamaTokenizer")
     (folder / "tokenizer.model").write_bytes(b"\n\x05")
     monkeypatch.setattr(tokenizer_files, "find_spec", lambda name: None)
-    with pytest.raises(MoEdgeError, match=r"tokenizer\.model takes the package sentencepiece; install moedge\[convert\]"):
+    with pytest.raises(
+        MoEdgeError, match=r"tokenizer\.model takes the package sentencepiece; install moedge\[convert\]"
+    ):
         sources.load_tokenizer(folder)
 
 
@@ -300,7 +302,9 @@ def test_a_tokenizer_that_reads_back_otherwise_is_refused(tmp_path: Path, monkey
     def lossy(self: Any, folder: Path) -> Any:
         made = saved(self, folder)
         value = json.loads((folder / "tokenizer.json").read_text())
-        write(folder / "tokenizer.json", {**value, "pre_tokenizer": {**value["pre_tokenizer"], "add_prefix_space": True}})
+        write(
+            folder / "tokenizer.json", {**value, "pre_tokenizer": {**value["pre_tokenizer"], "add_prefix_space": True}}
+        )
         return made
 
     monkeypatch.setattr(type(tokenizer), "save_pretrained", lossy)

@@ -51,7 +51,8 @@ TEMPLATES = {
     "{{- '[INST] ' + message['content'] + '[/INST]' }}{%- else %}{{- ' ' + message['content'] + eos_token }}{%- endif %}"
     "{%- endfor %}{{ ns.index }}",
     "qwen 2.5": "{%- if tools %}{{- '# Tools' }}{%- for tool in tools %}{{- '\n' }}{{- tool | tojson }}{%- endfor %}"
-    "{%- elif messages[0]['role'] != 'system' %}{{- '<|im_start|>system\nYou are Q.<|im_end|>\n' }}{%- endif %}" + CHATML,
+    "{%- elif messages[0]['role'] != 'system' %}{{- '<|im_start|>system\nYou are Q.<|im_end|>\n' }}{%- endif %}"
+    + CHATML,
     "qwen 3": "{%- set ns = namespace(multi_step_tool=true, last=messages|length - 1) %}{%- for message in messages[::-1] %}"
     "{%- set index = (messages|length - 1) - loop.index0 %}{%- if ns.multi_step_tool and message.role == 'user' and "
     "not (message.content.startswith('<r>') and message.content.endswith('</r>')) %}"
