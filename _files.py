@@ -83,9 +83,7 @@ def check_links(folder: Path) -> None:
     """
     for entry in folder.iterdir() if folder.is_dir() else ():
         if entry.is_symlink() and not entry.exists():
-            raise MoEdgeError(
-                f"{entry} is a link to {os.readlink(entry)}, which is not there; download the model again."
-            )
+            raise MoEdgeError(f"{entry} is a link to {entry.readlink()}, which is not there; download the model again.")
 
 
 @contextmanager

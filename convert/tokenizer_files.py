@@ -3,8 +3,8 @@
 What ``AutoTokenizer`` makes of the parent's folder is what its ids mean: the model was trained, and is calibrated and
 evaluated, with it. That may be another tokenizer than the parent's ``tokenizer.json``: the class that
 ``tokenizer_config.json`` names may put a normalizer, a pre-tokenizer or special tokens of its own in place of the
-file's, or make everything of ``vocab.json`` and ``merges.txt`` or a SentencePiece model. So checkpoints and bundles hold
-what came out, which every reader takes as it is.
+file's, or make everything of ``vocab.json`` and ``merges.txt`` or a SentencePiece model. So checkpoints and bundles
+hold what came out, which every reader takes as it is.
 """
 
 from __future__ import annotations
@@ -31,17 +31,15 @@ PATTERNS = (
 """Files of a model folder that make a tokenizer and its chat templates."""
 
 _MADE_BY_CLASS = ("add_bos_token", "add_eos_token", "add_prefix_space", "from_slow", "legacy", "sp_model_kwargs")
-_OF_FILES = (
-    "added_tokens_decoder",
-    "auto_map",
+_OF_FILES = ("added_tokens_decoder", "auto_map", "files_loaded", "merges", "merges_file", "vocab", "vocab_file")
+_OF_LOADING = (
     "backend",
-    "files_loaded",
-    "merges",
-    "merges_file",
-    "vocab",
-    "vocab_file",
+    "is_local",
+    "local_files_only",
+    "tokenizer_file",
+    "tokenizer_object",
+    "use_default_system_prompt",
 )
-_OF_LOADING = ("is_local", "local_files_only", "tokenizer_file", "tokenizer_object", "use_default_system_prompt")
 _WRITTEN = ("clean_up_tokenization_spaces", "model_input_names", "padding_side", "split_special_tokens")
 """Attributes whose defaults depend on the class."""
 _PROBE = (
@@ -60,7 +58,7 @@ def load(folder: Path) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    import moedge.convert.modeling  # registers the model types of checkpoints
+    import moedge.convert.modeling  # noqa: F401  registers the model types of checkpoints
 
     found = {path.name for pattern in _VOCABULARY for path in folder.glob(pattern) if path.is_file()}
     if not found:
@@ -84,14 +82,14 @@ def load(folder: Path) -> PreTrainedTokenizerBase:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise MoEdgeError(
-            f"{folder}: the tokenizer's class {kind} runs in Python only, so it cannot be written as tokenizer.json for "
-            "the runtimes; give a model whose tokenizer is of the tokenizers library."
+            f"{folder}: the tokenizer's class {kind} runs in Python only, so it cannot be written as tokenizer.json; "
+            "give a model whose tokenizer is of the tokenizers library."
         )
     # Without files of the kind that it reads, a class makes a vocabulary of its special tokens.
     if set(backend.get_vocab(with_added_tokens=False)) <= set(tokenizer.all_special_tokens):
         raise MoEdgeError(
-            f"{folder}: class {kind} finds no vocabulary in {', '.join(sorted(found))}; copy the model's tokenizer.json "
-            "and tokenizer_config.json there."
+            f"{folder}: class {kind} finds no vocabulary in {', '.join(sorted(found))}; copy the model's "
+            "tokenizer.json and tokenizer_config.json there."
         )
     return tokenizer
 
@@ -115,7 +113,7 @@ def save(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     Raises:
         MoEdgeError: what was written gives other tokens than ``tokenizer``.
     """
-    backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    backend: Any = tokenizer.backend_tokenizer
     # transformers sets both anew at every call. In the file they would cut texts for other readers.
     backend.no_truncation()
     backend.no_padding()

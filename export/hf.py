@@ -39,7 +39,7 @@ import torch
 
 from moedge import MoEdgeError
 from moedge._files import atomic_dir, write_json
-from moedge.convert import modeling, sources, tokenizer_files
+from moedge.convert import modeling, tokenizer_files
 from moedge.convert.errors import quiet
 from moedge.export import hf_check
 

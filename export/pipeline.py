@@ -55,8 +55,8 @@ def export(
         calibration: int64 [N, L], text for which 4-bit weights are chosen by GPTQ instead of rounding to the nearest.
 
     Raises:
-        MoEdgeError: unknown target, a model without a tokenizer or that cannot be traced, an existing bundle without ``force``, or a lowering
-            whose self-test fails.
+        MoEdgeError: unknown target, a model without a tokenizer or that cannot be traced, an existing bundle without
+            ``force``, or a lowering whose self-test fails.
     """
     check_targets(targets)
     order = ["portable", *[name for name in TARGETS if name in targets and name != "portable"]]

@@ -144,8 +144,9 @@ def _special_tokens(config: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
             yield name, text
 
 
-_LOST_SPACES = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'")) + tuple(
-    (f" {end}", end) for end in ("n't", "'m", "'s", "'ve", "'re")
+_LOST_SPACES = (
+    *((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'")),
+    *((" n't", "n't"), (" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re")),
 )
 _LATER = 3 * len(_LOST_SPACES)
 """Characters at the end of a text whose form may depend on what follows: each rule looks at most 3 ahead."""
@@ -177,7 +178,7 @@ class TextStream:
         self._text, self._given = (
             "",
             0,
-        )  # where spaces are tidied up: all text before that, and how much was given after
+        )  # where spaces are tidied up: all text before that, and how much was shown
 
     def push(self, token: int) -> str:
         """Add one id and return the new text, empty while a character is incomplete."""

@@ -47,13 +47,15 @@ TEMPLATES = {
     "{%- set ns = namespace() %}{%- set ns.index = 0 %}{%- for message in loop_messages %}"
     "{%- if not (message.role == 'tool' or (message.tool_calls is defined and message.tool_calls is not none)) %}"
     "{%- set ns.index = ns.index + 1 %}{%- endif %}{%- if message['role'] == 'user' %}"
-    "{%- if tools is not none and (message == user_messages[-1]) %}{{- '[AVAILABLE_TOOLS]' + tools|tojson }}{%- endif %}"
-    "{{- '[INST] ' + message['content'] + '[/INST]' }}{%- else %}{{- ' ' + message['content'] + eos_token }}{%- endif %}"
+    "{%- if tools is not none and (message == user_messages[-1]) %}{{- '[TOOLS]' + tools|tojson }}{%- endif %}"
+    "{{- '[INST] ' + message['content'] + '[/INST]' }}{%- else %}{{- ' ' + message['content'] + eos_token }}"
+    "{%- endif %}"
     "{%- endfor %}{{ ns.index }}",
     "qwen 2.5": "{%- if tools %}{{- '# Tools' }}{%- for tool in tools %}{{- '\n' }}{{- tool | tojson }}{%- endfor %}"
     "{%- elif messages[0]['role'] != 'system' %}{{- '<|im_start|>system\nYou are Q.<|im_end|>\n' }}{%- endif %}"
     + CHATML,
-    "qwen 3": "{%- set ns = namespace(multi_step_tool=true, last=messages|length - 1) %}{%- for message in messages[::-1] %}"
+    "qwen 3": "{%- set ns = namespace(multi_step_tool=true, last=messages|length - 1) %}"
+    "{%- for message in messages[::-1] %}"
     "{%- set index = (messages|length - 1) - loop.index0 %}{%- if ns.multi_step_tool and message.role == 'user' and "
     "not (message.content.startswith('<r>') and message.content.endswith('</r>')) %}"
     "{%- set ns.multi_step_tool = false %}{%- set ns.last = index %}{%- endif %}{%- endfor %}"
@@ -63,9 +65,11 @@ TEMPLATES = {
     "{%- set reasoning_content = message.content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
     "{%- endif %}{{- '<think>' + reasoning_content.strip('\n') + '</think>' }}{%- endif %}"
     "{{- message.role + message.content }}{%- endfor %}{{- ns.last }}{%- if add_generation_prompt %}"
-    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think></think>' }}{%- endif %}{%- endif %}",
-    "gemma 2": "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
-    "{% endif %}{% for message in messages %}{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think></think>' }}{%- endif %}"
+    "{%- endif %}",
+    "gemma 2": "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}{% for message in messages %}"
+    "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
     "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}",
     "phi 3": "{% for message in messages %}{% if message['role'] in ['system', 'user'] and message['content'] %}"
@@ -124,7 +128,6 @@ def prompts(folder: Path, chat: list[dict[str, Any]], generation: bool) -> tuple
         try:
             found.append(Tokenizer(one).apply_chat_template(chat, add_generation_prompt=generation))
         except MoEdgeError as error:
-            assert "\n" not in str(error)
             found.append("refused: " + str(error).partition("refuses these messages: ")[2])
     assert found[0] == found[1], "writing changes nothing"
     return wanted, found[1]
