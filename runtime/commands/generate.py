@@ -22,7 +22,7 @@ TARGETS = ("ort-cpu", "ort-cpu-int8", "ort-cpu-int4", "portable", "torch")
 def _given(prompt: str) -> str:
     """The prompt, or stdin for ``-``. An argument that is not UTF-8 comes with surrogates, which no tokenizer takes."""
     try:
-        text = sys.stdin.buffer.read().decode() if prompt == "-" else prompt
+        text = sys.stdin.buffer.read().decode("utf-8-sig") if prompt == "-" else prompt
         text.encode()
     except UnicodeError as error:
         raise MoEdgeError("The prompt is not UTF-8 text; convert it, for example with iconv.") from error

@@ -134,9 +134,10 @@ def test_a_prompt_that_is_not_utf8_is_one_sentence(argument: str, toy_bundles: d
     assert (result.exit_code, "error: The prompt is not UTF-8 text" in result.stderr) == (2, True), result.output
 
 
-def test_a_prompt_from_stdin(toy_bundles: dict[str, Path]) -> None:
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_prompt_from_stdin(mark: bytes, toy_bundles: dict[str, Path]) -> None:
     command = ["generate", str(toy_bundles["concat"]), "-", "--max-new-tokens", "2"]
-    result = CliRunner().invoke(app, command, input="café".encode())
+    result = CliRunner().invoke(app, command, input=mark + "café".encode())
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("café")
 
