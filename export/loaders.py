@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from moedge._files import write_json
+from moedge.export import targets
 
 GENAI_CONFIG = "genai_config.json"
-GENAI_TARGETS = ("portable", "ort-cpu", "ort-cpu-int8", "ort-cpu-int4", "openvino")
-"""Targets that onnxruntime-genai has generated the same tokens with (docs/interop.md)."""
 
 
 def describe(folder: Path, manifest: dict[str, Any]) -> None:
@@ -25,7 +24,7 @@ def describe(folder: Path, manifest: dict[str, Any]) -> None:
         manifest: needs ``target``, ``cache`` and ``model`` (architecture facts, token ids, longest sequence).
     """
     _name_the_family(folder / "config.json", manifest["model"]["model_type"])
-    if manifest["target"] in GENAI_TARGETS:
+    if targets.find(manifest["target"]).genai:
         write_json(folder / GENAI_CONFIG, genai_config(folder, manifest))
 
 

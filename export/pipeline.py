@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -15,10 +14,9 @@ import numpy as np
 from moedge import MoEdgeError, __version__
 from moedge._files import atomic_dir
 from moedge.export import bundle, loaders
-from moedge.export.lowering import HALF_TARGETS, TARGETS, Lowered, check_targets
+from moedge.export import targets as registry
+from moedge.export.lowering import Lowered
 
-CALIBRATED = ("ort-cpu-int4", "tensorrt-rtx-int4")
-"""Targets whose weights may be chosen on a text."""
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, and how many of how many steps are finished."""
 
@@ -44,12 +42,12 @@ def export(
     Args:
         checkpoint: a dense folder or one that ``moedge convert`` wrote.
         out: folder that receives one bundle a target.
-        targets: names in ``lowering.TARGETS``.
+        targets: names in :mod:`moedge.export.targets`.
         label: name of the model for reports.
         max_length: longest sequence (cache and rotary tables); the model's own maximum by default.
         tensorrt: version of TensorRT on the device that the bundle ``tensorrt`` is for; the newest by default.
         experts: form of the experts in the bundle ``tensorrt``, see ``lowering.trt_experts.choose``.
-        dtype: ``float16`` or ``bfloat16`` for the targets in :data:`lowering.HALF_TARGETS`; float16 by default.
+        dtype: ``float16`` or ``bfloat16`` for targets that leave the choice; float16 by default.
         force: replace existing bundles.
         progress: see :data:`Progress`.
         calibration: int64 [N, L], text for which 4-bit weights are chosen by GPTQ instead of rounding to the nearest.
@@ -58,8 +56,8 @@ def export(
         MoEdgeError: unknown target, a model without a tokenizer or that cannot be traced, an existing bundle without
             ``force``, or a lowering whose self-test fails.
     """
-    check_targets(targets)
-    order = ["portable", *[name for name in TARGETS if name in targets and name != "portable"]]
+    registry.check(targets)
+    order = registry.names(lambda row: row.name in targets or row.name == "portable")
     report = progress or (lambda *_: None)
     written: dict[str, Path] = {}
     for step, target in enumerate(order):
@@ -94,7 +92,7 @@ def _export_portable(checkpoint: Path, partial: Path, label: str, max_length: in
     facts = Architecture.of(model.config)
     longest = min(max_length or model.config.max_position_embeddings, model.config.max_position_embeddings)
     graph = trace(model)
-    lowered = _lowering("portable").lower(graph, max_length=longest)
+    lowered = registry.find("portable").lowering()(graph, max_length=longest)
     nodes.name_reads(graph, nodes.router_inputs(graph), lowered.taps)
     ir.save(graph, partial / bundle.MODEL, external_data=bundle.WEIGHTS)
     generation = getattr(model, "generation_config", None) or model.config
@@ -167,20 +165,16 @@ def lower(
     bundle.check_external_data(source.model_path, set(source.manifest["files"]))
     graph = ir.load(source.model_path)
     nodes.complete(graph, f"Bundle {portable}")
-    asked: dict[str, Any] = {"tensorrt": tensorrt, "experts": experts} if target == "tensorrt" else {}
-    if target == "tensorrt-rtx" and experts != "native":  # where both targets are asked for, that is for the other
-        asked = {"experts": experts}
-    if target in HALF_TARGETS:
-        asked["dtype"] = dtype
-    options: dict[str, Any] = {name: value for name, value in asked.items() if value}
-    on_text = calibration is not None and target in CALIBRATED
+    row = registry.find(target)
+    options = registry.options(row, tensorrt=tensorrt, experts=experts, dtype=dtype)
+    on_text = calibration is not None and row.calibrated
     if calibration is not None and on_text:
         from moedge.export.calibrate import moments
 
-        options = {"method": "gptq", "moments": moments(source, calibration)}
+        options |= {"method": "gptq", "moments": moments(source, calibration)}
     longest = source.manifest["model"]["max_position_embeddings"]
     read = nodes.router_inputs(graph)
-    lowered = _lowering(target).lower(graph, max_length=longest, **options)
+    lowered = row.lowering()(graph, max_length=longest, **options)
     nodes.name_reads(graph, read, lowered.taps)
     if calibration is not None and on_text and lowered.quantization is not None:
         ids = np.ascontiguousarray(calibration, np.int64)
@@ -193,10 +187,6 @@ def lower(
     bundle.copy_companions(portable, partial)
     kept = {key: source.manifest[key] for key in ("kind", "label", "model", "moe")}
     _seal(partial, graph, lowered, {**kept, "target": target, "parent": source.sha256})
-
-
-def _lowering(target: str) -> Any:
-    return importlib.import_module(TARGETS[target])
 
 
 def _seal(partial: Path, graph: Any, lowered: Lowered, manifest: dict[str, Any]) -> None:

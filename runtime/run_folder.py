@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moedge import MoEdgeError
+from moedge.export import targets
 
 RUN_SCHEMA = "moedge.run/1"
 
@@ -93,11 +94,16 @@ def executable(found: dict[str, Path]) -> tuple[dict[str, Path], dict[str, str]]
 
     A bundle of a TensorRT target is a graph for an engine: its numbers on a CPU say nothing about the engine's.
     """
-    here = {label: path for label, path in found.items() if not label.startswith("tensorrt")}
+    here = {label: path for label, path in found.items() if not _engine(label)}
     reason = (
         "not executed here: an engine runs on its device; `moedge verify` checks the half-precision graph on this CPU"
     )
     return here, dict.fromkeys(found.keys() - here.keys(), reason)
+
+
+def _engine(label: str) -> bool:
+    row = targets.known(label.split()[0])
+    return row is not None and row.engine is not None
 
 
 def pick(run: Path, *, model: str, target: str) -> Path:

@@ -10,21 +10,24 @@ from typing import Any
 
 from moedge.configs import devices
 from moedge.configs.recipe import CONVERT_SECTIONS, Recipe
-from moedge.export.lowering import HALF_TARGETS
+from moedge.export import targets
 from moedge.runtime import run_folder
 from moedge.runtime import stage_bodies as bodies
 from moedge.runtime.fingerprint import fingerprint
 from moedge.runtime.recipe import Stage
 
 # What a body runs of this package; tests/runtime/test_recipe_stages.py follows the imports and finds what is missing.
-_ALWAYS_CODE = ("_files.py", "runtime/run_folder.py")
+_ALWAYS_CODE = ("_files.py", "runtime/run_folder.py", "export/__init__.py", "export/targets.py")
 SOURCE_CODE = (
     *_ALWAYS_CODE,
     "convert/__init__.py",
     "convert/adapters.py",
     "convert/assets.py",
     "convert/errors.py",
+    "convert/gguf_config.py",
     "convert/gguf_files.py",
+    "convert/gguf_tokenizer.py",
+    "convert/gguf_weights.py",
     "convert/moe_adapters.py",
     "convert/sources.py",
     "convert/tokenizer_files.py",
@@ -73,12 +76,14 @@ def build(recipe: Recipe, machine: dict[str, Any]) -> list[Stage]:
     texts |= {"domains": domains["texts"]} if domains else {}
     first_text = {**texts, "held_out": held_out[:1]}
     exported = recipe.export.model_dump(exclude={"dense_parent", "build"})
-    if not set(recipe.export.targets) & set(HALF_TARGETS):
+    rows = [targets.find(name) for name in recipe.export.targets]
+    if not any(map(targets.has_dtypes, rows)):
         del exported["dtype"]
-    if "ort-cuda" in recipe.export.targets:
-        from moedge.runtime.engines.onnxruntime import check_cuda
+    for row in rows:
+        if row.provider == targets.CUDA:
+            from moedge.runtime.engines.onnxruntime import check_cuda
 
-        check_cuda(f"{recipe.name}: export.targets: ort-cuda")
+            check_cuda(f"{recipe.name}: export.targets: {row.name}")
     device = {"device": model.device}
     check_device(model.device)
     measured = {"texts": first_text, "machine": machine, "dense_parent": recipe.export.dense_parent, **device}

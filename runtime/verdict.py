@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 from moedge.configs.tolerances import Profile
+from moedge.export import targets
 
 PASSED, FAILED, NOT_DECIDED = "passed", "failed", "not decided"
 
@@ -108,9 +109,8 @@ def notes(result: dict[str, Any], found: list[dict[str, Any]], limits: Profile) 
     """
     said = []
     missed = [check for check in found if not check["passed"]]
-    half = result["test"]["dtype"] == "float16" and str(result["test"]["model"].get("target", "")).startswith(
-        "tensorrt"
-    )
+    row = targets.known(str(result["test"]["model"].get("target", "")))
+    half = result["test"]["dtype"] == "float16" and row is not None and row.engine is not None
     if half and any(check["name"].endswith("non_finite_tokens") for check in missed):
         said.append(
             "A value of this model leaves float16's range (65,504), so some logits are no numbers; export with --dtype "
@@ -165,17 +165,17 @@ def quantised_note(result: dict[str, Any], kernels: dict[str, Any], target: str)
         return
     if bool(result["reference"]["model"].get("routed")) != bool(result["test"]["model"].get("routed")):
         return  # a Mixture-of-Experts against its dense parent: the conversion is in the difference, too
-    bits = 4 if target.endswith("int4") else 8
-    family = target.partition("-int")[0]
+    row = targets.find(target)
+    wider = targets.sibling(row, 8) if row.calibrated else None
     instead = (
-        f"take {family}-int8, or choose the integers on a text: moedge export CHECKPOINT OUT --target {target} "
+        f"take {wider.name}, or choose the integers on a text: moedge export CHECKPOINT OUT --target {target} "
         "--gptq TEXT"
-        if bits == 4
-        else f"take {family}, which is not quantised"
+        if wider
+        else f"take {row.unquantised}, which is not quantised"
     )
     verdict["notes"].append(
         f"The bundle computes what its own weights say (the comparison with them passed), so it is their rounding to "
-        f"{bits} bits that costs this model more than the limits allow; {instead}."
+        f"{row.bits} bits that costs this model more than the limits allow; {instead}."
     )
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from moedge import MoEdgeError
+from moedge.export import targets
 from moedge.runtime.cli._app import Experts, Force, HalfDtype, Json, TensorRT, Text, command
 
 PANEL = "Export"
@@ -24,8 +25,7 @@ def export(
         list[str] | None,
         typer.Option(
             "--target",
-            help="portable, ort-cpu, ort-cpu-int8, ort-cpu-int4, ort-cuda, openvino, tensorrt, tensorrt-rtx, "
-            "tensorrt-rtx-int8 or tensorrt-rtx-int4 (may be repeated); by default the first two.",
+            help=f"{', '.join(targets.names())} (may be repeated); by default {' and '.join(targets.default())}.",
         ),
     ] = None,
     label: Annotated[

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
+from moedge.export import targets
 from moedge.runtime import generate as generation
 from moedge.runtime import run_folder
 from moedge.runtime.commands import models
@@ -16,7 +17,7 @@ from moedge.runtime.engines import open_engine
 from moedge.runtime.text import Message, open_tokenizer
 
 MODELS = ("moe", "dense")
-TARGETS = ("ort-cpu", "ort-cpu-int8", "ort-cpu-int4", "portable", "torch")
+TARGETS = (*targets.names(lambda row: row.engine is None), "torch")
 
 
 def _given(prompt: str) -> str:
