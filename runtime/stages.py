@@ -30,10 +30,11 @@ SOURCE_CODE = (
     "convert/gguf_weights.py",
     "convert/moe_adapters.py",
     "convert/sources.py",
+    "convert/tokenizer_files.py",
     "runtime/fingerprint.py",
 )
 CONVERT_CODE = (*_ALWAYS_CODE, "runtime/held_out.py", "convert", "export/ops.py", "export/kernels")
-_EXPORT_CODE = (*CONVERT_CODE, "export", "runtime/engines/emulation.py", "runtime/text.py")
+_EXPORT_CODE = (*CONVERT_CODE, "export", "runtime/engines/emulation.py", "runtime/chat_template.py", "runtime/text.py")
 _ENGINE_CODE = (
     *CONVERT_CODE,
     *("export/__init__.py", "export/bundle.py", "export/functions.py", "export/launcher"),
@@ -106,7 +107,10 @@ def build(recipe: Recipe, machine: dict[str, Any]) -> list[Stage]:
             bodies.calibrate,
             {
                 **recipe.calibration.model_dump(),
-                "text": calibration_text,
+                "text": {
+                    **calibration_text,
+                    "alone": all(entry["is"] != calibration_text["is"] for entry in held_out),
+                },
                 **_measured(convert),
                 "domains": domains,
                 **device,
