@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moedge import MoEdgeError
-from moedge._files import digest, sha256_file
-from moedge.convert import adapters, assets, gguf_files, moe_adapters
+from moedge._files import check_links, digest, sha256_file
+from moedge.convert import adapters, assets, gguf_files, moe_adapters, tokenizer_files
 from moedge.convert.errors import first_sentence, quiet
 
 if TYPE_CHECKING:
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _IDENTITY = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
 DTYPES = ("float32", "bfloat16", "float16")
-_VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.json")
-"""Files that make a tokenizer; one of them has to be there."""
-_TOKENIZER = ("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "vocab.json", "merges.txt", "*.jinja")
+
+
+Kind = Literal["folder", "gguf", "hub", "asset"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Source:
     """A model that is ready to load."""
 
     spec: str
-    kind: Literal["folder", "gguf", "hub", "asset"]
+    kind: Kind
     folder: Path
     """Hugging Face folder; for a GGUF the de-quantized float32 copy in the cache."""
     sha256: str
@@ -44,7 +44,7 @@ class Source:
 
 
 def resolve(spec: str, revision: str | None = None) -> Source:
-    """Turn a user's model spec into a folder on disk.
+    """Turn a user's model spec into a folder on disk, and identify what is in it.
 
     Args:
         spec: a local Hugging Face folder, the path of a ``.gguf`` file, a hub id ``org/name`` or ``asset:NAME``.
@@ -53,24 +53,28 @@ def resolve(spec: str, revision: str | None = None) -> Source:
     Raises:
         MoEdgeError: missing, damaged, pickle-only, already converted, without GLU FFN or of an unknown architecture.
     """
+    kind, folder, label = locate(spec, revision)
+    return Source(spec, kind, folder, identity(folder), label)
+
+
+def locate(spec: str, revision: str | None = None) -> tuple[Kind, Path, str]:
+    """:func:`resolve` without the identity, which reads all weights: (kind, folder, label)."""
     path = Path(spec).expanduser()
     if spec.startswith("asset:"):
         asset = assets.find(spec.removeprefix("asset:"))
-        folder, label = gguf_files.to_folder(assets.fetch(asset.name))
-        return Source(spec, "asset", folder, identity(folder), label)
+        return "asset", *gguf_files.to_folder(assets.fetch(asset.name))
     if path.is_file():
         if path.suffix != ".gguf":
             raise MoEdgeError(f"{path} is neither a folder nor a .gguf file; give one of these or a hub id org/name.")
-        folder, label = gguf_files.to_folder(path)
-        return Source(spec, "gguf", folder, identity(folder), label)
+        return "gguf", *gguf_files.to_folder(path)
     if path.is_dir():
         check_folder(path)
-        return Source(spec, "folder", path, identity(path), path.name or str(path.resolve()))
+        return "folder", path, path.name or str(path.resolve())
     if spec.endswith(".gguf") or spec.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(spec):
         raise MoEdgeError(f"Model {spec} does not exist; give a folder, a .gguf file, a hub id org/name or asset:NAME.")
     folder = _from_hub(spec, revision)
     check_folder(folder)
-    return Source(spec, "hub", folder, identity(folder), f"{spec}@{revision}" if revision else spec)
+    return "hub", folder, f"{spec}@{revision}" if revision else spec
 
 
 def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
@@ -187,32 +191,24 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a Hugging Face folder.
 
     Raises:
-        MoEdgeError: the folder has no tokenizer that can be loaded.
+        MoEdgeError: see :func:`moedge.convert.tokenizer_files.load`.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        if not any((folder / name).is_file() for name in _VOCABULARY):
-            raise MoEdgeError(
-                f"{folder} has no tokenizer; copy tokenizer.json and tokenizer_config.json there."
-            ) from None
-        raise MoEdgeError(f"Cannot load the tokenizer in {folder}: {first_sentence(error)}") from error
+    return tokenizer_files.load(folder)
 
 
 def identity(folder: Path) -> str:
     """Return the digest of the hashes of the weights, config and tokenizer files in ``folder``."""
-    paths = {path for pattern in _IDENTITY + _TOKENIZER for path in folder.glob(pattern)}
-    return digest({path.name: sha256_file(path) for path in paths})
+    paths = {path for pattern in _IDENTITY + tokenizer_files.PATTERNS for path in folder.glob(pattern)}
+    return digest({path.relative_to(folder).as_posix(): sha256_file(path) for path in paths})
 
 
 def check_folder(folder: Path) -> None:
     """Refuse a Hugging Face folder that cannot be converted, before anything is loaded.
 
     Raises:
-        MoEdgeError: no config.json, no safetensors, or an architecture that is not supported.
+        MoEdgeError: a link without its file, no config.json, no safetensors, or an architecture that is not supported.
     """
+    check_links(folder)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         model_type = str(config["model_type"])
@@ -255,7 +251,7 @@ def _from_hub(spec: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = [*_IDENTITY, *_TOKENIZER]
+    patterns = [*_IDENTITY, *tokenizer_files.PATTERNS]
     try:
         return Path(snapshot_download(spec, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

@@ -53,8 +53,8 @@ def export(
         calibration: int64 [N, L], text for which 4-bit weights are chosen by GPTQ instead of rounding to the nearest.
 
     Raises:
-        MoEdgeError: unknown target, a model that cannot be traced, an existing bundle without ``force``, or a lowering
-            whose self-test fails.
+        MoEdgeError: unknown target, a model without a tokenizer or that cannot be traced, an existing bundle without
+            ``force``, or a lowering whose self-test fails.
     """
     registry.check(targets)
     order = registry.names(lambda row: row.name in targets or row.name == "portable")
@@ -85,6 +85,7 @@ def _export_portable(checkpoint: Path, partial: Path, label: str, max_length: in
 
     converted = str(_read_json(checkpoint / "config.json").get("model_type", "")).startswith("moedge_")
     plan_sha256 = None
+    bundle.write_companions(checkpoint, partial)  # first: a model without a tokenizer is refused before it is loaded
     if converted:
         model, plan, _ = modeling.load(checkpoint)
         plan_sha256 = plan.sha256
@@ -96,7 +97,6 @@ def _export_portable(checkpoint: Path, partial: Path, label: str, max_length: in
     lowered = registry.find("portable").lowering()(graph, max_length=longest)
     nodes.name_reads(graph, nodes.router_inputs(graph), lowered.taps)
     ir.save(graph, partial / bundle.MODEL, external_data=bundle.WEIGHTS)
-    bundle.copy_companions(checkpoint, partial)
     generation = GenerationConfig.read(checkpoint)
     manifest = {
         "target": "portable",

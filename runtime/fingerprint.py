@@ -36,5 +36,6 @@ def fingerprint(spec: str, *, text: bool = False) -> str:
 
 
 def top_files(folder: Path) -> dict[str, str]:
-    """Return name -> sha256 of the files of a folder. Links are followed: the hub's cache is made of them."""
-    return {path.name: cached_sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    """Return name -> sha256 of the files of a model folder. Links are followed: the hub's cache is made of them."""
+    paths = sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*.jinja")])
+    return {path.relative_to(folder).as_posix(): cached_sha256(path) for path in paths if path.is_file()}

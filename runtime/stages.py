@@ -30,6 +30,7 @@ SOURCE_CODE = (
     "convert/gguf_weights.py",
     "convert/moe_adapters.py",
     "convert/sources.py",
+    "convert/tokenizer_files.py",
     "runtime/fingerprint.py",
 )
 CONVERT_CODE = (*_ALWAYS_CODE, "runtime/held_out.py", "convert", "export/ops.py", "export/kernels")
@@ -40,6 +41,7 @@ _EXPORT_CODE = (
     "runtime/engines/emulation.py",
     "runtime/engines/longrope.py",
     "runtime/generation_config.py",
+    "runtime/chat_template.py",
     "runtime/text.py",
 )
 _ENGINE_CODE = (
@@ -115,7 +117,10 @@ def build(recipe: Recipe, machine: dict[str, Any]) -> list[Stage]:
             bodies.calibrate,
             {
                 **recipe.calibration.model_dump(),
-                "text": calibration_text,
+                "text": {
+                    **calibration_text,
+                    "alone": all(entry["is"] != calibration_text["is"] for entry in held_out),
+                },
                 **_measured(convert),
                 "domains": domains,
                 **device,

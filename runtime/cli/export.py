@@ -16,7 +16,10 @@ PANEL = "Export"
 
 @command("export", PANEL)
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="MoE checkpoint from `moedge convert`, or a dense model folder.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(help="MoE checkpoint from `moedge convert`, or a dense model: folder, .gguf file or hub id."),
+    ],
     out: Annotated[Path, typer.Argument(help="Folder for the bundles, one sub-folder per target.")],
     target: Annotated[
         list[str] | None,

@@ -13,6 +13,7 @@ from moedge import MoEdgeError
 from moedge._files import atomic_dir, digest, link_or_copy
 from moedge.export import targets as registry
 from moedge.runtime import held_out, run_folder
+from moedge.runtime.commands import models
 from moedge.runtime.commands.sizes import size_table
 from moedge.runtime.commands.tokens import token_windows
 from moedge.runtime.device.moedge_plugins import refusal
@@ -52,6 +53,7 @@ def export(
         _check_taken("--dtype", registry.has_dtypes, rows)
     if gptq_text is not None:
         _check_taken("--gptq", lambda row: row.calibrated, rows)
+    given, checkpoint = checkpoint, models.local(checkpoint)
     if not (checkpoint / "config.json").is_file():
         raise MoEdgeError(f"{checkpoint} is not a checkpoint folder: it has no config.json.")
     if max_length is not None:
@@ -77,7 +79,7 @@ def export(
             checkpoint,
             partial,
             wanted,
-            label=label or checkpoint.name or checkpoint.resolve().name,  # no name: the working folder
+            label=label or _label(given, checkpoint),
             max_length=max_length,
             tensorrt=tensorrt,
             experts=experts,
@@ -91,6 +93,11 @@ def export(
         console.print(escape(f"{folder.name}: {folder}"), highlight=False, soft_wrap=True)
         if sizes := run_folder.read_json(folder / "manifest.json").get("quantization"):
             console.print(size_table(sizes))
+
+
+def _label(given: Path, checkpoint: Path) -> str:
+    """The folder's name (a path without one is the working folder), or the hub id, asset or GGUF that was given."""
+    return str(given) if checkpoint != given else given.name or given.resolve().name
 
 
 def _check_taken(option: str, takes: Callable[[registry.Target], bool], rows: list[registry.Target]) -> None:

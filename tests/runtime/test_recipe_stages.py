@@ -249,7 +249,7 @@ def test_held_out_documents_are_those_that_calibration_does_not_see(tmp_path: Pa
         path.write_text("\n".join(f"{path.stem} {number}" for number in range(40)))
     calibration = {"spec": str(own), "is": fingerprint(str(own)), "every": 4}
     entries = [{"spec": str(path), "is": fingerprint(str(path))} for path in (own, other)]
-    seen = {document.text for document in held_out.calibration_text(calibration).documents}
+    seen = {document.text for document in held_out.calibration_text(calibration)[0].documents}
     first, second = held_out.texts({"calibration": calibration, "held_out": entries})
     assert len(seen) == 30
     assert len(first.documents) == 10
