@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moedge import MoEdgeError
-from moedge.convert import adapters
+from moedge.convert import adapters, float8
 
 
 def _words(*texts: str) -> frozenset[str]:
@@ -200,21 +200,18 @@ _SPECIAL = {
 """Keys that the functions below judge together with others."""
 
 
-def is_fp8(config: dict[str, Any]) -> bool:
-    """Whether the weights are float8 with scales by blocks, the one quantization that is undone while loading."""
-    found = config.get("quantization_config")
-    return isinstance(found, dict) and found.get("quant_method") == "fp8"
-
-
 def _quantization(config: dict[str, Any]) -> Iterator[str]:
     found = config.get("quantization_config")
-    if found is not None and not is_fp8(config):
+    if found is not None and not float8.is_fp8(config):
         method = found.get("quant_method") if isinstance(found, dict) else None
         yield f"quantization_config is of method {_short(method)}: {_QUANTIZED}"
 
 
 def _classes(family: str, config: dict[str, Any]) -> Iterator[str]:
-    """Name classes of somebody's own code: transformers would run its own class in their place."""
+    """Name classes of somebody's own code: transformers would run its own class in their place. And two numbers."""
+    experts = {config[key] for key in ("num_experts", "num_local_experts") if isinstance(config.get(key), int)}
+    if len(experts) > 1:  # two names of one number
+        yield "num_experts and num_local_experts differ"
     stem = _STEMS[family]
     if str(config["model_type"]).startswith(adapters.MOE_PREFIX):
         return  # ours
@@ -223,11 +220,8 @@ def _classes(family: str, config: dict[str, Any]) -> Iterator[str]:
     names = config.get("architectures") or []
     if not isinstance(names, list):
         yield f"architectures is {_short(names)}: not a list"
-    elif other := [name for name in names if name not in own]:
+    elif other := [name for name in names if str(name) not in own]:
         yield f"architectures names {_short(other[0])}"
-    experts = {config[key] for key in ("num_experts", "num_local_experts") if isinstance(config.get(key), int)}
-    if len(experts) > 1:  # two names of one number
-        yield "num_experts and num_local_experts differ"
     mapped = config.get("auto_map") or {}
     if not isinstance(mapped, dict):
         yield f"auto_map is {_short(mapped)}: not an object"
@@ -324,7 +318,7 @@ def _layer_types(family: str, config: dict[str, Any], window: bool) -> Iterator[
     known = (
         {"full_attention", "sliding_attention"} if honoured else {"sliding_attention" if window else "full_attention"}
     )
-    if other := [kind for kind in types if kind not in known]:
+    if other := [kind for kind in types if str(kind) not in known]:
         yield f"layer_types names {_short(other[0])}: transformers' class has {' and '.join(sorted(known))} layers"
     elif "sliding_attention" in types and not window:
         yield "layer_types names sliding_attention, and no sliding_window is set"

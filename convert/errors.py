@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,7 +18,9 @@ def quiet() -> Iterator[None]:
     logging.disable_progress_bar()
     logging.set_verbosity(max(level, logging.ERROR))
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.set_verbosity(level)
         if shown:
@@ -37,12 +40,13 @@ def translated(task: str, advice: str = "") -> Iterator[None]:
         advice: a second sentence, what to do.
 
     Raises:
-        MoEdgeError: ``TASK: what the library said. ADVICE``; a MoEdgeError passes as it is.
+        MoEdgeError: ``TASK: what the library said. ADVICE``; our own classes, which a library calls, know no path and
+            bring their advice with them.
     """
     try:
         yield
-    except MoEdgeError:
-        raise
+    except MoEdgeError as error:
+        raise MoEdgeError(f"{task}: {error}") from error
     except BaseException as error:
         # Rust's panics are no Exception; KeyboardInterrupt, SystemExit and GeneratorExit are none of ours.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":

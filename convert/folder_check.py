@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moedge import MoEdgeError
-from moedge.convert import config_keys
+from moedge.convert import config_keys, float8
 from moedge.convert.errors import translated
 
 if TYPE_CHECKING:
@@ -25,11 +25,14 @@ _INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"
 _POINTER = b"version https://git-lfs.github.com/spec/"
 """How the file begins that Git leaves in place of a large one until ``git lfs pull``."""
-_OBJECTS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "plan.json")
+_OBJECTS = (
+    *("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "plan.json"),
+)
 """JSON files that hold an object, where they are there."""
 _COMPANIONS = (
     *_OBJECTS,
-    *("tokenizer.json", "tokenizer.model", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"),
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja"),
     "plan.safetensors",
 )
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -96,11 +99,7 @@ def check(folder: Path) -> dict[str, Any]:
             or config.json says what transformers ignores (:func:`moedge.convert.config_keys.check`).
     """
     config = read_config(folder)
-    for name in _COMPANIONS:
-        refuse_pointer(folder / name)
-    for name in _OBJECTS:
-        if (folder / name).exists():
-            read_object(folder / name)
+    check_companions(folder)
     files = weight_files(folder)
     if (folder / ADAPTER).exists():
         raise MoEdgeError(
@@ -109,8 +108,21 @@ def check(folder: Path) -> dict[str, Any]:
             "and save the result."
         )
     config_keys.check(config, folder / "config.json")
-    _check_headers(files, fp8=config_keys.is_fp8(config))
+    _check_headers(folder, files, config)
     return config
+
+
+def check_companions(folder: Path) -> None:
+    """Check that the small files of a folder, where they are there, are no pointers and hold JSON objects.
+
+    Raises:
+        MoEdgeError: naming the first that does not.
+    """
+    for name in _COMPANIONS:
+        refuse_pointer(folder / name)
+    for name in _OBJECTS:
+        if (folder / name).exists():
+            read_object(folder / name)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -166,24 +178,30 @@ def _nothing(folder: Path) -> str:
     return f"{folder} holds no *.safetensors weights."
 
 
-def _check_headers(files: list[Path], *, fp8: bool) -> None:
+def _check_headers(folder: Path, files: list[Path], config: dict[str, Any]) -> None:
     """Refuse damaged files, a tensor in two of them, and tensors that are not plain floats (or float8 and scales)."""
     from safetensors import safe_open
 
     where: dict[str, Path] = {}
+    tensors: dict[str, tuple[str, list[int]]] = {}
     for path in files:
         with translated(f"{path} is damaged", "Download it again."), safe_open(path, framework="np") as stream:
-            kinds = {name: str(stream.get_slice(name).get_dtype()) for name in stream.keys()}  # noqa: SIM118
-        for name, kind in kinds.items():
-            if name in where:
-                raise MoEdgeError(f"{path} and {where[name].name} both hold {name}; download the model again.")
-            where[name] = path
-            quantized = kind.startswith(("F8", "F6", "F4")) or (name.endswith(".weight") and kind not in _FLOATS)
-            if (quantized or _SCALES.search(name)) and not fp8:
-                raise MoEdgeError(
-                    f"{path} holds {name} ({kind}), a part of quantized weights, and config.json has no "
-                    "quantization_config; give the float model that they were made from, or save a de-quantized one."
-                )
+            slices = {name: stream.get_slice(name) for name in stream.keys()}  # noqa: SIM118
+            found = {name: (str(part.get_dtype()), list(part.get_shape())) for name, part in slices.items()}
+        if twice := sorted(where.keys() & found.keys()):
+            raise MoEdgeError(f"{path} and {where[twice[0]].name} both hold {twice[0]}; download the model again.")
+        where |= dict.fromkeys(found, path)
+        tensors |= found
+    if float8.is_fp8(config):
+        float8.check(folder, config, tensors)
+        return
+    for name, (kind, _) in tensors.items():
+        quantized = kind.startswith(("F8", "F6", "F4")) or (name.endswith(".weight") and kind not in _FLOATS)
+        if quantized or _SCALES.search(name):
+            raise MoEdgeError(
+                f"{where[name]} holds {name} ({kind}), a part of quantized weights, and config.json has no "
+                "quantization_config; give the float model that they were made from, or save a de-quantized one."
+            )
 
 
 def check_loaded(folder: Path, model: PreTrainedModel, info: dict[str, Any]) -> None:

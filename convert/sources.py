@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from moedge import MoEdgeError
 from moedge._files import digest, sha256_file
-from moedge.convert import adapters, assets, config_keys, folder_check, gguf_files, moe_adapters
+from moedge.convert import adapters, assets, float8, folder_check, gguf_files, moe_adapters
 from moedge.convert.errors import quiet, translated
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Pre
     wanted = getattr(torch, own_dtype(folder) if dtype == "auto" else dtype)
     config = _config(folder)
     options: dict[str, Any] = {}
-    if config_keys.is_fp8(found):
+    if float8.is_fp8(found):
         from transformers import FineGrainedFP8Config
 
         # Elsewhere than here transformers keeps float8 where the device has it.
@@ -193,8 +193,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    for path in {path for pattern in _TOKENIZER for path in folder.glob(pattern)}:
-        folder_check.refuse_pointer(path)
+    folder_check.check_companions(folder)
     if not any((folder / name).is_file() for name in _VOCABULARY):
         raise MoEdgeError(f"{folder} has no tokenizer; copy tokenizer.json and tokenizer_config.json there.")
     with quiet(), translated(f"Cannot load the tokenizer in {folder}"):

@@ -80,10 +80,7 @@ def _export_portable(checkpoint: Path, partial: Path, label: str, max_length: in
     from moedge.convert import modeling, sources
     from moedge.export import nodes
     from moedge.export.trace import Architecture, trace
-    from moedge.runtime.text import Tokenizer
 
-    if (checkpoint / "tokenizer.json").is_file():
-        Tokenizer(checkpoint)  # one that cannot be read is refused here by its own name, and before any work
     converted = str(_read_json(checkpoint / "config.json").get("model_type", "")).startswith("moedge_")
     plan_sha256 = None
     if converted:

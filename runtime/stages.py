@@ -25,6 +25,7 @@ SOURCE_CODE = (
     "convert/assets.py",
     "convert/config_keys.py",
     "convert/errors.py",
+    "convert/float8.py",
     "convert/folder_check.py",
     "convert/gguf_config.py",
     "convert/gguf_files.py",
