@@ -151,18 +151,15 @@ def check(config: dict[str, Any], path: Path) -> None:
     family = str(config.get("model_type")).removeprefix(adapters.MOE_PREFIX)
     if family not in _HONOURED:
         return
-    found = [
-        *_quantization(config),
-        *_unknown(family, config),
-        *_classes(family, config),
-        *_rope(family, config),
-        *_windows(family, config),
-    ]
+    if (quantization := config.get("quantization_config")) is not None and not float8.is_fp8(config):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise MoEdgeError(f"{path}: quantization_config is of method {_short(method)}: {_QUANTIZED}.")
+    found = [*_unknown(family, config), *_classes(family, config), *_rope(family, config), *_windows(family, config)]
     if found:
         more = f" (and {len(found) - 4} more)" if len(found) > 4 else ""
         raise MoEdgeError(
-            f"{path} describes another model than transformers' {_STEMS[family]}ForCausalLM: "
-            f"{'; '.join(found[:4])}{more}. A key that changes nothing in this model can be removed from the file."
+            f"{path} describes a model that MoEdge would not compute as it is meant: {'; '.join(found[:4])}{more}. "
+            "Remove a key only if it changes nothing in this model."
         )
 
 
@@ -198,13 +195,6 @@ _SPECIAL = {
     "_sliding_window_pattern",
 }
 """Keys that the functions below judge together with others."""
-
-
-def _quantization(config: dict[str, Any]) -> Iterator[str]:
-    found = config.get("quantization_config")
-    if found is not None and not float8.is_fp8(config):
-        method = found.get("quant_method") if isinstance(found, dict) else None
-        yield f"quantization_config is of method {_short(method)}: {_QUANTIZED}"
 
 
 def _classes(family: str, config: dict[str, Any]) -> Iterator[str]:
