@@ -115,6 +115,8 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Pre
             **options,
         )
     folder_check.check_loaded(folder, model, info)
+    if options:
+        model = model.to(wanted)  # before 5.24 what was float8 has the dtype of its scales
     _align(model)
     return model.eval().requires_grad_(False).to(device)
 
