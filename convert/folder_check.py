@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moedge import MoEdgeError
+from moedge._files import refuse_pointer
 from moedge.convert import config_keys, float8
 from moedge.convert.errors import translated
 
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 ADAPTER = "adapter_config.json"
 _INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"
-_POINTER = b"version https://git-lfs.github.com/spec/"
-"""How the file begins that Git leaves in place of a large one until ``git lfs pull``."""
 _OBJECTS = (
     *("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "plan.json"),
@@ -76,19 +75,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config.get("model_type"), str):
         raise MoEdgeError(f"{folder / 'config.json'} is damaged or names no model_type; download it again.")
     return config
-
-
-def refuse_pointer(path: Path) -> None:
-    """Refuse the small text that Git leaves in place of a large file.
-
-    Raises:
-        MoEdgeError: with the command that gets the file.
-    """
-    if not path.is_file():
-        return
-    with path.open("rb") as stream:
-        if stream.read(len(_POINTER)) == _POINTER:
-            raise MoEdgeError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in {path.parent}.")
 
 
 def check(folder: Path) -> dict[str, Any]:

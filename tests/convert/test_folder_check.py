@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from moedge import MoEdgeError
 from moedge.convert import modeling, sources
+from moedge.export.pipeline import export
 from moedge.export.trace import trace
 from moedge.runtime.engines import open_engine
 from moedge.runtime.engines.torch import TorchEngine
@@ -213,6 +214,14 @@ def test_what_transformers_refuses_is_one_sentence_with_the_file(
 ) -> None:
     edit(folder / file, **keys)
     refuses(folder, message)
+
+
+def test_export_names_the_users_own_tokenizer_and_not_a_copy(folder: Path, tmp_path: Path) -> None:
+    (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text().replace('"BPE"', '"BPE2"'))
+    with pytest.raises(MoEdgeError, match=r"tokenizer") as refused:
+        export(folder, tmp_path / "out", ["portable"], label="x")
+    assert str(folder) in str(refused.value)
+    assert ".partial" not in str(refused.value)
 
 
 def test_how_a_config_says_it_was_run_changes_nothing(folder: Path) -> None:
