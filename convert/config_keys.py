@@ -65,8 +65,9 @@ _STEMS = {
 
 _HARMLESS = _words(
     # Who wrote the file, with what.
-    "model_type _name_or_path name_or_path _model_name_or_path _commit_hash transformers_version torch_dtype dtype use_bfloat16",
-    "unsloth_fixed unsloth_version transformers.js_config model_max_length max_sequence_length seq_length moedge",
+    "model_type _name_or_path name_or_path _model_name_or_path _commit_hash transformers_version torch_dtype dtype",
+    "use_bfloat16 unsloth_fixed unsloth_version transformers.js_config model_max_length max_sequence_length seq_length",
+    "moedge",
     # Training only: dropout, initial values, losses.
     "initializer_range attention_dropout attn_pdrop resid_pdrop embd_pdrop dropout hidden_dropout classifier_dropout",
     "router_aux_loss_coef router_jitter_noise neftune_noise_alpha gradient_checkpointing",

@@ -63,6 +63,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "pad_token_id": 128004,
         "quantization_config": None,
         "rope_scaling": LLAMA3,
+        "_model_name_or_path": "as transformers writes it for a GGUF",
         "unsloth_fixed": True,
         "unsloth_version": "2025.1.5",
         "use_cache": False,
