@@ -72,7 +72,7 @@ def test_rows_are_measured_on_one_protocol_and_kept(home: Path) -> None:
     # The same numbers as the functions that the rows are made of.
     folder = home / "model"
     model, tokenizer = sources.load_model(folder), sources.load_tokenizer(folder)
-    statistics = calibration.load(home / "run/calibrate/statistics.safetensors")
+    statistics = calibration.load(home / "run/calibrate/statistics-10-raw.safetensors")
     plan = cmoe.plan(statistics, model, shared=3, active=3, experts=8)
     held = calibration.split(calibration.read_text(str(home / "text.txt")), 4)[1]
     windows = {"text": calibration.windows(tokenizer, held, 64, 2, bos=False, name="check")}
