@@ -65,7 +65,7 @@ class MLPMoEParams(BaseModel):
     """What the fade takes from a branch: its smallest weights (set to zero: nothing is saved in dense storage), whole
     neurons (really removed), two of every four weights along the inputs, or whole blocks of weights. A reading of the
     abstract."""
-    block: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)] = [1, 16]
+    block: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)] = [16, 16]
     """Outputs and inputs of a block of weights (structure: block)."""
     fade: Literal["linear", "geometric", "flat"] = "linear"
     """How the pruned share grows over the branches: linear, 1 - 2^(-b s), or not at all (half of p_max in each)."""
