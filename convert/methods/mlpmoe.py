@@ -5,7 +5,8 @@ at about 2% of perplexity. Number of branches, fade schedule, pruning criterion 
 (methods.md 3.2), and the plan says so.
 
 1. slice: the FFN's neurons are cut into B contiguous branches whose outputs are summed; exact by itself;
-2. order: branches by decreasing data-free score, the mean over neurons of |gate_j| |up_j| |down_j|;
+2. order: as the model has its neurons, or branches by a data-free score, the mean over neurons of
+   |gate_j| |up_j| |down_j|;
 3. Fractal Fade: branch b loses the share p_b, which rises from 0 to p_max. Of what, is a reading (``structure``):
 
    * ``unstructured``, ``2:4`` and ``block`` set weights of gate, up and down to zero, the smallest magnitudes first
@@ -53,8 +54,9 @@ class MLPMoEParams(BaseModel):
 
     ``fade``: ``linear`` p_b = p_max b / (B-1); ``geometric`` 1 - 2^(-b s) with s so that the last branch has p_max;
     ``flat`` p_max / 2 in every branch: as much as ``linear``, without a fade, which a fade has to beat.
-    ``keep`` is B', all branches when None. ``order``: ``branches`` sorts the contiguous branches by score, ``neurons``
-    sorts the neurons before they are cut, ``none`` leaves the model's order.
+    ``keep`` is B', all branches when None. ``order``: ``none`` leaves the model's order; ``branches`` sorts the contiguous
+    branches by falling score, so that the weakest fade most, ``rising`` the other way round, which costs less where
+    weights are pruned; ``neurons`` sorts the neurons before they are cut.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
@@ -76,8 +78,8 @@ class MLPMoEParams(BaseModel):
     """Branches that stay, B'; all when null."""
     compensation: Literal["sqrt", "mean", "none"] = "sqrt"
     """What makes up for branches that are dropped: the output times sqrt(B / B'), times B / B', or nothing."""
-    order: Literal["branches", "neurons", "none"] = "branches"
-    """Sort the branches by score, the neurons before they are cut, or keep the model's order."""
+    order: Literal["none", "branches", "rising", "neurons"] = "none"
+    """Keep the model's order, sort the branches by falling or rising score, or the neurons before they are cut."""
 
     @model_validator(mode="after")
     def _fits(self) -> MLPMoEParams:
@@ -159,8 +161,9 @@ def _layer(block: adapters.FFN, settings: MLPMoEParams) -> LayerPlan:
         raise MoEdgeError(f"{block.name} has {len(score)} neurons; {settings.branches} branches are too many.")
     neurons = np.argsort(-score, kind="stable") if settings.order == "neurons" else np.arange(len(score))
     branches = np.array_split(neurons, settings.branches)  # widths differ by one neuron at most
-    if settings.order == "branches":
-        branches = sorted(branches, key=lambda branch: -score[branch].mean())  # stable
+    if settings.order in ("branches", "rising"):
+        sign = 1 if settings.order == "rising" else -1
+        branches = sorted(branches, key=lambda branch: sign * score[branch].mean())  # stable
     keep = settings.keep or settings.branches
     # Neurons that stay, of each branch, and the share of the weights of these that become zero.
     staying, shares = branches[:keep], schedule(settings)[:keep]

@@ -24,7 +24,7 @@ def logits(model: Any) -> torch.Tensor:
         return model(IDS).logits
 
 
-@pytest.mark.parametrize("order", ["branches", "neurons", "none"])
+@pytest.mark.parametrize("order", ["branches", "rising", "neurons", "none"])
 @pytest.mark.parametrize("width", [64, 67])
 def test_nothing_faded_and_every_branch_kept_is_the_dense_model(
     order: str, width: int, tiny_llama: Callable[..., Any]
@@ -53,7 +53,7 @@ def test_schedule_rises_from_zero_to_p_max(fade: str, branches: int) -> None:
 @pytest.mark.parametrize("fade", ["linear", "geometric"])
 def test_kept_shares_equal_the_schedule_and_weak_neurons_go_first(fade: str, tiny_llama: Callable[..., Any]) -> None:
     model = tiny_llama(width=80)
-    settings = MLPMoEParams(structure="neurons", branches=5, fade=fade, p_max=0.5)
+    settings = MLPMoEParams(structure="neurons", order="branches", branches=5, fade=fade, p_max=0.5)
     plan = mlpmoe.plan(None, model, **settings.model_dump())
     shares = mlpmoe.schedule(settings)
     for layer, block in zip(plan.layers, adapters.ffns(model), strict=True):
@@ -171,16 +171,21 @@ def pruned(model: Any, plan: MoEPlan) -> list[dict[str, np.ndarray]]:
     return [{name: getattr(ffn, f"shared_{name}").detach().numpy() for name in MATRICES} for ffn in ffns]
 
 
-@pytest.mark.parametrize("fade", ["linear", "geometric", "flat"])
-def test_every_branch_loses_its_share_of_each_matrix_smallest_first(fade: str, tiny_llama: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(
+    ("fade", "order"), [("linear", "branches"), ("geometric", "rising"), ("flat", "none"), ("linear", "none")]
+)
+def test_every_branch_loses_its_share_of_each_matrix_smallest_first(
+    fade: str, order: str, tiny_llama: Callable[..., Any]
+) -> None:
     model = tiny_llama()
-    settings = MLPMoEParams(branches=4, fade=fade, p_max=0.5)
+    settings = MLPMoEParams(branches=4, fade=fade, p_max=0.5, order=order)
+    places = {"branches": lambda mean: np.argsort(-mean), "rising": np.argsort, "none": lambda mean: np.arange(4)}
     dense = [whole(block) for block in adapters.ffns(model)]
     means = [mlpmoe.scores(block).reshape(4, 16).mean(axis=1) for block in adapters.ffns(model)]
     plan = mlpmoe.plan(None, model, **settings.model_dump())
     for before, after, mean, layer in zip(dense, pruned(model, plan), means, plan.layers, strict=True):
         for share, number, row in zip(
-            mlpmoe.schedule(settings), np.argsort(-mean), layer.report["branches"], strict=True
+            mlpmoe.schedule(settings), places[order](mean), layer.report["branches"], strict=True
         ):
             members = np.arange(number * 16, number * 16 + 16)
             for old, new in zip(of_branch(before, members).values(), of_branch(after, members).values(), strict=True):
@@ -199,7 +204,7 @@ def test_2_4_prunes_the_last_branches_so_that_the_mean_share_is_met(
     model = tiny_llama()
     dense = [whole(block) for block in adapters.ffns(model)]
     means = [mlpmoe.scores(block).reshape(4, 16).mean(axis=1) for block in adapters.ffns(model)]
-    plan = mlpmoe.plan(None, model, structure="2:4", branches=4, p_max=p_max)
+    plan = mlpmoe.plan(None, model, structure="2:4", order="branches", branches=4, p_max=p_max)
     assert plan.zero_share == pytest.approx(wanted / 8)
     assert (plan.layers[0].zeros is None) == (wanted == 0)
     for before, after, mean in zip(dense, pruned(model, plan), means, strict=True):
