@@ -54,9 +54,9 @@ class MLPMoEParams(BaseModel):
 
     ``fade``: ``linear`` p_b = p_max b / (B-1); ``geometric`` 1 - 2^(-b s) with s so that the last branch has p_max;
     ``flat`` p_max / 2 in every branch: as much as ``linear``, without a fade, which a fade has to beat.
-    ``keep`` is B', all branches when None. ``order``: ``none`` leaves the model's order; ``branches`` sorts the contiguous
-    branches by falling score, so that the weakest fade most, ``rising`` the other way round, which costs less where
-    weights are pruned; ``neurons`` sorts the neurons before they are cut.
+    ``keep`` is B', all branches when None. ``order``: ``none`` leaves the model's order; ``branches`` sorts the
+    contiguous branches by falling score, so that the weakest fade most, ``rising`` the other way round, which costs
+    less where weights are pruned; ``neurons`` sorts the neurons before they are cut.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
