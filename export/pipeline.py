@@ -55,7 +55,6 @@ def export(
         MoEdgeError: unknown target, a model without a tokenizer or that cannot be traced, an existing bundle without
             ``force``, or a lowering whose self-test fails.
     """
-
     registry.check(targets)
     order = registry.names(lambda row: row.name in targets or row.name == "portable")
     report = progress or (lambda *_: None)

@@ -134,6 +134,8 @@ def test_methods_lists_every_parameter_without_torch() -> None:
     table = moedge("methods", "mlpmoe").stdout
     assert "2511.21089" in table
     assert "geometric" in table
+    assert "reconstruction" in table
+    assert "dense storage" in " ".join(table.replace("│", " ").split())
     assert "needs nothing besides the model" in table
 
 
