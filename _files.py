@@ -15,6 +15,21 @@ from typing import Any
 from moedge import MoEdgeError
 
 _CHUNK = 1 << 22
+_POINTER = b"version https://git-lfs.github.com/spec/"
+"""How the file begins that Git leaves in place of a large one until ``git lfs pull``."""
+
+
+def refuse_pointer(path: Path) -> None:
+    """Refuse the small text that Git leaves in place of a large file.
+
+    Raises:
+        MoEdgeError: with the command that gets the file.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb") as stream:
+        if stream.read(len(_POINTER)) == _POINTER:
+            raise MoEdgeError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in {path.parent}.")
 
 
 def sha256_file(path: Path) -> str:

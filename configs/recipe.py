@@ -384,8 +384,11 @@ def _sentences(entry: Any) -> list[str]:
     if kind in bounds:
         key, words = bounds[kind]
         return [f"{path}: must be {words} {context[key]}, {got}."]
-    if kind == "too_short":
+    if kind == "too_short" and context["min_length"] == 1:
         return [f"{path}: must not be empty."]
+    if kind in ("too_short", "too_long"):
+        limit = f"at least {context['min_length']}" if kind == "too_short" else f"at most {context['max_length']}"
+        return [f"{path}: must have {limit} entries, got {len(value)}."]
     if kind == "string_too_short":
         return [f"{path}: must not be empty text."]
     if kind == "string_pattern_mismatch" and context["pattern"] == DEVICE:

@@ -115,7 +115,10 @@ def evaluate(
         kind = "method" if group[0].method in METHODS else "control"
         width = float(np.mean([layer.active_width for layer in group[0].layers]))
         fraction = width / group[0].model["intermediate_size"]
-        rows.append(_row(label, kind, fraction, perplexities, divergences, seeds))
+        row = _row(label, kind, fraction, perplexities, divergences, seeds)
+        if zero := float(np.mean([plan.zero_share for plan in group])):
+            row["zero_weight_fraction"] = zero  # such a row runs every neuron; its zeros are not in the active width
+        rows.append(row)
     printed = {**protocol, "dtype": str(dense_model.dtype).removeprefix("torch.")}
     printed["tokens"] = {name: int(ids[:, 1:].size) for name, ids in texts.items()}
     return {"schema": EVALUATION_SCHEMA, "protocol": printed, "rows": rows, "verdict": verdict(rows)}

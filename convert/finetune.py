@@ -124,8 +124,9 @@ def recommended(plan: MoEPlan) -> dict[str, Any]:
 def write_back(model: PreTrainedModel, plan: MoEPlan, settings: TrainSettings, about: Mapping[str, Any]) -> MoEPlan:
     """Return the plan with what training changed in it; the model's config follows.
 
-    When weights outside the plan were trained, the provenance holds their hash, a refitted ``down`` is dropped (the
-    trained one is in the weights), and :func:`moedge.convert.modeling.apply` refuses the plan.
+    When weights outside the plan were trained, the provenance holds their hash, a refitted ``down`` and ``zeros`` are
+    dropped (the trained weights are in the checkpoint, and zeros need not have stayed zero), and
+    :func:`moedge.convert.modeling.apply` refuses the plan.
     """
     before = model.config.moedge["layers"]
     # An output bias may hold the dense FFN's own bias, which is no part of the plan.
@@ -194,7 +195,7 @@ def _layer(layer: LayerPlan, ffn: SparseFFN, weights: bool) -> LayerPlan:
         tensors = {name: array(tensor) for name, tensor in ffn.router.state_dict().items()}
         changed["router"] = RouterPlan(layer.router.kind, tensors, layer.router.options)  # type: ignore[arg-type]
     if weights:
-        changed["down"] = None
+        changed |= {"down": None, "zeros": None}
     return replace(layer, combine=ffn.combine, **changed)  # type: ignore[arg-type]
 
 

@@ -287,7 +287,6 @@ def values(file: GGUF, name: str) -> np.ndarray:
         MoEdgeError: of a type that the ``gguf`` package cannot de-quantize, or with NaN or infinity in it.
     """
     import numpy as np
-
     from gguf import quants
 
     tensor = file.tensors[name]

@@ -161,7 +161,7 @@ def layer_config(layer: LayerPlan, activation: str) -> dict[str, Any] | None:
             or (router.kind, router.options) != (first.router.kind, first.router.options)
             or any(
                 getattr(child, name) is not None
-                for name in ("compensation", "expert_bias", "output_bias", "down", "scale")
+                for name in ("compensation", "expert_bias", "output_bias", "down", "zeros", "scale")
             )
             or (child.selection_bias is not None and child.selection_bias.any())
         ):

@@ -28,7 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 import moedge.export.ops  # noqa: F401  registers torch.ops.moedge
 from moedge import MoEdgeError
 from moedge._files import atomic_dir
-from moedge.convert import adapters, hierarchical, moe_adapters, routers, sources, tokenizer_files
+from moedge.convert import adapters, hierarchical, moe_adapters, routers, sources, tokenizer_files, zeros
 from moedge.convert.errors import quiet
 from moedge.convert.plan import LayerPlan, MoEPlan
 from moedge.export.ops import activate
@@ -224,14 +224,16 @@ def build_ffn(block: adapters.FFN, layer: LayerPlan) -> SparseFFN:
     spec = block_config(block, layer)
     with torch.device("meta"):
         ffn = SparseFFN(block.index, weight.shape[0], spec)
-    down = weight if layer.down is None else torch.from_numpy(layer.down).to(weight)
+    gate, up, down = block.gate, block.up, weight if layer.down is None else torch.from_numpy(layer.down).to(weight)
+    if layer.zeros is not None:
+        gate, up, down = zeros.clear(layer.zeros, gate, up, down)
 
     def own(name: str, tensor: torch.Tensor) -> None:
         setattr(ffn, name, nn.Parameter(tensor.contiguous(), requires_grad=False))
 
     shared = torch.from_numpy(layer.shared.astype(np.int64)).to(weight.device)
-    dense_gate = _with_bias(block.gate, block.gate_bias, ffn.biased)
-    dense_up = _with_bias(block.up, block.up_bias, ffn.biased)
+    dense_gate = _with_bias(gate, block.gate_bias, ffn.biased)
+    dense_up = _with_bias(up, block.up_bias, ffn.biased)
     inputs = weight.shape[0]
     own("shared_gate", dense_gate[shared, :inputs])
     own("shared_up", dense_up[shared, :inputs])
@@ -241,15 +243,15 @@ def build_ffn(block: adapters.FFN, layer: LayerPlan) -> SparseFFN:
         own("shared_up_bias", dense_up[shared, inputs])
     if layer.experts:
         shape = (layer.num_experts, layer.expert_width)
-        gate, up = (weight.new_zeros(*shape, inputs + ffn.biased) for _ in range(2))
+        gates, ups = (weight.new_zeros(*shape, inputs + ffn.biased) for _ in range(2))
         rows = weight.new_zeros(*shape, inputs)
         for e, expert in enumerate(layer.experts):
             neurons = torch.from_numpy(expert.astype(np.int64)).to(weight.device)
-            gate[e, : len(expert)] = dense_gate[neurons]
-            up[e, : len(expert)] = dense_up[neurons]
+            gates[e, : len(expert)] = dense_gate[neurons]
+            ups[e, : len(expert)] = dense_up[neurons]
             rows[e, : len(expert)] = down[:, neurons].T
-        own("gate", gate)
-        own("up", up)
+        own("gate", gates)
+        own("up", ups)
         own("down", rows.transpose(1, 2))
         assert layer.router is not None  # LayerPlan.validate
         router = routers.from_plan(layer.router, layer.num_experts, weight.shape[0], block.hidden_act)

@@ -1,7 +1,8 @@
 """MoEPlan: the pure-data result of every conversion method.
 
 A plan says, for each layer, which neurons are shared, which belong to which routed expert, how tokens are routed and
-how expert outputs are combined. It holds no weights of the dense model except the few rows a router or a refit needs.
+how expert outputs are combined. It holds no weights of the dense model except the few rows a router or a refit needs;
+weights that become zero are bits.
 It is saved as ``plan.json`` + ``plan.safetensors`` and named by a content hash: two runs compare by one line.
 
 Semantics, for one token ``x`` with selected set ``K`` (``|K| = top_k``)::
@@ -15,7 +16,6 @@ that is in neither the shared set nor an expert is pruned (static methods prune,
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,9 @@ import numpy as np
 
 from moedge import MoEdgeError
 from moedge._files import canonical_json, write_json
+from moedge.convert import zeros as zero_bits
+from moedge.convert.errors import translated
+from moedge.convert.folder_check import read_object
 
 PLAN_SCHEMA = "moedge.plan/1"
 
@@ -51,7 +54,8 @@ class LayerPlan:
     selection only); ``scale`` float32 [E] (``scaled`` rule only); ``compensation`` float32 [E, H];
     ``expert_bias`` float32 [E, H], part of an expert's output, so it is weighted with it; ``output_bias`` float32 [H],
     added to what the dense FFN's down projection has of its own; ``down`` float32 [H, D], a refitted down projection
-    in the dense neuron order.
+    in the dense neuron order; ``zeros`` uint8 [3, D, ceil(H / 8)], bits of the weights of gate, up and down that become
+    zero, in the dense neuron order too (:mod:`moedge.convert.zeros`).
     ``overlapping`` allows a neuron in several experts (each keeps its own copy), but not twice in one of them.
     ``report`` is plain JSON for people (dead-neuron share, iterations); it is part of the content hash.
 
@@ -71,6 +75,7 @@ class LayerPlan:
     expert_bias: np.ndarray | None = None
     output_bias: np.ndarray | None = None
     down: np.ndarray | None = None
+    zeros: np.ndarray | None = None
     report: dict[str, Any] = field(default_factory=dict)
     overlapping: bool = False
     children: list[LayerPlan] | None = None
@@ -93,6 +98,15 @@ class LayerPlan:
         mean = sum(map(len, self.experts)) / self.num_experts if self.experts else 0.0
         return len(self.shared) + self.top_k * mean
 
+    def stored_weights(self, hidden: int) -> tuple[int, int]:
+        """Weights of gate, up and down that the layer stores, for ``hidden`` inputs, and how many the plan zeroes."""
+        if self.children is not None:
+            pairs = [child.stored_weights(hidden) for child in self.children]
+            return sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
+        neurons = np.concatenate([self.shared, *self.experts])
+        zero = 0 if self.zeros is None else int(zero_bits.counts(self.zeros)[neurons].sum())
+        return 3 * hidden * neurons.size, zero
+
     def differs_from_dense(self, width: int) -> str | None:
         """Say why this layer is not the dense FFN even with every expert selected, or return None when it is."""
         if self.children is not None:
@@ -101,24 +115,28 @@ class LayerPlan:
             return "experts share neurons"
         if len(self.shared) + sum(map(len, self.experts)) < width:
             return "neurons are pruned"
+        if self.zeros is not None:
+            return "weights are set to zero"
         if self.down is not None:
             return "down projections are refitted"
         if self.output_bias is not None or self.expert_bias is not None:
             return "an output bias is added"
         return None if self.combine == "unit" or not self.experts else "experts are weighted"
 
-    def validate(self, width: int, where: str) -> None:
-        """Check the layer against a dense FFN of ``width`` neurons.
+    def validate(self, width: int, where: str, hidden: int | None = None) -> None:
+        """Check the layer against a dense FFN of ``width`` neurons and, if it is known, ``hidden`` inputs.
 
         Raises:
-            MoEdgeError: a neuron out of range or used twice, top_k out of range, experts without a router, or a bias
-                of another number of experts.
+            MoEdgeError: a neuron out of range or used twice, top_k out of range, experts without a router, a bias
+                of another number of experts, or zeros of another shape.
         """
+        if self.zeros is not None:
+            zero_bits.check(self.zeros, width, hidden, where)
         if self.children is not None:
             if self.experts or self.shared.size:
                 raise MoEdgeError(f"{where}: a layer with children has no neurons of its own.")
             for number, child in enumerate(self.children):
-                child.validate(width, f"{where}, expert {number}")
+                child.validate(width, f"{where}, expert {number}", hidden)
             return
         neurons = np.concatenate([self.shared, *self.experts]) if self.experts else self.shared
         if neurons.size and (neurons.min() < 0 or neurons.max() >= width):
@@ -159,7 +177,14 @@ class MoEPlan:
     def validate(self) -> None:
         """Check every layer; see :meth:`LayerPlan.validate`."""
         for index, layer in enumerate(self.layers):
-            layer.validate(int(self.model["intermediate_size"]), f"plan layer {index}")
+            layer.validate(int(self.model["intermediate_size"]), f"plan layer {index}", int(self.model["hidden_size"]))
+
+    @property
+    def zero_share(self) -> float:
+        """Share of the FFN weights in the checkpoint that the plan sets to zero; 0 when training came afterwards."""
+        pairs = [layer.stored_weights(int(self.model["hidden_size"])) for layer in self.layers]
+        stored = sum(pair[0] for pair in pairs)
+        return sum(pair[1] for pair in pairs) / stored if stored else 0.0
 
     @property
     def trained_weights(self) -> bool:
@@ -213,23 +238,20 @@ class MoEPlan:
         Raises:
             MoEdgeError: a file is missing, of another schema, damaged, or does not match its hash.
         """
-        from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
-        try:
-            head = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+        for name in ("plan.json", "plan.safetensors"):
+            if not (folder / name).is_file():
+                raise MoEdgeError(f"No plan in {folder}: {name} is missing.")
+        head = read_object(folder / "plan.json")
+        with translated(f"{folder / 'plan.safetensors'} is damaged", "Convert again."):
             tensors = load_file(folder / "plan.safetensors")
-        except FileNotFoundError as error:
-            raise MoEdgeError(f"No plan in {folder}: {error.filename or 'plan.safetensors'} is missing.") from error
-        except (ValueError, SafetensorError) as error:
-            raise MoEdgeError(f"Plan in {folder} is damaged ({error}); convert again.") from error
-        if not isinstance(head, dict) or head.get("schema") != PLAN_SCHEMA:
+        if head.get("schema") != PLAN_SCHEMA:
             raise MoEdgeError(f"{folder / 'plan.json'} is not a {PLAN_SCHEMA} file; convert again with this version.")
-        try:
+        with translated(f"Plan in {folder} is incomplete", "Convert again."):  # a damaged one lacks anything
             plan = cls._join(head, tensors)
-        except (KeyError, TypeError, ValueError) as error:
-            raise MoEdgeError(f"Plan in {folder} is incomplete ({error}); convert again.") from error
-        if plan.sha256 != head.get("sha256"):
+            sha256 = plan.sha256
+        if sha256 != head.get("sha256"):
             raise MoEdgeError(f"Plan in {folder} does not match its own hash; it was changed. Convert again.")
         plan.validate()
         return plan
@@ -260,6 +282,8 @@ def _split_layer(layer: LayerPlan, prefix: str, tensors: dict[str, np.ndarray]) 
         value = getattr(layer, name)
         if value is not None:
             tensors[f"{prefix}{name}"] = np.ascontiguousarray(value, dtype=np.float32)
+    if layer.zeros is not None:
+        tensors[f"{prefix}zeros"] = np.ascontiguousarray(layer.zeros, dtype=np.uint8)
     router = None
     if layer.router is not None:
         router = {"kind": layer.router.kind, "options": layer.router.options}
@@ -308,5 +332,6 @@ def _join_layer(
         expert_bias=tensors.get(f"{prefix}expert_bias"),
         output_bias=tensors.get(f"{prefix}output_bias"),
         down=tensors.get(f"{prefix}down"),
+        zeros=tensors.get(f"{prefix}zeros"),
         overlapping=entry.get("overlapping", False),
     )

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moedge import MoEdgeError
-from moedge._files import write_json
-from moedge.convert.errors import first_sentence, quiet
+from moedge._files import refuse_pointer, write_json
+from moedge.convert import folder_check
+from moedge.convert.errors import first_sentence, quiet, translated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,16 +69,9 @@ def load(folder: Path) -> PreTrainedTokenizerBase:
         raise MoEdgeError(
             f"Reading the tokenizer in {folder / min(found)} takes the package sentencepiece; install moedge[convert]."
         )
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # tokenizers raises bare Exception, and classes raise what they like on damaged files
-        # The first line of that one only announces a list.
-        said = "" if "Couldn't instantiate the backend tokenizer" in str(error) else f": {first_sentence(error)[:-1]}"
-        raise MoEdgeError(
-            f"Cannot load the tokenizer in {folder} from {', '.join(sorted(found))}{said}; copy the model's "
-            "tokenizer.json and tokenizer_config.json there."
-        ) from error
+    task = f"Cannot load the tokenizer in {folder} from {', '.join(sorted(found))}"
+    with quiet(), translated(task, "Copy the model's tokenizer.json and tokenizer_config.json there."):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     kind = type(tokenizer).__name__
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -97,14 +91,9 @@ def load(folder: Path) -> PreTrainedTokenizerBase:
 def _check_files(folder: Path) -> None:
     """Name the file that is damaged: libraries say what is wrong, but not where."""
     for path in sorted({path for pattern in PATTERNS for path in folder.glob(pattern) if path.is_file()}):
-        data = path.read_bytes()
-        if data.startswith(b"version https://git-lfs"):
-            raise MoEdgeError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in {folder}.")
-        try:
-            if path.suffix == ".json" and not isinstance(json.loads(data), dict):
-                raise ValueError("not a JSON object")
-        except (ValueError, RecursionError) as error:
-            raise MoEdgeError(f"{path} is damaged ({error}); download it again.") from error
+        refuse_pointer(path)
+        if path.suffix == ".json":
+            folder_check.read_object(path)
 
 
 def save(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -213,7 +213,7 @@ def export_hf(
         report("comparing it with the converted model", 3, steps)
         record |= {
             "architecture": config.architectures[0],
-            "zero_share_of_ffn_weights": round(1 - used / stored, 6),
+            "zero_share_of_ffn_weights": round(1 - used * (1 - plan.zero_share) / stored, 6),
             "notes": _notes(config, routed),
         }
         if layout is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from moedge import MoEdgeError, __version__
+from moedge import __version__
 from moedge._files import atomic_dir
 from moedge.export import bundle, loaders
 from moedge.export import targets as registry
@@ -77,13 +76,13 @@ def export(
 def _export_portable(checkpoint: Path, partial: Path, label: str, max_length: int | None) -> None:
     import onnx_ir as ir
 
-    from moedge.convert import modeling, sources
+    from moedge.convert import folder_check, modeling, sources
     from moedge.export import nodes
     from moedge.export.trace import Architecture, trace
     from moedge.runtime.engines import longrope
     from moedge.runtime.generation_config import GenerationConfig
 
-    converted = str(_read_json(checkpoint / "config.json").get("model_type", "")).startswith("moedge_")
+    converted = str(folder_check.read_config(checkpoint)["model_type"]).startswith("moedge_")
     plan_sha256 = None
     bundle.write_companions(checkpoint, partial)  # first: a model without a tokenizer is refused before it is loaded
     if converted:
@@ -218,15 +217,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise MoEdgeError(f"{path.parent} is not a checkpoint folder: it has no {path.name}.") from error
-    except (OSError, ValueError) as error:
-        raise MoEdgeError(f"{path} cannot be read: {error}.") from error
-    if not isinstance(value, dict):
-        raise MoEdgeError(f"{path} does not hold a JSON object.")
-    return value

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moedge import MoEdgeError
+from moedge._files import refuse_pointer
 from moedge.export import targets
 
 RUN_SCHEMA = "moedge.run/1"
@@ -33,8 +34,9 @@ def read_json(path: Path, mend: str = "run `moedge run` on its recipe again") ->
     """Read a JSON object that a stage wrote, or another one with what to do (``mend``) when it is damaged.
 
     Raises:
-        MoEdgeError: missing or damaged.
+        MoEdgeError: missing, damaged or a Git LFS pointer.
     """
+    refuse_pointer(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

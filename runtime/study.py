@@ -31,6 +31,8 @@ def build(study: Study) -> list[Stage]:
     """
     texts = [{**text.model_dump(), "is": fingerprint(text.source, text=True)} for text in study.texts]
     protocol = {"texts": texts, "window": study.window, "bos": study.bos, "device": study.model.device}
+    rows = [(row, sparsity) for sparsity in study.sparsities for row in study.rows]
+    marks = sorted({_marks(study, row, sparsity) for row, sparsity in rows})
     found = [
         Stage(
             "source",
@@ -45,7 +47,7 @@ def build(study: Study) -> list[Stage]:
             "calibrate",
             "measure activations on the calibration windows",
             calibrate,
-            protocol,
+            {**protocol, "marks": [list(pair) for pair in marks]},
             reads=("source",),
             sources=CONVERT_CODE,
             libraries=_LIBRARIES,
@@ -61,17 +63,16 @@ def build(study: Study) -> list[Stage]:
         ),
     ]
     parents = {study.parent(row).label for row in study.rows if row.control}
-    for sparsity in study.sparsities:
-        for row in study.rows:
-            found.append(_row_stage(study, sparsity, row, keep=row.label in parents))
-    rows = [stage.name for stage in found[3:]]
+    measured = [_row_stage(study, sparsity, row, keep=row.label in parents) for row, sparsity in rows]
+    found += measured
+    names = [stage.name for stage in measured]
     found.append(
         Stage(
             "table",
             "write results.md and results.json",
             table,
-            {"study": study.model_dump(mode="json"), "rows": rows},
-            reads=("source", "calibrate", "dense", *rows),
+            {"study": study.model_dump(mode="json"), "rows": names},
+            reads=("source", "calibrate", "dense", *names),
             sources=(*CONVERT_CODE, "runtime/report"),
         )
     )
@@ -82,7 +83,7 @@ def _row_stage(study: Study, sparsity: Sparsity, row: Row, *, keep: bool) -> Sta
     from moedge.convert.methods.baselines import SEEDED
 
     params: dict[str, Any] = {"label": row.label, "sparsity": sparsity.name, "batch_size": study.batch_size}
-    params["device"] = study.model.device
+    params |= {"device": study.model.device, "marks": list(_marks(study, row, sparsity))}
     reads: tuple[str, ...] = ("source", "calibrate", "dense")
     if row.method is not None:
         params |= {"method": row.method, "params": study.parameters(row, sparsity), "keep": keep}
@@ -93,6 +94,21 @@ def _row_stage(study: Study, sparsity: Sparsity, row: Row, *, keep: bool) -> Sta
     what = f"{row.label} at {sparsity.name}"
     body = method_row if row.method is not None else control_row
     return Stage(_name(sparsity, row), what, body, params, reads=reads, sources=CONVERT_CODE, libraries=_LIBRARIES)
+
+
+def _marks(study: Study, row: Row, sparsity: Sparsity) -> tuple[int, str]:
+    """The marks, (k_a, profile), that a row reads; a control reads those of its method's row."""
+    from moedge.convert.methods import METHODS
+
+    method = row if row.method else study.parent(row)
+    params = study.parameters(method, sparsity)
+    needs = METHODS[str(method.method)].needs
+    return (params.get("k_a", 10), params.get("profile", "raw")) if "statistics" in needs else (10, "raw")
+
+
+def _statistics(calibrated: Path, marks: list[Any]) -> Path:
+    """Where the statistics with some marks, [k_a, profile], are kept."""
+    return calibrated / f"statistics-{marks[0]}-{marks[1]}.safetensors"
 
 
 def _name(sparsity: Sparsity, row: Row) -> str:
@@ -137,8 +153,9 @@ def calibrate(context: Context) -> None:
     token = load_tokenizer(folder).bos_token_id
     model = load_model(folder, device=context.params["device"])
     gate = calibration.GateSampling(exclude=(token,) if context.params["bos"] and token is not None else ())
-    statistics = calibration.collect(model, ids, k_a=10, gate=gate, progress=context.progress)
-    calibration.save(statistics, context.out / "statistics.safetensors")
+    for k_a, profile in context.params["marks"]:
+        statistics = calibration.collect(model, ids, k_a=k_a, profile=profile, gate=gate, progress=context.progress)
+        calibration.save(statistics, _statistics(context.out, [k_a, profile]))
     save_file({"windows": ids}, context.out / "windows.safetensors")
     counts = {name: int(windows.size) for name, windows in each.items()}
     write_json(context.out / "calibration.json", {"tokens": counts, "tokens_sha256": digest(ids.tolist())})
@@ -179,7 +196,7 @@ def method_row(context: Context) -> None:
     if "tokens" in method.needs:
         data = load_file(calibrated / "windows.safetensors")["windows"]
     elif "statistics" in method.needs:
-        data = calibration.load(calibrated / "statistics.safetensors")
+        data = calibration.load(_statistics(calibrated, params["marks"]))
     started = time.perf_counter()
     plan = method.function(
         data, model, **params["params"], provenance=run_folder.read_json(calibrated / "calibration.json")
@@ -200,7 +217,7 @@ def control_row(context: Context) -> None:
     params, calibrated = context.params, context.root / "calibrate"
     model = load_model(run_folder.dense(context.root), device=params["device"])
     parent = MoEPlan.load(context.root / params["of"])
-    statistics = calibration.load(calibrated / "statistics.safetensors")
+    statistics = calibration.load(_statistics(calibrated, params["marks"]))
     make = baselines.CONTROLS[params["control"]]
     started = time.perf_counter()
     plans = [make(parent, statistics, model, seed) for seed in params["seeds"]]

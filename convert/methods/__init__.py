@@ -67,7 +67,7 @@ METHODS: dict[str, Method] = {
         mlpmoe.MLPMoEParams,
         (),
         "reconstruction of MLPMoE, arXiv 2511.21089 (abstract only)",
-        "{branches} branches fading to {p_max:g}",
+        "{branches} branches, {structure}, {fade} to {p_max:g}",
     ),
     "dive": Method(
         dive.plan,

@@ -8,8 +8,9 @@ From the ATopK marks of each layer:
 3. router: score of an expert = activation of its representative neuron, the member nearest to the cluster mean
    (sec. 3.3); the top experts are added with weight 1.
 
-The released code (commit 42dfc94) differs from the paper; its choices are ``profile="normalised"`` (marks and router
-rows from L2-normalised weights), ``distance="l1"``, ``score="abs"`` and ``max_iters=1``.
+The released code (commit 42dfc94) differs from the paper: marks and router rows from L2-normalised weights, L1
+distances, absolute scores, one round of clustering. ``variant`` names the two versions (:data:`VARIANTS`); which is
+better, docs/results.md says.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from moedge import MoEdgeError
 from moedge.convert import adapters, partition
@@ -30,9 +31,20 @@ if TYPE_CHECKING:
     from moedge.convert.calibration import LayerStatistics, Profile, Progress
 
 
+Variant = Literal["paper", "released"]
+VARIANTS: dict[str, dict[str, Any]] = {
+    "paper": {"profile": "raw", "distance": "l2", "score": "signed", "max_iters": 20},
+    "released": {"profile": "normalised", "distance": "l1", "score": "abs", "max_iters": 1},
+}
+"""What each version of CMoE chooses: the paper, and the code that its authors released."""
+
+
 class CMoEParams(LayoutParams):
     """Typed parameters; see :func:`plan` for each."""
 
+    variant: Variant = "paper"
+    """Whose profile, distance, score and max_iters are used, where they are not given: those of the paper, or of the
+    code that its authors released."""
     k_a: int = Field(default=10, ge=1)
     """Strongest neurons that a token marks, K_a."""
     profile: Literal["raw", "normalised"] = "raw"
@@ -44,6 +56,13 @@ class CMoEParams(LayoutParams):
     max_iters: int = Field(default=20, ge=1)
     """Most rounds of balanced K-means (the released code does 1)."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _by_variant(cls, data: Any) -> Any:
+        """Fill in what the variant chooses, so that every parameter stands in the plan."""
+        chosen = data.get("variant") if isinstance(data, dict) else None
+        return {**VARIANTS.get(chosen, {}), **data} if isinstance(chosen, str) else data
+
 
 def plan(
     statistics: list[LayerStatistics],
@@ -52,11 +71,12 @@ def plan(
     shared: int,
     active: int,
     experts: int,
+    variant: Variant = "paper",
     k_a: int = 10,
-    profile: Profile = "raw",
-    distance: partition.Distance = "l2",
-    score: Literal["signed", "abs"] = "signed",
-    max_iters: int = 20,
+    profile: Profile | None = None,
+    distance: partition.Distance | None = None,
+    score: Literal["signed", "abs"] | None = None,
+    max_iters: int | None = None,
     padding: partition.Padding = "none",
     source_sha256: str = "",
     provenance: dict[str, Any] | None = None,
@@ -68,6 +88,7 @@ def plan(
         statistics: one entry a layer, collected with this ``k_a`` and ``profile``.
         model: the dense parent (representatives' rows are copied from it).
         shared, active, experts: the layout SxAyEz, in units of one expert.
+        variant: whose ``profile``, ``distance``, ``score`` and ``max_iters`` are used where they are None.
         padding: ``uneven`` allows a width that ``experts`` does not divide; routed experts then differ by one neuron.
         source_sha256: identity of the parent; ``provenance``: JSON about the calibration. Both are stored in the plan.
 
@@ -78,49 +99,48 @@ def plan(
         raise MoEdgeError(
             f"Layout S{shared}A{active}E{experts} is impossible: shared + active must be at most experts."
         )
+    given: dict[str, Any] = {"profile": profile, "distance": distance, "score": score, "max_iters": max_iters}
+    params = CMoEParams(
+        shared=shared,
+        active=active,
+        experts=experts,
+        variant=variant,
+        k_a=k_a,
+        padding=padding,
+        **{name: value for name, value in given.items() if value is not None},
+    )
     blocks = adapters.ffns(model)
     if len(blocks) != len(statistics):
         raise MoEdgeError(f"Statistics have {len(statistics)} layers, the model {len(blocks)}; calibrate this model.")
     layers = []
     for block, layer in zip(blocks, statistics, strict=True):
-        if (layer.k_a, layer.profile, layer.width) != (k_a, profile, block.gate.shape[0]):
+        if (layer.k_a, layer.profile, layer.width) != (k_a, params.profile, block.gate.shape[0]):
             raise MoEdgeError(
                 f"Statistics of {block.name} were made with k_a={layer.k_a}, profile={layer.profile}, "
-                f"width {layer.width}; the plan asks for k_a={k_a}, profile={profile}. Calibrate again."
+                f"width {layer.width}; the plan asks for k_a={k_a}, profile={params.profile}. Calibrate again."
             )
-        layers.append(layer_plan(layer, block, shared, active, experts, distance, score, max_iters, padding))
+        layers.append(layer_plan(layer, block, params))
         if progress:
             progress(len(layers), len(blocks))
-    params: dict[str, Any] = {"shared": shared, "active": active, "experts": experts, "k_a": k_a, "profile": profile}
-    params |= {"distance": distance, "score": score, "max_iters": max_iters, "padding": padding}
-    return MoEPlan("cmoe", params, adapters.describe(model, source_sha256), layers, provenance or {})
+    return MoEPlan("cmoe", params.model_dump(), adapters.describe(model, source_sha256), layers, provenance or {})
 
 
-def layer_plan(
-    statistics: LayerStatistics,
-    block: adapters.FFN,
-    shared: int,
-    active: int,
-    experts: int,
-    distance: partition.Distance,
-    score: str,
-    max_iters: int,
-    padding: partition.Padding,
-) -> LayerPlan:
-    """Make the plan of one FFN from its statistics; see :func:`plan` for the arguments."""
-    shared_width, widths = partition.group_widths(statistics.width, shared, experts, padding)
+def layer_plan(statistics: LayerStatistics, block: adapters.FFN, params: CMoEParams) -> LayerPlan:
+    """Make the plan of one FFN from its statistics, which must be of the parameters' ``k_a`` and ``profile``."""
+    distance = params.distance
+    shared_width, widths = partition.group_widths(statistics.width, params.shared, params.experts, params.padding)
     counts = statistics.counts
     order = partition.by_rate(counts)
     rest = np.sort(order[shared_width:])
     points = partition.signatures(statistics.top_neurons, statistics.width)[rest]
     initial = np.searchsorted(rest, order[shared_width : shared_width + len(widths)])
-    clusters = partition.balanced_kmeans(points, initial, widths, distance, max_iters)
+    clusters = partition.balanced_kmeans(points, initial, widths, distance, params.max_iters)
     nearest = rest[partition.representatives(points, clusters.labels, clusters.centroids, distance)]
     return LayerPlan(
         shared=np.sort(order[:shared_width]).astype(np.int32),
         experts=[rest[clusters.labels == e].astype(np.int32) for e in range(len(widths))],
-        top_k=active,
-        router=representative_router(block, nearest, score, normalised=statistics.profile == "normalised"),
+        top_k=params.active,
+        router=representative_router(block, nearest, params.score, normalised=statistics.profile == "normalised"),
         selection_bias=np.zeros(len(widths), dtype=np.float32),
         report={
             "dead_share": round(float(np.mean(counts == 0)), 6),

@@ -105,11 +105,7 @@ def _layer(block: moe_adapters.Block, x: torch.Tensor, params: HierarchicalParam
             dense.append(expert.number)
             children.append(LayerPlan(np.arange(block.width, dtype=np.int32), [], 0, report={"tokens": count}))
             continue
-        statistics = _statistics(expert, own, params.k_a, params.profile)
-        layout = (params.shared, params.active, params.experts)
-        child = cmoe.layer_plan(
-            statistics, expert, *layout, params.distance, params.score, params.max_iters, params.padding
-        )
+        child = cmoe.layer_plan(_statistics(expert, own, params.k_a, params.profile), expert, params)
         child.report["tokens"] = count
         children.append(child)
     report = {"tokens": counts, "dense_experts": dense}

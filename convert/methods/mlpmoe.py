@@ -1,27 +1,37 @@
 """MLPMoE, a reconstruction: static branches without a router or calibration (arXiv 2511.21089).
 
-Only the paper's abstract could be read. Number of branches, fade schedule, pruning criterion and compensation formula
-below are ours (methods.md 3.2), and the plan says so.
+Only the paper's abstract could be read: "differential branch sparsity" that removes about 20% of the MLP's parameters
+at about 2% of perplexity. Number of branches, fade schedule, pruning criterion and compensation formula below are ours
+(methods.md 3.2), and the plan says so.
 
 1. slice: the FFN's neurons are cut into B contiguous branches whose outputs are summed; exact by itself;
-2. order: branches by decreasing data-free score, the mean over neurons of |gate_j| |up_j| |down_j|;
-3. Fractal Fade: branch b loses the share p_b of its neurons, the lowest scores first; p_b rises from 0 to p_max;
-4. Compensated Pruning: only the first B' branches stay, and what is left is multiplied: by sqrt(B / B'), which keeps
-   the variance of a sum of independent zero-mean branches, or by B / B', which keeps its mean.
+2. order: as the model has its neurons, or branches by a data-free score, the mean over neurons of
+   |gate_j| |up_j| |down_j|;
+3. Fractal Fade: branch b loses the share p_b, which rises from 0 to p_max. Of what, is a reading (``structure``):
 
-Every branch that stays runs for every token with weight 1, so the plan is a narrower FFN: what is dropped is saved, in
-parameters and in FLOPs, and no zeros are stored. ``p_max=0`` with every branch kept is the dense model.
+   * ``unstructured``, ``2:4`` and ``block`` set weights of gate, up and down to zero, the smallest magnitudes first
+     (:mod:`moedge.convert.methods.mlpmoe_zeros`). Every neuron still runs, and zeros are stored like any weight: they
+     save something only in a runtime that skips them;
+   * ``neurons`` drops whole neurons, the lowest scores first: a narrower FFN, saved in parameters and in FLOPs. It
+     destroys a model long before 20%, so it cannot be what the abstract means (docs/results.md);
+
+4. Compensated Pruning: only the first B' branches stay, and what is left is multiplied: by sqrt(B / B'), which keeps
+   the variance of a sum of independent zero-mean branches, or by B / B', which keeps its mean. Neurons of the branches
+   that go are dropped, whatever the structure.
+
+Every branch that stays runs for every token with weight 1. ``p_max=0`` with every branch kept is the dense model.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from moedge import MoEdgeError
-from moedge.convert import adapters
+from moedge.convert import adapters, zeros
+from moedge.convert.methods import mlpmoe_zeros
 from moedge.convert.plan import LayerPlan, MoEPlan
 
 if TYPE_CHECKING:
@@ -30,35 +40,55 @@ if TYPE_CHECKING:
     from moedge.convert.calibration import LayerStatistics, Progress
 
 RECONSTRUCTION = "reconstruction from the abstract of arXiv 2511.21089; schedule, criterion and factor are MoEdge's"
+READINGS = {
+    "unstructured": "branch sparsity as single weights by magnitude; zeros save nothing in dense storage",
+    "2:4": "branch sparsity as 2 of 4 neighbouring weights of the last branches; zeros save nothing in dense storage",
+    "block": "branch sparsity as blocks of weights by magnitude; zeros save nothing in dense storage",
+    "neurons": "branch sparsity as whole neurons by the product of their norms",
+}
+"""What "differential branch sparsity" is taken for, by structure; the plan says it."""
 
 
 class MLPMoEParams(BaseModel):
-    """Typed parameters; by default 16 branches fade linearly to 0.4, which drops about 20% of the FFN.
+    """Typed parameters; by default 16 branches fade linearly to 0.4, which zeroes 20% of the FFN's weights.
 
-    ``fade``: ``linear`` p_b = p_max b / (B-1); ``geometric`` 1 - 2^(-b s) with s so that the last branch has p_max.
-    ``keep`` is B', all branches when None. ``order``: ``branches`` sorts the contiguous branches by score, ``neurons``
-    sorts the neurons before they are cut, ``none`` leaves the model's order.
+    ``fade``: ``linear`` p_b = p_max b / (B-1); ``geometric`` 1 - 2^(-b s) with s so that the last branch has p_max;
+    ``flat`` p_max / 2 in every branch: as much as ``linear``, without a fade, which a fade has to beat.
+    ``keep`` is B', all branches when None. ``order``: ``none`` leaves the model's order; ``branches`` sorts the
+    contiguous branches by falling score, so that the weakest fade most, ``rising`` the other way round, which costs
+    less where weights are pruned; ``neurons`` sorts the neurons before they are cut.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     branches: int = Field(default=16, ge=1)
     """Contiguous parts that the FFN is cut into, B."""
-    fade: Literal["linear", "geometric"] = "linear"
-    """How the pruned share grows over the branches: linear, or 1 - 2^(-b s)."""
-    p_max: float = Field(default=0.4, ge=0, lt=1)
-    """Share that the last branch loses."""
+    structure: Literal["unstructured", "neurons", "2:4", "block"] = "unstructured"
+    """What the fade takes from a branch: its smallest weights (set to zero: nothing is saved in dense storage), whole
+    neurons (really removed), two of every four weights along the inputs, or whole blocks of weights. A reading of the
+    abstract."""
+    block: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)] = [16, 16]
+    """Outputs and inputs of a block of weights (structure: block)."""
+    fade: Literal["linear", "geometric", "flat"] = "linear"
+    """How the pruned share grows over the branches: linear, 1 - 2^(-b s), or not at all (half of p_max in each)."""
+    p_max: float = Field(default=0.4, ge=0, le=1)
+    """Share that the last branch loses. 2:4 takes one half or nothing: the last branches get it, as many as come
+    nearest the mean share."""
     keep: int | None = Field(default=None, ge=1)
     """Branches that stay, B'; all when null."""
     compensation: Literal["sqrt", "mean", "none"] = "sqrt"
     """What makes up for branches that are dropped: the output times sqrt(B / B'), times B / B', or nothing."""
-    order: Literal["branches", "neurons", "none"] = "branches"
-    """Sort the branches by score, the neurons before they are cut, or keep the model's order."""
+    order: Literal["none", "branches", "rising", "neurons"] = "none"
+    """Keep the model's order, sort the branches by falling or rising score, or the neurons before they are cut."""
 
     @model_validator(mode="after")
     def _fits(self) -> MLPMoEParams:
         if self.keep is not None and self.keep > self.branches:
             raise ValueError(f"keep: {self.keep} exceeds branches = {self.branches}.")
+        if self.p_max == 1 and self.fade == "geometric":
+            raise ValueError("p_max: a geometric fade to 1 leaves nothing; make it less than 1.")
+        if self.order == "neurons" and self.structure in ("2:4", "block"):
+            raise ValueError(f"order: neurons scatters a branch, which structure: {self.structure} needs in one piece.")
         return self
 
 
@@ -73,10 +103,11 @@ def plan(
 ) -> MoEPlan:
     """Make an MLPMoE plan; ``params`` are the fields of :class:`MLPMoEParams`, ``statistics`` is not read.
 
-    ``provenance["mlpmoe"]`` says what is saved over all layers; each layer's report lists its branches.
+    ``provenance["mlpmoe"]`` says what is saved and what is zero over all layers; each layer's report lists its
+    branches. One layer's weights are copied at a time.
 
     Raises:
-        MoEdgeError: more branches than neurons.
+        MoEdgeError: more branches than neurons, branches that are not made of whole blocks, or 2:4 for more than half.
     """
     settings = MLPMoEParams(**params)
     blocks = adapters.ffns(model)
@@ -86,20 +117,30 @@ def plan(
         if progress:
             progress(len(layers), len(blocks))
     described = adapters.describe(model, source_sha256)
+    named = {**settings.model_dump(mode="json"), "reconstruction": RECONSTRUCTION}
+    named["reading"] = READINGS[settings.structure]
+    result = MoEPlan("mlpmoe", named, described, layers, provenance or {})
     # A neuron is three vectors of H weights; a multiplication and an addition for each weight and token.
     before, after = (3 * described["hidden_size"] * neurons for neurons in _widths(described, layers))
-    saved = {"ffn_parameters": [before, after], "ffn_flops_per_token": [2 * before, 2 * after]}
-    saved["saved_share"] = round(1 - after / before, 6)
-    named = {**settings.model_dump(mode="json"), "reconstruction": RECONSTRUCTION}
-    return MoEPlan("mlpmoe", named, described, layers, {**(provenance or {}), "mlpmoe": saved})
+    saved: dict[str, Any] = {"ffn_parameters": [before, after], "ffn_flops_per_token": [2 * before, 2 * after]}
+    saved |= {"saved_share": round(1 - after / before, 6), "zero_share": round(result.zero_share, 6)}
+    result.provenance = {**result.provenance, "mlpmoe": saved}
+    return result
 
 
 def schedule(settings: MLPMoEParams) -> np.ndarray:
-    """Return p_b, the share of neurons that branch b loses, float64 [B]."""
+    """Return p_b, the share that branch b loses, float64 [B].
+
+    Raises:
+        MoEdgeError: 2:4 for more than half.
+    """
     rise = np.linspace(0, 1, settings.branches)
-    if settings.fade == "linear":
-        return settings.p_max * rise
-    return 1 - (1 - settings.p_max) ** rise
+    shares = {
+        "linear": settings.p_max * rise,
+        "geometric": 1 - (1 - settings.p_max) ** rise,
+        "flat": np.full(settings.branches, settings.p_max / 2),
+    }[settings.fade]
+    return mlpmoe_zeros.half_pruned(shares) if settings.structure == "2:4" else shares
 
 
 def factor(branches: int, kept: int, rule: str) -> float:
@@ -120,23 +161,61 @@ def _layer(block: adapters.FFN, settings: MLPMoEParams) -> LayerPlan:
         raise MoEdgeError(f"{block.name} has {len(score)} neurons; {settings.branches} branches are too many.")
     neurons = np.argsort(-score, kind="stable") if settings.order == "neurons" else np.arange(len(score))
     branches = np.array_split(neurons, settings.branches)  # widths differ by one neuron at most
-    if settings.order == "branches":
-        branches = sorted(branches, key=lambda branch: -score[branch].mean())  # stable
+    if settings.order in ("branches", "rising"):
+        sign = 1 if settings.order == "rising" else -1
+        branches = sorted(branches, key=lambda branch: sign * score[branch].mean())  # stable
     keep = settings.keep or settings.branches
-    kept, rows = [], []
-    for number, (branch, share) in enumerate(zip(branches, schedule(settings), strict=True)):
-        left = len(branch) - round(share * len(branch)) if number < keep else 0
-        best = branch[np.argsort(-score[branch], kind="stable")[:left]]
-        kept.append(best)
-        rows.append({"neurons": len(branch), "kept": len(best), "score": float(f"{score[branch].mean():.6g}")})
+    # Neurons that stay, of each branch, and the share of the weights of these that become zero.
+    staying, shares = branches[:keep], schedule(settings)[:keep]
+    if settings.structure == "neurons":
+        left = [len(branch) - round(share * len(branch)) for branch, share in zip(staying, shares, strict=True)]
+        staying = [
+            branch[np.argsort(-score[branch], kind="stable")[:count]]
+            for branch, count in zip(staying, left, strict=True)
+        ]
+        masks = None
+    else:
+        masks = _masks(block, staying, shares, settings)
     gain = factor(settings.branches, keep, settings.compensation)
-    return LayerPlan(
-        shared=np.sort(np.concatenate(kept)).astype(np.int32),
+    layer = LayerPlan(
+        shared=np.sort(np.concatenate(staying)).astype(np.int32),
         experts=[],
         top_k=0,
         down=None if gain == 1 else block.down.float().cpu().numpy() * np.float32(gain),
-        report={"branches": rows, "factor": gain},
+        zeros=None if masks is None else zeros.pack(masks),
+        report={"branches": _report(branches, staying, score, masks), "factor": gain},
     )
+    if layer.zeros is not None:
+        stored, zero = layer.stored_weights(block.gate.shape[1])
+        layer.report["zero_share"] = round(zero / stored, 6)
+    return layer
+
+
+def _masks(block: adapters.FFN, staying: list[np.ndarray], shares: np.ndarray, settings: MLPMoEParams) -> np.ndarray:
+    """Return which weights of the branches that stay become zero, bool [3, D, H]."""
+    shape = {"2:4": [1, 4], "block": settings.block}.get(settings.structure, [1, 1])
+    mlpmoe_zeros.check(block, settings.branches if settings.structure in ("2:4", "block") else 1, shape)
+    found = np.zeros((3, *block.gate.shape), dtype=bool)
+    weights = [weight.float().cpu().numpy() for weight in (block.gate, block.up, block.down.T)]
+    for branch, share in zip(staying, shares, strict=True):
+        found[:, branch] = mlpmoe_zeros.masks(
+            [weight[branch] for weight in weights], float(share), settings.structure, shape
+        )
+    return found
+
+
+def _report(
+    branches: list[np.ndarray], staying: list[np.ndarray], score: np.ndarray, masks: np.ndarray | None
+) -> list[dict[str, Any]]:
+    """One row for each branch, in its place in the schedule."""
+    rows = []
+    for number, branch in enumerate(branches):
+        kept = staying[number] if number < len(staying) else branch[:0]
+        row = {"neurons": len(branch), "kept": len(kept), "score": float(f"{score[branch].mean():.6g}")}
+        if masks is not None and len(kept):
+            row["zero_share"] = round(float(masks[:, kept].mean()), 6)
+        rows.append(row)
+    return rows
 
 
 def _widths(described: dict[str, Any], layers: list[LayerPlan]) -> tuple[int, int]:

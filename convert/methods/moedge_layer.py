@@ -13,6 +13,7 @@ import torch
 from moedge.convert import closed_form, energy, partition
 from moedge.convert.calibration import LayerStatistics
 from moedge.convert.methods import cmoe
+from moedge.convert.methods.layout import LayoutParams
 from moedge.convert.plan import LayerPlan, RouterPlan
 
 if TYPE_CHECKING:
@@ -110,8 +111,8 @@ def _partition(
     """Return (shared neurons, experts, the routed neurons' loss, report); ``loss`` has them in ascending order."""
     shared_width, widths = partition.group_widths(len(mean), params.shared, params.experts, params.padding)
     if params.partition == "cmoe":
-        layout = (params.shared, params.active, params.experts)
-        found = cmoe.layer_plan(_marks(tokens, mean), tokens.block, *layout, "l2", "signed", 20, params.padding)
+        layout = params.model_dump(include=set(LayoutParams.model_fields))
+        found = cmoe.layer_plan(_marks(tokens, mean), tokens.block, cmoe.CMoEParams(**layout))
         shared = found.shared
     else:
         order = mean_energy.argsort(descending=True, stable=True).cpu().numpy()

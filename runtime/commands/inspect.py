@@ -14,6 +14,7 @@ from moedge import MoEdgeError
 from moedge.runtime import build, run_folder
 from moedge.runtime.commands import models
 from moedge.runtime.commands.sizes import size_rows
+from moedge.runtime.report.zeros import zeros_sentence
 
 
 def inspect(path: Path, *, as_json: bool) -> None:
@@ -118,6 +119,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
         if layer.children is not None:
             layers.append(_nested(index, layer.children, width))
             continue
+        stored, zero = layer.stored_weights(int(plan.model["hidden_size"]))
         layers.append(
             {
                 "layer": index,
@@ -126,6 +128,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
                 "width": layer.expert_width,
                 "top_k": layer.top_k,
                 "active": layer.active_width / width,
+                **({"zeros": zero / stored} if zero else {}),
                 "router": layer.router.kind if layer.router else None,
                 "dead neurons": layer.report.get("dead_share"),
             }
@@ -137,6 +140,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
         "params": plan.params,
         "parent": plan.model,
         "provenance": plan.provenance,
+        **({"zeros": zeros_sentence(plan.zero_share)} if plan.zero_share else {}),
         "layers": layers,
     }
 

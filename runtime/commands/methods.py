@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from rich.console import Console
@@ -73,7 +73,9 @@ def _words(kind: Any) -> str:
         return "null"
     if get_origin(kind) is dict:
         return "mapping of names to " + _words(get_args(kind)[1])
-    if get_origin(kind) is tuple:
+    if get_origin(kind) is Annotated:
+        return _words(get_args(kind)[0])
+    if get_origin(kind) in (tuple, list):
         return f"list of {_words(get_args(kind)[0])}"
     names = {int: "whole number", float: "number", bool: "true | false", str: "text"}
     return names[kind] if kind in names else " | ".join(_words(part) for part in get_args(kind) if not _is_note(part))

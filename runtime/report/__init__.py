@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moedge._files import write_json, write_text
+from moedge.runtime.report.zeros import zeros_note, zeros_sentence
 
 SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
 
@@ -43,6 +44,7 @@ def render(report: dict[str, Any], template: str) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters |= {"zeros": zeros_sentence, "zeros_note": zeros_note}
     environment.filters["number"] = _number
     environment.filters["cell"] = _markdown_cell
     environment.globals |= {"ratio": ratio, "profile_table": table, "profile_note": NOTE}

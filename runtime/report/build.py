@@ -106,10 +106,20 @@ def _conversion(run: Path) -> dict[str, Any]:
         "params": params,
         "plan_sha256": plan["sha256"],
         "active_fraction": sum(layer["active_fraction"] for layer in layers) / len(layers),
+        **_zeros(run, plan["layers"]),
         "calibration": provenance,
         "layers": layers,
         **({"affinity": affinity} if affinity else {}),
     }
+
+
+def _zeros(run: Path, layers: list[dict[str, Any]]) -> dict[str, float]:
+    """``zero_fraction`` of the FFN weights, if the plan sets any to zero; only then its tensors are read."""
+    if not any("zero_share" in layer["report"] for layer in layers):
+        return {}
+    from moedge.convert.plan import MoEPlan  # numpy and safetensors only
+
+    return {"zero_fraction": MoEPlan.load(run_folder.checkpoint(run)).zero_share}
 
 
 def _bundle(label: str, folder: Path) -> dict[str, Any]:

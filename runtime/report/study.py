@@ -38,7 +38,8 @@ def markdown(
         f"of {study['window']}{' that start with BOS' if study['bos'] else ''}, each scored on its own, float32.",
         "",
         f"Seeds of random controls: {', '.join(map(str, study['seeds']))} (mean ± standard deviation). `active` is the "
-        "share of the FFN's neurons that run for a token; `seconds` is the time to make the plan.",
+        "share of the FFN's neurons that run for a token, and where weights are zero the share of these (dense storage "
+        "saves nothing by them); `seconds` is the time to make the plan.",
     ]
     for sparsity in study["sparsities"]:
         name = sparsity["name"]
@@ -60,6 +61,8 @@ def markdown(
             ppl = [_ppl(row["ppl"][text], spread[text] if spread else None) for text in names]
             kl = [f"{row['kl_to_dense'][text]:.3f}" for text in names]
             active = f"{100 * row['active_width_fraction']:.1f} %"
+            if zero := row.get("zero_weight_fraction"):
+                active += f", {100 * zero:.1f} % zeros"
             lines.append(_line([label, *ppl, *kl, active, f"{row['seconds']:.0f}"]))
     return "\n".join(lines) + "\n"
 

@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from moedge.runtime.report.zeros import zeros_note
+
 
 def show(report: dict[str, Any], console: Console) -> None:
     """Print quality beside the controls, identity and parity verdicts, speed and sizes."""
@@ -16,7 +18,7 @@ def show(report: dict[str, Any], console: Console) -> None:
     console.print(
         escape(
             f"{report['model']['label']}: {conversion['method']} {conversion['notation']}, "
-            f"{conversion['active_fraction']:.1%} of each FFN active"
+            f"{conversion['active_fraction']:.1%} of each FFN active{zeros_note(conversion.get('zero_fraction'))}"
         ),
         style="bold",
         highlight=False,
@@ -51,7 +53,7 @@ def _quality(quality: dict[str, Any]) -> tuple[str, Table]:
         kl = row["kl_to_dense"] or {}
         table.add_row(
             escape(row["label"]),
-            f"{row['active_width_fraction']:.0%}",
+            f"{row['active_width_fraction']:.0%}{zeros_note(row.get('zero_weight_fraction'))}",
             *(f"{row['ppl'][name]:.4g}" for name in names),
             *(f"{kl[name]:.3g}" if name in kl else "-" for name in names),
             style="bold" if row["kind"] == "method" else "",

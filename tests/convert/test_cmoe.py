@@ -137,6 +137,26 @@ def test_the_registry_makes_a_valid_plan_from_typed_parameters(
     assert plan.params == params
 
 
+def test_a_variant_is_the_four_choices_of_that_version_and_the_plan_writes_them_out(
+    tiny_llama: Callable[..., Any], make_plan: Callable[..., Any]
+) -> None:
+    chosen = {"profile": "normalised", "distance": "l1", "score": "abs", "max_iters": 1}
+    one, _ = make_plan(tiny_llama(), **chosen)
+    params = METHODS["cmoe"].params(**LAYOUT, k_a=one.params["k_a"], variant="released").model_dump()
+    assert {name: params[name] for name in chosen} == chosen
+    statistics = make_plan(tiny_llama(), **chosen)[1]
+    two = METHODS["cmoe"].function(statistics, tiny_llama(), **params)
+    three = cmoe.plan(statistics, tiny_llama(), **LAYOUT, k_a=one.params["k_a"], variant="released")
+    assert two.params == three.params == {**one.params, "variant": "released"}
+    for layer, other in zip(one.layers, two.layers, strict=True):
+        np.testing.assert_array_equal(layer.shared, other.shared)
+        assert layer.report == other.report
+    # What is given wins over the variant, and the paper is the default.
+    assert METHODS["cmoe"].params(variant="released", max_iters=5).max_iters == 5
+    assert METHODS["cmoe"].params() == METHODS["cmoe"].params(variant="paper", profile="raw", distance="l2")
+    assert METHODS["cmoe-hierarchical"].params(variant="released").distance == "l1"
+
+
 def test_more_iterations_never_leave_a_group_unbalanced(
     tiny_llama: Callable[..., Any], make_plan: Callable[..., Any]
 ) -> None:

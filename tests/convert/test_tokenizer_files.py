@@ -272,7 +272,7 @@ def test_a_sentencepiece_model_without_its_package_is_one_sentence(
         ({"tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer"}, "vocab.json": {"a": 0}}, r"vocab\.json"),
         ({"tokenizer.json": '{"model": {"type": "BPE2"}}'}, r"Cannot load the tokenizer in .* from tokenizer\.json"),
         ({"tokenizer.json": '{"model": '}, r"tokenizer\.json is damaged"),
-        ({"tokenizer.json": "[]"}, r"tokenizer\.json is damaged \(not a JSON object\)"),
+        ({"tokenizer.json": "[]"}, r"tokenizer\.json is damaged \(it holds no JSON object\)"),
         ({"vocab.json": {"a": 0}, "added_tokens.json": "nonsense"}, r"added_tokens\.json is damaged"),
         ({"tokenizer.model": "version https://git-lfs.github.com/spec/v1\n"}, r"tokenizer\.model is a Git LFS pointer"),
     ],

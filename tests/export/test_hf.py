@@ -190,13 +190,29 @@ def test_static_plans_are_narrower_dense_checkpoints(
     for name, parameter in model.named_parameters():
         if name.endswith("o_proj.bias"):
             torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
-    want = saved(mlpmoe.plan(None, model, branches=8, p_max=0.5, keep=6), model, tiny_tokenizer, tmp_path / "moe")
+    plan = mlpmoe.plan(None, model, structure="neurons", branches=8, p_max=0.5, keep=6)
+    want = saved(plan, model, tiny_tokenizer, tmp_path / "moe")
     record = hf.export_hf(tmp_path / "moe", tmp_path / "stock", IDS)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "stock", dtype=torch.float32)
     assert stock.config.model_type == family
     widths = [ffn.shared_gate.shape[0] for ffn in modeling.sparse_ffns(model)]
     assert stock.config.intermediate_size == max(widths) < 64
     assert record["zero_share_of_ffn_weights"] == pytest.approx(1 - np.mean(widths) / max(widths), abs=1e-6)
+    assert float((logits(stock) - want).abs().max()) <= 1e-5 * float(want.abs().max())
+
+
+def test_zeros_of_a_plan_stay_zero_in_the_stock_checkpoint_and_are_counted(
+    tiny_llama: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    model = tiny_llama()
+    plan = mlpmoe.plan(None, model, branches=8)
+    want = saved(plan, model, tiny_tokenizer, tmp_path / "moe")
+    record = hf.export_hf(tmp_path / "moe", tmp_path / "stock", IDS)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "stock", dtype=torch.float32)
+    weights = [parameter for name, parameter in stock.named_parameters() if ".mlp." in name]
+    share = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+    assert record["zero_share_of_ffn_weights"] == pytest.approx(share, abs=1e-6)
+    assert share == pytest.approx(0.2, abs=0.01)
     assert float((logits(stock) - want).abs().max()) <= 1e-5 * float(want.abs().max())
 
 

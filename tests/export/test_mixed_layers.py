@@ -101,7 +101,7 @@ def test_the_reference_chain_computes_it_too(mixed):
 
 def test_a_model_without_any_expert_is_exported_as_a_narrower_one(tmp_path, tiny_llama, tiny_tokenizer):
     model, dense = tiny_llama(layers=1), tiny_llama(layers=1)
-    plan = mlpmoe.plan(None, model, branches=8, p_max=0.5, keep=6)
+    plan = mlpmoe.plan(None, model, structure="neurons", branches=8, p_max=0.5, keep=6)
     modeling.save(modeling.apply(plan, model), plan, tiny_tokenizer, tmp_path / "moe")
     bundles = export(tmp_path / "moe", tmp_path / "bundles", ["portable", "ort-cpu"], label="static")
     want = TorchEngine(tmp_path / "moe").prefill(IDS).logits

@@ -72,7 +72,7 @@ def test_rows_are_measured_on_one_protocol_and_kept(home: Path) -> None:
     # The same numbers as the functions that the rows are made of.
     folder = home / "model"
     model, tokenizer = sources.load_model(folder), sources.load_tokenizer(folder)
-    statistics = calibration.load(home / "run/calibrate/statistics.safetensors")
+    statistics = calibration.load(home / "run/calibrate/statistics-10-raw.safetensors")
     plan = cmoe.plan(statistics, model, shared=3, active=3, experts=8)
     held = calibration.split(calibration.read_text(str(home / "text.txt")), 4)[1]
     windows = {"text": calibration.windows(tokenizer, held, 64, 2, bos=False, name="check")}
@@ -84,6 +84,37 @@ def test_rows_are_measured_on_one_protocol_and_kept(home: Path) -> None:
     assert second.exit_code == 0, second.output
     redone = [line for line in second.output.splitlines() if "done in" in line]
     assert len(redone) == 3, second.output  # `own` at both sparsities, and the table
+
+
+def test_every_row_reads_the_statistics_of_its_own_profile(home: Path, tmp_path: Path) -> None:
+    rows = """
+  - {label: released, method: cmoe, set: {variant: released}}
+  - {label: paper, method: cmoe}
+  - {label: few marks, method: cmoe, set: {k_a: 4}}
+  - {label: mask, control: static mask, of: paper}
+  - {label: mask of released, control: static mask}
+"""
+    text = STUDY.format(home=home, refit="true")
+    text = text[: text.index("rows:")] + "rows:" + rows
+    (tmp_path / "study.yaml").write_text(text, encoding="utf-8")
+    result = CliRunner().invoke(app, ["ablate", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "run")])
+    assert result.exit_code == 0, result.output
+    kept = {path.name for path in (tmp_path / "run/calibrate").glob("statistics*")}
+    assert kept == {f"statistics-{marks}.safetensors" for marks in ("10-raw", "10-normalised", "4-raw")}
+    found = json.loads((tmp_path / "run/table/results.json").read_text())["rows"]
+    rows_at = {row["label"]: row for row in found if row["sparsity"] == "25 %"}
+    assert rows_at["released"]["params"]["score"] == "abs"
+    model = sources.load_model(home / "model")
+    for label, marks, settings in (
+        ("released", "10-normalised", {"variant": "released"}),
+        ("paper", "10-raw", {}),
+        ("few marks", "4-raw", {"k_a": 4}),
+    ):
+        statistics = calibration.load(tmp_path / f"run/calibrate/statistics-{marks}.safetensors")
+        about = json.loads((tmp_path / "run/calibrate/calibration.json").read_text())
+        plan = cmoe.plan(statistics, model, shared=3, active=3, experts=8, **settings, provenance=about)
+        assert rows_at[label]["plans"] == [plan.sha256]
+    assert rows_at["mask"]["plans"] != rows_at["mask of released"]["plans"]
 
 
 @pytest.mark.slow
@@ -106,6 +137,9 @@ def test_the_packaged_study_runs_on_another_family(
     assert {row["sparsity"] for row in rows} == {"12.5 %", "25 %", "50 %"}
     for row in rows:
         kept = 1 - float(row["sparsity"].split()[0]) / 100
+        if zero := row.get("zero_weight_fraction"):  # weights, not neurons
+            assert zero == pytest.approx(1 - kept, abs=0.01)
+            kept = 1
         # Every layer keeps a whole number of the 128 neurons.
         assert row["active_width_fraction"] == pytest.approx(kept, abs=0.5 / 128), row["label"]
         assert all(value > 1 for value in row["ppl"].values()), row["label"]

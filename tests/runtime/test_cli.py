@@ -134,6 +134,8 @@ def test_methods_lists_every_parameter_without_torch() -> None:
     table = moedge("methods", "mlpmoe").stdout
     assert "2511.21089" in table
     assert "geometric" in table
+    assert "reconstruction" in table
+    assert "dense storage" in " ".join(table.replace("│", " ").split())
     assert "needs nothing besides the model" in table
 
 
@@ -189,7 +191,10 @@ def folder_with(path: Path, **config: Any) -> Path:
         (["bench", "{tmp}/used"], "tokenizer.json is missing"),
         (["bench", "{tmp}/used", "{tmp}/bundles", "{tmp}/used"], "/used is given twice; name each engine once."),
         (["generate", "{tmp}/nothing", "hi"], "{tmp}/nothing"),
-        (["generate", "{tmp}/used", "hi", "--target", "tpu"], "--target tpu: unknown; choose portable or ort-cpu or ort-cpu-int8"),
+        (
+            ["generate", "{tmp}/used", "hi", "--target", "tpu"],
+            "tpu: unknown; choose portable or ort-cpu or ort-cpu-int8",
+        ),
         (["generate", "{tmp}/used", "hi", "--model", "big"], "--model big: unknown; choose moe or dense"),
         (["inspect", "{tmp}/nothing"], "{tmp}/nothing does not exist"),
         (["inspect", "{tmp}/used"], "is not a run folder, a checkpoint, a bundle, an engine or a model"),

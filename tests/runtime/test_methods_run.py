@@ -116,8 +116,17 @@ def test_a_run_of_every_method_passes_and_its_report_is_complete(
     assert static == (name in STATIC)
     overlapping = name == "dive"
     skipped = ROUTED if static else ["random partition", "oracle router"] if overlapping else []
+    if zeros := name == "mlpmoe":  # it runs every neuron: nothing static of that width but the parent itself
+        skipped = [*skipped, "static mask", "FLAP-MLP"]
     assert sorted(report["quality"]["skipped"]) == sorted(skipped)
-    assert set(rows) >= {"dense", name, "static mask", "FLAP-MLP"} | (set(ROUTED) - set(skipped))
+    assert set(rows) >= {"dense", name, "static mask", "FLAP-MLP", *ROUTED} - set(skipped)
+    assert ("zero_fraction" in conversion) == zeros
+    if zeros:
+        assert conversion["active_fraction"] == 1
+        assert conversion["zero_fraction"] == pytest.approx(0.2, abs=0.01)
+        assert rows[name]["zero_weight_fraction"] == conversion["zero_fraction"]
+    for text in (printed, (run / "report.md").read_text("utf-8"), (run / "report.html").read_text("utf-8")):
+        assert ("% zeros" in text) == zeros
     assert ("affinity" in conversion) == overlapping
     assert ("<h3>Domains</h3>" in (run / "report.html").read_text(encoding="utf-8")) == overlapping
     assert {entry["routing"]["compared"] for entry in verification["parity"]} == {not static}

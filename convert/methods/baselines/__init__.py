@@ -85,9 +85,16 @@ def refusal(name: str, plan: MoEPlan) -> str | None:
     """Say why a control makes no sense for a plan, or return None when it does."""
     if name in ROUTED and not any(layer.experts for layer in plan.layers):
         return "the plan has no routed experts"
+    if name not in ROUTED and _runs_everything(plan):
+        return "the plan runs every neuron, and a control of that width is the dense parent"
     if name in PARTITIONS and any(layer.overlapping for layer in plan.layers):
         return "the plan's experts overlap, they are no partition"
     return None
+
+
+def _runs_everything(plan: MoEPlan) -> bool:
+    width = int(plan.model["intermediate_size"])
+    return all(layer.children is None and len(layer.shared) == width for layer in plan.layers)
 
 
 def controls(
