@@ -16,10 +16,10 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
-from rich.table import Table
 
 from moedge.export.lowering import TARGETS
 from moedge.runtime.machine import machine, processor_features
+from moedge.runtime.tables import Sheet
 
 SCHEMA = "moedge.doctor/1"
 
@@ -32,18 +32,18 @@ _CONVERT = (
 _ONNXRUNTIME = ("onnxruntime", "onnxruntime-gpu")
 _RTX = ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx")
 
-_PLANNED: dict[str, tuple[str, tuple[tuple[str, ...], ...], bool]] = {
-    # target: (what it is, what its engine will need, needs an NVIDIA GPU to run)
+_NEEDS: dict[str, tuple[str, tuple[tuple[str, ...], ...], bool]] = {
+    # target: (what it is, what its engine needs, needs an NVIDIA GPU to run); one for each of TARGETS
     "portable": ("standard ONNX operators, any ONNX runtime", (_ONNXRUNTIME,), False),
     "openvino": ("portable without functions, for OpenVINO", (_ONNXRUNTIME,), False),
     "ort-cpu": ("ONNX Runtime's fused CPU kernels", (_ONNXRUNTIME,), False),
-    "ort-cpu-int8": ("the same with 8-bit weights", (_ONNXRUNTIME,), False),
-    "ort-cpu-int4": ("the same with 4-bit weights", (_ONNXRUNTIME,), False),
+    "ort-cpu-int8": ("ort-cpu with 8-bit weights", (_ONNXRUNTIME,), False),
+    "ort-cpu-int4": ("ort-cpu with 4-bit weights", (_ONNXRUNTIME,), False),
     "ort-cuda": ("ONNX Runtime's CUDA kernels", (("onnxruntime-gpu",),), True),
     "tensorrt": ("TensorRT engine with plugins", (("tensorrt",),), True),
     "tensorrt-rtx": ("TensorRT for RTX engine", (_RTX,), True),
-    "tensorrt-rtx-int8": ("the same with 8-bit weights", (_RTX,), True),
-    "tensorrt-rtx-int4": ("the same with 4-bit weights, SM80 and newer", (_RTX,), True),
+    "tensorrt-rtx-int8": ("tensorrt-rtx with 8-bit weights", (_RTX,), True),
+    "tensorrt-rtx-int4": ("tensorrt-rtx with 4-bit weights, SM80 and newer", (_RTX,), True),
 }
 
 _RUNTIMES: tuple[tuple[str, tuple[str, ...], str], ...] = (
@@ -53,7 +53,7 @@ _RUNTIMES: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("ONNX", ("onnx",), "export, routing taps"),
     ("ONNX Script", ("onnxscript",), "export"),
     ("ONNX Runtime", _ONNXRUNTIME, "engine of portable and ort-cpu"),
-    ("Triton", ("triton", "triton-windows"), "not used in this release"),
+    ("Triton", ("triton", "triton-windows"), "experts on a GPU: in PyTorch, and as kernels of tensorrt engines (moedge build)"),
     ("TensorRT", ("tensorrt",), "builds and runs tensorrt engines"),
     ("TensorRT for RTX", _RTX, "builds (anywhere) and runs tensorrt-rtx engines"),
     ("OpenVINO", ("openvino",), "opens openvino bundles (docs/interop.md)"),
@@ -97,17 +97,15 @@ def examine() -> dict[str, Any]:
             "jetson": _jetson(),
         },
         "convert": _answer(_CONVERT, [], tested),
-        "targets": [_target(name, providers, gpus, gpu_note, tested) for name in _PLANNED],
+        "targets": [_target(name, providers, gpus, gpu_note, tested) for name in TARGETS],
     }
 
 
 def _target(
     name: str, providers: list[str] | str, gpus: list[dict[str, Any]], gpu_note: str, tested: dict[str, str]
 ) -> dict[str, Any]:
-    what, engine, needs_gpu = _PLANNED[name]
-    implemented = name in TARGETS
-    unwritten = [] if implemented else ["not implemented in this release"]
-    unfit = list(unwritten)
+    what, engine, needs_gpu = _NEEDS[name]
+    unfit = []
     if engine[0] is _ONNXRUNTIME or name == "ort-cuda":
         provider = "CUDAExecutionProvider" if name == "ort-cuda" else "CPUExecutionProvider"
         if isinstance(providers, str):
@@ -122,8 +120,7 @@ def _target(
     return {
         "target": name,
         "what": what,
-        "implemented": implemented,
-        "export": _answer(needs, unwritten, tested),
+        "export": _answer(needs, [], tested),
         "run": _answer(engine, unfit, tested),
     }
 
@@ -259,7 +256,7 @@ def _available_gib() -> float:
 def render(result: dict[str, Any]) -> RenderableType:
     """Return the answer of :func:`examine` as rich tables."""
     facts, devices = result["machine"], result["devices"]
-    where = Table(title="machine", show_header=False, title_justify="left")
+    where = Sheet(title="machine", show_header=False)
     where.add_row("processor", f"{facts['processor']}, {facts['cores']} cores ({facts['logical_cores']} logical)")
     where.add_row("instructions", " ".join(devices["cpu"]["features"]) or "unknown")
     where.add_row("memory", f"{facts['memory_gib']} GiB, {devices['cpu']['memory_available_gib']} GiB available")
@@ -273,7 +270,7 @@ def render(result: dict[str, Any]) -> RenderableType:
         where.add_row("Jetson", escape(f"{devices['jetson']['model']}, {devices['jetson']['l4t']}"))
     where.add_row("software", f"{facts['system']}, Python {facts['python']}, MoEdge {facts['moedge']}")
 
-    runtimes = Table(title="runtimes", title_justify="left")
+    runtimes = Sheet(title="runtimes")
     for column in ("runtime", "version", "used for"):
         runtimes.add_column(column)
     for row in result["runtimes"]:
@@ -282,7 +279,7 @@ def render(result: dict[str, Any]) -> RenderableType:
         text = ", ".join(providers) if isinstance(providers, list) else providers
         runtimes.add_row(row["name"], version, escape(row["use"] + (f" ({text})" if text else "")))
 
-    possible = Table(title="what is possible here", title_justify="left")
+    possible = Sheet(title="what is possible here")
     for column in ("", "make", "run", "notes"):
         possible.add_column(column)
     possible.add_row("convert", _mark(result["convert"]), "", _notes(result["convert"]))
@@ -290,7 +287,7 @@ def render(result: dict[str, Any]) -> RenderableType:
         name = f"{target['target']}\n[dim]{escape(target['what'])}[/dim]"
         notes = _notes(target["export"], target["run"])
         possible.add_row(name, _mark(target["export"]), _mark(target["run"]), notes)
-    return Group(where, runtimes, possible)
+    return Group(where, "", runtimes, "", possible)
 
 
 def _mark(answer: dict[str, Any]) -> str:

@@ -241,9 +241,12 @@ class OrtEngine:
         logits = np.empty((batch, rows, self._model["vocab_size"]), dtype=self._dtype)
         # Outputs come back in the order in which they were first bound: logits, taps, cache.
         binding.bind_output("logits", "cpu", 0, self._dtype, logits.shape, logits.ctypes.data)
-        for tap in self._taps.values():
-            binding.bind_output(tap["output"], "cpu")
-        for name in (*self._router_inputs.values(), *self._scores.values()):
+        shown = list(
+            dict.fromkeys(
+                [*(tap["output"] for tap in self._taps.values()), *self._router_inputs.values(), *self._scores.values()]
+            )
+        )
+        for name in shown:
             binding.bind_output(name, "cpu")
         if not (self._shared and cache.binding):
             for past, present, value in zip(self._past, self._present, cache.values, strict=True):
@@ -257,22 +260,15 @@ class OrtEngine:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime raises one class per status code, without a base class of its own
             raise MoEdgeError(f"ONNX Runtime failed on {self._path}: {str(error).splitlines()[0]}") from error
-        extra = len(self._taps) + len(self._router_inputs) + len(self._scores)
-        outputs = binding.get_outputs() if extra or not self._shared else []
-        values = cache.values if self._shared else outputs[1 + extra :]
-        routes = None
-        if self._taps:
-            routes = {layer: selected(outputs[1 + i].numpy(), tap) for i, (layer, tap) in enumerate(self._taps.items())}
-        read = None
-        if self._router_inputs:
-            tapped = outputs[1 + len(self._taps) :][: len(self._router_inputs)]
-            # Float32 holds every half-precision number, so a router that casts what it reads gets the same.
-            read = {
-                n: value.numpy().astype(np.float32, copy=False)
-                for n, value in zip(self._router_inputs, tapped, strict=True)
-            }
-        ranked = outputs[1 + extra - len(self._scores) : 1 + extra]
-        scores = {layer: value.numpy() for layer, value in zip(self._scores, ranked, strict=True)} or None
+        outputs = binding.get_outputs() if shown or not self._shared else []
+        values = cache.values if self._shared else outputs[1 + len(shown) :]
+        seen = {name: value.numpy() for name, value in zip(shown, outputs[1:], strict=False)}
+        routes = {layer: selected(seen[tap["output"]], tap) for layer, tap in self._taps.items()} or None
+        # Float32 holds every half-precision number, so a router that casts what it reads gets the same.
+        read, scores = (
+            {layer: seen[name].astype(np.float32, copy=False) for layer, name in names.items()} or None
+            for names in (self._router_inputs, self._scores)
+        )
         return Step(logits.astype(np.float32, copy=False), _Cache(mask, values, binding), routes, read, scores)
 
 
