@@ -53,7 +53,11 @@ _RUNTIMES: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("ONNX", ("onnx",), "export, routing taps"),
     ("ONNX Script", ("onnxscript",), "export"),
     ("ONNX Runtime", _ONNXRUNTIME, "engine of portable and ort-cpu"),
-    ("Triton", ("triton", "triton-windows"), "experts on a GPU: in PyTorch, and as kernels of tensorrt engines (moedge build)"),
+    (
+        "Triton",
+        ("triton", "triton-windows"),
+        "experts on a GPU: in PyTorch, and as kernels of tensorrt engines (moedge build)",
+    ),
     ("TensorRT", ("tensorrt",), "builds and runs tensorrt engines"),
     ("TensorRT for RTX", _RTX, "builds (anywhere) and runs tensorrt-rtx engines"),
     ("OpenVINO", ("openvino",), "opens openvino bundles (docs/interop.md)"),

@@ -24,7 +24,8 @@ its router read must be what the reference's router reads under the same choices
 A window of text in which both chose the same experts everywhere needs no second run: replay would hand the reference
 the choices that it made anyway, and every choice is right that the reference makes, too. So float32 engines, which
 rarely choose otherwise, run free first, and :meth:`Replay.alike` takes over a window without changed choices as it is;
-only the others are run again. The figures are those of a replay of every window.
+only the others are run again. The verdict is that of a replay of every window, the figures up to the order in which
+experts are summed.
 """
 
 from __future__ import annotations

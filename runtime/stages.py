@@ -187,6 +187,7 @@ def build(recipe: Recipe, machine: dict[str, Any]) -> list[Stage]:
                 "runtime/parity.py",
                 "runtime/reduction.py",
                 "runtime/verdict.py",
+                "runtime/outcomes.py",
                 "runtime/replay.py",
                 "runtime/verification.py",
                 "configs/__init__.py",

@@ -81,7 +81,7 @@ def test_every_target_is_there_and_nothing_else() -> None:
 
 
 def imported() -> set[str]:
-    """Top-level packages that some file of this package imports."""
+    """Top-level packages that some file of this package imports, by a statement or by name."""
     import moedge
 
     root = Path(str(moedge.__file__)).parent
@@ -93,6 +93,8 @@ def imported() -> set[str]:
                 found |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 found.add(node.module.split(".")[0])
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
+                found.add(node.value)
     return found
 
 
@@ -100,7 +102,9 @@ def test_what_a_runtime_is_used_for_is_true() -> None:
     """Doctor said for two releases that Triton was not used."""
     used = imported()
     for row in doctor.examine()["runtimes"]:
-        module = {"PyTorch": "torch", "TensorRT for RTX": "tensorrt_rtx"}.get(row["name"], row["name"].lower().replace(" ", ""))
+        module = {"PyTorch": "torch", "TensorRT for RTX": "tensorrt_rtx"}.get(
+            row["name"], row["name"].lower().replace(" ", "")
+        )
         if row["name"] != "OpenVINO":  # users open its bundles with it (docs/interop.md), this package does not
             assert module in used, f"{row['name']} is listed and imported nowhere"
         assert "not used" not in row["use"]
