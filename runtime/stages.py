@@ -212,7 +212,10 @@ def build(recipe: Recipe, machine: dict[str, Any]) -> list[Stage]:
             bodies.report,
             {"recipe": recipe.model_dump()},
             reads=("source", "calibrate", "convert", "export", *dense, "evaluate", "verify", "bench"),
-            sources=(*_ALWAYS_CODE, "runtime/report", "convert"),
+            sources=(
+                *(*_ALWAYS_CODE, "runtime/report", "convert", "runtime/outcomes.py", "runtime/verdict.py"),
+                "configs/tolerances.py",
+            ),
             libraries=("jinja2", "matplotlib"),
         ),
     ]
