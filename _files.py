@@ -15,6 +15,21 @@ from typing import Any
 from moedge import MoEdgeError
 
 _CHUNK = 1 << 22
+_POINTER = b"version https://git-lfs.github.com/spec/"
+"""How the file begins that Git leaves in place of a large one until ``git lfs pull``."""
+
+
+def refuse_pointer(path: Path) -> None:
+    """Refuse the small text that Git leaves in place of a large file.
+
+    Raises:
+        MoEdgeError: with the command that gets the file.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb") as stream:
+        if stream.read(len(_POINTER)) == _POINTER:
+            raise MoEdgeError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in {path.parent}.")
 
 
 def sha256_file(path: Path) -> str:
@@ -62,8 +77,28 @@ def spare(path: Path, inputs: Iterable[Path | str]) -> None:
     """
     place = path.resolve()
     for kept in (*(Path(given).expanduser() for given in inputs), Path.cwd(), Path.home()):
-        if kept.exists() and kept.resolve().is_relative_to(place):
+        if kept.exists() and any(part.is_relative_to(place) for part in _parts(kept)):
             raise MoEdgeError(f"Output {path} is or holds {kept}, which would be deleted; choose another output path.")
+
+
+def _parts(kept: Path) -> Iterator[Path]:
+    """Where a path is, where it leads to if it is a link, and where the links in a folder lead to."""
+    yield kept.resolve()
+    if kept.is_symlink():
+        yield kept.parent.resolve() / kept.name
+    if kept.is_dir() and kept not in (Path.cwd(), Path.home()):
+        yield from (entry.resolve() for entry in kept.iterdir() if entry.is_symlink())
+
+
+def check_links(folder: Path) -> None:
+    """Refuse a folder with a link to a file that is not there: a part of the hub's cache copied or deleted.
+
+    Raises:
+        MoEdgeError: names the link and what it should lead to.
+    """
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        if entry.is_symlink() and not entry.exists():
+            raise MoEdgeError(f"{entry} is a link to {entry.readlink()}, which is not there; download the model again.")
 
 
 @contextmanager

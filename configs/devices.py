@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from moedge import MoEdgeError
 from moedge.configs import files as yaml_files
 from moedge.configs.files import first_problem
+from moedge.export import targets
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -71,11 +72,6 @@ def load(device: str) -> Device:
         raise MoEdgeError(f"Device profile {path}: {first_problem(error)}.") from error
 
 
-def family(target: str) -> str:
-    """The runtime of a target: that of a quantised one without its bits."""
-    return target.partition("-int")[0]
-
-
 def half_refusal(dtype: str, device: Device) -> str | None:
     """Return why a device cannot run an engine of a half-precision type, or None."""
     if dtype != "bfloat16" or float(device.compute_capability) >= BFLOAT16:
@@ -88,28 +84,29 @@ def half_refusal(dtype: str, device: Device) -> str | None:
 
 def refusal(target: str, device: Device) -> str | None:
     """Return why an engine of ``target`` cannot be built for ``device``, naming what can, or None."""
-    if target == "tensorrt-rtx-int4" and device.compute_capability == "7.5":
+    row = targets.find(target)
+    if float(device.compute_capability) < row.oldest_capability and row.bits:
+        others = [other.name for other in (targets.sibling(row, 8), targets.known(row.unquantised or "")) if other]
         return (
-            f"TensorRT for RTX has no 4-bit weights for {device.label} ({device.sm}), they begin with SM80; export the "
-            "target tensorrt-rtx-int8 or tensorrt-rtx instead."
+            f"TensorRT for RTX has no {row.bits}-bit weights for {device.label} ({device.sm}), they begin with "
+            f"SM{row.oldest_capability * 10:.0f}; export the target {' or '.join(others)} instead."
         )
-    target = family(target)
-    if target not in ("tensorrt", "tensorrt-rtx"):
+    if row.engine is None:
         return (
             f"A {target} bundle is run by ONNX Runtime as it is and needs no engine; export tensorrt or tensorrt-rtx."
         )
-    if target in device.targets:
+    if row.engine in device.targets:
         return None
-    others = " or ".join(device.targets)
-    if target == "tensorrt-rtx":
+    ours = " or ".join(device.targets)
+    if row.engine == "tensorrt-rtx":
         instead = (
             f"make an archive with `moedge bundle CHECKPOINT OUT.tar --target {device.name}` and build on the device"
             if device.unified_memory
-            else f"export the target {others} and build the engine on the device"
+            else f"export the target {ours} and build the engine on the device"
         )
         supported = ", ".join(RTX_CAPABILITIES)
         return (
             f"TensorRT for RTX has no engines for {device.label} ({device.sm}); it supports compute capabilities "
             f"{supported}. Instead, {instead}."
         )
-    return f"TensorRT does not support {device.label} ({device.sm}) any more; export {others} instead."
+    return f"TensorRT does not support {device.label} ({device.sm}) any more; export {ours} instead."

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -23,7 +24,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import CoreSchema, core_schema
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from moedge import MoEdgeError
 from moedge.configs import devices
@@ -31,7 +32,7 @@ from moedge.configs import files as yaml_files
 from moedge.configs.files import name_of
 from moedge.convert.methods import METHODS, Method
 from moedge.convert.moe_adapters import FAMILIES as MOE_FAMILIES
-from moedge.export.lowering import REFUSED
+from moedge.export import targets as registry
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -43,12 +44,17 @@ Device = Annotated[str, Field(pattern=DEVICE)]
 Spec = Annotated[str, Field(min_length=1)]
 """What ``convert.sources.resolve`` or ``convert.calibration.read_text`` opens: ``asset:NAME``, a path, or a hub id."""
 
-TargetName = Literal[
-    "portable", "ort-cpu", "ort-cpu-int8", "ort-cpu-int4", "ort-cuda", "openvino", "tensorrt", "tensorrt-rtx",
-    "tensorrt-rtx-int8", "tensorrt-rtx-int4",
-]  # fmt: skip
-TARGETS = ("portable", "ort-cpu")
-"""What a recipe exports to when it does not say."""
+
+def _known_target(name: str) -> str:
+    if name not in registry.names():
+        *others, last = map(repr, registry.names())
+        expected = f"{', '.join(others)} or {last}"
+        raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": expected})
+    return name
+
+
+TargetName = Annotated[str, AfterValidator(_known_target)]
+"""A name in :mod:`moedge.export.targets`, asked when a recipe is read: others may have been registered."""
 ControlName = Literal[
     "static mask",
     "FLAP-MLP",
@@ -135,11 +141,11 @@ class _ByMethod:
 class ExportSection(_Section):
     """Which bundles to write."""
 
-    targets: Annotated[list[TargetName], Field(min_length=1)] = ["portable", "ort-cpu"]
+    targets: Annotated[list[TargetName], Field(min_length=1)] = list(registry.default())
     build: list[Spec] = []
     """Device profiles for which the bundle ``tensorrt-rtx`` of the MoE becomes one engine."""
     dtype: Literal["float16", "bfloat16"] = "float16"
-    """Half-precision type of the targets in ``lowering.HALF_TARGETS``."""
+    """Half-precision type of the targets that leave the choice."""
     dense_parent: bool = True
     max_length: Annotated[int, Field(ge=16)] = 2048
 
@@ -147,8 +153,8 @@ class ExportSection(_Section):
     @classmethod
     def _left_out_on_purpose(cls, value: Any) -> Any:
         for name in value if isinstance(value, list) else []:
-            if isinstance(name, str) and name in REFUSED:
-                raise ValueError(REFUSED[name])
+            if isinstance(name, str) and name in registry.REFUSED:
+                raise ValueError(registry.REFUSED[name])
         return value
 
     @field_validator("targets")

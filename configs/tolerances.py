@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from moedge import MoEdgeError
 from moedge.configs.files import first_problem
+from moedge.export import targets
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -92,6 +93,8 @@ class Tolerances(BaseModel):
         Raises:
             MoEdgeError: the file has no such profile.
         """
+        row = targets.known(target)
+        target = row.limits or target if row else target
         key = f"{dtype}/{target}{'-bf16' if graph == 'bfloat16' else ''}"
         if key not in self.profiles:
             raise MoEdgeError(f"No tolerance profile {key!r}; known: {', '.join(sorted(self.profiles))}.")

@@ -31,6 +31,7 @@ Signal = Literal["abs", "signed"]
 STATISTICS_SCHEMA = "moedge.statistics/1"
 """Gate profiles are optional in it; a file without them is what it was before they existed."""
 
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _DOC = re.compile(r"<doc id=\"(?P<id>[^\"]*)\"[^>]*>\n?(?P<text>.*?)</doc>", re.DOTALL)
 
 
@@ -64,7 +65,7 @@ def read_text(spec: str) -> TextSet:
     asset = assets.find(spec.removeprefix("asset:")) if spec.startswith("asset:") else None
     path = assets.fetch(asset.name) if asset else Path(spec).expanduser()
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8").removeprefix("\ufeff")  # a byte order mark
     except OSError as error:
         raise MoEdgeError(f"Cannot read the text file {path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
@@ -77,26 +78,39 @@ def read_text(spec: str) -> TextSet:
         entries = json.loads(text)
         documents = [Document(str(i), "\n".join(str(e[name]) for name in asset.fields)) for i, e in enumerate(entries)]
     elif asset and asset.lines > 1:
-        rows = text.splitlines()
+        rows = lines(text)
         parts = ["\n".join(rows[start : start + asset.lines]) for start in range(0, len(rows), asset.lines)]
         documents = [Document(str(i), part) for i, part in enumerate(parts) if part.strip()]
     else:
-        documents = [Document(str(i), line) for i, line in enumerate(text.splitlines()) if line.strip()]
+        documents = [Document(str(i), line) for i, line in enumerate(lines(text)) if line.strip()]
     if not documents:
         raise MoEdgeError(f"{path} holds no text.")
     return TextSet(asset.name if asset else path.stem, documents, sha256_file(path))
 
 
+def lines(text: str) -> list[str]:
+    r"""Split at ``\n``, ``\r\n`` and a lone ``\r``, as Python reads text files.
+
+    ``str.splitlines`` also splits at form feeds, U+0085, U+2028 and others, which web text has inside its lines.
+    """
+    return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
+
+
 def _json_lines(path: Path, text: str) -> list[Document]:
     documents = []
-    for number, line in enumerate(text.splitlines()):
+    for number, line in enumerate(text.split("\n")):  # JSON takes a \r before it for a space
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
-            documents.append(Document(str(entry.get("id", number)), str(entry["text"])))
-        except (ValueError, KeyError, AttributeError) as error:
+            body, name = entry["text"], str(entry.get("id", number))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise MoEdgeError(f'{path} line {number + 1} is not a JSON object with a "text" key.') from error
+        if not isinstance(body, str):
+            raise MoEdgeError(f'{path} line {number + 1}: "text" is {json.dumps(body)[:40]}, not a string.')
+        if _SURROGATE.search(body):
+            raise MoEdgeError(f'{path} line {number + 1}: "text" holds half of a character (a lone surrogate).')
+        documents.append(Document(name, body))
     return documents
 
 

@@ -28,7 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 import moedge.export.ops  # noqa: F401  registers torch.ops.moedge
 from moedge import MoEdgeError
 from moedge._files import atomic_dir
-from moedge.convert import adapters, hierarchical, moe_adapters, routers, sources
+from moedge.convert import adapters, hierarchical, moe_adapters, routers, sources, tokenizer_files
 from moedge.convert.errors import quiet
 from moedge.convert.plan import LayerPlan, MoEPlan
 from moedge.export.ops import activate
@@ -351,7 +351,7 @@ def save(
         raise MoEdgeError("The model to save was not made by this plan; call apply(plan, model) first.")
     with atomic_dir(folder, force=force, inputs=[model.name_or_path]) as partial, quiet():
         model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        tokenizer_files.save(tokenizer, partial)
         plan.save(partial)
 
 

@@ -15,7 +15,6 @@ that is in neither the shared set nor an expert is pruned (static methods prune,
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +23,8 @@ import numpy as np
 
 from moedge import MoEdgeError
 from moedge._files import canonical_json, write_json
+from moedge.convert.errors import translated
+from moedge.convert.folder_check import read_object
 
 PLAN_SCHEMA = "moedge.plan/1"
 
@@ -213,23 +214,20 @@ class MoEPlan:
         Raises:
             MoEdgeError: a file is missing, of another schema, damaged, or does not match its hash.
         """
-        from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
-        try:
-            head = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+        for name in ("plan.json", "plan.safetensors"):
+            if not (folder / name).is_file():
+                raise MoEdgeError(f"No plan in {folder}: {name} is missing.")
+        head = read_object(folder / "plan.json")
+        with translated(f"{folder / 'plan.safetensors'} is damaged", "Convert again."):
             tensors = load_file(folder / "plan.safetensors")
-        except FileNotFoundError as error:
-            raise MoEdgeError(f"No plan in {folder}: {error.filename or 'plan.safetensors'} is missing.") from error
-        except (ValueError, SafetensorError) as error:
-            raise MoEdgeError(f"Plan in {folder} is damaged ({error}); convert again.") from error
-        if not isinstance(head, dict) or head.get("schema") != PLAN_SCHEMA:
+        if head.get("schema") != PLAN_SCHEMA:
             raise MoEdgeError(f"{folder / 'plan.json'} is not a {PLAN_SCHEMA} file; convert again with this version.")
-        try:
+        with translated(f"Plan in {folder} is incomplete", "Convert again."):  # a damaged one lacks anything
             plan = cls._join(head, tensors)
-        except (KeyError, TypeError, ValueError) as error:
-            raise MoEdgeError(f"Plan in {folder} is incomplete ({error}); convert again.") from error
-        if plan.sha256 != head.get("sha256"):
+            sha256 = plan.sha256
+        if sha256 != head.get("sha256"):
             raise MoEdgeError(f"Plan in {folder} does not match its own hash; it was changed. Convert again.")
         plan.validate()
         return plan

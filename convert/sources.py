@@ -6,7 +6,6 @@ remote code.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,19 +13,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moedge import MoEdgeError
-from moedge._files import digest, sha256_file
-from moedge.convert import adapters, assets, gguf_files, moe_adapters
-from moedge.convert.errors import first_sentence, quiet
+from moedge._files import check_links, digest, sha256_file
+from moedge.convert import adapters, assets, float8, folder_check, gguf_files, moe_adapters, tokenizer_files
+from moedge.convert.errors import quiet, translated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _IDENTITY = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
+_SIGNS = ("adapter_config.json",)
+"""Fetched from the hub beside the model, so that a folder there is refused as the same folder here is."""
+_LOCAL = {"trust_remote_code": False, "local_files_only": True}
 DTYPES = ("float32", "bfloat16", "float16")
-_VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.json")
-"""Files that make a tokenizer; one of them has to be there."""
-_TOKENIZER = ("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "vocab.json", "merges.txt", "*.jinja")
+
+
+Kind = Literal["folder", "gguf", "hub", "asset"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Source:
     """A model that is ready to load."""
 
     spec: str
-    kind: Literal["folder", "gguf", "hub", "asset"]
+    kind: Kind
     folder: Path
     """Hugging Face folder; for a GGUF the de-quantized float32 copy in the cache."""
     sha256: str
@@ -44,7 +46,7 @@ class Source:
 
 
 def resolve(spec: str, revision: str | None = None) -> Source:
-    """Turn a user's model spec into a folder on disk.
+    """Turn a user's model spec into a folder on disk, and identify what is in it.
 
     Args:
         spec: a local Hugging Face folder, the path of a ``.gguf`` file, a hub id ``org/name`` or ``asset:NAME``.
@@ -53,24 +55,28 @@ def resolve(spec: str, revision: str | None = None) -> Source:
     Raises:
         MoEdgeError: missing, damaged, pickle-only, already converted, without GLU FFN or of an unknown architecture.
     """
+    kind, folder, label = locate(spec, revision)
+    return Source(spec, kind, folder, identity(folder), label)
+
+
+def locate(spec: str, revision: str | None = None) -> tuple[Kind, Path, str]:
+    """:func:`resolve` without the identity, which reads all weights: (kind, folder, label)."""
     path = Path(spec).expanduser()
     if spec.startswith("asset:"):
         asset = assets.find(spec.removeprefix("asset:"))
-        folder, label = gguf_files.to_folder(assets.fetch(asset.name))
-        return Source(spec, "asset", folder, identity(folder), label)
+        return "asset", *gguf_files.to_folder(assets.fetch(asset.name))
     if path.is_file():
         if path.suffix != ".gguf":
             raise MoEdgeError(f"{path} is neither a folder nor a .gguf file; give one of these or a hub id org/name.")
-        folder, label = gguf_files.to_folder(path)
-        return Source(spec, "gguf", folder, identity(folder), label)
+        return "gguf", *gguf_files.to_folder(path)
     if path.is_dir():
         check_folder(path)
-        return Source(spec, "folder", path, identity(path), path.name or str(path.resolve()))
+        return "folder", path, path.name or str(path.resolve())
     if spec.endswith(".gguf") or spec.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(spec):
         raise MoEdgeError(f"Model {spec} does not exist; give a folder, a .gguf file, a hub id org/name or asset:NAME.")
     folder = _from_hub(spec, revision)
     check_folder(folder)
-    return Source(spec, "hub", folder, identity(folder), f"{spec}@{revision}" if revision else spec)
+    return "hub", folder, f"{spec}@{revision}" if revision else spec
 
 
 def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
@@ -82,33 +88,61 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Pre
         device: see :func:`check_device`.
 
     Raises:
-        MoEdgeError: the folder cannot be loaded, lacks weights, has some of another shape than its config says, or some
-            that are not finite.
+        MoEdgeError: the folder cannot be loaded, its config says what transformers ignores, or its weights are missing,
+            of another shape, without a place in the model, not finite, quantized (but float8 by blocks, which is
+            de-quantized) or beside an adapter.
     """
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     check_device(device)
     if dtype not in (*DTYPES, "auto"):
         raise MoEdgeError(f"Dtype {dtype!r} is not supported; supported: {', '.join(DTYPES)}.")
-    options = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
-    try:
-        with quiet():
-            wanted = getattr(torch, own_dtype(folder) if dtype == "auto" else dtype)
-            model, info = AutoModelForCausalLM.from_pretrained(
-                # A mismatch is then named below; without it transformers prints a table and refers to that.
-                folder,
-                dtype=wanted,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **options,
-            )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise MoEdgeError(f"Cannot load the model in {folder}: {first_sentence(error)}") from error
-    _check_weights(folder, model, info)
+    found = folder_check.check(folder)
+    wanted = getattr(torch, own_dtype(folder) if dtype == "auto" else dtype)
+    config = _config(folder)
+    options: dict[str, Any] = {}
+    if float8.is_fp8(found):
+        from transformers import FineGrainedFP8Config
+
+        # Elsewhere than here transformers keeps float8 where the device has it.
+        options["quantization_config"] = FineGrainedFP8Config(dequantize=True)
+    with quiet(), translated(f"Cannot load the model in {folder}"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=wanted,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # named below; without it transformers prints a table and refers to that
+            use_safetensors=True,
+            **_LOCAL,
+            **options,
+        )
+    folder_check.check_loaded(folder, model, info)
+    if options:
+        model = model.to(wanted)  # before 5.24 what was float8 has the dtype of its scales
     _align(model)
     return model.eval().requires_grad_(False).to(device)
+
+
+def _config(folder: Path) -> Any:
+    """Read config.json and generation_config.json as transformers does, each under its own name in an error.
+
+    What says how transformers is to run the model is set to what every caller here relies on.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    with quiet():
+        with translated(f"transformers refuses {folder / 'config.json'}"):
+            config = AutoConfig.from_pretrained(folder, **_LOCAL)
+            config._attn_implementation = None
+            config._experts_implementation = None
+            config.output_attentions = config.output_hidden_states = False
+            config.return_dict = True
+        if (folder / "generation_config.json").exists():
+            with translated(f"transformers refuses {folder / 'generation_config.json'}"):
+                GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return config
 
 
 def check_device(device: str) -> None:
@@ -133,40 +167,14 @@ def check_device(device: str) -> None:
         raise MoEdgeError(f"Device {device} is not here; this machine has {torch.cuda.device_count()}, from cuda:0 on.")
 
 
-def _check_weights(folder: Path, model: PreTrainedModel, info: dict[str, Any]) -> None:
-    """Refuse weights that transformers made up (it fills what is missing with random numbers) or that are not finite.
-
-    ``info`` is what ``from_pretrained(.., output_loading_info=True)`` returns.
-    """
-    import torch
-
-    made_up = {str(name): "is missing" for name in info["missing_keys"]}
-    made_up |= {
-        str(name): f"has shape {list(found)}, config.json wants {list(wanted)}"
-        for name, found, wanted in info["mismatched_keys"]
-    }
-    if made_up:
-        name, what = min(made_up.items())
-        others = f", and {len(made_up) - 1} more" if len(made_up) > 1 else ""
-        raise MoEdgeError(f"{folder}: weight {name} {what}{others}; download or save the model again.")
-    for name, tensor in model.named_parameters():
-        if tensor.numel() and not torch.stack(torch.aminmax(tensor.detach())).isfinite().all():
-            raise MoEdgeError(f"{folder}: weight {name} holds NaN or infinity; download or save the model again.")
-
-
 def own_dtype(folder: Path) -> str:
     """Return the dtype that a Hugging Face folder says its weights have, a torch dtype name.
 
     Raises:
         MoEdgeError: config.json is missing, damaged, or names a dtype other than float32, bfloat16 and float16.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        found = config.get("dtype") or config.get("torch_dtype") or "float32"  # the second: before transformers 5
-    except (OSError, ValueError, AttributeError) as error:
-        raise MoEdgeError(
-            f"{folder / 'config.json'} is missing or damaged; give a Hugging Face model folder."
-        ) from error
+    config = folder_check.read_object(folder / "config.json")
+    found = config.get("dtype") or config.get("torch_dtype") or "float32"  # the second: before transformers 5
     if found not in DTYPES:
         raise MoEdgeError(f"{folder}: weights of dtype {found!r} are not supported; supported: {', '.join(DTYPES)}.")
     return str(found)
@@ -187,49 +195,30 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a Hugging Face folder.
 
     Raises:
-        MoEdgeError: the folder has no tokenizer that can be loaded.
+        MoEdgeError: see :func:`moedge.convert.tokenizer_files.load`.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        if not any((folder / name).is_file() for name in _VOCABULARY):
-            raise MoEdgeError(
-                f"{folder} has no tokenizer; copy tokenizer.json and tokenizer_config.json there."
-            ) from None
-        raise MoEdgeError(f"Cannot load the tokenizer in {folder}: {first_sentence(error)}") from error
+    return tokenizer_files.load(folder)
 
 
 def identity(folder: Path) -> str:
     """Return the digest of the hashes of the weights, config and tokenizer files in ``folder``."""
-    paths = {path for pattern in _IDENTITY + _TOKENIZER for path in folder.glob(pattern)}
-    return digest({path.name: sha256_file(path) for path in paths})
+    paths = {path for pattern in _IDENTITY + tokenizer_files.PATTERNS for path in folder.glob(pattern)}
+    return digest({path.relative_to(folder).as_posix(): sha256_file(path) for path in paths})
 
 
 def check_folder(folder: Path) -> None:
     """Refuse a Hugging Face folder that cannot be converted, before anything is loaded.
 
     Raises:
-        MoEdgeError: no config.json, no safetensors, or an architecture that is not supported.
+        MoEdgeError: a link without its file, what :func:`moedge.convert.folder_check.check` refuses, or an architecture
+            that is not supported.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        model_type = str(config["model_type"])
-    except FileNotFoundError:
-        raise MoEdgeError(f"{folder} has no config.json; give a Hugging Face model folder.") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise MoEdgeError(f"{folder / 'config.json'} is damaged or names no model_type; download it again.") from error
-    if not any(folder.glob("*.safetensors")):
-        if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
-            raise MoEdgeError(
-                f"{folder} holds pickle weights (.bin) only, which can run code when loaded; save safetensors first."
-            )
-        if (folder / "model.onnx").is_file():
-            raise MoEdgeError(f"{folder} is an ONNX bundle; give the checkpoint that it was exported from.")
-        raise MoEdgeError(f"{folder} holds no *.safetensors weights.")
+    check_links(folder)
+    model_type = str(folder_check.read_config(folder)["model_type"])
+    folder_check.weight_files(folder)
     if model_type not in moe_adapters.FAMILIES:
         adapters.refuse_unsupported(model_type, str(folder), _skeleton(folder, model_type))
+    folder_check.check(folder)
 
 
 def _skeleton(folder: Path, model_type: str) -> Callable[[], Any]:
@@ -239,28 +228,22 @@ def _skeleton(folder: Path, model_type: str) -> Callable[[], Any]:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        try:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-            with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise MoEdgeError(
-                f"{folder}: unknown architecture, model type {model_type!r}; supported: {', '.join(adapters.FAMILIES)}."
-            ) from error
+        unknown = f"{folder}: unknown architecture, model type {model_type!r}"
+        with quiet(), translated(unknown, f"Supported: {', '.join(adapters.FAMILIES)}."), torch.device("meta"):
+            config = AutoConfig.from_pretrained(folder, **_LOCAL)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
     return build
 
 
 def _from_hub(spec: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = [*_IDENTITY, *_TOKENIZER]
-    try:
-        return Path(snapshot_download(spec, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        at = f" at revision {revision}" if revision else ""
-        raise MoEdgeError(
-            f"Cannot download {spec}{at} from the Hugging Face hub: {first_sentence(error)} "
-            "Check the name, the network and HF_TOKEN, or give a local folder."
-        ) from error
+    at = f" at revision {revision}" if revision else ""
+    with translated(
+        f"Cannot download {spec}{at} from the Hugging Face hub",
+        "Check the name, the network and HF_TOKEN, or give a local folder.",
+    ):
+        return Path(
+            snapshot_download(spec, revision=revision, allow_patterns=[*_IDENTITY, *tokenizer_files.PATTERNS, *_SIGNS])
+        )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moedge import MoEdgeError
-from moedge._files import digest, hash_tree, safe_join, sha256_file, write_json
+from moedge._files import check_links, digest, hash_tree, safe_join, sha256_file, write_json
 
 BUNDLE_SCHEMA = "moedge.bundle/1"
 MANIFEST = "manifest.json"
@@ -22,14 +22,9 @@ MODEL = "model.onnx"
 WEIGHTS = "model.onnx.data"
 _REQUIRED = ("target", "kind", "label", "model", "moe", "io", "cache", "taps", "lowering", "versions", "files")
 # Everything a tokenizer and a generation loop read; never weights, never code.
-_COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
+_CONFIGS = ("config.json", "generation_config.json")
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_TEMPLATES = "additional_chat_templates"
 
 
 @dataclass(frozen=True)
@@ -128,11 +123,32 @@ def check_external_data(model_path: Path, allowed: set[str]) -> None:
 
 
 def copy_companions(source: Path, destination: Path) -> None:
-    """Copy tokenizer and config files that exist in ``source`` (a checkpoint or a bundle)."""
-    for name in _COMPANIONS:
-        file = source / name
-        if file.is_file() and not file.is_symlink():
-            shutil.copyfile(file, destination / name)
+    """Copy the tokenizer and config files of a bundle.
+
+    Raises:
+        MoEdgeError: one is a link.
+    """
+    for name in (*_CONFIGS, *_TOKENIZER):
+        if safe_join(source, name).is_file():
+            shutil.copyfile(source / name, destination / name)
+    for template in sorted((source / _TEMPLATES).glob("*.jinja")):
+        (destination / _TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(safe_join(source, f"{_TEMPLATES}/{template.name}"), destination / _TEMPLATES / template.name)
+
+
+def write_companions(model: Path, destination: Path) -> None:
+    """Write the tokenizer and copy the config files of a model folder, which may hold links (a snapshot of the hub).
+
+    Raises:
+        MoEdgeError: the folder has no tokenizer, or one that cannot be written as tokenizer.json.
+    """
+    from moedge.convert import tokenizer_files
+
+    check_links(model)
+    for name in _CONFIGS:
+        if (model / name).is_file():
+            shutil.copyfile(model / name, destination / name)
+    tokenizer_files.save(tokenizer_files.load(model), destination)
 
 
 def seal(folder: Path, manifest: dict[str, Any]) -> Bundle:

@@ -39,7 +39,7 @@ import torch
 
 from moedge import MoEdgeError
 from moedge._files import atomic_dir, write_json
-from moedge.convert import modeling, sources
+from moedge.convert import modeling, tokenizer_files
 from moedge.convert.errors import quiet
 from moedge.export import hf_check
 
@@ -207,7 +207,7 @@ def export_hf(
         del model, ffns
         stock.generation_config = generation
         stock.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        tokenizer_files.save(tokenizer, partial)
         config = stock.config
         del stock
         report("comparing it with the converted model", 3, steps)

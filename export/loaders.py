@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from moedge._files import write_json
+from moedge.export import targets
 
 GENAI_CONFIG = "genai_config.json"
-GENAI_TARGETS = ("portable", "ort-cpu", "ort-cpu-int8", "ort-cpu-int4", "openvino")
-"""Targets that onnxruntime-genai has generated the same tokens with (docs/interop.md)."""
 
 
 def describe(folder: Path, manifest: dict[str, Any]) -> None:
@@ -25,8 +24,7 @@ def describe(folder: Path, manifest: dict[str, Any]) -> None:
         manifest: needs ``target``, ``cache`` and ``model`` (architecture facts, token ids, longest sequence).
     """
     _name_the_family(folder / "config.json", manifest["model"]["model_type"])
-    _name_a_known_tokenizer(folder / "tokenizer_config.json")
-    if manifest["target"] in GENAI_TARGETS:
+    if targets.find(manifest["target"]).genai:
         write_json(folder / GENAI_CONFIG, genai_config(folder, manifest))
 
 
@@ -40,17 +38,6 @@ def _name_the_family(path: Path, model_type: str) -> None:
     if str(config.get("model_type", "")).startswith("moedge_"):
         names = [str(name).removeprefix("MoEdge") for name in config.get("architectures") or []]
         write_json(path, {**config, "model_type": model_type, "architectures": names})
-
-
-def _name_a_known_tokenizer(path: Path) -> None:
-    """Give transformers 5's only class for a tokenizer.json the name that transformers 4 knows, too.
-
-    There that class also returns token types unless told otherwise, which ``generate`` of a decoder refuses.
-    """
-    config = _read(path)
-    if config.get("tokenizer_class") == "TokenizersBackend":
-        names = {"model_input_names": ["input_ids", "attention_mask"]}
-        write_json(path, {**names, **config, "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def genai_config(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:

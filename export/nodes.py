@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from moedge import MoEdgeError
 from moedge.export.functions import DOMAIN, VERSION, attributes_of, bodies
-from moedge.export.lowering.graph import depends_only_on, values_by_name
+from moedge.export.lowering.graph import array_of, depends_only_on, values_by_name
 
 
 def nodes_of(model: ir.Model, operator: str) -> list[ir.Node]:
@@ -57,8 +58,25 @@ def complete(model: ir.Model, where: str) -> None:
                     "checkpoint again with this version (moedge export CHECKPOINT OUT --force)."
                 )
             value = _LATER[node.op_type][name]
-            kind = ir.AttrInt64 if isinstance(value, int) else ir.AttrFloat32
-            node.attributes[name] = kind(name, value)
+            node.attributes[name] = ir.AttrInt64(name, value) if isinstance(value, int) else ir.AttrFloat32(name, value)
+
+
+def activations(model: ir.Model) -> set[str]:
+    """Return the gate activations of a graph's experts."""
+    return {node.attributes["activation"].as_string() for node in nodes_of(model, "SparseGLU")}
+
+
+def smallest_weight(model: ir.Model) -> float:
+    """Return a lower bound of the combination weights over all Route nodes (scaled: 1 + u_e * p with p in 0..1)."""
+    smallest = 1.0
+    for node in nodes_of(model, "Route"):
+        rule, scores = node.attributes["rule"].as_string(), node.inputs[0]
+        if rule == "scaled":
+            smallest = min(smallest, 1.0 + float(np.minimum(array_of(node.inputs[2]), 0).min()))
+        producer = scores.producer() if scores is not None else None
+        if rule == "normalised" and (producer is None or producer.op_type != "Sigmoid"):
+            smallest = 0.0  # nothing says that these scores are positive
+    return smallest
 
 
 def holds_experts(sparse_glu: ir.Node) -> bool:

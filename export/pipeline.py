@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
-import json
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,13 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from moedge import MoEdgeError, __version__
+from moedge import __version__
 from moedge._files import atomic_dir
 from moedge.export import bundle, loaders
-from moedge.export.lowering import HALF_TARGETS, TARGETS, Lowered, check_targets
+from moedge.export import targets as registry
+from moedge.export.lowering import Lowered
 
-CALIBRATED = ("ort-cpu-int4", "tensorrt-rtx-int4")
-"""Targets whose weights may be chosen on a text."""
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, and how many of how many steps are finished."""
 
@@ -44,22 +41,23 @@ def export(
     Args:
         checkpoint: a dense folder or one that ``moedge convert`` wrote.
         out: folder that receives one bundle a target.
-        targets: names in ``lowering.TARGETS``.
+        targets: names in :mod:`moedge.export.targets`.
         label: name of the model for reports.
         max_length: longest sequence (cache and rotary tables); the model's own maximum by default.
         tensorrt: version of TensorRT on the device that the bundle ``tensorrt`` is for; the newest by default.
         experts: form of the experts in the bundle ``tensorrt``, see ``lowering.trt_experts.choose``.
-        dtype: ``float16`` or ``bfloat16`` for the targets in :data:`lowering.HALF_TARGETS`; float16 by default.
+        dtype: ``float16`` or ``bfloat16`` for targets that leave the choice; float16 by default.
         force: replace existing bundles.
         progress: see :data:`Progress`.
         calibration: int64 [N, L], text for which 4-bit weights are chosen by GPTQ instead of rounding to the nearest.
 
     Raises:
-        MoEdgeError: unknown target, a model that cannot be traced, an existing bundle without ``force``, or a lowering
-            whose self-test fails.
+        MoEdgeError: unknown target, a model without a tokenizer or that cannot be traced, an existing bundle without
+            ``force``, or a lowering whose self-test fails.
     """
-    check_targets(targets)
-    order = ["portable", *[name for name in TARGETS if name in targets and name != "portable"]]
+
+    registry.check(targets)
+    order = registry.names(lambda row: row.name in targets or row.name == "portable")
     report = progress or (lambda *_: None)
     written: dict[str, Path] = {}
     for step, target in enumerate(order):
@@ -79,12 +77,13 @@ def export(
 def _export_portable(checkpoint: Path, partial: Path, label: str, max_length: int | None) -> None:
     import onnx_ir as ir
 
-    from moedge.convert import modeling, sources
+    from moedge.convert import folder_check, modeling, sources
     from moedge.export import nodes
     from moedge.export.trace import Architecture, trace
 
-    converted = str(_read_json(checkpoint / "config.json").get("model_type", "")).startswith("moedge_")
+    converted = str(folder_check.read_config(checkpoint)["model_type"]).startswith("moedge_")
     plan_sha256 = None
+    bundle.write_companions(checkpoint, partial)  # first: a model without a tokenizer is refused before it is loaded
     if converted:
         model, plan, _ = modeling.load(checkpoint)
         plan_sha256 = plan.sha256
@@ -93,10 +92,9 @@ def _export_portable(checkpoint: Path, partial: Path, label: str, max_length: in
     facts = Architecture.of(model.config)
     longest = min(max_length or model.config.max_position_embeddings, model.config.max_position_embeddings)
     graph = trace(model)
-    lowered = _lowering("portable").lower(graph, max_length=longest)
+    lowered = registry.find("portable").lowering()(graph, max_length=longest)
     nodes.name_reads(graph, nodes.router_inputs(graph), lowered.taps)
     ir.save(graph, partial / bundle.MODEL, external_data=bundle.WEIGHTS)
-    bundle.copy_companions(checkpoint, partial)
     generation = getattr(model, "generation_config", None) or model.config
     eos = getattr(generation, "eos_token_id", None)
     manifest = {
@@ -167,20 +165,16 @@ def lower(
     bundle.check_external_data(source.model_path, set(source.manifest["files"]))
     graph = ir.load(source.model_path)
     nodes.complete(graph, f"Bundle {portable}")
-    asked: dict[str, Any] = {"tensorrt": tensorrt, "experts": experts} if target == "tensorrt" else {}
-    if target == "tensorrt-rtx" and experts != "native":  # where both targets are asked for, that is for the other
-        asked = {"experts": experts}
-    if target in HALF_TARGETS:
-        asked["dtype"] = dtype
-    options: dict[str, Any] = {name: value for name, value in asked.items() if value}
-    on_text = calibration is not None and target in CALIBRATED
+    row = registry.find(target)
+    options = registry.options(row, tensorrt=tensorrt, experts=experts, dtype=dtype)
+    on_text = calibration is not None and row.calibrated
     if calibration is not None and on_text:
         from moedge.export.calibrate import moments
 
-        options = {"method": "gptq", "moments": moments(source, calibration)}
+        options |= {"method": "gptq", "moments": moments(source, calibration)}
     longest = source.manifest["model"]["max_position_embeddings"]
     read = nodes.router_inputs(graph)
-    lowered = _lowering(target).lower(graph, max_length=longest, **options)
+    lowered = row.lowering()(graph, max_length=longest, **options)
     nodes.name_reads(graph, read, lowered.taps)
     if calibration is not None and on_text and lowered.quantization is not None:
         ids = np.ascontiguousarray(calibration, np.int64)
@@ -193,10 +187,6 @@ def lower(
     bundle.copy_companions(portable, partial)
     kept = {key: source.manifest[key] for key in ("kind", "label", "model", "moe")}
     _seal(partial, graph, lowered, {**kept, "target": target, "parent": source.sha256})
-
-
-def _lowering(target: str) -> Any:
-    return importlib.import_module(TARGETS[target])
 
 
 def _seal(partial: Path, graph: Any, lowered: Lowered, manifest: dict[str, Any]) -> None:
@@ -226,15 +216,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise MoEdgeError(f"{path.parent} is not a checkpoint folder: it has no {path.name}.") from error
-    except (OSError, ValueError) as error:
-        raise MoEdgeError(f"{path} cannot be read: {error}.") from error
-    if not isinstance(value, dict):
-        raise MoEdgeError(f"{path} does not hold a JSON object.")
-    return value

@@ -19,6 +19,7 @@ import onnx_ir as ir
 import torch
 
 from moedge import MoEdgeError
+from moedge.convert.compat import cache_argument
 from moedge.export import attention, functions, nodes
 from moedge.export import ops as _ops  # noqa: F401 - registers torch.ops.moedge
 
@@ -76,6 +77,7 @@ class _WithFlatCache(torch.nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        self.argument = cache_argument(model)
 
     def forward(
         self,
@@ -98,8 +100,8 @@ class _WithFlatCache(torch.nn.Module):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=cache,
             use_cache=True,
+            **{self.argument: cache},
         )
         return output.logits, [(layer.keys, layer.values) for layer in cache.layers]
 

@@ -15,6 +15,7 @@ from typing import Any
 from moedge import MoEdgeError, __version__
 from moedge._files import atomic_dir, digest, hash_tree, safe_join, write_json
 from moedge.configs import devices
+from moedge.export import targets
 from moedge.runtime import estimate
 from moedge.runtime.device import moedge_cuda, moedge_plugins, moedge_trt
 
@@ -90,7 +91,7 @@ def build(
     bundle = open_bundle(bundle_path)
     manifest = bundle.manifest
     target, model = manifest["target"], manifest["model"]
-    rtx = devices.family(target) == "tensorrt-rtx"
+    rtx = targets.find(target).engine == "tensorrt-rtx"
     profiles = [devices.load(name) for name in device_names]
     if not profiles:
         raise MoEdgeError(f"Name at least one device to build for; known: {', '.join(devices.names())}.")
@@ -181,7 +182,7 @@ def _tensorrt(target: str, device: devices.Device) -> Any:
     except moedge_trt.DeviceError as error:
         instead = (
             "install it with: pip install 'moedge[tensorrt-rtx]'"
-            if devices.family(target) == "tensorrt-rtx"
+            if targets.find(target).engine == "tensorrt-rtx"
             else f"build on the device: `moedge bundle CHECKPOINT OUT.tar --target {device.name}` makes its archive"
         )
         raise MoEdgeError(f"{str(error).rstrip('.')}; {instead}.") from error

@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.markup import escape
 
-from moedge.export.lowering import TARGETS
+from moedge.export import targets as registry
 from moedge.runtime.machine import machine, processor_features
 from moedge.runtime.tables import Sheet
 
@@ -29,22 +29,7 @@ _CONVERT = (
     *(("torch",), ("transformers",), ("accelerate",), ("gguf",), ("huggingface-hub",), ("optimum",), ("scipy",)),
     *_ONNX,
 )
-_ONNXRUNTIME = ("onnxruntime", "onnxruntime-gpu")
-_RTX = ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx")
-
-_NEEDS: dict[str, tuple[str, tuple[tuple[str, ...], ...], bool]] = {
-    # target: (what it is, what its engine needs, needs an NVIDIA GPU to run); one for each of TARGETS
-    "portable": ("standard ONNX operators, any ONNX runtime", (_ONNXRUNTIME,), False),
-    "openvino": ("portable without functions, for OpenVINO", (_ONNXRUNTIME,), False),
-    "ort-cpu": ("ONNX Runtime's fused CPU kernels", (_ONNXRUNTIME,), False),
-    "ort-cpu-int8": ("ort-cpu with 8-bit weights", (_ONNXRUNTIME,), False),
-    "ort-cpu-int4": ("ort-cpu with 4-bit weights", (_ONNXRUNTIME,), False),
-    "ort-cuda": ("ONNX Runtime's CUDA kernels", (("onnxruntime-gpu",),), True),
-    "tensorrt": ("TensorRT engine with plugins", (("tensorrt",),), True),
-    "tensorrt-rtx": ("TensorRT for RTX engine", (_RTX,), True),
-    "tensorrt-rtx-int8": ("tensorrt-rtx with 8-bit weights", (_RTX,), True),
-    "tensorrt-rtx-int4": ("tensorrt-rtx with 4-bit weights, SM80 and newer", (_RTX,), True),
-}
+(_ONNXRUNTIME,), (_RTX,) = registry.ONNXRUNTIME, registry.RTX
 
 _RUNTIMES: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("PyTorch", ("torch",), "convert, trace, reference engine"),
@@ -101,31 +86,33 @@ def examine() -> dict[str, Any]:
             "jetson": _jetson(),
         },
         "convert": _answer(_CONVERT, [], tested),
-        "targets": [_target(name, providers, gpus, gpu_note, tested) for name in TARGETS],
+        "targets": [_target(row, providers, gpus, gpu_note, tested) for row in registry.every()],
     }
 
 
 def _target(
-    name: str, providers: list[str] | str, gpus: list[dict[str, Any]], gpu_note: str, tested: dict[str, str]
+    row: registry.Target,
+    providers: list[str] | str,
+    gpus: list[dict[str, Any]],
+    gpu_note: str,
+    tested: dict[str, str],
 ) -> dict[str, Any]:
-    what, engine, needs_gpu = _NEEDS[name]
     unfit = []
-    if engine[0] is _ONNXRUNTIME or name == "ort-cuda":
-        provider = "CUDAExecutionProvider" if name == "ort-cuda" else "CPUExecutionProvider"
+    if row.engine is None:
         if isinstance(providers, str):
             unfit.append(providers)
-        elif providers and provider not in providers:
-            unfit.append(f"this ONNX Runtime has no {provider}")
-    if needs_gpu and not gpus:
+        elif providers and row.provider not in providers:
+            unfit.append(f"this ONNX Runtime has no {row.provider}")
+    if row.gpu and not gpus:
         unfit.append(gpu_note)
     # A lowering is executed once to trust it, so it needs its runtime where the bundle is made; what needs a GPU
     # is executed in ONNX Runtime on the CPU.
-    needs = _CONVERT if name == "portable" else (*_CONVERT, *((_ONNXRUNTIME,) if needs_gpu else engine))
+    needs = _CONVERT if row.family == "portable" else (*_CONVERT, *((_ONNXRUNTIME,) if row.gpu else row.needs))
     return {
-        "target": name,
-        "what": what,
+        "target": row.name,
+        "what": row.summary,
         "export": _answer(needs, [], tested),
-        "run": _answer(engine, unfit, tested),
+        "run": _answer(row.needs, unfit, tested),
     }
 
 

@@ -14,7 +14,7 @@ def fingerprint(spec: str, *, text: bool = False) -> str:
     """Return what changes when the file, folder or asset behind a model spec (or a text spec) changes.
 
     Raises:
-        MoEdgeError: an unknown asset, or a path that does not exist.
+        MoEdgeError: an unknown asset, a path that does not exist, or a split GGUF file without all of its parts.
     """
     if spec.startswith("asset:"):
         from moedge.convert import assets
@@ -22,7 +22,10 @@ def fingerprint(spec: str, *, text: bool = False) -> str:
         return digest(asdict(assets.find(spec.removeprefix("asset:"))))
     path = Path(spec).expanduser()
     if path.is_file():
-        return cached_sha256(path)
+        from moedge.convert import gguf_files
+
+        hashes = [cached_sha256(part) for part in gguf_files.parts(path)]
+        return hashes[0] if len(hashes) == 1 else digest(hashes)
     if text:
         raise MoEdgeError(f"The text {spec} does not exist; give a .txt, .utf8 or .jsonl file, or asset:NAME.")
     if path.is_dir():
@@ -33,5 +36,6 @@ def fingerprint(spec: str, *, text: bool = False) -> str:
 
 
 def top_files(folder: Path) -> dict[str, str]:
-    """Return name -> sha256 of the files of a folder. Links are followed: the hub's cache is made of them."""
-    return {path.name: cached_sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    """Return name -> sha256 of the files of a model folder. Links are followed: the hub's cache is made of them."""
+    paths = sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*.jinja")])
+    return {path.relative_to(folder).as_posix(): cached_sha256(path) for path in paths if path.is_file()}

@@ -16,21 +16,27 @@ if TYPE_CHECKING:
     from moedge.convert.plan import MoEPlan
 
 
-def calibration_text(entry: dict[str, Any]) -> TextSet:
-    """Documents of ``{"spec", "every"}`` that are not held out.
+def calibration_text(entry: dict[str, Any]) -> tuple[TextSet, int]:
+    """Documents of ``{"spec", "every"}`` that are not held out, and the step: every so manyth document is held out.
+
+    A text of one document, which is never split, is taken whole where ``{"alone": True}`` says that nothing else is
+    measured on it; the step is then 0.
 
     Raises:
-        MoEdgeError: none is left: a text of one document is all held out, for a document is never split.
+        MoEdgeError: no document is left.
     """
     from moedge.convert import calibration
 
-    text = calibration.split(calibration.read_text(entry["spec"]), entry["every"])[0]
+    read = calibration.read_text(entry["spec"])
+    if entry.get("alone") and len(read.documents) == 1:
+        return read, 0
+    text = calibration.split(read, entry["every"])[0]
     if not text.documents:
         raise MoEdgeError(
             f"The text {entry['spec']} has no document left to calibrate on: every {entry['every']}th, the first "
-            "included, is held out for measuring. Give several documents, e.g. one a line."
+            "included, is held out for measuring. Give several documents, e.g. one a line, or measure on another text."
         )
-    return text
+    return text, entry["every"]
 
 
 def texts(entries: dict[str, Any]) -> list[TextSet]:
@@ -80,6 +86,8 @@ def beside(plans: Iterable[MoEPlan], spec: str, every: int) -> tuple[TextSet, st
     if not seen:
         return text, words
     for used in seen:
+        if used.get("every") == 0:
+            raise MoEdgeError(f"The model has seen all of the text {spec}; give another text.")
         if every % used.get("every", every):
             raise MoEdgeError(
                 f"Of the text {spec} every {used['every']}th document was held out when the model was made; give "

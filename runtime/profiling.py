@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from moedge import MoEdgeError
+from moedge.export import targets
 from moedge.runtime.engines import Engine
 from moedge.runtime.run_folder import read_json
 
@@ -32,7 +33,6 @@ SCHEMA = "moedge.profile/1"
 _NORMS = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
 _ATTENTION = ("GroupQueryAttention", "Attention", "MultiHeadAttention", "CausalAttention")
 _EXPERTS = ("MoE", "QMoE")
-_RUN_BY_ORT = ("portable", "openvino", "ort-")
 GROUPS = ("attention", "router", "experts", "dense FFN", "norms", "head", "input")
 """``dense FFN`` is a whole unconverted FFN, or the shared experts of a converted one with the sum of both."""
 
@@ -97,7 +97,8 @@ def profiles(
     Raises:
         MoEdgeError: there is none.
     """
-    found = {label: path for label, path in folders.items() if _target(path).startswith(_RUN_BY_ORT)}
+    rows = {label: targets.known(_target(path)) for label, path in folders.items()}
+    found = {label: folders[label] for label, row in rows.items() if row is not None and row.engine is None}
     if not found:
         raise MoEdgeError("Only bundles that ONNX Runtime runs can be profiled, and there is none among these engines.")
     result = {}

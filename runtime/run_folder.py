@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from moedge import MoEdgeError
+from moedge._files import refuse_pointer
+from moedge.export import targets
 
 RUN_SCHEMA = "moedge.run/1"
 
@@ -32,8 +34,9 @@ def read_json(path: Path, mend: str = "run `moedge run` on its recipe again") ->
     """Read a JSON object that a stage wrote, or another one with what to do (``mend``) when it is damaged.
 
     Raises:
-        MoEdgeError: missing or damaged.
+        MoEdgeError: missing, damaged or a Git LFS pointer.
     """
+    refuse_pointer(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -93,11 +96,16 @@ def executable(found: dict[str, Path]) -> tuple[dict[str, Path], dict[str, str]]
 
     A bundle of a TensorRT target is a graph for an engine: its numbers on a CPU say nothing about the engine's.
     """
-    here = {label: path for label, path in found.items() if not label.startswith("tensorrt")}
+    here = {label: path for label, path in found.items() if not _engine(label)}
     reason = (
         "not executed here: an engine runs on its device; `moedge verify` checks the half-precision graph on this CPU"
     )
     return here, dict.fromkeys(found.keys() - here.keys(), reason)
+
+
+def _engine(label: str) -> bool:
+    row = targets.known(label.split()[0])
+    return row is not None and row.engine is not None
 
 
 def pick(run: Path, *, model: str, target: str) -> Path:

@@ -20,10 +20,12 @@ from moedge.runtime.recipe import Context
 
 def source(context: Context) -> None:
     """Open the dense model; the folder itself stays where it is (it is big), and source.json points to it."""
+    from moedge.convert import tokenizer_files
     from moedge.convert.sources import resolve
 
     found = resolve(context.params["source"], context.params["revision"])
     folder = found.folder.resolve()
+    tokenizer_files.check(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     write_json(
         context.out / "source.json",
@@ -57,7 +59,8 @@ def calibrate(context: Context) -> None:
     from moedge.convert.sources import load_model, load_tokenizer
 
     params, folder = context.params, run_folder.dense(context.root)
-    text, tokenizer = held_out.calibration_text(params["text"]), load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
+    text, every = held_out.calibration_text(params["text"])
     windows = calibration.windows(
         tokenizer, text, params["length"], params["windows"], bos=params["bos"], name="calibration"
     )
@@ -89,7 +92,7 @@ def calibrate(context: Context) -> None:
             "schema": "moedge.calibration/1",
             "text": params["text"]["spec"],
             "text_sha256": text.sha256,
-            "held_out_every": params["text"]["every"],
+            "held_out_every": every,
             "documents": len(text.documents),
             "windows": params["windows"],
             "length": params["length"],

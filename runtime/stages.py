@@ -10,27 +10,34 @@ from typing import Any
 
 from moedge.configs import devices
 from moedge.configs.recipe import CONVERT_SECTIONS, Recipe
-from moedge.export.lowering import HALF_TARGETS
+from moedge.export import targets
 from moedge.runtime import run_folder
 from moedge.runtime import stage_bodies as bodies
 from moedge.runtime.fingerprint import fingerprint
 from moedge.runtime.recipe import Stage
 
 # What a body runs of this package; tests/runtime/test_recipe_stages.py follows the imports and finds what is missing.
-_ALWAYS_CODE = ("_files.py", "runtime/run_folder.py")
+_ALWAYS_CODE = ("_files.py", "runtime/run_folder.py", "export/__init__.py", "export/targets.py")
 SOURCE_CODE = (
     *_ALWAYS_CODE,
     "convert/__init__.py",
     "convert/adapters.py",
     "convert/assets.py",
+    "convert/config_keys.py",
     "convert/errors.py",
+    "convert/float8.py",
+    "convert/folder_check.py",
+    "convert/gguf_config.py",
     "convert/gguf_files.py",
+    "convert/gguf_tokenizer.py",
+    "convert/gguf_weights.py",
     "convert/moe_adapters.py",
     "convert/sources.py",
+    "convert/tokenizer_files.py",
     "runtime/fingerprint.py",
 )
 CONVERT_CODE = (*_ALWAYS_CODE, "runtime/held_out.py", "convert", "export/ops.py", "export/kernels")
-_EXPORT_CODE = (*CONVERT_CODE, "export", "runtime/engines/emulation.py", "runtime/text.py")
+_EXPORT_CODE = (*CONVERT_CODE, "export", "runtime/engines/emulation.py", "runtime/chat_template.py", "runtime/text.py")
 _ENGINE_CODE = (
     *CONVERT_CODE,
     *("export/__init__.py", "export/bundle.py", "export/functions.py", "export/launcher"),
@@ -72,12 +79,14 @@ def build(recipe: Recipe, machine: dict[str, Any]) -> list[Stage]:
     texts |= {"domains": domains["texts"]} if domains else {}
     first_text = {**texts, "held_out": held_out[:1]}
     exported = recipe.export.model_dump(exclude={"dense_parent", "build"})
-    if not set(recipe.export.targets) & set(HALF_TARGETS):
+    rows = [targets.find(name) for name in recipe.export.targets]
+    if not any(map(targets.has_dtypes, rows)):
         del exported["dtype"]
-    if "ort-cuda" in recipe.export.targets:
-        from moedge.runtime.engines.onnxruntime import check_cuda
+    for row in rows:
+        if row.provider == targets.CUDA:
+            from moedge.runtime.engines.onnxruntime import check_cuda
 
-        check_cuda(f"{recipe.name}: export.targets: ort-cuda")
+            check_cuda(f"{recipe.name}: export.targets: {row.name}")
     device = {"device": model.device}
     check_device(model.device)
     measured = {"texts": first_text, "machine": machine, "dense_parent": recipe.export.dense_parent, **device}
@@ -101,7 +110,10 @@ def build(recipe: Recipe, machine: dict[str, Any]) -> list[Stage]:
             bodies.calibrate,
             {
                 **recipe.calibration.model_dump(),
-                "text": calibration_text,
+                "text": {
+                    **calibration_text,
+                    "alone": all(entry["is"] != calibration_text["is"] for entry in held_out),
+                },
                 **_measured(convert),
                 "domains": domains,
                 **device,

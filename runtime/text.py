@@ -1,45 +1,67 @@
-"""Tokenizer and chat template of a bundle or checkpoint folder, without transformers.
+"""Text <-> token ids of a bundle or checkpoint folder, without transformers.
 
-Reads ``tokenizer.json`` (tokenizers), ``tokenizer_config.json`` and ``chat_template.jinja``. A template comes with the
-model, so it is untrusted code: it runs in jinja2's immutable sandbox.
+Reads ``tokenizer.json`` (tokenizers) and ``tokenizer_config.json``; chat templates are in
+:mod:`moedge.runtime.chat_template`.
 """
 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 import tokenizers
 
 from moedge import MoEdgeError
+from moedge.runtime import chat_template
+from moedge.runtime.chat_template import ChatTemplate, Message
 from moedge.runtime.run_folder import bundles_below
 
-Message = Mapping[str, Any]
-"""One chat message: ``role`` (system, user, assistant) and ``content``."""
+__all__ = ["Message", "StopStrings", "TextStream", "Tokenizer", "open_tokenizer"]
+
+
+def open_tokenizer(folder: str | Path) -> Tokenizer:
+    """Open the tokenizer of anything that an engine opens: bundle, engine folder, checkpoint or dense model.
+
+    A bundle's ``tokenizer.json`` is complete. A model folder's need not be: transformers changes what it reads there by
+    the class that tokenizer_config.json names, or makes it of other files. So it is asked first, where it is installed.
+
+    Raises:
+        MoEdgeError: no tokenizer there, or one that cannot be read.
+    """
+    folder = Path(folder)
+    if (folder / "manifest.json").is_file() or not (folder / "config.json").is_file():
+        return Tokenizer(folder)
+    try:
+        from moedge.convert import tokenizer_files
+    except ModuleNotFoundError:  # a device has no transformers
+        return Tokenizer(folder)
+    with tempfile.TemporaryDirectory() as complete:
+        tokenizer_files.save(tokenizer_files.load(folder), Path(complete))
+        return Tokenizer(complete, of=folder)
 
 
 class Tokenizer:
-    """Text <-> token ids for one model folder.
+    """Text <-> token ids for one folder with a complete ``tokenizer.json``; see :func:`open_tokenizer`.
+
+    Args:
+        folder: holds the files.
+        of: the model's folder, for messages, where that is another one.
 
     Raises:
         MoEdgeError: ``tokenizer.json`` is missing or cannot be read.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self._folder = Path(folder)
-        if not self._folder.is_dir():
+    def __init__(self, folder: str | Path, of: Path | None = None) -> None:
+        files = Path(folder)
+        self._folder = of or files
+        if not files.is_dir():
             raise MoEdgeError(f"{folder} does not exist; give a run folder, a bundle or a checkpoint.")
-        path = self._folder / "tokenizer.json"
+        path = files / "tokenizer.json"
         if not path.is_file():
-            raise MoEdgeError(f"No tokenizer in {folder}: tokenizer.json is missing.{bundles_below(self._folder)}")
+            raise MoEdgeError(f"No tokenizer in {folder}: tokenizer.json is missing.{bundles_below(files)}")
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exception
@@ -47,8 +69,19 @@ class Tokenizer:
         # A saved truncation or padding setting would silently cut the text.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._config = self._json("special_tokens_map.json") | self._json("tokenizer_config.json")
-        self._template = self._chat_template()
+        config = _json(files / "tokenizer_config.json")
+        if "added_tokens_decoder" not in config:  # otherwise the older file is not read, as in transformers
+            config |= _json(files / "special_tokens_map.json")
+        self._tokenizer.encode_special_tokens = config.get("split_special_tokens") is True
+        self._special_tokens = dict(_special_tokens(config))
+        # transformers leaves the text of a BPE model alone, whatever the file says.
+        self.tidies = config.get("clean_up_tokenization_spaces") is True and (
+            not isinstance(self._tokenizer.model, tokenizers.models.BPE)
+            or config.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output") is True
+        )
+        self.byte_fallback = bool(getattr(self._tokenizer.model, "byte_fallback", False))
+        self._templates = chat_template.find(files, config)
+        self._template: ChatTemplate | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -58,7 +91,7 @@ class Tokenizer:
     @property
     def eos_token_id(self) -> int | None:
         """Id of the tokenizer's end-of-text token, if it names one."""
-        text = self._special("eos_token")
+        text = self._special_tokens.get("eos_token")
         return self._tokenizer.token_to_id(text) if text else None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -67,6 +100,11 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of ``ids``; bytes that are not valid UTF-8 become U+FFFD."""
+        text = self.decode_as_it_is(ids, skip_special_tokens=skip_special_tokens)
+        return _tidied(text) if self.tidies else text
+
+    def decode_as_it_is(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """:meth:`decode` before spaces are tidied up (``tidies``: WordPiece and Unigram models may ask for it)."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def apply_chat_template(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
@@ -75,73 +113,50 @@ class Tokenizer:
         Raises:
             MoEdgeError: the model has no chat template, or the template refuses the messages.
         """
-        if self._template is None:
+        if self._templates is None:
             raise MoEdgeError(f"The model in {self._folder} has no chat template; give a plain prompt instead.")
-        try:
-            return self._template.render(
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                bos_token=self._special("bos_token") or "",
-                eos_token=self._special("eos_token") or "",
-            )
-        except (jinja2.TemplateError, TypeError, KeyError, ValueError, OverflowError) as error:
-            raise MoEdgeError(f"The chat template in {self._folder} refuses these messages: {error}") from error
+        if self._template is None:
+            source = chat_template.default(self._templates, self._folder)
+            self._template = ChatTemplate(source, self._special_tokens, self._folder)
+        return self._template.render(messages, add_generation_prompt=add_generation_prompt)
 
     def stream(self) -> TextStream:
         """Return a new incremental decoder."""
         return TextStream(self)
 
-    def _json(self, name: str) -> dict[str, Any]:
-        path = self._folder / name
-        if not path.is_file():
-            return {}
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise MoEdgeError(f"{path} is not valid JSON: {error}") from error
-        return value if isinstance(value, dict) else {}
 
-    def _special(self, name: str) -> str | None:
-        value = self._config.get(name)
-        value = value.get("content") if isinstance(value, dict) else value
-        return value if isinstance(value, str) else None
-
-    def _chat_template(self) -> jinja2.Template | None:
-        path = self._folder / "chat_template.jinja"
-        source = path.read_text(encoding="utf-8") if path.is_file() else self._config.get("chat_template")
-        if isinstance(source, list):  # several named templates
-            named = {entry["name"]: entry["template"] for entry in source}
-            source = named.get("default")
-        if not isinstance(source, str):
-            return None
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
-        )
-        environment.globals.update(raise_exception=_raise, strftime_now=lambda form: datetime.now().strftime(form))
-        environment.filters["tojson"] = _to_json
-        try:
-            return environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise MoEdgeError(f"The chat template in {self._folder} cannot be parsed: {error}") from error
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise MoEdgeError(f"{path} is not valid JSON: {error}") from error
+    return value if isinstance(value, dict) else {}
 
 
-class _Generation(jinja2.ext.Extension):
-    """``{% generation %}``: a marker for training tools that prints its body."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node | list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)
+def _special_tokens(config: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    """Yield the named special tokens of tokenizer_config.json: those of every tokenizer, and a model's own."""
+    extra = config.get("model_specific_special_tokens")
+    for name, value in {**config, **(extra if isinstance(extra, dict) else {})}.items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if isinstance(text, str) and (name.endswith("_token") or (isinstance(extra, dict) and name in extra)):
+            yield name, text
 
 
-def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False, **_: Any) -> str:
-    # jinja2's own filter escapes <, > and & for HTML, which changes the prompt.
-    return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii)
+_LOST_SPACES = (
+    *((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'")),
+    *((" n't", "n't"), (" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re")),
+)
+_LATER = 3 * len(_LOST_SPACES)
+"""Characters at the end of a text whose form may depend on what follows: each rule looks at most 3 ahead."""
+
+
+def _tidied(text: str) -> str:
+    """Take the spaces away that tokenizers without spaces of their own put before marks, rule by rule."""
+    for spaced, mark in _LOST_SPACES:
+        text = text.replace(spaced, mark)
+    return text
 
 
 class TextStream:
@@ -160,6 +175,10 @@ class TextStream:
         self._start = 0  # first id of the window
         self._whole = 0  # ids before this one are shown completely
         self._shown = 0  # characters of the window that have been shown
+        self._text, self._given = (
+            "",
+            0,
+        )  # where spaces are tidied up: all text before that, and how much was shown
 
     def push(self, token: int) -> str:
         """Add one id and return the new text, empty while a character is incomplete."""
@@ -171,16 +190,32 @@ class TextStream:
         return self._emit(final=True)
 
     def _emit(self, *, final: bool) -> str:
-        text = self._tokenizer.decode(self._ids[self._start :])
+        decode = self._tokenizer.decode_as_it_is
+        text = decode(self._ids[self._start :])
         waiting = 0 if final else len(text) - len(text.rstrip("\ufffd"))
-        if len(self._ids) - self._whole > 3:
+        pending = self._ids[self._whole :]
+        if waiting and self._tokenizer.byte_fallback and decode(pending).count("\ufffd") < len(pending):
+            waiting = 0  # bytes of an unfinished character are one U+FFFD each: this one is written in the text
+        if len(pending) > 3:
             waiting = min(3, waiting)
         end = max(self._shown, len(text) - waiting)
         new, self._shown = text[self._shown : end], end
         if not waiting:
-            self._start, self._whole = self._whole, len(self._ids)
-            self._shown = len(self._tokenizer.decode(self._ids[self._start :]))
-        return new
+            last, self._whole = self._whole, len(self._ids)
+            shown = decode(self._ids[last:])
+            if shown:  # a window must not begin with tokens without text: a decoder strips the first text's space
+                self._start = last
+            self._shown = len(shown) if shown else len(text)
+        return self._tidy(new, final=final)
+
+    def _tidy(self, new: str, *, final: bool) -> str:
+        if not self._tokenizer.tidies:
+            return new
+        self._text += new
+        text = _tidied(self._text)
+        end = len(text) if final else max(self._given, len(text) - _LATER)
+        piece, self._given = text[self._given : end], end
+        return piece
 
 
 class StopStrings:

@@ -14,6 +14,7 @@ from enum import Enum
 from typing import Any
 
 from moedge.configs.tolerances import Profile
+from moedge.export import targets
 
 
 class Outcome(str, Enum):
@@ -228,9 +229,8 @@ def explain(result: dict[str, Any], verdict: Verdict, limits: Profile) -> list[s
     """Say in sentences what the checks that did not pass mean; empty where the figures say it themselves."""
     said = []
     missed = verdict.missed
-    half = result["test"]["dtype"] == "float16" and str(result["test"]["model"].get("target", "")).startswith(
-        "tensorrt"
-    )
+    row = targets.known(str(result["test"]["model"].get("target", "")))
+    half = result["test"]["dtype"] == "float16" and row is not None and row.engine is not None
     if half and any(check.name.endswith("non_finite_tokens") for check in missed):
         said.append(
             "A value of this model leaves float16's range (65,504), so some logits are no numbers; export with --dtype "
@@ -287,6 +287,11 @@ def _replayed_said(result: dict[str, Any], limits: Profile) -> str:
     wrong = router["flips"] - router["ties"]
     differ = f"{routing['flips']:,} of {routing['decisions']:,} choices of experts differ from the reference's"
     again = f"The texts that hold one ({result['replay']['tokens']:,} tokens) were compared again"
+    if router["own_order"] is None or router["own_order"] < 1:
+        return (
+            f"{differ}. {again}: the engine does not choose the best of its own scores, with ties to the lower index, "
+            "or its graph does not show them."
+        )
     if wrong:
         return (
             f"{differ}. {again}: {wrong:,} choices are wrong for what the engine's own router read, by more than "
@@ -308,17 +313,17 @@ def quantised_notes(result: dict[str, Any], kernels: dict[str, Any], target: str
         return []
     if bool(result["reference"]["model"].get("routed")) != bool(result["test"]["model"].get("routed")):
         return []  # a Mixture-of-Experts against its dense parent: the conversion is in the difference, too
-    bits = 4 if target.endswith("int4") else 8
-    family = target.partition("-int")[0]
+    row = targets.find(target)
+    wider = targets.sibling(row, 8) if row.calibrated else None
     instead = (
-        f"take {family}-int8, or choose the integers on a text: moedge export CHECKPOINT OUT --target {target} "
+        f"take {wider.name}, or choose the integers on a text: moedge export CHECKPOINT OUT --target {target} "
         "--gptq TEXT"
-        if bits == 4
-        else f"take {family}, which is not quantised"
+        if wider
+        else f"take {row.unquantised}, which is not quantised"
     )
     return [
         f"The bundle computes what its own weights say (the comparison with them passed), so it is their rounding to "
-        f"{bits} bits that costs this model more than the limits allow; {instead}."
+        f"{row.bits} bits that costs this model more than the limits allow; {instead}."
     ]
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from moedge.configs import tolerances as tolerance_files
+from moedge.export import targets
 from moedge.runtime import outcomes, parity, verdict
 from moedge.runtime.engines import Engine, _graph, open_engine
 from moedge.runtime.run_folder import read_json
@@ -163,7 +164,8 @@ def _jobs(engines: dict[str, Path], identity: str | None) -> list[tuple[str, str
 
 def is_quantised(target: str) -> bool:
     """Whether bundles of a target hold integer weights."""
-    return "-int" in target
+    row = targets.known(target)
+    return row is not None and row.bits is not None
 
 
 def graph_dtype(folder: Path) -> str:

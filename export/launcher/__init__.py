@@ -26,6 +26,7 @@ from moedge.export import plugins
 from moedge.export.bundle import MODEL, Bundle
 from moedge.export.functions import DOMAIN
 from moedge.export.lowering import trt_plugins
+from moedge.export.lowering.graph import size
 from moedge.runtime.device.moedge_plugins import PLUGINS, Binary, Extent, Library, Plugin, Tensor
 
 SOURCE = Path(__file__).with_name("launcher.cpp")
@@ -232,10 +233,7 @@ def _tactics(node: ir.Node, plugin: Plugin, options: dict[str, Any]) -> list[tup
         producer = dispatch.inputs[0].producer() if dispatch.inputs[0] is not None else None
         assert producer is not None
         dispatch = producer
-    indices = dispatch.inputs[1]
-    assert indices is not None
-    assert indices.shape is not None
-    top_k, experts = int(indices.shape[1]), int(options["experts"])
+    top_k, experts = size(dispatch.inputs[1], 1), int(options["experts"])
     most = {path: rows * experts if rows else GEMV_TOKENS * top_k for path, rows in PATHS.items()}
     limits = [(tactic, most[path]) for tactic, path in zip(plugin.tactic_numbers, plugin.tactics, strict=True)]
     return [*limits[:-1], (limits[-1][0], UNLIMITED)]

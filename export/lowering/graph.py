@@ -75,6 +75,36 @@ def constant_of(builder: Builder, value: Any, dtype: Any = np.int64) -> ir.Value
     return existing if existing is not None else builder.initializer(name, array)
 
 
+def required(value: ir.Value | None) -> ir.Value:
+    """Return an input that the operator cannot be without.
+
+    Raises:
+        MoEdgeError: it is missing.
+    """
+    if value is None:
+        raise MoEdgeError("A node of the graph lacks an input that its operator needs; export the checkpoint again.")
+    return value
+
+
+def size(value: ir.Value | ir.TensorProtocol | None, axis: int) -> int:
+    """Return one dimension of a value, a number; see :func:`sizes` for errors."""
+    value = required(value) if not isinstance(value, ir.TensorProtocol) else value
+    dimension = value.shape[axis] if value.shape is not None else None
+    if not isinstance(dimension, int):
+        raise MoEdgeError(f"Dimension {axis} of {value.name} is not known ({dimension}); export the checkpoint again.")
+    return dimension
+
+
+def sizes(value: ir.Value | ir.TensorProtocol | None) -> tuple[int, ...]:
+    """Return the shape of a value whose dimensions are all numbers.
+
+    Raises:
+        MoEdgeError: the value is missing, or a dimension is not known.
+    """
+    value = required(value) if not isinstance(value, ir.TensorProtocol) else value
+    return tuple(size(value, axis) for axis in range(len(value.shape or ())))
+
+
 def array_of(value: ir.Value | None) -> np.ndarray:
     """Return the numpy array of an initializer (memory-mapped when it is external data)."""
     if value is None or value.const_value is None:
@@ -87,8 +117,15 @@ def same_shape_input(reshape: ir.Node) -> bool:
     before, after = reshape.inputs[0], reshape.outputs[0]
     if before is None or before.shape is None or after.shape is None or len(before.shape) != 4 or len(after.shape) != 3:
         return False
-    heads, size, merged = before.shape[2], before.shape[3], after.shape[2]
-    return all(isinstance(n, int) for n in (heads, size, merged)) and int(heads) * int(size) == int(merged)
+    heads, head, merged = before.shape[2], before.shape[3], after.shape[2]
+    return isinstance(heads, int) and isinstance(head, int) and heads * head == merged
+
+
+def weights_dtype(model: ir.Model) -> str:
+    """Return the type of a portable graph's weights, e.g. ``float32``."""
+    dtype = next(value for value in model.graph.initializers.values() if value.dtype is not None).dtype
+    assert dtype is not None
+    return "float32" if dtype in (ir.DataType.FLOAT, ir.DataType.INT64) else str(dtype.name).lower()
 
 
 def remove_unused(model: ir.Model) -> None:
@@ -178,4 +215,6 @@ def evaluate(model: ir.Model, value: ir.Value, feeds: dict[str, np.ndarray]) -> 
     needed = {entry.name for entry in proto.graph.input}
     if missing := needed - set(feeds):
         raise MoEdgeError(f"{value.name} depends on {', '.join(sorted(missing))}, not only on {list(feeds)}.")
-    return ReferenceEvaluator(proto).run(None, {name: feeds[name] for name in needed})[0]
+    outputs = ReferenceEvaluator(proto).run(None, {name: feeds[name] for name in needed})
+    assert isinstance(outputs, list)
+    return np.asarray(outputs[0])

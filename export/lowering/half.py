@@ -20,6 +20,7 @@ import onnx_ir as ir
 
 from moedge import MoEdgeError
 from moedge.export.functions import DOMAIN
+from moedge.export.lowering.graph import sizes
 
 UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 """Largest relative error of one rounding to a half type (11 and 8 bits of significand, to nearest)."""
@@ -71,20 +72,20 @@ def convert(model: ir.Model, dtype: ir.DataType = ir.DataType.FLOAT16) -> int:
             wanted = ir.DataType.FLOAT
         count += wanted == dtype
         kept = _FLOAT_INPUTS.get(node.op_type, set()) if node.domain == DOMAIN else set()
-        for index, value in enumerate(node.inputs):
-            if value is not None and value.dtype in (ir.DataType.FLOAT, dtype):
+        for index, source in enumerate(node.inputs):
+            if source is not None and source.dtype in (ir.DataType.FLOAT, dtype):
                 target = ir.DataType.FLOAT if index in kept else wanted
-                node.replace_input_with(index, _as(model, node, value, target, casts))
+                node.replace_input_with(index, _as(model, node, source, target, casts))
         for index, output in enumerate(node.outputs):
             if output.dtype in (ir.DataType.FLOAT, None) and not (node.op_type == "Route" and node.domain == DOMAIN):
                 # A fused norm's mean and inverse deviation are float32 whatever it normalises.
                 statistic = node.op_type.endswith("SimplifiedLayerNormalization") and index in (1, 2)
                 output.type = ir.TensorType(ir.DataType.FLOAT if statistic else wanted)
-    for index, output in enumerate(model.graph.outputs):
-        if output.name == "logits" and dtype == ir.DataType.BFLOAT16:
+    for index, result in enumerate(model.graph.outputs):
+        if result.name == "logits" and dtype == ir.DataType.BFLOAT16:
             _widen_output(model, index, dtype)
-        elif output.dtype == ir.DataType.FLOAT:
-            raise MoEdgeError(f"Graph output {output.name} stayed float32; this graph has a node that half.py misses.")
+        elif result.dtype == ir.DataType.FLOAT:
+            raise MoEdgeError(f"Graph output {result.name} stayed float32; this graph has a node that half.py misses.")
     unused = [name for name, value in model.graph.initializers.items() if not value.uses()]
     for name in unused:
         del model.graph.initializers[name]
@@ -140,7 +141,7 @@ def _compute_type(node: ir.Node, dtype: ir.DataType) -> ir.DataType | None:
 
     None for one without float inputs, a Cast, which says it itself, and a Shape or Size, which read no values.
     """
-    floats = [value for value in node.inputs if _is_float(value)]
+    floats = [value for value in node.inputs if value is not None and _is_float(value)]
     if node.op_type in ("Cast", "Shape", "Size") or not floats:
         return None
     if node.domain == DOMAIN:
@@ -186,7 +187,7 @@ def _weight(model: ir.Model, value: ir.Value, dtype: ir.DataType) -> ir.Value:
     assert source is not None
     name = f"{value.name}.{dtype.name.lower()}"
 
-    def make() -> ir.Tensor:
+    def make() -> ir.TensorProtocol:
         array = source.numpy()
         if array.size and not float(np.abs(array).max()) <= _LARGEST[dtype]:
             raise MoEdgeError(
@@ -196,7 +197,7 @@ def _weight(model: ir.Model, value: ir.Value, dtype: ir.DataType) -> ir.Value:
             )
         return ir.tensor(array.astype(dtype.numpy()), name=name)
 
-    tensor = ir.LazyTensor(make, dtype=dtype, shape=ir.Shape(source.shape), name=name)
-    twin = ir.Value(name=name, shape=ir.Shape(source.shape), type=ir.TensorType(dtype), const_value=tensor)
+    tensor = ir.LazyTensor(make, dtype=dtype, shape=ir.Shape(sizes(source)), name=name)
+    twin = ir.Value(name=name, shape=ir.Shape(sizes(source)), type=ir.TensorType(dtype), const_value=tensor)
     model.graph.register_initializer(twin)
     return twin

@@ -13,14 +13,27 @@ head leaves [B, N, S, D] to rotate, which is then transposed back. The cache may
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from moedge import MoEdgeError
-from moedge.export.lowering.graph import Builder, array_of, constant_of, evaluate, remove_unused, same_shape_input
-from moedge.export.nodes import nodes_of
+from moedge.export.lowering import selftest
+from moedge.export.lowering.graph import (
+    Builder,
+    array_of,
+    constant_of,
+    evaluate,
+    remove_unused,
+    required,
+    same_shape_input,
+    size,
+    weights_dtype,
+)
+from moedge.export.lowering.rule import Applied, Block
+from moedge.export.nodes import attention_kinds, nodes_of
 
 _ROTARY_DOMAIN = "ai.onnxruntime._fusion"
 HIDDEN = -1.0e9
@@ -113,12 +126,8 @@ def _match(node: ir.Node) -> _Match | str:
     past_key, past_value = key_concat.inputs[0], value_concat.inputs[0]
     if flat_value is None or past_key is None or past_value is None:
         return "the value is not a reshaped projection"
-    assert query is not None
-    assert query.shape is not None
-    assert key is not None
-    assert key.shape is not None
-    sizes = int(query.shape[1]), int(key.shape[1])
-    return _Match(node, query_heads, key_heads, flat_value, past_key, past_value, *sizes)
+    heads = size(query, 1), size(key, 1)
+    return _Match(node, query_heads, key_heads, flat_value, past_key, past_value, *heads)
 
 
 def rotary_table(model: ir.Model, value: ir.Value, positions: int) -> np.ndarray:
@@ -169,12 +178,42 @@ def _rotate(here: Builder, heads: _Heads, count: int, position_ids: ir.Value, ta
     return here.node("Reshape", [by_token, constant_of(here, [0, 0, -1])])
 
 
-def fuse(model: ir.Model, max_length: int, *, padding: bool = True) -> tuple[int, str]:
-    """Replace every CausalAttention of ``model``; return how many, and why the rest (if any) were left.
+@dataclass(frozen=True)
+class FuseAttention:
+    """Rule for every CausalAttention of a graph.
 
     ``max_length`` is the longest sequence that the rotary tables, hence the graph, can hold. ``padding=False`` leaves
     out the bias that hides left padding: the rows of a batch are then equally long.
     """
+
+    max_length: int
+    padding: bool = True
+    name: str = "CausalAttention -> GroupQueryAttention"
+
+    def refuse(self, graph: ir.Model) -> str | None:
+        """Only float32 was executed on the CPU kernel."""
+        dtype = weights_dtype(graph)
+        return None if dtype == "float32" else f"only float32 was executed on the CPU kernel, the model is {dtype}"
+
+    def apply(self, graph: ir.Model) -> Applied:
+        """Replace every node, or none when the surroundings of one are not recognised."""
+        kinds = attention_kinds(graph)
+        blocks = [Block(tuple(edges(kinds)))]
+        cases = [case for case in selftest.attention_cases(graph) if self.padding or not case.padding]
+        count, reason = _fuse(graph, self.max_length, self.padding)
+        return Applied(count, blocks, reason=reason, cases=cases)
+
+
+def edges(nodes: Sequence[ir.Node]) -> list[str]:
+    """Name what attention blocks give to the rest of the graph: outputs, present keys and values."""
+    names = []
+    for node in nodes:
+        reshape = next(iter(node.outputs[0].uses())).node
+        names += [str(value.name) for value in (reshape.outputs[0], *map(required, node.inputs[1:3]))]
+    return names
+
+
+def _fuse(model: ir.Model, max_length: int, padding: bool) -> tuple[int, str]:
     nodes = nodes_of(model, "CausalAttention")
     if not nodes:
         return 0, "the graph has no CausalAttention node"
@@ -197,7 +236,7 @@ def fuse(model: ir.Model, max_length: int, *, padding: bool = True) -> tuple[int
         here = Builder(model, before=node)
         query = _rotate(here, match.query, match.num_heads, position_ids, tables)
         key = _rotate(here, match.key, match.kv_heads, position_ids, tables)
-        attributes = {"num_heads": match.num_heads, "kv_num_heads": match.kv_heads, "do_rotary": 0}
+        attributes: dict[str, float] = {"num_heads": match.num_heads, "kv_num_heads": match.kv_heads, "do_rotary": 0}
         attributes |= {"scale": node.attributes["scale"].as_float()}
         if window := node.attributes["window"].as_int():
             attributes["local_window_size"] = window
@@ -214,7 +253,7 @@ def fuse(model: ir.Model, max_length: int, *, padding: bool = True) -> tuple[int
             attributes=attributes,
         )
         for old, new in ((node.inputs[1], present_key), (node.inputs[2], present_value)):
-            here.replace_output(old, new)
+            here.replace_output(required(old), new)
         # [B, S, N, D] -> Reshape -> [B, S, N*D] was the only use; GroupQueryAttention gives the latter at once.
         for consumer in [use.node for use in output.uses()]:
             if consumer.op_type == "Reshape" and same_shape_input(consumer):

@@ -14,13 +14,19 @@ themselves: tests marked ``gpu`` run the whole file there, the others run a smal
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import onnx_ir as ir
 
 from moedge import MoEdgeError
-from moedge.export.lowering import Lowered, Rewrite, half, legality, onnxruntime, ort_matmul, portable, selftest
+from moedge.export.lowering import Lowered, capabilities, half, onnxruntime, portable, selftest
 from moedge.export.lowering.graph import remove_unused
+from moedge.export.lowering.ort_attention import edges
+from moedge.export.lowering.ort_matmul import FuseTransposed
+from moedge.export.lowering.ort_moe import FuseMoE
+from moedge.export.lowering.rule import Applied, Block, Work
 from moedge.export.lowering.tensorrt import HALF_LIMIT
-from moedge.export.nodes import nodes_of
+from moedge.export.nodes import attention_kinds, nodes_of
 
 
 def lower(model: ir.Model, *, max_length: int) -> Lowered:
@@ -30,45 +36,42 @@ def lower(model: ir.Model, *, max_length: int) -> Lowered:
         MoEdgeError: no runtime here to execute the self-tests, a graph without the fused forms, or a block that does
             not compute what it replaced.
     """
-    if reason := legality.runtime():
+    if reason := capabilities.runtime():
         raise MoEdgeError(f"Cannot lower for ort-cuda: {reason}.")
-    before = model.clone()
-    experts = nodes_of(before, "SparseGLU")
-    rewrites, cache = onnxruntime.lower_norms_and_attention(model, before, max_length, padding=False)
+    work = Work(model, onnxruntime.block_limit(model), onnxruntime.ADVICE)
+    cache = onnxruntime.norms_and_attention(work, max_length, padding=False)
     if cache["kind"] != "shared_buffer":
-        raise MoEdgeError(f"Cannot lower for ort-cuda: {rewrites[-1].reason}; use --target ort-cpu or tensorrt.")
-    taps: dict[int, dict[str, object]] = {}
-    edges: list[str] = []
-    if experts:
-        illegal = legality.moe_cuda(
-            activations={node.attributes["activation"].as_string() for node in experts},
-            smallest_weight=onnxruntime.smallest_weight(before),
-        )
-        rewrites.append(onnxruntime.fuse_experts(model, before, illegal, taps))
-        if not taps:
-            raise MoEdgeError(f"Cannot lower for ort-cuda: {rewrites[-1].reason}; use --target portable or tensorrt.")
-        edges.append(str(experts[0].outputs[0].name))
-    else:
-        taps = portable.taps(model)
-    edges += onnxruntime.attention_edges(before)
-    rewrites.append(
-        onnxruntime.apply(
-            model, before, "tied output projection -> FusedMatMul", None,
-            lambda: ort_matmul.fuse_transposed(model), lambda: ["logits"],
-        )
-    )  # fmt: skip
+        raise MoEdgeError(f"Cannot lower for ort-cuda: {work.rewrites[-1].reason}; use --target ort-cpu or tensorrt.")
+    experts = nodes_of(work.before, "SparseGLU")
+    if experts and not work.run(FuseMoE("cuda")):
+        raise MoEdgeError(f"Cannot lower for ort-cuda: {work.rewrites[-1].reason}; use --target portable or tensorrt.")
+    taps = work.taps or portable.taps(model)
+    work.run(FuseTransposed())
     remove_unused(model)
-    typed = half.convert(model)
-    cases = [case for case in selftest.attention_cases(before) if not case.padding]
-    name = "float32 -> float16; the router stays float32"
-    test = selftest.compare(name, before, model, edges, HALF_LIMIT, cases)
-    if not test.passed:
-        raise MoEdgeError(test.failure())
-    rewrites.append(Rewrite(name, typed, "applied", "", test.to_json()))
+    work.limit, work.advice = HALF_LIMIT, "The float16 graph does not compute what it replaced."
+    outputs = [*(str(node.outputs[0].name) for node in experts[:1]), *edges(attention_kinds(work.before))]
+    work.run(ToHalf(outputs, [case for case in selftest.attention_cases(work.before) if not case.padding]))
     cache["dtype"] = "float16"
     limits = [
         *onnxruntime.limits(cache),
         "rows of a batch must be equally long: the attention kernel takes no mask (padding)",
         "executed on the CPU provider only when it was exported; no CUDA device was used",
     ]
-    return Lowered(rewrites, taps, cache, limits=limits)
+    return Lowered(work.rewrites, taps, cache, limits=limits)
+
+
+@dataclass(frozen=True)
+class ToHalf:
+    """Rule that types the graph as float16, last of all; the blocks that give ``outputs`` are executed on ``cases``."""
+
+    outputs: list[str]
+    cases: list[selftest.Case]
+    name: str = "float32 -> float16; the router stays float32"
+
+    def refuse(self, graph: ir.Model) -> str | None:
+        """Nothing is refused: what does not fit float16 is an error."""
+        return None
+
+    def apply(self, graph: ir.Model) -> Applied:
+        """Type every value."""
+        return Applied(half.convert(graph), [Block(tuple(self.outputs))], cases=self.cases)

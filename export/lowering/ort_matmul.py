@@ -1,24 +1,61 @@
 """Matrix products: siblings into one, and tied weights read in place.
 
-``fuse_transposed``  MatMul(x, Transpose(W)) -> com.microsoft.FusedMatMul(x, W, transB=1). A tied output projection
+``FuseTransposed``  MatMul(x, Transpose(W)) -> com.microsoft.FusedMatMul(x, W, transB=1). A tied output projection
 reaches the graph as the transpose of the embedding. ONNX Runtime would fold the transpose at load and hold the largest
 matrix of a small model twice.
 
-``merge_siblings``  MatMul(x, A), MatMul(x, B), ... -> Split(MatMul(x, [A | B | ...])): query, key and value; gate and
+``MergeSiblings``  MatMul(x, A), MatMul(x, B), ... -> Split(MatMul(x, [A | B | ...])): query, key and value; gate and
 up; a router beside them. One product a group instead of two to four. Measured on SmolLM2, 2 threads, five interleaved
 runs: 0 to 9 % less time per decoded token, dense and MoE alike, for 2 % more at a prompt of 512 (the Split copies).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import onnx_ir as ir
 
 from moedge.export.lowering.graph import Builder, array_of, remove_unused
+from moedge.export.lowering.rule import Applied, Block
 
 
-def fuse_transposed(model: ir.Model) -> tuple[int, str]:
-    """Fuse every MatMul whose second input is a transposed weight; return how many."""
+@dataclass(frozen=True)
+class FuseTransposed:
+    """Rule for every MatMul whose second input is a transposed weight."""
+
+    name: str = "tied output projection -> FusedMatMul"
+
+    def refuse(self, graph: ir.Model) -> str | None:
+        """Nothing is refused."""
+        return None
+
+    def apply(self, graph: ir.Model) -> Applied:
+        """Fuse each; the logits are tested."""
+        count = _fuse_transposed(graph)
+        return Applied(count, [Block(("logits",))]) if count else Applied(0, reason="no transposed weight")
+
+
+@dataclass(frozen=True)
+class MergeSiblings:
+    """Rule for products of one value with several constant matrices; it counts groups."""
+
+    name: str = "sibling MatMuls -> one MatMul + Split"
+
+    def refuse(self, graph: ir.Model) -> str | None:
+        """Nothing is refused."""
+        return None
+
+    def apply(self, graph: ir.Model) -> Applied:
+        """Merge each group; the first one is tested."""
+        count, outputs = merge_siblings(graph)
+        return Applied(count, [Block(tuple(outputs))]) if count else Applied(0, reason=_NO_SIBLINGS)
+
+
+_NO_SIBLINGS = "no value is multiplied by several matrices"
+
+
+def _fuse_transposed(model: ir.Model) -> int:
     count = 0
     for node in list(model.graph):
         transpose = node.inputs[1].producer() if node.op_type == "MatMul" and node.inputs[1] is not None else None
@@ -34,7 +71,7 @@ def fuse_transposed(model: ir.Model) -> tuple[int, str]:
         builder.replace_output(node.outputs[0], product)
         count += 1
     remove_unused(model)
-    return count, "" if count else "no transposed weight"
+    return count
 
 
 def merge_siblings(model: ir.Model) -> tuple[int, list[str]]:

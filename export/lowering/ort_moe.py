@@ -11,13 +11,25 @@ all E, where scaled scores become ties (measured on 1.31.1: wrong experts from a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
 
-from moedge.export.lowering.graph import Builder, array_of, constant_of, remove_unused, values_by_name
-from moedge.export.nodes import active_of, has_biases, holds_experts, layer_of, nodes_of, routed_directly
+from moedge.export.lowering.graph import Builder, array_of, constant_of, remove_unused, values_by_name, weights_dtype
+from moedge.export.lowering.rule import Applied, ends
+from moedge.export.nodes import (
+    activations,
+    active_of,
+    has_biases,
+    holds_experts,
+    layer_of,
+    nodes_of,
+    routed_directly,
+    smallest_weight,
+)
 
 UNSELECTED = -1.0e4
 """Logit of an unselected expert: its softmax weight is exactly 0 beside any log(w) above -9.9e3; fits float16."""
@@ -38,16 +50,66 @@ def interleave(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
     return np.stack([gate, up], axis=2).reshape(experts, 2 * width, hidden)
 
 
-def fuse(model: ir.Model) -> tuple[int, str, dict[int, Tap]]:
-    """Replace every SparseGLU; return how many, why the rest (if any) were left, and the routing taps by layer."""
-    nodes = nodes_of(model, "SparseGLU")
-    if not nodes:
-        return 0, "the graph has no SparseGLU node", {}
-    activations = {node.attributes["activation"].as_string() for node in nodes}
-    if activations != {"silu"}:
-        return 0, f"com.microsoft.MoE on CPU gates with SiLU only, the model with {', '.join(sorted(activations))}", {}
-    if any(map(has_biases, nodes)):
-        return 0, "the experts have biases in gate or up, kept as a further input that the kernel has no place for", {}
+def cpu_refusal(*, dtype: str, activations: set[str], smallest_weight: float) -> str | None:
+    """Say why the kernel of the CPU provider cannot be used, or None.
+
+    Args:
+        dtype: weight dtype, e.g. ``float32``.
+        activations: gate activations of the model's experts.
+        smallest_weight: lower bound of the combination weights; the log-weight form needs it positive.
+    """
+    if dtype == "float16":
+        return "the CPU kernel's float16 path returns zeros without normalisation and loses 3 digits with it [M]"
+    if dtype != "float32":
+        return f"the CPU kernel has no {dtype} implementation [M]"
+    if activations - {"silu"}:
+        return f"the CPU kernel gates with SiLU only, the model uses {', '.join(sorted(activations))} [M]"
+    return None if smallest_weight > 0 else NO_LOGIT
+
+
+def cuda_refusal(*, activations: set[str], smallest_weight: float) -> str | None:
+    """Say why the kernel of the CUDA provider (float16, ``normalize_routing_weights=1``) cannot be used, or None.
+
+    Before 1.28 the kernel's SwiGLU had gpt-oss constants, whatever the attributes said (onnxruntime-genai #2062) [R];
+    the extra ``moedge[cuda]`` asks for 1.31.
+    """
+    if activations - {"silu"}:
+        return f"the node form gates with SiLU only, the model uses {', '.join(sorted(activations))}"
+    return None if smallest_weight > 0 else NO_LOGIT
+
+
+NO_LOGIT = "an expert weight can be zero or negative, which no logit expresses"
+BIASED = "the experts have biases in gate or up, kept as a further input that the kernel has no place for"
+
+
+@dataclass(frozen=True)
+class FuseMoE:
+    """Rule for every Route and SparseGLU; ``slower``: another form of the experts is known to be faster here."""
+
+    provider: Literal["cpu", "cuda"] = "cpu"
+    slower: bool = False
+    name: str = "Route + SparseGLU -> MoE"
+
+    def refuse(self, graph: ir.Model) -> str | None:
+        """See :func:`cpu_refusal` and :func:`cuda_refusal`; no kernel has a place for biases."""
+        nodes = nodes_of(graph, "SparseGLU")
+        if not nodes:
+            return "the graph has no SparseGLU node"
+        facts: dict[str, Any] = {"activations": activations(graph), "smallest_weight": smallest_weight(graph)}
+        cuda = self.provider == "cuda"
+        reason = cuda_refusal(**facts) if cuda else cpu_refusal(dtype=weights_dtype(graph), **facts)
+        if reason is None and self.slower:
+            reason = "products of each expert are faster where experts are few and wide"
+        return reason or (BIASED if any(map(has_biases, nodes)) else None)
+
+    def apply(self, graph: ir.Model) -> Applied:
+        """Replace every node; the first and the last whole FFN are tested."""
+        nodes = nodes_of(graph, "SparseGLU")
+        blocks = ends([str(node.outputs[0].name) for node in nodes])
+        return Applied(len(nodes), blocks, taps={layer: vars(tap) for layer, tap in _fuse(graph, nodes).items()})
+
+
+def _fuse(model: ir.Model, nodes: Sequence[ir.Node]) -> dict[int, Tap]:
     taps = {}
     for node in nodes:
         layer = layer_of(node)
@@ -60,7 +122,7 @@ def fuse(model: ir.Model) -> tuple[int, str, dict[int, Tap]]:
         if route.attributes["rule"].as_string() == "unit":
             _replace_route(Builder(model, before=route), route)
     remove_unused(model)
-    return len(nodes), "", taps
+    return taps
 
 
 def _replace(model: ir.Model, node: ir.Node, layer: int) -> Tap:

@@ -7,12 +7,14 @@ the very table that a tied output projection multiplies by.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from moedge import MoEdgeError
-from moedge.export.lowering.graph import Builder, constant_of, remove_unused
+from moedge.export.lowering.graph import Builder, constant_of, remove_unused, required
+from moedge.export.lowering.rule import Applied, Block
 from moedge.export.lowering.weights import is_embedding, product_weight
 from moedge.export.quantize import BLOCK, Quantized
 
@@ -36,34 +38,49 @@ def initializers(builder: Builder, name: str, value: Quantized) -> list[ir.Value
     ]
 
 
-def fuse(model: ir.Model, weights: Mapping[str, Quantized], classes: Mapping[str, str]) -> dict[str, list[list[str]]]:
-    """Replace every product by, and every lookup in, a weight of ``weights``.
+@dataclass(frozen=True)
+class QuantizeProducts:
+    """Rule for every product by, and every lookup in, a weight of one tensor class.
 
-    Args:
-        weights: quantised [N, K] by the name of the initializer that it replaces.
-        classes: tensor class by the same name; the new initializers are called ``<class>.<...>``.
-
-    Returns:
-        Names of the outputs of each new node by tensor class, in graph order: what a self-test looks at.
+    ``weights`` are quantised [N, K] by the name of the initializer that each replaces; the new initializers are called
+    ``<tensor_class>.<...>``.
     """
-    edges: dict[str, list[list[str]]] = {}
-    groups: dict[int, list[tuple[ir.Node, str]]] = {}
-    lookups = []
-    for node in model.graph:
-        product = product_weight(node)
-        if product and str(product[0].name) in weights:
-            groups.setdefault(id(node.inputs[0]), []).append((node, str(product[0].name)))
-        elif is_embedding(node) and node.inputs[0] is not None and str(node.inputs[0].name) in weights:
-            lookups.append((node, str(node.inputs[0].name)))
-    for node, name in lookups:
-        edges.setdefault(classes[name], []).append([str(node.outputs[0].name)])
-        _replace_lookup(model, node, f"{classes[name]}.{name}", weights[name])
-    for group in groups.values():
-        outputs = [str(node.outputs[0].name) for node, _ in group]
-        edges.setdefault(classes[group[0][1]], []).append(outputs)
-        _replace_products(model, group, weights, classes)
-    remove_unused(model)
-    return edges
+
+    tensor_class: str
+    weights: Mapping[str, Quantized]
+
+    @property
+    def name(self) -> str:
+        """Named after the class. Only the embedding is looked up, and a tied one multiplies as well."""
+        if self.tensor_class == "embedding":
+            return "embedding -> GatherBlockQuantized, tied output projection -> MatMulNBits"
+        return f"{self.tensor_class} -> MatMulNBits"
+
+    def refuse(self, graph: ir.Model) -> str | None:
+        """Nothing is refused here: what cannot be quantised stops the lowering before (``ort_quantized``)."""
+        return None
+
+    def apply(self, graph: ir.Model) -> Applied:
+        """Replace lookups, then products, those of one value together; the first and the last are tested."""
+        groups: dict[int, list[tuple[ir.Node, str]]] = {}
+        blocks = []
+        for node in list(graph.graph):
+            product = product_weight(node)
+            if product and str(product[0].name) in self.weights:
+                groups.setdefault(id(node.inputs[0]), []).append((node, str(product[0].name)))
+            elif is_embedding(node) and str(required(node.inputs[0]).name) in self.weights:
+                name = str(required(node.inputs[0]).name)
+                blocks.append(_block([node], required(node.inputs[1])))
+                _replace_lookup(graph, node, f"{self.tensor_class}.{name}", self.weights[name])
+        for group in groups.values():
+            blocks.append(_block([node for node, _ in group], required(group[0][0].inputs[0])))
+            _replace_products(graph, group, self.weights, self.tensor_class)
+        remove_unused(graph)
+        return Applied(len(blocks), blocks[:1] + blocks[-1:] if len(blocks) > 1 else blocks)
+
+
+def _block(nodes: Sequence[ir.Node], source: ir.Value) -> Block:
+    return Block(tuple(str(node.outputs[0].name) for node in nodes), inputs=(str(source.name),))
 
 
 def _replace_lookup(model: ir.Model, node: ir.Node, name: str, weight: Quantized) -> None:
@@ -80,15 +97,14 @@ def _replace_lookup(model: ir.Model, node: ir.Node, name: str, weight: Quantized
 
 
 def _replace_products(
-    model: ir.Model, group: list[tuple[ir.Node, str]], weights: Mapping[str, Quantized], classes: Mapping[str, str]
+    model: ir.Model, group: list[tuple[ir.Node, str]], weights: Mapping[str, Quantized], tensor_class: str
 ) -> None:
     first = group[0][0]
     builder = Builder(model, before=first)
     parts = [weights[name] for _, name in group]
     merged = parts[0].rows(*parts[1:]) if len(parts) > 1 else parts[0]
-    packed, scales, zero_points = initializers(
-        builder, f"{classes[group[0][1]]}.{'+'.join(name for _, name in group)}", merged
-    )
+    names = "+".join(name for _, name in group)
+    packed, scales, zero_points = initializers(builder, f"{tensor_class}.{names}", merged)
     attributes = {
         "K": merged.columns,
         "N": int(merged.packed.shape[0]),

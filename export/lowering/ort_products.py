@@ -11,15 +11,16 @@ activations other than SiLU, weights of any sign and biases.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import onnx_ir as ir
 
 from moedge.export.lowering import ort_moe
-from moedge.export.lowering.graph import Builder, array_of, constant_of, remove_unused
+from moedge.export.lowering.graph import Builder, array_of, constant_of, remove_unused, sizes
 from moedge.export.lowering.ort_moe import Tap
+from moedge.export.lowering.rule import Applied, ends
 from moedge.export.nodes import layer_of, nodes_of, routed_directly
-
-REWRITE = "SparseGLU -> products of each expert"
 
 SMALLEST_EXPERT = 1 << 19
 """Parameters of an expert (3 * H * I) from which its own products are at least as fast as ``com.microsoft.MoE``."""
@@ -30,8 +31,8 @@ _ACTIVATIONS = {"gelu_tanh": "FastGelu", "gelu": "Gelu"}
 """Operators of ``com.microsoft``; the standard ``Gelu`` needs opset 20."""
 
 
-def illegal(model: ir.Model) -> str | None:
-    """Why this form cannot take the place of every SparseGLU, or None.
+def refusal(model: ir.Model) -> str | None:
+    """Say why this form cannot take the place of every SparseGLU, or None.
 
     A composed layer may name an expert twice for one token; ``ScatterND`` adds rows in no fixed order and, run by
     several threads, could lose one of two that meet.
@@ -43,18 +44,29 @@ def illegal(model: ir.Model) -> str | None:
 
 def preferred(model: ir.Model) -> bool:
     """Whether this form is the faster one for every layer (docs/lowering.md has the measurement)."""
-    if illegal(model):
+    if refusal(model):
         return False
     shapes = [array_of(node.inputs[3]).shape for node in nodes_of(model, "SparseGLU")]
     return all(experts <= MOST_EXPERTS and 3 * width * hidden >= SMALLEST_EXPERT for experts, width, hidden in shapes)
 
 
-def fuse(model: ir.Model) -> tuple[int, dict[int, Tap]]:
-    """Replace every SparseGLU; return how many, and the routing taps by layer."""
-    nodes = nodes_of(model, "SparseGLU")
-    taps = {layer_of(node): _replace(model, node) for node in nodes}
-    remove_unused(model)
-    return len(nodes), taps
+@dataclass(frozen=True)
+class ExpertProducts:
+    """Rule for every SparseGLU."""
+
+    name: str = "SparseGLU -> products of each expert"
+
+    def refuse(self, graph: ir.Model) -> str | None:
+        """See :func:`refusal`."""
+        return refusal(graph)
+
+    def apply(self, graph: ir.Model) -> Applied:
+        """Replace every node; the first and the last whole FFN are tested."""
+        nodes = nodes_of(graph, "SparseGLU")
+        blocks = ends([str(node.outputs[0].name) for node in nodes])
+        taps = {layer_of(node): vars(_replace(graph, node)) for node in nodes}
+        remove_unused(graph)
+        return Applied(len(nodes), blocks, taps)
 
 
 def _replace(model: ir.Model, node: ir.Node) -> Tap:
@@ -108,7 +120,7 @@ def _matrix(builder: Builder, stack: ir.Value | None, expert: int) -> ir.Value:
     assert stack is not None
     assert stack.const_value is not None
     source, name = stack.const_value, matrix_name(str(stack.name), expert)
-    _, rows, columns = (int(size) for size in stack.const_value.shape)
+    _, rows, columns = sizes(stack.const_value)
 
     def matrix() -> ir.TensorProtocol:
         return ir.tensor(np.ascontiguousarray(source.numpy()[expert].T), name=name)

@@ -16,15 +16,16 @@ normalised   scores (+ bias)             scores                         1
 
 Without input 14 the kernel ignores ``normalize_routing_weights=0`` (measured: relative error 0.6, no error message), so
 that combination is never written. With input 14 and the flag at 1 unit weights would become 1/k. A weight <= 1e-8 is
-dropped by the kernel: legality asks for positive weights. Equal scores go to the higher index, elsewhere to the lower.
+dropped by the kernel: :func:`refusal` asks for positive ones. Equal scores go to the higher index, elsewhere the lower.
 
-Where something must know which experts were *not* selected (compensation), or with ``form="adapter"``, the router is
-dressed as logits log(w) with -1e4 elsewhere and the output multiplied by sum(w), as in :mod:`ort_moe`.
+Where something must know which experts were *not* selected (compensation) the router is dressed as logits
+log(w) with -1e4 elsewhere and the output multiplied by sum(w), as in :mod:`ort_moe`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -33,7 +34,8 @@ from moedge.export.lowering import ort_moe
 from moedge.export.lowering.graph import Builder, array_of, constant_of, remove_unused
 from moedge.export.lowering.ort_moe import Tap
 from moedge.export.lowering.ort_nbits import INT8_ACTIVATIONS, initializers
-from moedge.export.nodes import layer_of, nodes_of
+from moedge.export.lowering.rule import Applied, ends
+from moedge.export.nodes import activations, has_biases, layer_of, nodes_of, smallest_weight
 from moedge.export.quantize import BLOCK, Quantized
 
 
@@ -65,18 +67,48 @@ def pad_rows(weight: Quantized, rows: int) -> Quantized:
     return Quantized(pad(weight.packed), pad(weight.scales), zero_points, weight.bits, weight.columns)
 
 
-def fuse(model: ir.Model, weights: Mapping[str, Quantized], *, form: str = "weights") -> tuple[int, dict[int, Tap]]:
-    """Replace every SparseGLU; return how many, and the routing taps by layer."""
-    nodes = nodes_of(model, "SparseGLU")
-    taps = {}
-    for node in nodes:
-        layer = layer_of(node)
-        taps[layer] = _replace(model, node, layer, weights, form)
-    remove_unused(model)
-    return len(nodes), taps
+def refusal(*, activations: set[str], smallest_weight: float, biased: bool) -> str | None:
+    """Say why the kernel cannot be used, or None; experts are then products of their own.
+
+    Args:
+        activations: gate activations of the model's experts.
+        smallest_weight: lower bound of the combination weights.
+        biased: whether experts have biases in gate or up.
+    """
+    if activations - {"silu"}:
+        return f"the QMoE kernel gates with SiLU only, the model uses {', '.join(sorted(activations))} [M]"
+    if not smallest_weight > 0:
+        return "an expert weight can be zero or negative; the QMoE kernel drops such experts without an error [M]"
+    return ort_moe.BIASED if biased else None
 
 
-def _replace(model: ir.Model, node: ir.Node, layer: int, weights: Mapping[str, Quantized], form: str) -> Tap:
+@dataclass(frozen=True)
+class FuseQMoE:
+    """Rule for every Route and SparseGLU; ``weights`` are the quantised stacks by the name of what they replace."""
+
+    weights: Mapping[str, Quantized]
+    name: str = "Route + SparseGLU -> QMoE"
+
+    def refuse(self, graph: ir.Model) -> str | None:
+        """See :func:`refusal`."""
+        nodes = nodes_of(graph, "SparseGLU")
+        return refusal(
+            activations=activations(graph), smallest_weight=smallest_weight(graph), biased=any(map(has_biases, nodes))
+        )
+
+    def apply(self, graph: ir.Model) -> Applied:
+        """Replace every node; the first and the last whole FFN are tested."""
+        nodes = nodes_of(graph, "SparseGLU")
+        blocks = ends([str(node.outputs[0].name) for node in nodes])
+        taps = {}
+        for node in nodes:
+            layer = layer_of(node)
+            taps[layer] = vars(_replace(graph, node, layer, self.weights))
+        remove_unused(graph)
+        return Applied(len(nodes), blocks, taps)
+
+
+def _replace(model: ir.Model, node: ir.Node, layer: int, weights: Mapping[str, Quantized]) -> Tap:
     x, indices, routed, *rest = node.inputs
     names = [str(value.name) for value in rest[:3] if value is not None]
     gate, up, down = (weights[name] for name in names)
@@ -94,7 +126,7 @@ def _replace(model: ir.Model, node: ir.Node, layer: int, weights: Mapping[str, Q
     experts = int(gate.packed.shape[0])
     compensation = rest[3] if len(rest) > 3 else None
     total = None
-    if form == "weights" and compensation is None:
+    if compensation is None:
         probs, combination, normalise = _selection(builder, route, rule, layer, experts)
         tap = Tap(str(probs.name), "scores", top_k)
     else:

@@ -12,8 +12,7 @@ judged, because it is a property of the model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from moedge import MoEdgeError
 from moedge.export.lowering import (
     Lowered,
     Rewrite,
-    legality,
+    capabilities,
     mistakes,
     ort_matmul,
     ort_nbits,
@@ -33,8 +32,12 @@ from moedge.export.lowering import (
     weights,
 )
 from moedge.export.lowering import onnxruntime as ort_cpu
-from moedge.export.lowering.graph import array_of, remove_unused
-from moedge.export.nodes import has_biases, layer_of, nodes_of, routed_directly
+from moedge.export.lowering.graph import remove_unused, size
+from moedge.export.lowering.ort_nbits import QuantizeProducts
+from moedge.export.lowering.ort_products import ExpertProducts
+from moedge.export.lowering.ort_qmoe import FuseQMoE
+from moedge.export.lowering.rule import Applied, Block, Rule, Work
+from moedge.export.nodes import layer_of, nodes_of, routed_directly
 from moedge.export.quantize import BLOCK, QUANTISED, Quantized, account, quantize, stored_bytes
 
 INT8_LIMIT = 4e-2
@@ -63,101 +66,105 @@ def lower(
             or a tensor class that should be quantised is not.
     """
     target = f"ort-cpu-int{bits}"
-    before = model.clone()
-    unfit = _check(before, target)
-    table = weights.collect(before)
+    _check(model, target)
+    work = Work(model, ort_cpu.block_limit(model), "Use --target ort-cpu and report the runtime version.")
+    table = weights.collect(work.before)
+    chosen = {name: weight for name, weight in table.items() if weight.tensor_class in QUANTISED}
+    unfit = FuseQMoE({}).refuse(model)
     narrow = min((weight.columns for weight in table.values() if weight.tensor_class == "experts"), default=2 * BLOCK)
     if method == "rtn-asymmetric" and narrow <= BLOCK and not unfit:
         raise MoEdgeError(
             f"Cannot lower for {target}: experts of {narrow} neurons are one block, whose zero points QMoE reads in "
             "another layout; use symmetric blocks (rtn)."
         )
-    chosen = {name: weight for name, weight in table.items() if weight.tensor_class in QUANTISED}
-    values = before.graph.initializers
-    known = moments or {}
+    values, known = work.before.graph.initializers, moments or {}
     packed = {
         name: quantize(weights.array(values[name], weight), bits, method, known.get(name))
         for name, weight in chosen.items()
     }
-    reference = dequantized_graph(before, packed, table)
-
-    rewrites, cache = ort_cpu.lower_norms_and_attention(model, before, max_length)
-    classes = {name: weight.tensor_class for name, weight in chosen.items()}
-    routed = [str(node.outputs[0].name) for node in nodes_of(model, "SparseGLU")]
-    if unfit:
-        parts = _experts(packed, [name for name, found in classes.items() if found == "experts"])
-        count, taps = ort_products.fuse(model)
-        edges = ort_nbits.fuse(model, {**packed, **parts}, {**classes, **dict.fromkeys(parts, "experts")})
-    else:
-        count, taps = ort_qmoe.fuse(model, packed)
-        edges = ort_nbits.fuse(model, packed, classes)
-    edges.pop("experts", None)  # inside of an FFN, which is tested whole
-    sizes = _account(before, model, table, bits, method, padded=not unfit)
+    cache = ort_cpu.norms_and_attention(work, max_length)
+    qmoe = FuseQMoE(packed)
+    pending: list[tuple[Rule, Applied | str]] = []
+    if nodes_of(model, "SparseGLU"):
+        if unfit:
+            work.rewrites.append(Rewrite(qmoe.name, 0, "refused", unfit))
+        rule: Rule = ExpertProducts() if unfit else qmoe
+        pending.append((rule, work.start(rule)))
+        if unfit:  # inside of an FFN, which is tested whole
+            QuantizeProducts("experts", _experts(packed, chosen)).apply(model)
+    for rule in _products(packed, chosen):
+        pending.append((rule, work.start(rule)))
+    sizes = _account(work.before, model, table, bits, method, padded=not unfit)
     merged, _ = ort_matmul.merge_siblings(model)
     remove_unused(model)
-
-    exact = ort_nbits.with_accuracy(model, 0)
-    test = partial(_test, before, reference, exact, model)
-    if count:
-        # 8-bit experts have no kernel with float32 activations (docs/quantization.md); products have.
-        exact_too = bits == 4 or bool(unfit)
-        blocks = [_ffn(before, name, packed, exact_too) for name in dict.fromkeys((routed[0], routed[-1]))]
-        if unfit:
-            rewrites.append(Rewrite(_KERNEL, 0, "refused", unfit))
-        name = ort_products.REWRITE if unfit else _KERNEL
-        rewrites.append(Rewrite(name, count, "applied", self_test=test(name.rpartition("-> ")[2], blocks)))
-    for tensor_class, groups in edges.items():
-        kind = "GatherBlockQuantized" if tensor_class == "embedding" else "MatMulNBits"
-        ends = [groups[0]] if len(groups) == 1 else [groups[0], groups[-1]]
-        blocks = [{"names": names, "inputs": _inputs(before, names)} for names in ends]
-        name = f"{tensor_class} -> {kind}"
-        if tensor_class == "embedding" and len(groups) > 1:
-            name = "embedding -> GatherBlockQuantized, tied output projection -> MatMulNBits"
-        rewrites.append(Rewrite(name, len(groups), "applied", self_test=test(name, blocks)))
+    judge = _Judge(work, packed, table, exact_experts=bits == 4 or bool(unfit))
+    for rule, done in pending:
+        work.finish(rule, done, judge)
     if merged:
-        rewrites.append(Rewrite("products of the router -> one MatMul + Split", merged, "applied"))
+        work.rewrites.append(Rewrite("products of the router -> one MatMul + Split", merged, "applied"))
     limits = ort_cpu.limits(cache)
-    if count and not unfit:
+    if work.taps and not unfit:
         limits.append("equal router scores go to the higher expert index, in PyTorch to the lower (QMoE)")
     quantization = {
         "bits": bits,
         "block": BLOCK,
         "method": method,
         "classes": [{**vars(size), "bits_per_weight": size.bits_per_weight} for size in sizes],
-        "tensors": _where(model, chosen, before),
+        "tensors": _where(model, chosen, work.before),
     }
-    return Lowered(rewrites, {layer: vars(tap) for layer, tap in taps.items()}, cache, limits, quantization)
+    return Lowered(work.rewrites, work.taps, cache, limits, quantization)
 
 
-_KERNEL = "Route + SparseGLU -> QMoE"
+OLDEST_ORT = (1, 31)
+"""QMoE with ``router_weights`` and ``accuracy_level``: 1.23 refuses the first, 1.27 the second (peers.md 5.3)."""
 
 
-def _check(model: ir.Model, target: str) -> str | None:
-    """Refuse what the kernels cannot hold; see :mod:`legality`. Return why ``QMoE`` alone cannot, or None."""
+def refusal(*, dtypes: set[str], hidden_sizes: set[int]) -> str | None:
+    """Say why block-quantised weights (``MatMulNBits``, ``QMoE``, blocks of 32) cannot be used, or None.
+
+    Args:
+        dtypes: dtypes of the float weights.
+        hidden_sizes: H of the layers with experts.
+    """
+    installed = capabilities.onnxruntime_version()
+    if installed is not None and installed < OLDEST_ORT:
+        oldest, found = (".".join(map(str, version)) for version in (OLDEST_ORT, installed))
+        return f"quantised experts need onnxruntime {oldest}, this is {found}; pip install -U onnxruntime"
+    if dtypes - {"FLOAT"}:
+        return f"weights are quantised from float32, the model holds {', '.join(sorted(dtypes)).lower()}"
+    if odd := sorted(size for size in hidden_sizes if size % 32):
+        return f"the hidden size {odd[0]} is not a multiple of the block of 32, which the QMoE kernel needs [R]"
+    return None
+
+
+def _check(model: ir.Model, target: str) -> None:
+    """Refuse what the kernels cannot hold."""
     experts = nodes_of(model, "SparseGLU")
     if not all(map(routed_directly, experts)):
         raise MoEdgeError(f"Cannot lower experts inside experts for {target}; export a hierarchical model to ort-cpu.")
     dtypes = {value.dtype for value in model.graph.initializers.values() if value.dtype}
     floats = {dtype.name for dtype in dtypes if dtype.is_floating_point()}
-    reason = legality.runtime() or legality.quantized_cpu(
-        dtypes=floats, hidden_sizes={int(array_of(node.inputs[5]).shape[1]) for node in experts}
-    )
-    if reason:
+    hidden_sizes = {size(node.inputs[5], 1) for node in experts}
+    if reason := capabilities.runtime() or refusal(dtypes=floats, hidden_sizes=hidden_sizes):
         raise MoEdgeError(f"Cannot lower for {target}: {reason}.")
-    return legality.qmoe_cpu(
-        activations={node.attributes["activation"].as_string() for node in experts},
-        smallest_weight=ort_cpu.smallest_weight(model),
-        biased=any(map(has_biases, experts)),
-    )
 
 
-def _experts(packed: Mapping[str, Quantized], stacks: Sequence[str]) -> dict[str, Quantized]:
+def _experts(packed: Mapping[str, Quantized], chosen: Mapping[str, weights.Weight]) -> dict[str, Quantized]:
     """Each expert of the quantised stacks, by the name of its matrix in :mod:`ort_products`."""
     return {
         ort_products.matrix_name(name, expert): packed[name].expert(expert)
-        for name in stacks
+        for name, weight in chosen.items()
+        if weight.tensor_class == "experts"
         for expert in range(len(packed[name].packed))
     }
+
+
+def _products(packed: Mapping[str, Quantized], chosen: Mapping[str, weights.Weight]) -> list[QuantizeProducts]:
+    """One rule for each class of matrices; experts have one of their own."""
+    classes: dict[str, dict[str, Quantized]] = {"embedding": {}}
+    for name, weight in chosen.items():
+        classes.setdefault(weight.tensor_class, {})[name] = packed[name]
+    return [QuantizeProducts(each, found) for each, found in classes.items() if found and each != "experts"]
 
 
 def dequantized_graph(model: ir.Model, packed: dict[str, Quantized], table: dict[str, weights.Weight]) -> ir.Model:
@@ -167,50 +174,50 @@ def dequantized_graph(model: ir.Model, packed: dict[str, Quantized], table: dict
     return copy
 
 
-def _ffn(model: ir.Model, routed: str, packed: dict[str, Quantized], exact: bool) -> dict[str, Any]:
-    node = mistakes.FFN.find(model, routed).node
-    stacks = [packed[str(value.name)] for value in node.inputs[3:6] if value is not None]
-    return {"routed": routed, "weights": stacks, "exact": exact}
+class _Judge:
+    """Executes a block three times: kernel error with float32 activations and as it runs, and quantisation error."""
 
+    def __init__(
+        self, work: Work, packed: dict[str, Quantized], table: dict[str, weights.Weight], *, exact_experts: bool
+    ) -> None:
+        self._work, self._packed, self._exact_experts = work, packed, exact_experts
+        self._reference = dequantized_graph(work.before, packed, table)
+        self._exact = ort_nbits.with_accuracy(work.model, 0)
 
-def _inputs(model: ir.Model, names: Sequence[str]) -> list[str]:
-    """The value that the products (or the lookup) called ``names`` read."""
-    node = next(node for node in model.graph if any(output.name == names[0] for output in node.outputs))
-    value = node.inputs[1] if node.op_type == "Gather" else node.inputs[0]
-    assert value is not None
-    return [str(value.name)]
+    def __call__(self, name: str, done: Applied) -> dict[str, Any]:
+        """Return the manifest's entry.
 
+        Raises:
+            MoEdgeError: kernel error above its limit.
+        """
+        work, found = self._work, dict[str, list[selftest.SelfTest]](exact=[], int8=[], quantisation=[])
+        label = name.rpartition("-> ")[2] if any(block.ffn for block in done.blocks) else name
+        for block in done.blocks:
+            for kind, one, two, limit in (
+                ("exact", self._reference, self._exact, work.limit),
+                ("int8", self._reference, work.model, INT8_LIMIT),
+                ("quantisation", work.before, self._reference, float("inf")),
+            ):
+                # 8-bit experts have no kernel with float32 activations (docs/quantization.md); products have.
+                if kind == "exact" and block.ffn and not self._exact_experts:
+                    continue
+                test = self._compared(label, block, one, two, limit)
+                if not test.passed:
+                    raise MoEdgeError(f"{test.failure()} {work.advice}")
+                found[kind].append(test)
+        int8 = max(found["int8"], key=lambda test: test.max_rel_error)
+        entry = {**int8.to_json(), "quantisation_error": max(test.max_rel_error for test in found["quantisation"])}
+        if found["exact"]:
+            entry["float32_activations"] = max(test.max_rel_error for test in found["exact"])
+        return entry
 
-def _test(
-    before: ir.Model, reference: ir.Model, exact: ir.Model, model: ir.Model, name: str, blocks: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """Run the self-tests of one rewrite and return its entry for the manifest.
-
-    Raises:
-        MoEdgeError: kernel error above its limit.
-    """
-    found: dict[str, list[selftest.SelfTest]] = {"exact": [], "int8": [], "quantisation": []}
-    exact_limit = ort_cpu.block_limit(before)
-    for block in blocks:
-        for kind, one, two, limit in (
-            ("exact", reference, exact, exact_limit),
-            ("int8", reference, model, INT8_LIMIT),
-            ("quantisation", before, reference, float("inf")),
-        ):
-            if kind == "exact" and not block.get("exact", True):
-                continue
-            if "routed" in block:
-                test = selftest.compare_ffn(name, one, two, block["routed"], limit, block["weights"])
-            else:
-                test = selftest.compare(name, one, two, block["names"], limit, inputs=block["inputs"])
-            if not test.passed:
-                raise MoEdgeError(f"{test.failure()} Use --target ort-cpu and report the runtime version.")
-            found[kind].append(test)
-    int8 = max(found["int8"], key=lambda test: test.max_rel_error)
-    entry = {**int8.to_json(), "quantisation_error": max(test.max_rel_error for test in found["quantisation"])}
-    if found["exact"]:
-        entry["float32_activations"] = max(test.max_rel_error for test in found["exact"])
-    return entry
+    def _compared(self, name: str, block: Block, one: ir.Model, two: ir.Model, limit: float) -> selftest.SelfTest:
+        if not block.ffn:
+            return selftest.compare(name, one, two, block.outputs, limit, inputs=block.inputs)
+        routed = block.outputs[0]
+        node = mistakes.FFN.find(self._work.before, routed).node
+        stacks = [self._packed[str(value.name)] for value in node.inputs[3:6] if value is not None]
+        return selftest.compare_ffn(name, one, two, routed, limit, stacks)
 
 
 def _account(

@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from moedge import MoEdgeError
 from moedge.export.lowering import mistakes
-from moedge.export.lowering.graph import cut, upstream, values_by_name
+from moedge.export.lowering.graph import cut, size, upstream, values_by_name
 from moedge.export.nodes import attention_kinds
 from moedge.export.quantize import Quantized
 
@@ -182,8 +182,8 @@ def _cut_both(
         for part in parts
     )
     tables = [n.inputs[0] for n in before.graph if n.op_type == "Gather" and n.inputs[1] is known.get("input_ids")]
-    shapes = [value.const_value.shape for value in tables if value is not None and value.const_value is not None]
-    return _Block(everything, outputs_before, (one, two), int(shapes[0][0]) if shapes else 1)
+    rows = [size(value.const_value, 0) for value in tables if value is not None and value.const_value is not None]
+    return _Block(everything, outputs_before, (one, two), rows[0] if rows else 1)
 
 
 def compare(

@@ -20,8 +20,8 @@ from moedge.export.functions import DOMAIN
 from moedge.export.lowering import (
     Lowered,
     Rewrite,
+    capabilities,
     half,
-    legality,
     selftest,
     trt_attention,
     trt_experts,
@@ -29,7 +29,10 @@ from moedge.export.lowering import (
     trt_plugins,
 )
 from moedge.export.lowering.graph import remove_unused
-from moedge.export.nodes import attention_kinds, layer_of, nodes_of, routed_directly
+from moedge.export.lowering.rule import Applied, Rule, Work
+from moedge.export.lowering.trt_attention import RewriteAttention, TurnRotary
+from moedge.export.lowering.trt_experts import RewriteExperts
+from moedge.export.nodes import layer_of, nodes_of, routed_directly
 from moedge.runtime.device.moedge_plugins import OLDEST
 
 NEWEST = "11.0"
@@ -87,51 +90,40 @@ def lower_half(
         raise MoEdgeError(
             "Cannot lower experts inside experts to half precision; export a hierarchical model to portable or ort-cpu."
         )
-    if reason := legality.runtime() or legality.half_source({dtype.name.lower() for dtype in weights}):
+    if reason := capabilities.runtime() or capabilities.half_source({dtype.name.lower() for dtype in weights}):
         raise MoEdgeError(f"Cannot lower to half precision: {reason}.")
-    before = model.clone()
-    taps = {}
+    taps: dict[int, dict[str, object]] = {}
     for node, route in zip(sparse, routes, strict=True):
         top_k = route.attributes["top_k"].as_int()
         taps[layer_of(node)] = {"output": str(route.outputs[0].name), "kind": "indices", "top_k": top_k}
     form, why = trt_experts.choose(model, tensorrt, experts)
-    turned, rotary, table = trt_attention.rotary(model, attention)
-    edges = {
-        "rotary embedding without dynamic slices": rotary,
-        "CausalAttention -> attention with one mask": _attention_edges(before),
-        _EXPERTS[form]: [str(n.outputs[0].name) for n in sparse[:1] + sparse[-1:]],
-    }
-    reasons = ["" if turned else "not recognised", "", why]
-    counts = [turned, trt_attention.rewrite(model, attention, dtype)]
-    plugins = None
-    if form == "plugins" and sparse:
-        typed = half.convert(model, kind)
-        counts.append(trt_plugins.rewrite(model))
-        kernels = [asdict(request) for request in trt_plugins.requests(model)]
-        plugins = {"oldest_tensorrt": ".".join(map(str, OLDEST)), "kernels": kernels}
+    plugins = form == "plugins" and bool(sparse)
+    work = Work(model, block_limit(dtype), f"The {dtype} graph does not compute what it replaced.")
+    rules: list[Rule] = [TurnRotary(attention), RewriteAttention(attention, dtype), RewriteExperts(form, why)]
+    done = [work.start(rule) for rule in (rules[:2] if plugins else rules)]
+    typed = half.convert(model, kind)
+    if plugins:  # they need a graph whose types are known
+        done.append(work.start(rules[2]))
     else:
-        counts.append(trt_experts.rewrite(model, form))
-        typed = half.convert(model, kind)
         _inline(model)
         if form == "native" and sparse:
             trt_native.attach(model)
-    rewrites = []
-    for (name, names), count, reason in zip(edges.items(), counts, reasons, strict=True):
-        if count:
-            test = _test(name, before, model, names, table, dtype)
-            rewrites.append(Rewrite(name, count, "applied", reason, test))
+    inside = next(each.inside for each in done if isinstance(each, Applied))  # the rotary table is no edge of any block
+    for rule, each in zip(rules, done, strict=True):
+        if isinstance(each, Applied) and each.count:
+            each.inside = inside
+            work.finish(rule, each, _Judge(work, dtype, experts=isinstance(rule, RewriteExperts)))
     name = f"float32 -> {dtype}; router, norm sums, rotary and softmax stay float32"
-    rewrites.append(Rewrite(name, typed, "applied"))
+    work.rewrites.append(Rewrite(name, typed, "applied"))
     cache = {"kind": "concat", "max_length": max_length, "dtype": dtype}
     limits = [_LIMITS["launcher" if form == "plugins" and tensorrt is None else form]] if sparse else []
-    return Lowered(rewrites, taps, cache, limits=limits, plugins=plugins, experts=form if sparse else None)
+    lowered = Lowered(work.rewrites, taps, cache, limits=limits, experts=form if sparse else None)
+    if plugins:
+        kernels = [asdict(request) for request in trt_plugins.requests(model)]
+        lowered.plugins = {"oldest_tensorrt": ".".join(map(str, OLDEST)), "kernels": kernels}
+    return lowered
 
 
-_EXPERTS = {
-    "plugins": "SparseGLU -> Dispatch, GroupedGLU, GroupedLinear, Combine as plugins",
-    "native": "SparseGLU -> TRT_MoE",
-    "merged": "SparseGLU -> every expert as one FFN",
-}
 _LIMITS = {
     "plugins": "engines are built by TensorRT 10.9 or newer; elsewhere the plugins' function bodies run, slowly",
     "launcher": "engines are built and run with a plugin library, libmoedge_launch.so, which lies beside them",
@@ -140,32 +132,36 @@ _LIMITS = {
 }
 
 
-def _test(
-    name: str, before: ir.Model, model: ir.Model, edges: list[str], inside: set[str], dtype: str
-) -> dict[str, object]:
-    cases = selftest.attention_cases(before) if name.startswith("CausalAttention") else selftest.CASES
-    limit = block_limit(dtype)
-    test = selftest.compare(name, before, model, edges, limit, cases, inside=inside)
-    if not math.isfinite(test.max_rel_error) and dtype == "float16":
-        raise MoEdgeError(f"{test.failure()} {RANGE}")
-    if not test.passed:
-        if name in _EXPERTS.values():  # once more as a whole FFN, whose known mistakes have names
-            named = [selftest.compare_ffn(name, before, model, edge, limit) for edge in edges]
-            test = next((found for found in named if not found.passed), test)
-        raise MoEdgeError(f"{test.failure()} The {dtype} graph does not compute what it replaced.")
-    return test.to_json()
+class _Judge:
+    """Executes a rewrite's blocks; a failed one is told from a value that left the type's range."""
+
+    def __init__(self, work: Work, dtype: str, *, experts: bool) -> None:
+        self._work, self._dtype, self._experts = work, dtype, experts
+
+    def __call__(self, name: str, done: Applied) -> dict[str, object]:
+        """Return the manifest's entry.
+
+        Raises:
+            MoEdgeError: a block is not within the limit; known mistakes of a whole FFN are named.
+        """
+        work, (block,) = self._work, done.blocks
+        test = selftest.compare(
+            name, work.before, work.model, block.outputs, work.limit, done.cases, inside=done.inside
+        )
+        if not math.isfinite(test.max_rel_error) and self._dtype == "float16":
+            raise MoEdgeError(f"{test.failure()} {RANGE}")
+        if not test.passed:
+            if self._experts:  # once more as whole FFNs, whose known mistakes have names
+                ffns = (selftest.compare_ffn(name, work.before, work.model, each, work.limit) for each in block.outputs)
+                test = next((found for found in ffns if not found.passed), test)
+            raise MoEdgeError(f"{test.failure()} {work.advice}")
+        return test.to_json()
 
 
 RANGE = (
     "A value left float16's range (65,504): take --dtype bfloat16, which has float32's range at an eighth of float16's "
     "precision."
 )
-
-
-def _attention_edges(model: ir.Model) -> list[str]:
-    """Name what an attention block of each kind gives to the graph: output, present keys and values."""
-    values = [v for node in attention_kinds(model) for v in (node.outputs[0], node.inputs[1], node.inputs[2])]
-    return [str(value.name) for value in values if value is not None]
 
 
 def _inline(model: ir.Model) -> None:

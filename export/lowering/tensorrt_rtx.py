@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from moedge.export.lowering import Lowered, Rewrite, legality, trt_attention
+from moedge.export.lowering import Lowered, Rewrite, trt_attention
 from moedge.export.lowering.tensorrt import lower_half
-from moedge.export.nodes import nodes_of
 
 
 def lower(model: ir.Model, *, max_length: int, experts: str | None = None, dtype: str = "float16") -> Lowered:
     """Rewrite ``model`` in place; see :func:`moedge.export.lowering.tensorrt.lower_half`."""
-    heads = {
-        int(node.inputs[0].shape[3]) for node in nodes_of(model, "CausalAttention") if node.inputs[0].shape is not None
-    }
-    illegal = legality.attention_operator(head_dim=min(heads, default=legality.SMALLEST_HEAD))
+    illegal = trt_attention.operator_refusal(model)
     attention: trt_attention.Form = "products" if illegal else "operator"
     lowered = lower_half(model, max_length=max_length, attention=attention, experts=experts, dtype=dtype)
     if illegal:

@@ -10,13 +10,16 @@ into every row that masks them.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 
-from moedge.export.lowering.graph import Builder, constant_of, remove_unused, upstream
-from moedge.export.nodes import nodes_of
+from moedge.export.lowering import selftest
+from moedge.export.lowering.graph import Builder, constant_of, remove_unused, required, size, upstream
+from moedge.export.lowering.rule import Applied, Block
+from moedge.export.nodes import attention_kinds, nodes_of
 
 Form = Literal["operator", "products"]
 HIDDEN = -3.0e4
@@ -26,15 +29,45 @@ HIDDEN = -3.0e4
 _MARK = "ai.onnxruntime._fusion"
 
 
-def rotary(model: ir.Model, form: Form) -> tuple[int, list[str], set[str]]:
-    """Replace rotary embeddings in place; return how many, the outputs of the first two, and the table's values.
+SMALLEST_HEAD = 16
+"""Head sizes 16 to 256 built for SM75, 86 and 120 on TensorRT-RTX 1.7.1, float16; 8 did not [M]."""
 
-    The table's values (all that is computed from the positions) are no place to cut a test: its halves are equal, and
-    random numbers' are not.
+
+def operator_refusal(model: ir.Model) -> str | None:
+    """Say why ONNX ``Attention`` (opset 23) cannot be used in float16, or None; float32 has no kernel at all [M]."""
+    heads = {size(node.inputs[0], 3) for node in nodes_of(model, "CausalAttention")}
+    head_dim = min(heads, default=SMALLEST_HEAD)
+    if head_dim < SMALLEST_HEAD:
+        return f"the Attention operator has no kernel for heads of {head_dim} (at least {SMALLEST_HEAD}) [M]"
+    return None
+
+
+@dataclass(frozen=True)
+class TurnRotary:
+    """Rule for rotary embeddings.
 
     x*cos + rotate_half(x)*sin reaches the graph with two Slices of a dynamic tensor, for each of which TensorRT
     makes 25 layers of shape arithmetic: half of all layers of a whole model, and most of its build time.
     """
+
+    form: Form
+    name: str = "rotary embedding without dynamic slices"
+
+    def refuse(self, graph: ir.Model) -> str | None:
+        """Nothing is refused: what is not recognised stays as it is."""
+        return None
+
+    def apply(self, graph: ir.Model) -> Applied:
+        """Replace every one; the first two are tested.
+
+        The table's values (all that is computed from the positions) are no place to cut a test: its halves are equal,
+        and random numbers' are not.
+        """
+        count, outputs, table = _rotary(graph, self.form)
+        return Applied(count, [Block(tuple(outputs))], inside=frozenset(table))
+
+
+def _rotary(model: ir.Model, form: Form) -> tuple[int, list[str], set[str]]:
     from onnxscript.rewriter.ort_fusions.rotary_embedding import fuse_rotary_embedding
 
     fuse_rotary_embedding(model)  # marks x, cos, sin
@@ -45,9 +78,7 @@ def rotary(model: ir.Model, form: Form) -> tuple[int, list[str], set[str]]:
         model.opset_imports[""] = max(23, model.opset_imports[""])
     for node in nodes:
         x, cos, sin = node.inputs[:3]
-        assert x is not None
-        assert x.shape is not None
-        half = int(x.shape[3]) // 2
+        half = size(x, 3) // 2
         if cos is not None and str(cos.name) not in inside:
             sources, _ = upstream([value for value in (cos, sin) if value is not None], lambda _: False)
             inside |= {str(value.name) for source in sources for value in source.outputs}
@@ -87,12 +118,32 @@ def _typed(value: ir.Value) -> ir.Value:
     return value
 
 
-def rewrite(model: ir.Model, form: Form, dtype: str = "float16") -> int:
-    """Replace every CausalAttention in place; return how many. ``operator`` raises the opset to 23.
+@dataclass(frozen=True)
+class RewriteAttention:
+    """Rule for every CausalAttention. ``operator`` raises the opset to 23.
 
     ``dtype`` is the half type that the graph gets: products of float16 are scaled before they can leave its range,
     those of bfloat16 after, in float32. Soft-capped scores always take the form ``products``.
     """
+
+    form: Form
+    dtype: str = "float16"
+    name: str = "CausalAttention -> attention with one mask"
+
+    def refuse(self, graph: ir.Model) -> str | None:
+        """Nothing is refused: the form was chosen before."""
+        return None
+
+    def apply(self, graph: ir.Model) -> Applied:
+        """Replace every node; one of each kind is tested, with its output, present keys and values."""
+        kinds = attention_kinds(graph)
+        values = [value for node in kinds for value in (node.outputs[0], *node.inputs[1:3])]
+        block = Block(tuple(str(required(value).name) for value in values))
+        cases = selftest.attention_cases(graph)
+        return Applied(_rewrite(graph, self.form, self.dtype), [block], cases=cases)
+
+
+def _rewrite(model: ir.Model, form: Form, dtype: str) -> int:
     nodes = nodes_of(model, "CausalAttention")
     if not nodes:
         return 0
@@ -121,15 +172,11 @@ def _operator(builder: Builder, node: ir.Node, bias: ir.Value) -> ir.Value:
 
 def _products(builder: Builder, node: ir.Node, bias: ir.Value, dtype: str) -> ir.Value:
     query, key, value = node.inputs[:3]
-    assert query is not None
-    assert query.shape is not None
-    assert key is not None
-    assert key.shape is not None
-    heads, size, kv_heads = query.shape[1], query.shape[3], int(key.shape[1])
+    heads, head, kv_heads = size(query, 1), size(query, 3), size(key, 1)
     # Query heads of one key head follow each other, so groups are a reshape: [B, N, S, D] -> [B, G, (N/G)*S, D].
     scale = constant_of(builder, node.attributes["scale"].as_float(), np.float32)
     early = _typed(builder.node("Mul", [query, scale])) if dtype == "float16" else query
-    grouped = _typed(builder.node("Reshape", [early, constant_of(builder, [0, kv_heads, -1, size])]))
+    grouped = _typed(builder.node("Reshape", [early, constant_of(builder, [0, kv_heads, -1, head])]))
     turned = _typed(builder.node("Transpose", [key], attributes={"perm": [0, 1, 3, 2]}))
     scores = _typed(builder.node("MatMul", [grouped, turned]))
     wide = _typed(builder.node("Cast", [scores], attributes={"to": int(ir.DataType.FLOAT)}))
@@ -139,7 +186,7 @@ def _products(builder: Builder, node: ir.Node, bias: ir.Value, dtype: str) -> ir
         cap = constant_of(builder, softcap, np.float32)
         wide = _typed(builder.node("Tanh", [_typed(builder.node("Div", [wide, cap]))]))
         wide = _typed(builder.node("Mul", [wide, cap]))
-    lengths = _lengths(builder, int(heads), kv_heads, int(size))
+    lengths = _lengths(builder, heads, kv_heads, head)
     by_head = _typed(builder.node("Reshape", [wide, lengths[0]]))
     p = _typed(builder.node("Softmax", [_typed(builder.node("Add", [by_head, bias]))], attributes={"axis": -1}))
     y = _typed(builder.node("MatMul", [_typed(builder.node("Reshape", [p, lengths[1]])), value]))

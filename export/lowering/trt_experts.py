@@ -5,13 +5,13 @@
 ``merged``  every expert on every token, as one FFN of width E*I whose hidden units are multiplied by their expert's
             weight (zero where it is not selected). Three plain products of the size of a dense FFN; no [E, T, H]
             intermediate and no sum over experts, which happens inside the last product, in its accumulator.
-``gather``  the selected experts' matrices are gathered for each token and multiplied: for one token only.
 
 Shapes: T tokens, H hidden (of gate and up H + 1 where the FFN has biases), I expert width, E experts, k active.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -19,22 +19,22 @@ import onnx_ir as ir
 
 from moedge import MoEdgeError
 from moedge.export.functions import DOMAIN
-from moedge.export.lowering import check_form, trt_native, trt_plugins
-from moedge.export.lowering.graph import Builder, array_of, constant_of, remove_unused
+from moedge.export.lowering import trt_native, trt_plugins
+from moedge.export.lowering.graph import Builder, array_of, constant_of, remove_unused, required, size, sizes
+from moedge.export.lowering.rule import Applied, Block
 from moedge.export.nodes import active_of, nodes_of
+from moedge.export.targets import check_form
 from moedge.runtime.device.moedge_plugins import refusal
 from moedge.runtime.device.moedge_trt import DeviceError
 
-Form = Literal["plugins", "native", "merged", "gather"]
-COPIES = 3
-"""Times that a gathered matrix crosses memory: read, written as a copy, read by the product."""
+Form = Literal["plugins", "native", "merged"]
 
 
 def choose(model: ir.Model, tensorrt: str | None, wanted: str | None = None) -> tuple[Form, str]:
     """Choose the form of a model's experts for an engine, and say why: the one place where this is decided.
 
-    An engine holds prefill and decode in one graph, and for a prompt gathering costs more memory than the model, so
-    without plugins all experts are computed.
+    An engine holds prefill and decode in one graph. Gathering the matrices of each token would copy more than the model
+    holds for a prompt, so without plugins all experts are computed.
 
     Args:
         model: the float32 graph.
@@ -63,36 +63,52 @@ def choose(model: ir.Model, tensorrt: str | None, wanted: str | None = None) -> 
         return "merged", "asked for"
     if reason is None:
         return "plugins", f"TensorRT {tensorrt} takes kernels compiled ahead of time"
-    one_token = {by_bytes(*_sizes(node), 1)[1] for node in nodes_of(model, "SparseGLU")}
-    return "merged", "; ".join([reason, *sorted(one_token)])
+    read = {
+        f"a token reads {size(n.inputs[3], 0)} experts and needs {active_of(n)}" for n in nodes_of(model, "SparseGLU")
+    }
+    return "merged", "; ".join([reason, *sorted(read)])
 
 
-def _sizes(node: ir.Node) -> tuple[int, int]:
-    """E and k of a SparseGLU."""
-    assert node.inputs[3] is not None
-    assert node.inputs[3].shape is not None
-    return int(node.inputs[3].shape[0]), active_of(node)
+@dataclass(frozen=True)
+class RewriteExperts:
+    """Rule for every SparseGLU, in a form that :func:`choose` gave with its reason ``why``.
 
-
-def by_bytes(num_experts: int, top_k: int, tokens: int) -> tuple[Form, str]:
-    """Return the form in standard operators that moves less for a call of up to ``tokens`` tokens, and why.
-
-    Weights bound both phases' expert cost at few tokens, so the fewer expert matrices cross memory the better: E for
-    ``merged``, 3*T*k for ``gather`` (each is copied). At a prompt the copies alone outgrow the model.
+    Plugins need a graph whose types are known, the other forms are typed after them (``half.py``).
     """
-    gathered = COPIES * tokens * top_k
-    if gathered < num_experts:
-        return "gather", f"{tokens} token(s): {gathered} expert matrices cross memory (3*T*k), {num_experts} if merged"
-    return "merged", f"{tokens} token(s): {num_experts} expert matrices cross memory, {gathered} (3*T*k) if gathered"
+
+    form: Form
+    why: str = ""
+
+    @property
+    def name(self) -> str:
+        """Named after the form."""
+        return NAMES[self.form]
+
+    def refuse(self, graph: ir.Model) -> str | None:
+        """Nothing is refused: :func:`choose` has done that."""
+        return None
+
+    def apply(self, graph: ir.Model) -> Applied:
+        """Replace every node; the first and the last are tested together."""
+        nodes = nodes_of(graph, "SparseGLU")
+        if not nodes:
+            return Applied(0, reason="the graph has no SparseGLU node")
+        outputs = tuple(str(node.outputs[0].name) for node in nodes[:1] + nodes[-1:])
+        if self.form == "plugins":
+            trt_plugins.rewrite(graph)
+        else:
+            for node in nodes:
+                _Layer(graph, node).rewrite(self.form)
+            remove_unused(graph)
+        return Applied(len(nodes), [Block(outputs)], reason=self.why)
 
 
-def rewrite(model: ir.Model, form: Form) -> int:
-    """Replace every SparseGLU in place; return how many."""
-    nodes = nodes_of(model, "SparseGLU")
-    for node in nodes:
-        _Layer(model, node).rewrite(form)
-    remove_unused(model)
-    return len(nodes)
+NAMES: dict[Form, str] = {
+    "plugins": "SparseGLU -> Dispatch, GroupedGLU, GroupedLinear, Combine as plugins",
+    "native": "SparseGLU -> TRT_MoE",
+    "merged": "SparseGLU -> every expert as one FFN",
+}
+"""The rule's name by form."""
 
 
 class _Layer:
@@ -103,12 +119,9 @@ class _Layer:
         self.node = node
         self.x, self.indices, self.weights, self.gate, self.up, self.down = node.inputs[:6]
         self.compensation = node.inputs[6] if len(node.inputs) > 6 else None
-        assert self.gate is not None
-        assert self.gate.shape is not None
-        assert self.down is not None
-        assert self.down.shape is not None
-        self.experts, self.width, self.inputs = (int(size) for size in self.gate.shape)
-        self.hidden = int(self.down.shape[1])
+        self.experts, self.width, self.inputs = sizes(self.gate)
+        self.hidden = size(self.down, 1)
+        self._tokens = (required(self.x).shape or [None])[0]
 
     def float(self, op_type: str, inputs: list[ir.Value | None], **attributes: object) -> ir.Value:
         """Insert a node with a float32 result."""
@@ -118,7 +131,7 @@ class _Layer:
 
     def rewrite(self, form: Form) -> None:
         """Replace the node."""
-        y = {"merged": self._merged, "gather": self._gather, "native": self._native}[form]()
+        y = self._native() if form == "native" else self._merged()
         if self.compensation is not None:
             omitted = self.float("Sub", [constant_of(self.builder, 1.0, np.float32), self._selected(None)])
             y = self.float("Add", [y, self.float("MatMul", [omitted, self.compensation])])
@@ -166,30 +179,17 @@ class _Layer:
         matrices = [_turned(b, value) for value in (self.gate, self.up, self.down)]
         inputs = [x, indices, scores, *matrices]
         y = b.node(trt_native.OPERATOR, inputs, domain=DOMAIN, attributes=trt_native.node_attributes())
-        y.type, y.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([1, self.x.shape[0], self.hidden])
+        y.type, y.shape = (
+            ir.TensorType(ir.DataType.FLOAT),
+            ir.Shape([1, self._tokens, self.hidden]),
+        )
         return self.float("Squeeze", [y, first])
-
-    def _gather(self) -> ir.Value:
-        b, stacks = self.builder, []
-        for rows, columns in zip(self._rows(), (self.inputs, self.inputs, self.hidden), strict=True):
-            shape = constant_of(self.builder, [self.experts, self.width, columns])
-            stacks.append(self.float("Gather", [self.float("Reshape", [rows, shape]), self.indices], axis=0))
-        gate, up, down = stacks  # each [T, k, I, H]
-        column = self.float("Unsqueeze", [self.x, constant_of(b, [1, 3])])  # [T, 1, H, 1]
-        g, u = (self.float("MatMul", [matrix, column]) for matrix in (gate, up))
-        h = self.float("Mul", [self._activate(g), u])  # [T, k, I, 1]
-        h = self.float("Mul", [h, self.float("Unsqueeze", [self.weights, constant_of(b, [2, 3])])])
-        row = self.float("Transpose", [h], perm=[0, 1, 3, 2])
-        each = self.float("MatMul", [row, down])  # [T, k, 1, H]
-        return self.float("ReduceSum", [each, constant_of(b, [1, 2])], keepdims=0)
 
 
 def _turned(builder: Builder, source: ir.Value | None) -> ir.Value:
     """Return a stack of matrices [E, N, K] as [E, K, N]."""
-    assert source is not None
-    assert source.shape is not None
-    experts, rows, columns = (int(size) for size in source.shape)
-    return _lazy(builder, source, (experts, columns, rows), turn=True, suffix="turned")
+    experts, rows, columns = sizes(source)
+    return _lazy(builder, required(source), (experts, columns, rows), turn=True, suffix="turned")
 
 
 def _lazy(builder: Builder, source: ir.Value, shape: tuple[int, ...], turn: bool, suffix: str = "rows") -> ir.Value:

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from moedge.export import functions, plugins
 from moedge.export.functions import DOMAIN
-from moedge.export.lowering.graph import Builder, remove_unused
+from moedge.export.lowering.graph import Builder, remove_unused, required, size, sizes
 from moedge.export.nodes import active_of, nodes_of
 from moedge.runtime.device.moedge_plugins import PLUGINS, node_type
 
@@ -29,7 +29,7 @@ MOST_EXPERTS = 512
 def refusal(model: ir.Model) -> str | None:
     """Return why the kernels cannot take a layer of the model, or None. Types are not known yet: half follows."""
     for node in nodes_of(model, "SparseGLU"):
-        count, width, _ = (int(size) for size in node.inputs[3].shape)
+        count, width, _ = sizes(node.inputs[3])
         if count > MOST_EXPERTS:
             return f"a layer has {count} experts, the kernels take {MOST_EXPERTS}"
         if width == 1:
@@ -66,10 +66,8 @@ def rewrite(model: ir.Model) -> int:
 
 def _chain(model: ir.Model, node: ir.Node) -> None:
     x, indices, weights, gate, up, down, *rest = node.inputs
-    assert x is not None
-    assert indices is not None
-    assert gate is not None
-    count, width, _ = (int(size) for size in gate.shape)
+    x = required(x)
+    count, width, _ = sizes(gate)
     builder = Builder(model, before=node)
     int32, half = ir.TensorType(ir.DataType.INT32), x.type
 
@@ -82,15 +80,19 @@ def _chain(model: ir.Model, node: ir.Node) -> None:
         return made
 
     rows = f"rows_{active_of(node)}"  # R, a dimension of its own for each k
-    hidden = int(x.shape[1])
+    hidden, tokens = size(x, 1), (x.shape or [None])[0]
     grouped, offsets, inverse = make(
         "Dispatch", [x, indices], [(half, [rows, hidden]), (int32, [count + 1]), (int32, [rows])], num_experts=count
     )
     activation = node.attributes["activation"].as_string()
     h = make("GroupedGLU", [grouped, offsets, gate, up], [(half, [rows, width])], activation=activation)
-    out = int(down.shape[1])
+    out = size(down, 1)
     each = make("GroupedLinear", [h, offsets, down], [(half, [rows, out])])
-    y = make("Combine", [each, inverse, indices, weights, *rest], [(half, [x.shape[0], out])])
+    y = make(
+        "Combine",
+        [each, inverse, indices, weights, *rest],
+        [(half, [tokens, out])],
+    )
     builder.replace_output(node.outputs[0], y)
 
 
@@ -102,8 +104,8 @@ def requests(model: ir.Model) -> list[plugins.Request]:
             continue
         plugin = PLUGINS[node.op_type]
         given = [value for value in node.inputs if value is not None]
-        dims = [[size if isinstance(size, int) else None for size in value.shape] for value in given]
-        types = [value.dtype.numpy().name for value in given]
+        dims = [[dim if isinstance(dim, int) else None for dim in value.shape or ()] for value in given]
+        types = [(value.dtype or ir.DataType.UNDEFINED).numpy().name for value in given]
         attributes = {name: node.attributes[name].value for name in plugin.attributes}
         request = plugins.Request(node.op_type, plugin.options(dims, types, attributes))
         if request not in found:

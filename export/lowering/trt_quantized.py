@@ -23,7 +23,7 @@ from moedge import MoEdgeError
 from moedge.export.lowering import (
     Lowered,
     Rewrite,
-    legality,
+    capabilities,
     ort_nbits,
     selftest,
     tensorrt_rtx,
@@ -76,9 +76,9 @@ def lower(
         lowered.limits.append(
             "TensorRT for RTX builds 4-bit weights for SM80 and newer; for SM75 take tensorrt-rtx-int8"
         )
-        if blocks[-1] < legality.DOCUMENTED_BLOCK:
+        if blocks[-1] < capabilities.DOCUMENTED_BLOCK:
             lowered.limits.append(
-                f"some rows hold no whole number of blocks of {legality.DOCUMENTED_BLOCK} and have blocks of "
+                f"some rows hold no whole number of blocks of {capabilities.DOCUMENTED_BLOCK} and have blocks of "
                 f"{blocks[-1]}, which the builder takes and NVIDIA does not document"
             )
     lowered.quantization = {
@@ -105,7 +105,7 @@ def _check(model: ir.Model, target: str) -> None:
     if not all(map(routed_directly, nodes_of(model, "SparseGLU"))):
         raise MoEdgeError(f"Cannot lower experts inside experts for {target}; export a hierarchical model to ort-cpu.")
     dtypes = {value.dtype.name.lower() for value in model.graph.initializers.values() if value.dtype is not None}
-    if reason := legality.runtime() or legality.half_source(dtypes):
+    if reason := capabilities.runtime() or capabilities.half_source(dtypes):
         raise MoEdgeError(f"Cannot lower for {target}: {reason}.")
 
 

@@ -20,7 +20,8 @@ import numpy as np
 import onnx_ir as ir
 
 from moedge import MoEdgeError
-from moedge.export.lowering import legality
+from moedge.export.lowering import capabilities
+from moedge.export.lowering.graph import sizes
 from moedge.export.lowering.weights import Weight
 from moedge.export.quantize import Quantized, quantize, quantize_rows, unpack
 
@@ -82,7 +83,7 @@ def stored_bytes(weight: Weight, bits: int, down: bool) -> int:
     """Bytes of a matrix: values and float16 scales. ``down``: of merged experts."""
     experts = weight.shape[0] if down else 1
     rows, columns = weight.rows // experts, weight.columns * experts
-    blocks = 1 if bits == 8 else columns // legality.weight_block(columns)
+    blocks = 1 if bits == 8 else columns // capabilities.weight_block(columns)
     return rows * (columns * bits // 8 + blocks * HALF)
 
 
@@ -112,9 +113,9 @@ def quantized(
     if bits == 8:
         made = quantize_rows(flat)
     else:
-        if reason := legality.weights_rtx(columns=flat.shape[1]):
+        if reason := capabilities.weights_rtx(columns=flat.shape[1]):
             raise MoEdgeError(f"Cannot quantise {weight.name}: {reason}.")
-        made = quantize(flat, bits, method, moments, legality.weight_block(flat.shape[1]))
+        made = quantize(flat, bits, method, moments, capabilities.weight_block(flat.shape[1]))
         with np.errstate(over="ignore"):
             half = made.scales.astype(np.float16).astype(np.float32)
         made = Quantized(made.packed, half, None, bits, made.columns)
@@ -205,7 +206,7 @@ def _initializers(model: ir.Model, name: str, matrix: Matrix) -> list[ir.Value]:
     made = []
     for tensor in tensors:
         value = ir.Value(
-            name=tensor.name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+            name=tensor.name, shape=ir.Shape(sizes(tensor)), type=ir.TensorType(tensor.dtype), const_value=tensor
         )
         model.graph.register_initializer(value)
         made.append(value)

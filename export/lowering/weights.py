@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from moedge.export.functions import DOMAIN
-from moedge.export.lowering.graph import array_of
+from moedge.export.lowering.graph import array_of, sizes
 from moedge.export.quantize import Quantized
 
 _PRODUCTS = ("MatMul", "Gemm", "FusedMatMul")
@@ -87,9 +87,7 @@ def collect(model: ir.Model) -> dict[str, Weight]:
     found: dict[str, Weight] = {}
 
     def add(value: ir.Value, tensor_class: str, layout: str) -> None:
-        assert value.const_value is not None
-        shape = tuple(int(size) for size in value.const_value.shape)
-        found.setdefault(str(value.name), Weight(str(value.name), tensor_class, layout, shape))
+        found.setdefault(str(value.name), Weight(str(value.name), tensor_class, layout, sizes(value.const_value)))
 
     for node in model.graph:
         if is_embedding(node):
@@ -157,5 +155,5 @@ def set_dequantized(model: ir.Model, packed: Mapping[str, Quantized], table: Map
             return ir.tensor(np.ascontiguousarray(weight.as_rows(value.dequantized())), name=weight.name)
 
         initializer.const_value = ir.LazyTensor(
-            made, dtype=ir.DataType.FLOAT, shape=initializer.const_value.shape, name=name
+            made, dtype=ir.DataType.FLOAT, shape=ir.Shape(sizes(initializer.const_value)), name=name
         )

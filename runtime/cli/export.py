@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from moedge import MoEdgeError
+from moedge.export import targets
 from moedge.runtime.cli._app import Experts, Force, HalfDtype, Json, TensorRT, Text, command
 
 PANEL = "Export"
@@ -15,14 +16,16 @@ PANEL = "Export"
 
 @command("export", PANEL)
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="MoE checkpoint from `moedge convert`, or a dense model folder.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(help="MoE checkpoint from `moedge convert`, or a dense model: folder, .gguf file or hub id."),
+    ],
     out: Annotated[Path, typer.Argument(help="Folder for the bundles, one sub-folder per target.")],
     target: Annotated[
         list[str] | None,
         typer.Option(
             "--target",
-            help="portable, ort-cpu, ort-cpu-int8, ort-cpu-int4, ort-cuda, openvino, tensorrt, tensorrt-rtx, "
-            "tensorrt-rtx-int8 or tensorrt-rtx-int4 (may be repeated); by default the first two.",
+            help=f"{', '.join(targets.names())} (may be repeated); by default {' and '.join(targets.default())}.",
         ),
     ] = None,
     label: Annotated[

@@ -44,7 +44,7 @@ def run(
 
 @command("generate", PANEL)
 def generate(
-    model: Annotated[Path, typer.Argument(help="Run folder, bundle or checkpoint.")],
+    model: Annotated[Path, typer.Argument(help="Run folder, bundle, checkpoint or dense model.")],
     prompt: Annotated[str, typer.Argument(help="Text to continue; '-' reads it from stdin.")],
     which: Annotated[str, typer.Option("--model", help="Run folders: moe or dense.")] = "moe",
     target: Annotated[

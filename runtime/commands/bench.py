@@ -13,6 +13,7 @@ from rich.markup import escape
 from moedge import MoEdgeError
 from moedge.runtime import bench as benchmark
 from moedge.runtime import run_folder
+from moedge.runtime.commands import models
 from moedge.runtime.commands.tokens import token_windows
 from moedge.runtime.engines import open_engine
 from moedge.runtime.profiling import profiles
@@ -39,10 +40,10 @@ def bench(
         folders = run_folder.engines(paths[0])
         tokenizer = run_folder.checkpoint(paths[0])
     else:
-        folders = {str(path): path for path in paths}
+        folders = {str(path): models.local(path) for path in paths}
         if len(folders) < len(paths):
             raise MoEdgeError(f"{next(p for p in paths if paths.count(p) > 1)} is given twice; name each engine once.")
-        tokenizer = paths[0]
+        tokenizer = next(iter(folders.values()))
     if not folders:
         raise MoEdgeError(f"{paths[0]} has no engines yet; finish it with `moedge run`.")
     with single("bench", ", ".join(folders)) as reporter:

@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from moedge._files import sha256_file
 from moedge.configs import devices
+from moedge.runtime.commands import models
 from moedge.runtime.progress import single
 
 
@@ -38,11 +39,12 @@ def bundle(
             if done < total:
                 reporter.note(what)
 
+        folder = models.local(source)
         manifest = device_archive.write(
-            source,
+            folder,
             out,
             device,
-            label=label,
+            label=label or (None if folder == source else str(source)),
             max_length=max_length,
             max_prompt=max_prompt,
             batch=batch,

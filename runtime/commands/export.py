@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -10,9 +11,9 @@ from rich.markup import escape
 
 from moedge import MoEdgeError
 from moedge._files import atomic_dir, digest, link_or_copy
-from moedge.configs.recipe import TARGETS as DEFAULT
-from moedge.export.lowering import HALF_TARGETS, check_form, check_targets
+from moedge.export import targets as registry
 from moedge.runtime import held_out, run_folder
+from moedge.runtime.commands import models
 from moedge.runtime.commands.sizes import size_table
 from moedge.runtime.commands.tokens import token_windows
 from moedge.runtime.device.moedge_plugins import refusal
@@ -38,35 +39,31 @@ def export(
 
     Bundles of other targets that ``out`` already holds stay when they are of the same graph.
     """
-    wanted = targets or list(DEFAULT)
-    check_targets(wanted)
-    check_form(experts)
+    wanted = targets or list(registry.default())
+    rows = [registry.find(name) for name in wanted]
+    registry.check_form(experts)
     if tensorrt is not None:
         try:
             refusal(tensorrt)
         except DeviceError as error:
             raise MoEdgeError(str(error)) from None
-    takes = ("tensorrt",) if experts == "native" else ("tensorrt", "tensorrt-rtx")
-    if experts and not {*takes} & {*wanted}:
-        raise MoEdgeError(f"--experts {experts} is for target {' or '.join(takes)}, not among {', '.join(wanted)}.")
-    if dtype and not {*HALF_TARGETS} & {*wanted}:
-        raise MoEdgeError(f"--dtype is for target {' or '.join(HALF_TARGETS)}, not among {', '.join(wanted)}.")
+    if experts:
+        _check_taken(f"--experts {experts}", lambda row: experts in row.expert_forms, rows)
+    if dtype:
+        _check_taken("--dtype", registry.has_dtypes, rows)
+    if gptq_text is not None:
+        _check_taken("--gptq", lambda row: row.calibrated, rows)
+    given, checkpoint = checkpoint, models.local(checkpoint)
     if not (checkpoint / "config.json").is_file():
         raise MoEdgeError(f"{checkpoint} is not a checkpoint folder: it has no config.json.")
     if max_length is not None:
         config = run_folder.read_json(checkpoint / "config.json", "download or save the model again")
         held_out.check_positions(config.get("max_position_embeddings"), max_length, "--max-length")
     there = _bundles(out)
-    if not force and (taken := sorted(set(there) & {*(targets or DEFAULT)})):
+    if not force and (taken := sorted(set(there) & set(wanted))):
         raise MoEdgeError(f"Output folder {out / taken[0]} already exists; pass --force to replace it.")
     calibration = None
     if gptq_text is not None:
-        from moedge.export.pipeline import CALIBRATED
-
-        if not set(wanted) & set(CALIBRATED):
-            raise MoEdgeError(
-                f"--gptq is for target {' or '.join(CALIBRATED)}, which is not among {', '.join(wanted)}."
-            )
         window = min(256, gptq_tokens)
         calibration = token_windows(checkpoint, gptq_text, window, -(-gptq_tokens // window))[1]
     opened = atomic_dir(out, force=force or bool(there), inputs=[checkpoint, *([gptq_text] if gptq_text else [])])
@@ -82,7 +79,7 @@ def export(
             checkpoint,
             partial,
             wanted,
-            label=label or checkpoint.name or checkpoint.resolve().name,  # no name: the working folder
+            label=label or _label(given, checkpoint),
             max_length=max_length,
             tensorrt=tensorrt,
             experts=experts,
@@ -96,6 +93,18 @@ def export(
         console.print(escape(f"{folder.name}: {folder}"), highlight=False, soft_wrap=True)
         if sizes := run_folder.read_json(folder / "manifest.json").get("quantization"):
             console.print(size_table(sizes))
+
+
+def _label(given: Path, checkpoint: Path) -> str:
+    """The folder's name (a path without one is the working folder), or the hub id, asset or GGUF that was given."""
+    return str(given) if checkpoint != given else given.name or given.resolve().name
+
+
+def _check_taken(option: str, takes: Callable[[registry.Target], bool], rows: list[registry.Target]) -> None:
+    """Refuse an option that none of the targets takes."""
+    if not any(map(takes, rows)):
+        wanted = ", ".join(row.name for row in rows)
+        raise MoEdgeError(f"{option} is for target {' or '.join(registry.names(takes))}, not among {wanted}.")
 
 
 def _bundles(out: Path) -> dict[str, Path]:

@@ -128,7 +128,7 @@ def _texts(
 
     parts, limit, trained = [], settings.tokens, []
     for spec in text:
-        documents = held_out.calibration_text({"spec": spec, "every": every})
+        documents, _ = held_out.calibration_text({"spec": spec, "every": every})
         trained.append(documents.sha256)
         parts.append(finetune.all_windows(tokenizer, documents, settings.length, limit=limit))
     measured: dict[str, Any] = {}

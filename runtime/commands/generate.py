@@ -9,19 +9,21 @@ from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
+from moedge.export import targets
 from moedge.runtime import generate as generation
 from moedge.runtime import run_folder
+from moedge.runtime.commands import models
 from moedge.runtime.engines import open_engine
-from moedge.runtime.text import Message, Tokenizer
+from moedge.runtime.text import Message, open_tokenizer
 
 MODELS = ("moe", "dense")
-TARGETS = ("ort-cpu", "ort-cpu-int8", "ort-cpu-int4", "portable", "torch")
+TARGETS = (*targets.names(lambda row: row.engine is None), "torch")
 
 
 def _given(prompt: str) -> str:
     """The prompt, or stdin for ``-``. An argument that is not UTF-8 comes with surrogates, which no tokenizer takes."""
     try:
-        text = sys.stdin.buffer.read().decode() if prompt == "-" else prompt
+        text = sys.stdin.buffer.read().decode("utf-8-sig") if prompt == "-" else prompt
         text.encode()
     except UnicodeError as error:
         raise MoEdgeError("The prompt is not UTF-8 text; convert it, for example with iconv.") from error
@@ -46,9 +48,9 @@ def generate(
     for option, value, known in (("--model", which, MODELS), ("--target", target, TARGETS)):
         if value not in known:
             raise MoEdgeError(f"{option} {value}: unknown; choose {' or '.join(known)}.")
-    folder = run_folder.pick(path, model=which, target=target) if run_folder.is_run(path) else path
+    folder = run_folder.pick(path, model=which, target=target) if run_folder.is_run(path) else models.local(path)
     text = _given(prompt)
-    tokenizer = Tokenizer(folder)
+    tokenizer = open_tokenizer(folder)
     request: str | list[Message] = [{"role": "user", "content": text}] if chat else text
     engine = open_engine(folder, threads=threads, pytorch=pytorch, last_logits=True)
     before = [] if chat else [text]  # printed once the prompt is known to fit

@@ -11,13 +11,14 @@ from rich.markup import escape
 
 from moedge import MoEdgeError
 from moedge.runtime import build, run_folder
+from moedge.runtime.commands import models
 from moedge.runtime.commands.sizes import size_rows
 from moedge.runtime.tables import Sheet
 
 
 def inspect(path: Path, *, as_json: bool) -> None:
     """Print a description; bundles and plans are checked against their hashes on the way."""
-    facts = describe(path)
+    facts = describe(models.local(path))
     if as_json:
         print(json.dumps(facts, indent=2, sort_keys=True, allow_nan=False))
         return

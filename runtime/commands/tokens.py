@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from moedge.runtime.text import Tokenizer
+from moedge.runtime.text import open_tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,7 +18,7 @@ class _Adapter:
     bos_token_id: int | None = None
 
     def __init__(self, folder: Path) -> None:
-        self._tokenizer = Tokenizer(folder)
+        self._tokenizer = open_tokenizer(folder)
 
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
         return {"input_ids": self._tokenizer.encode(text, add_special_tokens=False)}

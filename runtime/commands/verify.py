@@ -15,6 +15,7 @@ from moedge import MoEdgeError
 from moedge._files import write_text
 from moedge.configs import tolerances as tolerance_files
 from moedge.runtime import parity, run_folder, verdict
+from moedge.runtime.commands import models
 from moedge.runtime.commands.tokens import token_windows
 from moedge.runtime.engines import open_engine
 from moedge.runtime.outcomes import mark
@@ -67,10 +68,11 @@ def verify(
                 note=reporter.note,
             )
         elif test.suffix == ".npz":
-            result = _device(reference, test, tolerances, opening, reporter.progress)
+            result = _device(models.local(reference), test, tolerances, opening, reporter.progress)
         else:
-            name, windows = token_windows(test, text, window, count)
-            result = _pair(reference, test, name, windows, prefill, tolerances, opening, reporter.progress)
+            pair = models.local(reference), models.local(test)
+            name, windows = token_windows(pair[1], text, window, count)
+            result = _pair(*pair, name, windows, prefill, tolerances, opening, reporter.progress)
     if junit:
         write_text(junit, junit_xml(result))
     if as_json:

@@ -33,7 +33,7 @@ def main() -> int:
     parser.add_argument("--max-prompt", type=int, default=limits["max_prompt"], help="most tokens of one prefill call")
     parser.add_argument("--batch", type=int, default=limits["batch"], help="most rows of a call")
     parser.add_argument("--no-taps", action="store_true", help="leave out the selected experts (no routing check)")
-    parser.add_argument("--target", choices=sorted(moedge_trt.PACKAGES), default="tensorrt")
+    parser.add_argument("--target", choices=("tensorrt", "tensorrt-rtx"), default="tensorrt")
     parser.add_argument("--compute-capability", action="append", help="tensorrt-rtx only: GPUs to build for")
     options = parser.parse_args()
     if options.target == "tensorrt" and options.compute_capability:

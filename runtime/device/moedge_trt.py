@@ -18,8 +18,13 @@ from typing import Any
 
 PREFILL, DECODE = 0, 1
 """Optimisation profiles of an engine, by index."""
-PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-"""Python package of each target."""
+PACKAGES = {
+    "tensorrt": "tensorrt",
+    "tensorrt-rtx": "tensorrt_rtx",
+    "tensorrt-rtx-int8": "tensorrt_rtx",
+    "tensorrt-rtx-int4": "tensorrt_rtx",
+}
+"""Python package of each target. The registry of targets is not on a device; a test compares both."""
 OLDEST = 10
 """The first major version of TensorRT with strongly typed networks and int64 inputs (JetPack 6)."""
 
@@ -44,12 +49,12 @@ class DeviceError(Exception):
 
 
 def load_tensorrt(target: str) -> Any:
-    """Import the TensorRT package of ``target`` (``tensorrt``, ``tensorrt-rtx``, or a quantised one of these).
+    """Import the TensorRT package of ``target``, a key of :data:`PACKAGES`.
 
     Raises:
         DeviceError: it is not installed, its libraries cannot be loaded, or it is older than :data:`OLDEST`.
     """
-    package = PACKAGES[target.partition("-int")[0]]
+    package = PACKAGES[target]
     try:
         trt = importlib.import_module(package)
     except (ImportError, OSError) as error:

@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from moedge import MoEdgeError
+from moedge.export import targets
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def open_engine(path: str | Path, *, pytorch: Mapping[str, Any] | None = None, *
         if not isinstance(manifest, dict) or not str(manifest.get("schema", "")).startswith("moedge.bundle/"):
             raise MoEdgeError(f"{folder} is not a bundle (its manifest.json has another schema); give a bundle folder.")
         target = manifest.get("target")
-        if target not in ONNX_TARGETS:
+        if targets.known(str(target)) is None:
             raise MoEdgeError(f"Bundle {folder} is for target {target!r}, which this release cannot run.")
         from moedge.runtime.engines.onnxruntime import OrtEngine
 
@@ -147,25 +148,6 @@ def open_engine(path: str | Path, *, pytorch: Mapping[str, Any] | None = None, *
     if not folder.exists():
         raise MoEdgeError(f"No model at {folder}: the folder does not exist.")
     raise MoEdgeError(f"{folder} holds neither a bundle (manifest.json) nor a checkpoint (config.json).")
-
-
-ONNX_TARGETS = (
-    "portable",
-    "ort-cpu",
-    "ort-cuda",
-    "ort-cpu-int8",
-    "ort-cpu-int4",
-    "openvino",
-    "tensorrt",
-    "tensorrt-rtx",
-    "tensorrt-rtx-int8",
-    "tensorrt-rtx-int4",
-)
-"""Bundle targets that run in ONNX Runtime: ort-cuda on its CUDA provider, the others on the CPU.
-
-For the TensorRT targets that is the graph in its own types, to check its numbers without a GPU; the engine is what
-``moedge build`` makes of it.
-"""
 
 
 def default_threads() -> int:

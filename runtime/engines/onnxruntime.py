@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from moedge import MoEdgeError
+from moedge.export import targets
 from moedge.runtime.engines import (
     EngineInfo,
     Step,
@@ -89,13 +90,15 @@ class OrtEngine:
         if find_spec("onnx"):  # without it ONNX Runtime's own check that data stays in the folder remains
             check_external_data(bundle.model_path, set(manifest["files"]))
         self._path = Path(bundle_path)
-        self._device = "cuda" if manifest["target"] == "ort-cuda" else "cpu"
+        row = targets.find(manifest["target"])
+        self._provider = row.provider
+        self._device = "cuda" if row.provider == targets.CUDA else "cpu"
         if self._device == "cuda":
             check_cuda(self._path)
         self._model: dict[str, Any] = manifest["model"]
         self._shared = manifest["cache"]["kind"] == "shared_buffer"
         # TensorRT's graphs are executed with the roundings of their half type, which ONNX Runtime would leave out.
-        rounded = manifest["target"].startswith("tensorrt")
+        rounded = row.engine is not None
         # Of the cache and the logits.
         self._dtype = np.dtype("float32" if rounded else manifest["cache"].get("dtype", "float32"))
         # JSON keys are strings; layers are numbers everywhere else.
@@ -198,9 +201,7 @@ class OrtEngine:
             import onnxruntime
 
             part, names, outputs = _graph.routers(self._model_path, list(self._taps))
-            session = onnxruntime.InferenceSession(
-                part, _session_options(self.info.threads), [_PROVIDERS[self._device]]
-            )
+            session = onnxruntime.InferenceSession(part, _session_options(self.info.threads), [self._provider])
             self._routers = (session, names, outputs)
         session, names, outputs = self._routers
         found = session.run(outputs, {name: router_inputs[layer] for layer, name in names.items()})
@@ -294,7 +295,6 @@ def _dequantized(bundle: Any, other: str | Path) -> dict[str, tuple[np.ndarray, 
     return {name: (array, OrtEngine._ort_value(array)) for name, array in dequantized_weights(quantised)}
 
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _OLDEST_CUDA = (1, 28)
 """The first whose CUDA kernel of ``MoE`` reads its SwiGLU attributes (onnxruntime-genai #2062, onnxruntime #28467)."""
 
@@ -329,7 +329,7 @@ def check_cuda(what: Path | str) -> None:
         import onnxruntime
     except ImportError as error:
         raise MoEdgeError("Running a bundle needs ONNX Runtime; install it with: pip install 'moedge[cuda]'") from error
-    if _PROVIDERS["cuda"] not in onnxruntime.get_available_providers():
+    if targets.CUDA not in onnxruntime.get_available_providers():
         raise MoEdgeError(
             f"{what} is for ONNX Runtime's CUDA provider, which onnxruntime {onnxruntime.__version__} here does not "
             "have; run it on a machine with an NVIDIA GPU and `pip install 'moedge[cuda]'`, or use ort-cpu."
@@ -386,13 +386,13 @@ def _open_session(
         # With a file of its own the weights may pass 2 GiB.
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimized.data")
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
-    provider = _PROVIDERS["cuda" if manifest["target"] == "ort-cuda" else "cpu"]
-    if provider == _PROVIDERS["cuda"]:
+    provider = targets.find(manifest["target"]).provider
+    if provider == targets.CUDA:
         # CUDA and cuDNN from pip packages are on no loader path; only a process that imported torch has them already.
         with contextlib.redirect_stdout(sys.stderr):  # it reports there what it does not find
             onnxruntime.preload_dlls()
     # On by default: products of float32, the routers', would round what they read to 11 bits, as many as float16.
-    settings = {"use_tf32": "0"} if provider == _PROVIDERS["cuda"] else {}
+    settings = {"use_tf32": "0"} if provider == targets.CUDA else {}
     if settings:
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from moedge import MoEdgeError
+from moedge.export import targets
 from moedge.runtime.build import open_file
 from moedge.runtime.device import moedge_session
 from moedge.runtime.device.moedge_trt import DeviceError
@@ -73,7 +74,7 @@ class TensorRTEngine:
             name=f"{manifest['target']} {manifest['kind']}",
             runtime=self._session.version,
             device=f"GPU SM{self._session.cuda.capability()}",
-            dtype=f"{bits} weights, {dtype}" if (bits := manifest["target"].partition("-int")[2]) else dtype,
+            dtype=f"int{bits} weights, {dtype}" if (bits := targets.find(manifest["target"]).bits) else dtype,
             threads=threads or 1,
             model={
                 **self._model,

@@ -63,6 +63,7 @@ class TorchEngine:
         self._path = Path(checkpoint_folder)
         self._last_logits = last_logits
         self._module = _load(self._path, dtype, device)
+        self._cache_argument = _cache_argument(self._module)
         self._sparse = {
             module.layer_index: module
             for module in self._module.modules()
@@ -198,16 +199,16 @@ class TorchEngine:
                 input_ids=self._tensor(np.ascontiguousarray(ids, dtype=np.int64)),
                 attention_mask=self._tensor(mask) if padded else None,
                 position_ids=self._tensor(np.ascontiguousarray(position_ids(mask, ids.shape[1]))),
-                past_key_values=past,
                 use_cache=True,
                 logits_to_keep=1 if self._last_logits else 0,
+                **{self._cache_argument: past},
             )
             logits = result.logits.float().contiguous().cpu().numpy()
             routes = None
             if self._taps and self._sparse:
                 routes = {layer: _indices(module.last_routes) for layer, module in sorted(self._sparse.items())}
         read = {layer: value.cpu().numpy() for layer, value in sorted(self._read.items())} or None
-        return Step(logits, _Cache(mask, result.past_key_values), routes, read)
+        return Step(logits, _Cache(mask, past), routes, read)  # the cache has grown in place
 
 
 def eos_token_ids(folder: Path) -> list[int]:
@@ -234,19 +235,19 @@ def _device_name(device: Any) -> str:
     return str(device).upper()
 
 
+def _cache_argument(model: Any) -> str:
+    from moedge.convert.compat import cache_argument
+
+    return cache_argument(model)
+
+
 def _load(folder: Path, dtype: str, device: str) -> Any:
-    try:
-        model_type = str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])
-    except FileNotFoundError as error:
-        raise MoEdgeError(f"{folder} is not a checkpoint folder: config.json is missing.") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise MoEdgeError(
-            f"{folder / 'config.json'} names no model_type ({error}); give a checkpoint folder."
-        ) from error
-    if model_type.startswith("moedge_"):
+    from moedge.convert import folder_check, sources
+
+    if not (folder / "config.json").exists():
+        raise MoEdgeError(f"{folder} is not a checkpoint folder: config.json is missing.")
+    if str(folder_check.read_object(folder / "config.json").get("model_type")).startswith("moedge_"):
         from moedge.convert import modeling
 
         return modeling.load(folder, dtype, device)[0].eval()
-    from moedge.convert import sources
-
     return sources.load_model(folder, dtype, device).eval()

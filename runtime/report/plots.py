@@ -7,13 +7,15 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from moedge.export import targets
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 INK, MUTED, GRID = "#1d2733", "#66727f", "#e3e8ee"
 DENSE, MOE, CONTROL, BOUND, BAD = "#8795a5", "#1f6feb", "#c6cdd6", "#b9a3e3", "#c9372c"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "moedge",
     "font.family": "sans-serif",
@@ -127,6 +129,12 @@ def _quality_colour(row: dict[str, Any]) -> str:
     return BOUND if row["label"] in CEILINGS else CONTROL
 
 
+def _for_ort(name: str) -> bool:
+    """Whether a comparison is of a bundle made for ONNX Runtime; ``name`` starts with its target."""
+    row = targets.known(name.split()[0])
+    return row is not None and row.family == "ort"
+
+
 def _divergence(report: dict[str, Any]) -> Figure | None:
     entries = report["verification"]["parity"]
     keys = ("p50", "p90", "p99", "p99.9", "max")
@@ -137,7 +145,7 @@ def _divergence(report: dict[str, Any]) -> Figure | None:
         values = [entry["overall"]["kl_ref_test"][key] for key in keys]
         if any(value is None for value in values):
             continue
-        colour = MOE if entry["name"].startswith("ort") else BOUND
+        colour = MOE if _for_ort(entry["name"]) else BOUND
         style = "-" if " moe" in entry["name"] else ":"
         shown = [max(value, floor) for value in values]
         axis.plot(
@@ -211,7 +219,7 @@ def _routing(report: dict[str, Any]) -> Figure | None:
     for number, entry in enumerate(routed):
         layers = {int(layer): value["flips"] for layer, value in entry["routing"]["layers"].items()}
         positions = [layer + (number - (len(routed) - 1) / 2) * width for layer in sorted(layers)]
-        colour = MOE if entry["name"].startswith("ort") else BOUND
+        colour = MOE if _for_ort(entry["name"]) else BOUND
         axis.bar(
             positions, [layers[layer] for layer in sorted(layers)], width, color=colour, label=short(entry["name"], 60)
         )

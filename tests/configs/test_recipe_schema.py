@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import yaml
 
 from moedge import MoEdgeError
 from moedge.configs.files import packaged
-from moedge.configs.recipe import CONTROLS, TARGETS, Recipe, TargetName, load_recipe, parse_recipe, recipe_from
+from moedge.configs.recipe import CONTROLS, Recipe, load_recipe, parse_recipe, recipe_from
 from moedge.convert.methods import METHODS
-from moedge.export.lowering import TARGETS as LOWERINGS
+from moedge.export import targets
 
 MINIMAL = "model: {source: asset:x}\n"
 
@@ -197,9 +197,10 @@ def test_engines_are_built_for_devices_that_take_them(export: str, sentence: str
 
 
 def test_lists_of_choices_match_the_schema() -> None:
-    assert set(get_args(TargetName)) == set(LOWERINGS)
+    everything = recipe(f"export: {{targets: [{', '.join(targets.names())}]}}")
+    assert tuple(everything.export.targets) == targets.names()
     defaults = recipe()
-    assert tuple(defaults.export.targets) == TARGETS
+    assert tuple(defaults.export.targets) == targets.default()
     assert set(defaults.evaluate.controls) < set(CONTROLS)
 
 

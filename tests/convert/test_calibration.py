@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,24 @@ def test_lines_and_json_lines(tmp_path: Path) -> None:
     assert entries == [calibration.Document("q", "x"), calibration.Document("1", "y")]
 
 
+INSIDE = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"
+"""Where str.splitlines splits, and neither JSON Lines nor a text file does."""
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_end_at_newlines_only(end: str, mark: bytes, tmp_path: Path) -> None:
+    texts = ["one", f"a{INSIDE}b", "last"]
+    (tmp_path / "a.txt").write_bytes(mark + (end.join(texts) + end).encode())
+    documents = [calibration.Document(str(number), text) for number, text in enumerate(texts)]
+    assert calibration.read_text(str(tmp_path / "a.txt")).documents == documents
+    if end == "\r":
+        return  # no end of a line in JSON Lines
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / "a.jsonl").write_bytes(mark + (end.join(lines) + end).encode())
+    assert calibration.read_text(str(tmp_path / "a.jsonl")).documents == documents
+
+
 def test_split_holds_out_whole_documents_by_id(wiki: Path) -> None:
     kept, held = calibration.split(calibration.read_text(str(wiki)))
     assert [document.id for document in held.documents] == ["10", "20"]
@@ -63,6 +82,10 @@ def test_split_counts_positions_when_ids_are_words(tmp_path: Path) -> None:
         ("bad.jsonl", b'{"text": "x"}\nnope\n', "line 2 is not a JSON object"),
         ("list.jsonl", b'["x"]\n', "line 1 is not a JSON object"),
         ("empty.txt", b"\n\n", "holds no text"),
+        ("null.jsonl", b'{"text": "x"}\n{"text": null}\n', 'line 2: "text" is null, not a string'),
+        ("parts.jsonl", b'{"text": ["a", "b"]}\n', r'line 1: "text" is \["a", "b"\], not a string'),
+        ("half.jsonl", b'{"text": "a \\ud83d b"}\n', "line 1: .* half of a character"),
+        ("utf16.txt", "text".encode("utf-16"), "not UTF-8"),
     ],
 )
 def test_bad_text_is_one_sentence(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from moedge.convert import calibration, evaluate, sources
 from moedge.convert.methods import baselines, cmoe
@@ -29,3 +32,31 @@ def test_smollm2_orders_the_controls_and_reports_a_losing_router() -> None:
     for label, beaten in result["verdict"]["router_beats"].items():
         assert beaten == (ppl["cmoe"] < ppl[label])
         assert beaten or any(f"loses to the control '{label}'" in line for line in result["verdict"]["sentences"])
+
+
+def test_the_default_models_tokenizer_gives_the_ids_of_the_original() -> None:
+    """SmolLM2's own tokenizer.json: each digit alone, then GPT-2's words, then byte-level merges."""
+    folder = sources.resolve("asset:smollm2-135m-instruct").folder
+    tokenizer = sources.load_tokenizer(folder)
+    state = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    original = Tokenizer(models.BPE(state["vocab"], [tuple(merge) for merge in state["merges"]]))
+    original.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    texts = [
+        "  42",
+        "a\n  1\n",
+        "if x:\n    1",
+        "\t\t7",
+        " \u0661\u0662",
+        "\uff11\uff12 \u00bd",
+        "na\u00efve  caf\u00e9 \u4f60\u597d 1999",
+    ]
+    assert original.encode("  42").ids == [256, 36, 34]  # "\u0120\u0120", "4", "2"
+    for name in ("wiki", "c4"):
+        texts += [document.text for document in calibration.read_text(f"asset:{name}").documents]
+    for text in texts:
+        assert tokenizer(text, add_special_tokens=False).input_ids == original.encode(text).ids, text[:80]

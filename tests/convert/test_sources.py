@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,53 +20,6 @@ def folder(tiny_llama: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path) 
     tiny_llama().save_pretrained(path)
     tiny_tokenizer.save_pretrained(path)
     return path
-
-
-def write_gguf(path: Path, model: Any, tokenizer: Any) -> None:
-    """Write a Llama model in llama.cpp's layout: float32, q and k rows interleaved for its rotary embedding."""
-    import gguf
-
-    config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    writer.add_token_list([token for token, _ in vocabulary])
-    writer.add_token_types([1] * 256 + [3] * 4)
-    writer.add_token_scores([0.0] * 260)  # no merges: the writer skips an empty list, transformers then asks for scores
-    writer.add_bos_token_id(256)
-    writer.add_eos_token_id(257)
-    writer.add_pad_token_id(258)
-    writer.add_unk_token_id(259)
-    names = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-    names |= {f"self_attn.{a}_proj": f"attn_{b}" for a, b in zip("qkvo", ("q", "k", "v", "output"), strict=True)}
-    names |= {f"mlp.{part}_proj": f"ffn_{part}" for part in ("gate", "up", "down")}
-    for name, value in model.state_dict().items():
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
-        if heads:
-            value = value.reshape(heads, 2, -1, value.shape[1]).transpose(1, 2).reshape(value.shape)
-        if name.startswith("model.layers."):
-            _, _, layer, *rest = name.removesuffix(".weight").split(".")
-            target = f"blk.{layer}.{names['.'.join(rest)]}.weight"
-        else:
-            target = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}.get(
-                name
-            )
-        if target:
-            writer.add_tensor(target, value.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -86,51 +38,6 @@ def test_folder_is_identified_by_its_contents(folder: Path, tiny_llama: Callable
     assert sources.resolve(str(folder)).sha256 == source.sha256
     tiny_llama(seed=1).save_pretrained(folder)
     assert sources.resolve(str(folder)).sha256 != source.sha256
-
-
-def test_gguf_is_dequantized_once(
-    tiny_llama: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path, moedge_cache: Path
-) -> None:
-    model = tiny_llama(hidden=64)
-    write_gguf(tmp_path / "tiny.gguf", model, tiny_tokenizer)
-    source = sources.resolve(str(tmp_path / "tiny.gguf"))
-    assert source.kind == "gguf"
-    assert source.label == "tiny (float32 de-quantized from the F32 GGUF)"
-    assert moedge_cache in source.folder.parents
-    loaded = sources.load_model(source.folder)
-    assert type(loaded.model.layers[0].mlp.gate_proj) is torch.nn.Linear
-    # The file stores rms_norm_eps and the rotary base as float32; nothing else differs.
-    torch.testing.assert_close(logits(loaded), logits(model), atol=1e-5, rtol=1e-5)
-    assert sources.load_tokenizer(source.folder)("Hi there").input_ids == tiny_tokenizer("Hi there").input_ids
-    before = (source.folder / "model.safetensors").stat().st_mtime_ns
-    assert sources.resolve(str(tmp_path / "tiny.gguf")) == source
-    assert (source.folder / "model.safetensors").stat().st_mtime_ns == before
-
-
-@pytest.mark.parametrize("keep", [2, 30, 0.3, 0.9])
-def test_truncated_gguf_is_refused_and_leaves_nothing(
-    keep: float, tiny_llama: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path, moedge_cache: Path
-) -> None:
-    path = tmp_path / "cut.gguf"
-    write_gguf(path, tiny_llama(), tiny_tokenizer)
-    data = path.read_bytes()
-    path.write_bytes(data[: keep if isinstance(keep, int) else int(keep * len(data))])
-    with pytest.raises(MoEdgeError, match=r"cut\.gguf is not a whole GGUF file"):
-        sources.resolve(str(path))
-    assert not list(moedge_cache.rglob("*.safetensors"))
-
-
-def test_gguf_of_an_unknown_architecture_is_refused(tmp_path: Path, moedge_cache: Path) -> None:
-    import gguf
-
-    writer = gguf.GGUFWriter(tmp_path / "bert.gguf", "bert")
-    writer.add_tensor("x", np.zeros((4, 4), dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(MoEdgeError, match="unknown architecture 'bert'"):
-        sources.resolve(str(tmp_path / "bert.gguf"))
 
 
 @pytest.mark.parametrize("spec", ["nowhere/at/all", "./gone", "/gone/model.gguf", "gone.gguf", "gone"])
@@ -161,7 +68,7 @@ def test_pickle_only_folder_is_refused(folder: Path) -> None:
 
 def test_folder_without_a_readable_config(folder: Path) -> None:
     (folder / "config.json").write_text("{")
-    with pytest.raises(MoEdgeError, match="damaged or names no model_type"):
+    with pytest.raises(MoEdgeError, match=r"config\.json is damaged"):
         sources.resolve(str(folder))
     (folder / "config.json").unlink()
     with pytest.raises(MoEdgeError, match=r"has no config\.json"):
@@ -201,7 +108,7 @@ def test_unknown_activations_are_refused(tiny_llama: Callable[..., Any], make_pl
 def test_damaged_weights_are_one_sentence(folder: Path) -> None:
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[:-50])
-    with pytest.raises(MoEdgeError, match="Cannot load the model"):
+    with pytest.raises(MoEdgeError, match=r"model\.safetensors is damaged: .* Download it again"):
         sources.load_model(folder)
 
 

@@ -340,6 +340,21 @@ def test_a_budget_of_minutes_ends_in_time(converted: Any, windows: np.ndarray) -
     assert result.seconds >= 1.2
 
 
+def test_lora_needs_nothing_of_transformers_own_adapter_code(
+    converted: Any, windows: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That code asks for peft 0.22 since transformers 5.24, which is newer than the peft of pyproject.toml."""
+    from transformers.integrations import peft as adapters
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("transformers' adapter code was called")
+
+    for name in ("load_adapter", "add_adapter", "set_adapter", "active_adapters", "get_adapter_state_dict"):
+        monkeypatch.setattr(adapters.PeftAdapterMixin, name, refuse)
+    monkeypatch.setattr(adapters, "check_peft_version", refuse)
+    training.train(converted(), windows, settings(2, trainable="lora"))
+
+
 def test_lora_is_made_without_warnings_of_libraries(converted: Any, recwarn: pytest.WarningsRecorder) -> None:
     trainable.prepare(converted(), ("lora",), LoRASettings(rank=2))
     assert not [str(warning.message) for warning in recwarn]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,8 @@ import pytest
 from moedge import MoEdgeError
 from moedge.convert import modeling
 from moedge.convert.methods import cmoe_hierarchical
-from moedge.export import hf
+from moedge.export import hf, targets
 from moedge.export.bundle import open_bundle
-from moedge.export.lowering import TARGETS
 from moedge.export.pipeline import export
 from moedge.export.trace import trace
 from moedge.runtime import parity
@@ -117,8 +115,9 @@ def test_what_a_hierarchical_model_cannot_do_is_said(made: Path, tmp_path: Path)
         hf.export_hf(made / "moe", tmp_path / "stock", IDS)
     for target in ("ort-cpu-int8", "tensorrt-rtx"):
         graph = ir.load(made / "bundles" / "portable" / "model.onnx")
+        row = targets.find(target)
         with pytest.raises(MoEdgeError, match="experts inside experts"):
-            importlib.import_module(TARGETS[target]).lower(graph, max_length=64)
+            row.lowering()(graph, max_length=64, **targets.options(row))
 
 
 def test_layers_that_keep_their_experts_are_refused(tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any) -> None:

@@ -11,7 +11,7 @@ from moedge import MoEdgeError
 from moedge._files import atomic_dir
 from moedge.configs.recipe import recipe_from
 from moedge.export import bundle
-from moedge.export.lowering import legality, tensorrt
+from moedge.export.lowering import ort_moe, tensorrt
 from moedge.export.pipeline import lower
 from moedge.runtime import stages
 from moedge.runtime.engines import open_engine
@@ -91,9 +91,9 @@ def test_the_manifest_says_what_was_executed_and_what_not(made) -> None:
 
 
 def test_legality() -> None:
-    assert legality.moe_cuda(activations={"silu"}, smallest_weight=1.0) is None
-    assert "SiLU only" in str(legality.moe_cuda(activations={"gelu"}, smallest_weight=1.0))
-    assert "zero or negative" in str(legality.moe_cuda(activations={"silu"}, smallest_weight=0.0))
+    assert ort_moe.cuda_refusal(activations={"silu"}, smallest_weight=1.0) is None
+    assert "SiLU only" in str(ort_moe.cuda_refusal(activations={"gelu"}, smallest_weight=1.0))
+    assert "zero or negative" in str(ort_moe.cuda_refusal(activations={"silu"}, smallest_weight=0.0))
 
 
 def test_without_cuda_everything_that_would_run_it_refuses_in_one_sentence(made, monkeypatch) -> None:

@@ -69,7 +69,7 @@ def test_mistakes_are_caught_and_named(bundles, monkeypatch, mistake, name):
     before = ir.load(bundles["moe/portable"] / "model.onnx")
     after = before.clone()
     routed = str(nodes_of(before, "SparseGLU")[0].outputs[0].name)
-    ort_products.fuse(after)
+    ort_products.ExpertProducts().apply(after)
     test = selftest.compare_ffn("products", before, after, routed, LIMIT)
     assert not test.passed
     assert name in test.looks_like
@@ -100,7 +100,7 @@ def test_quantised_experts_that_qmoe_cannot_hold(kind, tiny_model, convert_tiny,
     made = export(tmp_path / "moe", tmp_path / "bundles", targets, label="tiny")
     for target in targets[1:]:
         manifest = open_bundle(made[target]).manifest
-        (found,) = (entry for entry in manifest["lowering"] if entry["rewrite"] == ort_products.REWRITE)
+        (found,) = (entry for entry in manifest["lowering"] if entry["rewrite"] == ort_products.ExpertProducts.name)
         assert found["status"] == "applied"
         assert found["self_test"]["passed"]
         assert 0 < found["self_test"]["float32_activations"] < 2e-6

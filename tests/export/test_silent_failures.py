@@ -15,7 +15,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from moedge.export.lowering import legality, selftest
+from moedge.export.lowering import ort_moe, selftest
 
 TOKENS, HIDDEN, WIDTH, EXPERTS, TOP_K = 5, 32, 16, 4, 2
 GENERATOR = np.random.default_rng(0)
@@ -70,7 +70,7 @@ def test_half_precision_without_normalisation_gives_zeros_and_is_refused() -> No
     wrong = run(np.float16, normalize_routing_weights=0)
     assert not wrong.any()
     assert selftest.relative_error(wrong, wanted(False)) == 1
-    assert "zeros" in str(legality.moe_cpu(dtype="float16", activations={"silu"}, smallest_weight=1.0))
+    assert "zeros" in str(ort_moe.cpu_refusal(dtype="float16", activations={"silu"}, smallest_weight=1.0))
 
 
 @pytest.mark.parametrize("changes", [{"activation_alpha": 1.702, "activation_beta": 1.0}, {"swiglu_limit": 0.5}])
@@ -89,8 +89,8 @@ def test_constants_of_another_model_are_caught(changes: dict[str, Any]) -> None:
 )
 def test_what_the_cpu_kernel_lacks_is_refused(facts: dict[str, Any], reason: str) -> None:
     fine: dict[str, Any] = {"dtype": "float32", "activations": {"silu"}, "smallest_weight": 1.0}
-    assert legality.moe_cpu(**fine) is None
-    assert reason in str(legality.moe_cpu(**{**fine, **facts}))
+    assert ort_moe.cpu_refusal(**fine) is None
+    assert reason in str(ort_moe.cpu_refusal(**{**fine, **facts}))
 
 
 def test_bfloat16_has_no_cpu_kernel() -> None:

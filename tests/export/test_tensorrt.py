@@ -246,16 +246,15 @@ def _experts_test(bundles, **options):
     before = portable(bundles)
     after = before.clone()
     edges = [str(node.outputs[0].name) for node in before.graph if node.op_type == "SparseGLU"]
-    trt_experts.rewrite(after, options.get("form", "merged"))
+    trt_experts.RewriteExperts("merged").apply(after)
     if options.get("half", True):
         half.convert(after)
     limit = tensorrt.HALF_LIMIT if options.get("half", True) else 2e-6
     return selftest.compare("experts", before, after, edges, limit, **options.get("cases", {}))
 
 
-@pytest.mark.parametrize("form", ["merged", "gather"])
-def test_both_forms_of_the_experts_are_exact_in_float32(bundles, form):
-    test = _experts_test(bundles, form=form, half=False)
+def test_merged_experts_are_exact_in_float32(bundles):
+    test = _experts_test(bundles, half=False)
     assert test.passed, test
     assert test.max_rel_error > 0
 
@@ -264,11 +263,12 @@ def test_both_forms_of_the_experts_are_exact_in_float32(bundles, form):
 def test_both_forms_of_attention_are_exact_in_float32(bundles, form):
     before = portable(bundles)
     after = before.clone()
-    turned, rotary, table = trt_attention.rotary(after, form)
-    assert (turned, trt_attention.rewrite(after, form)) == (4, 2)
+    turned = trt_attention.TurnRotary(form).apply(after)
+    attention = trt_attention.RewriteAttention(form).apply(after)
+    assert (turned.count, attention.count) == (4, 2)
     assert not [node for node in after.graph if node.op_type == "Slice"]
-    for edges in (rotary, tensorrt._attention_edges(before)):
-        test = selftest.compare("attention", before, after, edges, 2e-6, inside=table)
+    for block in (*turned.blocks, *attention.blocks):
+        test = selftest.compare("attention", before, after, block.outputs, 2e-6, inside=turned.inside)
         assert test.passed, test
 
 
@@ -351,16 +351,6 @@ def test_every_moedge_node_is_gone_after_lowering(bundles):
     graph = portable(bundles)
     tensorrt.lower(graph, max_length=64, tensorrt="10.3")
     assert not [node for node in graph.graph if node.domain == DOMAIN]
-
-
-@pytest.mark.parametrize(
-    ("experts", "top_k", "tokens", "form"),
-    [(10, 6, 1, "merged"), (32, 4, 1, "gather"), (32, 4, 3, "merged"), (18, 6, 1, "merged"), (64, 1, 512, "merged")],
-)
-def test_the_form_follows_the_bytes_that_cross_memory(experts, top_k, tokens, form):
-    chosen, why = trt_experts.by_bytes(experts, top_k, tokens)
-    assert chosen == form
-    assert str(experts) in why
 
 
 @pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx-cu13 has no package for this platform")

@@ -273,6 +273,9 @@ def test_a_planted_fault_still_fails(folders: dict[str, Path], reference: Any, t
     if fault == "ties to the higher index":  # rounding excuses each of these choices, the order of exact ties does not
         assert entry["replay"]["router"]["agreement"] == 1.0
         assert missed(entry) == {"router.own_order"}
+        assert (
+            "does not choose the best of its own scores, with ties to the lower index" in entry["verdict"]["notes"][-1]
+        )
 
 
 def test_another_number_of_experts_is_refused(folders: dict[str, Path], reference: Any, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from moedge import MoEdgeError
 from moedge.configs import devices, tolerances
 from moedge.export import bundle, calibrate, quantize
-from moedge.export.lowering import legality, mistakes, tensorrt, trt_quantized, trt_weights, weights
+from moedge.export.lowering import capabilities, mistakes, tensorrt, trt_quantized, trt_weights, weights
 from moedge.export.lowering.graph import array_of
 from moedge.export.pipeline import export
 from moedge.runtime import build
@@ -169,8 +169,8 @@ def test_profiles_are_those_of_the_same_arithmetic_and_the_same_rounding():
 
 @pytest.mark.parametrize(("columns", "block"), [(576, 64), (1536, 128), (960, 64), (96, 32), (80, 16), (100, 0)])
 def test_the_largest_whole_block_is_taken(columns, block):
-    assert legality.weight_block(columns) == block
-    assert (legality.weights_rtx(columns=columns) is None) == bool(block)
+    assert capabilities.weight_block(columns) == block
+    assert (capabilities.weights_rtx(columns=columns) is None) == bool(block)
 
 
 def test_rows_without_a_whole_block_are_refused_with_what_takes_them():

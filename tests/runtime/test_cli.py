@@ -189,7 +189,10 @@ def folder_with(path: Path, **config: Any) -> Path:
         (["bench", "{tmp}/used"], "tokenizer.json is missing"),
         (["bench", "{tmp}/used", "{tmp}/bundles", "{tmp}/used"], "/used is given twice; name each engine once."),
         (["generate", "{tmp}/nothing", "hi"], "{tmp}/nothing"),
-        (["generate", "{tmp}/used", "hi", "--target", "tpu"], "--target tpu: unknown; choose ort-cpu or ort-cpu-int8"),
+        (
+            ["generate", "{tmp}/used", "hi", "--target", "tpu"],
+            "tpu: unknown; choose portable or ort-cpu or ort-cpu-int8",
+        ),
         (["generate", "{tmp}/used", "hi", "--model", "big"], "--model big: unknown; choose moe or dense"),
         (["inspect", "{tmp}/nothing"], "{tmp}/nothing does not exist"),
         (["inspect", "{tmp}/used"], "is not a run folder, a checkpoint, a bundle, an engine or a model"),

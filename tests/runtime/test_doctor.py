@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from moedge.export.lowering import TARGETS
+from moedge.export import targets
 from moedge.runtime import doctor
 
 H200 = "NVIDIA H200, 143771, 9.0, 570.86.15\n"
@@ -75,9 +75,9 @@ print("answered")
     assert child.stdout == "answered\n", child.stderr
 
 
-def test_every_target_is_there_and_nothing_else() -> None:
-    assert [entry["target"] for entry in doctor.examine()["targets"]] == list(TARGETS)
-    assert doctor._NEEDS.keys() == TARGETS.keys()
+def test_every_target_is_examined() -> None:
+    result = doctor.examine()
+    assert sorted(targets.names()) == sorted(entry["target"] for entry in result["targets"])
 
 
 def imported() -> set[str]:

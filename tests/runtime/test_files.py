@@ -65,6 +65,20 @@ def test_force_never_replaces_an_input(tmp_path: Path, out: str) -> None:
     assert (model / "file").read_text() == "old"
 
 
+@pytest.mark.parametrize("given", ["link", "snapshot"])
+def test_force_never_replaces_what_an_input_links_to_or_from(given: str, tmp_path: Path) -> None:
+    """A snapshot of the hub's cache is a folder of links, and what the user gives may be a link to that."""
+    out, model = folder(tmp_path / "out"), folder(tmp_path / "model")
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    (snapshot / "model.safetensors").symlink_to(out / "file")
+    (out / "link").symlink_to(model)
+    inputs = {"link": out / "link", "snapshot": snapshot}
+    with pytest.raises(MoEdgeError, match="would be deleted"), atomic_dir(out, force=True, inputs=[inputs[given]]):
+        pytest.fail("the block ran")
+    assert (out / "file").read_text() == "old"
+
+
 @pytest.mark.parametrize("force", [False, True])
 def test_what_another_process_wrote_meanwhile_is_kept_unless_forced(tmp_path: Path, force: bool) -> None:
     expected: AbstractContextManager[object] = (

@@ -134,9 +134,10 @@ def test_a_prompt_that_is_not_utf8_is_one_sentence(argument: str, toy_bundles: d
     assert (result.exit_code, "error: The prompt is not UTF-8 text" in result.stderr) == (2, True), result.output
 
 
-def test_a_prompt_from_stdin(toy_bundles: dict[str, Path]) -> None:
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_prompt_from_stdin(mark: bytes, toy_bundles: dict[str, Path]) -> None:
     command = ["generate", str(toy_bundles["concat"]), "-", "--max-new-tokens", "2"]
-    result = CliRunner().invoke(app, command, input="café".encode())
+    result = CliRunner().invoke(app, command, input=mark + "café".encode())
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("café")
 
@@ -295,22 +296,26 @@ def test_template_dialects_of_transformers(
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe|not safely callable"),
         ("{% for i in range(10**9) %}{% endfor %}", "Range too big"),
+        ("{{ namespace(_x=1) }}", "private name"),
+        ("{{ 1 // 0 }}", "refuses these messages"),
+        ("{{ none.x.y }}", "refuses these messages"),
+        ([{"name": "rag", "template": "a"}, {"name": "tool", "template": "b"}], "templates rag, tool and no default"),
+        ([{"template": "a"}], "chat_template is damaged"),
         (None, "no chat template"),
     ],
 )
 def test_templates_cannot_leave_the_sandbox(
     template: Any, message: str, tmp_path: Path, toy_bundles: dict[str, Path]
 ) -> None:
-    tokenizer = write(tmp_path / "model", toy_bundles["concat"], template)
     with pytest.raises(MoEdgeError, match=message):
-        tokenizer.apply_chat_template(MESSAGES)
+        write(tmp_path / "model", toy_bundles["concat"], template).apply_chat_template(MESSAGES)
 
 
 def test_broken_tokenizer_files_are_one_sentence(tmp_path: Path, toy_bundles: dict[str, Path]) -> None:
     with pytest.raises(MoEdgeError, match=r"tokenizer\.json is missing"):
         Tokenizer(tmp_path)
     with pytest.raises(MoEdgeError, match="cannot be parsed"):
-        write(tmp_path / "model", toy_bundles["concat"], "{% if %}")
+        write(tmp_path / "model", toy_bundles["concat"], "{% if %}").apply_chat_template(MESSAGES)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(MoEdgeError, match="cannot be read"):
         Tokenizer(tmp_path)

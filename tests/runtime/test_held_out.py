@@ -16,8 +16,22 @@ def test_a_text_of_one_document_is_all_held_out(tmp_path):
         held_out.calibration_text({"spec": str(path), "every": 10})
     path.write_text("first\nsecond\n", encoding="utf-8")
     assert [
-        document.text.strip() for document in held_out.calibration_text({"spec": str(path), "every": 10}).documents
+        document.text.strip() for document in held_out.calibration_text({"spec": str(path), "every": 10})[0].documents
     ] == ["second"]
+
+
+def test_one_long_document_is_calibrated_on_whole_where_it_is_measured_nowhere(tmp_path):
+    path = tmp_path / "one.jsonl"
+    path.write_text('{"text": "a long document"}\n', encoding="utf-8")
+    text, every = held_out.calibration_text({"spec": str(path), "every": 10, "alone": True})
+    assert [document.text for document in text.documents] == ["a long document"]
+    made = plan(text_sha256=text.sha256, held_out_every=every)
+    with pytest.raises(MoEdgeError, match="has seen all of the text"):
+        held_out.beside([made], str(path), 10)
+    path = tmp_path / "two.txt"
+    path.write_text("first\nsecond\n", encoding="utf-8")
+    text, every = held_out.calibration_text({"spec": str(path), "every": 10, "alone": True})
+    assert ([document.text for document in text.documents], every) == (["second"], 10)
 
 
 def test_a_folder_that_does_not_exist_is_not_called_a_folder_without_tokenizer(tmp_path):

@@ -15,7 +15,8 @@ import pytest
 from typer.testing import CliRunner
 
 from moedge._files import hash_tree
-from moedge.configs.recipe import TARGETS, load_recipe
+from moedge.configs.recipe import load_recipe
+from moedge.export import targets
 from moedge.runtime import recipe as engine
 from moedge.runtime import report as reports
 from moedge.runtime import run_folder, stages
@@ -90,15 +91,17 @@ def test_the_run_ends_with_a_passed_verdict_and_a_valid_report(run: Path) -> Non
     assert report["passed"] is True
     assert {entry["name"].split(" = ")[0] for entry in report["verification"]["identity"]} == {
         "torch moe",
-        *(f"{target} moe" for target in TARGETS),
+        *(f"{target} moe" for target in targets.default()),
     }
     parity = {entry["name"]: entry for entry in report["verification"]["parity"]}
-    assert set(parity) == {f"{target} {kind} vs torch {kind}" for target in TARGETS for kind in ("moe", "dense")}
-    for target in TARGETS:
+    assert set(parity) == {
+        f"{target} {kind} vs torch {kind}" for target in targets.default() for kind in ("moe", "dense")
+    }
+    for target in targets.default():
         entry = parity[f"{target} moe vs torch moe"]
         assert entry["routing"]["compared"], "expert sets must have been compared, not skipped"
         assert entry["overall"]["tokens"] >= 2048
-    everything = {f"{target} {kind}" for target in ("torch", *TARGETS) for kind in ("moe", "dense")}
+    everything = {f"{target} {kind}" for target in ("torch", *targets.default()) for kind in ("moe", "dense")}
     assert {row["label"] for row in report["speed"]["rows"]} == everything - {"portable dense"}
     assert (run / "report.html").is_file()
     assert (run / "report.md").is_file()

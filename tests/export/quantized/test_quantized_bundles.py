@@ -7,7 +7,7 @@ import pytest
 
 from moedge import MoEdgeError
 from moedge.export import bundle, quantize
-from moedge.export.lowering import ort_nbits, ort_quantized, weights
+from moedge.export.lowering import ort_quantized, weights
 from moedge.export.lowering.graph import array_of
 from moedge.runtime.engines.onnxruntime import OrtEngine
 
@@ -126,12 +126,10 @@ def test_the_self_tests_keep_kernel_error_and_quantisation_error_apart(bundles):
 
 
 def test_a_class_that_was_skipped_fails_the_export(bundles, monkeypatch):
-    fuse = ort_nbits.fuse
-
-    def lazy(model, packed, classes):
-        return fuse(model, {n: v for n, v in packed.items() if classes[n] != "attention"}, classes)
-
-    monkeypatch.setattr(ort_nbits, "fuse", lazy)
+    products = ort_quantized._products
+    monkeypatch.setattr(
+        ort_quantized, "_products", lambda *a: [rule for rule in products(*a) if rule.tensor_class != "attention"]
+    )
     with pytest.raises(MoEdgeError, match=r"attention takes .* bytes instead of .* \(32\.0 bits a weight\)"):
         ort_quantized.lower(ir.load(bundles["dense/portable"] / "model.onnx"), max_length=64, bits=4)
 

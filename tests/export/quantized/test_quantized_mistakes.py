@@ -10,7 +10,7 @@ import pytest
 
 from moedge import MoEdgeError
 from moedge.export import quantize
-from moedge.export.lowering import legality, ort_moe, ort_nbits, ort_qmoe, ort_quantized, selftest, weights
+from moedge.export.lowering import capabilities, ort_moe, ort_nbits, ort_qmoe, ort_quantized, selftest, weights
 from moedge.export.lowering.graph import values_by_name
 
 HIDDEN, EXPERTS = 64, 5  # of the model in conftest.py
@@ -20,7 +20,9 @@ TARGETS = {8: "ort-cpu-int8", 4: "ort-cpu-int4"}
 class Block:
     """The experts and the shared expert of the tiny MoE, quantised, with a mistake somewhere."""
 
-    def __init__(self, path: Path, *, square: bool = False, rule: str = "unit", bias: bool = False) -> None:
+    def __init__(
+        self, path: Path, *, square: bool = False, rule: str = "unit", bias: bool = False, compensated: bool = False
+    ) -> None:
         model = ir.load(path / "model.onnx")
         generator = np.random.default_rng(7)
         for node in list(model.graph):
@@ -33,7 +35,11 @@ class Block:
                 value = node.inputs[1]
                 if bias:
                     value.const_value = ir.tensor(generator.normal(0, 2, EXPERTS).astype(np.float32), name=value.name)
-        if rule != "unit":
+            if node.op_type == "SparseGLU" and compensated:
+                node.resize_inputs(7)
+                array = generator.normal(0, 0.1, (EXPERTS, HIDDEN)).astype(np.float32)
+                node.replace_input_with(6, self._weight(model, f"{node.name}.compensation", array))
+        if rule != "unit" or compensated:
             from moedge.export import nodes
 
             model.functions.clear()
@@ -41,14 +47,8 @@ class Block:
                 for node in list(model.graph):
                     if node.op_type == "Route":
                         node.resize_inputs(3)
-                        scale = ir.Value(
-                            name=f"{node.name}.scale",
-                            shape=ir.Shape([EXPERTS]),
-                            type=ir.TensorType(ir.DataType.FLOAT),
-                            const_value=ir.tensor(generator.random(EXPERTS).astype(np.float32)),
-                        )
-                        model.graph.register_initializer(scale)
-                        node.replace_input_with(2, scale)
+                        array = generator.random(EXPERTS).astype(np.float32)
+                        node.replace_input_with(2, self._weight(model, f"{node.name}.scale", array))
             nodes.attach(model, form="dense")
         table = weights.collect(model)
         chosen = {n: w for n, w in table.items() if w.tensor_class in ("experts", "shared")}
@@ -58,10 +58,21 @@ class Block:
         self.model, self.classes = model, {n: w.tensor_class for n, w in chosen.items()}
         self.routed = next(str(n.outputs[0].name) for n in model.graph if n.op_type == "SparseGLU")
 
-    def lower(self, form: str = "weights") -> "Block":
-        ort_qmoe.fuse(self.model, self.packed, form=form)
-        ort_nbits.fuse(self.model, self.packed, self.classes)
+    @staticmethod
+    def _weight(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
+        kind, shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(array.shape)
+        value = ir.Value(name=name, shape=shape, type=kind, const_value=ir.tensor(array, name=name))
+        model.graph.register_initializer(value)
+        return value
+
+    def lower(self) -> "Block":
+        ort_qmoe.FuseQMoE(self.packed).apply(self.model)
+        self.quantize_products()
         return self
+
+    def quantize_products(self) -> None:
+        shared = {name: value for name, value in self.packed.items() if self.classes[name] == "shared"}
+        ort_nbits.QuantizeProducts("shared", shared).apply(self.model)
 
     def test(self) -> selftest.SelfTest:
         node = selftest.mistakes.FFN.find(self.reference, self.routed).node
@@ -70,11 +81,11 @@ class Block:
         return selftest.compare_ffn("QMoE", self.reference, exact, self.routed, 2e-6, stacks)
 
 
-@pytest.mark.parametrize("form", ["weights", "adapter"])
+@pytest.mark.parametrize("compensated", [False, True])  # the second takes the form of log-weights
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rule", ["unit", "scaled", "softmax", "probability"])
-def test_every_router_rule_reaches_the_kernel_exactly(bundles, rule, bias, form):
-    test = Block(bundles["moe/portable"], rule=rule, bias=bias).lower(form).test()
+def test_every_router_rule_reaches_the_kernel_exactly(bundles, rule, bias, compensated):
+    test = Block(bundles["moe/portable"], rule=rule, bias=bias, compensated=compensated).lower().test()
     assert test.passed, test.failure()
     assert test.max_rel_error > 0
 
@@ -202,7 +213,7 @@ def test_a_dropped_activation_is_named(bundles):
     weighted = build.node("Mul", [build.node("MatMul", [product, down]), share])
     y = build.node("ReduceSum", [weighted, constant_of(build, [0])], attributes={"keepdims": 0})
     build.replace_output(node.outputs[0], y)
-    ort_nbits.fuse(block.model, block.packed, block.classes)
+    block.quantize_products()
     test = block.test()
     assert not test.passed
     assert test.looks_like == ("the activation is dropped",), test
@@ -216,7 +227,7 @@ def test_the_float_lowering_names_its_mistakes_too(bundles, monkeypatch):
             before = ir.load(bundles["moe/portable"] / "model.onnx")
             after = before.clone()
             routed = next(str(n.outputs[0].name) for n in before.graph if n.op_type == "SparseGLU")
-            ort_moe.fuse(after)
+            ort_moe.FuseMoE().apply(after)
             return selftest.compare_ffn("MoE", before, after, routed, 2e-6).looks_like
 
     right = ort_moe.interleave
@@ -245,8 +256,8 @@ def test_a_failing_self_test_stops_the_export_and_says_what_is_wrong(bundles, mo
 )
 def test_what_the_kernels_cannot_hold_is_refused(facts, reason):
     fine: dict[str, Any] = {"dtypes": {"FLOAT"}, "hidden_sizes": {64}}
-    assert legality.quantized_cpu(**fine) is None
-    assert reason in legality.quantized_cpu(**{**fine, **facts})
+    assert ort_quantized.refusal(**fine) is None
+    assert reason in ort_quantized.refusal(**{**fine, **facts})
 
 
 @pytest.mark.parametrize(
@@ -259,12 +270,12 @@ def test_what_the_kernels_cannot_hold_is_refused(facts, reason):
 )
 def test_what_qmoe_cannot_hold_becomes_products(facts, reason):
     fine: dict[str, Any] = {"activations": {"silu"}, "smallest_weight": 1.0, "biased": False}
-    assert legality.qmoe_cpu(**fine) is None
-    assert reason in legality.qmoe_cpu(**{**fine, **facts})
+    assert ort_qmoe.refusal(**fine) is None
+    assert reason in ort_qmoe.refusal(**{**fine, **facts})
 
 
 def test_an_older_runtime_is_refused_with_what_to_do(monkeypatch, bundles):
-    monkeypatch.setattr(legality, "onnxruntime_version", lambda: (1, 27))
+    monkeypatch.setattr(capabilities, "onnxruntime_version", lambda: (1, 27))
     with pytest.raises(MoEdgeError, match=r"ort-cpu-int4: quantised experts need onnxruntime 1\.31, this is 1\.27"):
         ort_quantized.lower(ir.load(bundles["moe/portable"] / "model.onnx"), max_length=64, bits=4)
 
