@@ -42,15 +42,21 @@ class Profile(BaseModel):
     expert_set_agreement: Share | None = None
     """Limit for the free-running comparison. None where ``router_set_agreement`` takes its place."""
     router_set_agreement: Share | None = None
-    """Set where arithmetic is not float32: a routed model is judged by route replay (:mod:`moedge.runtime.replay`). The
-    engine must select what the reference's router selects for the engine's own input to it."""
+    """A routed model is judged by route replay (:mod:`moedge.runtime.replay`): the engine must select what the
+    reference's router selects for the engine's own input to it. Beside ``expert_set_agreement`` (float32 targets) only
+    the windows of text in which a choice differs are replayed; bundles that cannot be replayed are judged free-running.
+    """
+    router_tie_margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Scores of a router tie that are closer than this times the layer's largest score."""
+    router_input_rel_error: Positive | None = None
+    """For what the routers read: |a - b| / |a| on average over the tokens of a layer, under the engine's choices."""
     kl_ratio_to_dense: Positive | None = None
     """Quantised targets: mean KL of the MoE's bundle over that of its dense parent's bundle of the same target."""
 
     @model_validator(mode="after")
-    def _routing_is_judged_once(self) -> Profile:
-        if (self.expert_set_agreement is None) == (self.router_set_agreement is None):
-            raise ValueError("give one of expert_set_agreement and router_set_agreement")
+    def _routing_is_judged(self) -> Profile:
+        if self.expert_set_agreement is None and self.router_set_agreement is None:
+            raise ValueError("give expert_set_agreement, router_set_agreement or both")
         return self
 
     @classmethod

@@ -16,10 +16,10 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
-from rich.table import Table
 
 from moedge.export import targets as registry
 from moedge.runtime.machine import machine, processor_features
+from moedge.runtime.tables import Sheet
 
 SCHEMA = "moedge.doctor/1"
 
@@ -38,7 +38,11 @@ _RUNTIMES: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("ONNX", ("onnx",), "export, routing taps"),
     ("ONNX Script", ("onnxscript",), "export"),
     ("ONNX Runtime", _ONNXRUNTIME, "engine of portable and ort-cpu"),
-    ("Triton", ("triton", "triton-windows"), "not used in this release"),
+    (
+        "Triton",
+        ("triton", "triton-windows"),
+        "experts on a GPU: in PyTorch, and as kernels of tensorrt engines (moedge build)",
+    ),
     ("TensorRT", ("tensorrt",), "builds and runs tensorrt engines"),
     ("TensorRT for RTX", _RTX, "builds (anywhere) and runs tensorrt-rtx engines"),
     ("OpenVINO", ("openvino",), "opens openvino bundles (docs/interop.md)"),
@@ -243,7 +247,7 @@ def _available_gib() -> float:
 def render(result: dict[str, Any]) -> RenderableType:
     """Return the answer of :func:`examine` as rich tables."""
     facts, devices = result["machine"], result["devices"]
-    where = Table(title="machine", show_header=False, title_justify="left")
+    where = Sheet(title="machine", show_header=False)
     where.add_row("processor", f"{facts['processor']}, {facts['cores']} cores ({facts['logical_cores']} logical)")
     where.add_row("instructions", " ".join(devices["cpu"]["features"]) or "unknown")
     where.add_row("memory", f"{facts['memory_gib']} GiB, {devices['cpu']['memory_available_gib']} GiB available")
@@ -257,7 +261,7 @@ def render(result: dict[str, Any]) -> RenderableType:
         where.add_row("Jetson", escape(f"{devices['jetson']['model']}, {devices['jetson']['l4t']}"))
     where.add_row("software", f"{facts['system']}, Python {facts['python']}, MoEdge {facts['moedge']}")
 
-    runtimes = Table(title="runtimes", title_justify="left")
+    runtimes = Sheet(title="runtimes")
     for column in ("runtime", "version", "used for"):
         runtimes.add_column(column)
     for row in result["runtimes"]:
@@ -266,7 +270,7 @@ def render(result: dict[str, Any]) -> RenderableType:
         text = ", ".join(providers) if isinstance(providers, list) else providers
         runtimes.add_row(row["name"], version, escape(row["use"] + (f" ({text})" if text else "")))
 
-    possible = Table(title="what is possible here", title_justify="left")
+    possible = Sheet(title="what is possible here")
     for column in ("", "make", "run", "notes"):
         possible.add_column(column)
     possible.add_row("convert", _mark(result["convert"]), "", _notes(result["convert"]))
@@ -274,7 +278,7 @@ def render(result: dict[str, Any]) -> RenderableType:
         name = f"{target['target']}\n[dim]{escape(target['what'])}[/dim]"
         notes = _notes(target["export"], target["run"])
         possible.add_row(name, _mark(target["export"]), _mark(target["run"]), notes)
-    return Group(where, runtimes, possible)
+    return Group(where, "", runtimes, "", possible)
 
 
 def _mark(answer: dict[str, Any]) -> str:

@@ -48,7 +48,9 @@ def compare(
         routing: judge expert sets. When both models route tokens and one engine has no taps, the verdict is then
             "failed": what was not looked at is not passed. Pass False only where a target cannot be tapped.
             Limits with ``router_set_agreement`` judge a routed model by route replay (:mod:`moedge.runtime.replay`):
-            open the reference with ``replay=True`` and the test with ``router_inputs=True`` too.
+            open the reference with ``replay=True`` and the test with ``router_inputs=True`` too. Limits that also have
+            ``expert_set_agreement`` replay the windows alone in which a choice differs, and judge free-running where
+            the test does not show what its routers read.
         progress: called with (tokens done, tokens in all).
 
     Returns:
@@ -81,27 +83,76 @@ def compare_all(
     """
     limits = {label: Profile.of(tolerances) for label, (_, tolerances) in tests.items()}
     windows = _check(reference, [test for test, _ in tests.values()], token_windows, prefill)
-    phases = {label: TokenErrors.by_phase(limit) for label, limit in limits.items()}
-    routes = {label: RouteAgreement() for label in tests}
     engines = [test for test, _ in tests.values()]
-    replays = {
-        label: Replay(replaying(reference, test), limits[label])
+    found = {
+        label: _Comparison(reference, test, limits[label], routing and _both_routed(reference, test))
         for label, (test, _) in tests.items()
-        if routing and limits[label].router_set_agreement is not None and _both_routed(reference, test)
     }
-    for phase, ids, one, others, targets in _steps(reference, engines, windows, prefill, progress):
-        for label, two in zip(tests, others, strict=True):
-            changed = routes[label].add(one.routes, two.routes)
-            phases[label][phase].add(one.logits[0], two.logits[0], targets, changed)
-            if label in replays:
-                replays[label].add(phase, ids, two, targets)
-    shape = windows.shape
+    done = 0
+    for window in windows:
+        for phase, ids, one, others, targets in _steps(reference, engines, window[None], prefill, None):
+            for comparison, two in zip(found.values(), others, strict=True):
+                comparison.add(phase, ids, one, two, targets)
+            done += ids.size
+            if progress:
+                progress(done, windows.size)
+        for comparison in found.values():
+            comparison.end_window(window, prefill)
+    for comparison in found.values():
+        comparison.end()
     return {
         label: judged(
-            reference, test, shape, prefill, phases[label], routes[label], limits[label], routing, replays.get(label)
+            reference, test, windows.shape, prefill, found[label].phases, found[label].routes, limits[label], routing,
+            found[label].replay,
         )
         for label, (test, _) in tests.items()
-    }
+    }  # fmt: skip
+
+
+class _Comparison:
+    """What is kept of one engine beside the reference: free-running errors and choices, and a replay if it is due."""
+
+    def __init__(self, reference: Engine, test: Engine, limits: Profile, routed: bool) -> None:
+        self._reference, self._test, self._limits = reference, test, limits
+        self._may_replay = routed and limits.router_set_agreement is not None
+        self._free_first = limits.expert_set_agreement is not None
+        self._window, self._changed, self._shown = TokenErrors.by_phase(limits), False, False
+        self._alike = TokenErrors.by_phase(limits)  # of windows without a changed choice
+        self.phases, self.routes = TokenErrors.by_phase(limits), RouteAgreement()
+        self.replay: Replay | None = None
+        if self._may_replay and not self._free_first:
+            self.replay = Replay(replaying(reference, test), limits)
+
+    def add(self, phase: str, ids: np.ndarray, one: Step, two: Step, targets: np.ndarray) -> None:
+        """Compare one step of both."""
+        changed = self.routes.add(one.routes, two.routes)
+        self._window[phase].add(one.logits[0], two.logits[0], targets, changed)
+        self._changed |= changed is not None and bool(changed.any())
+        self._shown = two.router_inputs is not None
+        if self.replay and not self._free_first:
+            self.replay.add(phase, ids, two, targets)
+
+    def end_window(self, window: np.ndarray, prefill: int) -> None:
+        """Take the window over, or run it again under the engine's own choices where one of them differs."""
+        for name, tokens in self._window.items():
+            self.phases[name].extend(tokens)
+        if self._may_replay and self._free_first and self._shown:
+            if self._changed:
+                self.replay = self.replay or Replay(replaying(self._reference, self._test), self._limits)
+                self._again(self.replay, window, prefill)
+            else:
+                for name, tokens in self._window.items():
+                    self._alike[name].extend(tokens)
+        self._window, self._changed = TokenErrors.by_phase(self._limits), False
+
+    def _again(self, replay: Replay, window: np.ndarray, prefill: int) -> None:
+        for phase, ids, two, _, targets in _steps(self._test, [], window[None], prefill, None):
+            replay.add(phase, ids, two, targets)
+
+    def end(self) -> None:
+        """Give the replay, if there was one, the windows that needed none."""
+        if self.replay:
+            self.replay.alike(self._alike)
 
 
 class Described(Protocol):
@@ -157,27 +208,9 @@ def judged(
         "replay": replay.summary() if replay else None,
         "tolerances": limits.model_dump(),
     }
-    if replay:
-        parts = verdict.replay_checks(result, limits)
-    else:
-        whole = [check for name, summary in summaries.items() for check in verdict.checks(name, summary, limits)]
-        if (
-            routing
-            and limits.expert_set_agreement is not None
-            and (_both_routed(reference, test) or result["routing"]["compared"])
-        ):
-            agreement = result["routing"].get("agreement")
-            whole.append(verdict.entry("routing.expert_set_agreement", agreement, ">=", limits.expert_set_agreement))
-        parts = {"whole": whole}
-    checks = [check for part in parts.values() for check in part]
-    notes = verdict.notes(result, checks, limits)
-    result["verdict"] = {
-        "passed": all(check["passed"] for check in checks),
-        "outcome": verdict.outcome(checks),
-        "parts": {name: all(check["passed"] for check in part) for name, part in parts.items()},
-        "checks": checks,
-        "notes": notes,
-    }
+    compared = _both_routed(reference, test) or result["routing"]["compared"]
+    found = verdict.judge(result, limits, routing=routing and compared)
+    result["verdict"] = found.as_json(verdict.explain(result, found, limits))
     return _json_ready(result)
 
 

@@ -105,12 +105,16 @@ class TokenErrors:
         """All tokens of several phases."""
         whole = cls(parts[0].margin, parts[0].scale)
         for part in parts:
-            whole.tokens += part.tokens
-            whole.non_finite += part.non_finite
-            whole.constant += part.constant
-            for name, values in part.columns.items():
-                whole.columns[name].extend(values)
+            whole.extend(part)
         return whole
+
+    def extend(self, other: TokenErrors) -> None:
+        """Add the tokens of ``other``, which has the same margin."""
+        self.tokens += other.tokens
+        self.non_finite += other.non_finite
+        self.constant += other.constant
+        for name, values in other.columns.items():
+            self.columns[name].extend(values)
 
     def summary(self) -> dict[str, Any]:
         """The phase as plain numbers; NaN where nothing could be measured."""
@@ -240,3 +244,101 @@ class RouteAgreement:
             "worst_agreement": layers[worst]["agreement"],
             "layers": layers,
         }
+
+
+@dataclass
+class RouterChoices:
+    """Whether an engine's routers chose right for what they read, judged by the reference's scores on the same input.
+
+    A choice is right when no expert that was left out scores higher than one that was taken by more than ``margin``
+    times the layer's largest score: closer scores tie, and either is right.
+    """
+
+    margin: float
+    gaps: dict[int, list[np.ndarray]] = field(default_factory=dict)
+    """By layer float64 [T]: the best score left out less the worst one taken; infinite for what is no choice of k."""
+    changed: dict[int, list[np.ndarray]] = field(default_factory=dict)
+    """By layer bool [T]: another set than the k best of the reference's scores, ties to the lower index."""
+    largest: dict[int, float] = field(default_factory=dict)
+    errors: dict[int, list[np.ndarray]] = field(default_factory=dict)
+    """By layer float64 [T]: |a - b| / |a| of what the routers read, a in the reference, b in the engine."""
+    ordered: list[int] | None = None
+    """Decisions seen beside the engine's own scores, and those that are the k best of them."""
+
+    def add(
+        self,
+        reference: dict[int, np.ndarray],
+        routes: dict[int, np.ndarray],
+        own: dict[int, np.ndarray] | None,
+    ) -> None:
+        """Count one step: scores [T, E] of the reference, experts [T, k] that the engine chose, its own scores [T, E].
+
+        Raises:
+            MoEdgeError: a layer is routed in one engine only, or an index names no expert.
+        """
+        if reference.keys() != routes.keys():
+            odd = sorted(reference.keys() ^ routes.keys())[0]
+            raise MoEdgeError(f"Layer {odd} is routed in one engine only: these are not the same model.")
+        for layer, scores in reference.items():
+            chosen = routes[layer]
+            if chosen.min() < 0 or chosen.max() >= scores.shape[1]:
+                raise MoEdgeError(f"Layer {layer} of the test engine names an expert that it does not have.")
+            taken = _taken(chosen, scores.shape[1])
+            wide = scores.astype(np.float64)
+            gap = np.where(taken, -np.inf, wide).max(1) - np.where(taken, wide, np.inf).min(1)
+            gap[(taken.sum(1) != chosen.shape[1]) | np.isnan(gap)] = np.inf
+            self.gaps.setdefault(layer, []).append(gap)
+            self.changed.setdefault(layer, []).append((taken != _best_taken(scores, chosen.shape[1])).any(1))
+            self.largest[layer] = max(self.largest.get(layer, 0.0), float(np.abs(wide).max()))
+            if own is not None:
+                right = (taken == _best_taken(own[layer], chosen.shape[1])).all(1)
+                before = self.ordered or [0, 0]
+                self.ordered = [before[0] + len(right), before[1] + int(right.sum())]
+
+    def add_inputs(self, reference: dict[int, np.ndarray] | None, test: dict[int, np.ndarray]) -> None:
+        """Compare what the routers read, float32 [T, H] by layer, the reference under the engine's choices."""
+        for layer, one in (reference or {}).items():
+            a = one.astype(np.float64)
+            norms = np.maximum(np.linalg.norm(a, axis=1), np.finfo(np.float64).tiny)
+            self.errors.setdefault(layer, []).append(np.linalg.norm(a - test[layer], axis=1) / norms)
+
+    def summary(self) -> dict[str, Any]:
+        """``flips``: other sets than the reference's router selects; ``ties`` of them tie with it, which is right."""
+        if not self.gaps:
+            return {"compared": False, "reason": "nothing was run"}
+        layers, decisions, flips, wrong = {}, 0, 0, 0
+        for layer, parts in sorted(self.gaps.items()):
+            changed = np.concatenate(self.changed[layer])
+            beyond = np.concatenate(parts) > self.margin * self.largest[layer]
+            layers[str(layer)] = {
+                "agreement": float(1 - beyond.mean()),
+                "flips": int(changed.sum()),
+                "ties": int((changed & ~beyond).sum()),
+            }
+            decisions, flips, wrong = decisions + len(beyond), flips + int(changed.sum()), wrong + int(beyond.sum())
+        worst = min(layers, key=lambda layer: layers[layer]["agreement"])
+        errors = [_mean(np.concatenate(parts)) for parts in self.errors.values()]
+        return {
+            "compared": True,
+            "decisions": decisions,
+            "flips": flips,
+            "ties": flips - wrong,
+            "agreement": 1 - wrong / decisions,
+            "worst_layer": int(worst),
+            "worst_agreement": layers[worst]["agreement"],
+            "layers": layers,
+            "own_order": self.ordered[1] / self.ordered[0] if self.ordered else None,
+            "input_rel_error": max(errors) if errors else None,
+        }
+
+
+def _taken(chosen: np.ndarray, num_experts: int) -> np.ndarray:
+    """Experts [T, k] as bool [T, E]."""
+    taken = np.zeros((len(chosen), num_experts), dtype=bool)
+    np.put_along_axis(taken, chosen.astype(np.int64), True, axis=1)
+    return taken
+
+
+def _best_taken(scores: np.ndarray, k: int) -> np.ndarray:
+    """The k best of scores [T, E], ties to the lower index, as bool [T, E]."""
+    return _taken(np.argsort(-scores, axis=1, kind="stable")[:, :k], scores.shape[1])

@@ -8,11 +8,24 @@ is, not whether the engine computes it. So the engine runs once, and two questio
   layer; their weights follow the layer's rule from the reference's own scores. Both compute the same composition of
   products, so the distance is the error of the arithmetic alone and the limits that are derived for a model without
   decisions hold.
-* router: the reference's router reads what the engine's router read and must select the same experts. No rounding
-  before the router enters, so the limit is that of two float32 routers on one input.
+* router: the reference's router reads what the engine's router read, and the engine must have selected the k best of
+  the reference's scores. No rounding before the router enters, so the limit is that of two float32 routers on one
+  input. Scores that tie leave more than one right answer, and ties are common: an activation is 0, or a last bit away
+  from it, for every strongly negative input. So a choice is right when no expert that was left out scores higher than
+  one that was taken by more than ``router_tie_margin`` of the layer's largest score, by which two float32 routers
+  differ.
+  The margin excuses no wrong order of ties: where the engine shows its own scores, its choice must be exactly the k
+  best of those, ties to the lower index, which no rounding touches.
 
 By induction over layers and tokens the two say that the engine is the model up to rounding: its choices are the right
-ones for its own stream, and its stream is the right one for its choices.
+ones for its own stream, and its stream is the right one for its choices. "Its own stream" is no matter of trust: what
+its router read must be what the reference's router reads under the same choices (``inputs``).
+
+A window of text in which both chose the same experts everywhere needs no second run: replay would hand the reference
+the choices that it made anyway, and every choice is right that the reference makes, too. So float32 engines, which
+rarely choose otherwise, run free first, and :meth:`Replay.alike` takes over a window without changed choices as it is;
+only the others are run again. The verdict is that of a replay of every window, the figures up to the order in which
+experts are summed.
 """
 
 from __future__ import annotations
@@ -24,7 +37,7 @@ import numpy as np
 from moedge import MoEdgeError
 from moedge.configs.tolerances import Profile
 from moedge.runtime.engines import ReplayEngine, Step
-from moedge.runtime.reduction import RouteAgreement, TokenErrors
+from moedge.runtime.reduction import RouterChoices, TokenErrors
 
 
 class Replay:
@@ -32,14 +45,16 @@ class Replay:
 
     Args:
         reference: engine opened with ``replay=True`` and ``taps=True``.
-        limits: for its near-tie margin.
+        limits: for its margins.
     """
 
     def __init__(self, reference: ReplayEngine, limits: Profile) -> None:
         self._reference = reference
         self._phases = TokenErrors.by_phase(limits)
-        self._router = RouteAgreement()
+        self._router = RouterChoices(limits.router_tie_margin)
         self._step: Step | None = None
+        self.tokens = 0
+        """How many were run under the engine's choice; the others were taken over."""
 
     def add(self, phase: str, ids: np.ndarray, test: Step, targets: np.ndarray) -> None:
         """Replay one step of the engine: ``ids`` int64 [1, S] were fed, ``targets`` int64 [S] follow them.
@@ -61,11 +76,19 @@ class Replay:
             assert self._step is not None
             self._step = self._reference.decode(ids, self._step.cache, experts=test.routes)
         self._phases[phase].add(self._step.logits[0], test.logits[0], targets)
-        self._router.add(self._reference.choose(test.router_inputs), test.routes)
+        self._router.add(self._reference.scores(test.router_inputs), test.routes, test.scores)
+        self._router.add_inputs(self._step.router_inputs, test.router_inputs)
+        self.tokens += ids.size
+
+    def alike(self, phases: dict[str, TokenErrors]) -> None:
+        """Take over what was measured on a window in which the engine and the reference chose the same experts."""
+        for name, tokens in phases.items():
+            self._phases[name].extend(tokens)
 
     def summary(self) -> dict[str, Any]:
-        """``phases`` and ``overall`` as in :func:`moedge.runtime.parity.compare`, and ``router``, its agreement."""
+        """``phases`` and ``overall`` as in :func:`moedge.runtime.parity.compare`, ``router``, ``tokens``."""
         return {
+            "tokens": self.tokens,
             "phases": {name: tokens.summary() for name, tokens in self._phases.items()},
             "overall": TokenErrors.merged(list(self._phases.values())).summary(),
             "router": self._router.summary(),

@@ -209,6 +209,7 @@ def build(recipe: Recipe, machine: dict[str, Any]) -> list[Stage]:
                 "runtime/parity.py",
                 "runtime/reduction.py",
                 "runtime/verdict.py",
+                "runtime/outcomes.py",
                 "runtime/replay.py",
                 "runtime/verification.py",
                 "configs/__init__.py",
@@ -233,7 +234,10 @@ def build(recipe: Recipe, machine: dict[str, Any]) -> list[Stage]:
             bodies.report,
             {"recipe": recipe.model_dump()},
             reads=("source", "calibrate", "convert", "export", *dense, "evaluate", "verify", "bench"),
-            sources=(*_ALWAYS_CODE, "runtime/report", "convert"),
+            sources=(
+                *(*_ALWAYS_CODE, "runtime/report", "convert", "runtime/outcomes.py", "runtime/verdict.py"),
+                "configs/tolerances.py",
+            ),
             libraries=("jinja2", "matplotlib"),
         ),
     ]

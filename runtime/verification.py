@@ -23,7 +23,7 @@ import numpy as np
 
 from moedge.configs import tolerances as tolerance_files
 from moedge.export import targets
-from moedge.runtime import parity, verdict
+from moedge.runtime import outcomes, parity, verdict
 from moedge.runtime.engines import Engine, _graph, open_engine
 from moedge.runtime.run_folder import read_json
 
@@ -65,9 +65,9 @@ def verify_run(
         note: called with one sentence about each finished comparison.
 
     Returns:
-        ``{"schema", "text", "identity_note", "identity": [...], "parity": [...], "passed"}``; entries are what
-        :mod:`parity` returns plus ``"name"``, the note says why the dense parent is not the identity's reference, or
-        is None.
+        ``{"schema", "text", "identity_note", "identity": [...], "parity": [...], "passed", "outcome"}``; entries are
+        what :mod:`parity` returns plus ``"name"``, the note says why the dense parent is not the identity's reference,
+        or is None.
     """
     limits = tolerance_files.load()
     identity, identity_note = _identity_reference(engines)
@@ -93,30 +93,40 @@ def verify_run(
             result["identity" if kind == "identity" else "parity"].append({"name": name, **entry})
             if note:
                 note(f"{kind} {name}: {_said(entry)}")
-    found: dict[str, dict[str, Any]] = {entry["name"]: entry for entry in result["parity"]}
+    result["parity"] = _related(result["parity"], engines, limits, tolerances, note)
+    return finished(result)
+
+
+def finished(result: dict[str, Any]) -> dict[str, Any]:
+    """Return a verify result with its outcome: ``passed`` for programs that ask only that, ``outcome`` of three."""
+    outcome = verdict.run_outcome(result)
+    return {**result, "passed": outcome is verdict.Outcome.PASSED, "outcome": outcome.value}
+
+
+def _related(
+    entries: list[dict[str, Any]],
+    engines: dict[str, Path],
+    limits: tolerance_files.Tolerances,
+    tolerances: str,
+    note: Callable[[str], None] | None,
+) -> list[dict[str, Any]]:
+    """Judge what takes two comparisons: a quantised MoE beside its quantised parent, its weights beside its kernels."""
+    found: dict[str, dict[str, Any]] = {entry["name"]: entry for entry in entries}
     for label in engines:
         target = label.split()[0]
-        converted, baseline = found.get(f"{label} vs torch moe"), found.get(f"{target} dense vs torch dense")
-        limit = (
-            limits.profile(tolerances, target, graph_dtype(engines[label])).kl_ratio_to_dense
-            if converted and baseline
-            else None
-        )
-        if converted and baseline and limit:
-            verdict.judge_ratio(converted, baseline, limit)
-            if note:
-                check = converted["verdict"]["checks"][-1]
-                note(
-                    f"{label}: its mean KL is {check['value'] or float('nan'):.2f} times the dense parent's at {target}"
-                )
-        kernels = found.get(f"{label} vs its de-quantised weights")
-        against = found.get(f"{label} vs torch {label.split()[-1]}")
-        if kernels and against:
-            verdict.quantised_note(against, kernels, target)
-    result["passed"] = all(entry["passed"] for entry in result["identity"]) and all(
-        entry["verdict"]["passed"] for entry in result["parity"]
-    )
-    return result
+        name, parent = f"{label} vs torch moe", f"{target} dense vs torch dense"
+        if name in found and parent in found:
+            limit = limits.profile(tolerances, target, graph_dtype(engines[label])).kl_ratio_to_dense
+            if limit:
+                found[name] = verdict.with_ratio(found[name], found[parent], limit)
+                value = found[name]["verdict"]["checks"][-1]["value"] or float("nan")
+                if note:
+                    note(f"{label}: its mean KL is {value:.2f} times the dense parent's at {target}")
+        kernels, against = f"{label} vs its de-quantised weights", f"{label} vs torch {label.split()[-1]}"
+        if kernels in found and against in found:
+            notes = verdict.quantised_notes(found[against], found[kernels], target)
+            found[against] = verdict.with_notes(found[against], notes)
+    return list(found.values())
 
 
 def _identity_reference(engines: dict[str, Path]) -> tuple[str | None, str | None]:
@@ -182,6 +192,8 @@ class Judging:
         if manifest.get("kind") != "moe" or not _graph.routed_layers(manifest):
             return cls(profile, False)
         free = f"{FREE}/{target}" in limits.profiles
+        if profile.expert_set_agreement is not None and not _graph.names_reads(manifest):
+            return cls(profile, False)  # nobody can tell what a changed choice was made from: free-running limits
         if _graph.names_reads(manifest) or not free:  # without either, opening says what to do
             return cls(profile, True)
         reason = (
@@ -195,10 +207,9 @@ class Judging:
         """How to open the engine: what it must show of its routing."""
         return {"taps": moe, "router_inputs": True} if self.replayed else {"taps": moe}
 
-    def explain(self, entry: dict[str, Any]) -> None:
-        """Add the reason to the notes of a finished comparison."""
-        if self.reason:
-            entry["verdict"]["notes"].append(self.reason)
+    def explained(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """Return a finished comparison with the reason among its notes."""
+        return verdict.with_notes(entry, [self.reason] if self.reason else [])
 
 
 def reference_options(tests: Iterable[Judging], *, moe: bool) -> dict[str, Any]:
@@ -247,22 +258,24 @@ def _compare(
         one = opened(reference, **reference_options(judged.values(), moe=moe), **options)
         compared = {test: (opened(test, **how.options(moe=moe)), how.limits) for test, how in judged.items()}
         found = parity.compare_all(one, compared, windows, prefill=prefill, progress=progress)
-        for test, entry in found.items():
-            judged[test].explain(entry)
-        return found
+        return {test: judged[test].explained(entry) for test, entry in found.items()}
 
 
 def _said(entry: dict[str, Any]) -> str:
+    word = outcomes.mark(verdict.entry_outcome(entry)).word
     if "verdict" not in entry:
-        return f"{'PASS' if entry['passed'] else 'FAIL'}, max relative logit error {entry['max_rel_error']:.2g}"
-    failed = [check["name"] for check in entry["verdict"]["checks"] if not check["passed"]]
-    mark = "NOT DECIDED" if entry["verdict"]["outcome"] == verdict.NOT_DECIDED else "FAIL"
-    said = f"{mark}, failed: {', '.join(failed)}" if failed else "PASS, every check passed"
+        return f"{word}, max relative logit error {_shown(entry['max_rel_error'])}"
+    missed = [check["name"] for check in entry["verdict"]["checks"] if not check["passed"]]
+    said = f"{word}, beyond the limits: {', '.join(missed)}" if missed else f"{word}, every check passed"
     if replay := entry["replay"]:
         values = [found["overall"]["kl_ref_test"]["mean"] for found in (replay, entry)]
         if None not in values:
             said += f"; KL {values[0]:.2g} under the engine's own choice of experts, {values[1]:.2g} free-running"
     return said
+
+
+def _shown(value: float | None) -> str:
+    return "none" if value is None else f"{value:.2g}"
 
 
 def _count(kind: str, test: str, windows: int) -> int:

@@ -9,7 +9,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from moedge import MoEdgeError
 from moedge.runtime import bench as benchmark
@@ -20,6 +19,7 @@ from moedge.runtime.engines import open_engine
 from moedge.runtime.profiling import profiles
 from moedge.runtime.progress import single
 from moedge.runtime.report.profile import NOTE, table
+from moedge.runtime.tables import Sheet
 
 
 def bench(
@@ -75,7 +75,7 @@ def show_profiles(found: dict[str, Any], console: Console) -> None:
             labels, rows = table(found, phase, key)
             if not labels:
                 continue
-            shown = Table(title=f"{phase}: milliseconds and share by {title}")
+            shown = Sheet(title=f"{phase}: milliseconds and share by {title}")
             shown.add_column(title)
             for label in labels:
                 shown.add_column(escape(label), justify="right")
@@ -90,7 +90,7 @@ def show_profiles(found: dict[str, Any], console: Console) -> None:
 def show(result: dict[str, Any], console: Console) -> None:
     """Print the rows of a benchmark and what they were measured on."""
     protocol, machine = result["protocol"], result["machine"]
-    table = Table(
+    table = Sheet(
         title=f"batch 1, prompt {protocol['prompt']}, decode {protocol['decode']}, {protocol['repeats']} rounds"
     )
     table.add_column("engine")

@@ -8,11 +8,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from moedge.configs import devices
 from moedge.runtime import build as builder
 from moedge.runtime.progress import single
+from moedge.runtime.tables import Sheet
 
 
 def build(
@@ -50,7 +50,7 @@ def build(
 def _print(manifest: dict[str, Any], out: Path) -> None:
     facts, limits = manifest["build"], manifest["profiles"]
     console = Console()
-    table = Table(show_header=False)
+    table = Sheet(show_header=False)
     runtime = next(f"{name} {version}" for name, version in manifest["versions"].items() if name != "moedge")
     table.add_row("engine", escape(str(out / builder.PLAN)))
     table.add_row(
@@ -73,7 +73,7 @@ def _print(manifest: dict[str, Any], out: Path) -> None:
 
 def list_devices() -> None:
     """Print the packaged device profiles."""
-    table = Table()
+    table = Sheet()
     for column in ("device", "", "SM", "memory", "GB/s", "engines"):
         table.add_column(column)
     for name in devices.names():

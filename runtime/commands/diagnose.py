@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from moedge import MoEdgeError
 from moedge._files import write_json
 from moedge.runtime import held_out, run_folder
 from moedge.runtime.progress import single
+from moedge.runtime.tables import Sheet
 
 if TYPE_CHECKING:
     import numpy as np
@@ -125,10 +125,10 @@ def _print(result: dict[str, Any]) -> None:
             highlight=False,
             soft_wrap=True,
         )
-        table = Table(box=None, padding=(0, 1, 0, 0))  # eleven columns on a terminal of 80
+        table = Sheet()
         columns = ("layer", "k of E", "agree", "capt.", "load CV", "dead E", "dead n")
         for column in (*columns, "router", "oracle", "random", "static"):
-            table.add_column(column, justify="right", no_wrap=True)
+            table.add_column(column, justify="right")
         for layer in [*text["layers"], {"layer": "mean", **text["mean"]}]:
             shape = f"{layer['top_k']} of {layer['experts']}" if "experts" in layer else ""
             table.add_row(

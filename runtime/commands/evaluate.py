@@ -8,12 +8,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from moedge import MoEdgeError
 from moedge._files import write_json
 from moedge.runtime import held_out, run_folder
 from moedge.runtime.progress import single
+from moedge.runtime.tables import Sheet
 
 SCHEMA = "moedge.scores/1"
 
@@ -114,7 +114,7 @@ def _print(result: dict[str, Any]) -> None:
     console, protocol, rows = Console(), result["protocol"], result["rows"]
     names = list(protocol["documents"])
     if names:
-        table = Table(title=f"perplexity, windows of {protocol['window']} tokens, {protocol['dtype']}")
+        table = Sheet(title=f"perplexity, windows of {protocol['window']} tokens, {protocol['dtype']}")
         table.add_column("model")
         for name in names:
             table.add_column(escape(name), justify="right")
@@ -125,9 +125,9 @@ def _print(result: dict[str, Any]) -> None:
             scored = rows[0]["perplexity"][name]["tokens"]
             console.print(escape(f"{name}: {documents}; {scored:,} tokens scored"), highlight=False, soft_wrap=True)
     if rows[0]["tasks"]:
-        table = Table(title=f"lm-eval tasks, {protocol['shots']} shots, {protocol['dtype']}")
+        table = Sheet(title=f"lm-eval tasks, {protocol['shots']} shots, {protocol['dtype']}")
         for column in ("task", "questions", "metric", *(row["model"] for row in rows)):
-            table.add_column(escape(column), justify="right" if column == "questions" else "left", overflow="fold")
+            table.add_column(escape(column), justify="right" if column == "questions" else "left")
         for number, task in enumerate(rows[0]["tasks"]):
             for metric in task["metrics"]:
                 values = [row["tasks"][number]["metrics"][metric] for row in rows]

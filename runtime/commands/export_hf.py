@@ -9,11 +9,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from moedge import MoEdgeError
 from moedge.runtime.commands.tokens import token_windows
 from moedge.runtime.progress import single
+from moedge.runtime.tables import Sheet
 
 
 def export_hf(
@@ -46,7 +46,7 @@ def export_hf(
 def _print(console: Console, record: dict[str, Any]) -> None:
     measured = record["measured"]
     if measured["layers"]:
-        table = Table(title="router of each layer")
+        table = Sheet(title="router of each layer")
         for name in ("layer", "eps", "std", "bound on |w - 1|", "largest |w - 1|", "ties below", "sets changed"):
             table.add_column(name, justify="right")
         for layer in measured["layers"]:

@@ -10,12 +10,12 @@ from typing import Any
 from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from moedge import MoEdgeError
 from moedge._files import atomic_dir
 from moedge.runtime import held_out, run_folder
 from moedge.runtime.progress import single
+from moedge.runtime.tables import Sheet
 
 
 def finetune(
@@ -160,7 +160,7 @@ def _line(entry: dict[str, Any]) -> str:
 
 
 def _print(record: dict[str, Any], out: Path) -> None:
-    table = Table(box=None)
+    table = Sheet()
     for heading in ("held-out text", "before", "after", "change"):
         table.add_column(heading, justify="left" if heading == "held-out text" else "right")
     first, last = record["curve"][0]["ppl"], record["curve"][-1]["ppl"]

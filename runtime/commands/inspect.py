@@ -8,13 +8,13 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from moedge import MoEdgeError
 from moedge.runtime import build, run_folder
 from moedge.runtime.commands import models
 from moedge.runtime.commands.sizes import size_rows
 from moedge.runtime.report.zeros import zeros_sentence
+from moedge.runtime.tables import Sheet
 
 
 def inspect(path: Path, *, as_json: bool) -> None:
@@ -24,23 +24,21 @@ def inspect(path: Path, *, as_json: bool) -> None:
         print(json.dumps(facts, indent=2, sort_keys=True, allow_nan=False))
         return
     console = Console()
-    table = Table(show_header=False, title=escape(f"{facts['kind']} {path}"))
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
+    table = Sheet(show_header=False, title=escape(f"{facts['kind']} {path}"))
     for key, value in facts.items():
         if not isinstance(value, list):
-            table.add_row(key, escape(value if isinstance(value, str) else json.dumps(value)))
+            table.add_row(f"[bold]{key}[/bold]", escape(value if isinstance(value, str) else json.dumps(value)))
     console.print(table)
     for key, rows in facts.items():
         if isinstance(rows, list) and rows:
             console.print(_table(key, rows))
 
 
-def _table(title: str, rows: list[dict[str, Any]]) -> Table:
-    table = Table(title=escape(title))
+def _table(title: str, rows: list[dict[str, Any]]) -> Sheet:
+    table = Sheet(title=escape(title))
     columns = list(dict.fromkeys(name for row in rows for name in row))
     for column in columns:
-        table.add_column(escape(column), overflow="fold")
+        table.add_column(escape(column))
     for row in rows:
         table.add_row(*(escape(_cell(row.get(column))) for column in columns))
     return table

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from moedge import MoEdgeError
+from moedge.runtime.tables import Sheet
 
 _ROLE = re.compile(r":\w+:(?=`)")
 """Sphinx's mark before a name in a docstring, such as ``:func:``."""
@@ -39,10 +39,10 @@ def methods(name: str | None, *, as_json: bool) -> None:
     for key, entry in listed.items():
         needs = ", ".join(entry["needs"]).replace("_", " ") or "nothing besides the model"
         console.print(escape(f"{key}: {entry['source']}; needs {needs}"), highlight=False, style="bold", soft_wrap=True)
-        table = Table()
+        table = Sheet()
         columns = ("parameter", "default", "values", *(("meaning",) if name else ()))
         for column in columns:
-            table.add_column(column, overflow="fold")
+            table.add_column(column)
         for row in entry["params"]:
             default = row["default"] if isinstance(row["default"], str) else json.dumps(row["default"])
             cells = (row["name"], default, row["values"], row["meaning"])

@@ -8,9 +8,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from moedge import MoEdgeError
+from moedge.runtime.outcomes import mark
+from moedge.runtime.tables import Sheet
+from moedge.runtime.verdict import outcome_of
 
 SCHEMA = "moedge.device-result/1"
 
@@ -49,15 +51,15 @@ def read(path: Path) -> dict[str, Any]:
 
 def _print(path: str, result: dict[str, Any], console: Console) -> None:
     device = result["device"]
-    table = Table(title=escape(f"{path}: {result['label']}"), title_justify="left")
+    table = Sheet(title=escape(f"{path}: {result['label']}"))
+    caption = ""
     if result["kind"] == "verify":
         for column in ("check", "value", "limit", ""):
             table.add_column(column)
         for check in result["checks"]:
             shown = "none" if check["value"] is None else f"{check['value']:.6g}"
-            failed = "[red]FAIL[/red]" if check.get("decided", True) else "[yellow]not decided[/yellow]"
-            mark = "[green]pass[/green]" if check["passed"] else failed
-            table.add_row(escape(check["name"]), shown, f"{check['relation']} {check['limit']:.4g}", mark)
+            outcome = outcome_of(check)
+            table.add_row(escape(check["name"]), shown, f"{check['relation']} {check['limit']:.4g}", mark(outcome).cell)
     else:
         protocol = result["protocol"]
         for column in ("", "p50 ms", "p90", "p99", "95% CI of p50"):
@@ -66,8 +68,10 @@ def _print(path: str, result: dict[str, Any], console: Console) -> None:
             t = result[key]
             interval = f"{t['ci95_low']:.3f}-{t['ci95_high']:.3f}"
             table.add_row(name, f"{t['p50']:.3f}", f"{t['p90']:.3f}", f"{t['p99']:.3f}", interval)
-        table.caption = escape(f"batch 1, prompt {protocol['prompt']}, decode {protocol['decode']}. {protocol['note']}")
+        caption = f"batch 1, prompt {protocol['prompt']}, decode {protocol['decode']}. {protocol['note']}"
     console.print(table)
+    if caption:
+        console.print(escape(caption), highlight=False, soft_wrap=True)
     said = (
         f"{device['name']}, SM{device['compute_capability'].replace('.', '')}, {device['runtime']}, {device['system']}"
     )

@@ -8,22 +8,24 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from moedge import MoEdgeError
 from moedge._files import spare, write_text
 from moedge.configs.recipe import Recipe, load_recipe
 from moedge.runtime import run_folder, stages
 from moedge.runtime.machine import machine
+from moedge.runtime.outcomes import mark
 from moedge.runtime.progress import Reporter
 from moedge.runtime.recipe import Stage, Status, execute, plan
+from moedge.runtime.tables import Sheet
+from moedge.runtime.verdict import run_outcome
 
 _GIB = 2**30
 REPORT_FILES = ("report.html", "report.json", "report.md")
 
 
 def run(recipe_name: str, out: Path | None, *, dry_run: bool, force: list[str], start: str | None) -> int:
-    """Run a recipe, or say what would run. Returns 1 when the verdict of the run is "failed"."""
+    """Run a recipe, or say what would run. Returns 1 unless the verdict of the run is "passed"."""
     recipe = load_recipe(recipe_name)
     root = out or Path("runs") / recipe.name
     run_folder.check_free(root)
@@ -93,11 +95,11 @@ def finish(root: Path) -> int:
     console = Console()
     show(result, console)
     console.print(escape(f"report: {root / 'report.html'}"), highlight=False, soft_wrap=True)
-    return 0 if result["passed"] else 1
+    return mark(run_outcome(result["verification"])).exit_code
 
 
 def _print_plan(console: Console, recipe: Recipe, root: Path, statuses: list[tuple[Stage, Status]]) -> None:
-    table = Table(title=f"{recipe.name} in {root}")
+    table = Sheet(title=f"{recipe.name} in {root}")
     for column in ("stage", "state", "why", "what it does"):
         table.add_column(column)
     words = {"cached": "[green]cached[/green]", "run": "[yellow]to run[/yellow]", "depends": "[yellow]may run[/yellow]"}

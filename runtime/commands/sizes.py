@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from rich.markup import escape
-from rich.table import Table
+
+from moedge.runtime.tables import Sheet
 
 
 def size_rows(quantization: dict[str, Any]) -> list[dict[str, Any]]:
@@ -27,10 +28,10 @@ def size_rows(quantization: dict[str, Any]) -> list[dict[str, Any]]:
     return [*rows, total]
 
 
-def size_table(quantization: dict[str, Any]) -> Table:
+def size_table(quantization: dict[str, Any]) -> Sheet:
     """The rows as a table for people."""
     title = f"int{quantization['bits']}, blocks of {quantization['block']}, {quantization['method']}"
-    table = Table(title=escape(title))
+    table = Sheet(title=escape(title))
     for column in ("class", "parameters", "float MiB", "MiB", "bits a weight"):
         table.add_column(column, justify="left" if column == "class" else "right")
     for row in size_rows(quantization):

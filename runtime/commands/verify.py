@@ -10,7 +10,6 @@ from xml.etree import ElementTree
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from moedge import MoEdgeError
 from moedge._files import write_text
@@ -19,11 +18,14 @@ from moedge.runtime import parity, run_folder, verdict
 from moedge.runtime.commands import models
 from moedge.runtime.commands.tokens import token_windows
 from moedge.runtime.engines import open_engine
+from moedge.runtime.outcomes import mark
 from moedge.runtime.progress import single
+from moedge.runtime.tables import Sheet
 from moedge.runtime.verification import (
     DEQUANTIZED,
     SCHEMA,
     Judging,
+    finished,
     is_quantised,
     reference_options,
     verify_run,
@@ -44,7 +46,7 @@ def verify(
     as_json: bool,
     junit: Path | None,
 ) -> int:
-    """Compare two engines, or all pairs of a run folder. Returns 1 when a check fails."""
+    """Compare two engines, or all pairs of a run folder. Returns 0 when every check passed, else 1."""
     if prefill >= window:
         raise MoEdgeError(f"--prefill {prefill} leaves nothing to decode in a window of {window} tokens (--window).")
     count = -(-tokens // window)
@@ -77,7 +79,7 @@ def verify(
         print(json.dumps(result, indent=2, allow_nan=False))
     else:
         _print(result)
-    return 0 if result["passed"] else 1
+    return mark(result["outcome"]).exit_code
 
 
 def _pair(
@@ -111,17 +113,10 @@ def _pair(
         finally:
             one.close()
             two.close()
-        how.explain(entry)
-        entries.append({"name": name, **entry})
+        entries.append({"name": name, **how.explained(entry)})
     if len(entries) > 1:
-        verdict.quantised_note(entries[0], entries[1], target)
-    return {
-        "schema": SCHEMA,
-        "text": text,
-        "identity": [],
-        "parity": entries,
-        "passed": all(entry["verdict"]["passed"] for entry in entries),
-    }
+        entries[0] = verdict.with_notes(entries[0], verdict.quantised_notes(entries[0], entries[1], target))
+    return finished({"schema": SCHEMA, "text": text, "identity": [], "parity": entries})
 
 
 def _device(reference: Path, answers: Path, tolerances: str, opening: dict[str, Any], progress: Any) -> dict[str, Any]:
@@ -136,13 +131,9 @@ def _device(reference: Path, answers: Path, tolerances: str, opening: dict[str, 
         entry = recorded.compare(one, found, limits, progress)
     finally:
         one.close()
-    return {
-        "schema": SCHEMA,
-        "text": f"the prompts of {answers.name}",
-        "identity": [],
-        "parity": [{"name": f"{answers} vs {reference}", **entry}],
-        "passed": entry["verdict"]["passed"],
-    }
+    parity_entries = [{"name": f"{answers} vs {reference}", **entry}]
+    text = f"the prompts of {answers.name}"
+    return finished({"schema": SCHEMA, "text": text, "identity": [], "parity": parity_entries})
 
 
 def _target(folder: Path) -> str:
@@ -168,15 +159,15 @@ def _is_moe(folder: Path) -> bool:
     return False
 
 
-def checks(result: dict[str, Any]) -> list[tuple[str, str, float | None, str, float, str]]:
+def checks(result: dict[str, Any]) -> list[tuple[str, str, float | None, str, float, verdict.Outcome]]:
     """Every check of a verify result: (comparison, check, value, relation, limit, outcome)."""
-    rows: list[tuple[str, str, float | None, str, float, str]] = []
+    rows: list[tuple[str, str, float | None, str, float, verdict.Outcome]] = []
     for entry in result["identity"]:
-        value, outcome = entry["max_rel_error"], verdict.PASSED if entry["passed"] else verdict.FAILED
+        value, outcome = entry["max_rel_error"], verdict.entry_outcome(entry)
         rows.append((entry["name"], "identity.max_rel_error", value, "<=", entry["limit"], outcome))
     for entry in result["parity"]:
         for check in entry["verdict"]["checks"]:
-            values = (check["name"], check["value"], check["relation"], check["limit"], verdict.outcome([check]))
+            values = (check["name"], check["value"], check["relation"], check["limit"], verdict.outcome_of(check))
             rows.append((entry["name"], *values))
     return rows
 
@@ -188,12 +179,12 @@ def junit_xml(result: dict[str, Any]) -> str:
         "testsuite",
         name="moedge verify",
         tests=str(len(rows)),
-        failures=str(sum(row[-1] != verdict.PASSED for row in rows)),
+        failures=str(sum(row[-1] is not verdict.Outcome.PASSED for row in rows)),
     )
     for comparison, name, value, relation, limit, outcome in rows:
         case = ElementTree.SubElement(suite, "testcase", classname=comparison, name=name)
-        if outcome != verdict.PASSED:
-            said = f"{outcome}: {name} is {value}, must be {relation} {limit}"
+        if outcome is not verdict.Outcome.PASSED:
+            said = f"{outcome.value}: {name} is {value}, must be {relation} {limit}"
             ElementTree.SubElement(case, "failure", message=said)
     ElementTree.indent(suite)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"
@@ -216,26 +207,25 @@ def explained(entry: dict[str, Any], replay: dict[str, Any]) -> str:
 
 
 def _parts(entry: dict[str, Any]) -> str:
-    said = [f"{name} {'passed' if ok else 'FAILED'}" for name, ok in entry["verdict"]["parts"].items()]
+    said = []
+    for name, passed in entry["verdict"]["parts"].items():
+        checked = [check for check in entry["verdict"]["checks"] if check["name"].startswith(f"{name}.")]
+        outcome = verdict.Outcome.over(map(verdict.outcome_of, checked or [{"passed": passed}]))
+        said.append(f"{name} {mark(outcome).word}")
     return f"{entry['name']}: {', '.join(said)}"
 
 
 def _print(result: dict[str, Any]) -> None:
-    marks = {
-        verdict.PASSED: "[green]pass[/green]",
-        verdict.FAILED: "[red]FAIL[/red]",
-        verdict.NOT_DECIDED: "[yellow]not decided[/yellow]",
-    }
     rows = checks(result)
     console = Console()
     for comparison, group in itertools.groupby(rows, key=lambda row: row[0]):
         console.print(escape(f"{comparison}, on {result['text']}:"), highlight=False, soft_wrap=True)
-        table = Table(box=None, padding=(0, 2, 0, 0))  # names of checks are long, and logs of CI servers 80 wide
+        table = Sheet()
         for column in ("check", "value", "limit", ""):
-            table.add_column(column, no_wrap=True)
+            table.add_column(column)
         for _, name, value, relation, limit, outcome in group:
             shown = "none" if value is None else f"{value:.6g}"
-            table.add_row(name, shown, f"{relation} {limit:g}", marks[outcome])
+            table.add_row(name, shown, f"{relation} {limit:g}", mark(outcome).cell)
         console.print(table)
     for entry in result["parity"]:
         if replay := entry["replay"]:
@@ -243,8 +233,4 @@ def _print(result: dict[str, Any]) -> None:
                 console.print(escape(line), highlight=False, soft_wrap=True)
         for sentence in entry["verdict"]["notes"]:
             console.print(escape(f"{entry['name']}: {sentence}"), highlight=False, soft_wrap=True)
-    failed = any(row[-1] == verdict.FAILED for row in rows)
-    if result["passed"]:
-        console.print("[green]verdict: passed[/green]")
-    else:
-        console.print("[red]verdict: FAILED[/red]" if failed else "[yellow]verdict: NOT DECIDED, not a pass[/yellow]")
+    console.print(mark(result["outcome"]).line)

@@ -45,13 +45,16 @@ class Step:
     ``logits`` float32 [B, S, V] for the S positions that were fed, or [B, 1, V] for the last of them when opened with
     ``last_logits=True``; ``cache`` to pass on; ``routes`` per layer the
     selected experts, int32 [B*S, k] sorted by decreasing score, when the engine was opened with ``taps=True``;
-    ``router_inputs`` per layer what its router read, float32 [B*S, H], when opened with ``router_inputs=True``.
+    ``router_inputs`` per layer what its router read, float32 [B*S, H], when opened with ``router_inputs=True``;
+    ``scores`` with them, per layer, what the engine ranked its experts by (selection bias included), float32 [B*S, E],
+    or None where the runtime does not show it.
     """
 
     logits: np.ndarray
     cache: Any
     routes: dict[int, np.ndarray] | None = None
     router_inputs: dict[int, np.ndarray] | None = None
+    scores: dict[int, np.ndarray] | None = None
 
 
 class Engine(Protocol):
@@ -80,7 +83,8 @@ class Engine(Protocol):
 class ReplayEngine(Protocol):
     """An engine, opened with ``replay=True``, that can be told which experts to run: the reference of route replay.
 
-    The weight of a forced expert follows the layer's rule from the engine's own scores.
+    The weight of a forced expert follows the layer's rule from the engine's own scores. With ``taps=True`` its steps
+    hold ``router_inputs``, too.
     """
 
     info: EngineInfo
@@ -99,8 +103,11 @@ class ReplayEngine(Protocol):
         """As :meth:`Engine.decode`, with ``experts`` as in :meth:`prefill`."""
         ...
 
-    def choose(self, router_inputs: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
-        """Which experts int32 [T, k] each layer's router selects when it reads float32 [T, H]."""
+    def scores(self, router_inputs: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
+        """What each layer ranks its experts by, float32 [T, E], when its router reads float32 [T, H].
+
+        The selection bias is included: the k best are selected, ties to the lower index.
+        """
         ...
 
     def close(self) -> None:

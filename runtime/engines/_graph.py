@@ -20,11 +20,12 @@ def edited(
     router_inputs: dict[int, str] | None = None,
     replay: bool = False,
     last_logits: bool = False,
-) -> bytes:
+) -> tuple[bytes, dict[int, str]]:
     """Return the model at ``path`` as bytes, with ``taps`` as outputs and every layer run with ``top_k`` experts.
 
     ``float32_activations`` sets ``accuracy_level`` of quantised products to 0: no rounding of activations to int8.
-    ``router_inputs`` (see the function) become outputs too. With ``replay`` each routed layer gets an input
+    ``router_inputs`` (see the function) become outputs too, and what each layer ranks its experts by where the graph
+    shows it (:func:`_show_scores`): their names by layer are returned. With ``replay`` each routed layer gets an input
     ``layers.N.forced`` float32 [T, E] that is added to the scores it selects by, and to no weight. ``last_logits``
     makes the output projection read the last position alone.
 
@@ -45,7 +46,9 @@ def edited(
         if name not in outputs:
             # Without a type: the runtime infers it.
             model.graph.output.append(onnx.ValueInfoProto(name=name))
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in (router_inputs or {}).values())
+    scores = _show_scores(model, taps) if router_inputs and not replay else {}
+    shown = dict.fromkeys([*(router_inputs or {}).values(), *scores.values()])
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in shown)
     if replay:
         _add_forced(model, path, manifest)
     if top_k is not None:
@@ -57,7 +60,30 @@ def edited(
             for attribute in node.attribute:
                 if attribute.name == "accuracy_level":
                     attribute.i = 0
-    return bytes(model.SerializeToString())
+    return bytes(model.SerializeToString()), scores
+
+
+def _show_scores(model: Any, taps: dict[int, dict[str, Any]]) -> dict[int, str]:
+    """Name by layer the value whose k best a layer selects; empty unless every layer shows one.
+
+    It is what a TopK ranks, or the scores of a Route with its selection bias added. A choice that is computed in any
+    other way, or changed after it was made, shows none.
+    """
+    from onnx import helper
+
+    makers = {output: node for node in model.graph.node for output in node.output}
+    found: dict[int, str] = {}
+    for layer, tap in taps.items():
+        node = makers.get(tap["output"]) if tap["kind"] == "indices" else None
+        while node is not None and node.op_type in ("Cast", "Identity"):
+            node = makers.get(node.input[0])
+        if node is not None and (node.domain, node.op_type) == ("moedge", "Route"):
+            added = helper.make_node("Add", list(node.input[:2]), [f"layers.{layer}.ranked"])
+            model.graph.node.insert(list(model.graph.node).index(node), added)
+            found[layer] = added.output[0]
+        elif node is not None and node.op_type == "TopK":
+            found[layer] = node.input[0]
+    return found if found.keys() == taps.keys() else {}
 
 
 def emulated(path: Path, graph: bytes | None) -> bytes:
@@ -171,6 +197,15 @@ def router_inputs(path: Path, manifest: dict[str, Any]) -> dict[int, str]:
     return found
 
 
+def own_router_inputs(path: Path) -> dict[int, str]:
+    """Name by layer what the routers of a portable graph read, whatever its taps say (older bundles say nothing)."""
+    import onnx_ir as ir
+
+    from moedge.export import nodes
+
+    return nodes.router_inputs(ir.load(path))
+
+
 def _expert_inputs(path: Path, layers: list[int]) -> dict[int, str]:
     """What the experts of older quantised bundles read, and their routers with them: one ``QMoE`` node a layer."""
     import onnx
@@ -182,12 +217,12 @@ def _expert_inputs(path: Path, layers: list[int]) -> dict[int, str]:
     return dict(zip(layers, names, strict=True))
 
 
-def routers(path: Path, taps: dict[int, dict[str, Any]]) -> tuple[bytes, dict[int, str], list[str]]:
+def routers(path: Path, layers: list[int]) -> tuple[bytes, dict[int, str], list[str]]:
     """Cut the routers out of a portable graph.
 
     Returns:
-        A model from what each layer's router reads to the experts it selects, the input's name by layer, and the
-        outputs' names in the order of ``taps``.
+        A model from what each layer's router reads to what it ranks its experts by, the input's name by layer, and the
+        outputs' names in the order of ``layers``.
 
     Raises:
         MoEdgeError: a router reads something else than its layer's input.
@@ -195,17 +230,23 @@ def routers(path: Path, taps: dict[int, dict[str, Any]]) -> tuple[bytes, dict[in
     import onnx_ir as ir
 
     from moedge.export import nodes
-    from moedge.export.lowering.graph import cut, values_by_name
+    from moedge.export.lowering.graph import Builder, cut, values_by_name
 
     model = ir.load(path)
     inputs = nodes.router_inputs(model)
     stops = set(inputs.values())
-    outputs = [tap["output"] for tap in taps.values()]
+    found = nodes.nodes_of(model, "Route")
+    if len(found) != len(layers):
+        raise MoEdgeError(f"{path}: {len(found)} routers for {len(layers)} routed layers; export it again.")
+    # Layers follow each other in the graph, so the n-th node is the n-th routed layer.
+    outputs = [f"layers.{layer}.ranked" for layer in layers]
+    for name, node in zip(outputs, found, strict=True):
+        Builder(model, before=node).node("Add", node.inputs[:2]).name = name
     values = values_by_name(model)
     part = cut(model, [values[name] for name in outputs], lambda value: value.name in stops)
-    if not inputs.keys() >= taps.keys() or {entry.name for entry in part.graph.input} - stops:
+    if not inputs.keys() >= set(layers) or {entry.name for entry in part.graph.input} - stops:
         raise MoEdgeError(f"{path}: a router reads more than the input of its experts, so it cannot be run alone.")
-    return bytes(part.SerializeToString()), {layer: inputs[layer] for layer in taps}, outputs
+    return bytes(part.SerializeToString()), {layer: inputs[layer] for layer in layers}, outputs
 
 
 def _set_top_k(model: Any, path: Path, manifest: dict[str, Any], top_k: int) -> None:

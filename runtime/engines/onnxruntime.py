@@ -56,7 +56,8 @@ class OrtEngine:
             (portable bundles only): the float32 model that the quantised one is a rounding of (needs ``onnx``).
         float32_activations: run a quantised bundle without rounding activations to int8 (needs ``onnx``). Experts of 8
             bits have no such kernel.
-        router_inputs: also return what each layer's router read (needs ``onnx``).
+        router_inputs: also return what each layer's router read, and with ``taps`` what it ranks its experts by, where
+            the graph shows that (needs ``onnx``).
         replay: let the caller force the experts (portable bundles; needs ``onnx``), see
             :class:`moedge.runtime.engines.ReplayEngine`.
         last_logits: compute the logits of each call's last position alone, ``Step.logits`` [B, 1, V]: all that
@@ -114,6 +115,7 @@ class OrtEngine:
         threads = threads or default_threads()
         graph = None
         self._router_inputs: dict[int, str] = {}
+        self._scores: dict[int, str] = {}
         self._forced: dict[int, tuple[int, int]] = {}  # layer -> number of experts, how many of them run
         self._model_path = bundle.model_path
         self._routers: Any = None
@@ -122,9 +124,10 @@ class OrtEngine:
             if router_inputs:
                 self._router_inputs = _graph.router_inputs(bundle.model_path, manifest)
             if replay:
+                self._router_inputs = _graph.own_router_inputs(bundle.model_path) if self._taps else {}
                 for layer in _graph.routed_layers(manifest):
                     self._forced[layer] = (layers[str(layer)]["num_experts"], layers[str(layer)]["top_k"])
-            graph = _graph.edited(
+            graph, self._scores = _graph.edited(
                 bundle.model_path,
                 manifest,
                 self._taps,
@@ -201,19 +204,19 @@ class OrtEngine:
             return longrope.last(self.prefill(np.concatenate([cache.ids, ids], axis=1), mask), ids.shape[1])
         return self._run(ids, mask, cache, experts)
 
-    def choose(self, router_inputs: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
-        """Experts int32 [T, k] that each layer's router selects for float32 [T, H]; needs ``replay`` and ``taps``."""
+    def scores(self, router_inputs: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
+        """Return what each layer ranks experts by, float32 [T, E], for float32 [T, H]; needs ``replay``, ``taps``."""
         if not self._forced or not self._taps:
             raise MoEdgeError(f"{self._path} was not opened with replay and taps, so its routers cannot be asked.")
         if self._routers is None:
             import onnxruntime
 
-            part, names, outputs = _graph.routers(self._model_path, self._taps)
+            part, names, outputs = _graph.routers(self._model_path, list(self._taps))
             session = onnxruntime.InferenceSession(part, session_options(self.info.threads), [self._provider])
             self._routers = (session, names, outputs)
         session, names, outputs = self._routers
         found = session.run(outputs, {name: router_inputs[layer] for layer, name in names.items()})
-        return {layer: selected(value, tap) for (layer, tap), value in zip(self._taps.items(), found, strict=True)}
+        return dict(zip(names, found, strict=True))
 
     def end_trace(self) -> Path:
         """Stop recording and return the profiler's JSON file; only for an engine opened with ``trace``."""
@@ -250,9 +253,12 @@ class OrtEngine:
         logits = np.empty((batch, rows, self._model["vocab_size"]), dtype=self._dtype)
         # Outputs come back in the order in which they were first bound: logits, taps, cache.
         binding.bind_output("logits", "cpu", 0, self._dtype, logits.shape, logits.ctypes.data)
-        for tap in self._taps.values():
-            binding.bind_output(tap["output"], "cpu")
-        for name in self._router_inputs.values():
+        shown = list(
+            dict.fromkeys(
+                [*(tap["output"] for tap in self._taps.values()), *self._router_inputs.values(), *self._scores.values()]
+            )
+        )
+        for name in shown:
             binding.bind_output(name, "cpu")
         if not (self._shared and cache.binding):
             for past, present, value in zip(self._past, self._present, cache.values, strict=True):
@@ -266,22 +272,18 @@ class OrtEngine:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime raises one class per status code, without a base class of its own
             raise MoEdgeError(f"ONNX Runtime failed on {self._path}: {str(error).splitlines()[0]}") from error
-        extra = len(self._taps) + len(self._router_inputs)
-        outputs = binding.get_outputs() if extra or not self._shared else []
-        values = cache.values if self._shared else outputs[1 + extra :]
-        routes = None
-        if self._taps:
-            routes = {layer: selected(outputs[1 + i].numpy(), tap) for i, (layer, tap) in enumerate(self._taps.items())}
-        read = None
-        if self._router_inputs:
-            tapped = outputs[1 + len(self._taps) : 1 + extra]
-            # Float32 holds every half-precision number, so a router that casts what it reads gets the same.
-            read = {
-                n: value.numpy().astype(np.float32, copy=False)
-                for n, value in zip(self._router_inputs, tapped, strict=True)
-            }
+        outputs = binding.get_outputs() if shown or not self._shared else []
+        values = cache.values if self._shared else outputs[1 + len(shown) :]
+        seen = {name: value.numpy() for name, value in zip(shown, outputs[1:], strict=False)}
+        routes = {layer: selected(seen[tap["output"]], tap) for layer, tap in self._taps.items()} or None
+        # Float32 holds every half-precision number, so a router that casts what it reads gets the same.
+        read, scores = (
+            {layer: seen[name].astype(np.float32, copy=False) for layer, name in names.items()} or None
+            for names in (self._router_inputs, self._scores)
+        )
         text = np.concatenate([cache.ids, ids], axis=1)
-        return Step(logits.astype(np.float32, copy=False), _Cache(text, mask, values, binding), routes, read)
+        logits = logits.astype(np.float32, copy=False)
+        return Step(logits, _Cache(text, mask, values, binding), routes, read, scores)
 
 
 def selected(values: np.ndarray, tap: dict[str, Any]) -> np.ndarray:

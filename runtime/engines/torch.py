@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,8 +89,11 @@ class TorchEngine:
         if replay and nested:
             raise MoEdgeError(f"{self._path}: experts inside experts cannot be replayed; open it without replay.")
         self._replay = replay
-        for module in self._sparse.values():
+        self._read: dict[int, Any] = {}  # what each layer's router read in the latest call
+        for layer, module in self._sparse.items():
             module.record_routes = taps
+            if replay and taps:
+                module.router.register_forward_pre_hook(self._recorder(layer))
         config = self._module.config
         self._vocab_size = int(config.vocab_size)
         self._max_length = int(config.max_position_embeddings)
@@ -150,16 +153,22 @@ class TorchEngine:
         with self._forced(experts, ids.size):
             return self._run(ids, text, mask, cache.past)
 
-    def choose(self, router_inputs: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
-        """Experts int32 [T, k] that each layer's router selects for float32 [T, H]."""
-        torch = self._torch
+    def scores(self, router_inputs: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
+        """Return what each layer ranks its experts by, float32 [T, E], for float32 [T, H]."""
         found = {}
-        with torch.inference_mode():
+        with self._torch.inference_mode():
             for layer, module in sorted(self._sparse.items()):
                 scores = module.router(self._tensor(router_inputs[layer]))
-                rule = (module.selection_bias, module.scale, module.top_k, module.combine)
-                found[layer] = _indices(torch.ops.moedge.route(scores, *rule)[0])
+                if module.selection_bias is not None:
+                    scores = scores + module.selection_bias
+                found[layer] = scores.cpu().numpy()
         return found
+
+    def _recorder(self, layer: int) -> Callable[[Any, tuple[Any, ...]], None]:
+        def record(module: Any, given: tuple[Any, ...]) -> None:
+            self._read[layer] = given[0]
+
+        return record
 
     @contextmanager
     def _forced(self, experts: dict[int, np.ndarray] | None, tokens: int) -> Iterator[None]:
@@ -218,7 +227,8 @@ class TorchEngine:
             routes = None
             if self._taps and self._sparse:
                 routes = {layer: _indices(module.last_routes) for layer, module in sorted(self._sparse.items())}
-        return Step(logits, _Cache(text, mask, past), routes)  # it has grown in place
+        read = {layer: value.cpu().numpy() for layer, value in sorted(self._read.items())} or None
+        return Step(logits, _Cache(text, mask, past), routes, read)  # the cache has grown in place
 
 
 def _indices(routes: Any) -> np.ndarray:

@@ -31,6 +31,8 @@ def render(report: dict[str, Any], template: str) -> str:
     import jinja2
     from markupsafe import Markup
 
+    from moedge.runtime import verdict
+    from moedge.runtime.outcomes import mark
     from moedge.runtime.report.build import ratio
     from moedge.runtime.report.plots import draw_all
     from moedge.runtime.report.profile import NOTE, table
@@ -47,7 +49,9 @@ def render(report: dict[str, Any], template: str) -> str:
     environment.filters |= {"zeros": zeros_sentence, "zeros_note": zeros_note}
     environment.filters["number"] = _number
     environment.filters["cell"] = _markdown_cell
-    environment.globals |= {"ratio": ratio, "profile_table": table, "profile_note": NOTE}
+    environment.globals |= {"ratio": ratio, "profile_table": table, "profile_note": NOTE, "mark": mark}
+    environment.globals |= {"check_outcome": verdict.outcome_of, "entry_outcome": verdict.entry_outcome}
+    environment.globals |= {"run_outcome": verdict.run_outcome}
     # The SVG comes from matplotlib, which escapes the text it draws; everything else is escaped by jinja2.
     plots = {name: Markup(svg) for name, svg in draw_all(report).items()} if html else {}
     return environment.get_template(template).render(report=report, plots=plots)

@@ -9,6 +9,7 @@ from typing import Any
 from moedge import __version__
 from moedge.runtime import run_folder
 from moedge.runtime.run_folder import read_json
+from moedge.runtime.verdict import Outcome, outcome_of, run_outcome
 
 REPORT_SCHEMA = "moedge.report/1"
 
@@ -24,11 +25,13 @@ def build(run: Path, recipe: dict[str, Any]) -> dict[str, Any]:
     evaluation = read_json(run / "evaluate" / "evaluation.json")
     verification = read_json(run / "verify" / "verify.json")
     speed = read_json(run / "bench" / "bench.json")
+    outcome = run_outcome(verification)
     result = {
         "schema": REPORT_SCHEMA,
         "name": recipe["name"],
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "passed": bool(verification["passed"]),
+        "passed": outcome is Outcome.PASSED,
+        "outcome": outcome.value,
         "model": {
             **{name: source[name] for name in ("label", "spec", "kind", "sha256")},
             "config": {name: source["config"].get(name) for name in _CONFIG},
@@ -147,15 +150,14 @@ def sentences(report: dict[str, Any]) -> list[str]:
     """What the run showed, in plain sentences: parity, quality against the controls, speed."""
     verification, quality = report["verification"], report["quality"]
     checks = [check for entry in verification["parity"] for check in entry["verdict"]["checks"]]
-    failed = sum(not check["passed"] for check in checks) + sum(
-        not entry["passed"] for entry in verification["identity"]
-    )
-    total = len(checks) + len(verification["identity"])
-    said = [
-        f"All {total} checks of the exported engines against PyTorch passed."
-        if not failed
-        else f"{failed} of {total} checks of the exported engines against PyTorch FAILED."
-    ]
+    outcomes = [outcome_of(check) for check in (*verification["identity"], *checks)]
+    what = "checks of the exported engines against PyTorch"
+    failed, open_ones = (outcomes.count(kind) for kind in (Outcome.FAILED, Outcome.NOT_DECIDED))
+    said = [] if failed or open_ones else [f"All {len(outcomes)} {what} passed."]
+    if failed:
+        said.append(f"{failed} of {len(outcomes)} {what} FAILED.")
+    if open_ones:
+        said.append(f"{open_ones} of {len(outcomes)} {what} are not decided, which is no pass: their notes say why.")
     if verification.get("identity_note"):
         said.append(verification["identity_note"])
     said += [f"{label}: {why}." for label, why in sorted(verification.get("not_executed", {}).items())]

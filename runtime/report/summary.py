@@ -6,9 +6,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
+from moedge.runtime.outcomes import mark
 from moedge.runtime.report.zeros import zeros_note
+from moedge.runtime.tables import Sheet
+from moedge.runtime.verdict import entry_outcome, run_outcome
 
 
 def show(report: dict[str, Any], console: Console) -> None:
@@ -33,16 +35,15 @@ def show(report: dict[str, Any], console: Console) -> None:
         console.print(table)
     for sentence in report["sentences"]:
         console.print(escape(f"- {sentence}"), highlight=False, soft_wrap=True)
-    verdict = "[green]passed[/green]" if report["passed"] else "[bold red]FAILED[/bold red]"
-    console.print(f"verdict: {verdict}")
+    console.print(mark(run_outcome(report["verification"])).line)
 
 
-def _quality(quality: dict[str, Any]) -> tuple[str, Table]:
+def _quality(quality: dict[str, Any]) -> tuple[str, Sheet]:
     protocol = quality["protocol"]
     names = protocol["texts"]
     tokens = ", ".join(f"{name} {protocol['tokens'][name]:,} tokens" for name in names)
     title = f"quality on held-out text ({tokens}, window {protocol['window']}, {protocol['dtype']})"
-    table = Table()
+    table = Sheet()
     table.add_column("")
     table.add_column("active", justify="right")
     for name in names:
@@ -61,8 +62,8 @@ def _quality(quality: dict[str, Any]) -> tuple[str, Table]:
     return title, table
 
 
-def _verification(verification: dict[str, Any]) -> tuple[str, Table]:
-    table = Table()
+def _verification(verification: dict[str, Any]) -> tuple[str, Sheet]:
+    table = Sheet()
     for column in ("comparison", "tokens", "rel. error", "mean KL", "top-1", "expert sets", ""):
         table.add_column(column, justify="left" if column in ("comparison", "") else "right")
     for entry in verification["identity"]:
@@ -74,13 +75,13 @@ def _verification(verification: dict[str, Any]) -> tuple[str, Table]:
             "",
             "",
             "",
-            mark(entry["passed"]),
+            mark(entry_outcome(entry)).cell,
         )
     for entry in verification["parity"]:
-        rows = [(entry["name"], entry["overall"], entry["routing"], entry["verdict"]["passed"])]
+        rows = [(entry["name"], entry["overall"], entry["routing"], mark(entry_outcome(entry)).cell)]
         if replay := entry.get("replay"):  # a quantised routed model: the arithmetic and the router apart
-            rows.append((f"{entry['name']}, same experts", replay["overall"], replay["router"], None))
-        for name, overall, routing, passed in rows:
+            rows.append((f"{entry['name']}, same experts", replay["overall"], replay["router"], ""))
+        for name, overall, routing, said in rows:
             table.add_row(
                 escape(name),
                 f"{overall['tokens']:,}",
@@ -88,21 +89,16 @@ def _verification(verification: dict[str, Any]) -> tuple[str, Table]:
                 _number(overall["kl_ref_test"]["mean"], "{:.1e}"),
                 _number(overall["top1"]["agreement"], "{:.2%}"),
                 _number(routing.get("agreement"), "{:.4%}"),
-                "" if passed is None else mark(passed),
+                said,
             )
     return f"the same numbers as PyTorch? (text {verification['text']})", table
-
-
-def mark(passed: bool) -> str:
-    """Markup of a verdict."""
-    return "[green]pass[/green]" if passed else "[bold red]FAIL[/bold red]"
 
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
 
 
-def _speed(report: dict[str, Any]) -> tuple[str, Table]:
+def _speed(report: dict[str, Any]) -> tuple[str, Sheet]:
     from moedge.runtime.report.build import ratio
 
     speed, sizes = report["speed"], {bundle["label"]: bundle["bytes"] for bundle in report["bundles"]}
@@ -112,7 +108,7 @@ def _speed(report: dict[str, Any]) -> tuple[str, Table]:
         f"speed, batch 1, prompt {protocol['prompt']}, {protocol['decode']} tokens decoded, {threads} threads, "
         f"{machine['processor']}"
     )
-    table = Table()
+    table = Sheet()
     table.add_column("engine")
     for column in (
         "first token ms",

@@ -275,3 +275,184 @@ def reference() -> Any:
 def make_toy_bundle() -> Any:
     """:func:`write_toy_bundle`, for a test that damages or varies a bundle."""
     return write_toy_bundle
+
+
+SHA = "0123456789abcdef" * 4
+
+
+class SampleRun:
+    """Results as the stages of a run leave them, with ``text`` wherever a user's text can get."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def distribution(self, scale: float) -> dict[str, float]:
+        names = ("mean", "standard_error", "p50", "p90", "p99", "p99.9", "max")
+        return {name: scale * (1 + i) for i, name in enumerate(names)}
+
+    def phase(self, tokens: int) -> dict[str, Any]:
+        agreement = {"agreement": 1.0, "compared": tokens - 3, "disagreements": 0, "near_ties_excluded": 3}
+        return {
+            "tokens": tokens,
+            "non_finite": 0,
+            "constant": 0,
+            "abs_error": {"max": 1e-4, "mean": 1e-5},
+            "rel_error": self.distribution(1e-6),
+            "cosine": {"mean": 1.0, "min": 0.99999},
+            "kl_ref_test": self.distribution(1e-11),
+            "kl_test_ref": self.distribution(1e-11),
+            "top1": agreement,
+            "top5": agreement,
+            "perplexity": {"tokens": tokens - 1, "reference": 25.0, "test": 25.0, "ratio": 1.0},
+        }
+
+    def info(self, label: str) -> dict[str, Any]:
+        return {
+            "name": label,
+            "runtime": "toy 1.0",
+            "device": "CPU",
+            "dtype": "float32",
+            "threads": 2,
+            "model": {"moe": label.endswith("moe"), "label": self.text},
+        }
+
+    def parity(self, test: str, reference: str) -> dict[str, Any]:
+        layers = {str(i): {"agreement": 1.0, "flips": i, "overlap": 1.0} for i in range(3)}
+        moe = test.endswith("moe")
+        return {
+            "schema": "moedge.parity/1",
+            "name": f"{test} vs {reference}",
+            "reference": self.info(reference),
+            "test": self.info(test),
+            "tokens": {"windows": 8, "window": 256, "prefill": 192, "decode": 512},
+            "phases": {"prefill": self.phase(2048), "decode": self.phase(512)},
+            "overall": self.phase(2560),
+            "routing": {"compared": True, "agreement": 0.99999, "layers": layers}
+            if moe
+            else {"compared": False, "reason": self.text},
+            "tolerances": {"max_kl": 0.1},
+            "verdict": {
+                "passed": True,
+                "checks": [{"name": "prefill.kl", "value": 1e-9, "relation": "<=", "limit": 1e-6, "passed": True}],
+            },
+        }
+
+    def verification(self) -> dict[str, Any]:
+        identity = {
+            "schema": "moedge.identity/1",
+            "name": "ort-cpu moe = torch dense",
+            "reference": self.info("torch dense"),
+            "test": self.info("ort-cpu moe"),
+            "tokens": 512,
+            "max_rel_error": 3e-6,
+            "limit": 1e-4,
+            "passed": True,
+        }
+        return {
+            "schema": "moedge.verify/1",
+            "text": self.text,
+            "identity": [identity],
+            "parity": [self.parity("ort-cpu moe", "torch moe"), self.parity("ort-cpu dense", "torch dense")],
+            "passed": True,
+        }
+
+    def speed(self) -> dict[str, Any]:
+        labels = ["torch dense", "torch moe", "ort-cpu dense", "ort-cpu moe"]
+        times = {"p50": 20.0, "p90": 22.0, "p99": 25.0, "mean": 20.5, "ci95": [19.5, 20.4]}
+        ratios = [
+            {"metric": metric, "label": one, "baseline": two, "speedup": 1.5, "ci95": [1.4, 1.6], "verdict": "faster"}
+            for metric in ("ttft_ms", "tpot_ms")
+            for one in labels
+            for two in labels
+            if one != two
+        ]
+        row = {"ttft_ms": times, "tpot_ms": times, "prefill_tokens_per_s": 900.0, "decode_tokens_per_s": 50.0}
+        memory = {"peak_rss_mib": 900.5, "load_s": 1.2}
+        protocol = {
+            "batch": 1,
+            "prompt": 512,
+            "decode": 64,
+            "repeats": 10,
+            "order": "o",
+            "intervals": "i",
+            "memory": "m",
+        }
+        return {
+            "schema": "moedge.bench/1",
+            "text": "wiki",
+            "protocol": protocol,
+            "machine": {"processor": self.text, "cores": 2, "memory_gib": 8.0},
+            "rows": [{"label": label, "info": self.info(label), **row, **memory} for label in labels],
+            "ratios": ratios,
+        }
+
+    def quality(self) -> dict[str, Any]:
+        def row(label: str, kind: str, ppl: float, **more: Any) -> dict[str, Any]:
+            kl = None if kind == "dense" else {"wiki": 0.2, self.text: 0.3}
+            values = {
+                "label": label,
+                "kind": kind,
+                "active_width_fraction": 0.75,
+                "ppl": {"wiki": ppl, self.text: 2 * ppl},
+            }
+            return {**values, "ppl_std": None, "kl_to_dense": kl, "seeds": None, **more}
+
+        return {
+            "schema": "moedge.evaluation/1",
+            "protocol": {
+                "window": 512,
+                "bos": False,
+                "dtype": "float32",
+                "texts": ["wiki", self.text],
+                "tokens": {"wiki": 4088, self.text: 4088},
+            },
+            "rows": [
+                row("dense", "dense", 23.0),
+                row("cmoe", "method", 31.0),
+                row("static mask", "control", 30.0),
+                row("random partition", "control", 9e5, ppl_std={"wiki": 1.0, self.text: 2.0}, seeds=[0, 1]),
+            ],
+            "verdict": {"router_beats": {"static mask": False}, "sentences": [f"cmoe loses {self.text}."]},
+        }
+
+    def make(self, folder: Path) -> Path:
+        """A run folder as the stages leave it, with a hostile string wherever a user's text can get."""
+        root = folder / "run"
+        source = {"label": self.text, "spec": self.text, "kind": "folder", "sha256": SHA, "folder": "/x", "files": {}}
+        write_json(root / "source" / "source.json", {**source, "config": {"model_type": self.text, "hidden_size": 576}})
+        params = {"shared": 6, "active": 6, "experts": 16, "note": self.text}
+        facts = {"dead_share": 0.2, "dead_share_of_routed": 0.3, "note": self.text}
+        layer = {"expert_widths": [96] * 10, "top_k": 6, "combine": "unit", "router": None, "report": facts}
+        plan = {"method": "cmoe", "params": params, "provenance": {"text": self.text}, "sha256": SHA}
+        plan |= {"model": {"intermediate_size": 1536}, "layers": [layer] * 3}
+        write_json(root / "convert" / "checkpoint" / "plan.json", plan)
+        write_json(
+            root / "convert" / "checkpoint" / "config.json",
+            {"moedge": {"layers": [{"shared_width": 576, "expert_width": 96}] * 3}},
+        )
+        rewrites = [
+            {
+                "rewrite": "moe",
+                "nodes": 30,
+                "status": "applied",
+                "reason": "",
+                "self_test": {"max_rel_error": 1e-7, "ok": True},
+            },
+            {"rewrite": self.text, "nodes": 0, "status": "refused", "reason": self.text, "self_test": None},
+        ]
+        manifest = {"target": "ort-cpu", "kind": "moe", "cache": {"kind": "shared_buffer", "max_length": 2048}}
+        manifest |= {"lowering": rewrites, "files": {"model.onnx": {"sha256": SHA, "size": 5 << 20}}}
+        write_json(root / "export" / "ort-cpu" / "manifest.json", manifest)
+        write_json(root / "evaluate" / "evaluation.json", self.quality())
+        write_json(root / "verify" / "verify.json", self.verification())
+        write_json(root / "bench" / "bench.json", self.speed())
+        for stage in ("source", "convert", "evaluate"):
+            record = {"stage": stage, "key": SHA, "seconds": 1.5, "parts": {"versions": {"torch": "2.13"}}}
+            write_json(root / stage / "stage.json", {**record, "outputs": {"f": {"sha256": SHA, "size": 10}}})
+        return root
+
+
+@pytest.fixture(scope="session")
+def sample_runs() -> type[SampleRun]:
+    """:class:`SampleRun`: ``sample_runs(text).make(folder)`` writes a finished run and returns its folder."""
+    return SampleRun

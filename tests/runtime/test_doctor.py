@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
@@ -77,6 +78,36 @@ print("answered")
 def test_every_target_is_examined() -> None:
     result = doctor.examine()
     assert sorted(targets.names()) == sorted(entry["target"] for entry in result["targets"])
+
+
+def imported() -> set[str]:
+    """Top-level packages that some file of this package imports, by a statement or by name."""
+    import moedge
+
+    root = Path(str(moedge.__file__)).parent
+    files = [path for part in ("convert", "configs", "export", "runtime") for path in (root / part).rglob("*.py")]
+    found: set[str] = set()
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found.add(node.module.split(".")[0])
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
+                found.add(node.value)
+    return found
+
+
+def test_what_a_runtime_is_used_for_is_true() -> None:
+    """Doctor said for two releases that Triton was not used."""
+    used = imported()
+    for row in doctor.examine()["runtimes"]:
+        module = {"PyTorch": "torch", "TensorRT for RTX": "tensorrt_rtx"}.get(
+            row["name"], row["name"].lower().replace(" ", "")
+        )
+        if row["name"] != "OpenVINO":  # users open its bundles with it (docs/interop.md), this package does not
+            assert module in used, f"{row['name']} is listed and imported nowhere"
+        assert "not used" not in row["use"]
 
 
 def test_an_empty_environment_lists_what_is_missing(installed: dict[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -228,19 +229,14 @@ def test_a_token_that_only_a_changed_choice_moved_is_not_decided(position: int, 
 @pytest.mark.parametrize(("target", "instead"), [("ort-cpu-int4", "--gptq TEXT"), ("ort-cpu-int8", "take ort-cpu,")])
 def test_rounding_is_blamed_only_where_the_kernels_are_right(target: str, instead: str) -> None:
     broken, right = run(lambda logits, position, phase: -logits), run()
-    verdict.quantised_note(broken, right, target)
-    (note,) = broken["verdict"]["notes"]
+    (note,) = verdict.quantised_notes(broken, right, target)
     assert f"their rounding to {target[-1]} bits" in note
     assert instead in note
-    again = run(lambda logits, position, phase: -logits)
-    verdict.quantised_note(again, broken, target)  # its kernels are wrong too
-    verdict.quantised_note(right, right, target)
-    converted = run(lambda logits, position, phase: -logits)
+    assert not verdict.quantised_notes(broken, broken, target)  # its kernels are wrong too
+    assert not verdict.quantised_notes(right, right, target)
+    converted = copy.deepcopy(broken)
     converted["test"]["model"]["routed"] = not converted["reference"]["model"]["routed"]
-    verdict.quantised_note(converted, right, target)
-    assert not converted["verdict"]["notes"]
-    assert not again["verdict"]["notes"]
-    assert not right["verdict"]["notes"]
+    assert not verdict.quantised_notes(converted, right, target)
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
