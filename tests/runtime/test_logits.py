@@ -146,6 +146,9 @@ def test_all_rules_come_in_the_order_of_generate(
         forced = chosen.get(key, [])
         forced = {forced} if isinstance(forced, int) else set(forced)
         assume(not forced or forced - set(chosen.get("suppress_tokens", ())))
+    # Several forced ends are equally likely, and which of them a rule that sorts keeps is nobody's promise.
+    several = isinstance(chosen.get("forced_eos_token_id"), list)
+    assume(not (several and {"top_p", "top_h", "typical_p"} & set(sampling or {})))
     budget, ids = 6, torch.tensor([prompt])
     sampling = sampling if sampling is None else {"top_k": 50, **sampling}
     torch.manual_seed(0)
