@@ -42,7 +42,7 @@ class Profile(BaseModel):
     expert_set_agreement: Share | None = None
     """Limit for the free-running comparison. None where ``router_set_agreement`` takes its place."""
     router_set_agreement: Share | None = None
-    """A routed model is judged by route replay (:mod:`moedge.runtime.replay`): the engine must select what the
+    """A routed model is judged by route replay (:mod:`moedge.runtime.parity.replay`): the engine must select what the
     reference's router selects for the engine's own input to it. Beside ``expert_set_agreement`` (float32 targets) only
     the windows of text in which a choice differs are replayed; bundles that cannot be replayed are judged free-running.
     """

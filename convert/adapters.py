@@ -47,7 +47,7 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
 }
-"""Names in a Hugging Face config -> names in :mod:`moedge.export.ops`."""
+"""Names in a Hugging Face config -> names in :mod:`moedge.convert.ops`."""
 
 MOE_PREFIX = "moedge_"
 """A converted checkpoint's model_type is this prefix and the model_type of its dense parent."""
@@ -119,7 +119,7 @@ class FFN:
         """Return h = act(gate x) * (up x), biases included, of inputs [n, H]: float32 [n, D], computed in float32."""
         import torch.nn.functional as F
 
-        from moedge.export.ops import activate
+        from moedge.convert.ops import activate
 
         x = x.float()
         biases = (None if bias is None else bias.float() for bias in (self.gate_bias, self.up_bias))

@@ -18,7 +18,7 @@ import numpy as np
 
 from moedge import MoEdgeError
 from moedge._files import canonical_json, sha256_file
-from moedge.convert import assets
+from moedge.convert.sources import assets
 
 if TYPE_CHECKING:
     import torch
@@ -289,7 +289,7 @@ class _GateStream:
     def on_gate(self, module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
         import torch
 
-        from moedge.export.ops import activate
+        from moedge.convert.ops import activate
 
         active = activate(self.block.gate_of(output).float(), self.block.hidden_act)
         active = active if self.signed else active.abs()
@@ -331,7 +331,7 @@ class _Stream:
     def on_input(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
         import torch.nn.functional as F
 
-        from moedge.export.ops import activate
+        from moedge.convert.ops import activate
 
         x = F.normalize(args[0].reshape(-1, args[0].shape[-1]).float(), dim=-1)
         gate, up = (F.normalize(weight.float(), dim=-1) for weight in (self.block.gate, self.block.up))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import moedge.export.ops  # noqa: F401  registers torch.ops.moedge
+import moedge.convert.ops  # noqa: F401  registers torch.ops.moedge
 from moedge.convert import routers
 from moedge.convert.plan import LayerPlan
 from moedge.convert.streaming import LayerTokens

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 
 from moedge import MoEdgeError
 from moedge.convert import adapters, calibration, modeling
+from moedge.convert.ops import activate
 from moedge.convert.plan import LayerPlan, MoEPlan
-from moedge.export.ops import activate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
-import moedge.export.ops  # noqa: F401  registers torch.ops.moedge
+import moedge.convert.ops  # noqa: F401  registers torch.ops.moedge
 from moedge import MoEdgeError
 from moedge.convert import moe_adapters, routers
 from moedge.convert.plan import LayerPlan

@@ -25,13 +25,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-import moedge.export.ops  # noqa: F401  registers torch.ops.moedge
+import moedge.convert.ops  # noqa: F401  registers torch.ops.moedge
 from moedge import MoEdgeError
 from moedge._files import atomic_dir
-from moedge.convert import adapters, hierarchical, moe_adapters, routers, sources, tokenizer_files, zeros
+from moedge.convert import adapters, hierarchical, moe_adapters, routers, sources, zeros
 from moedge.convert.errors import quiet
+from moedge.convert.ops import activate
 from moedge.convert.plan import LayerPlan, MoEPlan
-from moedge.export.ops import activate
+from moedge.convert.sources import tokenizer_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

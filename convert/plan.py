@@ -26,7 +26,7 @@ from moedge import MoEdgeError
 from moedge._files import canonical_json, write_json
 from moedge.convert import zeros as zero_bits
 from moedge.convert.errors import translated
-from moedge.convert.folder_check import read_object
+from moedge.convert.sources.folder_check import read_object
 
 PLAN_SCHEMA = "moedge.plan/1"
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moedge import MoEdgeError
-from moedge.export.ops import activate
+from moedge.convert.ops import activate
 
 if TYPE_CHECKING:
     from moedge.convert.plan import RouterPlan

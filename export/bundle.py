@@ -142,7 +142,7 @@ def write_companions(model: Path, destination: Path) -> None:
     Raises:
         MoEdgeError: the folder has no tokenizer, or one that cannot be written as tokenizer.json.
     """
-    from moedge.convert import tokenizer_files
+    from moedge.convert.sources import tokenizer_files
 
     check_links(model)
     for name in _CONFIGS:

@@ -51,7 +51,7 @@ def genai_config(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     those of ``moedge generate``, as far as genai has a name for it.
     """
     from moedge.runtime.engines import longrope
-    from moedge.runtime.generation_config import GenerationConfig, Use
+    from moedge.runtime.text.generation_config import GenerationConfig, Use
 
     model = manifest["model"]
     tokens = range(model["vocab_size"])

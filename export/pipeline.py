@@ -76,11 +76,12 @@ def export(
 def _export_portable(checkpoint: Path, partial: Path, label: str, max_length: int | None) -> None:
     import onnx_ir as ir
 
-    from moedge.convert import folder_check, modeling, sources
-    from moedge.export import nodes
+    from moedge.convert import modeling, sources
+    from moedge.convert.sources import folder_check
+    from moedge.export.graph import nodes
     from moedge.export.trace import Architecture, trace
     from moedge.runtime.engines import longrope
-    from moedge.runtime.generation_config import GenerationConfig
+    from moedge.runtime.text.generation_config import GenerationConfig
 
     converted = str(folder_check.read_config(checkpoint)["model_type"]).startswith("moedge_")
     plan_sha256 = None
@@ -159,8 +160,7 @@ def lower(
     """
     import onnx_ir as ir
 
-    from moedge.export import nodes
-    from moedge.export.lowering import shapes
+    from moedge.export.graph import nodes, shapes
 
     source = bundle.open_bundle(portable)
     bundle.check_external_data(source.model_path, set(source.manifest["files"]))
@@ -170,7 +170,7 @@ def lower(
     options = registry.options(row, tensorrt=tensorrt, experts=experts, dtype=dtype)
     on_text = calibration is not None and row.calibrated
     if calibration is not None and on_text:
-        from moedge.export.calibrate import moments
+        from moedge.export.quantize.moments import moments
 
         options |= {"method": "gptq", "moments": moments(source, calibration)}
     longest = source.manifest["model"]["max_position_embeddings"]

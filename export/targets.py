@@ -82,19 +82,19 @@ _ROWS = (
     ),
     Target(
         "ort-cpu", "ONNX Runtime's fused CPU kernels",
-        f"{_LOWERING}.onnxruntime:lower", "ort", genai=True, default=True,
+        f"{_LOWERING}.ort.cpu:lower", "ort", genai=True, default=True,
     ),
     Target(
         "ort-cpu-int8", "the same with 8-bit weights",
-        f"{_LOWERING}.ort_quantized:lower", "ort", bits=8, unquantised="ort-cpu", genai=True,
+        f"{_LOWERING}.ort.quantized:lower", "ort", bits=8, unquantised="ort-cpu", genai=True,
     ),
     Target(
         "ort-cpu-int4", "the same with 4-bit weights",
-        f"{_LOWERING}.ort_quantized:lower", "ort", bits=4, unquantised="ort-cpu", calibrated=True, genai=True,
+        f"{_LOWERING}.ort.quantized:lower", "ort", bits=4, unquantised="ort-cpu", calibrated=True, genai=True,
     ),
     Target(
         "ort-cuda", "ONNX Runtime's CUDA kernels",
-        f"{_LOWERING}.ort_cuda:lower", "ort", dtypes=("float16",), provider=CUDA, needs=(("onnxruntime-gpu",),),
+        f"{_LOWERING}.ort.cuda:lower", "ort", dtypes=("float16",), provider=CUDA, needs=(("onnxruntime-gpu",),),
     ),
     Target(
         "openvino", "portable without functions, for OpenVINO",
@@ -102,22 +102,22 @@ _ROWS = (
     ),
     Target(
         "tensorrt", "TensorRT engine with plugins",
-        f"{_LOWERING}.tensorrt:lower", "tensorrt", dtypes=HALF, expert_forms=("plugins", "native", "merged"),
+        f"{_LOWERING}.trt.engine:lower", "tensorrt", dtypes=HALF, expert_forms=("plugins", "native", "merged"),
         versioned=True, engine="tensorrt", needs=(("tensorrt",),),
     ),
     Target(
         "tensorrt-rtx", "TensorRT for RTX engine",
-        f"{_LOWERING}.tensorrt_rtx:lower", "tensorrt-rtx", dtypes=HALF, expert_forms=("plugins", "merged"),
+        f"{_LOWERING}.trt.rtx:lower", "tensorrt-rtx", dtypes=HALF, expert_forms=("plugins", "merged"),
         engine="tensorrt-rtx", needs=RTX,
     ),
     Target(
         "tensorrt-rtx-int8", "the same with 8-bit weights",
-        f"{_LOWERING}.trt_quantized:lower", "tensorrt-rtx", bits=8, unquantised="tensorrt-rtx", dtypes=("float16",),
+        f"{_LOWERING}.trt.quantized:lower", "tensorrt-rtx", bits=8, unquantised="tensorrt-rtx", dtypes=("float16",),
         engine="tensorrt-rtx", needs=RTX,
     ),
     Target(
         "tensorrt-rtx-int4", "the same with 4-bit weights, SM80 and newer",
-        f"{_LOWERING}.trt_quantized:lower", "tensorrt-rtx", bits=4, unquantised="tensorrt-rtx", dtypes=("float16",),
+        f"{_LOWERING}.trt.quantized:lower", "tensorrt-rtx", bits=4, unquantised="tensorrt-rtx", dtypes=("float16",),
         calibrated=True, engine="tensorrt-rtx", oldest_capability=8.0, needs=RTX,
     ),
 )  # fmt: skip

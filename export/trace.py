@@ -19,9 +19,10 @@ import onnx_ir as ir
 import torch
 
 from moedge import MoEdgeError
+from moedge.convert import ops as _ops  # noqa: F401 - registers torch.ops.moedge
 from moedge.convert.compat import cache_argument
-from moedge.export import attention, functions, nodes
-from moedge.export import ops as _ops  # noqa: F401 - registers torch.ops.moedge
+from moedge.export import attention, functions
+from moedge.export.graph import nodes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

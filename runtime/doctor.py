@@ -18,7 +18,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 
 from moedge.export import targets as registry
-from moedge.runtime.machine import machine, processor_features
+from moedge.runtime.bench.machine import machine, processor_features
 from moedge.runtime.tables import Sheet
 
 SCHEMA = "moedge.doctor/1"

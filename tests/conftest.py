@@ -172,8 +172,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     import torch
     import transformers.masking_utils
 
-    from moedge.convert import evaluate
-    from moedge.export import ops
+    from moedge.convert import evaluate, ops
 
     monkeypatch.setattr(torch, "inference_mode", torch.no_grad)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)

@@ -117,7 +117,7 @@ def _statistics(expert: moe_adapters.Expert, x: torch.Tensor, k_a: int, profile:
     import torch.nn.functional as F
 
     from moedge.convert.calibration import LayerStatistics
-    from moedge.export.ops import activate
+    from moedge.convert.ops import activate
 
     width = expert.down.shape[1]
     if k_a > width:

@@ -6,7 +6,7 @@
    exactly the same width. Experts overlap: with E experts that keep a share r, E*r FFNs are stored and k*r run;
 3. a linear router chooses ``active`` experts for a token.
 
-The paper starts the router at random and trains it (stage 1 of :mod:`moedge.convert.retrain`): ``router: random``. By
+The paper starts the router at random and trains it (stage 1 of ``convert/train/retrain.py``): ``router: random``. By
 default the router is instead fitted in closed form, a ridge regression from the FFN input to the error that each expert
 would make, so that a checkpoint is of use before any training.
 

@@ -10,9 +10,10 @@ import onnx_ir as ir
 
 from moedge import MoEdgeError
 from moedge.export.functions import DOMAIN
-from moedge.export.lowering import Lowered, Rewrite, portable, selftest
-from moedge.export.lowering.onnxruntime import block_limit
-from moedge.export.nodes import attach, attention_kinds, nodes_of
+from moedge.export.graph.nodes import attach, attention_kinds, nodes_of
+from moedge.export.lowering import Lowered, Rewrite, portable
+from moedge.export.lowering.check import selftest
+from moedge.export.lowering.ort.cpu import block_limit
 
 
 def lower(model: ir.Model, *, max_length: int) -> Lowered:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from moedge.export.graph.nodes import active_of, attach, holds_experts, layer_of, nodes_of
 from moedge.export.lowering import Lowered, Rewrite
-from moedge.export.nodes import active_of, attach, holds_experts, layer_of, nodes_of
 
 
 def lower(model: ir.Model, *, max_length: int) -> Lowered:

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import onnx_ir as ir
 
 from moedge import MoEdgeError
-from moedge.export.lowering import Rewrite, selftest
+from moedge.export.lowering import Rewrite
+from moedge.export.lowering.check import selftest
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Work:
 
     Args:
         model: rewritten in place.
-        limit: largest relative error of a block, see :func:`moedge.export.lowering.selftest.compare`.
+        limit: largest relative error of a block, see :func:`moedge.export.lowering.check.selftest.compare`.
         advice: what a user does when a self-test fails, appended to the error.
     """
 

@@ -9,9 +9,9 @@ from rich.markdown import Markdown
 from rich.markup import escape
 
 from moedge.configs.study import load_study
-from moedge.runtime import run_folder, study
 from moedge.runtime.progress import Reporter
-from moedge.runtime.recipe import execute
+from moedge.runtime.run import run_folder, study
+from moedge.runtime.run.engine import execute
 
 
 def ablate(name_or_path: str, out: Path | None) -> None:

@@ -11,14 +11,14 @@ from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
-from moedge.runtime import bench as benchmark
-from moedge.runtime import run_folder
+from moedge.runtime.bench import latency as benchmark
+from moedge.runtime.bench.profiling import profiles
 from moedge.runtime.commands import models
 from moedge.runtime.commands.tokens import token_windows
 from moedge.runtime.engines import open_engine
-from moedge.runtime.profiling import profiles
 from moedge.runtime.progress import single
 from moedge.runtime.report.profile import NOTE, table
+from moedge.runtime.run import run_folder
 from moedge.runtime.tables import Sheet
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from moedge.configs import devices
-from moedge.runtime import build as builder
+from moedge.runtime.engines import build as builder
 from moedge.runtime.progress import single
 from moedge.runtime.tables import Sheet
 

@@ -29,7 +29,7 @@ def bundle(
     force: bool,
 ) -> None:
     """Write the archive and say what to do with it."""
-    from moedge.export import device_archive
+    from moedge.export.device import archive as device_archive
 
     device = devices.load(target)
     with single("bundle", f"{source} -> {out}") as reporter:

@@ -17,10 +17,10 @@ from rich.markup import escape
 from moedge import MoEdgeError
 from moedge._files import atomic_dir
 from moedge.configs.recipe import recipe_from
-from moedge.runtime import run_folder, stages
-from moedge.runtime.machine import machine
+from moedge.runtime.bench.machine import machine
 from moedge.runtime.progress import single
-from moedge.runtime.recipe import Context
+from moedge.runtime.run import run_folder, stages
+from moedge.runtime.run.engine import Context
 
 
 def convert(

@@ -11,8 +11,8 @@ from rich.markup import escape
 
 from moedge import MoEdgeError
 from moedge._files import write_json
-from moedge.runtime import held_out, run_folder
 from moedge.runtime.progress import single
+from moedge.runtime.run import held_out, run_folder
 from moedge.runtime.tables import Sheet
 
 SCHEMA = "moedge.scores/1"

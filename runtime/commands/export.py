@@ -12,13 +12,13 @@ from rich.markup import escape
 from moedge import MoEdgeError
 from moedge._files import atomic_dir, digest, link_or_copy
 from moedge.export import targets as registry
-from moedge.runtime import held_out, run_folder
 from moedge.runtime.commands import models
 from moedge.runtime.commands.sizes import size_table
 from moedge.runtime.commands.tokens import token_windows
 from moedge.runtime.device.moedge_plugins import refusal
 from moedge.runtime.device.moedge_trt import DeviceError
 from moedge.runtime.progress import single
+from moedge.runtime.run import held_out, run_folder
 
 
 def export(

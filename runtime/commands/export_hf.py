@@ -24,7 +24,7 @@ def export_hf(
         raise MoEdgeError(f"{checkpoint} is not a checkpoint that `moedge convert` wrote: it has no plan.json.")
     _, windows = token_windows(checkpoint, text, window, -(-tokens // window))
     with single("export-hf", f"{checkpoint} -> {out}") as reporter:
-        from moedge.export.hf import export_hf as run
+        from moedge.export.stock.glm import export_hf as run
 
         def step(what: str, done: int, total: int) -> None:
             reporter.progress(done, total)

@@ -13,8 +13,8 @@ from rich.markup import escape
 
 from moedge import MoEdgeError
 from moedge._files import atomic_dir
-from moedge.runtime import held_out, run_folder
 from moedge.runtime.progress import single
+from moedge.runtime.run import held_out, run_folder
 from moedge.runtime.tables import Sheet
 
 
@@ -33,9 +33,10 @@ def finetune(
     force: bool,
 ) -> None:
     """Train ``checkpoint`` into ``out``; an interrupted run goes on from ``state``."""
-    from moedge.convert import finetune as core
-    from moedge.convert import sources, training
+    from moedge.convert import sources
     from moedge.convert.plan import MoEPlan
+    from moedge.convert.train import finetune as core
+    from moedge.convert.train import training
 
     if not (checkpoint / "plan.json").is_file():
         raise MoEdgeError(f"{checkpoint} is not a checkpoint of `moedge convert`: it has no plan.json.")
@@ -94,7 +95,7 @@ def settings_from(options: dict[str, Any]) -> Any:
     Raises:
         MoEdgeError: an unknown one, or a value that is not possible.
     """
-    from moedge.convert.train_settings import TrainSettings
+    from moedge.convert.train.settings import TrainSettings
 
     given = dict(options)
     lora = {key.removeprefix("lora_"): given.pop(key) for key in list(given) if key.startswith("lora_")}
@@ -124,7 +125,8 @@ def _texts(
     """Return windows to train on, windows to measure on by text name, and JSON about both."""
     import numpy as np
 
-    from moedge.convert import calibration, finetune
+    from moedge.convert import calibration
+    from moedge.convert.train import finetune
 
     parts, limit, trained = [], settings.tokens, []
     for spec in text:

@@ -10,12 +10,12 @@ from rich.markup import escape
 
 from moedge import MoEdgeError
 from moedge.export import targets
-from moedge.runtime import generate as generation
-from moedge.runtime import run_folder
 from moedge.runtime.commands import models
 from moedge.runtime.engines import open_engine
-from moedge.runtime.generation_config import shown
-from moedge.runtime.text import Message, open_tokenizer
+from moedge.runtime.run import run_folder
+from moedge.runtime.text import generate as generation
+from moedge.runtime.text.generation_config import shown
+from moedge.runtime.text.tokenizer import Message, open_tokenizer
 
 MODELS = ("moe", "dense")
 TARGETS = (*targets.names(lambda row: row.engine is None), "torch")

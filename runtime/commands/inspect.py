@@ -10,10 +10,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
-from moedge.runtime import build, run_folder
 from moedge.runtime.commands import models
 from moedge.runtime.commands.sizes import size_rows
+from moedge.runtime.engines import build
 from moedge.runtime.report.zeros import zeros_sentence
+from moedge.runtime.run import run_folder
 from moedge.runtime.tables import Sheet
 
 

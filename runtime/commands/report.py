@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
-from moedge.runtime.outcomes import mark
+from moedge.runtime.parity.outcomes import mark
+from moedge.runtime.parity.verdict import outcome_of
 from moedge.runtime.tables import Sheet
-from moedge.runtime.verdict import outcome_of
 
 SCHEMA = "moedge.device-result/1"
 

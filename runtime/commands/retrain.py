@@ -11,16 +11,16 @@ from rich.markup import escape
 
 from moedge import MoEdgeError
 from moedge._files import atomic_dir, write_json
-from moedge.runtime import held_out
 from moedge.runtime.commands.domains import checked
 from moedge.runtime.progress import single
+from moedge.runtime.run import held_out
 
 
 def retrain(checkpoint: Path, out: Path, *, settings: dict[str, Any], force: bool) -> None:
     """Retrain a DIVE checkpoint on the text of its domains and save it with what was measured (``retrain.json``)."""
     from moedge.convert import domains as mining
     from moedge.convert import modeling
-    from moedge.convert import retrain as training
+    from moedge.convert.train import retrain as training
 
     wanted = checked(training.RetrainSettings, settings)
     model, plan, tokenizer = modeling.load(checkpoint)

@@ -12,13 +12,13 @@ from rich.markup import escape
 from moedge import MoEdgeError
 from moedge._files import spare, write_text
 from moedge.configs.recipe import Recipe, load_recipe
-from moedge.runtime import run_folder, stages
-from moedge.runtime.machine import machine
-from moedge.runtime.outcomes import mark
+from moedge.runtime.bench.machine import machine
+from moedge.runtime.parity.outcomes import mark
+from moedge.runtime.parity.verdict import run_outcome
 from moedge.runtime.progress import Reporter
-from moedge.runtime.recipe import Stage, Status, execute, plan
+from moedge.runtime.run import run_folder, stages
+from moedge.runtime.run.engine import Stage, Status, execute, plan
 from moedge.runtime.tables import Sheet
-from moedge.runtime.verdict import run_outcome
 
 _GIB = 2**30
 REPORT_FILES = ("report.html", "report.json", "report.md")

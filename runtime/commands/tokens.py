@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from moedge.runtime.text import open_tokenizer
+from moedge.runtime.text.tokenizer import open_tokenizer
 
 if TYPE_CHECKING:
     import numpy as np

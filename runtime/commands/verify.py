@@ -14,14 +14,13 @@ from rich.markup import escape
 from moedge import MoEdgeError
 from moedge._files import write_text
 from moedge.configs import tolerances as tolerance_files
-from moedge.runtime import parity, run_folder, verdict
 from moedge.runtime.commands import models
 from moedge.runtime.commands.tokens import token_windows
 from moedge.runtime.engines import open_engine
-from moedge.runtime.outcomes import mark
-from moedge.runtime.progress import single
-from moedge.runtime.tables import Sheet
-from moedge.runtime.verification import (
+from moedge.runtime.parity import compare as parity
+from moedge.runtime.parity import verdict
+from moedge.runtime.parity.outcomes import mark
+from moedge.runtime.parity.suite import (
     DEQUANTIZED,
     SCHEMA,
     Judging,
@@ -30,6 +29,9 @@ from moedge.runtime.verification import (
     reference_options,
     verify_run,
 )
+from moedge.runtime.progress import single
+from moedge.runtime.run import run_folder
+from moedge.runtime.tables import Sheet
 
 
 def verify(
@@ -121,7 +123,7 @@ def _pair(
 
 def _device(reference: Path, answers: Path, tolerances: str, opening: dict[str, Any], progress: Any) -> dict[str, Any]:
     """Judge what an engine gave on its device; the archive's prompts are the text."""
-    from moedge.runtime import recorded
+    from moedge.runtime.parity import recorded
 
     found = recorded.Recorded(answers)
     limits = tolerance_files.load().profile(tolerances, str(found.info.model["target"]), found.info.dtype)

@@ -6,7 +6,7 @@ how constant dimensions and attributes become a kernel. :func:`register` hands t
 attributes for such plugins, so they are compile-time constants of the kernel, as are all dimensions but one.
 
 This file travels in a device archive: it needs Python's standard library, numpy and TensorRT. The PTX comes from a
-folder that the export wrote (:class:`Library`); ``moedge.export.plugins`` writes it.
+folder that the export wrote (:class:`Library`); ``moedge.export.device.plugins`` writes it.
 
 A node ``moedge::Name`` of an ONNX file becomes the plugin of that name; every other runtime takes the function body.
 Two things are needed for that where the file also holds the body (found by driving NVIDIA's parser, TensorRT for RTX
@@ -82,7 +82,7 @@ class Plugin:
         size: (input, dimension) of the one dynamic size n that grid and scalars depend on.
         options: (constant input dimensions, input types, attributes) -> the arguments of the kernel's ``launch``;
             the dynamic dimensions are None there.
-        module: the kernel's module in ``moedge.export.kernels``.
+        module: the kernel's module in ``moedge.convert.ops.kernels``.
         tactics: values of ``launch``'s ``path``; TensorRT measures them and takes the fastest. They are numbered
             from 1.
     """
@@ -280,7 +280,7 @@ def register(kernels: Kernels, *, capability: int) -> None:
     """Register every plugin with ``tensorrt.plugin``, once a process, before the ONNX file is parsed.
 
     Args:
-        kernels: :class:`Library`, or ``moedge.export.plugins.Compiler``.
+        kernels: :class:`Library`, or ``moedge.export.device.plugins.Compiler``.
         capability: compute capability of the engine's device, major * 10 + minor.
 
     Raises:

@@ -35,7 +35,7 @@ class EngineInfo:
     model: dict[str, Any] = field(default_factory=dict)
     """Model facts: vocab_size, num_layers, eos_token_ids, max_position_embeddings, target (``torch``, ``portable``,
     ``ort-cpu``), moe (bool), max_length (tokens that a cache can hold), rope_boundary (tokens after which the rotary
-    factors change, or None), generation (a :class:`moedge.runtime.generation_config.GenerationConfig`)."""
+    factors change, or None), generation (a :class:`moedge.runtime.text.generation_config.GenerationConfig`)."""
 
 
 @dataclass
@@ -135,7 +135,7 @@ def open_engine(path: str | Path, *, pytorch: Mapping[str, Any] | None = None, *
                 f"{folder / 'manifest.json'} is not valid JSON ({error}); export the bundle again."
             ) from error
         if isinstance(manifest, dict) and str(manifest.get("schema", "")).startswith("moedge.engine/"):
-            from moedge.runtime.engines.tensorrt import TensorRTEngine
+            from moedge.runtime.engines.trt import TensorRTEngine
 
             return TensorRTEngine(folder, **options)
         if not isinstance(manifest, dict) or not str(manifest.get("schema", "")).startswith("moedge.bundle/"):
@@ -143,11 +143,11 @@ def open_engine(path: str | Path, *, pytorch: Mapping[str, Any] | None = None, *
         target = manifest.get("target")
         if targets.known(str(target)) is None:
             raise MoEdgeError(f"Bundle {folder} is for target {target!r}, which this release cannot run.")
-        from moedge.runtime.engines.onnxruntime import OrtEngine
+        from moedge.runtime.engines.ort import OrtEngine
 
         return OrtEngine(folder, **options)
     if (folder / "config.json").is_file():
-        from moedge.runtime.engines.torch import TorchEngine
+        from moedge.runtime.engines.pytorch import TorchEngine
 
         return TorchEngine(folder, **{**(pytorch or {}), **options})
     if not folder.exists():

@@ -31,8 +31,8 @@ def render(report: dict[str, Any], template: str) -> str:
     import jinja2
     from markupsafe import Markup
 
-    from moedge.runtime import verdict
-    from moedge.runtime.outcomes import mark
+    from moedge.runtime.parity import verdict
+    from moedge.runtime.parity.outcomes import mark
     from moedge.runtime.report.build import ratio
     from moedge.runtime.report.plots import draw_all
     from moedge.runtime.report.profile import NOTE, table

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from moedge import __version__
-from moedge.runtime import run_folder
-from moedge.runtime.run_folder import read_json
-from moedge.runtime.verdict import Outcome, outcome_of, run_outcome
+from moedge.runtime.parity.verdict import Outcome, outcome_of, run_outcome
+from moedge.runtime.run import run_folder
+from moedge.runtime.run.run_folder import read_json
 
 REPORT_SCHEMA = "moedge.report/1"
 

@@ -1,4 +1,4 @@
-"""Profiles of :mod:`moedge.runtime.profiling` as tables."""
+"""Profiles of :mod:`moedge.runtime.bench.profiling` as tables."""
 
 from __future__ import annotations
 

@@ -7,10 +7,10 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from moedge.runtime.outcomes import mark
+from moedge.runtime.parity.outcomes import mark
+from moedge.runtime.parity.verdict import entry_outcome, run_outcome
 from moedge.runtime.report.zeros import zeros_note
 from moedge.runtime.tables import Sheet
-from moedge.runtime.verdict import entry_outcome, run_outcome
 
 
 def show(report: dict[str, Any], console: Console) -> None:

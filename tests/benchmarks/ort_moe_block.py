@@ -22,9 +22,9 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from moedge.export import quantize
-from moedge.export.lowering.ort_moe import interleave as interleave_floats
-from moedge.export.lowering.ort_qmoe import interleave
+from moedge.export.lowering.ort.moe import interleave as interleave_floats
+from moedge.export.lowering.ort.qmoe import interleave
+from moedge.export.quantize import format as quantize
 
 
 class Chain:

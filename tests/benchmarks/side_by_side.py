@@ -151,7 +151,7 @@ def summarise(samples: dict[str, list[Any]], ratios: list[str], prompt: int, clo
     """Medians, tokens per second, and ratios of medians with 95 % intervals paired by round."""
     import numpy as np
 
-    from moedge.runtime.stats import bootstrap_ci
+    from moedge.runtime.bench.stats import bootstrap_ci
 
     first = {label: np.array([turn[0][clock] for turn in turns]) for label, turns in samples.items()}
     steps = {label: np.array([[lap[clock] for lap in turn[1:]] for turn in turns]) for label, turns in samples.items()}

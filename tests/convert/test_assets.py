@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moedge import MoEdgeError
-from moedge.convert import assets
+from moedge.convert.sources import assets
 
 CONTENT = b"some text\n"
 

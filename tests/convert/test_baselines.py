@@ -11,11 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moedge.convert import adapters, budgets, calibration, modeling, partition, routers
+from moedge.convert import adapters, budgets, calibration, modeling, ops, partition, routers
 from moedge.convert.methods import METHODS, baselines
 from moedge.convert.methods.baselines import splits
 from moedge.convert.plan import LayerPlan, MoEPlan
-from moedge.export import ops
 
 X = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
 EXACT = {"atol": 2e-5, "rtol": 1e-5}

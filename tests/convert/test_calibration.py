@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from moedge import MoEdgeError
-from moedge.convert import adapters, calibration, evaluate, streaming, training
-from moedge.convert.train_settings import TrainSettings
+from moedge.convert import adapters, calibration, evaluate, streaming
+from moedge.convert.train import training
+from moedge.convert.train.settings import TrainSettings
 
 WIKI = '<doc id="{0}" url="u" title="t">\nTitle {0}\n\nBody {0}.\n\n</doc>\n'
 

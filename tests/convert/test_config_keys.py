@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from moedge import MoEdgeError
-from moedge.convert import adapters, config_keys, moe_adapters, sources
+from moedge.convert import adapters, moe_adapters, sources
+from moedge.convert.sources import config_keys
 
 FACTORS = [1.0 + n / 16 for n in range(64)]
 LLAMA3 = {

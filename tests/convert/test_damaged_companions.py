@@ -13,7 +13,7 @@ import pytest
 
 from moedge import MoEdgeError
 from moedge.convert import modeling, sources
-from moedge.runtime.text import Tokenizer
+from moedge.runtime.text.tokenizer import Tokenizer
 
 INPUTS = 300
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'ab' * 32}\nsize 123456\n"

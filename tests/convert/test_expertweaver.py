@@ -16,7 +16,7 @@ from moedge.convert.calibration import GateSampling, LayerStatistics
 from moedge.convert.methods import METHODS, expertweaver
 from moedge.convert.methods.expertweaver import ExpertWeaverParams
 from moedge.convert.plan import MoEPlan
-from moedge.convert.train_settings import TrainSettings
+from moedge.convert.train.settings import TrainSettings
 
 IDS = torch.arange(2, 34).reshape(2, 16)
 # 16 experts of 4 neurons; the median CV tells the layers apart on any model.
@@ -347,7 +347,7 @@ def test_downcycle_is_a_softmax_gate_over_uniform_layers(
 def test_a_downcycled_model_learns_and_its_load_evens_out(
     tiny_llama: Callable[..., Any], statistics: list[LayerStatistics], token_windows: np.ndarray
 ) -> None:
-    from moedge.convert import training
+    from moedge.convert.train import training
 
     model = tiny_llama(layers=3)
     modeling.apply(expertweaver.plan(statistics, model, experts=16, k=4, downcycle=True), model)

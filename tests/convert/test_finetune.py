@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 
 from moedge import MoEdgeError
 from moedge._files import hash_tree, sha256_file
-from moedge.convert import calibration, finetune, modeling
+from moedge.convert import calibration, modeling
 from moedge.convert.plan import MoEPlan
-from moedge.convert.train_settings import TrainSettings
+from moedge.convert.train import finetune
+from moedge.convert.train.settings import TrainSettings
 from moedge.runtime.cli import app
 
 LENGTH = 16

@@ -19,7 +19,7 @@ from moedge.convert import modeling, sources
 from moedge.export.pipeline import export
 from moedge.export.trace import trace
 from moedge.runtime.engines import open_engine
-from moedge.runtime.engines.torch import TorchEngine
+from moedge.runtime.engines.pytorch import TorchEngine
 
 IDS = np.arange(24)[None] % 250
 

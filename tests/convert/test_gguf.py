@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from moedge import MoEdgeError
-from moedge.convert import adapters, gguf_files, sources
-from moedge.runtime.fingerprint import fingerprint
+from moedge.convert import adapters, sources
+from moedge.convert.sources import gguf_files
+from moedge.runtime.run.fingerprint import fingerprint
 
 IDS = torch.arange(2, 98)[None]
 """96 tokens: a rotary scaling that is lost moves the logits of most of them."""
@@ -249,7 +250,7 @@ def test_weights_in_several_files_are_the_same_model(
     moedge_cache: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from moedge.convert import gguf_weights
+    from moedge.convert.sources import gguf_weights
 
     monkeypatch.setattr(gguf_weights, "_SHARD", 1 << 15)
     model = tiny_llama()

@@ -14,7 +14,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers.integrations.gguf import gguf_tokenizer_mapping
 
 from moedge import MoEdgeError
-from moedge.convert import gguf_tokenizer, sources
+from moedge.convert import sources
+from moedge.convert.sources import gguf_tokenizer
 
 TEXTS = [
     "In 1999 there were 12345 of them, 3.14159 each; 7 of 10.",

@@ -18,8 +18,8 @@ from moedge import MoEdgeError
 from moedge.configs.recipe import recipe_from
 from moedge.convert import adapters, calibration, hierarchical, modeling, moe_adapters, streaming
 from moedge.convert.methods import cmoe, cmoe_hierarchical
+from moedge.convert.ops import activate
 from moedge.convert.plan import LayerPlan, MoEPlan
-from moedge.export.ops import activate
 from moedge.runtime.cli import app
 
 IDS = torch.arange(2, 66).reshape(2, 32)

@@ -10,11 +10,12 @@ import torch
 from pydantic import ValidationError
 
 from moedge import MoEdgeError
-from moedge.convert import adapters, finetune, modeling, zeros
+from moedge.convert import adapters, modeling, zeros
 from moedge.convert.methods import METHODS, mlpmoe
 from moedge.convert.methods.mlpmoe import MLPMoEParams
 from moedge.convert.plan import LayerPlan, MoEPlan
-from moedge.convert.train_settings import TrainSettings
+from moedge.convert.train import finetune
+from moedge.convert.train.settings import TrainSettings
 
 IDS = torch.arange(2, 34).reshape(2, 16)
 

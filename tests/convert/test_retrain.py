@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from moedge import MoEdgeError
-from moedge.convert import domains, modeling, retrain
+from moedge.convert import domains, modeling
 from moedge.convert.domains import DomainText
 from moedge.convert.methods import dive, mlpmoe
-from moedge.convert.retrain import RetrainSettings
+from moedge.convert.train import retrain
+from moedge.convert.train.retrain import RetrainSettings
 
 IDS = torch.arange(2, 34).reshape(2, 16)
 LENGTH = 16

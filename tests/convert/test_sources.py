@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, PhiConfig
 
 from moedge import MoEdgeError
-from moedge.convert import assets, modeling, sources
+from moedge.convert import modeling, sources
+from moedge.convert.sources import assets
 
 
 @pytest.fixture

@@ -141,7 +141,7 @@ def test_refusals(
 def test_every_known_task_has_an_asset_and_an_lm_eval_task() -> None:
     import lm_eval.tasks
 
-    from moedge.convert import assets
+    from moedge.convert.sources import assets
 
     folder = Path(lm_eval.tasks.__file__).parent
     for task, path in tasks.KNOWN.items():

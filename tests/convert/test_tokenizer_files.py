@@ -14,9 +14,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoTokenizer
 
 from moedge import MoEdgeError
-from moedge.convert import modeling, sources, tokenizer_files  # noqa: F401  modeling registers moedge_llama
+from moedge.convert import modeling, sources  # noqa: F401  modeling registers moedge_llama
+from moedge.convert.sources import tokenizer_files
 from moedge.export import bundle
-from moedge.runtime import text as runtime
+from moedge.runtime.text import tokenizer as runtime
 
 SPECIAL = ("<s>", "</s>", "<|im_start|>")
 NAMED = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}

@@ -14,9 +14,10 @@ from pydantic import ValidationError
 from torch import nn
 
 from moedge import MoEdgeError
-from moedge.convert import balance, modeling, trainable, training
-from moedge.convert.train_settings import TrainSettings
-from moedge.convert.trainable import GROUPS, LoRASettings
+from moedge.convert import modeling
+from moedge.convert.train import balance, trainable, training
+from moedge.convert.train.settings import TrainSettings
+from moedge.convert.train.trainable import GROUPS, LoRASettings
 
 IDS = torch.arange(2, 34).reshape(2, 16)
 LENGTH = 16

@@ -20,14 +20,14 @@ import pytest
 from moedge import MoEdgeError
 from moedge._files import partial_of
 from moedge.configs import devices
-from moedge.export import device_archive
 from moedge.export.bundle import open_bundle
-from moedge.runtime import reduction
+from moedge.export.device import archive as device_archive
+from moedge.export.graph import emulation
 from moedge.runtime.commands import report
 from moedge.runtime.commands.verify import _device
 from moedge.runtime.device import moedge_compare
-from moedge.runtime.engines import emulation
-from moedge.runtime.recorded import Recorded
+from moedge.runtime.parity import metrics as reduction
+from moedge.runtime.parity.recorded import Recorded
 
 STAND_IN = '''
 import os

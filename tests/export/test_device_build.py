@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from moedge.configs import devices
-from moedge.export import device_archive
+from moedge.export.device import archive as device_archive
 
 # What build_engine.py needs of TensorRT, recorded instead of done. Dimensions are numbers that say whether they are
 # constant; the parser walks the file's nodes as NVIDIA's does and asks each plugin what TensorRT asks it.
@@ -164,7 +164,7 @@ exec(compile(open('build_engine.py').read(), 'build_engine.py', 'exec'),
     [("thor", "11.0", "FP16"), ("orin", "8.7", "BF16")],
 )
 def test_the_archive_gives_tensorrt_a_kernel_for_every_node_and_tactic(request, device, capability, half):
-    from moedge.export.plugins import launch_of
+    from moedge.export.device.plugins import launch_of
     from moedge.runtime.device.moedge_plugins import PLUGINS
 
     folder = request.getfixturevalue(device)

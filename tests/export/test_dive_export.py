@@ -9,8 +9,8 @@ from moedge.convert.domains import DomainText
 from moedge.convert.methods import dive
 from moedge.export.bundle import open_bundle
 from moedge.export.pipeline import export
-from moedge.runtime.engines.onnxruntime import OrtEngine
-from moedge.runtime.engines.torch import TorchEngine
+from moedge.runtime.engines.ort import OrtEngine
+from moedge.runtime.engines.pytorch import TorchEngine
 
 # Two fp32 evaluations of a 2-layer model: some twenty products of at most 64 terms in another order, each 64 * 2^-24.
 RELATIVE = 8e-5

@@ -12,12 +12,13 @@ import torch
 
 from moedge import MoEdgeError
 from moedge.export import bundle
-from moedge.export.lowering import onnxruntime as ort_cpu
-from moedge.export.lowering import ort_moe, selftest
-from moedge.export.lowering.graph import values_by_name
+from moedge.export.graph.build import values_by_name
+from moedge.export.lowering.check import selftest
+from moedge.export.lowering.ort import cpu as ort_cpu
+from moedge.export.lowering.ort import moe as ort_moe
 from moedge.export.pipeline import export
-from moedge.runtime.engines.onnxruntime import OrtEngine
-from moedge.runtime.engines.torch import TorchEngine
+from moedge.runtime.engines.ort import OrtEngine
+from moedge.runtime.engines.pytorch import TorchEngine
 
 ALL = [f"{kind}/{target}" for kind in ("dense", "moe") for target in ("portable", "ort-cpu")]
 # Two fp32 evaluations of a 2-layer model: some ten products of at most 64 terms in another order, each 64 * 2^-24.

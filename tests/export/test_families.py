@@ -11,13 +11,15 @@ import pytest
 
 from moedge import MoEdgeError
 from moedge.convert import adapters, modeling
-from moedge.export import nodes
 from moedge.export.bundle import open_bundle
-from moedge.export.lowering import selftest, tensorrt, trt_experts
+from moedge.export.graph import nodes
+from moedge.export.lowering.check import selftest
+from moedge.export.lowering.trt import engine as tensorrt
+from moedge.export.lowering.trt import experts as trt_experts
 from moedge.export.pipeline import export
 from moedge.export.trace import trace
-from moedge.runtime.engines.onnxruntime import OrtEngine
-from moedge.runtime.engines.torch import TorchEngine
+from moedge.runtime.engines.ort import OrtEngine
+from moedge.runtime.engines.pytorch import TorchEngine
 
 # Two fp32 evaluations of a 2-layer model: some ten products of at most 64 terms in another order, each 64 * 2^-24.
 RELATIVE = 4e-5

@@ -9,7 +9,8 @@ import torch
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
-from moedge.export import attention, ops  # noqa: F401  attention registers its operator
+from moedge.convert import ops
+from moedge.export import attention  # noqa: F401  attention registers its operator
 from moedge.export.functions import DOMAIN, OPSET, bodies
 
 # fp32 sums of up to ~100 terms of order 1, in another order: 100 * 2^-24 = 6e-6 of the largest value.

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from moedge import MoEdgeError
-from moedge.export import bundle, calibrate, quantize
+from moedge.export import bundle
 from moedge.export.pipeline import export
+from moedge.export.quantize import format as quantize
+from moedge.export.quantize import moments as calibrate
 
 EXPERTS, TOP_K = 5, 2
 WINDOWS = np.random.default_rng(3).integers(0, 256, (8, 32))
@@ -107,7 +109,7 @@ def test_an_export_on_a_text_is_a_bundle_of_the_same_size_with_less_error(made):
     assert {entry["tensor_class"] for entry in section["classes"]} >= {"attention", "shared", "experts"}
     import onnx_ir as ir
 
-    from moedge.export.lowering import weights
+    from moedge.export.graph import weights
 
     portable = bundle.open_bundle(made["portable"])
     graph = ir.load(portable.model_path)

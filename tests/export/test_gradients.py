@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from moedge.export import ops
+from moedge.convert import ops
 
 moedge = torch.ops.moedge
 

@@ -19,9 +19,10 @@ from moedge.configs import tolerances
 from moedge.export import bundle, targets
 from moedge.export.pipeline import export, lower
 from moedge.runtime.commands.verify import _pair
-from moedge.runtime.engines import _session, open_engine
-from moedge.runtime.engines import onnxruntime as ort_engine
-from moedge.runtime.verification import Judging
+from moedge.runtime.engines import open_engine
+from moedge.runtime.engines import ort as ort_engine
+from moedge.runtime.engines import ort_session as _session
+from moedge.runtime.parity.suite import Judging
 
 HIDDEN, EXPERTS, TOP_K, LAYERS = 64, 30, 15, 2
 WINDOWS = np.random.default_rng(1).integers(0, 256, (2, 64))

@@ -24,7 +24,8 @@ from moedge.convert import adapters, calibration, modeling
 from moedge.convert.methods import cmoe, expertweaver, mlpmoe
 from moedge.convert.methods import moedge as own
 from moedge.convert.plan import LayerPlan, MoEPlan, RouterPlan
-from moedge.export import hf, hf_check
+from moedge.export.stock import check as hf_check
+from moedge.export.stock import glm as hf
 from moedge.runtime.cli import app
 
 IDS = np.random.default_rng(1).integers(0, 256, (6, 32))

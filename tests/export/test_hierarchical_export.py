@@ -14,13 +14,14 @@ import pytest
 from moedge import MoEdgeError
 from moedge.convert import modeling
 from moedge.convert.methods import cmoe_hierarchical
-from moedge.export import hf, targets
+from moedge.export import targets
 from moedge.export.bundle import open_bundle
 from moedge.export.pipeline import export
+from moedge.export.stock import glm as hf
 from moedge.export.trace import trace
-from moedge.runtime import parity
-from moedge.runtime.engines.onnxruntime import OrtEngine
-from moedge.runtime.engines.torch import TorchEngine
+from moedge.runtime.engines.ort import OrtEngine
+from moedge.runtime.engines.pytorch import TorchEngine
+from moedge.runtime.parity import compare as parity
 
 # Two fp32 evaluations of a 2-layer model: some twenty products of at most 64 terms in another order, each 64 * 2^-24.
 RELATIVE = 8e-5

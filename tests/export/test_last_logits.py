@@ -13,8 +13,8 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from moedge import MoEdgeError
+from moedge.export.graph.taps import edited
 from moedge.runtime.engines import open_engine
-from moedge.runtime.engines._graph import edited
 
 
 @pytest.mark.parametrize("which", ["dense/portable", "moe/portable", "dense/ort-cpu", "moe/ort-cpu", "dense", "moe"])

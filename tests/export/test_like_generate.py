@@ -13,13 +13,13 @@ import torch
 
 from moedge import MoEdgeError
 from moedge.export.pipeline import export
-from moedge.runtime import parity
 from moedge.runtime.engines import longrope, open_engine
-from moedge.runtime.engines.onnxruntime import OrtEngine
-from moedge.runtime.generate import generate
-from moedge.runtime.generation_config import GenerationConfig
-from moedge.runtime.text import Tokenizer
-from moedge.runtime.verification import ALL_EXPERTS
+from moedge.runtime.engines.ort import OrtEngine
+from moedge.runtime.parity import compare as parity
+from moedge.runtime.parity.suite import ALL_EXPERTS
+from moedge.runtime.text.generate import generate
+from moedge.runtime.text.generation_config import GenerationConfig
+from moedge.runtime.text.tokenizer import Tokenizer
 
 PROMPT = "river stone light"
 ENGINES = ("dense", "moe", "dense-ort-cpu", "moe-ort-cpu")

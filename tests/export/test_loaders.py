@@ -11,10 +11,10 @@ import onnx_ir as ir
 import pytest
 
 from moedge.export import bundle, loaders
-from moedge.export.lowering import shapes
+from moedge.export.graph import shapes
 from moedge.export.pipeline import export
-from moedge.runtime.engines.onnxruntime import OrtEngine
-from moedge.runtime.text import Tokenizer
+from moedge.runtime.engines.ort import OrtEngine
+from moedge.runtime.text.tokenizer import Tokenizer
 
 ALL = [f"{kind}/{target}" for kind in ("dense", "moe") for target in ("portable", "ort-cpu")]
 IDS = np.random.default_rng(1).integers(0, 256, (1, 12))

@@ -7,7 +7,9 @@ import pytest
 
 from moedge import MoEdgeError
 from moedge._files import atomic_dir
-from moedge.export.lowering import onnxruntime, openvino, selftest
+from moedge.export.lowering import openvino
+from moedge.export.lowering.check import selftest
+from moedge.export.lowering.ort import cpu as onnxruntime
 from moedge.export.pipeline import lower
 from moedge.runtime.engines import open_engine
 

@@ -11,11 +11,12 @@ from moedge import MoEdgeError
 from moedge._files import atomic_dir
 from moedge.configs.recipe import recipe_from
 from moedge.export import bundle
-from moedge.export.lowering import ort_moe, tensorrt
+from moedge.export.lowering.ort import moe as ort_moe
+from moedge.export.lowering.trt import engine as tensorrt
 from moedge.export.pipeline import lower
-from moedge.runtime import stages
 from moedge.runtime.engines import open_engine
-from moedge.runtime.engines._session import not_on
+from moedge.runtime.engines.ort_session import not_on
+from moedge.runtime.run import stages
 
 # A 2-layer model: four blocks, each within HALF_LIMIT of its own output, added to one residual stream.
 MODEL_LIMIT = 4 * tensorrt.HALF_LIMIT

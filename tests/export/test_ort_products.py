@@ -12,11 +12,12 @@ import pytest
 
 from moedge.convert import modeling
 from moedge.export.bundle import open_bundle
-from moedge.export.lowering import ort_products, selftest
-from moedge.export.nodes import nodes_of
+from moedge.export.graph.nodes import nodes_of
+from moedge.export.lowering.check import selftest
+from moedge.export.lowering.ort import products as ort_products
 from moedge.export.pipeline import export, lower
-from moedge.runtime.engines.onnxruntime import OrtEngine
-from moedge.runtime.profiling import group_nodes
+from moedge.runtime.bench.profiling import group_nodes
+from moedge.runtime.engines.ort import OrtEngine
 
 IDS = np.random.default_rng(3).integers(0, 256, (2, 40))
 # Two layers whose blocks are within 2e-6 of their own output (onnxruntime.BLOCK_LIMIT), added to one residual stream.

@@ -12,8 +12,8 @@ import onnx
 import pytest
 
 from moedge import MoEdgeError
-from moedge.runtime.engines.onnxruntime import OrtEngine
-from moedge.runtime.profiling import GROUPS, group_nodes, profile, profiles, split_runs, summary
+from moedge.runtime.bench.profiling import GROUPS, group_nodes, profile, profiles, split_runs, summary
+from moedge.runtime.engines.ort import OrtEngine
 from moedge.runtime.report.profile import table
 
 

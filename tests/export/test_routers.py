@@ -14,11 +14,12 @@ from moedge import MoEdgeError
 from moedge.convert import adapters, modeling
 from moedge.convert.plan import LayerPlan, MoEPlan, RouterPlan
 from moedge.export.bundle import open_bundle
-from moedge.export.lowering import ort_products, tensorrt
+from moedge.export.lowering.ort import products as ort_products
+from moedge.export.lowering.trt import engine as tensorrt
 from moedge.export.pipeline import export, lower
 from moedge.runtime.engines import open_engine
-from moedge.runtime.engines.onnxruntime import OrtEngine
-from moedge.runtime.engines.torch import TorchEngine
+from moedge.runtime.engines.ort import OrtEngine
+from moedge.runtime.engines.pytorch import TorchEngine
 
 HIDDEN, WIDTH = 32, 96
 IDS = np.random.default_rng(1).integers(0, 256, (1, 24))

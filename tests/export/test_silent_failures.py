@@ -15,7 +15,8 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from moedge.export.lowering import ort_moe, selftest
+from moedge.export.lowering.check import selftest
+from moedge.export.lowering.ort import moe as ort_moe
 
 TOKENS, HIDDEN, WIDTH, EXPERTS, TOP_K = 5, 32, 16, 4, 2
 GENERATOR = np.random.default_rng(0)

@@ -23,10 +23,12 @@ from moedge.configs.recipe import recipe_from
 from moedge.export import targets
 from moedge.export.lowering import portable
 from moedge.export.pipeline import export
-from moedge.runtime import bench, doctor, parity
+from moedge.runtime import doctor
+from moedge.runtime.bench import latency as bench
 from moedge.runtime.cli import app
 from moedge.runtime.device import moedge_trt
 from moedge.runtime.engines import open_engine
+from moedge.runtime.parity import compare as parity
 
 ROOT = Path(moedge.__file__).parent
 

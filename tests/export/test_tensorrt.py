@@ -10,13 +10,19 @@ import pytest
 from moedge import MoEdgeError
 from moedge._files import atomic_dir
 from moedge.configs import devices
-from moedge.export import bundle, nodes
+from moedge.export import bundle
 from moedge.export.functions import DOMAIN
-from moedge.export.lowering import half, selftest, tensorrt, trt_attention, trt_experts, trt_native, trt_router
-from moedge.export.lowering.graph import Builder
+from moedge.export.graph import half, nodes
+from moedge.export.graph.build import Builder
+from moedge.export.lowering.check import selftest
+from moedge.export.lowering.trt import attention as trt_attention
+from moedge.export.lowering.trt import engine as tensorrt
+from moedge.export.lowering.trt import experts as trt_experts
+from moedge.export.lowering.trt import native as trt_native
+from moedge.export.lowering.trt import router as trt_router
 from moedge.export.pipeline import lower
 from moedge.runtime.engines import open_engine
-from moedge.runtime.engines.torch import TorchEngine
+from moedge.runtime.engines.pytorch import TorchEngine
 
 # A 2-layer model: four blocks, each within tensorrt.HALF_LIMIT of its own output, added to one residual stream.
 MODEL_LIMIT = 4 * tensorrt.HALF_LIMIT
@@ -148,8 +154,8 @@ def test_another_type_is_refused(bundles):
 
 @pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx-cu13 has no package for this platform")
 def test_an_engine_in_bfloat16_is_built_where_there_is_bfloat16(typed, tmp_path):
-    from moedge.runtime import build
     from moedge.runtime.device import moedge_trt
+    from moedge.runtime.engines import build
 
     folder = typed["bfloat16/tensorrt-rtx"]
     made = build.build(folder, tmp_path / "engine", ["rtx-3090"], max_length=64, max_prompt=32, taps=True)
@@ -398,7 +404,7 @@ def test_routers_without_matrix_products_choose_the_same_experts(typed, tmp_path
 
 @pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx-cu13 has no package for this platform")
 def test_a_moe_builds_for_turing_which_has_no_float32_products(typed, tmp_path):
-    from moedge.runtime import build
+    from moedge.runtime.engines import build
 
     engine = build.build(typed["moe/tensorrt-rtx"], tmp_path / "engine", ["rtx-2080-ti"], max_length=64)
     assert engine["compute_capabilities"] == ["7.5"]
@@ -409,7 +415,7 @@ def test_a_moe_builds_for_turing_which_has_no_float32_products(typed, tmp_path):
 
 @pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx-cu13 has no package for this platform")
 def test_a_moe_engine_is_built_for_every_gpu_that_tensorrt_rtx_knows(typed, tmp_path):
-    from moedge.runtime import build
+    from moedge.runtime.engines import build
 
     names = {devices.load(name).compute_capability: name for name in devices.names()}
     rtx = [names[capability] for capability in devices.RTX_CAPABILITIES]
@@ -433,8 +439,8 @@ def test_a_tap_that_the_graph_lacks_stops_the_build(typed):
 @pytest.mark.parametrize("target", ["tensorrt", "plugins", "tensorrt-rtx"])
 def test_an_engine_computes_what_its_graph_computes(typed, tmp_path, target):
     """On a GPU: built for it, run by it, prefill in two pieces and decode, beside ONNX Runtime on the same file."""
-    from moedge.runtime import build
     from moedge.runtime.device.moedge_cuda import Cuda
+    from moedge.runtime.engines import build
 
     runtime = "tensorrt-rtx" if target == "tensorrt-rtx" else "tensorrt"
     pytest.importorskip(runtime.replace("-", "_"))

@@ -21,10 +21,10 @@ from moedge._files import atomic_dir
 from moedge.configs import tolerances
 from moedge.export import bundle
 from moedge.export.pipeline import export, lower
-from moedge.runtime import parity
 from moedge.runtime.commands.verify import _pair
 from moedge.runtime.engines import open_engine
-from moedge.runtime.verification import Judging
+from moedge.runtime.parity import compare as parity
+from moedge.runtime.parity.suite import Judging
 
 LAYERS, HIDDEN, EXPERTS, TOP_K = 3, 128, 6, 3
 WINDOWS = np.random.default_rng(5).integers(0, 256, (6, 250))

@@ -15,13 +15,20 @@ from onnx import TensorProto, helper, numpy_helper
 
 from moedge import MoEdgeError
 from moedge.configs import devices, tolerances
-from moedge.export import bundle, calibrate, quantize
-from moedge.export.lowering import capabilities, mistakes, tensorrt, trt_quantized, trt_weights, weights
-from moedge.export.lowering.graph import array_of
+from moedge.export import bundle
+from moedge.export.graph import weights
+from moedge.export.graph.build import array_of
+from moedge.export.lowering import capabilities
+from moedge.export.lowering.check import mistakes
+from moedge.export.lowering.trt import engine as tensorrt
+from moedge.export.lowering.trt import quantized as trt_quantized
+from moedge.export.lowering.trt import weights as trt_weights
 from moedge.export.pipeline import export
-from moedge.runtime import build
+from moedge.export.quantize import format as quantize
+from moedge.export.quantize import moments as calibrate
 from moedge.runtime.commands.verify import _pair
-from moedge.runtime.engines.onnxruntime import OrtEngine
+from moedge.runtime.engines import build
+from moedge.runtime.engines.ort import OrtEngine
 
 # Rows of 128 inputs are one block of 128, of 320 (merged down) and 192 (shared) blocks of 64, of 512 (dense) of 128.
 HIDDEN, WIDTH, EXPERTS, TOP_K = 128, 512, 5, 2

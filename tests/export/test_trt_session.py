@@ -15,10 +15,11 @@ import pytest
 
 from moedge import MoEdgeError
 from moedge._files import atomic_dir, hash_tree
-from moedge.export.lowering.selftest import dtype_of
+from moedge.export.graph import emulation
+from moedge.export.lowering.check.selftest import dtype_of
 from moedge.export.pipeline import lower
 from moedge.runtime.device import moedge_cuda, moedge_session, moedge_trt
-from moedge.runtime.engines import emulation, open_engine
+from moedge.runtime.engines import open_engine
 
 # Odd: a tensor of the cache is then no multiple of 256 bytes long.
 MAX_LENGTH, MAX_PROMPT, BATCH = 61, 24, 2
@@ -231,7 +232,7 @@ def test_a_long_padded_prompt_is_read_in_pieces(bundle, session) -> None:
     reads = []
     logits, routes, cache = session.start(ids, mask, reads=reads)
     # Sums over a past are taken in another order than those over one prompt: within the block limit of half precision.
-    from moedge.export.lowering.tensorrt import block_limit
+    from moedge.export.lowering.trt.engine import block_limit
 
     error = np.abs(logits - want.logits)[mask.astype(bool)].max() / np.abs(want.logits).max()
     assert logits.shape == want.logits.shape

@@ -101,7 +101,7 @@ _CONCAT = """
     back = Transpose <perm = [0, 2, 1, 3]> (mixed)
     attended = Reshape (back, flat)
 """.replace("vt_all", "present_0_value")
-# The kernel takes lengths, not a mask: padding is hidden by a bias, as export/lowering/ort_attention.py does.
+# The kernel takes lengths, not a mask: padding is hidden by a bias, as export/lowering/ort/attention.py does.
 _GROUP_QUERY = """
     one = Constant <value_int = 1> ()
     total1 = Shape <start = 1, end = 2> (attention_mask)  new1 = Shape <start = 1, end = 2> (input_ids)

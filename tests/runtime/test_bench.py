@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from moedge import MoEdgeError
-from moedge.runtime import bench as module
-from moedge.runtime.bench import bench
+from moedge.runtime.bench import latency as module
+from moedge.runtime.bench.latency import bench
+from moedge.runtime.bench.stats import bootstrap_ci, percentiles
 from moedge.runtime.engines import EngineInfo, Step, open_engine
-from moedge.runtime.stats import bootstrap_ci, percentiles
 
 IDS = np.arange(20) % 7
 
@@ -182,7 +182,7 @@ def test_gpu_memory_is_pytorchs_peak_and_others_say_why_not(
     from rich.console import Console
 
     from moedge.runtime.commands.bench import show
-    from moedge.runtime.engines.torch import TorchEngine
+    from moedge.runtime.engines.pytorch import TorchEngine
 
     peaks = {0: 7 * 2**20, 1: 1536 * 2**20}
     torch = TorchEngine.__new__(TorchEngine)

@@ -14,9 +14,9 @@ import pytest
 
 from moedge import MoEdgeError
 from moedge._files import hash_tree
-from moedge.runtime import build as builder
 from moedge.runtime.commands import inspect
 from moedge.runtime.device import moedge_cuda, moedge_trt
+from moedge.runtime.engines import build as builder
 from moedge.runtime.engines import open_engine
 
 # The extra [tensorrt-rtx]: NVIDIA publishes its libraries for Linux and Windows on x86-64 only.

@@ -10,9 +10,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from moedge import MoEdgeError
-from moedge.convert import sources, tokenizer_files
-from moedge.runtime import chat_template
-from moedge.runtime.text import Tokenizer, open_tokenizer
+from moedge.convert import sources
+from moedge.convert.sources import tokenizer_files
+from moedge.runtime.text import chat_template
+from moedge.runtime.text.tokenizer import Tokenizer, open_tokenizer
 
 # Written in the manner of the families that their names tell; what they ask for is what those ask for.
 CHATML = (

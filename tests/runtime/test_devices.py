@@ -6,7 +6,7 @@ import pytest
 
 from moedge import MoEdgeError
 from moedge.configs import devices, files
-from moedge.runtime import estimate
+from moedge.runtime.engines import estimate
 
 MODEL = {"num_layers": 30, "num_kv_heads": 3, "head_dim": 64, "vocab_size": 49152}
 

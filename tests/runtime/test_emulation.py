@@ -13,7 +13,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from moedge import MoEdgeError
-from moedge.runtime.engines import emulation
+from moedge.export.graph import emulation
 
 NUMPY: dict[str, Any] = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 TYPES = pytest.mark.parametrize("dtype", list(emulation.HALVES))

@@ -12,7 +12,7 @@ import pytest
 from moedge import MoEdgeError
 from moedge.configs import tolerances
 from moedge.runtime.engines import Engine, open_engine
-from moedge.runtime.parity import compare, identity
+from moedge.runtime.parity.compare import compare, identity
 
 LAYERS, WIDTH, EXPERTS, TOP_K, ALL = 2, 48, 4, 2, 1 << 16
 WINDOWS = np.random.default_rng(0).integers(0, 256, (2, 60))

@@ -19,10 +19,10 @@ from typer.testing import CliRunner
 from moedge import MoEdgeError
 from moedge.runtime.cli import app
 from moedge.runtime.engines import EngineInfo, Step, open_engine
-from moedge.runtime.generate import draw, generate
-from moedge.runtime.generation_config import GenerationConfig
-from moedge.runtime.logits import warped
-from moedge.runtime.text import StopStrings, Tokenizer
+from moedge.runtime.text.generate import draw, generate
+from moedge.runtime.text.generation_config import GenerationConfig
+from moedge.runtime.text.logits import warped
+from moedge.runtime.text.tokenizer import StopStrings, Tokenizer
 
 END = 257  # <|end|> of the toy tokenizer: 256 bytes, <|start|>, <|end|>
 

@@ -5,8 +5,8 @@ import pytest
 from moedge import MoEdgeError
 from moedge._files import sha256_file
 from moedge.convert.plan import MoEPlan
-from moedge.runtime import held_out
-from moedge.runtime.text import Tokenizer
+from moedge.runtime.run import held_out
+from moedge.runtime.text.tokenizer import Tokenizer
 
 
 def test_a_text_of_one_document_is_all_held_out(tmp_path):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation import logits_process as theirs
 
-from moedge.runtime import logits
+from moedge.runtime.text import logits
 
 VOCAB, ENDS = 40, [2, 7]
 random = np.random.default_rng(0)

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from moedge._files import hash_tree
 from moedge.convert.methods import METHODS
-from moedge.runtime import bench
 from moedge.runtime import report as reports
+from moedge.runtime.bench import latency as bench
 from moedge.runtime.cli import app
 
 RECIPE = """

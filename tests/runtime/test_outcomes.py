@@ -17,10 +17,10 @@ from moedge.configs.recipe import parse_recipe
 from moedge.runtime import report as reports
 from moedge.runtime.commands import run as run_command
 from moedge.runtime.commands import verify as verify_command
-from moedge.runtime.outcomes import mark
+from moedge.runtime.parity.outcomes import mark
+from moedge.runtime.parity.suite import finished
+from moedge.runtime.parity.verdict import Check, Outcome, Verdict, run_outcome
 from moedge.runtime.report.build import build
-from moedge.runtime.verdict import Check, Outcome, Verdict, run_outcome
-from moedge.runtime.verification import finished
 
 CHECKS = {
     Outcome.PASSED: Check("prefill.top1.agreement", 1.0, ">=", 0.99),

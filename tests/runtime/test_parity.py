@@ -14,9 +14,9 @@ from scipy import special, stats
 
 from moedge import MoEdgeError
 from moedge.configs import tolerances
-from moedge.runtime import verdict
 from moedge.runtime.engines import EngineInfo, Step, open_engine
-from moedge.runtime.parity import compare, identity
+from moedge.runtime.parity import verdict
+from moedge.runtime.parity.compare import compare, identity
 
 VOCAB, LENGTH, WINDOWS, PREFILL, LAYERS, EXPERTS, TOP_K = 50, 12, 3, 5, 2, 8, 3
 LIMITS = tolerances.load().profile("float32", "ort-cpu")

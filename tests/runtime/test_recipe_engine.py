@@ -14,9 +14,9 @@ import pytest
 from rich.console import Console
 
 from moedge import MoEdgeError
-from moedge.runtime import recipe as engine
 from moedge.runtime.progress import Reporter
-from moedge.runtime.recipe import Context, Stage, execute, plan
+from moedge.runtime.run import engine
+from moedge.runtime.run.engine import Context, Stage, execute, plan
 
 
 class Toy:
@@ -215,7 +215,7 @@ def test_check_runs_on_reused_stages_too_and_stops_the_run(tmp_path: Path) -> No
 
 HOLD = """
 import sys, pathlib
-from moedge.runtime.recipe import lock
+from moedge.runtime.run.engine import lock
 with lock(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

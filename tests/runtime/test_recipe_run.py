@@ -17,12 +17,11 @@ from typer.testing import CliRunner
 from moedge._files import hash_tree
 from moedge.configs.recipe import load_recipe
 from moedge.export import targets
-from moedge.runtime import recipe as engine
 from moedge.runtime import report as reports
-from moedge.runtime import run_folder, stages
+from moedge.runtime.bench.machine import machine
 from moedge.runtime.cli import INTERRUPTED, app
-from moedge.runtime.machine import machine
 from moedge.runtime.progress import Reporter
+from moedge.runtime.run import engine, run_folder, stages
 
 RECIPE = """
 model: {{source: {model}}}

@@ -15,9 +15,9 @@ from moedge import MoEdgeError
 from moedge.configs.recipe import CONTROLS, EvaluateSection, Recipe, load_recipe, recipe_from
 from moedge.configs.study import load_study
 from moedge.convert import sources
-from moedge.runtime import held_out, run_folder, stages, study
-from moedge.runtime.fingerprint import fingerprint
-from moedge.runtime.recipe import Context, Stage, parts, source_digests
+from moedge.runtime.run import held_out, run_folder, stages, study
+from moedge.runtime.run.engine import Context, Stage, parts, source_digests
+from moedge.runtime.run.fingerprint import fingerprint
 
 MACHINE = {"processor": "toy"}
 
@@ -91,7 +91,7 @@ def test_an_engine_is_a_stage_of_its_own_and_nothing_here_pretends_to_run_it(tmp
         asked.append((bundle, out, devices))
         return {"build": {"engine_bytes": 1 << 20, "layers": 7}}
 
-    monkeypatch.setattr("moedge.runtime.build.build", build)
+    monkeypatch.setattr("moedge.runtime.engines.build.build", build)
     (tmp_path / "export" / "tensorrt-rtx").mkdir(parents=True)
     (tmp_path / "export" / "tensorrt-rtx" / "manifest.json").write_text("{}")
     said: list[str] = []
@@ -144,11 +144,11 @@ def test_stages_read_only_earlier_ones_and_their_sources_exist() -> None:
 
 
 PACKAGE = Path(package.__file__).parent
-ENGINE_OF_STAGES = {"runtime/__init__.py", "runtime/recipe.py", "runtime/progress.py"}
+ENGINE_OF_STAGES = {"runtime/__init__.py", "runtime/run/engine.py", "runtime/progress.py"}
 """What runs the stages; a change of it says nothing about what a stage wrote."""
 NOT_RUN = {
     *("configs/__init__.py", "configs/devices.py", "configs/files.py"),
-    *("export/plugins.py", "runtime/build.py", "runtime/estimate.py"),
+    *("export/device/plugins.py", "runtime/engines/build.py", "runtime/engines/estimate.py"),
 }
 """Behind the engine of TensorRT, which no stage opens, and the device's scripts in ``runtime/device``."""
 
@@ -183,8 +183,9 @@ def code_of(body: Callable[..., None]) -> set[str]:
     used = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)} - {"Context"}
     todo = imports(function, lazy=True)
     for node in ast.parse(Path(inspect.getsourcefile(body) or "").read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ImportFrom) and used & {alias.asname or alias.name for alias in node.names}:
-            todo |= imported(node)
+        if isinstance(node, ast.ImportFrom):
+            node.names = [alias for alias in node.names if (alias.asname or alias.name) in used]
+            todo |= imported(node) if node.names else set()
     seen: set[Path] = set()
     while todo:
         path = todo.pop()

@@ -177,7 +177,7 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
             pytest.fail("Triton's interpreter was chosen for this run; device tests need: pytest -m gpu", pytrace=False)
         return "cuda"
     start = request.getfixturevalue("interpreter")
-    from moedge.export.kernels import cuda
+    from moedge.convert.ops.kernels import cuda
 
     plain = cuda.run
 

@@ -17,8 +17,8 @@ import numpy as np
 import onnx
 import torch
 
-from moedge.export.kernels.cuda import kernel_of
-from moedge.export.plugins import launch_of
+from moedge.convert.ops.kernels.cuda import kernel_of
+from moedge.export.device.plugins import launch_of
 from moedge.runtime.device.moedge_plugins import PLUGINS
 
 TYPES = {0: torch.float32, 1: torch.float16, 3: torch.int32}

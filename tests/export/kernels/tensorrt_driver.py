@@ -24,7 +24,7 @@ import tensorrt.plugin as api  # noqa: E402
 from tensorrt.plugin._lib import QDP_REGISTRY  # noqa: E402
 from tensorrt.plugin._tensor import ShapeExprs, SymIntExpr  # noqa: E402
 
-from moedge.export.plugins import launch_of  # noqa: E402
+from moedge.export.device.plugins import launch_of  # noqa: E402
 from moedge.runtime.device import moedge_plugins as plugins  # noqa: E402
 
 

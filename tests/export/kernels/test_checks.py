@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moedge.export import ops
+from moedge.convert import ops
 
 triton = pytest.importorskip("triton")  # Linux only
 tl = pytest.importorskip("triton.language")
@@ -85,7 +85,7 @@ def test_every_kind_of_fault_is_caught_and_named(
 )
 def test_the_grid_holds_the_tiles_of_every_split(counts: list[int], path: str) -> None:
     """The rule knows the number of rows only; whatever their split, each expert's tiles fit."""
-    from moedge.export.kernels import grouped, grouped_linear
+    from moedge.convert.ops.kernels import grouped, grouped_linear
 
     launch = grouped_linear.launch(hidden=70, width=40, experts=len(counts), dtype="fp16", path=path)
     rows, block = sum(counts), grouped.PATHS[path]
@@ -95,7 +95,7 @@ def test_the_grid_holds_the_tiles_of_every_split(counts: list[int], path: str) -
 
 def test_grids_are_formulas_of_one_size() -> None:
     """What TensorRT evaluates symbolically, written out for known sizes."""
-    from moedge.export.kernels import combine, dispatch, grouped_glu, route
+    from moedge.convert.ops.kernels import combine, dispatch, grouped_glu, route
 
     assert route.launch(experts=8, top_k=2, rule="unit").programs(300) == (300, 1)
     assert dispatch.launch(hidden=1100, experts=8, top_k=3, dtype="fp16").programs(11) == (3, 2)  # 33 rows by 16
@@ -109,7 +109,7 @@ def test_grids_are_formulas_of_one_size() -> None:
 @pytest.mark.parametrize("group", [32, 128])
 @pytest.mark.parametrize("columns", [32, 100, 129])
 def test_int4_packing_is_lossless(columns: int, group: int) -> None:
-    from moedge.export.kernels import pack
+    from moedge.convert.ops.kernels import pack
 
     q = torch.randint(-8, 8, (3, 5, columns), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
     packed = pack.pack_int4(q, group=group)
@@ -119,7 +119,7 @@ def test_int4_packing_is_lossless(columns: int, group: int) -> None:
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantising_errs_by_half_a_step(bits: int) -> None:
-    from moedge.export.kernels import pack
+    from moedge.convert.ops.kernels import pack
 
     weight = torch.randn(4, 6, 100, generator=torch.Generator().manual_seed(0))
     q, scales = pack.quantize(weight, bits=bits, group=32)
@@ -140,7 +140,7 @@ def test_quantising_errs_by_half_a_step(bits: int) -> None:
     ],
 )
 def test_launches_that_no_kernel_has_are_refused(wrong: dict[str, Any], said: str) -> None:
-    from moedge.export.kernels import grouped_linear, route
+    from moedge.convert.ops.kernels import grouped_linear, route
 
     options = {"hidden": 8, "width": 8, "experts": 2, "dtype": "fp16", "path": "gemv"} | wrong
     with pytest.raises(ValueError, match=said):
@@ -158,7 +158,7 @@ def test_operators_have_a_cuda_kernel(name: str) -> None:
 
 
 def test_what_the_kernels_do_not_take_runs_in_pytorch() -> None:
-    from moedge.export.kernels import cuda
+    from moedge.convert.ops.kernels import cuda
 
     scores, x = torch.randn(2, 600), torch.randn(2, 8)
     indices, offsets = torch.zeros(2, 1, dtype=torch.int32), torch.tensor([0, 2, 2], dtype=torch.int32)
@@ -178,7 +178,7 @@ def test_what_the_kernels_do_not_take_runs_in_pytorch() -> None:
 def test_the_cuda_kernel_of_an_operator_is_triton_and_without_triton_pytorch(
     monkeypatch: pytest.MonkeyPatch, interpreter: Callable[..., Any]
 ) -> None:
-    from moedge.export.kernels import cuda
+    from moedge.convert.ops.kernels import cuda
 
     scores = torch.tensor([[0.5, 2.0, 1.0]])
     on_cuda = ops.route._backend_fns["cuda"]
@@ -187,7 +187,7 @@ def test_the_cuda_kernel_of_an_operator_is_triton_and_without_triton_pytorch(
     monkeypatch.setattr(cuda, "run", lambda launch, *rest: (launched.append(launch.kernel), plain(launch, *rest)))
     assert on_cuda(scores, None, None, 2, "unit")[0].tolist() == [[1, 2]]
     assert launched == ["route.route"]
-    for name in [name for name in sys.modules if name.startswith("moedge.export.kernels")]:
+    for name in [name for name in sys.modules if name.startswith("moedge.convert.ops.kernels")]:
         monkeypatch.delitem(sys.modules, name)
     import moedge.export
 

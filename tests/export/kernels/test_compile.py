@@ -15,7 +15,7 @@ pytest.importorskip("triton")  # Linux only
 
 PROGRAM = """
 import json, sys
-from moedge.export.kernels import table
+from moedge.convert.ops.kernels import table
 rows = table.resources(json.loads(sys.argv[1]), json.loads(sys.argv[2]))
 print(json.dumps(rows))
 """
@@ -31,7 +31,7 @@ def compiled(capabilities: list[int], labels: list[str] | None, cache: Path) -> 
 
 
 def check(rows: list[dict[str, Any]]) -> None:
-    from moedge.export.kernels.compile import MOST_SHARED
+    from moedge.convert.ops.kernels.compile import MOST_SHARED
 
     for row in rows:
         assert 0 < row["registers"] <= 255, row
@@ -48,8 +48,8 @@ def test_kernels_compile_for_orin_and_thor(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_every_kernel_compiles_for_every_capability(tmp_path: Path) -> None:
-    from moedge.export.kernels import table
-    from moedge.export.kernels.compile import PTX_VERSIONS
+    from moedge.convert.ops.kernels import table
+    from moedge.convert.ops.kernels.compile import PTX_VERSIONS
 
     rows = compiled(list(PTX_VERSIONS), None, tmp_path)
     assert len(rows) == len(table.cases()) * len(PTX_VERSIONS)
@@ -70,7 +70,7 @@ PTX = """.version 8.0
 
 
 def test_only_parameters_that_nobody_reads_are_removed() -> None:
-    from moedge.export.kernels.compile import without_scratch
+    from moedge.convert.ops.kernels.compile import without_scratch
 
     stripped = without_scratch(PTX, 1)
     assert "k_param_0\n)" in stripped
@@ -83,8 +83,8 @@ def test_only_parameters_that_nobody_reads_are_removed() -> None:
 
 def test_compiling_in_the_interpreter_is_refused() -> None:
     from moedge import MoEdgeError
-    from moedge.export.kernels import route
-    from moedge.export.kernels.compile import compile_launch
+    from moedge.convert.ops.kernels import route
+    from moedge.convert.ops.kernels.compile import compile_launch
 
     launch = route.launch(experts=4, top_k=1, rule="unit")
     with pytest.raises(MoEdgeError, match="TRITON_INTERPRET is set"):

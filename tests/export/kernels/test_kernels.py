@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from moedge.export import ops
+from moedge.convert import ops
 
 pytest.importorskip("triton")  # Linux only
 
@@ -67,7 +67,7 @@ def groups(rows: int, experts: int, spread: str, seed: int = 0) -> torch.Tensor:
 
 
 def check_route(place: str, tokens: int, experts: int, top_k: int, rule: str, *, bias: bool, ties: bool) -> None:
-    from moedge.export.kernels import cuda
+    from moedge.convert.ops.kernels import cuda
 
     scores = random(tokens, experts, seed=1, size=3.0)
     if ties:
@@ -113,7 +113,7 @@ def test_route(place: str, tokens: int, experts: int, top_k: int, rule: str, bia
 
 def test_route_keeps_within_its_slots_when_scores_are_not_numbers(place: str) -> None:
     """NaN and infinities still give k distinct experts: later kernels index memory with them."""
-    from moedge.export.kernels import cuda
+    from moedge.convert.ops.kernels import cuda
 
     scores = torch.tensor([[math.nan, 1.0, math.inf, -math.inf, math.nan], [-math.inf] * 5])
     for top_k in (1, 3, 5):
@@ -126,7 +126,7 @@ def test_route_keeps_within_its_slots_when_scores_are_not_numbers(place: str) ->
 
 
 def check_dispatch(place: str, tokens: int, hidden: int, experts: int, top_k: int, dtype: str, spread: str) -> None:
-    from moedge.export.kernels import cuda
+    from moedge.convert.ops.kernels import cuda
 
     x = random(tokens, hidden, seed=4, dtype=DTYPES[dtype])
     indices = choices(tokens, experts, top_k, spread)
@@ -154,7 +154,7 @@ def test_dispatch(place: str, tokens: int, hidden: int, experts: int, top_k: int
 
 def quantized(weight: torch.Tensor, bits: int, group: int) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Return (what the kernel takes, the exact value of those weights in float64)."""
-    from moedge.export.kernels import pack
+    from moedge.convert.ops.kernels import pack
 
     if bits == 16:
         return [weight], weight.double()
@@ -178,7 +178,7 @@ def check_grouped(
     spread: str,
 ) -> None:
     """GroupedGLU, or GroupedLinear for ``activation`` None (then ``hidden`` is the number of inputs all the same)."""
-    from moedge.export.kernels import cuda, grouped_glu, grouped_linear
+    from moedge.convert.ops.kernels import cuda, grouped_glu, grouped_linear
 
     kind = DTYPES[dtype]
     offsets = groups(rows, experts, spread)
@@ -253,7 +253,7 @@ def test_grouped(place: str, case: tuple[Any, ...]) -> None:
 def check_combine(
     place: str, tokens: int, hidden: int, experts: int, top_k: int, dtype: str, compensated: bool
 ) -> None:
-    from moedge.export.kernels import cuda
+    from moedge.convert.ops.kernels import cuda
 
     kind = DTYPES[dtype]
     rows = random(tokens * top_k, hidden, seed=8, dtype=kind)
@@ -286,7 +286,7 @@ def test_combine(place: str, tokens: int, hidden: int, experts: int, top_k: int,
 
 
 def test_compensation_adds_exactly_nothing_when_every_expert_is_selected(place: str) -> None:
-    from moedge.export.kernels import cuda
+    from moedge.convert.ops.kernels import cuda
 
     rows, weights = random(12, 33, seed=0), random(3, 4, seed=1)
     inverse = torch.arange(12, dtype=torch.int32)
@@ -302,7 +302,7 @@ def test_compensation_adds_exactly_nothing_when_every_expert_is_selected(place: 
 @pytest.mark.parametrize(("tokens", "top_k", "rule"), [(1, 2, "scaled"), (9, 3, "softmax"), (0, 2, "unit")])
 def test_the_chain_is_the_operator(place: str, tokens: int, top_k: int, rule: str) -> None:
     """Route and SparseGLU on kernels, against the same operators in float64; at T = 0 nothing is launched."""
-    from moedge.export.kernels import cuda
+    from moedge.convert.ops.kernels import cuda
 
     hidden, width, experts = 33, 21, 6
     x, scores = random(tokens, hidden, seed=0), random(tokens, experts, seed=1)
@@ -321,7 +321,7 @@ def test_the_chain_is_the_operator(place: str, tokens: int, top_k: int, rule: st
 
 
 def test_equal_inputs_give_equal_bits(place: str) -> None:
-    from moedge.export.kernels import cuda
+    from moedge.convert.ops.kernels import cuda
 
     x, indices = random(30, 24, seed=0, dtype=torch.float16), choices(30, 5, 3, "random")
     weights = random(30, 3, seed=1)

@@ -21,12 +21,13 @@ from onnx import numpy_helper
 from moedge import MoEdgeError
 from moedge._files import atomic_dir
 from moedge.configs import devices
-from moedge.export import bundle, launcher, ops
-from moedge.export.lowering.tensorrt import HALF_LIMIT
+from moedge.convert import ops
+from moedge.export import bundle
+from moedge.export.device import launcher
+from moedge.export.lowering.trt.engine import HALF_LIMIT
 from moedge.export.pipeline import lower
-from moedge.runtime import build
 from moedge.runtime.device.moedge_cuda import Cuda
-from moedge.runtime.engines import open_engine
+from moedge.runtime.engines import build, open_engine
 
 pytestmark = [
     pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx-cu13 has no package for this platform"),

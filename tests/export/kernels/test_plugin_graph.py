@@ -15,10 +15,10 @@ import torch
 from onnx import numpy_helper
 
 from moedge._files import atomic_dir
-from moedge.export import ops
-from moedge.export.lowering.tensorrt import block_limit
+from moedge.convert import ops
+from moedge.export.device.plugins import Request, launch_of
+from moedge.export.lowering.trt.engine import block_limit
 from moedge.export.pipeline import lower
-from moedge.export.plugins import Request, launch_of
 from moedge.runtime.device.moedge_plugins import PLUGINS
 
 HALF, FLOAT, INT32 = "float16", "float32", "int32"
@@ -123,7 +123,7 @@ def test_every_node_keeps_its_function_body(bundle: Path) -> None:
 
 def execute(node: onnx.NodeProto, values: dict[str, torch.Tensor], path: str, place: str) -> None:
     """Run a node as TensorRT does: shapes, types, constants, grid and arguments from its plugin's rules."""
-    from moedge.export.kernels import cuda
+    from moedge.convert.ops.kernels import cuda
 
     plugin, attributes = PLUGINS[node.op_type], attributes_of(node)
     attributes = {name: attributes[name] for name in plugin.attributes}

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from moedge.export import functions, ops
-from moedge.export import plugins as compiling
+from moedge.convert import ops
+from moedge.export import functions
+from moedge.export.device import plugins as compiling
 from moedge.runtime.device import moedge_plugins as plugins
 from moedge.runtime.device.moedge_trt import DeviceError
 
@@ -55,7 +56,7 @@ ATTRIBUTES = {"top_k": K, "rule": "softmax", "num_experts": E, "activation": "si
 
 def case(name: str) -> tuple[plugins.Plugin, list[torch.Tensor], dict[str, Any]]:
     """Return a plugin with input tensors and attributes."""
-    from moedge.export.kernels import pack
+    from moedge.convert.ops.kernels import pack
 
     plugin, found = plugins.PLUGINS[name], tensors()
     if name.startswith("Quant"):
@@ -70,7 +71,7 @@ def case(name: str) -> tuple[plugins.Plugin, list[torch.Tensor], dict[str, Any]]
 
 def reference(name: str, given: list[torch.Tensor], attributes: dict[str, Any]) -> list[torch.Tensor]:
     """What the operator itself gives in PyTorch, for the plugin's inputs."""
-    from moedge.export.kernels import pack
+    from moedge.convert.ops.kernels import pack
 
     def unpacked(q: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         return pack.dequantize(pack.unpack_int4(q, columns=H, group=32), scales, group=32)
@@ -95,7 +96,7 @@ NUMBERED = [(name, tactic) for name, plugin in plugins.PLUGINS.items() for tacti
 @pytest.mark.parametrize(("name", "tactic"), NUMBERED, ids=lambda value: str(value))
 def test_a_plugin_is_its_operator(place: str, name: str, tactic: int) -> None:
     """Launched as TensorRT launches it: output shapes, kernel, grid and arguments all come from the plugin's rules."""
-    from moedge.export.kernels import cuda
+    from moedge.convert.ops.kernels import cuda
 
     plugin, given, attributes = case(name)
     kinds = [str(tensor.dtype).removeprefix("torch.") for tensor in given]
@@ -151,7 +152,7 @@ def test_old_tensorrt_takes_no_plugins(version: str, refused: bool) -> None:
 WRITE = """
 import os, sys
 from pathlib import Path
-from moedge.export import plugins
+from moedge.export.device import plugins
 options = {"hidden": 33, "experts": 2, "top_k": 2, "dtype": "fp16", "compensated": False}
 requests = [plugins.Request("Combine", options)] * 2
 for copy in ("a", "b"):

@@ -6,10 +6,12 @@ import onnx_ir as ir
 import pytest
 
 from moedge import MoEdgeError
-from moedge.export import bundle, quantize
-from moedge.export.lowering import ort_quantized, weights
-from moedge.export.lowering.graph import array_of
-from moedge.runtime.engines.onnxruntime import OrtEngine
+from moedge.export import bundle
+from moedge.export.graph import weights
+from moedge.export.graph.build import array_of
+from moedge.export.lowering.ort import quantized as ort_quantized
+from moedge.export.quantize import format as quantize
+from moedge.runtime.engines.ort import OrtEngine
 
 TARGETS = {8: "ort-cpu-int8", 4: "ort-cpu-int4"}
 
@@ -147,7 +149,7 @@ def test_asymmetric_blocks_err_less(bundles):
 
 
 def test_verify_judges_the_model_and_the_kernels_apart(bundles, checkpoints):
-    from moedge.runtime.verification import verify_run
+    from moedge.runtime.parity.suite import verify_run
 
     engines = {"torch moe": checkpoints["moe"], "torch dense": checkpoints["dense"]}
     engines |= {f"{name.split('/')[1]} moe": path for name, path in bundles.items() if name.startswith("moe")}

@@ -9,9 +9,15 @@ import onnx_ir as ir
 import pytest
 
 from moedge import MoEdgeError
-from moedge.export import quantize
-from moedge.export.lowering import capabilities, ort_moe, ort_nbits, ort_qmoe, ort_quantized, selftest, weights
-from moedge.export.lowering.graph import values_by_name
+from moedge.export.graph import weights
+from moedge.export.graph.build import values_by_name
+from moedge.export.lowering import capabilities
+from moedge.export.lowering.check import selftest
+from moedge.export.lowering.ort import moe as ort_moe
+from moedge.export.lowering.ort import nbits as ort_nbits
+from moedge.export.lowering.ort import qmoe as ort_qmoe
+from moedge.export.lowering.ort import quantized as ort_quantized
+from moedge.export.quantize import format as quantize
 
 HIDDEN, EXPERTS = 64, 5  # of the model in conftest.py
 TARGETS = {8: "ort-cpu-int8", 4: "ort-cpu-int4"}
@@ -40,7 +46,7 @@ class Block:
                 array = generator.normal(0, 0.1, (EXPERTS, HIDDEN)).astype(np.float32)
                 node.replace_input_with(6, self._weight(model, f"{node.name}.compensation", array))
         if rule != "unit" or compensated:
-            from moedge.export import nodes
+            from moedge.export.graph import nodes
 
             model.functions.clear()
             if rule == "scaled":
@@ -190,7 +196,7 @@ def test_a_dropped_shared_expert_is_named(bundles):
 
 def test_a_dropped_activation_is_named(bundles):
     """In standard operators, since the CPU kernel has no form of this: every expert, gate times up without SiLU."""
-    from moedge.export.lowering.graph import Builder, constant_of
+    from moedge.export.graph.build import Builder, constant_of
 
     block = Block(bundles["moe/portable"])
     node = next(n for n in block.model.graph if n.op_type == "SparseGLU")

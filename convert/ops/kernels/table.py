@@ -1,0 +1,174 @@
+"""The kernel table of docs/kernels.md: ``python -m moedge.convert.ops.kernels.table [--write docs/kernels.md]``.
+
+Compiles every kernel for every compute capability and prints registers, shared memory, spills and PTX size, then the
+bytes and operations that each call is designed for.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from moedge.convert.ops.kernels.launch import Launch
+
+HIDDEN, WIDTH, EXPERTS, TOP_K = 2048, 1024, 8, 2
+"""The layer of the table: Llama-3.2-1B's FFN (H 2048, I 8192) cut into 8 experts, two of them active."""
+
+BANDWIDTH = 204.8e9
+"""Bytes a second of a Jetson AGX Orin's memory (NVIDIA's data sheet), for the time that the bytes alone take."""
+
+START, END = "<!-- table: begin -->", "<!-- table: end -->"
+
+
+def cases() -> dict[str, Launch]:
+    """Return the variants of the table by label."""
+    from moedge.convert.ops.kernels import combine, dispatch, grouped_glu, grouped_linear, route
+
+    shape: dict[str, Any] = {"hidden": HIDDEN, "width": WIDTH, "experts": EXPERTS}
+    selected: dict[str, Any] = {"hidden": HIDDEN, "experts": EXPERTS, "top_k": TOP_K, "dtype": "fp16"}
+    listed = {
+        "Route, softmax, E=64": route.launch(experts=64, top_k=6, rule="softmax"),
+        "Route, scaled, E=8": route.launch(experts=EXPERTS, top_k=TOP_K, rule="scaled"),
+        "Dispatch, fp16": dispatch.launch(**selected),
+    }
+    for dtype, path, bits in (
+        ("fp16", "gemv", 16),
+        ("fp16", "gemm16", 16),
+        ("fp16", "gemm64", 16),
+        ("bf16", "gemv", 16),
+        ("bf16", "gemm64", 16),
+        ("fp32", "gemm64", 16),
+        ("fp16", "gemv", 8),
+        ("fp16", "gemm64", 8),
+        ("fp16", "gemv", 4),
+        ("fp16", "gemm64", 4),
+    ):
+        weights = "" if bits == 16 else f", int{bits} weights"
+        options: dict[str, Any] = {"dtype": dtype, "path": path, "bits": bits, "group": 128}
+        listed[f"GroupedGLU {path}, {dtype}{weights}"] = grouped_glu.launch(activation="silu", **shape, **options)
+        listed[f"GroupedLinear {path}, {dtype}{weights}"] = grouped_linear.launch(**shape, **options)
+    listed["Combine, fp16"] = combine.launch(**selected, compensated=False)
+    listed["Combine, bf16"] = combine.launch(**selected | {"dtype": "bf16"}, compensated=False)
+    listed["Combine with compensation, fp16"] = combine.launch(**selected, compensated=True)
+    return dict(
+        sorted(
+            listed.items(),
+            key=lambda item: ("Route Dispatch GroupedGLU GroupedLinear Combine").index(
+                item[0].split(" ")[0].rstrip(",")
+            ),
+        )
+    )
+
+
+def resources(capabilities: list[int], labels: list[str] | None = None) -> list[dict[str, Any]]:
+    """Compile and assemble; one row a kernel and capability."""
+    from rich.console import Console
+    from rich.progress import track
+
+    from moedge.convert.ops.kernels.compile import assemble, compile_launch
+
+    chosen = {label: launch for label, launch in cases().items() if labels is None or label in labels}
+    work = [(label, launch, capability) for label, launch in chosen.items() for capability in capabilities]
+    rows = []
+    for label, launch, capability in track(work, "compiling", console=Console(stderr=True)):
+        compiled = compile_launch(launch, capability)
+        used = assemble(compiled)
+        rows.append(
+            {
+                "kernel": label,
+                "capability": capability,
+                "registers": used.registers,
+                "spills": used.spills,
+                "shared": compiled.shared,
+                "ptx": len(compiled.ptx),
+                "cubin": used.cubin,
+                "threads": compiled.threads,
+            }
+        )
+    return rows
+
+
+def costs() -> list[dict[str, Any]]:
+    """Bytes and operations of one call of each operator for T = 1 and T = 512, float16 activations."""
+    from moedge.convert.ops.kernels import combine, dispatch, grouped_glu, grouped_linear, route
+
+    rows = []
+    for tokens in (1, 512):
+        shape: dict[str, Any] = {"hidden": HIDDEN, "experts": EXPERTS, "itemsize": 2}
+        chosen: dict[str, Any] = {"tokens": tokens, "top_k": TOP_K, **shape}
+        listed = {"Route": route.cost(tokens=tokens, experts=EXPERTS, top_k=TOP_K), "Dispatch": dispatch.cost(**chosen)}
+        for bits in (16, 8, 4):
+            options: dict[str, Any] = {"rows": tokens * TOP_K, "width": WIDTH, "bits": bits, "group": 128, **shape}
+            weights = "" if bits == 16 else f", int{bits} weights"
+            listed[f"GroupedGLU{weights}"] = grouped_glu.cost(**options)
+            listed[f"GroupedLinear{weights}"] = grouped_linear.cost(**options)
+        listed["Combine"] = combine.cost(**chosen, compensated=False)
+        listed["Combine with compensation"] = combine.cost(**chosen, compensated=True)
+        rows += [
+            {"kernel": name, "tokens": tokens, "bytes": moved, "operations": operations}
+            for name, (moved, operations) in listed.items()
+        ]
+    return rows
+
+
+def render(measured: list[dict[str, Any]]) -> str:
+    """Return both tables as Markdown, the first from the rows of :func:`resources`."""
+    from importlib.metadata import version
+
+    capabilities = sorted({row["capability"] for row in measured})
+    by_kernel: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in measured:
+        by_kernel.setdefault(row["kernel"], {})[row["capability"]] = row
+    lines = [
+        f"Triton {version('triton')}; H={HIDDEN}, I={WIDTH}, E={EXPERTS}, k={TOP_K}, scale groups of 128. Each cell: "
+        "registers a thread / KiB of shared memory a block, and bytes of spills a thread where there are any.",
+        "",
+        "| kernel | threads | " + " | ".join(f"sm_{c}" for c in capabilities) + " | PTX KiB |",
+        "|---|---|" + "---|" * len(capabilities) + "---|",
+    ]
+    for kernel, found in by_kernel.items():
+        cells = []
+        for row in (found[c] for c in capabilities):
+            spilled = f", **{row['spills']} B spilled**" if row["spills"] else ""
+            cells.append(f"{row['registers']} / {row['shared'] / 1024:.0f}{spilled}")
+        sizes = [row["ptx"] / 1024 for row in found.values()]
+        threads = found[capabilities[0]]["threads"]
+        lines.append(f"| {kernel} | {threads} | {' | '.join(cells)} | {min(sizes):.0f}-{max(sizes):.0f} |")
+    lines += [
+        "",
+        f"One call, fp16 activations; the last column is the bytes over {BANDWIDTH / 1e9} GB/s (Jetson AGX Orin), the "
+        "least time that a call can take there, not a measurement.",
+        "",
+        "| kernel | T | bytes | operations | operations per byte | bytes alone, µs |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in costs():
+        moved, operations = row["bytes"], row["operations"]
+        lines.append(
+            f"| {row['kernel']} | {row['tokens']} | {moved:,} | {operations:,} | {operations / moved:.2f} "
+            f"| {moved / BANDWIDTH * 1e6:,.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the tables, or write them between the marks of a Markdown file."""
+    from moedge.convert.ops.kernels.compile import PTX_VERSIONS
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", type=Path, metavar="FILE", help="replace the tables in this Markdown file")
+    parser.add_argument("--capability", type=int, action="append", help="a compute capability; all by default")
+    arguments = parser.parse_args()
+    text = render(resources(arguments.capability or list(PTX_VERSIONS)))
+    if arguments.write is None:
+        print(text)
+        return
+    page = arguments.write.read_text(encoding="utf-8")
+    before, _, rest = page.partition(START)
+    _, _, after = rest.partition(END)
+    arguments.write.write_text(f"{before}{START}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Training after the conversion: fine-tuning, retraining, what is trained and how experts stay in balance."""

@@ -1,0 +1,231 @@
+"""Recovery: a converted checkpoint is trained and becomes a checkpoint again.
+
+What the training loop does is in :mod:`.training`; here is what surrounds it: a plan of unit weights
+gets CMoE's scale u (weights stay 1 at u = 0), the trained routers, scales, biases and compensations go back into the
+plan, and a plan whose weights were trained says so, because it no longer describes its dense parent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from moedge import MoEdgeError
+from moedge._files import write_json
+from moedge.convert import modeling, sources
+from moedge.convert.modeling import SparseFFN
+from moedge.convert.plan import LayerPlan, MoEPlan, RouterPlan
+from moedge.convert.train import balance, trainable, training
+from moedge.convert.train.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from moedge.convert.calibration import TextSet
+
+FINETUNE_SCHEMA = "moedge.finetune/1"
+_WEIGHTS = ("lora", "experts", "shared", "attention", "norms", "embeddings")
+"""Groups that change what the plan does not hold."""
+_PLAN = ("selection_bias", "scale", "compensation", "output_bias")
+
+
+def finetune(
+    checkpoint: Path,
+    out: Path,
+    token_windows: np.ndarray,
+    settings: TrainSettings,
+    *,
+    held_out: Mapping[str, np.ndarray] | None = None,
+    parent: Path | None = None,
+    state: Path | None = None,
+    about: Mapping[str, Any] | None = None,
+    accelerator: Accelerator | None = None,
+    on_eval: Callable[[dict[str, Any]], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Train a checkpoint and write the result.
+
+    Args:
+        checkpoint: folder of ``moedge convert``. out: empty folder; the first process fills it with a checkpoint and
+            ``finetune.json``.
+        token_windows: int64 [N, L]; held_out: name -> windows int64 [n, L] for the curve.
+        parent: folder of the dense parent, for ``settings.distill``.
+        state: folder for saving and resuming; see :func:`moedge.convert.train.training.train`.
+        about: JSON about texts and protocol, kept in ``finetune.json`` and in the plan's provenance.
+
+    Returns:
+        ``moedge.finetune/1``: settings, counts, the curve, and the plans' hashes.
+
+    Raises:
+        MoEdgeError: not a checkpoint, a parent of another shape, or what training itself refuses.
+    """
+    model, plan, tokenizer = modeling.load(checkpoint)
+    teacher = _parent(parent, model) if parent is not None and settings.distill != "none" else None
+    start_scale(model, settings.groups)
+    accelerator = accelerator or training.make(settings)
+    result = training.train(
+        model,
+        token_windows,
+        settings,
+        held_out=held_out,
+        teacher=teacher,
+        state=state,
+        accelerator=accelerator,
+        on_eval=on_eval,
+        progress=progress,
+    )
+    record: dict[str, Any] = {
+        "schema": FINETUNE_SCHEMA,
+        "settings": settings.model_dump(mode="json"),
+        "about": dict(about or {}),
+        "parent_plan_sha256": plan.sha256,
+        "trained": result.trained,
+        "processes": accelerator.num_processes,
+        "device": accelerator.device.type,
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "seconds": round(result.seconds, 3),
+        "curve": result.curve,
+    }
+    if accelerator.is_main_process:
+        trained = result.model if result.tensors is None else _rebuild(checkpoint, settings, result.tensors)
+        assert trained is not None
+        updated = write_back(trained, plan, settings, {"steps": result.steps, "tokens": result.tokens, **(about or {})})
+        modeling.save(trained, updated, tokenizer, out)
+        record["plan_sha256"] = updated.sha256
+        write_json(out / "finetune.json", record)
+    accelerator.wait_for_everyone()
+    return record
+
+
+def start_scale(model: PreTrainedModel, groups: tuple[str, ...]) -> None:
+    """Give every layer of unit weights a scale u = 0, when ``scale`` is trained: weights ``1 + u softmax(scores)``."""
+    if "scale" not in groups:
+        return
+    for ffn in modeling.sparse_ffns(model):
+        if ffn.router is not None and ffn.combine == "unit":
+            ffn.combine = "scaled"
+            device = ffn.get_parameter("gate").device
+            ffn.scale = torch.zeros(ffn.num_experts, dtype=torch.float32, device=device)
+
+
+def recommended(plan: MoEPlan) -> dict[str, Any]:
+    """Settings that a conversion asks for when it is trained, e.g. the balance loss of a downcycled model."""
+    found: dict[str, Any] = plan.provenance.get(plan.method, {}).get("training", {})
+    return dict(found)
+
+
+def write_back(model: PreTrainedModel, plan: MoEPlan, settings: TrainSettings, about: Mapping[str, Any]) -> MoEPlan:
+    """Return the plan with what training changed in it; the model's config follows.
+
+    When weights outside the plan were trained, the provenance holds their hash, a refitted ``down`` and ``zeros`` are
+    dropped (the trained weights are in the checkpoint, and zeros need not have stayed zero), and
+    :func:`moedge.convert.modeling.apply` refuses the plan.
+    """
+    before = model.config.moedge["layers"]
+    # An output bias may hold the dense FFN's own bias, which is no part of the plan.
+    biased = "compensation" in settings.groups and any("output_bias" in entry["tensors"] for entry in before)
+    weights = biased or any(group in _WEIGHTS for group in settings.groups)
+    layers = [_layer(layer, ffn, weights) for layer, ffn in zip(plan.layers, modeling.sparse_ffns(model), strict=True)]
+    note = {
+        "settings": settings.model_dump(mode="json"),
+        "parent_plan_sha256": plan.sha256,
+        "weights": _hash(model) if weights else None,
+        **about,
+    }
+    earlier = plan.provenance.get("finetune")
+    if earlier:
+        note["before"] = earlier
+        note["weights"] = note["weights"] or earlier["weights"]
+    updated = replace(plan, layers=layers, provenance={**plan.provenance, "finetune": note})
+    activation = plan.model["hidden_act"]
+    model.config.moedge = {
+        **model.config.moedge,
+        "plan_sha256": updated.sha256,
+        "layers": [
+            modeling.layer_config(
+                layer, activation, biased=entry.get("biased", False), output_bias="output_bias" in entry["tensors"]
+            )
+            for layer, entry in zip(layers, before, strict=True)
+        ],
+    }
+    return updated
+
+
+def all_windows(
+    tokenizer: PreTrainedTokenizerBase, text: TextSet, length: int, *, limit: int | None = None
+) -> np.ndarray:
+    """Cut all documents, joined, into windows int64 [N, length]; the rest that fills no window is left out.
+
+    Args:
+        limit: stop when this many tokens are there (rounded up to a window).
+
+    Raises:
+        MoEdgeError: the text does not fill one window.
+    """
+    parts, total = [], 0
+    wanted = None if limit is None else -(-limit // length) * length
+    for document in text.documents:
+        ids = tokenizer(document.text + "\n", add_special_tokens=False, verbose=False)["input_ids"]
+        parts.append(np.asarray(ids, dtype=np.int64))
+        total += len(ids)
+        if wanted is not None and total >= wanted:
+            total = wanted
+            break
+    count = total // length
+    if not count:
+        raise MoEdgeError(f"The text {text.name!r} has {total:,} tokens, less than one window of {length}; give more.")
+    return np.concatenate(parts)[: count * length].reshape(count, length)
+
+
+def _layer(layer: LayerPlan, ffn: SparseFFN, weights: bool) -> LayerPlan:
+    def array(tensor: torch.Tensor | None) -> np.ndarray | None:
+        return None if tensor is None else tensor.detach().float().cpu().numpy().copy()
+
+    changed: dict[str, Any] = {name: array(getattr(ffn, name)) for name in _PLAN}
+    if layer.output_bias is None or not weights:
+        changed["output_bias"] = layer.output_bias
+    if layer.router is not None and ffn.router is not None:
+        tensors = {name: array(tensor) for name, tensor in ffn.router.state_dict().items()}
+        changed["router"] = RouterPlan(layer.router.kind, tensors, layer.router.options)  # type: ignore[arg-type]
+    if weights:
+        changed |= {"down": None, "zeros": None}
+    return replace(layer, combine=ffn.combine, **changed)  # type: ignore[arg-type]
+
+
+def _rebuild(checkpoint: Path, settings: TrainSettings, tensors: dict[str, torch.Tensor]) -> PreTrainedModel:
+    """Load the checkpoint again and put trained tensors, gathered from a sharded model, into it."""
+    model, _, _ = modeling.load(checkpoint)
+    start_scale(model, settings.groups)
+    if settings.balance == "bias":
+        balance.add_bias(model)
+    ready = trainable.prepare(model, settings.groups, settings.lora)
+    missing = {name for pairs in ready.groups.values() for name, _ in pairs} - set(tensors)
+    found = ready.model.load_state_dict(tensors, strict=False)
+    if missing or found.unexpected_keys:
+        raise MoEdgeError(f"The sharded model gave back other tensors than it trained: {sorted(missing)[:3]}.")
+    return trainable.finish(ready)
+
+
+def _parent(folder: Path, model: PreTrainedModel) -> PreTrainedModel:
+    teacher = sources.load_model(folder)
+    for key in ("vocab_size", "hidden_size", "num_hidden_layers"):
+        found, wanted = getattr(teacher.config, key), getattr(model.config, key)
+        if found != wanted:
+            raise MoEdgeError(f"{folder} is not the dense parent: its {key} is {found}, the checkpoint's {wanted}.")
+    return teacher
+
+
+def _hash(model: PreTrainedModel) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""What goes to a device: archives, plugin kernels, the launcher library."""

@@ -1,0 +1,266 @@
+"""One file to carry to a device: graph, tokenizer, recorded answers, and the scripts that build, verify and time there.
+
+The archive is an uncompressed tar (half-precision weights do not compress) and deterministic: the same checkpoint and
+options give the same bytes. Inside is one folder with ``manifest.json`` (schema ``moedge.device-archive/1``), which
+holds the sha256 of every other file. Nothing in it needs MoEdge, torch or the network on the device.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tarfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moedge import MoEdgeError, __version__
+from moedge._files import atomic_dir, digest, hash_tree, link_or_copy, partial_of, write_json
+from moedge.configs import devices, tolerances
+from moedge.configs.devices import Device
+from moedge.export.bundle import MODEL, Bundle, copy_companions, open_bundle
+from moedge.export.device.plugins import Request, compile_library
+from moedge.runtime.device import moedge_trt
+from moedge.runtime.device.moedge_plugins import FOLDER
+from moedge.runtime.engines.estimate import fit, too_large
+
+SCHEMA = "moedge.device-archive/1"
+SCRIPTS = (
+    *("build_engine.py", "verify.py", "bench.py", "moedge_archive.py", "moedge_compare.py", "moedge_cuda.py"),
+    *("moedge_plugins.py", "moedge_session.py", "moedge_trt.py"),
+)
+PROMPTS = (
+    "The capital of France is",
+    "Water boils at a temperature of",
+    "def factorial(n):\n    ",
+    "Once upon a time there was a small village near the sea, and in it lived",
+)
+NEW_TOKENS = 16
+FORMAT = tarfile.GNU_FORMAT
+"""Not the plain one, whose size field ends at 8 GiB: the weights of a model of 4 billion parameters."""
+Progress = Callable[[str, int, int], None]
+
+
+def limits(dtype: str = "float16") -> dict[str, float]:
+    """What the engine may differ from the recorded float32 answers, before any choice of experts differs.
+
+    They are those of ``moedge verify`` for the target, derived in ``configs/tolerances.yaml``: ``median_rel_error``,
+    max|a-b| / max|a| of a token's logits; ``mean_kl`` in nats; ``top1_agreement`` outside near-ties; and
+    ``near_tie_margin``, here in units of a token's largest logit. ``judged_share``: with fewer tokens than half of them
+    the device has not decided anything.
+    """
+    profile = tolerances.load().profile("float32", "tensorrt", dtype)
+    return {
+        "median_rel_error": profile.median_rel_error,
+        "near_tie_margin": profile.near_tie_margin / profile.near_tie_scale,
+        "mean_kl": profile.mean_kl,
+        "top1_agreement": profile.top1_agreement,
+        "judged_share": 0.5,
+    }
+
+
+def write(
+    source: Path,
+    out: Path,
+    device: Device,
+    *,
+    label: str | None = None,
+    tensorrt: str | None = None,
+    experts: str | None = None,
+    dtype: str | None = None,
+    max_length: int | None = None,
+    max_prompt: int | None = None,
+    batch: int = 1,
+    prompts: Sequence[str] = PROMPTS,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write the archive.
+
+    Args:
+        source: a checkpoint folder, or a folder of bundles that holds ``portable``.
+        out: the tar file.
+        device: the profile it is for.
+        label: name of the model for results.
+        tensorrt: version of TensorRT on the device; that of its profile by default. It decides whether experts are
+            plugins, whose kernels the archive then holds, or standard operators.
+        experts: the form of the experts where it shall not be that; see ``lowering.trt_experts.choose``.
+        dtype: ``float16`` (the default) or ``bfloat16``.
+        max_length: longest sequence of the engine; the model's, at most 2048, by default.
+        max_prompt: most tokens of a prefill call; half of ``max_length`` by default.
+        batch: most rows.
+        prompts: texts whose answers are recorded.
+        force: replace an existing file.
+        progress: called with what is being done, and how many of how many steps are finished.
+
+    Returns:
+        The archive's manifest.
+
+    Raises:
+        MoEdgeError: the device takes no TensorRT engine, an existing file, or a model that cannot be exported.
+    """
+    if "tensorrt" not in device.targets:
+        raise MoEdgeError(
+            f"{device.label} ({device.sm}) takes no TensorRT engine; export {device.targets[0]} and use `moedge build`."
+        )
+    if reason := devices.half_refusal(dtype or "float16", device):
+        raise MoEdgeError(reason)
+    if experts == "native" and (reason := moedge_trt.moe_refusal(device.label, device.compute_capability)):
+        raise MoEdgeError(reason)
+    if out.is_symlink() or (out.exists() and not out.is_file()):
+        raise MoEdgeError(f"Output {out} exists and is not a plain file; name the archive, such as moe.tar.")
+    if out.exists() and not force:
+        raise MoEdgeError(f"Output {out} already exists; pass --force to replace it.")
+    if out.exists() and out.resolve().is_relative_to(source.resolve()):
+        raise MoEdgeError(f"Output {out} is a file of {source}, which would be lost; choose another output path.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    report = progress or (lambda *_: None)
+    work = partial_of(out)
+    try:
+        work.mkdir()
+        report("exporting", 0, 3)
+        version = tensorrt or device.tensorrt
+        assert version is not None, "a profile with the target tensorrt names its version"
+        name = label or source.name or source.resolve().name
+        graph, reference = _bundles(source, work / "bundles", name, version, experts, dtype)
+        label, model = label or graph.manifest["label"], graph.manifest["model"]
+        longest = max_length or min(2048, model["max_position_embeddings"])
+        profiles = {"max_length": longest, "max_prompt": max_prompt or max(2, longest // 2), "batch": batch}
+        _check(graph, device, profiles)
+        folder = work / "content" / f"moedge-{device.name}"
+        folder.mkdir(parents=True)
+        report("recording answers", 1, 3)
+        _record(reference.path, folder, prompts, longest)
+        for name in (MODEL, *(name for name in graph.manifest["files"] if name.endswith(".data"))):
+            link_or_copy(graph.path / name, folder / name)
+        copy_companions(graph.path, folder)
+        if plugins := graph.manifest.get("plugins"):
+            report("compiling kernels", 1, 3)
+            requests = [Request(**kernel) for kernel in plugins["kernels"]]
+            compile_library(folder / FOLDER, requests, [int(device.compute_capability.replace(".", ""))])
+        scripts = Path(__file__).resolve().parents[1] / "runtime" / "device"
+        for name in SCRIPTS:
+            shutil.copyfile(scripts / name, folder / name)
+        readme = _README.format(label=label, device=device.label)
+        (folder / "README.md").write_text(readme, encoding="utf-8")
+        files = hash_tree(folder)
+        manifest = {
+            "schema": SCHEMA,
+            "label": label,
+            **{key: graph.manifest[key] for key in ("kind", "model", "moe", "taps", "lowering")},
+            **({"plugins": plugins} if plugins else {}),
+            "experts": graph.manifest.get("experts"),
+            "dtype": graph.manifest["cache"]["dtype"],
+            "device": device.model_dump(mode="json", by_alias=True),
+            "tensorrt": version,
+            "profiles": profiles,
+            "limits": limits(graph.manifest["cache"]["dtype"]),
+            "parent": graph.sha256,
+            "versions": {"moedge": __version__},
+            "content_sha256": digest(files),
+            "files": files,
+        }
+        write_json(folder / "manifest.json", manifest)
+        report("packing", 2, 3)
+        _pack(folder, work / "archive.tar")
+        os.replace(work / "archive.tar", out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    report("done", 3, 3)
+    return manifest
+
+
+def _check(graph: Bundle, device: Device, profiles: dict[str, int]) -> None:
+    """Refuse here what would fail on the device: impossible lengths, too little memory.
+
+    Raises:
+        MoEdgeError: what is wrong.
+    """
+    model = graph.manifest["model"]
+    try:
+        moedge_trt.profile_shapes(model, **profiles)
+    except moedge_trt.DeviceError as error:
+        raise MoEdgeError(str(error)) from None
+    if profiles["max_length"] <= NEW_TOKENS:
+        raise MoEdgeError(f"--max-length must be above {NEW_TOKENS}, the tokens of each answer that is recorded.")
+    weights = sum(entry["size"] for name, entry in graph.manifest["files"].items() if name.endswith(".data"))
+    dtype = graph.manifest["cache"].get("dtype", "float16")
+    if reason := too_large(fit(model, weights, device, **profiles, dtype=dtype), device):
+        raise MoEdgeError(reason)
+
+
+def _bundles(
+    source: Path, scratch: Path, label: str, tensorrt: str, experts: str | None, dtype: str | None
+) -> tuple[Bundle, Bundle]:
+    """Return the graph for the device, lowered for its version of TensorRT, and the float32 graph."""
+    from moedge.export import pipeline
+
+    if (source / "portable" / "manifest.json").is_file():
+        portable = open_bundle(source / "portable")
+        with atomic_dir(scratch / "tensorrt") as partial:
+            pipeline.lower("tensorrt", portable.path, partial, tensorrt=tensorrt, experts=experts, dtype=dtype)
+    else:
+        targets = ["portable", "tensorrt"]
+        pipeline.export(source, scratch, targets, label=label, tensorrt=tensorrt, experts=experts, dtype=dtype)
+        portable = open_bundle(scratch / "portable")
+    return open_bundle(scratch / "tensorrt"), portable
+
+
+def _record(portable: Path, folder: Path, prompts: Sequence[str], max_length: int) -> None:
+    """Run the float32 graph on the prompts, greedily, and keep ids, logits of the answer and all routes."""
+    from moedge.runtime.engines import open_engine
+    from moedge.runtime.text.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(portable)
+    probe = json.loads((portable / "manifest.json").read_text(encoding="utf-8"))
+    engine = open_engine(portable, threads=1, taps=bool(probe["taps"]))
+    limit = engine.info.model.get("rope_boundary")
+    cases = []
+    try:
+        for number, prompt in enumerate(prompts):
+            ids = tokenizer.encode(prompt)[: max_length - NEW_TOKENS]
+            if limit is not None and len(ids) <= limit < len(ids) + NEW_TOKENS:
+                # Where the factors change the text is read again, and its choices would be recorded for the last token.
+                ids = ids[: max(1, limit - NEW_TOKENS)]
+            step = engine.prefill(np.array([ids], dtype=np.int64))
+            logits, routes, count = [step.logits[0, -1]], [step.routes or {}], len(ids)
+            for _ in range(NEW_TOKENS):
+                ids.append(int(logits[-1].argmax()))
+                step = engine.decode(np.array([[ids[-1]]], dtype=np.int64), step.cache)
+                logits.append(step.logits[0, -1])
+                routes.append(step.routes or {})
+            layers = sorted(routes[0])
+            np.save(folder / f"golden.{number}.logits.npy", np.stack(logits), allow_pickle=False)
+            for layer in layers:
+                chosen = np.concatenate([part[layer] for part in routes])
+                np.save(folder / f"golden.{number}.routes.{layer}.npy", chosen, allow_pickle=False)
+            cases.append({"text": prompt, "ids": ids, "prompt_tokens": count, "routed_layers": layers})
+    finally:
+        engine.close()
+    write_json(folder / "golden.json", {"schema": "moedge.golden/1", "reference": "portable, float32", "cases": cases})
+
+
+def _pack(folder: Path, out: Path) -> None:
+    """Write a tar whose bytes depend on names and contents only."""
+    with tarfile.open(out, "w", format=FORMAT) as archive:
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            entry = tarfile.TarInfo(path.relative_to(folder.parent).as_posix())
+            entry.size, entry.mode, entry.mtime = path.stat().st_size, 0o644, 0
+            with path.open("rb") as stream:
+                archive.addfile(entry, stream)
+
+
+_README = """# {label} for {device}
+
+On the device, with numpy and TensorRT's Python package (JetPack has both):
+
+    python3 build_engine.py     # minutes; writes engine.plan, engine.json, timing.cache
+    python3 verify.py           # exit code 1 when the engine does not compute what was recorded, or that is not decided
+    python3 bench.py --prompt 512 --decode 64 --note "nvpmodel 0, jetson_clocks"
+
+Both results are JSON. Where MoEdge is installed: moedge report verify-result.json bench-result.json, and, for a model
+with experts, moedge verify CHECKPOINT verify-answers.npz, which judges every token whatever experts were chosen.
+"""

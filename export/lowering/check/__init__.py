@@ -1,0 +1,1 @@
+"""Executed checks of rewritten blocks, and the known mistakes that they name."""

@@ -1,0 +1,1 @@
+"""Rules and targets of ONNX Runtime."""

@@ -1,0 +1,301 @@
+"""Targets ``ort-cpu-int8`` and ``ort-cpu-int4``: ONNX Runtime's CPU kernels on block-quantised weights.
+
+Norms and attention are rewritten as for ``ort-cpu``; then experts -> QMoE, every other matrix -> MatMulNBits, the
+embedding -> GatherBlockQuantized, all in one block format (``export/quantize/format.py``). The router stays in float32:
+a flipped expert costs more than a few kilobytes.
+
+Two errors are kept apart. Kernel error: the rewritten block against the same block in float32 on the *de-quantised*
+weights, once with float32 activations (layout and arithmetic, 2e-6) and once as it will run, with int8 activations.
+Quantisation error: the block on de-quantised weights against the block on the original ones; it is reported, not
+judged, because it is a property of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from moedge import MoEdgeError
+from moedge.export.graph import weights
+from moedge.export.graph.build import remove_unused, size
+from moedge.export.graph.nodes import layer_of, nodes_of, routed_directly
+from moedge.export.lowering import Lowered, Rewrite, capabilities
+from moedge.export.lowering.check import mistakes, selftest
+from moedge.export.lowering.ort import cpu as ort_cpu
+from moedge.export.lowering.ort import matmul as ort_matmul
+from moedge.export.lowering.ort import nbits as ort_nbits
+from moedge.export.lowering.ort import products as ort_products
+from moedge.export.lowering.ort import qmoe as ort_qmoe
+from moedge.export.lowering.ort.nbits import QuantizeProducts
+from moedge.export.lowering.ort.products import ExpertProducts
+from moedge.export.lowering.ort.qmoe import FuseQMoE
+from moedge.export.lowering.rule import Applied, Block, Rule, Work
+from moedge.export.quantize.format import BLOCK, QUANTISED, Quantized, account, quantize, stored_bytes
+
+INT8_LIMIT = 4e-2
+"""Largest relative error of a block that runs with int8 activations. A block of 32 is rounded in steps of max|x| / 127,
+an error of max|x| / (127 * sqrt(12)) per element. For normal x, max|x| of 32 is about 2.1 standard deviations: 0.5 % of
+each product's input. An FFN has three such inputs in a chain and SiLU's slope: about 1.2 % (measured 1.0 to 1.6 % of
+the largest output, H 32 to 576). Two and a half times that; every known mistake gives more than 10 %."""
+
+
+def lower(
+    model: ir.Model,
+    *,
+    max_length: int,
+    bits: int,
+    method: str = "rtn",
+    moments: Mapping[str, np.ndarray] | None = None,
+) -> Lowered:
+    """Rewrite ``model`` in place for ONNX Runtime's CPU provider with weights of ``bits`` bits.
+
+    Args:
+        moments: of the inputs by weight, for method ``gptq``; a weight without (the embedding) is rounded to the
+            nearest.
+
+    Raises:
+        MoEdgeError: the model cannot be quantised (the message says why), a block does not compute what it replaced,
+            or a tensor class that should be quantised is not.
+    """
+    target = f"ort-cpu-int{bits}"
+    _check(model, target)
+    work = Work(model, ort_cpu.block_limit(model), "Use --target ort-cpu and report the runtime version.")
+    table = weights.collect(work.before)
+    chosen = {name: weight for name, weight in table.items() if weight.tensor_class in QUANTISED}
+    unfit = FuseQMoE({}).refuse(model)
+    narrow = min((weight.columns for weight in table.values() if weight.tensor_class == "experts"), default=2 * BLOCK)
+    if method == "rtn-asymmetric" and narrow <= BLOCK and not unfit:
+        raise MoEdgeError(
+            f"Cannot lower for {target}: experts of {narrow} neurons are one block, whose zero points QMoE reads in "
+            "another layout; use symmetric blocks (rtn)."
+        )
+    values, known = work.before.graph.initializers, moments or {}
+    packed = {
+        name: quantize(weights.array(values[name], weight), bits, method, known.get(name))
+        for name, weight in chosen.items()
+    }
+    cache = ort_cpu.norms_and_attention(work, max_length)
+    qmoe = FuseQMoE(packed)
+    pending: list[tuple[Rule, Applied | str]] = []
+    if nodes_of(model, "SparseGLU"):
+        if unfit:
+            work.rewrites.append(Rewrite(qmoe.name, 0, "refused", unfit))
+        rule: Rule = ExpertProducts() if unfit else qmoe
+        pending.append((rule, work.start(rule)))
+        if unfit:  # inside of an FFN, which is tested whole
+            QuantizeProducts("experts", _experts(packed, chosen)).apply(model)
+    for rule in _products(packed, chosen):
+        pending.append((rule, work.start(rule)))
+    sizes = _account(work.before, model, table, bits, method, padded=not unfit)
+    merged, _ = ort_matmul.merge_siblings(model)
+    remove_unused(model)
+    judge = _Judge(work, packed, table, exact_experts=bits == 4 or bool(unfit))
+    for rule, done in pending:
+        work.finish(rule, done, judge)
+    if merged:
+        work.rewrites.append(Rewrite("products of the router -> one MatMul + Split", merged, "applied"))
+    limits = ort_cpu.limits(cache)
+    if work.taps and not unfit:
+        limits.append("equal router scores go to the higher expert index, in PyTorch to the lower (QMoE)")
+    quantization = {
+        "bits": bits,
+        "block": BLOCK,
+        "method": method,
+        "classes": [{**vars(size), "bits_per_weight": size.bits_per_weight} for size in sizes],
+        "tensors": _where(model, chosen, work.before),
+    }
+    return Lowered(work.rewrites, work.taps, cache, limits, quantization)
+
+
+OLDEST_ORT = (1, 31)
+"""QMoE with ``router_weights`` and ``accuracy_level``: 1.23 refuses the first, 1.27 the second (peers.md 5.3)."""
+
+
+def refusal(*, dtypes: set[str], hidden_sizes: set[int]) -> str | None:
+    """Say why block-quantised weights (``MatMulNBits``, ``QMoE``, blocks of 32) cannot be used, or None.
+
+    Args:
+        dtypes: dtypes of the float weights.
+        hidden_sizes: H of the layers with experts.
+    """
+    installed = capabilities.onnxruntime_version()
+    if installed is not None and installed < OLDEST_ORT:
+        oldest, found = (".".join(map(str, version)) for version in (OLDEST_ORT, installed))
+        return f"quantised experts need onnxruntime {oldest}, this is {found}; pip install -U onnxruntime"
+    if dtypes - {"FLOAT"}:
+        return f"weights are quantised from float32, the model holds {', '.join(sorted(dtypes)).lower()}"
+    if odd := sorted(size for size in hidden_sizes if size % 32):
+        return f"the hidden size {odd[0]} is not a multiple of the block of 32, which the QMoE kernel needs [R]"
+    return None
+
+
+def _check(model: ir.Model, target: str) -> None:
+    """Refuse what the kernels cannot hold."""
+    experts = nodes_of(model, "SparseGLU")
+    if not all(map(routed_directly, experts)):
+        raise MoEdgeError(f"Cannot lower experts inside experts for {target}; export a hierarchical model to ort-cpu.")
+    dtypes = {value.dtype for value in model.graph.initializers.values() if value.dtype}
+    floats = {dtype.name for dtype in dtypes if dtype.is_floating_point()}
+    hidden_sizes = {size(node.inputs[5], 1) for node in experts}
+    if reason := capabilities.runtime() or refusal(dtypes=floats, hidden_sizes=hidden_sizes):
+        raise MoEdgeError(f"Cannot lower for {target}: {reason}.")
+
+
+def _experts(packed: Mapping[str, Quantized], chosen: Mapping[str, weights.Weight]) -> dict[str, Quantized]:
+    """Each expert of the quantised stacks, by the name of its matrix in :mod:`ort_products`."""
+    return {
+        ort_products.matrix_name(name, expert): packed[name].expert(expert)
+        for name, weight in chosen.items()
+        if weight.tensor_class == "experts"
+        for expert in range(len(packed[name].packed))
+    }
+
+
+def _products(packed: Mapping[str, Quantized], chosen: Mapping[str, weights.Weight]) -> list[QuantizeProducts]:
+    """One rule for each class of matrices; experts have one of their own."""
+    classes: dict[str, dict[str, Quantized]] = {"embedding": {}}
+    for name, weight in chosen.items():
+        classes.setdefault(weight.tensor_class, {})[name] = packed[name]
+    return [QuantizeProducts(each, found) for each, found in classes.items() if found and each != "experts"]
+
+
+def dequantized_graph(model: ir.Model, packed: dict[str, Quantized], table: dict[str, weights.Weight]) -> ir.Model:
+    """Return a copy of a float graph with the de-quantised values of ``packed``, made when they are read."""
+    copy = model.clone()
+    weights.set_dequantized(copy, packed, table)
+    return copy
+
+
+class _Judge:
+    """Executes a block three times: kernel error with float32 activations and as it runs, and quantisation error."""
+
+    def __init__(
+        self, work: Work, packed: dict[str, Quantized], table: dict[str, weights.Weight], *, exact_experts: bool
+    ) -> None:
+        self._work, self._packed, self._exact_experts = work, packed, exact_experts
+        self._reference = dequantized_graph(work.before, packed, table)
+        self._exact = ort_nbits.with_accuracy(work.model, 0)
+
+    def __call__(self, name: str, done: Applied) -> dict[str, Any]:
+        """Return the manifest's entry.
+
+        Raises:
+            MoEdgeError: kernel error above its limit.
+        """
+        work, found = self._work, dict[str, list[selftest.SelfTest]](exact=[], int8=[], quantisation=[])
+        label = name.rpartition("-> ")[2] if any(block.ffn for block in done.blocks) else name
+        for block in done.blocks:
+            for kind, one, two, limit in (
+                ("exact", self._reference, self._exact, work.limit),
+                ("int8", self._reference, work.model, INT8_LIMIT),
+                ("quantisation", work.before, self._reference, float("inf")),
+            ):
+                # 8-bit experts have no kernel with float32 activations (docs/quantization.md); products have.
+                if kind == "exact" and block.ffn and not self._exact_experts:
+                    continue
+                test = self._compared(label, block, one, two, limit)
+                if not test.passed:
+                    raise MoEdgeError(f"{test.failure()} {work.advice}")
+                found[kind].append(test)
+        int8 = max(found["int8"], key=lambda test: test.max_rel_error)
+        entry = {**int8.to_json(), "quantisation_error": max(test.max_rel_error for test in found["quantisation"])}
+        if found["exact"]:
+            entry["float32_activations"] = max(test.max_rel_error for test in found["exact"])
+        return entry
+
+    def _compared(self, name: str, block: Block, one: ir.Model, two: ir.Model, limit: float) -> selftest.SelfTest:
+        if not block.ffn:
+            return selftest.compare(name, one, two, block.outputs, limit, inputs=block.inputs)
+        routed = block.outputs[0]
+        node = mistakes.FFN.find(self._work.before, routed).node
+        stacks = [self._packed[str(value.name)] for value in node.inputs[3:6] if value is not None]
+        return selftest.compare_ffn(name, one, two, routed, limit, stacks)
+
+
+def _account(
+    before: ir.Model, model: ir.Model, table: dict[str, weights.Weight], bits: int, method: str, *, padded: bool
+) -> list[Any]:
+    """Account for every initializer of both graphs; ``padded``: experts are as wide as QMoE needs them.
+
+    Raises:
+        MoEdgeError: a class that should be quantised is not, or not as it should be.
+    """
+
+    def kept(name: str) -> str:
+        if name in table:
+            return table[name].tensor_class
+        if ".router" in name or name.endswith("selection_bias"):
+            return "router"
+        return "norms" if "norm" in name else "other"
+
+    rows = []
+    for name, value in before.graph.initializers.items():
+        assert value.const_value is not None
+        size = int(value.const_value.nbytes)
+        count = int(value.const_value.size)
+        should = size
+        if kept(name) in QUANTISED:
+            weight = table[name]
+            # QMoE's expert widths are padded to whole blocks: rows of gate and up, inputs of down.
+            grown = padded and _is_gate_or_up(before, name)
+            extra = ort_qmoe.padded_width(weight.shape[1]) / weight.shape[1] if grown else 1
+            should = stored_bytes(round(weight.rows * extra), weight.columns, bits, method)
+        rows.append((kept(name), count, size, should))
+    after = [
+        (ort_nbits.tensor_class(name) or kept(name), int(value.const_value.nbytes))
+        for name, value in model.graph.initializers.items()
+        if value.const_value is not None
+    ]
+    sizes, wrong = account(rows, after)
+    if wrong:
+        raise MoEdgeError(f"Quantisation to {bits} bits is incomplete: {'; '.join(wrong)}. This is a bug; report it.")
+    return sizes
+
+
+def _is_gate_or_up(model: ir.Model, name: str) -> bool:
+    value = model.graph.initializers[name]
+    return any(use.node.op_type == "SparseGLU" and use.idx in (3, 4) for use in value.uses())
+
+
+def _where(model: ir.Model, chosen: dict[str, weights.Weight], before: ir.Model) -> dict[str, dict[str, Any]]:
+    """Say for each weight of the portable graph where its quantised rows lie, so that a reader can de-quantise it."""
+    made = [name.removesuffix(".q") for name in model.graph.initializers if name.endswith(".q")]
+    places: dict[str, dict[str, Any]] = {}
+    divided = {  # matrix of one expert -> its stack
+        ort_products.matrix_name(name, expert): name
+        for name, weight in chosen.items()
+        if weight.layout == "ENK"
+        for expert in range(weight.shape[0])
+    }
+    for tensor in made:
+        rest = tensor.split(".", 1)[1]
+        row = 0
+        for name in rest.split("+"):
+            if name in divided:
+                experts = chosen[divided[name]]
+                rows = experts.shape[1]
+                place = places.setdefault(experts.name, {"layout": "ENK", "columns": experts.columns, "experts": []})
+                place["experts"].append({"tensor": tensor, "rows": [row, row + rows]})
+                row += rows
+            elif name in chosen:
+                rows = chosen[name].rows
+                places[name] = {"tensor": tensor, "rows": [row, row + rows], "layout": chosen[name].layout}
+                places[name]["columns"] = chosen[name].columns
+                row += rows
+    for node in nodes_of(before, "SparseGLU"):
+        layer = layer_of(node)
+        if str(getattr(node.inputs[3], "name", "")) in places:
+            continue
+        for part, value in zip(("gate", "up", "down"), node.inputs[3:6], strict=True):
+            assert value is not None
+            shape = chosen[str(value.name)].shape
+            stack = "down" if part == "down" else "gate_up"
+            places[str(value.name)] = {"tensor": f"experts.layers.{layer}.{stack}", "part": part, "layout": "ENK"}
+            places[str(value.name)]["rows"], places[str(value.name)]["columns"] = [0, shape[1]], shape[2]
+    if missing := set(chosen) - set(places):
+        name = sorted(missing)[0]
+        raise MoEdgeError(f"{name} was quantised but is not in the lowered graph. This is a bug; report it.")
+    return places

@@ -1,0 +1,1 @@
+"""Block formats of integer weights, and what is measured to choose them."""

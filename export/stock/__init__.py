@@ -1,0 +1,1 @@
+"""Checkpoints that stock transformers, vLLM and SGLang load."""

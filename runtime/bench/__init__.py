@@ -1,0 +1,1 @@
+"""How fast is it? Latency, profiles, statistics, facts about the machine."""

@@ -1,0 +1,283 @@
+"""Measure latency, throughput, memory and load time of several engines in one run.
+
+Engines are timed in turn, round by round, and the order rotates, so that a slow minute of the machine hits all of them.
+Ratios are paired by round. Memory and load time are taken in a fresh process per engine, where no other engine lives.
+
+TTFT  time to first token: prefill of the prompt and choice of the next token, in ms. The commands open engines with
+      ``last_logits``: as in generation, the output projection reads the last position of the prompt alone.
+TPOT  time per output token: one decode step and choice of the next token, in ms.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from moedge import MoEdgeError
+from moedge.runtime.bench.machine import machine as machine
+from moedge.runtime.bench.stats import bootstrap_ci, percentiles
+from moedge.runtime.engines import Engine, open_engine
+
+SCHEMA = "moedge.bench/1"
+Progress = Callable[[int, int], None]
+
+_SETTLE = 0.02  # seconds between engines: worker threads of the last one (OpenMP spins for some ms) go to sleep
+_CHILD_DECODE = 8  # tokens decoded in the memory measurement: enough for every buffer of a decode step to exist
+_CHILD_TIMEOUT = 900.0
+
+
+def bench(
+    engines: Mapping[str, Callable[[], Engine]],
+    ids: np.ndarray,
+    *,
+    prompt: int,
+    decode: int,
+    repeats: int,
+    warmup: int = 1,
+    memory: bool = True,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Benchmark engines at batch 1, greedy, end-of-text ignored.
+
+    Args:
+        engines: label -> callable that opens the engine. Memory and load time need
+            ``functools.partial(open_engine, path, **options)``, which can be repeated in another process; for any other
+            callable these two are None, with the reason.
+        ids: int64 [>= prompt], real text; its first ``prompt`` tokens are the prompt.
+        prompt: tokens of the prompt.
+        decode: tokens decoded after the first one, fed back as chosen.
+        repeats: rounds that count. Fewer than 5 give intervals that mean little.
+        warmup: rounds that do not.
+        memory: measure memory and load time.
+        seed: of the bootstrap.
+        progress: called with (engine runs done, in all).
+
+    Returns:
+        JSON-ready dict of schema ``moedge.bench/1``: ``protocol``, ``machine``, ``rows`` (one per engine, in the order
+        given) and ``ratios`` (``speedup`` of ``label`` over ``baseline`` = ratio of medians, > 1 is faster, with a 95%
+        bootstrap interval paired by round).
+
+    Raises:
+        MoEdgeError: nothing to measure, too few ids, or an engine that fails.
+    """
+    ids = np.asarray(ids, dtype=np.int64).reshape(-1)
+    if not engines or min(prompt, decode, repeats) < 1 or warmup < 0:
+        raise MoEdgeError("A benchmark needs at least one engine, and prompt, decode and repeats of at least 1.")
+    if len(ids) < prompt:
+        raise MoEdgeError(f"The benchmark text has {len(ids)} tokens, fewer than the prompt of {prompt}.")
+    labels = list(engines)
+    total = len(labels) * (warmup + repeats + bool(memory))
+    done = 0
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        if progress:
+            progress(done, total)
+
+    footprints: dict[str, dict[str, Any]] = {}
+    if memory:  # first, while this process is small and the cores are idle
+        for label in labels:
+            footprints[label] = _footprint(engines[label], ids[:prompt])
+            advance()
+
+    opened: dict[str, Engine] = {}
+    ttft: dict[str, list[float]] = {label: [] for label in labels}
+    tpot: dict[str, list[list[float]]] = {label: [] for label in labels}
+    load_before = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    try:
+        for label in labels:
+            opened[label] = engines[label]()
+        for number in range(warmup + repeats):
+            shift = number % len(labels)
+            for label in labels[shift:] + labels[:shift]:
+                time.sleep(_SETTLE)
+                first, steps = _timed_run(opened[label], ids[None, :prompt], decode)
+                if number >= warmup:
+                    ttft[label].append(first)
+                    tpot[label].append(steps)
+                advance()
+        infos = {label: asdict(engine.info) for label, engine in opened.items()}
+    finally:
+        for engine in opened.values():
+            engine.close()
+
+    samples = {  # [rounds, samples of a round]
+        "ttft_ms": {label: np.array(times)[:, None] for label, times in ttft.items()},
+        "tpot_ms": {label: np.array(times) for label, times in tpot.items()},
+    }
+    rows = []
+    for label in labels:
+        summary = {metric: _summary(times[label], seed) for metric, times in samples.items()}
+        footprint = footprints.get(label, {"peak_rss_mib": None, "load_s": None, "reason": "not measured"})
+        rows.append(
+            {
+                "label": label,
+                "info": infos[label],
+                **summary,
+                "prefill_tokens_per_s": 1e3 * prompt / summary["ttft_ms"]["p50"],
+                "decode_tokens_per_s": 1e3 / summary["tpot_ms"]["p50"],
+                **footprint,
+                "rounds": {metric: np.median(times[label], axis=1).tolist() for metric, times in samples.items()},
+            }
+        )
+    return {
+        "schema": SCHEMA,
+        "protocol": {
+            "batch": 1,
+            "prompt": prompt,
+            "decode": decode,
+            "repeats": repeats,
+            "warmup": warmup,
+            "order": "round-robin over engines in one process, start rotated each round",
+            "sampling": "greedy, end of text ignored, choice of the token timed",
+            "intervals": "95% bootstrap over rounds; ratios of medians paired by round",
+            "memory": "peak resident memory and load time (imports included) in a fresh process per engine; on a GPU "
+            "also the peak of PyTorch's allocator there, without what CUDA takes for itself",
+            "seed": seed,
+        },
+        "machine": {**machine(), "load_average_before": load_before},
+        "rows": rows,
+        "ratios": _ratios(labels, samples, seed),
+    }
+
+
+def _timed_run(engine: Engine, ids: np.ndarray, decode: int) -> tuple[float, list[float]]:
+    """One prompt and ``decode`` steps: (TTFT, TPOT of each step) in ms."""
+    gc.collect()  # not inside the timed part
+    clock = time.perf_counter
+    start = clock()
+    step = engine.prefill(ids)
+    # Every engine returns float32 logits in C order, so the choice of the token costs each the same (about 20 us for
+    # a vocabulary of 50,000).
+    token = int(step.logits[0, -1].argmax())
+    first = 1e3 * (clock() - start)
+    times = []
+    for _ in range(decode):
+        start = clock()
+        step = engine.decode(np.array([[token]], dtype=np.int64), step.cache)
+        token = int(step.logits[0, -1].argmax())
+        times.append(1e3 * (clock() - start))
+    return first, times
+
+
+def _summary(rounds: np.ndarray, seed: int) -> dict[str, Any]:
+    """Percentiles of all samples of ``rounds`` [rounds, samples] and the interval of their median."""
+    interval = bootstrap_ci(len(rounds), lambda drawn: float(np.median(rounds[drawn])), seed=seed)
+    return {**percentiles(rounds.reshape(-1), (50, 90, 99)), "mean": float(rounds.mean()), "ci95": interval}
+
+
+def _ratios(labels: list[str], times: dict[str, dict[str, np.ndarray]], seed: int) -> list[dict[str, Any]]:
+    """Speed-up of every engine over every other, for each metric; samples [rounds, samples]."""
+    ratios = []
+    for metric, samples in times.items():
+        for baseline in labels:
+            for label in labels:
+                if label == baseline:
+                    continue
+                slow, fast = samples[baseline], samples[label]
+
+                def speedup(drawn: np.ndarray, slow: np.ndarray = slow, fast: np.ndarray = fast) -> float:
+                    return float(np.median(slow[drawn]) / np.median(fast[drawn]))
+
+                low, high = bootstrap_ci(len(slow), speedup, seed=seed)
+                ratios.append(
+                    {
+                        "metric": metric,
+                        "label": label,
+                        "baseline": baseline,
+                        "speedup": speedup(np.arange(len(slow))),
+                        "ci95": [low, high],
+                        # What the interval allows to say: nothing when it holds 1.
+                        "verdict": "faster" if low > 1 else "slower" if high < 1 else "no difference shown",
+                    }
+                )
+    return ratios
+
+
+def _footprint(opener: Callable[[], Engine], ids: np.ndarray) -> dict[str, Any]:
+    """Peak memory and load time of one engine in a fresh process, or None with the reason."""
+    unknown = {"peak_rss_mib": None, "load_s": None}
+    if not isinstance(opener, functools.partial) or opener.func is not open_engine or len(opener.args) != 1:
+        return {**unknown, "reason": "the engine was not given as functools.partial(open_engine, path, ...)"}
+    request = {"path": str(opener.args[0]), "options": opener.keywords, "ids": ids.tolist()}
+    try:
+        child = subprocess.run(
+            [sys.executable, "-c", "from moedge.runtime.bench.latency import _child; _child()"],
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+            timeout=_CHILD_TIMEOUT,
+            check=False,
+        )
+        answer = dict(json.loads(child.stdout.splitlines()[-1]))
+    except subprocess.TimeoutExpired:
+        return {**unknown, "reason": f"no answer within {_CHILD_TIMEOUT:.0f} s"}
+    except (IndexError, ValueError):
+        last = (child.stderr.strip().splitlines() or ["no output"])[-1]
+        raise MoEdgeError(
+            f"Engine {request['path']} failed in its own process (exit {child.returncode}): {last}"
+        ) from None
+    if "refused" in answer:
+        raise MoEdgeError(f"Engine {request['path']}: {answer['refused']}")
+    return answer
+
+
+def _child() -> None:
+    """Run in the fresh process: request as JSON on stdin, result as JSON on the last line of stdout."""
+    request = json.load(sys.stdin)
+    start = time.perf_counter()
+    try:
+        engine = open_engine(request["path"], **request["options"])
+        load = time.perf_counter() - start
+        loaded = peak_rss_mib()
+        _timed_run(engine, np.array([request["ids"]], dtype=np.int64), _CHILD_DECODE)
+    except MoEdgeError as error:
+        print(json.dumps({"refused": str(error)}))
+        return
+    memory = {"peak_rss_mib": peak_rss_mib(), "peak_rss_after_load_mib": loaded, **gpu_memory(engine)}
+    print(json.dumps({**memory, "load_s": load}))
+
+
+def gpu_memory(engine: Engine) -> dict[str, Any]:
+    """Peak GPU memory of an engine, ``{"peak_gpu_mib"}``; None where it runs on the CPU, or with the reason."""
+    if engine.info.device == "CPU":
+        return {"peak_gpu_mib": None}
+    tell = getattr(engine, "peak_gpu_mib", None)
+    if tell is None:
+        said = f"{engine.info.runtime} does not tell how much GPU memory it takes"
+        return {"peak_gpu_mib": None, "gpu_reason": said}
+    return {"peak_gpu_mib": tell()}
+
+
+def peak_rss_mib() -> float:
+    """Peak resident memory of this process in MiB.
+
+    On Linux ``getrusage`` is wrong in a child: its maximum starts at the size that the parent had when it forked, and
+    survives exec. VmHWM belongs to the new address space.
+    """
+    try:
+        with open("/proc/self/status", encoding="utf-8") as stream:  # noqa: PTH123
+            for line in stream:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) / 1024
+    except OSError:
+        pass
+    if sys.platform == "win32":
+        import psutil
+
+        return float(psutil.Process().memory_info().peak_wset) / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -1,0 +1,263 @@
+"""PyTorch engine: the reference that exported bundles are compared with. Imports torch only when it is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moedge import MoEdgeError
+from moedge.runtime.engines import (
+    EngineInfo,
+    Step,
+    check_batch,
+    check_length,
+    default_threads,
+    forcing,
+    longrope,
+    position_ids,
+)
+from moedge.runtime.text.generation_config import GenerationConfig
+
+
+@dataclass
+class _Cache:
+    """``ids`` and ``mask`` int64 [B, P] (padding on the left) and the transformers cache, which grows in place."""
+
+    ids: np.ndarray
+    mask: np.ndarray
+    past: Any
+    used: bool = False
+
+
+class TorchEngine:
+    """A Hugging Face checkpoint folder, dense or converted (``model_type`` starts with ``moedge_``).
+
+    Args:
+        checkpoint_folder: folder with config.json and safetensors weights. Nothing is downloaded, no remote code runs.
+        threads: torch intra-op threads (a setting of the whole process); physical cores by default.
+        taps: also return the experts that each MoE layer selected.
+        top_k: run every MoE layer with this many experts, or all of them where a layer has fewer.
+        dtype: ``float32``, ``bfloat16`` or ``float16``.
+        device: ``cpu``, ``cuda`` or ``cuda:N``. Tokens go in and logits come out in host memory, so a timed step holds
+            both copies and has ended when it returns.
+        replay: let the caller force the experts, see :class:`moedge.runtime.engines.ReplayEngine`.
+        last_logits: compute the logits of each call's last position alone, ``Step.logits`` [B, 1, V].
+
+    Raises:
+        MoEdgeError: torch or transformers is missing, or the folder cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        checkpoint_folder: str | Path,
+        *,
+        threads: int | None = None,
+        taps: bool = False,
+        top_k: int | None = None,
+        dtype: str = "float32",
+        device: str = "cpu",
+        replay: bool = False,
+        last_logits: bool = False,
+    ) -> None:
+        try:
+            import torch
+        except ImportError as error:
+            raise MoEdgeError("A checkpoint runs in PyTorch; install it with: pip install 'moedge[cpu]'") from error
+        self._torch = torch
+        self._threads = threads or default_threads()
+        self._path = Path(checkpoint_folder)
+        self._last_logits = last_logits
+        self._module = _load(self._path, dtype, device)
+        self._cache_argument = _cache_argument(self._module)
+        self._sparse = {
+            module.layer_index: module
+            for module in self._module.modules()
+            if hasattr(module, "record_routes") and module.num_experts
+        }
+        if top_k is not None:
+            if top_k < 1 or not self._sparse:
+                raise MoEdgeError(f"top_k={top_k} cannot be set on {self._path}: it needs k >= 1 and a routed model.")
+            for module in self._sparse.values():
+                module.top_k = min(top_k, module.num_experts)
+        self._taps = taps
+        nested = [module for module in self._sparse.values() if not hasattr(module, "selection_bias")]
+        if replay and nested:
+            raise MoEdgeError(f"{self._path}: experts inside experts cannot be replayed; open it without replay.")
+        self._replay = replay
+        self._read: dict[int, Any] = {}  # what each layer's router read in the latest call
+        for layer, module in self._sparse.items():
+            module.record_routes = taps
+            if replay and taps:
+                module.router.register_forward_pre_hook(self._recorder(layer))
+        config = self._module.config
+        self._vocab_size = int(config.vocab_size)
+        self._max_length = int(config.max_position_embeddings)
+        self._rope_boundary = longrope.boundary(config.to_dict())
+        moe = str(config.model_type).startswith("moedge_")
+        generation = GenerationConfig.read(self._path)
+        self.info = EngineInfo(
+            name=f"torch {'moe' if moe else 'dense'}",
+            runtime=f"torch {torch.__version__}",
+            device=_device_name(self._module.device),
+            dtype=dtype,
+            threads=self._threads,
+            model={
+                "model_type": config.model_type,
+                "vocab_size": self._vocab_size,
+                "hidden_size": config.hidden_size,
+                "num_layers": config.num_hidden_layers,
+                "max_position_embeddings": self._max_length,
+                "max_length": self._max_length,
+                "eos_token_ids": list(generation.ends),
+                "generation": generation,
+                longrope.FACT: self._rope_boundary,
+                "parameters": sum(parameter.numel() for parameter in self._module.parameters()),
+                "label": self._path.name,
+                "target": "torch",
+                "moe": moe,
+                "routed": bool(self._sparse),
+                "top_k": top_k,
+            },
+        )
+
+    def prefill(
+        self,
+        ids: np.ndarray,
+        attention_mask: np.ndarray | None = None,
+        *,
+        experts: dict[int, np.ndarray] | None = None,
+    ) -> Step:
+        """Run ``ids`` int64 [B, S] from an empty cache; see :class:`moedge.runtime.engines.Engine`."""
+        from transformers import DynamicCache
+
+        mask = check_batch(ids, attention_mask, self._vocab_size)
+        with self._forced(experts, ids.size):
+            return self._run(ids, ids, mask, DynamicCache())
+
+    def decode(self, ids: np.ndarray, cache: Any, *, experts: dict[int, np.ndarray] | None = None) -> Step:
+        """Run ``ids`` int64 [B, S] after what ``cache`` holds; the cache is used up."""
+        mask = check_batch(ids, None, self._vocab_size)
+        if not isinstance(cache, _Cache) or cache.used or len(cache.mask) != len(ids):
+            raise MoEdgeError("This cache was used before or belongs to another engine or batch; prefill again.")
+        cache.used = True
+        text, mask = np.concatenate([cache.ids, ids], axis=1), np.concatenate([cache.mask, mask], axis=1)
+        if longrope.crosses(self._rope_boundary, mask, ids.shape[1]):
+            if experts is not None:
+                longrope.refuse_forced(self._rope_boundary)
+            return longrope.last(self.prefill(text, mask), ids.shape[1])
+        with self._forced(experts, ids.size):
+            return self._run(ids, text, mask, cache.past)
+
+    def scores(self, router_inputs: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
+        """Return what each layer ranks its experts by, float32 [T, E], for float32 [T, H]."""
+        found = {}
+        with self._torch.inference_mode():
+            for layer, module in sorted(self._sparse.items()):
+                scores = module.router(self._tensor(router_inputs[layer]))
+                if module.selection_bias is not None:
+                    scores = scores + module.selection_bias
+                found[layer] = scores.cpu().numpy()
+        return found
+
+    def _recorder(self, layer: int) -> Callable[[Any, tuple[Any, ...]], None]:
+        def record(module: Any, given: tuple[Any, ...]) -> None:
+            self._read[layer] = given[0]
+
+        return record
+
+    @contextmanager
+    def _forced(self, experts: dict[int, np.ndarray] | None, tokens: int) -> Iterator[None]:
+        """Run with ``experts`` per layer in place of the routers' choice, through the bias that only selects."""
+        if experts is None:
+            yield
+            return
+        if not self._replay:
+            raise MoEdgeError(f"{self._path} was not opened with replay, so its experts cannot be forced.")
+        own = {layer: module.selection_bias for layer, module in self._sparse.items()}
+        try:
+            for layer, module in self._sparse.items():
+                bias = forcing(experts[layer], tokens, module.num_experts, module.top_k)
+                module.selection_bias = self._tensor(bias)
+            yield
+        finally:
+            for layer, module in self._sparse.items():
+                module.selection_bias = own[layer]
+
+    def _tensor(self, array: np.ndarray) -> Any:
+        return self._torch.from_numpy(array).to(self._module.device)
+
+    def peak_gpu_mib(self) -> float | None:
+        """Most memory that PyTorch's tensors took on the GPU in this process, MiB; None on the CPU.
+
+        What CUDA takes for itself (its context, some hundred MiB) is not in it.
+        """
+        device = self._module.device
+        return self._torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
+
+    def close(self) -> None:
+        """Free the weights. The engine cannot be used afterwards."""
+        self._module = None
+        self._sparse = {}
+
+    def _run(self, ids: np.ndarray, text: np.ndarray, mask: np.ndarray, past: Any) -> Step:
+        """Run ``ids``, the end of ``text``; ``mask`` is that of ``text``."""
+        torch = self._torch
+        if self._module is None:
+            raise MoEdgeError(f"The engine for {self._path} is closed; open it again.")
+        check_length(mask.shape[1], self._max_length)
+        if torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
+        # No mask where nothing is padded: transformers then takes its fast causal path.
+        padded = bool((mask == 0).any())
+        with torch.inference_mode():
+            result = self._module(
+                input_ids=self._tensor(np.ascontiguousarray(ids, dtype=np.int64)),
+                attention_mask=self._tensor(mask) if padded else None,
+                position_ids=self._tensor(np.ascontiguousarray(position_ids(mask, ids.shape[1]))),
+                use_cache=True,
+                logits_to_keep=1 if self._last_logits else 0,
+                **{self._cache_argument: past},
+            )
+            logits = result.logits.float().contiguous().cpu().numpy()
+            routes = None
+            if self._taps and self._sparse:
+                routes = {layer: _indices(module.last_routes) for layer, module in sorted(self._sparse.items())}
+        read = {layer: value.cpu().numpy() for layer, value in sorted(self._read.items())} or None
+        return Step(logits, _Cache(text, mask, past), routes, read)  # the cache has grown in place
+
+
+def _indices(routes: Any) -> np.ndarray:
+    """Recorded routes -> int32 [T, k]."""
+    return np.asarray(routes.cpu().numpy(), dtype=np.int32)
+
+
+def _device_name(device: Any) -> str:
+    if device.type == "cuda":
+        import torch
+
+        return f"{torch.cuda.get_device_name(device)} ({device})"
+    return str(device).upper()
+
+
+def _cache_argument(model: Any) -> str:
+    from moedge.convert.compat import cache_argument
+
+    return cache_argument(model)
+
+
+def _load(folder: Path, dtype: str, device: str) -> Any:
+    from moedge.convert import sources
+    from moedge.convert.sources import folder_check
+
+    if not (folder / "config.json").exists():
+        raise MoEdgeError(f"{folder} is not a checkpoint folder: config.json is missing.")
+    if str(folder_check.read_object(folder / "config.json").get("model_type")).startswith("moedge_"):
+        from moedge.convert import modeling
+
+        return modeling.load(folder, dtype, device)[0].eval()
+    return sources.load_model(folder, dtype, device).eval()

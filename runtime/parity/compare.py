@@ -1,0 +1,357 @@
+"""Compare two engines on the same tokens: logits, distributions, choices and routing.
+
+Every window is a prefill of its first tokens followed by teacher-forced decoding of the rest, one token at a time, so
+each token of the text is compared once, in one of the two phases. Logits are reduced to a few numbers per token in
+float64 and dropped at once, so memory does not grow with the text (llama.cpp's KL tool needs an 11-37 GB file for it).
+
+Symbols: a reference logits, b test logits, p = softmax(a), q = softmax(b), V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from typing import Any, Protocol
+
+import numpy as np
+
+from moedge import MoEdgeError
+from moedge.configs.tolerances import Profile
+from moedge.runtime.engines import Engine, EngineInfo, ReplayEngine, Step, longrope
+from moedge.runtime.parity import verdict
+from moedge.runtime.parity.metrics import RouteAgreement, TokenErrors
+from moedge.runtime.parity.replay import Replay
+
+SCHEMA = "moedge.parity/1"
+Progress = Callable[[int, int], None]
+
+
+def compare(
+    reference: Engine,
+    test: Engine,
+    token_windows: np.ndarray,
+    *,
+    prefill: int,
+    tolerances: Mapping[str, Any] | Profile,
+    routing: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Compare ``test`` with ``reference`` and judge the difference.
+
+    Args:
+        reference: engine whose answers count as right.
+        test: engine under test. Open both with ``taps=True`` to compare routing.
+        token_windows: int64 [N, L], N texts of L tokens.
+        prefill: tokens of each window that are prefilled before decoding starts, 1..L-2.
+        tolerances: limits, a :class:`moedge.configs.tolerances.Profile` or its fields.
+        routing: judge expert sets. When both models route tokens and one engine has no taps, the verdict is then
+            "failed": what was not looked at is not passed. Pass False only where a target cannot be tapped.
+            Limits with ``router_set_agreement`` judge a routed model by route replay (:mod:`.replay`):
+            open the reference with ``replay=True`` and the test with ``router_inputs=True`` too. Limits that also have
+            ``expert_set_agreement`` replay the windows alone in which a choice differs, and judge free-running where
+            the test does not show what its routers read.
+        progress: called with (tokens done, tokens in all).
+
+    Returns:
+        JSON-ready dict of schema ``moedge.parity/1``. Per phase (``prefill``, ``decode``) and ``overall``: tokens;
+        absolute error; relative error max|a-b| / max|a| per token; cosine; KL in nats both ways; top-1 and top-5
+        agreement outside near-ties of the reference; perplexity of both on the tokens that follow. A value that does
+        not exist (no finite token, nothing compared) is None, and its check fails. ``replay`` is the same for the
+        reference under the test's own choice of experts, or None; ``verdict.parts`` says which part of it passed.
+
+    Raises:
+        MoEdgeError: windows of a wrong shape, engines of different vocabularies or routing, or a bad tolerance.
+    """
+    pairs = {"": (test, tolerances)}
+    return compare_all(reference, pairs, token_windows, prefill=prefill, routing=routing, progress=progress)[""]
+
+
+def compare_all(
+    reference: Engine,
+    tests: Mapping[str, tuple[Engine, Mapping[str, Any] | Profile]],
+    token_windows: np.ndarray,
+    *,
+    prefill: int,
+    routing: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Compare several engines with one reference, which runs once; see :func:`compare`.
+
+    Args:
+        tests: label -> (engine, its limits).
+    """
+    limits = {label: Profile.of(tolerances) for label, (_, tolerances) in tests.items()}
+    windows = _check(reference, [test for test, _ in tests.values()], token_windows, prefill)
+    engines = [test for test, _ in tests.values()]
+    found = {
+        label: _Comparison(reference, test, limits[label], routing and _both_routed(reference, test))
+        for label, (test, _) in tests.items()
+    }
+    done = 0
+    for window in windows:
+        for phase, ids, one, others, targets in _steps(reference, engines, window[None], prefill, None):
+            for comparison, two in zip(found.values(), others, strict=True):
+                comparison.add(phase, ids, one, two, targets)
+            done += ids.size
+            if progress:
+                progress(done, windows.size)
+        for comparison in found.values():
+            comparison.end_window(window, prefill)
+    for comparison in found.values():
+        comparison.end()
+    return {
+        label: judged(
+            reference, test, windows.shape, prefill, found[label].phases, found[label].routes, limits[label], routing,
+            found[label].replay,
+        )
+        for label, (test, _) in tests.items()
+    }  # fmt: skip
+
+
+class _Comparison:
+    """What is kept of one engine beside the reference: free-running errors and choices, and a replay if it is due."""
+
+    def __init__(self, reference: Engine, test: Engine, limits: Profile, routed: bool) -> None:
+        self._reference, self._test, self._limits = reference, test, limits
+        self._may_replay = routed and limits.router_set_agreement is not None
+        self._free_first = limits.expert_set_agreement is not None
+        self._window, self._changed, self._shown = TokenErrors.by_phase(limits), False, False
+        self._alike = TokenErrors.by_phase(limits)  # of windows without a changed choice
+        self.phases, self.routes = TokenErrors.by_phase(limits), RouteAgreement()
+        self.replay: Replay | None = None
+        if self._may_replay and not self._free_first:
+            self.replay = Replay(replaying(reference, test), limits)
+
+    def add(self, phase: str, ids: np.ndarray, one: Step, two: Step, targets: np.ndarray) -> None:
+        """Compare one step of both."""
+        changed = self.routes.add(one.routes, two.routes)
+        self._window[phase].add(one.logits[0], two.logits[0], targets, changed)
+        self._changed |= changed is not None and bool(changed.any())
+        self._shown = two.router_inputs is not None
+        if self.replay and not self._free_first:
+            self.replay.add(phase, ids, two, targets)
+
+    def end_window(self, window: np.ndarray, prefill: int) -> None:
+        """Take the window over, or run it again under the engine's own choices where one of them differs."""
+        for name, tokens in self._window.items():
+            self.phases[name].extend(tokens)
+        if self._may_replay and self._free_first and self._shown:
+            if self._changed:
+                self.replay = self.replay or Replay(replaying(self._reference, self._test), self._limits)
+                self._again(self.replay, window, prefill)
+            else:
+                for name, tokens in self._window.items():
+                    self._alike[name].extend(tokens)
+        self._window, self._changed = TokenErrors.by_phase(self._limits), False
+
+    def _again(self, replay: Replay, window: np.ndarray, prefill: int) -> None:
+        for phase, ids, two, _, targets in _steps(self._test, [], window[None], prefill, None):
+            replay.add(phase, ids, two, targets)
+
+    def end(self) -> None:
+        """Give the replay, if there was one, the windows that needed none."""
+        if self.replay:
+            self.replay.alike(self._alike)
+
+
+class Described(Protocol):
+    """An engine, or what is left of one: it says what it is."""
+
+    info: EngineInfo
+
+
+def _both_routed(reference: Described, test: Described) -> bool:
+    return bool(reference.info.model.get("routed") and test.info.model.get("routed"))
+
+
+def replaying(reference: Engine, test: Described) -> ReplayEngine:
+    """Return ``reference`` as one that replays the choices of ``test``.
+
+    Raises:
+        MoEdgeError: it cannot.
+    """
+    if not isinstance(reference, ReplayEngine):
+        raise MoEdgeError(
+            f"{test.info.name} is judged under its own choice of experts, which {reference.info.name} cannot replay; "
+            "compare it with the portable bundle or the checkpoint."
+        )
+    return reference
+
+
+def judged(
+    reference: Described,
+    test: Described,
+    windows: tuple[int, ...],
+    prefill: int,
+    phases: dict[str, TokenErrors],
+    routes: RouteAgreement,
+    limits: Profile,
+    routing: bool,
+    replay: Replay | None,
+) -> dict[str, Any]:
+    """Return the result of a comparison, as :func:`compare` describes it; ``windows`` is their shape [N, L]."""
+    summaries = {name: tokens.summary() for name, tokens in phases.items()}
+    result: dict[str, Any] = {
+        "schema": SCHEMA,
+        "reference": asdict(reference.info),
+        "test": asdict(test.info),
+        "tokens": {
+            "windows": windows[0],
+            "window": windows[1],
+            "prefill": prefill,
+            **{name: summary["tokens"] for name, summary in summaries.items()},
+        },
+        "phases": summaries,
+        "overall": TokenErrors.merged(list(phases.values())).summary(),
+        "routing": routes.summary(),
+        "replay": replay.summary() if replay else None,
+        "tolerances": limits.model_dump(),
+    }
+    compared = _both_routed(reference, test) or result["routing"]["compared"]
+    found = verdict.judge(result, limits, routing=routing and compared)
+    result["verdict"] = found.as_json(verdict.explain(result, found, limits))
+    return _json_ready(result)
+
+
+def identity(
+    reference: Engine,
+    test: Engine,
+    token_windows: np.ndarray,
+    *,
+    limit: float,
+    prefill: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Check that a model with every expert selected is its dense parent.
+
+    Args:
+        reference: the dense parent.
+        test: the MoE, opened with ``top_k`` so large that every expert runs.
+        token_windows: int64 [N, L].
+        limit: for the maximum over all tokens of max|a-b| / max|a| (``Profile.identity_rel_error``).
+        prefill: tokens before teacher-forced decoding starts; half of the window by default.
+        progress: called with (tokens done, tokens in all).
+
+    Returns:
+        ``{"schema": "moedge.identity/1", "reference", "test", "tokens", "max_rel_error", "limit", "passed"}``.
+
+    Raises:
+        MoEdgeError: as for :func:`compare`.
+    """
+    tests = {"": (test, limit)}
+    return identity_all(reference, tests, token_windows, prefill=prefill, progress=progress)[""]
+
+
+def identity_all(
+    reference: Engine,
+    tests: Mapping[str, tuple[Engine, float]],
+    token_windows: np.ndarray,
+    *,
+    prefill: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Check several engines against one dense parent, which runs once; see :func:`identity`.
+
+    Args:
+        tests: label -> (engine, its limit).
+    """
+    prefill = token_windows.shape[-1] // 2 if prefill is None else prefill
+    engines = [test for test, _ in tests.values()]
+    windows = _check(reference, engines, token_windows, prefill)
+    tokens = {label: TokenErrors(0.0) for label in tests}
+    for _, _, one, others, targets in _steps(reference, engines, windows, prefill, progress):
+        for label, two in zip(tests, others, strict=True):
+            tokens[label].add(one.logits[0], two.logits[0], targets)
+    return {
+        label: _identical(reference, test, tokens[label].summary(), limit) for label, (test, limit) in tests.items()
+    }
+
+
+def _identical(reference: Engine, test: Engine, summary: dict[str, Any], limit: float) -> dict[str, Any]:
+    clean = summary["non_finite"] == 0 and summary["constant"] == 0
+    worst = summary["rel_error"]["max"] if clean else float("nan")
+    return _json_ready(
+        {
+            "schema": "moedge.identity/1",
+            "reference": asdict(reference.info),
+            "test": asdict(test.info),
+            "tokens": summary["tokens"],
+            "max_rel_error": worst,
+            "limit": limit,
+            "passed": bool(worst <= limit),
+        }
+    )
+
+
+def _check(reference: Engine, tests: list[Engine], token_windows: np.ndarray, prefill: int) -> np.ndarray:
+    windows = np.asarray(token_windows, dtype=np.int64)
+    if windows.ndim != 2 or not len(windows) or windows.shape[1] < 3:
+        raise MoEdgeError(f"Parity needs token windows [N, L >= 3], not shape {windows.shape}.")
+    if not 1 <= prefill <= windows.shape[1] - 2:  # the last token has no successor to score
+        raise MoEdgeError(f"prefill={prefill} must be between 1 and {windows.shape[1] - 2} (window - 2).")
+    for engine in (reference, *tests):
+        model = engine.info.model
+        longest = model.get("max_length") or model.get("max_position_embeddings")
+        if longest and windows.shape[1] > longest:
+            raise MoEdgeError(
+                f"Windows of {windows.shape[1]} tokens do not fit: {engine.info.name} holds at most {longest}; make "
+                "them shorter, and the prefill too (--window, --prefill)."
+            )
+    for test in tests:
+        same_vocabulary(reference, test)
+    return windows
+
+
+def same_vocabulary(reference: Described, test: Described) -> None:
+    """Refuse to compare engines of different models.
+
+    Raises:
+        MoEdgeError: their vocabularies differ.
+    """
+    size, other = (engine.info.model["vocab_size"] for engine in (reference, test))
+    if size != other:
+        raise MoEdgeError(f"The engines have vocabularies of {size} and {other} tokens: not the same model.")
+
+
+def _steps(
+    reference: Engine, tests: list[Engine], windows: np.ndarray, prefill: int, progress: Progress | None
+) -> Iterator[tuple[str, np.ndarray, Step, list[Step], np.ndarray]]:
+    """Yield (phase, fed ids, reference step, test steps, the tokens that follow: -1 after the last).
+
+    Where longrope changes its factors all engines read the text so far again, and all of it is compared.
+    """
+    length = windows.shape[1]
+    again = {engine.info.model.get(longrope.FACT) for engine in (reference, *tests)} - {None}
+    done, total = 0, len(windows) * length
+    for window in windows:
+        ids, targets = window[None], np.append(window[1:], -1)
+        one, others = reference.prefill(ids[:, :prefill]), [test.prefill(ids[:, :prefill]) for test in tests]
+        yield "prefill", ids[:, :prefill], one, others, targets[:prefill]
+        done += prefill
+        if progress:
+            progress(done, total)
+        for position in range(prefill, length):
+            if position in again:
+                text = ids[:, : position + 1]
+                one, others = reference.prefill(text), [test.prefill(text) for test in tests]
+                yield "prefill", text, one, others, targets[: position + 1]
+            else:
+                token = ids[:, position : position + 1]
+                one = reference.decode(token, one.cache)
+                others = [test.decode(token, other.cache) for test, other in zip(tests, others, strict=True)]
+                yield "decode", token, one, others, targets[position : position + 1]
+            done += 1
+            if progress:
+                progress(done, total)
+
+
+def _json_ready(value: Any) -> Any:
+    """Replace NaN and infinity, which JSON does not know, with None."""
+    if isinstance(value, dict):
+        return {key: _json_ready(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_ready(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,344 @@
+"""What parity keeps of two engines' answers: a few numbers a token, and how often they chose the same experts.
+
+Symbols: a reference logits, b test logits, p = softmax(a), q = softmax(b), V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from moedge import MoEdgeError
+from moedge.configs.tolerances import Profile
+from moedge.runtime.bench.stats import percentiles
+
+_ROWS = 16  # tokens reduced at once: 16 x 49152 float64 is 6 MB per temporary
+_PERCENTILES = (50, 90, 99, 99.9)
+
+
+_VALUES = (
+    *("abs_max", "abs_mean", "scale", "rel", "cosine", "kl", "kl_back"),
+    *("gap1", "gap5", "top1", "top5", "nll", "nll_test", "changed"),
+)
+
+
+@dataclass
+class TokenErrors:
+    """Per-token numbers of one phase; each list holds float64 arrays [tokens].
+
+    A token is a near-tie when the reference's gap is below ``margin * min(1, max|a| / scale)``: errors are relative to
+    a token's largest logit, so two flat logits are told apart as well as two large ones are.
+    """
+
+    margin: float
+    scale: float = 1.0
+    columns: dict[str, list[np.ndarray]] = field(default_factory=lambda: {name: [] for name in _VALUES})
+    tokens: int = 0
+    non_finite: int = 0
+    constant: int = 0
+
+    def add(
+        self, reference: np.ndarray, test: np.ndarray, targets: np.ndarray, changed: np.ndarray | None = None
+    ) -> None:
+        """Reduce logits [T, V] of both engines; ``targets`` int64 [T], -1 where no token follows.
+
+        ``changed`` bool [T]: some layer of the test engine chose other experts for this token; None: not known.
+        """
+        known = np.full(len(targets), np.nan) if changed is None else changed.astype(np.float64)
+        for start in range(0, len(targets), _ROWS):
+            rows = slice(start, start + _ROWS)
+            self._add(reference[rows], test[rows], targets[rows], known[rows])
+
+    def _add(self, a32: np.ndarray, b32: np.ndarray, targets: np.ndarray, changed: np.ndarray) -> None:
+        self.tokens += len(targets)
+        good = np.isfinite(a32).all(1) & np.isfinite(b32).all(1)
+        self.non_finite += int((~good).sum())
+        # Kernels that fail silently return zeros: a flat row is a fault even where its error happens to be small.
+        self.constant += int((b32[good].max(1) == b32[good].min(1)).sum())
+        if not good.all():
+            a32, b32, targets, changed = a32[good], b32[good], targets[good], changed[good]
+        if not len(targets):
+            return
+        a, b = a32.astype(np.float64), b32.astype(np.float64)
+        error = np.abs(a - b)
+        scale = np.abs(a).max(1)
+        norms = np.sqrt((a * a).sum(1) * (b * b).sum(1))
+        log_p, log_q = _log_softmax(a), _log_softmax(b)
+        difference = log_p - log_q
+        k = min(5, a.shape[1] - 1)
+        best_a, best_b = _best(a32, k + 1), _best(b32, k + 1)
+        top = np.take_along_axis(a, best_a, 1)
+        nll = np.full((2, len(targets)), np.nan)
+        known = np.flatnonzero(targets >= 0)
+        nll[0, known], nll[1, known] = -log_p[known, targets[known]], -log_q[known, targets[known]]
+        tiny = np.finfo(np.float64).tiny
+        values = {
+            "abs_max": error.max(1),
+            "abs_mean": error.mean(1),
+            "scale": scale,
+            "rel": error.max(1) / np.maximum(scale, tiny),
+            "cosine": (a * b).sum(1) / np.maximum(norms, tiny),
+            # Rounding can leave -1e-17 where the truth is 0.
+            "kl": np.maximum((np.exp(log_p) * difference).sum(1), 0.0),
+            "kl_back": np.maximum((np.exp(log_q) * -difference).sum(1), 0.0),
+            "gap1": top[:, 0] - top[:, 1],
+            "gap5": top[:, k - 1] - top[:, k],
+            "top1": (best_a[:, 0] == best_b[:, 0]).astype(np.float64),
+            "top5": (np.sort(best_a[:, :k], 1) == np.sort(best_b[:, :k], 1)).all(1).astype(np.float64),
+            "nll": nll[0],
+            "nll_test": nll[1],
+            "changed": changed,
+        }
+        for name, value in values.items():
+            self.columns[name].append(value)
+
+    @classmethod
+    def by_phase(cls, limits: Profile) -> dict[str, TokenErrors]:
+        """Nothing yet of a prefill and of decoding, with the margin of ``limits``."""
+        return {phase: cls(limits.near_tie_margin, limits.near_tie_scale) for phase in ("prefill", "decode")}
+
+    @classmethod
+    def merged(cls, parts: list[TokenErrors]) -> TokenErrors:
+        """All tokens of several phases."""
+        whole = cls(parts[0].margin, parts[0].scale)
+        for part in parts:
+            whole.extend(part)
+        return whole
+
+    def extend(self, other: TokenErrors) -> None:
+        """Add the tokens of ``other``, which has the same margin."""
+        self.tokens += other.tokens
+        self.non_finite += other.non_finite
+        self.constant += other.constant
+        for name, values in other.columns.items():
+            self.columns[name].extend(values)
+
+    def summary(self) -> dict[str, Any]:
+        """The phase as plain numbers; NaN where nothing could be measured."""
+        v = {name: np.concatenate(parts) if parts else np.zeros(0) for name, parts in self.columns.items()}
+        known = ~np.isnan(v["nll"])
+        nll = [_mean(v[name][known]) for name in ("nll", "nll_test")]
+        same = v["changed"] == 0
+        margin = self.margin * np.minimum(1.0, v["scale"] / self.scale)
+        moved = _distribution(v["nll_test"][known] - v["nll"][known])
+        return {
+            "tokens": self.tokens,
+            "non_finite": self.non_finite,
+            "constant": self.constant,
+            "abs_error": {"max": _max(v["abs_max"]), "mean": _mean(v["abs_mean"])},
+            "rel_error": {"mean": _mean(v["rel"]), **percentiles(v["rel"], _PERCENTILES), "max": _max(v["rel"])},
+            "cosine": {"mean": _mean(v["cosine"]), "min": -_max(-v["cosine"])},
+            "kl_ref_test": _distribution(v["kl"]),
+            "kl_test_ref": _distribution(v["kl_back"]),
+            "same_choices": {  # tokens for which every layer chose the same experts; not judged, but explains
+                "tokens": int(same.sum()),
+                "rel_error_mean": _mean(v["rel"][same]),
+                "kl_max": _max(v["kl"][same]),
+                "cosine_min": -_max(-v["cosine"][same]),
+            },
+            "top1": _agreement(v["top1"], v["gap1"], margin),
+            "top5": _agreement(v["top5"], v["gap5"], margin),
+            "perplexity": {
+                "tokens": int(known.sum()),
+                "reference": math.exp(nll[0]) if nll[0] < 700 else float("inf"),
+                "test": math.exp(nll[1]) if nll[1] < 700 else float("inf"),
+                "ratio": math.exp(nll[1] - nll[0]) if abs(nll[1] - nll[0]) < 700 else float("inf"),
+                "standard_error": moved["standard_error"],  # of log(ratio), tokens taken as independent
+            },
+        }
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    shifted = x - x.max(1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+
+
+def _best(x: np.ndarray, k: int) -> np.ndarray:
+    """Indices [T, k] of the k largest of each row, by decreasing value."""
+    chosen = np.argpartition(x, x.shape[1] - k, axis=1)[:, -k:]
+    order = np.argsort(-np.take_along_axis(x, chosen, 1), axis=1, kind="stable")
+    return np.take_along_axis(chosen, order, 1)
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def _max(values: np.ndarray) -> float:
+    return float(values.max()) if len(values) else float("nan")
+
+
+def _distribution(values: np.ndarray) -> dict[str, float]:
+    error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else float("nan")
+    return {
+        "mean": _mean(values),
+        "standard_error": error,
+        **percentiles(values, _PERCENTILES),
+        "max": _max(values),
+    }
+
+
+def _agreement(same: np.ndarray, gap: np.ndarray, margin: np.ndarray) -> dict[str, Any]:
+    clear = gap >= margin
+    return {
+        "agreement": _mean(same[clear]),
+        "compared": int(clear.sum()),
+        "disagreements": int((same[clear] == 0).sum()),
+        "near_ties_excluded": int((~clear).sum()),
+        "near_tie_share": _mean((~clear).astype(np.float64)),
+        "agreement_with_near_ties": _mean(same),
+    }
+
+
+@dataclass
+class RouteAgreement:
+    """Expert sets of both engines, counted per layer as [tokens, tokens with the same set, shared picks, picks]."""
+
+    counts: dict[int, np.ndarray] = field(default_factory=dict)
+    reason: str = ""
+
+    def add(self, reference: dict[int, np.ndarray] | None, test: dict[int, np.ndarray] | None) -> np.ndarray | None:
+        """Count one step: int32 [T, k] per layer and engine; bool [T], whether any layer chose another set."""
+        if not reference or not test:
+            self.reason = f"the {'reference' if not reference else 'test'} engine returned no routes"
+            return None
+        if reference.keys() != test.keys():
+            odd = sorted(reference.keys() ^ test.keys())[0]
+            raise MoEdgeError(f"Layer {odd} is routed in one engine only: these are not the same model.")
+        changed: np.ndarray | None = None
+        for layer, one in reference.items():
+            two = test[layer]
+            if one.shape != two.shape:
+                raise MoEdgeError(
+                    f"Layer {layer} selects {one.shape[1]} experts in the reference, {two.shape[1]} in the test engine."
+                )
+            shared = (one[:, :, None] == two[:, None, :]).any(2).sum(1)
+            other = shared != one.shape[1]
+            changed = other if changed is None else changed | other
+            counted = [len(one), int((~other).sum()), int(shared.sum()), one.size]
+            self.counts[layer] = self.counts.get(layer, np.zeros(4, dtype=np.int64)) + counted
+        return changed
+
+    def summary(self) -> dict[str, Any]:
+        """Agreement as sets: overall, the worst layer, and every layer."""
+        if not self.counts or self.reason:
+            return {"compared": False, "reason": self.reason or "nothing was run"}
+        layers = {
+            str(layer): {"agreement": same / tokens, "flips": tokens - same, "overlap": shared / picks}
+            for layer, (tokens, same, shared, picks) in sorted(
+                (layer, count.tolist()) for layer, count in self.counts.items()
+            )
+        }
+        tokens, same, shared, picks = np.sum(list(self.counts.values()), axis=0).tolist()
+        worst = min(layers, key=lambda layer: layers[layer]["agreement"])
+        return {
+            "compared": True,
+            "decisions": tokens,
+            "flips": tokens - same,
+            "agreement": same / tokens,
+            "overlap": shared / picks,
+            "worst_layer": int(worst),
+            "worst_agreement": layers[worst]["agreement"],
+            "layers": layers,
+        }
+
+
+@dataclass
+class RouterChoices:
+    """Whether an engine's routers chose right for what they read, judged by the reference's scores on the same input.
+
+    A choice is right when no expert that was left out scores higher than one that was taken by more than ``margin``
+    times the layer's largest score: closer scores tie, and either is right.
+    """
+
+    margin: float
+    gaps: dict[int, list[np.ndarray]] = field(default_factory=dict)
+    """By layer float64 [T]: the best score left out less the worst one taken; infinite for what is no choice of k."""
+    changed: dict[int, list[np.ndarray]] = field(default_factory=dict)
+    """By layer bool [T]: another set than the k best of the reference's scores, ties to the lower index."""
+    largest: dict[int, float] = field(default_factory=dict)
+    errors: dict[int, list[np.ndarray]] = field(default_factory=dict)
+    """By layer float64 [T]: |a - b| / |a| of what the routers read, a in the reference, b in the engine."""
+    ordered: list[int] | None = None
+    """Decisions seen beside the engine's own scores, and those that are the k best of them."""
+
+    def add(
+        self,
+        reference: dict[int, np.ndarray],
+        routes: dict[int, np.ndarray],
+        own: dict[int, np.ndarray] | None,
+    ) -> None:
+        """Count one step: scores [T, E] of the reference, experts [T, k] that the engine chose, its own scores [T, E].
+
+        Raises:
+            MoEdgeError: a layer is routed in one engine only, or an index names no expert.
+        """
+        if reference.keys() != routes.keys():
+            odd = sorted(reference.keys() ^ routes.keys())[0]
+            raise MoEdgeError(f"Layer {odd} is routed in one engine only: these are not the same model.")
+        for layer, scores in reference.items():
+            chosen = routes[layer]
+            if chosen.min() < 0 or chosen.max() >= scores.shape[1]:
+                raise MoEdgeError(f"Layer {layer} of the test engine names an expert that it does not have.")
+            taken = _taken(chosen, scores.shape[1])
+            wide = scores.astype(np.float64)
+            gap = np.where(taken, -np.inf, wide).max(1) - np.where(taken, wide, np.inf).min(1)
+            gap[(taken.sum(1) != chosen.shape[1]) | np.isnan(gap)] = np.inf
+            self.gaps.setdefault(layer, []).append(gap)
+            self.changed.setdefault(layer, []).append((taken != _best_taken(scores, chosen.shape[1])).any(1))
+            self.largest[layer] = max(self.largest.get(layer, 0.0), float(np.abs(wide).max()))
+            if own is not None:
+                right = (taken == _best_taken(own[layer], chosen.shape[1])).all(1)
+                before = self.ordered or [0, 0]
+                self.ordered = [before[0] + len(right), before[1] + int(right.sum())]
+
+    def add_inputs(self, reference: dict[int, np.ndarray] | None, test: dict[int, np.ndarray]) -> None:
+        """Compare what the routers read, float32 [T, H] by layer, the reference under the engine's choices."""
+        for layer, one in (reference or {}).items():
+            a = one.astype(np.float64)
+            norms = np.maximum(np.linalg.norm(a, axis=1), np.finfo(np.float64).tiny)
+            self.errors.setdefault(layer, []).append(np.linalg.norm(a - test[layer], axis=1) / norms)
+
+    def summary(self) -> dict[str, Any]:
+        """``flips``: other sets than the reference's router selects; ``ties`` of them tie with it, which is right."""
+        if not self.gaps:
+            return {"compared": False, "reason": "nothing was run"}
+        layers, decisions, flips, wrong = {}, 0, 0, 0
+        for layer, parts in sorted(self.gaps.items()):
+            changed = np.concatenate(self.changed[layer])
+            beyond = np.concatenate(parts) > self.margin * self.largest[layer]
+            layers[str(layer)] = {
+                "agreement": float(1 - beyond.mean()),
+                "flips": int(changed.sum()),
+                "ties": int((changed & ~beyond).sum()),
+            }
+            decisions, flips, wrong = decisions + len(beyond), flips + int(changed.sum()), wrong + int(beyond.sum())
+        worst = min(layers, key=lambda layer: layers[layer]["agreement"])
+        errors = [_mean(np.concatenate(parts)) for parts in self.errors.values()]
+        return {
+            "compared": True,
+            "decisions": decisions,
+            "flips": flips,
+            "ties": flips - wrong,
+            "agreement": 1 - wrong / decisions,
+            "worst_layer": int(worst),
+            "worst_agreement": layers[worst]["agreement"],
+            "layers": layers,
+            "own_order": self.ordered[1] / self.ordered[0] if self.ordered else None,
+            "input_rel_error": max(errors) if errors else None,
+        }
+
+
+def _taken(chosen: np.ndarray, num_experts: int) -> np.ndarray:
+    """Experts [T, k] as bool [T, E]."""
+    taken = np.zeros((len(chosen), num_experts), dtype=bool)
+    np.put_along_axis(taken, chosen.astype(np.int64), True, axis=1)
+    return taken
+
+
+def _best_taken(scores: np.ndarray, k: int) -> np.ndarray:
+    """The k best of scores [T, E], ties to the lower index, as bool [T, E]."""
+    return _taken(np.argsort(-scores, axis=1, kind="stable")[:, :k], scores.shape[1])

@@ -1,0 +1,109 @@
+"""Judge what an engine gave on its device, from the file that ``verify.py`` of a device archive wrote there.
+
+The device has no MoEdge and no reference. It records every answer: logits, the experts that each layer selected and
+what its router read. Here the reference replays those choices (:mod:`.replay`), so every token is judged,
+whatever experts rounding chose there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moedge import MoEdgeError
+from moedge.configs.tolerances import Profile
+from moedge.runtime.device.moedge_archive import ANSWERS_SCHEMA
+from moedge.runtime.engines import Engine, EngineInfo, Step
+from moedge.runtime.parity import compare as parity
+from moedge.runtime.parity.metrics import RouteAgreement, TokenErrors
+from moedge.runtime.parity.replay import Replay
+
+
+class Recorded:
+    """The answers of one engine on its device; ``info`` as of an engine.
+
+    Args:
+        path: ``verify-answers.npz``.
+
+    Raises:
+        MoEdgeError: it cannot be read, or is something else.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                found = {name: archive[name] for name in archive.files}
+            about = json.loads(str(found.pop("about")))
+            if about["schema"] != ANSWERS_SCHEMA:
+                raise ValueError(f"its schema is {about['schema']!r}")
+            self.routed = any(layer["num_experts"] for layer in (about["moe"] or {}).get("layers", {}).values())
+            cases: dict[int, dict[str, Any]] = {}
+            for name, array in found.items():
+                number, part = name.split(".", 1)
+                cases.setdefault(int(number), {})[part] = array
+            self.cases = [cases[number] for number in sorted(cases)]
+            self.tokens = sum(len(case["ids"]) for case in self.cases)
+            model = {**about["model"], "label": about["label"], "target": "tensorrt", "moe": about["kind"] == "moe"}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise MoEdgeError(
+                f"{path} cannot be read as the answers of a device ({error}); run verify.py there again."
+            ) from error
+        shown = all(_layers(case, part) for case in self.cases for part in ("routes", "router_inputs"))
+        if self.routed and not shown:
+            raise MoEdgeError(
+                f"{path} does not say which experts the engine chose and what its routers read; build it there without "
+                "--no-taps, from an archive of this version."
+            )
+        self.info = EngineInfo(
+            name=f"tensorrt {about['kind']}", runtime="tensorrt", device=f"recorded in {path.name}",
+            dtype=about["dtype"],
+            threads=1, model={**model, "routed": self.routed},
+        )  # fmt: skip
+
+    def steps(self) -> Iterator[tuple[str, np.ndarray, Step, np.ndarray]]:
+        """Yield (phase, fed ids [1, S], the engine's step, the tokens that follow: -1 after the last)."""
+        for case in self.cases:
+            ids, prompt = case["ids"], int(case["prompt"])
+            targets = np.append(ids[1:], -1)
+            parts = {part: _layers(case, part) for part in ("routes", "router_inputs")}
+            for start, end in ((0, prompt), *((at, at + 1) for at in range(prompt, len(ids)))):
+                rows = slice(start, end)
+                taps = {part: {layer: array[rows] for layer, array in found.items()} for part, found in parts.items()}
+                logits = case["logits"][None, rows].astype(np.float32)
+                step = Step(logits, None, taps["routes"] or None, taps["router_inputs"] or None)
+                yield "decode" if start else "prefill", ids[None, rows], step, targets[rows]
+
+
+def _layers(case: dict[str, Any], part: str) -> dict[int, np.ndarray]:
+    return {int(name.split(".")[1]): array for name, array in case.items() if name.startswith(f"{part}.")}
+
+
+def compare(
+    reference: Engine, recorded: Recorded, limits: Profile, progress: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:
+    """Compare recorded answers with ``reference``; see :func:`moedge.runtime.parity.compare`.
+
+    Raises:
+        MoEdgeError: engines of different vocabularies or routing, or a reference that cannot replay.
+    """
+    parity.same_vocabulary(reference, recorded)
+    phases, routes = TokenErrors.by_phase(limits), RouteAgreement()
+    replay = Replay(parity.replaying(reference, recorded), limits) if recorded.routed else None
+    cache: Any = None
+    done = 0
+    for phase, ids, test, targets in recorded.steps():
+        one = reference.prefill(ids) if phase == "prefill" else reference.decode(ids, cache)
+        cache = one.cache
+        phases[phase].add(one.logits[0], test.logits[0], targets, routes.add(one.routes, test.routes))
+        if replay is not None:
+            replay.add(phase, ids, test, targets)
+        done += ids.size
+        if progress:
+            progress(done, recorded.tokens)
+    longest = max(len(case["ids"]) for case in recorded.cases)
+    shape, prefill = (len(recorded.cases), longest), min(int(case["prompt"]) for case in recorded.cases)
+    return parity.judged(reference, recorded, shape, prefill, phases, routes, limits, True, replay)

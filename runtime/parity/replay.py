@@ -1,0 +1,95 @@
+"""Route replay: one comparison of a sparse model, taken apart into its arithmetic and its router.
+
+A sparse model is a chain of decisions. Where two experts score nearly the same, a rounding error far below any limit
+changes the choice, and everything after it. The distance of two free-running engines then says how steady the *model*
+is, not whether the engine computes it. So the engine runs once, and two questions are asked about that run:
+
+* arithmetic: the reference runs on the same tokens with the experts that the engine chose, token by token and layer by
+  layer; their weights follow the layer's rule from the reference's own scores. Both compute the same composition of
+  products, so the distance is the error of the arithmetic alone and the limits that are derived for a model without
+  decisions hold.
+* router: the reference's router reads what the engine's router read, and the engine must have selected the k best of
+  the reference's scores. No rounding before the router enters, so the limit is that of two float32 routers on one
+  input. Scores that tie leave more than one right answer, and ties are common: an activation is 0, or a last bit away
+  from it, for every strongly negative input. So a choice is right when no expert that was left out scores higher than
+  one that was taken by more than ``router_tie_margin`` of the layer's largest score, by which two float32 routers
+  differ.
+  The margin excuses no wrong order of ties: where the engine shows its own scores, its choice must be exactly the k
+  best of those, ties to the lower index, which no rounding touches.
+
+By induction over layers and tokens the two say that the engine is the model up to rounding: its choices are the right
+ones for its own stream, and its stream is the right one for its choices. "Its own stream" is no matter of trust: what
+its router read must be what the reference's router reads under the same choices (``inputs``).
+
+A window of text in which both chose the same experts everywhere needs no second run: replay would hand the reference
+the choices that it made anyway, and every choice is right that the reference makes, too. So float32 engines, which
+rarely choose otherwise, run free first, and :meth:`Replay.alike` takes over a window without changed choices as it is;
+only the others are run again. The verdict is that of a replay of every window, the figures up to the order in which
+experts are summed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from moedge import MoEdgeError
+from moedge.configs.tolerances import Profile
+from moedge.runtime.engines import ReplayEngine, Step
+from moedge.runtime.parity.metrics import RouterChoices, TokenErrors
+
+
+class Replay:
+    """Collects both answers while an engine runs.
+
+    Args:
+        reference: engine opened with ``replay=True`` and ``taps=True``.
+        limits: for its margins.
+    """
+
+    def __init__(self, reference: ReplayEngine, limits: Profile) -> None:
+        self._reference = reference
+        self._phases = TokenErrors.by_phase(limits)
+        self._router = RouterChoices(limits.router_tie_margin)
+        self._step: Step | None = None
+        self.tokens = 0
+        """How many were run under the engine's choice; the others were taken over."""
+
+    def add(self, phase: str, ids: np.ndarray, test: Step, targets: np.ndarray) -> None:
+        """Replay one step of the engine: ``ids`` int64 [1, S] were fed, ``targets`` int64 [S] follow them.
+
+        Raises:
+            MoEdgeError: the engine was opened without ``taps`` or ``router_inputs``, or shows no router inputs [T, H].
+        """
+        if test.routes is None or test.router_inputs is None:
+            raise MoEdgeError("Route replay needs the engine's choices; open it with taps and router_inputs.")
+        for layer, read in test.router_inputs.items():
+            if read.ndim != 2 or len(read) != len(test.routes[layer]):
+                raise MoEdgeError(
+                    f"What the engine calls the input of layer {layer}'s router has shape {read.shape}, not one row "
+                    f"for each of {len(test.routes[layer])} tokens; export it again."
+                )
+        if phase == "prefill":
+            self._step = self._reference.prefill(ids, experts=test.routes)
+        else:
+            assert self._step is not None
+            self._step = self._reference.decode(ids, self._step.cache, experts=test.routes)
+        self._phases[phase].add(self._step.logits[0], test.logits[0], targets)
+        self._router.add(self._reference.scores(test.router_inputs), test.routes, test.scores)
+        self._router.add_inputs(self._step.router_inputs, test.router_inputs)
+        self.tokens += ids.size
+
+    def alike(self, phases: dict[str, TokenErrors]) -> None:
+        """Take over what was measured on a window in which the engine and the reference chose the same experts."""
+        for name, tokens in phases.items():
+            self._phases[name].extend(tokens)
+
+    def summary(self) -> dict[str, Any]:
+        """``phases`` and ``overall`` as in :func:`moedge.runtime.parity.compare`, ``router``, ``tokens``."""
+        return {
+            "tokens": self.tokens,
+            "phases": {name: tokens.summary() for name, tokens in self._phases.items()},
+            "overall": TokenErrors.merged(list(self._phases.values())).summary(),
+            "router": self._router.summary(),
+        }

@@ -1,0 +1,1 @@
+"""The whole chain from one recipe: stages, their engine, studies, the run folder."""

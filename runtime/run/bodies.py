@@ -1,0 +1,274 @@
+"""The work of each stage of ``moedge run``.
+
+A body takes its parameters and the folders of earlier stages, calls one of the three packages and writes its result;
+nothing else. What comes after what, and when a result is used again, is in :mod:`moedge.runtime.run.stages`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from moedge._files import digest, write_json
+from moedge.runtime.run import held_out, run_folder
+from moedge.runtime.run.engine import Context
+from moedge.runtime.run.fingerprint import top_files
+
+# --- source ---------------------------------------------------------------------------------------------------------
+
+
+def source(context: Context) -> None:
+    """Open the dense model; the folder itself stays where it is (it is big), and source.json points to it."""
+    from moedge.convert.sources import resolve, tokenizer_files
+
+    found = resolve(context.params["source"], context.params["revision"])
+    folder = found.folder.resolve()
+    tokenizer_files.check(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    write_json(
+        context.out / "source.json",
+        {
+            "schema": "moedge.source/1",
+            **{name: getattr(found, name) for name in ("spec", "kind", "sha256", "label")},
+            "folder": str(folder),
+            "files": top_files(folder),
+            "config": config,
+        },
+    )
+
+
+def source_identity(folder: Path) -> str | None:
+    """Identity of the model that source.json points to, or None when its files are gone or changed."""
+    record = run_folder.read_json(folder / "source.json")
+    where = Path(record["folder"])
+    if not where.is_dir() or top_files(where) != record["files"]:
+        return None
+    return digest({"sha256": record["sha256"], "label": record["label"]})
+
+
+# --- calibrate, convert, export -------------------------------------------------------------------------------------
+
+
+def calibrate(context: Context) -> None:
+    """Run calibration text through the dense model; keep each layer's statistics, and the token windows if asked to."""
+    from safetensors.numpy import save_file
+
+    from moedge.convert import calibration, domains
+    from moedge.convert.sources import load_model, load_tokenizer
+
+    params, folder = context.params, run_folder.dense(context.root)
+    tokenizer = load_tokenizer(folder)
+    text, every = held_out.calibration_text(params["text"])
+    windows = calibration.windows(
+        tokenizer, text, params["length"], params["windows"], bos=params["bos"], name="calibration"
+    )
+    facts: dict[str, Any] = {}
+    if params["domains"]:
+        options = {key: value for key, value in params["domains"].items() if key != "texts"}
+        found, facts["domains"] = domains.read(tokenizer, params["domains"]["texts"], bos=params["bos"], **options)
+        domains.save(found, context.out / "domains.safetensors")
+    gate = None
+    if params["gate_signal"]:  # a window is a sample; its BOS token is an attention sink and counts in no mean
+        exclude = (tokenizer.bos_token_id,) if params["bos"] else ()
+        gate = calibration.GateSampling(signal=params["gate_signal"], exclude=exclude)
+    if params.get("statistics", True):  # a Mixture-of-Experts has them for each expert, made when it is split
+        statistics = calibration.collect(
+            load_model(folder, device=params["device"]),
+            windows,
+            k_a=params["k_a"],
+            profile=params["profile"],
+            gate=gate,
+            batch_size=params["batch_size"],
+            progress=context.progress,
+        )
+        calibration.save(statistics, context.out / "statistics.safetensors")
+    if params["keep_windows"]:
+        save_file({"windows": windows}, context.out / "windows.safetensors")
+    write_json(
+        context.out / "calibration.json",
+        {
+            "schema": "moedge.calibration/1",
+            "text": params["text"]["spec"],
+            "text_sha256": text.sha256,
+            "held_out_every": every,
+            "documents": len(text.documents),
+            "windows": params["windows"],
+            "length": params["length"],
+            "bos": params["bos"],
+            "tokens": int(windows.size),
+            "tokens_sha256": digest(windows.tolist()),
+            **facts,
+        },
+    )
+
+
+def convert_stage(context: Context) -> None:
+    """Make the plan on float32 weights, apply it and save the MoE checkpoint in the dense model's own dtype."""
+    import torch
+    from safetensors.numpy import load_file
+
+    from moedge.convert import calibration, domains, modeling
+    from moedge.convert.methods import METHODS
+    from moedge.convert.sources import load_model, load_tokenizer, own_dtype
+
+    folder, calibrated = run_folder.dense(context.root), context.root / "calibrate"
+    params = dict(context.params["convert"])
+    method = METHODS[params.pop("method")]
+    model = load_model(folder, device=context.params["device"])
+    data: Any = None
+    if "tokens" in method.needs:
+        data = load_file(calibrated / "windows.safetensors")["windows"]
+    elif "domains" in method.needs:
+        data = domains.load(calibrated / "domains.safetensors")
+    elif "statistics" in method.needs:
+        data = calibration.load(calibrated / "statistics.safetensors")
+    plan = method.function(
+        data,
+        model,
+        **params,
+        source_sha256=run_folder.source(context.root)["sha256"],
+        provenance=run_folder.read_json(calibrated / "calibration.json") if method.needs else {},
+        progress=context.progress,
+    )
+    modeling.apply(plan, model).to(getattr(torch, own_dtype(folder)))
+    modeling.save(model, plan, load_tokenizer(folder), context.out / "checkpoint")
+
+
+def export(context: Context) -> None:
+    """Export the MoE checkpoint, or the dense parent in the same way, one bundle for each target."""
+    from moedge.export import pipeline
+
+    def step(what: str, done: int, total: int) -> None:
+        context.progress(done, total)
+        if done < total:
+            context.note(what)
+
+    params = context.params
+    moe = params["kind"] == "moe"
+    label = run_folder.source(context.root)["label"] + (f" {params['notation']}" if moe else "")
+    folder = run_folder.checkpoint(context.root) if moe else run_folder.dense(context.root)
+    chosen = {"max_length": params["max_length"], "dtype": params.get("dtype")}
+    pipeline.export(folder, context.out, params["targets"], label=label, **chosen, progress=step)
+
+
+def build_engine(context: Context) -> None:
+    """Make one engine of the MoE for every device of the recipe; no GPU is needed, and none executes it."""
+    from moedge.runtime.engines import build
+
+    bundle = run_folder.bundles(context.root)["tensorrt-rtx moe"]
+    facts = build.build(bundle, context.out / "tensorrt-rtx", context.params["devices"])["build"]
+    context.note(f"{facts['engine_bytes'] / 2**20:.0f} MiB, {facts['layers']} layers; not executed here")
+
+
+# --- evaluate, verify, bench, report --------------------------------------------------------------------------------
+
+
+def evaluate(context: Context) -> None:
+    """Measure perplexity and divergence from the parent, of the MoE and of its controls, on held-out text."""
+    from moedge.convert import calibration
+    from moedge.convert import evaluate as quality
+    from moedge.convert.methods.baselines import CONTROLS, SEEDED, refusal
+    from moedge.convert.plan import MoEPlan
+    from moedge.convert.sources import load_model, load_tokenizer
+
+    params, folder = context.params, run_folder.dense(context.root)
+    tokenizer, model = load_tokenizer(folder), load_model(folder, device=params["device"])
+    texts = {text.name: text for text in held_out.texts(params["texts"])}
+    count = params["tokens"] // params["window"]
+    windows = {
+        name: held_out.windows(tokenizer, text, params["window"], count, bos=params["bos"], name="evaluation")
+        for name, text in texts.items()
+    }
+    plan = MoEPlan.load(run_folder.checkpoint(context.root))
+    statistics = calibration.load(context.root / "calibrate" / "statistics.safetensors")
+    plans: dict[str, MoEPlan | list[MoEPlan]] = {plan.method: plan}
+    skipped = {name: reason for name in params["controls"] if (reason := refusal(name, plan))}
+    for name in params["controls"]:
+        if name in skipped:
+            continue
+        seeds = params["seeds"] if name in SEEDED else [0]
+        plans[name] = [CONTROLS[name](plan, statistics, model, seed) for seed in seeds]
+    documents = {name: f"{len(text.documents)} held-out documents" for name, text in texts.items()}
+    result = quality.evaluate(
+        model,
+        plans,
+        windows,
+        {"window": params["window"], "bos": params["bos"], "documents": documents, "texts": list(windows)},
+        batch_size=params["batch_size"],
+        progress=context.progress,
+    )
+    write_json(context.out / "evaluation.json", {**result, "skipped": skipped})
+    if params["diagnostics"]:
+        from moedge.convert import diagnostics, modeling
+
+        converted, _, _ = modeling.load(run_folder.checkpoint(context.root), device=params["device"])
+        found = {
+            name: {"documents": documents[name], **diagnostics.diagnose(converted, ids, dense_model=model)}
+            for name, ids in windows.items()
+        }
+        write_json(context.out / "diagnostics.json", {"schema": diagnostics.DIAGNOSTICS_SCHEMA, "texts": found})
+
+
+def verify(context: Context) -> None:
+    """Compare every ONNX engine with PyTorch, and every MoE with all experts selected with the dense parent."""
+    from moedge.convert.sources import load_tokenizer
+    from moedge.runtime.parity.suite import verify_run
+
+    params = context.params
+    (text,) = held_out.texts(params["texts"])
+    count = -(-params["tokens"] // params["window"])
+    windows = held_out.windows(
+        load_tokenizer(run_folder.dense(context.root)), text, params["window"], count, bos=False, name="verification"
+    )
+    found, not_executed = run_folder.executable(run_folder.engines(context.root, dense_bundles=params["dense_parent"]))
+    for label, reason in not_executed.items():
+        context.note(f"{label}: {reason}")
+    result = verify_run(
+        found,
+        windows,
+        prefill=params["prefill"],
+        tolerances=params["tolerances"],
+        text=text.name,
+        threads=params["threads"],
+        pytorch={"device": params["device"]},
+        progress=context.progress,
+        note=context.note,
+    )
+    write_json(context.out / "verify.json", {**result, "not_executed": not_executed})
+
+
+def bench(context: Context) -> None:
+    """Time all engines, interleaved, on one prompt of held-out text."""
+    from functools import partial
+
+    from moedge.convert.sources import load_tokenizer
+    from moedge.runtime.bench import latency as benchmark
+    from moedge.runtime.bench import profiling
+    from moedge.runtime.engines import open_engine
+
+    params = context.params
+    (text,) = held_out.texts(params["texts"])
+    ids = held_out.windows(
+        load_tokenizer(run_folder.dense(context.root)), text, params["prompt"], 1, bos=False, name="benchmark"
+    )[0]
+    found, not_executed = run_folder.executable(run_folder.engines(context.root, dense_bundles=params["dense_parent"]))
+    found.pop("portable dense", None)  # nobody's choice for speed: the lowered parent is the one to beat
+    pytorch = {name: params[name] for name in ("device", "dtype")}
+    engines = {
+        label: partial(open_engine, path, threads=params["threads"], pytorch=pytorch, last_logits=True)
+        for label, path in found.items()
+    }
+    options = {name: params[name] for name in ("prompt", "decode", "repeats", "warmup")}
+    result = benchmark.bench(engines, ids, **options, progress=context.progress)
+    if params["profile"]:
+        sizes = {name: params[name] for name in ("prompt", "decode", "repeats", "threads")}
+        result["profiles"] = profiling.profiles(found, ids, **sizes)
+    write_json(context.out / "bench.json", {**result, "text": text.name, "not_executed": not_executed})
+
+
+def report(context: Context) -> None:
+    """Write report.json, report.md and report.html from what the other stages left."""
+    from moedge.runtime.report import write
+
+    write(context.root, context.out, recipe=context.params["recipe"])

@@ -1,0 +1,198 @@
+"""Generate text with any engine: greedy or sampled, streamed, stopped by ids, strings or length.
+
+What the model's ``generation_config.json`` asks for is done as transformers' ``generate()`` does it, or named among the
+result's notes (:mod:`moedge.runtime.text.generation_config`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from moedge import MoEdgeError
+from moedge.runtime.engines import Engine
+from moedge.runtime.text import generation_config, logits
+from moedge.runtime.text.generation_config import GenerationConfig, Use
+from moedge.runtime.text.tokenizer import Message, StopStrings, Tokenizer
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """``text`` without the prompt; ``ids`` as generated, an end-of-text id included when it ended the text."""
+
+    text: str
+    ids: list[int]
+    prompt_tokens: int
+    finish_reason: Literal["eos", "stop", "length"]
+    ttft_s: float
+    """Prefill and choice of the first token, in seconds."""
+    decode_tokens_per_s: float | None
+    """Tokens after the first per second, None when there are none."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What was done to the logits: keys of ``generation_config.json``; ``do_sample`` when the text was sampled."""
+    notes: tuple[str, ...] = ()
+    """Sentences about what the model's files ask for and was not done."""
+
+
+def generate(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[Message],
+    *,
+    max_new_tokens: int = 128,
+    sample: bool = False,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    seed: int = 0,
+    stop: Iterable[str] = (),
+    generation: GenerationConfig | None = None,
+    on_text: Callable[[str], None] | None = None,
+) -> GenerationResult:
+    """Continue a prompt or answer a chat.
+
+    Args:
+        engine: any engine.
+        tokenizer: of the same model.
+        prompt: text, or chat messages (``role``, ``content``) for the model's chat template. A chat also ends at the
+            tokenizer's end-of-text token, which templates close turns with.
+        max_new_tokens: at most this many tokens; fewer when the model's context ends before (reason ``length``).
+        sample: sample as the model's ``generation_config.json`` says, with transformers' defaults. False is greedy
+            (ties to the lower id) unless one of the next four is given.
+        temperature: sample with this temperature; 0 is greedy.
+        top_k: sample from this many most likely tokens, 0 for all.
+        top_p: sample from the smallest set of tokens whose probability reaches this much, 0 < top_p <= 1.
+        min_p: sample from tokens with at least this share of the most likely one's probability.
+        seed: of the sampling; equal seeds give equal text on one engine.
+        stop: strings that end the text, besides the model's ``stop_strings``; they are not part of it.
+        generation: what to obey instead of the model's own file; ``GenerationConfig()`` for nothing.
+        on_text: called with each new piece of text: whole characters, nothing that is later taken back.
+
+    Raises:
+        MoEdgeError: an impossible setting, an empty or too long prompt, or no chat template for messages.
+    """
+    model = engine.info.model
+    asked = generation if generation is not None else generation_config.of_engine(model)
+    drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    sampled = _samples(sample, drawn)
+    if max_new_tokens < 1 or (top_p is not None and not 0 < top_p <= 1):
+        raise MoEdgeError("Generation needs max_new_tokens >= 1 and 0 < top_p <= 1.")
+    ids = _encode(tokenizer, prompt)
+    room = int(model.get("max_length") or model["max_position_embeddings"]) - len(ids)
+    if room < 0:
+        raise MoEdgeError(f"The prompt has {len(ids)} tokens, {-room} more than this model can hold; shorten it.")
+    # The last token chosen is never fed back, so one more fits than there is room for.
+    budget = min(max_new_tokens, room + 1)
+    ends = list(model.get("eos_token_ids") or ())
+    if not isinstance(prompt, str) and tokenizer.eos_token_id is not None:
+        ends.append(tokenizer.eos_token_id)
+    settings = asked.of(Use.ALWAYS)
+    chooser = _Chooser(settings, asked.sampling(drawn) if sampled else None, ids, ends, budget, seed)
+    own = settings.get("stop_strings") or []
+    stream, stops = tokenizer.stream(), StopStrings([*([own] if isinstance(own, str) else own), *stop])
+    pieces: list[str] = []
+
+    def show(text: str) -> None:
+        if text:
+            pieces.append(text)
+            if on_text:
+                on_text(text)
+
+    start = time.perf_counter()
+    step = engine.prefill(np.array([ids], dtype=np.int64))
+    made: list[int] = []
+    reason: Literal["eos", "stop", "length"] = "length"
+    first = 0.0
+    while True:
+        token = chooser.choose(step.logits[0, -1], made)
+        made.append(token)
+        if len(made) == 1:
+            first = time.perf_counter() - start
+        if token in ends:
+            reason = "eos"
+            break
+        show(stops.push(stream.push(token)))
+        if stops.hit is not None:
+            reason = "stop"
+            break
+        if len(made) == budget:
+            break
+        step = engine.decode(np.array([[token]], dtype=np.int64), step.cache)
+    spent = time.perf_counter() - start - first
+    show(stops.push(stream.finish()))
+    if stops.hit is not None:
+        reason = "stop"
+    show(stops.finish())
+    rate = (len(made) - 1) / spent if len(made) > 1 and spent > 0 else None
+    notes = tuple(asked.said(sampled=sampled))
+    return GenerationResult("".join(pieces), made, len(ids), reason, first, rate, chooser.settings, notes)
+
+
+def _samples(sample: bool, given: dict[str, Any]) -> bool:
+    """Whether to sample: asked for, or one of the settings of sampling given."""
+    temperature = given["temperature"]
+    if temperature is not None and temperature < 0:
+        raise MoEdgeError(f"temperature is {temperature}; it must be 0 (greedy) or more.")
+    if temperature == 0:
+        if sample:
+            raise MoEdgeError(
+                "temperature 0 is greedy and cannot be asked for together with sampling; give one of them."
+            )
+        return False
+    return sample or any(value is not None for value in given.values())
+
+
+def _encode(tokenizer: Tokenizer, prompt: str | Sequence[Message]) -> list[int]:
+    if isinstance(prompt, str):
+        ids = tokenizer.encode(prompt)
+    else:
+        ids = tokenizer.encode(tokenizer.apply_chat_template(prompt), add_special_tokens=False)
+    if not ids:
+        raise MoEdgeError("The prompt is empty; give at least one character.")
+    return ids
+
+
+class _Chooser:
+    """Chooses the next token: ``settings`` of the model, and those of ``sampling`` unless it is None (greedy)."""
+
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        sampling: dict[str, Any] | None,
+        prompt: list[int],
+        ends: list[int],
+        budget: int,
+        seed: int,
+    ) -> None:
+        self.settings = settings if sampling is None else {**settings, "do_sample": True, **sampling}
+        self._prompt, self._sampling = prompt, sampling
+        self._processors = logits.processors(settings, prompt, ends, budget)
+        self._generator = np.random.default_rng(seed)
+
+    def choose(self, scores: np.ndarray, made: list[int]) -> int:
+        """Return an id by the logits float32 [V] after the prompt and the ids ``made``."""
+        if not np.isfinite(scores).all():
+            raise MoEdgeError("The engine returned NaN or infinite logits; run `moedge verify` on this model.")
+        ids = [*self._prompt, *made]
+        for process in self._processors:
+            scores = process(ids, scores)
+        if scores.max() == logits.NEVER:
+            raise MoEdgeError(
+                f"The model's {generation_config.FILE} rules out every token here ({', '.join(self.settings)}); "
+                "correct the file."
+            )
+        if self._sampling is None:
+            return int(scores.argmax())
+        return draw(logits.warped(scores, self._sampling), self._generator)
+
+
+def draw(scores: np.ndarray, generator: np.random.Generator) -> int:
+    """Draw an id by the probabilities of ``scores`` float32 [V]."""
+    p = logits.softmax(scores)
+    kept = np.flatnonzero(p)
+    return int(generator.choice(kept, p=p[kept] / p[kept].sum()))
