@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +13,7 @@ from rich.markup import escape
 
 from moedge import MoEdgeError
 from moedge._files import atomic_dir
-from moedge.configs.recipe import recipe_from
-from moedge.runtime.bench.machine import machine
+from moedge.configs.recipe import conversion_from
 from moedge.runtime.progress import single
 from moedge.runtime.run import run_folder, stages
 from moedge.runtime.run.engine import Context
@@ -35,47 +31,45 @@ def convert(
     force: bool,
 ) -> None:
     """Run the stage ``convert``, and those that it reads, of a recipe made of the options; keep the checkpoint."""
-    with _named_as_options():
-        recipe = recipe_from(
-            {
-                "name": "convert",
-                "model": {"source": model, "revision": revision, "device": device},
-                "text": {"calibration": text},  # nothing is measured here
-                "calibration": calibration,
-                "convert": settings,
-            },
-            where="moedge convert",
-        )
-        local = Path(model).expanduser() / "config.json"
-        if local.is_file():
-            config = run_folder.read_json(local, "download or save the model again")
-            recipe.check_model(config, "moedge convert", only_convert=True)
+    recipe = conversion_from(
+        {
+            "name": "convert",
+            "model": {"source": model, "revision": revision, "device": device},
+            "text": {"calibration": text},  # nothing is measured here
+            "calibration": calibration,
+            "convert": settings,
+        },
+        where=_WHERE,
+        called=_option,
+    )
+    local = Path(model).expanduser() / "config.json"
+    if local.is_file():
+        config = run_folder.read_json(local, "download or save the model again")
+        recipe.check_model(config, _WHERE, called=_option)
     inputs = (model, text)
     with atomic_dir(out, force=force, inputs=inputs) as partial, single("convert", f"{model} -> {out}") as reporter:
         work = partial / ".stages"
-        built = {stage.name: stage for stage in stages.build(recipe, machine())}
-        for stage in (*(built[name] for name in built["convert"].reads), built["convert"]):
+        for stage in stages.to_convert(recipe):
             reporter.note(stage.what)
             folder = work / stage.name
             folder.mkdir(parents=True)
             stage.body(Context(folder, work, stage.params, reporter.progress, reporter.note))
             if stage.name == "source":
-                with _named_as_options():
-                    recipe.check_model(run_folder.source(work)["config"], "moedge convert", only_convert=True)
+                recipe.check_model(run_folder.source(work)["config"], _WHERE, called=_option)
         checkpoint = run_folder.checkpoint(work)
         for path in checkpoint.iterdir():
             path.rename(partial / path.name)
         shutil.rmtree(work)
-    digest = json.loads((out / "plan.json").read_text(encoding="utf-8"))["sha256"]
+    digest = run_folder.read_json(out / "plan.json")["sha256"]
     Console().print(
         escape(f"{out}: {stages.notation(recipe.convert.model_dump())}, plan {digest}"), highlight=False, soft_wrap=True
     )
 
 
+_WHERE = "moedge convert"
 _OPTIONS = {
     "calibration.length": "--length",
     "calibration.windows": "--windows",
-    "convert.padding: uneven": "--padding uneven",
     "model.device": "--device",
     "model.revision": "--revision",
     "text.calibration": "--text",
@@ -83,16 +77,13 @@ _OPTIONS = {
 """What this command calls the keys of a recipe; other parameters of a method are given by ``--set``."""
 
 
-@contextmanager
-def _named_as_options() -> Iterator[None]:
-    """Name the options of this command, not the recipe's keys, in what the recipe refuses."""
-    try:
-        yield
-    except MoEdgeError as error:
-        said = str(error)
-        for key, option in _OPTIONS.items():
-            said = re.sub(rf"\b{re.escape(key)}\b", option, said)
-        raise MoEdgeError(re.sub(r"\bconvert\.(\w)", r"--set \1", said)) from None
+def _option(setting: str) -> str:
+    """Return what the user of this command writes for a recipe's key, or for ``key: value``."""
+    key, colon, value = setting.partition(": ")
+    if key in _OPTIONS:
+        return f"{_OPTIONS[key]} {value}" if colon else _OPTIONS[key]
+    name = key.removeprefix("convert.")
+    return key if name == key else f"--set {name}" + (f"={value}" if colon else "")
 
 
 def parse_settings(assignments: list[str], named: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 
 import moedge as package
 from moedge import MoEdgeError
-from moedge.configs.recipe import CONTROLS, EvaluateSection, Recipe, load_recipe, recipe_from
+from moedge.configs.recipe import CONTROLS, EvaluateSection, Recipe, conversion_from, load_recipe, recipe_from
 from moedge.configs.study import load_study
 from moedge.convert import sources
 from moedge.runtime.run import held_out, run_folder, stages, study
@@ -104,6 +104,21 @@ def test_an_engine_is_a_stage_of_its_own_and_nothing_here_pretends_to_run_it(tmp
     assert set(here) == {"portable moe"}
     assert set(not_executed) == {"tensorrt-rtx moe", "tensorrt dense"}
     assert all(reason.startswith("not executed here") for reason in not_executed.values())
+
+
+@pytest.mark.parametrize(
+    ("method", "wanted"), [("cmoe", ["source", "calibrate", "convert"]), ("mlpmoe", ["source", "convert"])]
+)
+def test_a_conversion_alone_makes_the_same_stages_and_no_others(
+    method: str, wanted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    value = {"name": "x", "model": {"source": "asset:wiki"}, "convert": {"method": method}}
+    whole = stages.build(recipe_from(value, where="test"), MACHINE)
+    monkeypatch.setattr(stages, "STAGES", {})
+    found = stages.to_convert(conversion_from(value, where="test"))
+    assert [stage.name for stage in found] == wanted
+    keys = {stage.name: parts(stage, dict.fromkeys(stage.reads, "0")) for stage in whole}
+    assert all(parts(stage, dict.fromkeys(stage.reads, "0")) == keys[stage.name] for stage in found)
 
 
 def test_what_is_measured_on_a_machine_is_redone_on_another() -> None:
