@@ -193,20 +193,10 @@ def export_hf(
     report("measuring its router", 1, steps)
     reference = hf_check.measure(model, token_windows)
     record: dict[str, Any] = {"schema": EXPORT_SCHEMA, "plan_sha256": plan.sha256, "method": plan.method}
-    ffns = modeling.sparse_ffns(model)
     with atomic_dir(out, force=force, inputs=[checkpoint]) if keep else _temporary() as partial, quiet():
         report("writing the stock checkpoint", 2, steps)
-        generation = model.generation_config
-        if routed := any(ffn.num_experts for ffn in ffns):
-            layout = layout_of(ffns)
-            choose_eps(layout, reference.routings)
-            _check_biases(ffns, layout)
-            stock, stored, used = _glm(model, ffns, layout)
-        else:
-            layout = None
-            stock, stored, used = _dense(model, ffns)
-        del model, ffns
-        stock.generation_config = generation
+        stock, layout, filled = _stock(model, reference.routings)
+        del model
         stock.save_pretrained(partial)
         tokenizer_files.save(tokenizer, partial)
         config = stock.config
@@ -214,8 +204,8 @@ def export_hf(
         report("comparing it with the converted model", 3, steps)
         record |= {
             "architecture": config.architectures[0],
-            "zero_share_of_ffn_weights": round(1 - used * (1 - plan.zero_share) / stored, 6),
-            "notes": _notes(config, routed),
+            "zero_share_of_ffn_weights": round(1 - filled * (1 - plan.zero_share), 6),
+            "notes": _notes(config, layout is not None),
         }
         if layout is not None:
             shape = {"experts": layout.experts, "top_k": layout.top_k, "width": layout.width}
@@ -225,6 +215,23 @@ def export_hf(
         hf_check.judge(record["measured"])
     report("done", steps, steps)
     return record
+
+
+def _stock(
+    model: PreTrainedModel, routings: dict[int, hf_check.Routing]
+) -> tuple[PreTrainedModel, Layout | None, float]:
+    """Return the stock model, its layout (None: no experts) and the share of its FFN weights that are not padding."""
+    ffns = modeling.sparse_ffns(model)
+    layout = None
+    if any(ffn.num_experts for ffn in ffns):
+        layout = layout_of(ffns)
+        choose_eps(layout, routings)
+        _check_biases(ffns, layout)
+        stock, stored, used = _glm(model, ffns, layout)
+    else:
+        stock, stored, used = _dense(model, ffns)
+    stock.generation_config = model.generation_config
+    return stock, layout, used / stored
 
 
 @contextmanager
