@@ -22,7 +22,9 @@ from moedge.runtime.run import held_out
 def retrain(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint that `moedge convert --method dive` wrote.")],
     out: Annotated[Path, typer.Argument(help="Folder for the retrained checkpoint.")],
-    tokens: Annotated[int | None, typer.Option(min=1, help="Budget of both stages together; 100,000.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Budget in tokens of both stages together; 100,000 by default.")
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Another setting, e.g. lr=1e-3 (may be repeated)."),
