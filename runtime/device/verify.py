@@ -45,7 +45,7 @@ def main() -> int:
     passed = all(check["passed"] for check in checks)
     _print(checks, clean, options.answers)
     if found["non_finite"] and session.dtype == "float16":
-        print("A value left float16's range (65,504): make the archive again with --dtype bfloat16.")
+        print("A value left float16's range (65,504): make the archive again with --half bfloat16.")
     result = {
         **{"schema": moedge_archive.RESULT_SCHEMA, "kind": "verify", "label": manifest["label"]},
         **{"archive_sha256": manifest["content_sha256"], "device": moedge_archive.device_facts(session)},
