@@ -71,19 +71,14 @@ def bench(
     Raises:
         MoEdgeError: nothing to measure, too few ids, or an engine that fails.
     """
-    ids = np.asarray(ids, dtype=np.int64).reshape(-1)
     if not engines or min(prompt, decode, repeats) < 1 or warmup < 0:
         raise MoEdgeError("A benchmark needs at least one engine, and prompt, decode and repeats of at least 1.")
-    if len(ids) < prompt:
-        raise MoEdgeError(f"The benchmark text has {len(ids)} tokens, fewer than the prompt of {prompt}.")
+    ids = _prompt(ids, prompt)
     advance = _counter(len(engines) * (warmup + repeats + bool(memory)), progress)
-    footprints: dict[str, dict[str, Any]] = {}
-    if memory:  # first, while this process is small and the cores are idle
-        for label, start in engines.items():
-            footprints[label] = _footprint(start, ids[:prompt])
-            advance()
+    # First, while this process is small and the cores are idle.
+    footprints = _footprints(engines, ids, advance) if memory else {}
     load_before = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    samples, infos = _rounds(engines, ids[None, :prompt], decode, repeats, warmup, advance)
+    samples, infos = _rounds(engines, ids[None], decode, repeats, warmup, advance)
     unmeasured = {"peak_rss_mib": None, "load_s": None, "reason": "not measured"}
     protocol = {"batch": 1, "prompt": prompt, "decode": decode, "repeats": repeats, "warmup": warmup, "seed": seed}
     return {
@@ -116,6 +111,13 @@ Samples = dict[str, dict[str, np.ndarray]]
 """Metric -> label -> milliseconds, [rounds, samples of a round]."""
 
 
+def _prompt(ids: np.ndarray, count: int) -> np.ndarray:
+    ids = np.asarray(ids, dtype=np.int64).reshape(-1)
+    if len(ids) < count:
+        raise MoEdgeError(f"The benchmark text has {len(ids)} tokens, fewer than the prompt of {count}.")
+    return ids[:count]
+
+
 def _counter(total: int, progress: Progress | None) -> Callable[[], None]:
     """Return what is called after each of ``total`` pieces of work."""
     done = iter(range(1, total + 1))
@@ -126,6 +128,17 @@ def _counter(total: int, progress: Progress | None) -> Callable[[], None]:
             progress(number, total)
 
     return advance
+
+
+def _footprints(
+    engines: Mapping[str, Callable[[], Engine]], prompt: np.ndarray, advance: Callable[[], None]
+) -> dict[str, dict[str, Any]]:
+    """Memory and load time of each engine, in processes of their own."""
+    found = {}
+    for label, start in engines.items():
+        found[label] = _footprint(start, prompt)
+        advance()
+    return found
 
 
 def _rounds(

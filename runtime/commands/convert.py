@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from moedge._files import atomic_dir
-from moedge.configs.recipe import conversion_from
+from moedge.configs.recipe import Conversion, conversion_from
 from moedge.runtime.commands._options import Device, Force, Model, Settings, Text
 from moedge.runtime.commands._settings import parse_settings
-from moedge.runtime.progress import single
+from moedge.runtime.progress import Reporter, single
 from moedge.runtime.run import run_folder, stages
 from moedge.runtime.run.engine import Context
 
@@ -73,22 +73,26 @@ def convert(
         recipe.check_model(config, _WHERE, called=_option)
     inputs = (model, text)
     with atomic_dir(out, force=force, inputs=inputs) as partial, single("convert", f"{model} -> {out}") as reporter:
-        work = partial / ".stages"
-        for stage in stages.to_convert(recipe):
-            reporter.note(stage.what)
-            folder = work / stage.name
-            folder.mkdir(parents=True)
-            stage.body(Context(folder, work, stage.params, reporter.progress, reporter.note))
-            if stage.name == "source":
-                recipe.check_model(run_folder.source(work)["config"], _WHERE, called=_option)
-        checkpoint = run_folder.checkpoint(work)
-        for path in checkpoint.iterdir():
-            path.rename(partial / path.name)
-        shutil.rmtree(work)
+        _run(recipe, partial, reporter)
     digest = run_folder.read_json(out / "plan.json")["sha256"]
     Console().print(
         escape(f"{out}: {stages.notation(recipe.convert.model_dump())}, plan {digest}"), highlight=False, soft_wrap=True
     )
+
+
+def _run(recipe: Conversion, out: Path, reporter: Reporter) -> None:
+    """Open, calibrate and convert below ``out``, then leave there the checkpoint alone."""
+    work = out / ".stages"
+    for stage in stages.to_convert(recipe):
+        reporter.note(stage.what)
+        folder = work / stage.name
+        folder.mkdir(parents=True)
+        stage.body(Context(folder, work, stage.params, reporter.progress, reporter.note))
+        if stage.name == "source":
+            recipe.check_model(run_folder.source(work)["config"], _WHERE, called=_option)
+    for path in run_folder.checkpoint(work).iterdir():
+        path.rename(out / path.name)
+    shutil.rmtree(work)
 
 
 _WHERE = "moedge convert"

@@ -64,25 +64,9 @@ def export(
       moedge export build/moe build/bundles --target tensorrt-rtx --half bfloat16
     """
     wanted = target or list(targets.default())
-    rows = [targets.find(name) for name in wanted]
-    targets.check_form(expert_form)
-    if tensorrt is not None:
-        try:
-            refusal(tensorrt)
-        except DeviceError as error:
-            raise MoEdgeError(str(error)) from None
-    if expert_form:
-        _check_taken(f"--expert-form {expert_form}", lambda row: expert_form in row.expert_forms, rows)
-    if half:
-        _check_taken("--half", targets.has_dtypes, rows)
-    if gptq is not None:
-        _check_taken("--gptq", lambda row: row.calibrated, rows)
+    _check_options([targets.find(name) for name in wanted], tensorrt, expert_form, half, gptq)
     given, checkpoint = checkpoint, local(checkpoint)
-    if not (checkpoint / "config.json").is_file():
-        raise MoEdgeError(f"{checkpoint} is not a checkpoint folder: it has no config.json.")
-    if max_length is not None:
-        config = run_folder.read_json(checkpoint / "config.json", "download or save the model again")
-        held_out.check_positions(config.get("max_position_embeddings"), max_length, "--max-length")
+    _check_checkpoint(checkpoint, max_length)
     there = _bundles(out)
     if not force and (taken := sorted(set(there) & set(wanted))):
         raise MoEdgeError(f"Output folder {out / taken[0]} already exists; pass --force to replace it.")
@@ -112,6 +96,11 @@ def export(
             calibration=calibration,
         )
         _keep(there, partial, force=force)
+    _print(out)
+
+
+def _print(out: Path) -> None:
+    """Say which bundles ``out`` holds, and what quantised ones weigh."""
     for folder in sorted(path.parent for path in out.glob("*/manifest.json")):
         console = Console()
         console.print(escape(f"{folder.name}: {folder}"), highlight=False, soft_wrap=True)
@@ -122,6 +111,33 @@ def export(
 def _label(given: Path, checkpoint: Path) -> str:
     """The folder's name (a path without one is the working folder), or the hub id, asset or GGUF that was given."""
     return str(given) if checkpoint != given else given.name or given.resolve().name
+
+
+def _check_options(
+    rows: list[targets.Target], tensorrt: str | None, expert_form: str | None, half: str | None, gptq: str | None
+) -> None:
+    """Refuse options that no target takes, and versions of TensorRT that are none."""
+    targets.check_form(expert_form)
+    if tensorrt is not None:
+        try:
+            refusal(tensorrt)
+        except DeviceError as error:
+            raise MoEdgeError(str(error)) from None
+    if expert_form:
+        _check_taken(f"--expert-form {expert_form}", lambda row: expert_form in row.expert_forms, rows)
+    if half:
+        _check_taken("--half", targets.has_dtypes, rows)
+    if gptq is not None:
+        _check_taken("--gptq", lambda row: row.calibrated, rows)
+
+
+def _check_checkpoint(checkpoint: Path, max_length: int | None) -> None:
+    """Refuse what is no checkpoint, and a length beyond its positions."""
+    if not (checkpoint / "config.json").is_file():
+        raise MoEdgeError(f"{checkpoint} is not a checkpoint folder: it has no config.json.")
+    if max_length is not None:
+        config = run_folder.read_json(checkpoint / "config.json", "download or save the model again")
+        held_out.check_positions(config.get("max_position_embeddings"), max_length, "--max-length")
 
 
 def _check_taken(option: str, takes: Callable[[targets.Target], bool], rows: list[targets.Target]) -> None:

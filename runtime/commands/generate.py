@@ -13,7 +13,7 @@ from rich.markup import escape
 from moedge import MoEdgeError
 from moedge.export import targets
 from moedge.runtime.commands._options import Device, Dtype, Threads
-from moedge.runtime.engines import open_engine
+from moedge.runtime.engines import EngineInfo, open_engine
 from moedge.runtime.engines.given import local
 from moedge.runtime.run import run_folder
 from moedge.runtime.text import generate as generation
@@ -111,6 +111,11 @@ def generate(
         info = opened.info
     finally:
         opened.close()
+    _summarise(result, info)
+
+
+def _summarise(result: generation.GenerationResult, info: EngineInfo) -> None:
+    """Say on stderr what ran, how fast, and what was not done."""
     rate = f", {result.decode_tokens_per_s:.1f} tokens/s" if result.decode_tokens_per_s else ""
     how = shown({name: value for name, value in result.settings.items() if name != "do_sample"})
     _say(

@@ -153,13 +153,10 @@ def build(
     network = builder.create_network(1 << int(strongly_typed) if strongly_typed is not None else 0)
     parser = trt.OnnxParser(network, log)  # lives until the engine is built: it holds the network's weights
     start = time.perf_counter()
-    if not parser.parse_from_file(str(onnx_path)):
-        reason = str(parser.get_error(0)) if parser.num_errors else "; ".join(log.errors[:1]) or "no reason given"
-        raise DeviceError(f"{trt.__name__} {trt.__version__} cannot parse {onnx_path}: {' '.join(reason.split())}")
+    _parse(trt, parser, log, onnx_path)
     parsed = time.perf_counter()
     check_moe_layers(trt, network, onnx_path)
-    if taps:
-        _mark_outputs(network, taps, onnx_path)
+    _mark_outputs(network, taps or {}, onnx_path)
     config = builder.create_builder_config()
     # On by default: products of float32, the routers', would round what they read to 11 bits, as many as float16 has.
     config.clear_flag(trt.BuilderFlag.TF32)
@@ -167,16 +164,12 @@ def build(
     cache = _load_timing_cache(config, timing_cache)
     log.errors.clear()  # of a timing cache that was replaced
     for shapes in profiles:
-        if _add_profile(builder, network, config, shapes, onnx_path) < 0:
-            raise DeviceError(f"{onnx_path}: {trt.__name__} refuses an optimisation profile: {_reason(log)}")
+        _add_profile(trt, builder, network, config, log, shapes, onnx_path)
     layers = network.num_layers
     begun, cpu = time.perf_counter(), time.process_time()
-    serialized = builder.build_serialized_network(network, config)
-    if serialized is None:
-        raise DeviceError(f"{trt.__name__} {trt.__version__} cannot build {onnx_path}: {_reason(log)}")
+    plan = _serialized(trt, builder, network, config, log, onnx_path)
     if timing_cache is not None and cache is not None:
         _keep_timing_cache(config, timing_cache)
-    plan = bytes(memoryview(serialized))
     return plan, {
         "layers": layers,
         "plugins": _count(trt, network, "PLUGIN_V3"),
@@ -187,8 +180,23 @@ def build(
     }
 
 
-def _add_profile(builder: Any, network: Any, config: Any, shapes: dict[str, Any], onnx_path: str | Path) -> int:
-    """Add an optimisation profile and return its index, below 0 where TensorRT does not take it."""
+def _parse(trt: Any, parser: Any, log: Any, onnx_path: str | Path) -> None:
+    if not parser.parse_from_file(str(onnx_path)):
+        reason = str(parser.get_error(0)) if parser.num_errors else "; ".join(log.errors[:1]) or "no reason given"
+        raise DeviceError(f"{trt.__name__} {trt.__version__} cannot parse {onnx_path}: {' '.join(reason.split())}")
+
+
+def _serialized(trt: Any, builder: Any, network: Any, config: Any, log: Any, onnx_path: str | Path) -> bytes:
+    serialized = builder.build_serialized_network(network, config)
+    if serialized is None:
+        raise DeviceError(f"{trt.__name__} {trt.__version__} cannot build {onnx_path}: {_reason(log)}")
+    return bytes(memoryview(serialized))
+
+
+def _add_profile(
+    trt: Any, builder: Any, network: Any, config: Any, log: Any, shapes: dict[str, Any], onnx_path: str | Path
+) -> None:
+    """Add an optimisation profile, once its names are those of the graph's inputs."""
     names = {network.get_input(i).name for i in range(network.num_inputs)}
     if names != set(shapes):
         raise DeviceError(
@@ -200,7 +208,8 @@ def _add_profile(builder: Any, network: Any, config: Any, shapes: dict[str, Any]
             profile.set_shape(name, low, middle, high)
     except ValueError as error:
         raise DeviceError(f"{onnx_path}: input {name} cannot have the shapes {low} to {high} ({error}).") from None
-    return int(config.add_optimization_profile(profile))
+    if config.add_optimization_profile(profile) < 0:
+        raise DeviceError(f"{onnx_path}: {trt.__name__} refuses an optimisation profile: {_reason(log)}")
 
 
 def _set_capabilities(trt: Any, config: Any, capabilities: list[str]) -> None:
@@ -261,7 +270,7 @@ def _count(trt: Any, network: Any, kind: str) -> int:
 
 def _mark_outputs(network: Any, taps: dict[str, str], onnx_path: str | Path) -> None:
     missing = dict(taps)
-    for index in range(network.num_layers):
+    for index in range(network.num_layers if taps else 0):
         layer = network.get_layer(index)
         for output in range(layer.num_outputs):
             tensor = layer.get_output(output)

@@ -6,11 +6,10 @@ nothing else. What comes after what, and when a result is used again, is in :mod
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from moedge._files import digest, write_json
+from moedge._files import digest, read_json, write_json
 from moedge.runtime.run import held_out, run_folder
 from moedge.runtime.run.engine import Context
 from moedge.runtime.run.fingerprint import top_files
@@ -25,7 +24,7 @@ def source(context: Context) -> None:
     found = resolve(context.params["source"], context.params["revision"])
     folder = found.folder.resolve()
     tokenizer_files.check(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json", "download or save the model again")
     write_json(
         context.out / "source.json",
         {

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from moedge import MoEdgeError
+from moedge import MoEdgeError, _files
 from moedge._files import refuse_pointer
 from moedge.export import targets
 
@@ -37,15 +36,7 @@ def read_json(path: Path, mend: str = "run `moedge run` on its recipe again") ->
         MoEdgeError: missing, damaged or a Git LFS pointer.
     """
     refuse_pointer(path)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MoEdgeError(f"{path} is missing; run `moedge run` on its recipe first.") from None
-    except (OSError, ValueError) as error:
-        raise MoEdgeError(f"{path} cannot be read ({error}); {mend}.") from error
-    if not isinstance(value, dict):
-        raise MoEdgeError(f"{path} is damaged (not a JSON object); {mend}.")
-    return value
+    return _files.read_json(path, mend, missing=f"{path} is missing; run `moedge run` on its recipe first.")
 
 
 def checkpoint(run: Path) -> Path:
