@@ -29,7 +29,7 @@ def verify(
     prefill: Annotated[int, typer.Option(min=1, help="Tokens of a window in one prefill; the rest is decoded.")] = 224,
     tolerances: Annotated[
         str,
-        typer.Option(help="First half of a profile in configs/tolerances.yaml, such as float32 of float32/ort-cpu."),
+        typer.Option(metavar="FILE", help="YAML file of limits that take the place of the packaged ones."),
     ] = "float32",
     threads: Threads = None,
     device: Device = "cpu",

@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from moedge import MoEdgeError
 from moedge._files import atomic_dir, write_json
-from moedge.runtime.commands.domains import checked
+from moedge.configs.errors import checked
 from moedge.runtime.progress import single
 from moedge.runtime.run import held_out
 

@@ -53,6 +53,7 @@ def verify(
         raise MoEdgeError(f"--prefill {prefill} leaves nothing to decode in a window of {window} tokens (--window).")
     count = -(-tokens // window)
     opening: dict[str, Any] = {"threads": threads, "pytorch": {"device": device}}
+    profile, limits = tolerance_files.chosen(tolerance_files.given_as(tolerances))
     with single("verify", str(reference)) as reporter:
         if test is None:
             if not run_folder.is_run(reference):
@@ -63,18 +64,19 @@ def verify(
                 engines,
                 windows,
                 prefill=prefill,
-                tolerances=tolerances,
+                tolerances=profile,
+                limits=limits,
                 text=name,
                 **opening,
                 progress=reporter.progress,
                 note=reporter.note,
             )
         elif test.suffix == ".npz":
-            result = _device(models.local(reference), test, tolerances, opening, reporter.progress)
+            result = _device(models.local(reference), test, profile, limits, opening, reporter.progress)
         else:
             pair = models.local(reference), models.local(test)
             name, windows = token_windows(pair[1], text, window, count)
-            result = _pair(*pair, name, windows, prefill, tolerances, opening, reporter.progress)
+            result = _pair(*pair, name, windows, prefill, profile, limits, opening, reporter.progress)
     if junit:
         write_text(junit, junit_xml(result))
     if as_json:
@@ -90,18 +92,19 @@ def _pair(
     text: str,
     windows: Any,
     prefill: int,
-    tolerances: str,
+    profile: str,
+    limits: tolerance_files.Tolerances,
     opening: dict[str, Any],
     progress: Any,
 ) -> dict[str, Any]:
     """Compare two engines; a quantised one also with float32 on its own de-quantised weights, if it has the bundle."""
     target = _target(test)
-    jobs: list[tuple[Path, str, str, dict[str, Any]]] = [(reference, f"{test} vs {reference}", tolerances, {})]
+    jobs: list[tuple[Path, str, str, dict[str, Any]]] = [(reference, f"{test} vs {reference}", profile, {})]
     if is_quantised(target):
         found = [path for path in (reference, test.parent / "portable") if _target(path) == "portable"]
         if found:
             jobs.append((found[0], f"{test} vs its de-quantised weights", DEQUANTIZED, {"weights_of": test}))
-    entries, limits = [], tolerance_files.load()
+    entries = []
     for number, (folder, name, dtype, options) in enumerate(jobs):
         how = Judging.of(test, limits, dtype, target or "torch")
         one = open_engine(folder, **opening, **_reference_options(folder, how, target), **options)
@@ -118,24 +121,31 @@ def _pair(
         entries.append({"name": name, **how.explained(entry)})
     if len(entries) > 1:
         entries[0] = verdict.with_notes(entries[0], verdict.quantised_notes(entries[0], entries[1], target))
-    return finished({"schema": SCHEMA, "text": text, "identity": [], "parity": entries})
+    return finished({"schema": SCHEMA, "text": text, "identity": [], "parity": entries}, limits)
 
 
-def _device(reference: Path, answers: Path, tolerances: str, opening: dict[str, Any], progress: Any) -> dict[str, Any]:
+def _device(
+    reference: Path,
+    answers: Path,
+    profile: str,
+    limits: tolerance_files.Tolerances,
+    opening: dict[str, Any],
+    progress: Any,
+) -> dict[str, Any]:
     """Judge what an engine gave on its device; the archive's prompts are the text."""
     from moedge.runtime.parity import recorded
 
     found = recorded.Recorded(answers)
-    limits = tolerance_files.load().profile(tolerances, str(found.info.model["target"]), found.info.dtype)
+    judged = limits.profile(profile, str(found.info.model["target"]), found.info.dtype)
     options: dict[str, Any] = {"taps": True, "replay": True} if found.routed else {}
     one = open_engine(reference, **opening, **options)
     try:
-        entry = recorded.compare(one, found, limits, progress)
+        entry = recorded.compare(one, found, judged, progress)
     finally:
         one.close()
     parity_entries = [{"name": f"{answers} vs {reference}", **entry}]
     text = f"the prompts of {answers.name}"
-    return finished({"schema": SCHEMA, "text": text, "identity": [], "parity": parity_entries})
+    return finished({"schema": SCHEMA, "text": text, "identity": [], "parity": parity_entries}, limits)
 
 
 def _target(folder: Path) -> str:
