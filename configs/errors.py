@@ -146,7 +146,8 @@ def _said(entry: Any) -> str:
         return f"must be {_WANTED[plain]}, {got}{' (text)' if isinstance(value, str) else ''}"
     if kind in _BOUNDS:
         key, words = _BOUNDS[kind]
-        return f"must be {words} {context[key]:g}, {got}"
+        bound = context[key]
+        return f"must be {words} {f'{bound:g}' if isinstance(bound, float) else bound}, {got}"
     if kind == "too_short" and context["min_length"] == 1:
         return "must not be empty"
     if kind in ("too_short", "too_long"):
