@@ -12,10 +12,8 @@ from rich.markup import escape
 from moedge import MoEdgeError
 from moedge._files import write_json
 from moedge.runtime.progress import single
-from moedge.runtime.run import held_out, run_folder
+from moedge.runtime.run.scores import scores
 from moedge.runtime.tables import Sheet
-
-SCHEMA = "moedge.scores/1"
 
 
 def evaluate(
@@ -36,71 +34,29 @@ def evaluate(
     as_json: bool,
 ) -> None:
     """Score each model on each text and task; the models are loaded one after the other."""
-    from moedge.convert import evaluate as quality
-    from moedge.convert import modeling, sources
-    from moedge.convert.plan import MoEPlan
-    from moedge.convert.tasks import run
-
-    data = dict(_assignment(text) for text in task_data)
-    if unused := set(data) - set(tasks):
-        raise MoEdgeError(f"--task-data names {', '.join(sorted(unused))}, which --tasks does not.")
-    models = _models(paths)
-    plans = {label: MoEPlan.load(folder) for label, folder in models.items() if (folder / "plan.json").is_file()}
-    chosen = {}
-    for spec in texts:
-        text, how = held_out.beside(plans.values(), spec, every)
-        chosen[text.name] = (text, how)
-    rows: list[dict[str, Any]] = []
-    count = -(-tokens // window)
-    with single("evaluate", ", ".join(models)) as reporter:
-        for label, folder in models.items():
-            if label in plans:
-                model, _, tokenizer = modeling.load(folder, device=device)
-            else:
-                folder = sources.resolve(str(folder)).folder
-                model, tokenizer = sources.load_model(folder, device=device), sources.load_tokenizer(folder)
-            if chosen:
-                held_out.check_window(model, window, "--window")
-            row: dict[str, Any] = {"model": label, "perplexity": {}, "tasks": []}
-            for name, (text, _) in chosen.items():
-                reporter.note(f"{label}: perplexity on {name}")
-                windows = held_out.windows(tokenizer, text, window, count, bos=bos, name="evaluation")
-                row["perplexity"][name] = quality.perplexity(
-                    model, windows, batch_size=batch_size, progress=reporter.progress
-                )
-            if tasks:
-                reporter.note(f"{label}: {', '.join(tasks)}")
-                row["tasks"] = run(model, tokenizer, tasks, data=data, shots=shots, limit=limit, batch_size=batch_size)
-            dtype = str(model.dtype).removeprefix("torch.")
-            rows.append(row)
-            del model
-    protocol = {
-        "window": window,
-        "bos": bos,
-        "dtype": dtype,
-        "device": device,
-        "documents": {name: how for name, (_, how) in chosen.items()},
-        "shots": shots,
-        "limit": limit,
-    }
-    result = {"schema": SCHEMA, "protocol": protocol, "rows": rows}
+    with single("evaluate", ", ".join(map(str, paths))) as reporter:
+        result = scores(
+            paths,
+            texts=texts,
+            tasks=tasks,
+            task_data=dict(map(_assignment, task_data)),
+            shots=shots,
+            limit=limit,
+            tokens=tokens,
+            window=window,
+            bos=bos,
+            every=every,
+            batch_size=batch_size,
+            device=device,
+            progress=reporter.progress,
+            note=reporter.note,
+        )
     if out is not None:
         write_json(out, result)
     if as_json:
         print(json.dumps(result, indent=2, allow_nan=False))
     else:
         _print(result)
-
-
-def _models(paths: list[Path]) -> dict[str, Path]:
-    """Label -> folder; a run folder stands for its dense parent and its checkpoint."""
-    found: dict[str, Path] = {}
-    for path in paths:
-        if run_folder.is_run(path):
-            found |= {f"{path} dense": run_folder.dense(path), f"{path} moe": run_folder.checkpoint(path)}
-        else:
-            found[str(path)] = path
-    return found
 
 
 def _assignment(text: str) -> tuple[str, Path]:
