@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -40,7 +39,7 @@ def export(
     Bundles of other targets that ``out`` already holds stay when they are of the same graph.
     """
     wanted = targets or list(registry.default())
-    rows = [registry.find(name) for name in wanted]
+    registry.check(wanted)
     registry.check_form(experts)
     if tensorrt is not None:
         try:
@@ -48,11 +47,11 @@ def export(
         except DeviceError as error:
             raise MoEdgeError(str(error)) from None
     if experts:
-        _check_taken(f"--experts {experts}", lambda row: experts in row.expert_forms, rows)
+        registry.check_taken(f"--experts {experts}", lambda row: experts in row.expert_forms, wanted)
     if dtype:
-        _check_taken("--dtype", registry.has_dtypes, rows)
+        registry.check_taken("--dtype", registry.has_dtypes, wanted)
     if gptq_text is not None:
-        _check_taken("--gptq", lambda row: row.calibrated, rows)
+        registry.check_taken("--gptq", lambda row: row.calibrated, wanted)
     given, checkpoint = checkpoint, models.local(checkpoint)
     if not (checkpoint / "config.json").is_file():
         raise MoEdgeError(f"{checkpoint} is not a checkpoint folder: it has no config.json.")
@@ -98,13 +97,6 @@ def export(
 def _label(given: Path, checkpoint: Path) -> str:
     """The folder's name (a path without one is the working folder), or the hub id, asset or GGUF that was given."""
     return str(given) if checkpoint != given else given.name or given.resolve().name
-
-
-def _check_taken(option: str, takes: Callable[[registry.Target], bool], rows: list[registry.Target]) -> None:
-    """Refuse an option that none of the targets takes."""
-    if not any(map(takes, rows)):
-        wanted = ", ".join(row.name for row in rows)
-        raise MoEdgeError(f"{option} is for target {' or '.join(registry.names(takes))}, not among {wanted}.")
 
 
 def _bundles(out: Path) -> dict[str, Path]:

@@ -49,6 +49,9 @@ def scores(
     Raises:
         MoEdgeError: a model, text or task that cannot be had, or windows beyond what a model was made for.
     """
+    models = _models(paths)
+    if not models:
+        raise MoEdgeError("evaluate needs at least one model.")
     from moedge.convert import evaluate as quality
     from moedge.convert.plan import MoEPlan
     from moedge.convert.tasks import run
@@ -56,7 +59,6 @@ def scores(
     data, say = dict(task_data or {}), note or (lambda _: None)
     if unused := set(data) - set(tasks):
         raise MoEdgeError(f"--task-data names {', '.join(sorted(unused))}, which --tasks does not.")
-    models = _models(paths)
     plans = {label: MoEPlan.load(folder) for label, folder in models.items() if (folder / "plan.json").is_file()}
     chosen = {}
     for spec in texts:
