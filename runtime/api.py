@@ -402,9 +402,8 @@ def evaluate(
     """
     from moedge.runtime.run.scores import scores
 
-    paths = [Path(path) for path in ([models] if isinstance(models, str | Path) else models)]
     return scores(
-        paths,
+        [models] if isinstance(models, str | Path) else models,
         texts=[str(text) for text in texts],
         tasks=tasks,
         task_data={name: Path(path).expanduser() for name, path in (task_data or {}).items()},

@@ -13,7 +13,7 @@ SCHEMA = "moedge.scores/1"
 
 
 def scores(
-    paths: Sequence[Path],
+    paths: Sequence[str | Path],
     *,
     texts: Sequence[str],
     tasks: Sequence[str] = (),
@@ -106,12 +106,13 @@ def _open(folder: Path, *, converted: bool, device: str) -> tuple[Any, Any]:
     return sources.load_model(found, device=device), sources.load_tokenizer(found)
 
 
-def _models(paths: Sequence[Path]) -> dict[str, Path]:
+def _models(paths: Sequence[str | Path]) -> dict[str, Path]:
     """Label -> folder; a run folder stands for its dense parent and its checkpoint."""
     found: dict[str, Path] = {}
-    for path in paths:
+    for given in paths:
+        path = Path(given)
         if run_folder.is_run(path):
             found |= {f"{path} dense": run_folder.dense(path), f"{path} moe": run_folder.checkpoint(path)}
         else:
-            found[str(path)] = path
+            found[str(given)] = path
     return found
