@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from moedge._files import atomic_dir
-from moedge.configs.recipe import Conversion, conversion_from
+from moedge.configs.recipe import conversion_from
 from moedge.runtime.commands._options import Device, Force, Model, Settings, Text
 from moedge.runtime.commands._settings import parse_settings
-from moedge.runtime.progress import Reporter, single
+from moedge.runtime.progress import single
 from moedge.runtime.run import run_folder, stages
-from moedge.runtime.run.engine import Context
+from moedge.runtime.run.conversion import write_checkpoint
 
 
 def convert(
@@ -67,32 +65,16 @@ def convert(
         where=_WHERE,
         called=_option,
     )
-    local = Path(model).expanduser() / "config.json"
-    if local.is_file():
-        config = run_folder.read_json(local, "download or save the model again")
+
+    def check(config: dict[str, Any]) -> None:
         recipe.check_model(config, _WHERE, called=_option)
-    inputs = (model, text)
-    with atomic_dir(out, force=force, inputs=inputs) as partial, single("convert", f"{model} -> {out}") as reporter:
-        _run(recipe, partial, reporter)
+
+    with single("convert", f"{model} -> {out}") as reporter:
+        write_checkpoint(recipe, out, force=force, check=check, progress=reporter.progress, note=reporter.note)
     digest = run_folder.read_json(out / "plan.json")["sha256"]
     Console().print(
         escape(f"{out}: {stages.notation(recipe.convert.model_dump())}, plan {digest}"), highlight=False, soft_wrap=True
     )
-
-
-def _run(recipe: Conversion, out: Path, reporter: Reporter) -> None:
-    """Open, calibrate and convert below ``out``, then leave there the checkpoint alone."""
-    work = out / ".stages"
-    for stage in stages.to_convert(recipe):
-        reporter.note(stage.what)
-        folder = work / stage.name
-        folder.mkdir(parents=True)
-        stage.body(Context(folder, work, stage.params, reporter.progress, reporter.note))
-        if stage.name == "source":
-            recipe.check_model(run_folder.source(work)["config"], _WHERE, called=_option)
-    for path in run_folder.checkpoint(work).iterdir():
-        path.rename(out / path.name)
-    shutil.rmtree(work)
 
 
 _WHERE = "moedge convert"

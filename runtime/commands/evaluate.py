@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,14 +13,9 @@ from rich.markup import escape
 from moedge import MoEdgeError
 from moedge._files import write_json
 from moedge.runtime.commands._options import Device, HoldoutEvery, Json, Save
-from moedge.runtime.progress import Reporter, single
-from moedge.runtime.run import held_out, run_folder
+from moedge.runtime.progress import single
+from moedge.runtime.run.scores import scores
 from moedge.runtime.tables import Sheet
-
-if TYPE_CHECKING:
-    from moedge.convert.calibration import TextSet
-
-SCHEMA = "moedge.scores/1"
 
 
 def evaluate(
@@ -52,89 +47,30 @@ def evaluate(
       moedge evaluate runs/smollm2-135m --text asset:wiki --text asset:c4
       moedge evaluate ./my-llama build/moe --tasks arc_easy,piqa,sciq --limit 200
     """
-    from moedge.convert.plan import MoEPlan
-
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    data = dict(_assignment(given) for given in task_data or [])
-    if unused := set(data) - set(names):
-        raise MoEdgeError(f"--task-data names {', '.join(sorted(unused))}, which --tasks does not.")
-    folders = _models(models)
-    plans = {label: MoEPlan.load(folder) for label, folder in folders.items() if (folder / "plan.json").is_file()}
-    chosen = {}
-    for spec in text or ([] if names else ["asset:wiki"]):
-        read, how = held_out.beside(plans.values(), spec, holdout_every)
-        chosen[read.name] = (read, how)
-    protocol: dict[str, Any] = {"window": window, "bos": bos, "dtype": None, "device": device}
-    protocol |= {"documents": {name: how for name, (_, how) in chosen.items()}, "shots": shots, "limit": limit}
-    rows: list[dict[str, Any]] = []
-    with single("evaluate", ", ".join(folders)) as reporter:
-        for label, folder in folders.items():
-            model, tokenizer = _open(folder, moe=label in plans, device=device)
-            row: dict[str, Any] = {"model": label, "perplexity": {}, "tasks": []}
-            for name, (read, _) in chosen.items():
-                reporter.note(f"{label}: perplexity on {name}")
-                row["perplexity"][name] = _perplexity(model, tokenizer, read, tokens, protocol, batch_size, reporter)
-            if names:
-                reporter.note(f"{label}: {', '.join(names)}")
-                row["tasks"] = _answered(model, tokenizer, names, data, protocol, batch_size)
-            protocol["dtype"] = str(model.dtype).removeprefix("torch.")
-            rows.append(row)
-            del model
-    result = {"schema": SCHEMA, "protocol": protocol, "rows": rows}
+    with single("evaluate", ", ".join(map(str, models))) as reporter:
+        result = scores(
+            models,
+            texts=text or ([] if names else ["asset:wiki"]),
+            tasks=names,
+            task_data=dict(map(_assignment, task_data or [])),
+            shots=shots,
+            limit=limit,
+            tokens=tokens,
+            window=window,
+            bos=bos,
+            every=holdout_every,
+            batch_size=batch_size,
+            device=device,
+            progress=reporter.progress,
+            note=reporter.note,
+        )
     if save is not None:
         write_json(save, result)
     if as_json:
         print(json.dumps(result, indent=2, allow_nan=False))
     else:
         _print(result)
-
-
-def _open(folder: Path, *, moe: bool, device: str) -> tuple[Any, Any]:
-    """Model and tokenizer of a checkpoint, or of whatever names a dense model."""
-    from moedge.convert import modeling, sources
-
-    if moe:
-        model, _, tokenizer = modeling.load(folder, device=device)
-        return model, tokenizer
-    folder = sources.resolve(str(folder)).folder
-    return sources.load_model(folder, device=device), sources.load_tokenizer(folder)
-
-
-def _perplexity(
-    model: Any,
-    tokenizer: Any,
-    text: TextSet,
-    tokens: int,
-    protocol: dict[str, Any],
-    batch_size: int,
-    reporter: Reporter,
-) -> dict[str, Any]:
-    from moedge.convert import evaluate as quality
-
-    window = protocol["window"]
-    held_out.check_window(model, window, "--window")
-    windows = held_out.windows(tokenizer, text, window, -(-tokens // window), bos=protocol["bos"], name="evaluation")
-    return quality.perplexity(model, windows, batch_size=batch_size, progress=reporter.progress)
-
-
-def _answered(
-    model: Any, tokenizer: Any, tasks: list[str], data: dict[str, Path], protocol: dict[str, Any], batch_size: int
-) -> list[dict[str, Any]]:
-    from moedge.convert.tasks import run
-
-    how = {name: protocol[name] for name in ("shots", "limit")}
-    return run(model, tokenizer, tasks, data=data, **how, batch_size=batch_size)
-
-
-def _models(paths: list[Path]) -> dict[str, Path]:
-    """Label -> folder; a run folder stands for its dense parent and its checkpoint."""
-    found: dict[str, Path] = {}
-    for path in paths:
-        if run_folder.is_run(path):
-            found |= {f"{path} dense": run_folder.dense(path), f"{path} moe": run_folder.checkpoint(path)}
-        else:
-            found[str(path)] = path
-    return found
 
 
 def _assignment(text: str) -> tuple[str, Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -64,7 +63,7 @@ def export(
       moedge export build/moe build/bundles --target tensorrt-rtx --half bfloat16
     """
     wanted = target or list(targets.default())
-    _check_options([targets.find(name) for name in wanted], tensorrt, expert_form, half, gptq)
+    _check_options(wanted, tensorrt, expert_form, half, gptq)
     given, checkpoint = checkpoint, local(checkpoint)
     _check_checkpoint(checkpoint, max_length)
     there = _bundles(out)
@@ -114,9 +113,10 @@ def _label(given: Path, checkpoint: Path) -> str:
 
 
 def _check_options(
-    rows: list[targets.Target], tensorrt: str | None, expert_form: str | None, half: str | None, gptq: str | None
+    wanted: list[str], tensorrt: str | None, expert_form: str | None, half: str | None, gptq: str | None
 ) -> None:
     """Refuse options that no target takes, and versions of TensorRT that are none."""
+    targets.check(wanted)
     targets.check_form(expert_form)
     if tensorrt is not None:
         try:
@@ -124,11 +124,11 @@ def _check_options(
         except DeviceError as error:
             raise MoEdgeError(str(error)) from None
     if expert_form:
-        _check_taken(f"--expert-form {expert_form}", lambda row: expert_form in row.expert_forms, rows)
+        targets.check_taken(f"--expert-form {expert_form}", lambda row: expert_form in row.expert_forms, wanted)
     if half:
-        _check_taken("--half", targets.has_dtypes, rows)
+        targets.check_taken("--half", targets.has_dtypes, wanted)
     if gptq is not None:
-        _check_taken("--gptq", lambda row: row.calibrated, rows)
+        targets.check_taken("--gptq", lambda row: row.calibrated, wanted)
 
 
 def _check_checkpoint(checkpoint: Path, max_length: int | None) -> None:
@@ -138,13 +138,6 @@ def _check_checkpoint(checkpoint: Path, max_length: int | None) -> None:
     if max_length is not None:
         config = run_folder.read_json(checkpoint / "config.json", "download or save the model again")
         held_out.check_positions(config.get("max_position_embeddings"), max_length, "--max-length")
-
-
-def _check_taken(option: str, takes: Callable[[targets.Target], bool], rows: list[targets.Target]) -> None:
-    """Refuse an option that none of the targets takes."""
-    if not any(map(takes, rows)):
-        wanted = ", ".join(row.name for row in rows)
-        raise MoEdgeError(f"{option} is for target {' or '.join(targets.names(takes))}, not among {wanted}.")
 
 
 def _bundles(out: Path) -> dict[str, Path]:

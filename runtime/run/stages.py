@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moedge.configs import devices
+from moedge.configs import devices, tolerances
 from moedge.configs.recipe import CONVERT_SECTIONS, Conversion, ModelSection, Recipe
 from moedge.export import targets
 from moedge.runtime.run import bodies, run_folder
@@ -32,7 +32,7 @@ SOURCE_CODE = (
 CONVERT_CODE = (*_ALWAYS_CODE, "runtime/run/held_out.py", "convert")
 _EXPORT_CODE = (*CONVERT_CODE, "export", "runtime/engines/__init__.py", "runtime/engines/longrope.py", "runtime/text")
 _CONFIGS = (
-    *("configs/__init__.py", "configs/devices.py", "configs/files.py"),
+    *("configs/__init__.py", "configs/devices.py", "configs/errors.py", "configs/files.py"),
     *("configs/tolerances.py", "configs/tolerances.yaml"),
 )
 _STATS = ("runtime/bench/__init__.py", "runtime/bench/stats.py")
@@ -220,7 +220,7 @@ def verify(recipe: Recipe, facts: Facts) -> Stage:
         "verify",
         "compare the ONNX engines with PyTorch",
         bodies.verify,
-        {**recipe.verify.model_dump(), **_on_this_machine(recipe, facts)},
+        {**recipe.verify.model_dump(), **_limits(recipe), **_on_this_machine(recipe, facts)},
         reads=("source", "convert", "export", *_dense(recipe)),
         sources=(*_ENGINE_CODE, "runtime/parity", *_CONFIGS),
         libraries=(*_TORCH, "onnx", "onnxruntime"),
@@ -328,6 +328,15 @@ def _on_this_machine(recipe: Recipe, facts: Facts) -> dict[str, Any]:
         "dense_parent": recipe.export.dense_parent,
         **facts.device,
     }
+
+
+def _limits(recipe: Recipe) -> dict[str, Any]:
+    """``verify.tolerances`` with the hash of a user's file, whose content belongs to the stage's key."""
+    given = recipe.verify.tolerances
+    if isinstance(given, str):
+        return {}
+    origin = tolerances.chosen(given)[1].origin
+    return {"tolerances": {**given.model_dump(), "sha256": origin.sha256 if origin else None}}
 
 
 def method_needs(convert: dict[str, Any]) -> tuple[str, ...]:
