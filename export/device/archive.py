@@ -7,7 +7,6 @@ holds the sha256 of every other file. Nothing in it needs MoEdge, torch or the n
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tarfile
@@ -126,20 +125,21 @@ def write(
         assert version is not None, "a profile with the target tensorrt names its version"
         name = label or source.name or source.resolve().name
         graph, reference = _bundles(source, work / "bundles", name, version, experts, dtype)
-        label, model = label or graph.manifest["label"], graph.manifest["model"]
-        longest = max_length or min(2048, model["max_position_embeddings"])
+        facts = graph.manifest
+        label = label or facts.label
+        longest = max_length or min(2048, facts.model.max_position_embeddings)
         profiles = {"max_length": longest, "max_prompt": max_prompt or max(2, longest // 2), "batch": batch}
         _check(graph, device, profiles)
         folder = work / "content" / f"moedge-{device.name}"
         folder.mkdir(parents=True)
         report("recording answers", 1, 3)
-        _record(reference.path, folder, prompts, longest)
-        for name in (MODEL, *(name for name in graph.manifest["files"] if name.endswith(".data"))):
+        _record(reference, folder, prompts, longest)
+        for name in (MODEL, *facts.weight_files):
             link_or_copy(graph.path / name, folder / name)
         copy_companions(graph.path, folder)
-        if plugins := graph.manifest.get("plugins"):
+        if facts.plugins:
             report("compiling kernels", 1, 3)
-            requests = [Request(**kernel) for kernel in plugins["kernels"]]
+            requests = [Request(kernel.plugin, kernel.options) for kernel in facts.plugins.kernels]
             compile_library(folder / FOLDER, requests, [int(device.compute_capability.replace(".", ""))])
         scripts = Path(__file__).resolve().parents[1] / "runtime" / "device"
         for name in SCRIPTS:
@@ -147,17 +147,18 @@ def write(
         readme = _README.format(label=label, device=device.label)
         (folder / "README.md").write_text(readme, encoding="utf-8")
         files = hash_tree(folder)
+        document = facts.document()
         manifest = {
             "schema": SCHEMA,
             "label": label,
-            **{key: graph.manifest[key] for key in ("kind", "model", "moe", "taps", "lowering")},
-            **({"plugins": plugins} if plugins else {}),
-            "experts": graph.manifest.get("experts"),
-            "dtype": graph.manifest["cache"]["dtype"],
+            **{key: document[key] for key in ("kind", "model", "moe", "taps", "lowering")},
+            **({"plugins": document["plugins"]} if facts.plugins else {}),
+            "experts": facts.experts,
+            "dtype": facts.cache.dtype,
             "device": device.model_dump(mode="json", by_alias=True),
             "tensorrt": version,
             "profiles": profiles,
-            "limits": limits(graph.manifest["cache"]["dtype"]),
+            "limits": limits(facts.cache.dtype or "float16"),
             "parent": graph.sha256,
             "versions": {"moedge": __version__},
             "content_sha256": digest(files),
@@ -179,16 +180,15 @@ def _check(graph: Bundle, device: Device, profiles: dict[str, int]) -> None:
     Raises:
         MoEdgeError: what is wrong.
     """
-    model = graph.manifest["model"]
+    facts = graph.manifest
     try:
-        moedge_trt.profile_shapes(model, **profiles)
+        moedge_trt.profile_shapes(facts.model.document(), **profiles)
     except moedge_trt.DeviceError as error:
         raise MoEdgeError(str(error)) from None
     if profiles["max_length"] <= NEW_TOKENS:
         raise MoEdgeError(f"--max-length must be above {NEW_TOKENS}, the tokens of each answer that is recorded.")
-    weights = sum(entry["size"] for name, entry in graph.manifest["files"].items() if name.endswith(".data"))
-    dtype = graph.manifest["cache"].get("dtype", "float16")
-    if reason := too_large(fit(model, weights, device, **profiles, dtype=dtype), device):
+    dtype = facts.cache.dtype or "float16"
+    if reason := too_large(fit(facts.model, facts.weight_bytes, device, **profiles, dtype=dtype), device):
         raise MoEdgeError(reason)
 
 
@@ -209,14 +209,13 @@ def _bundles(
     return open_bundle(scratch / "tensorrt"), portable
 
 
-def _record(portable: Path, folder: Path, prompts: Sequence[str], max_length: int) -> None:
+def _record(portable: Bundle, folder: Path, prompts: Sequence[str], max_length: int) -> None:
     """Run the float32 graph on the prompts, greedily, and keep ids, logits of the answer and all routes."""
     from moedge.runtime.engines import open_engine
     from moedge.runtime.text.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer(portable)
-    probe = json.loads((portable / "manifest.json").read_text(encoding="utf-8"))
-    engine = open_engine(portable, threads=1, taps=bool(probe["taps"]))
+    tokenizer = Tokenizer(portable.path)
+    engine = open_engine(portable.path, threads=1, taps=bool(portable.manifest.taps))
     limit = engine.info.model.get("rope_boundary")
     cases = []
     try:

@@ -37,7 +37,7 @@ def bench(
     """Time the engines of one run folder, or the folders given, and print a table or JSON; ``profile`` adds tables by
     operator of those that ONNX Runtime runs."""
     if len(paths) == 1 and run_folder.is_run(paths[0]):
-        folders = run_folder.engines(paths[0])
+        folders = {str(ref): folder for ref, folder in run_folder.engines(paths[0]).items()}
         tokenizer = run_folder.checkpoint(paths[0])
     else:
         folders = {str(path): models.local(path) for path in paths}

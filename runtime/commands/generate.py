@@ -12,12 +12,13 @@ from moedge import MoEdgeError
 from moedge.export import targets
 from moedge.runtime.commands import models
 from moedge.runtime.engines import open_engine
+from moedge.runtime.engines.ref import Role
 from moedge.runtime.run import run_folder
 from moedge.runtime.text import generate as generation
 from moedge.runtime.text.generation_config import shown
 from moedge.runtime.text.tokenizer import Message, open_tokenizer
 
-MODELS = ("moe", "dense")
+MODELS: dict[str, Role] = {"moe": "moe", "dense": "dense"}
 TARGETS = (*targets.names(lambda row: row.engine is None), "torch")
 
 
@@ -53,7 +54,9 @@ def generate(
     for option, value, known in (("--model", which, MODELS), ("--target", target, TARGETS)):
         if value not in known:
             raise MoEdgeError(f"{option} {value}: unknown; choose {' or '.join(known)}.")
-    folder = run_folder.pick(path, model=which, target=target) if run_folder.is_run(path) else models.local(path)
+    folder = (
+        run_folder.pick(path, model=MODELS[which], target=target) if run_folder.is_run(path) else models.local(path)
+    )
     text = _given(prompt)
     tokenizer = open_tokenizer(folder)
     request: str | list[Message] = [{"role": "user", "content": text}] if chat else text

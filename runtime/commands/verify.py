@@ -14,9 +14,11 @@ from rich.markup import escape
 from moedge import MoEdgeError
 from moedge._files import write_text
 from moedge.configs import tolerances as tolerance_files
+from moedge.export import manifest as manifests
 from moedge.runtime.commands import models
 from moedge.runtime.commands.tokens import token_windows
 from moedge.runtime.engines import open_engine
+from moedge.runtime.engines.ref import is_quantised
 from moedge.runtime.parity import compare as parity
 from moedge.runtime.parity import verdict
 from moedge.runtime.parity.outcomes import mark
@@ -25,7 +27,6 @@ from moedge.runtime.parity.suite import (
     SCHEMA,
     Judging,
     finished,
-    is_quantised,
     reference_options,
     verify_run,
 )
@@ -140,8 +141,8 @@ def _device(reference: Path, answers: Path, tolerances: str, opening: dict[str, 
 
 def _target(folder: Path) -> str:
     """Target of a bundle, or an empty string for anything else."""
-    manifest = folder / "manifest.json"
-    return str(run_folder.read_json(manifest).get("target", "")) if manifest.is_file() else ""
+    manifest = manifests.read(folder)
+    return manifest.target if manifest else ""
 
 
 def _reference_options(folder: Path, how: Judging, target: str) -> dict[str, Any]:
@@ -155,10 +156,10 @@ def _reference_options(folder: Path, how: Judging, target: str) -> dict[str, Any
 
 
 def _is_moe(folder: Path) -> bool:
-    for name, key, value in (("manifest.json", "kind", "moe"), ("config.json", "model_type", "moedge_")):
-        if (folder / name).is_file():
-            return str(run_folder.read_json(folder / name).get(key, "")).startswith(value)
-    return False
+    if manifest := manifests.read(folder):
+        return manifest.kind == "moe"
+    config = folder / "config.json"
+    return config.is_file() and str(run_folder.read_json(config).get("model_type", "")).startswith("moedge_")
 
 
 def checks(result: dict[str, Any]) -> list[tuple[str, str, float | None, str, float, verdict.Outcome]]:

@@ -13,18 +13,26 @@ from pathlib import Path
 from typing import Any
 
 from moedge import MoEdgeError, __version__
-from moedge._files import atomic_dir, digest, hash_tree, safe_join, write_json
+from moedge._files import atomic_dir, hash_tree, safe_join, write_json
 from moedge.configs import devices
+from moedge.export import manifest as manifests
 from moedge.export import targets
+from moedge.export.manifest import (
+    ENGINE_SCHEMA,
+    MANIFEST,
+    BuildFacts,
+    EngineManifest,
+    FileEntry,
+    FitFacts,
+    Profiles,
+    Tap,
+)
 from moedge.runtime.device import moedge_cuda, moedge_plugins, moedge_trt
 from moedge.runtime.engines import estimate
 
-SCHEMA = "moedge.engine/1"
 PLAN = "engine.plan"
-MANIFEST = "manifest.json"
 LIBRARY = "libmoedge_launch.so"
 """The plugin library beside an engine of TensorRT for RTX that needs it."""
-_REQUIRED = ("target", "kind", "label", "model", "moe", "profiles", "taps", "compute_capabilities", "versions", "files")
 
 
 @dataclass(frozen=True)
@@ -32,22 +40,22 @@ class EngineFile:
     """A verified engine folder."""
 
     path: Path
-    manifest: dict[str, Any]
+    manifest: EngineManifest
 
     def plan(self) -> bytes:
         """Read the serialized engine; its hash is checked once more on the bytes that are returned."""
         try:
-            return moedge_trt.read_checked(safe_join(self.path, PLAN), self.manifest["files"][PLAN]["sha256"])
+            return moedge_trt.read_checked(safe_join(self.path, PLAN), self.manifest.files[PLAN].sha256)
         except moedge_trt.DeviceError as error:
             raise MoEdgeError(str(error)) from error
 
     def library(self) -> str | None:
         """Return the file of the plugin library that the engine needs, its hash checked once more, or None."""
         path = safe_join(self.path, LIBRARY)
-        if LIBRARY not in self.manifest["files"]:
+        if LIBRARY not in self.manifest.files:
             return None
         try:
-            moedge_trt.read_checked(path, self.manifest["files"][LIBRARY]["sha256"])
+            moedge_trt.read_checked(path, self.manifest.files[LIBRARY].sha256)
         except moedge_trt.DeviceError as error:
             raise MoEdgeError(str(error)) from error
         return str(path)
@@ -64,7 +72,7 @@ def build(
     taps: bool = False,
     timing_cache: Path | None = None,
     force: bool = False,
-) -> dict[str, Any]:
+) -> EngineManifest:
     """Build the engine of a ``tensorrt-rtx`` bundle (on any machine) or a ``tensorrt`` bundle (on its device).
 
     Args:
@@ -90,18 +98,19 @@ def build(
 
     bundle = open_bundle(bundle_path)
     manifest = bundle.manifest
-    target, model = manifest["target"], manifest["model"]
+    target, model = manifest.target, manifest.model
     rtx = targets.find(target).engine == "tensorrt-rtx"
     profiles = [devices.load(name) for name in device_names]
     if not profiles:
         raise MoEdgeError(f"Name at least one device to build for; known: {', '.join(devices.names())}.")
-    native = manifest.get("experts") == "native"
+    dtype = manifest.cache.dtype or "float16"
+    native = manifest.experts == "native"
     for device in profiles:
         if reason := devices.refusal(target, device):
             raise MoEdgeError(reason)
-        if rtx and "plugins" in manifest and device.compute_capability == "7.5":
+        if rtx and manifest.plugins and device.compute_capability == "7.5":
             raise MoEdgeError(f"There are no kernels for {device.label} (SM75); export with --experts merged.")
-        if reason := devices.half_refusal(manifest["cache"].get("dtype", "float16"), device):
+        if reason := devices.half_refusal(dtype, device):
             raise MoEdgeError(reason)
         if native and (reason := moedge_trt.moe_refusal(device.label, device.compute_capability)):
             raise MoEdgeError(reason)
@@ -109,24 +118,25 @@ def build(
         raise MoEdgeError(
             "TensorRT builds for the GPU it runs on; name one device, or export tensorrt-rtx for several."
         )
-    max_length = max_length or min(2048, model["max_position_embeddings"])
+    max_length = max_length or min(2048, model.max_position_embeddings)
     max_prompt = max_prompt or max(2, max_length // 2)
-    weight_bytes = sum(entry["size"] for name, entry in manifest["files"].items() if name.endswith(".data"))
     fits, limits = {}, {"max_length": max_length, "max_prompt": max_prompt, "batch": batch}
-    sparse = native or "plugins" in manifest
-    unread = estimate.unread_bytes(manifest["moe"], model["hidden_size"]) if sparse else 0
+    sparse = native or manifest.plugins
+    unread = estimate.unread_bytes(manifest.moe, model.hidden_size) if sparse else 0
     for device in profiles:
-        fit = estimate.fit(model, weight_bytes, device, **limits, unread=unread, dtype=manifest["cache"]["dtype"])
+        fit = estimate.fit(model, manifest.weight_bytes, device, **limits, unread=unread, dtype=dtype)
         if reason := estimate.too_large(fit, device):
             raise MoEdgeError(reason)
-        fits[device.name] = {**vars(fit), "needed": fit.needed}
-    outputs, shown = moedge_trt.tap_outputs(manifest["taps"] if taps else {})
+        fits[device.name] = FitFacts(**vars(fit), needed=fit.needed)
+    document = manifest.document()
+    outputs, named = moedge_trt.tap_outputs(document["taps"] if taps else {})
+    shown = {int(layer): Tap(**tap) for layer, tap in named.items()}
     try:
         trt = _tensorrt(target, profiles[0])
-        launched = "plugins" in manifest and rtx
-        if "plugins" in manifest and not launched:
+        launched = manifest.plugins and rtx
+        if manifest.plugins and not launched:
             _register_plugins(profiles[0])
-        shapes = moedge_trt.profile_shapes(model, **limits)
+        shapes = moedge_trt.profile_shapes(document["model"], **limits)
         capabilities = sorted({device.compute_capability for device in profiles}, key=float)
         inputs: list[Path | str] = [bundle.path, *device_names, *([timing_cache] if timing_cache else [])]
         with atomic_dir(out, force=force, inputs=inputs) as partial:
@@ -151,26 +161,30 @@ def build(
                 )
             moedge_trt.write_bytes(partial / PLAN, plan)
             copy_companions(bundle.path, partial)
-            engine = {
-                "schema": SCHEMA,
-                **{key: manifest[key] for key in ("target", "kind", "label", "model", "moe")},
-                "dtype": manifest["cache"]["dtype"],
-                "parent": bundle.sha256,
-                "compute_capabilities": capabilities,
-                "devices": [device.name for device in profiles],
-                "profiles": limits,
-                "profile_shapes": {
+            engine = EngineManifest(
+                schema=ENGINE_SCHEMA,
+                target=target,
+                kind=manifest.kind,
+                label=manifest.label,
+                model=model,
+                moe=manifest.moe,
+                dtype=manifest.cache.dtype,
+                parent=bundle.sha256,
+                compute_capabilities=capabilities,
+                devices=[device.name for device in profiles],
+                profiles=Profiles(**limits),
+                profile_shapes={
                     kind: {name: shapes[index][name] for name in ("input_ids", "attention_mask")}
                     for kind, index in (("prefill", moedge_trt.PREFILL), ("decode", moedge_trt.DECODE))
                 },
-                "taps": shown,
-                "weight_bytes": weight_bytes,
-                "build": {**facts, "products_as_sums": sums},
-                "estimate": fits,
-                "versions": {"moedge": __version__, trt.__name__: trt.__version__},
-                "files": hash_tree(partial),
-            }
-            write_json(partial / MANIFEST, engine)
+                taps=shown,
+                weight_bytes=manifest.weight_bytes,
+                build=BuildFacts(**facts, products_as_sums=sums),
+                estimate=fits,
+                versions={"moedge": __version__, trt.__name__: trt.__version__},
+                files={name: FileEntry(**entry) for name, entry in hash_tree(partial).items()},
+            )
+            write_json(partial / MANIFEST, engine.document())
     except moedge_trt.DeviceError as error:
         raise MoEdgeError(str(error)) from error
     return engine
@@ -216,24 +230,16 @@ def open_file(path: Path) -> EngineFile:
     Raises:
         MoEdgeError: what is wrong with it.
     """
-    import json
-
     from moedge.export.bundle import verify_files
 
     try:
-        manifest = json.loads(safe_join(path, MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise MoEdgeError(f"{path} is not an engine folder ({error}); make one with `moedge build`.") from error
-    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        raise MoEdgeError(f"{path / MANIFEST} is not of schema {SCHEMA}; build the engine again with this version.")
-    if missing := [key for key in _REQUIRED if key not in manifest]:
-        raise MoEdgeError(f"{path / MANIFEST} lacks {', '.join(missing)}; build the engine again.")
-    verify_files(path, manifest["files"])
-    if PLAN not in manifest["files"]:
+        document = manifests.load(path)
+    except FileNotFoundError as error:
+        raise MoEdgeError(
+            f"{path} is not an engine folder: it has no {MANIFEST}; make one with `moedge build`."
+        ) from error
+    manifest = manifests.parse(EngineManifest, document, path / MANIFEST)
+    verify_files(path, manifest.files)
+    if PLAN not in manifest.files:
         raise MoEdgeError(f"{path / MANIFEST} lists no {PLAN}; build the engine again.")
     return EngineFile(path, manifest)
-
-
-def sha256(manifest: dict[str, Any]) -> str:
-    """Content hash of an engine folder: that of its manifest, which holds the hash of every file."""
-    return digest(manifest)

@@ -12,6 +12,7 @@ import numpy as np
 
 from moedge import MoEdgeError
 from moedge.export import targets
+from moedge.export.manifest import Manifest
 
 _OLDEST_CUDA = (1, 28)
 """The first whose CUDA kernel of ``MoE`` reads its SwiGLU attributes (onnxruntime-genai #2062, onnxruntime #28467)."""
@@ -76,7 +77,7 @@ def session_options(threads: int) -> Any:
 
 def open_session(
     folder: Path,
-    manifest: dict[str, Any],
+    manifest: Manifest,
     threads: int,
     graph: bytes | None,
     weights: dict[str, tuple[np.ndarray, Any]],
@@ -100,9 +101,9 @@ def open_session(
     except ImportError as error:
         raise MoEdgeError("Running a bundle needs ONNX Runtime; install it with: pip install 'moedge[cpu]'") from error
     options = session_options(threads)
-    path = folder / manifest["io"]["model"]
+    path = folder / manifest.io.model
     model: str | bytes = str(path)
-    if manifest.get("quantization", {}).get("form") == "DequantizeLinear":
+    if manifest.quantization and manifest.quantization.form == "DequantizeLinear":
         # Fold the weights when the graph is loaded. Otherwise each call unpacks all of them, or ONNX Runtime takes a
         # product of its own that rounds activations to int8, which the engine of this graph does not.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
@@ -118,7 +119,7 @@ def open_session(
         # With a file of its own the weights may pass 2 GiB.
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimized.data")
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
-    provider = targets.find(manifest["target"]).provider
+    provider = targets.find(manifest.target).provider
     if provider == targets.CUDA:
         # CUDA and cuDNN from pip packages are on no loader path; only a process that imported torch has them already.
         with contextlib.redirect_stdout(sys.stderr):  # it reports there what it does not find

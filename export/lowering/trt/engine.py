@@ -29,6 +29,7 @@ from moedge.export.lowering.trt import native as trt_native
 from moedge.export.lowering.trt import plugins as trt_plugins
 from moedge.export.lowering.trt.attention import RewriteAttention, TurnRotary
 from moedge.export.lowering.trt.experts import RewriteExperts
+from moedge.export.manifest import CacheFacts, Kernel, Plugins, Tap
 from moedge.runtime.device.moedge_plugins import OLDEST
 
 NEWEST = "11.0"
@@ -88,10 +89,10 @@ def lower_half(
         )
     if reason := capabilities.runtime() or capabilities.half_source({dtype.name.lower() for dtype in weights}):
         raise MoEdgeError(f"Cannot lower to half precision: {reason}.")
-    taps: dict[int, dict[str, object]] = {}
+    taps: dict[int, Tap] = {}
     for node, route in zip(sparse, routes, strict=True):
         top_k = route.attributes["top_k"].as_int()
-        taps[layer_of(node)] = {"output": str(route.outputs[0].name), "kind": "indices", "top_k": top_k}
+        taps[layer_of(node)] = Tap(output=str(route.outputs[0].name), kind="indices", top_k=top_k)
     form, why = trt_experts.choose(model, tensorrt, experts)
     plugins = form == "plugins" and bool(sparse)
     work = Work(model, block_limit(dtype), f"The {dtype} graph does not compute what it replaced.")
@@ -111,12 +112,12 @@ def lower_half(
             work.finish(rule, each, _Judge(work, dtype, experts=isinstance(rule, RewriteExperts)))
     name = f"float32 -> {dtype}; router, norm sums, rotary and softmax stay float32"
     work.rewrites.append(Rewrite(name, typed, "applied"))
-    cache = {"kind": "concat", "max_length": max_length, "dtype": dtype}
+    cache = CacheFacts(kind="concat", max_length=max_length, dtype=dtype)
     limits = [_LIMITS["launcher" if form == "plugins" and tensorrt is None else form]] if sparse else []
     lowered = Lowered(work.rewrites, taps, cache, limits=limits, experts=form if sparse else None)
     if plugins:
-        kernels = [asdict(request) for request in trt_plugins.requests(model)]
-        lowered.plugins = {"oldest_tensorrt": ".".join(map(str, OLDEST)), "kernels": kernels}
+        kernels = [Kernel(**asdict(request)) for request in trt_plugins.requests(model)]
+        lowered.plugins = Plugins(oldest_tensorrt=".".join(map(str, OLDEST)), kernels=kernels)
     return lowered
 
 

@@ -29,7 +29,8 @@ from moedge.export.lowering.trt import rtx as tensorrt_rtx
 from moedge.export.lowering.trt import weights as trt_weights
 from moedge.export.lowering.trt.engine import HALF_LIMIT
 from moedge.export.lowering.trt.weights import Matrix
-from moedge.export.quantize.format import QUANTISED, ClassSize, account
+from moedge.export.manifest import ClassSize, LinearPlace, Quantization
+from moedge.export.quantize.format import QUANTISED, account
 
 
 def lower(
@@ -77,23 +78,23 @@ def lower(
                 f"some rows hold no whole number of blocks of {capabilities.DOCUMENTED_BLOCK} and have blocks of "
                 f"{blocks[-1]}, which the builder takes and NVIDIA does not document"
             )
-    lowered.quantization = {
-        "form": "DequantizeLinear",
-        "bits": bits,
-        "block": "a row" if bits == 8 else " or ".join(map(str, blocks)),
-        "method": method,
-        "classes": [{**vars(size), "bits_per_weight": size.bits_per_weight} for size in sizes],
-        "tensors": {
-            name: {
-                "tensor": f"{matrix.weight.tensor_class}.{name}",
-                "axis": matrix.axis,
-                "block": matrix.block,
-                "shape": list(matrix.weight.shape),
-                "merged": name in downs,
-            }
+    lowered.quantization = Quantization(
+        form="DequantizeLinear",
+        bits=bits,
+        block="a row" if bits == 8 else " or ".join(map(str, blocks)),
+        method=method,
+        classes=sizes,
+        tensors={
+            name: LinearPlace(
+                tensor=f"{matrix.weight.tensor_class}.{name}",
+                axis=matrix.axis,
+                block=matrix.block,
+                shape=list(matrix.weight.shape),
+                merged=name in downs,
+            )
             for name, matrix in matrices.items()
         },
-    }
+    )
     return lowered
 
 
