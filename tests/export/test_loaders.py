@@ -48,10 +48,8 @@ def test_a_bundle_names_the_family_that_other_loaders_know(bundles, checkpoints)
 @pytest.mark.parametrize("name", ALL)
 def test_genai_config_describes_the_graph_that_it_lies_beside(bundles, name):
     folder = bundles[name]
-    manifest, described = (
-        bundle.open_bundle(folder).manifest.document(),
-        json.loads((folder / "genai_config.json").read_text()),
-    )
+    manifest = bundle.open_bundle(folder).manifest.document()
+    described = json.loads((folder / "genai_config.json").read_text())
     decoder = described["model"]["decoder"]
     for side in ("inputs", "outputs"):
         named = [

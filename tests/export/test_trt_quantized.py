@@ -370,9 +370,8 @@ def test_integers_chosen_on_a_text_lose_less_where_it_counts(bundles):
     ("bits", "names"), [(4, ["rtx-3090", "rtx-4090", "rtx-5090"]), (8, ["rtx-2080-ti", "rtx-4090"])]
 )
 def test_engines_are_built_without_a_gpu(bundles, tmp_path, bits, names):
-    manifest = build.build(
-        bundles[f"moe/{TARGETS[bits]}"], tmp_path / "engine", names, max_length=64, max_prompt=32
-    ).document()
+    made = build.build(bundles[f"moe/{TARGETS[bits]}"], tmp_path / "engine", names, max_length=64, max_prompt=32)
+    manifest = made.document()
     assert manifest["target"] == TARGETS[bits]
     assert manifest["build"]["products_as_sums"] == (2 if bits == 8 else 0), "float32 routers for SM75"
     assert build.open_file(tmp_path / "engine").plan()
