@@ -246,9 +246,6 @@ def _set_top_k(model: Any, path: Path, manifest: Manifest, top_k: int) -> None:
     lowering has replaced Route (unit weights, export/lowering/ort/moe.py) it also stands in initializers of the
     layer.
     """
-    import numpy as np
-    from onnx import numpy_helper
-
     if top_k < 1:
         raise MoEdgeError(f"top_k={top_k} must be at least 1.")
     layers = manifest.routed_layers
@@ -273,13 +270,21 @@ def _set_top_k(model: Any, path: Path, manifest: Manifest, top_k: int) -> None:
             # QMoE selects by itself where it is given scores; as a log-weight form it follows the initializers below.
             if kind == "Route" or (kind == "QMoE" and f"layers.{layer}.router.top_k" not in named):
                 routed.add(layer)
-    for layer, count in zip(layers, counts, strict=True):
-        if f"layers.{layer}.router.top_k" in named:
-            for name, new in (("top_k", np.array([count], np.int64)), ("weight_sum", np.array(count, np.float32))):
-                if tensor := named.get(f"layers.{layer}.router.{name}"):
-                    tensor.CopyFrom(numpy_helper.from_array(new, tensor.name))
-            routed.add(layer)
+    routed |= {layer for layer, count in zip(layers, counts, strict=True) if _set_initializers(named, layer, count)}
     if not layers or routed != set(layers):
         raise MoEdgeError(f"{path}: top_k cannot be set, the graph does not show where its layers choose experts.")
     # Shapes recorded for the old k would contradict the new one.
     del model.graph.value_info[:]
+
+
+def _set_initializers(named: dict[str, Any], layer: int, top_k: int) -> bool:
+    """Set k where the graph has it as initializers of a layer; False where it has none."""
+    import numpy as np
+    from onnx import numpy_helper
+
+    if f"layers.{layer}.router.top_k" not in named:
+        return False
+    for name, new in (("top_k", np.array([top_k], np.int64)), ("weight_sum", np.array(top_k, np.float32))):
+        if tensor := named.get(f"layers.{layer}.router.{name}"):
+            tensor.CopyFrom(numpy_helper.from_array(new, tensor.name))
+    return True

@@ -67,12 +67,8 @@ def lower(
     table = weights.collect(work.before)
     chosen = {name: weight for name, weight in table.items() if weight.tensor_class in QUANTISED}
     unfit = FuseQMoE({}).refuse(model)
-    narrow = min((weight.columns for weight in table.values() if weight.tensor_class == "experts"), default=2 * BLOCK)
-    if method == "rtn-asymmetric" and narrow <= BLOCK and not unfit:
-        raise MoEdgeError(
-            f"Cannot lower for {target}: experts of {narrow} neurons are one block, whose zero points QMoE reads in "
-            "another layout; use symmetric blocks (rtn)."
-        )
+    if method == "rtn-asymmetric" and not unfit:
+        _check_zero_points(table, target)
     values, known = work.before.graph.initializers, moments or {}
     packed = {
         name: quantize(weights.array(values[name], weight), bits, method, known.get(name))
@@ -105,6 +101,15 @@ def lower(
         bits=bits, block=BLOCK, method=method, classes=sizes, tensors=_where(model, chosen, work.before)
     )
     return Lowered(work.rewrites, work.taps, cache, limits, quantization)
+
+
+def _check_zero_points(table: Mapping[str, weights.Weight], target: str) -> None:
+    narrow = min((weight.columns for weight in table.values() if weight.tensor_class == "experts"), default=2 * BLOCK)
+    if narrow <= BLOCK:
+        raise MoEdgeError(
+            f"Cannot lower for {target}: experts of {narrow} neurons are one block, whose zero points QMoE reads in "
+            "another layout; use symmetric blocks (rtn)."
+        )
 
 
 OLDEST_ORT = (1, 31)

@@ -69,15 +69,7 @@ def lower(
     sizes = _account(before, model, table, matrices, bits)
     lowered.rewrites += _tested(before, reference, model, matrices)
     blocks = sorted({matrix.block for matrix in matrices.values()}, reverse=True)
-    if bits == 4:
-        lowered.limits.append(
-            "TensorRT for RTX builds 4-bit weights for SM80 and newer; for SM75 take tensorrt-rtx-int8"
-        )
-        if blocks[-1] < capabilities.DOCUMENTED_BLOCK:
-            lowered.limits.append(
-                f"some rows hold no whole number of blocks of {capabilities.DOCUMENTED_BLOCK} and have blocks of "
-                f"{blocks[-1]}, which the builder takes and NVIDIA does not document"
-            )
+    lowered.limits += _limits(blocks) if bits == 4 else []
     lowered.quantization = Quantization(
         form="DequantizeLinear",
         bits=bits,
@@ -96,6 +88,17 @@ def lower(
         },
     )
     return lowered
+
+
+def _limits(blocks: list[int]) -> list[str]:
+    """What holds for 4-bit weights; ``blocks`` from the longest to the shortest."""
+    limits = ["TensorRT for RTX builds 4-bit weights for SM80 and newer; for SM75 take tensorrt-rtx-int8"]
+    if blocks[-1] < capabilities.DOCUMENTED_BLOCK:
+        limits.append(
+            f"some rows hold no whole number of blocks of {capabilities.DOCUMENTED_BLOCK} and have blocks of "
+            f"{blocks[-1]}, which the builder takes and NVIDIA does not document"
+        )
+    return limits
 
 
 def _check(model: ir.Model, target: str) -> None:
