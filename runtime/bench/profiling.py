@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 
 from moedge import MoEdgeError
+from moedge.export import manifest as manifests
 from moedge.export import targets
 from moedge.runtime.engines import Engine
-from moedge.runtime.run.run_folder import read_json
 
 SCHEMA = "moedge.profile/1"
 _NORMS = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
@@ -110,8 +110,8 @@ def profiles(
 
 
 def _target(path: Path) -> str:
-    manifest = path / "manifest.json"
-    return str(read_json(manifest).get("target")) if manifest.is_file() else ""
+    manifest = manifests.read(path)
+    return manifest.target if manifest else ""
 
 
 def _run(engine: Engine, ids: np.ndarray, decode: int) -> tuple[float, list[float]]:

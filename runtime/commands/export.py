@@ -11,8 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
-from moedge._files import atomic_dir, digest, link_or_copy
+from moedge._files import atomic_dir, link_or_copy
+from moedge.export import manifest as manifests
 from moedge.export import targets
+from moedge.export.manifest import Manifest
 from moedge.runtime.commands._options import ExpertForm, Force, Half, TensorRT
 from moedge.runtime.device.moedge_plugins import refusal
 from moedge.runtime.device.moedge_trt import DeviceError
@@ -103,8 +105,9 @@ def _print(out: Path) -> None:
     for folder in sorted(path.parent for path in out.glob("*/manifest.json")):
         console = Console()
         console.print(escape(f"{folder.name}: {folder}"), highlight=False, soft_wrap=True)
-        if sizes := run_folder.read_json(folder / "manifest.json").get("quantization"):
-            console.print(size_table(sizes))
+        facts = manifests.read(folder)
+        if isinstance(facts, Manifest) and facts.quantization:
+            console.print(size_table(facts.quantization))
 
 
 def _label(given: Path, checkpoint: Path) -> str:
@@ -152,13 +155,14 @@ def _keep(there: dict[str, Path], partial: Path, *, force: bool) -> None:
     Raises:
         MoEdgeError: one stems from another graph and ``force``, which drops it, is not given.
     """
-    graph = digest(run_folder.read_json(partial / "portable" / "manifest.json"))
+    graph = manifests.content_hash(partial / "portable")
     for name, folder in there.items():
-        manifest = run_folder.read_json(folder / "manifest.json", "delete the folder and export again")
-        if not force and graph != (digest(manifest) if name == "portable" else manifest.get("parent")):
+        manifest = manifests.read(folder, "delete the folder and export again")
+        parent = manifest.parent if manifest else None
+        if not force and graph != (manifests.content_hash(folder) if name == "portable" else parent):
             raise MoEdgeError(
                 f"{folder} is of another model, or was exported with other settings; choose another output folder, or "
                 "pass --force to replace it."
             )
-        if graph == manifest.get("parent") and not (partial / name).exists():
+        if graph == parent and not (partial / name).exists():
             shutil.copytree(folder, partial / name, copy_function=link_or_copy)

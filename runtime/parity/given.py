@@ -8,8 +8,10 @@ from typing import Any
 
 from moedge import MoEdgeError
 from moedge.configs import tolerances as tolerance_files
+from moedge.export import manifest as manifests
 from moedge.runtime.engines import open_engine
 from moedge.runtime.engines.given import local
+from moedge.runtime.engines.ref import is_quantised
 from moedge.runtime.parity import compare as parity
 from moedge.runtime.parity import verdict
 from moedge.runtime.parity.suite import (
@@ -17,7 +19,6 @@ from moedge.runtime.parity.suite import (
     SCHEMA,
     Judging,
     finished,
-    is_quantised,
     reference_options,
     verify_run,
 )
@@ -153,8 +154,8 @@ def answers_of_device(
 
 def _target(folder: Path) -> str:
     """Target of a bundle, or an empty string for anything else."""
-    manifest = folder / "manifest.json"
-    return str(run_folder.read_json(manifest).get("target", "")) if manifest.is_file() else ""
+    manifest = manifests.read(folder)
+    return manifest.target if manifest else ""
 
 
 def _reference_options(folder: Path, how: Judging, target: str) -> dict[str, Any]:
@@ -168,7 +169,7 @@ def _reference_options(folder: Path, how: Judging, target: str) -> dict[str, Any
 
 
 def _is_moe(folder: Path) -> bool:
-    for name, key, value in (("manifest.json", "kind", "moe"), ("config.json", "model_type", "moedge_")):
-        if (folder / name).is_file():
-            return str(run_folder.read_json(folder / name).get(key, "")).startswith(value)
-    return False
+    if manifest := manifests.read(folder):
+        return manifest.kind == "moe"
+    config = folder / "config.json"
+    return config.is_file() and str(run_folder.read_json(config).get("model_type", "")).startswith("moedge_")

@@ -192,7 +192,7 @@ def test_generate_streams_the_same_text_from_every_engine_of_a_model(run: Path, 
 
 def test_verify_compares_two_engines_and_its_exit_code_tells(home: Path, run: Path, tmp_path: Path) -> None:
     arguments = ("--text", home / "text.txt", "--tokens", 128, "--window", 64, "--prefill", 56, "--threads", 1)
-    engines = run_folder.engines(run)
+    engines = {str(ref): folder for ref, folder in run_folder.engines(run).items()}
     junit = tmp_path / "verify.xml"
     good = moedge("verify", engines["torch moe"], engines["ort-cpu moe"], *arguments, "--json", "--junit", junit)
     assert good.exit_code == 0, good.output
