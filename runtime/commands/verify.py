@@ -18,7 +18,6 @@ from moedge.export import manifest as manifests
 from moedge.runtime.commands import models
 from moedge.runtime.commands.tokens import token_windows
 from moedge.runtime.engines import open_engine
-from moedge.runtime.engines.ref import is_quantised
 from moedge.runtime.parity import compare as parity
 from moedge.runtime.parity import verdict
 from moedge.runtime.parity.outcomes import mark
@@ -32,6 +31,7 @@ from moedge.runtime.parity.suite import (
 )
 from moedge.runtime.progress import single
 from moedge.runtime.run import run_folder
+from moedge.runtime.run.refs import is_quantised
 from moedge.runtime.tables import Sheet
 
 
@@ -127,7 +127,7 @@ def _device(reference: Path, answers: Path, tolerances: str, opening: dict[str, 
     from moedge.runtime.parity import recorded
 
     found = recorded.Recorded(answers)
-    limits = tolerance_files.load().profile(tolerances, str(found.info.model["target"]), found.info.dtype)
+    limits = tolerance_files.load().profile(tolerances, found.info.model.target, found.info.dtype)
     options: dict[str, Any] = {"taps": True, "replay": True} if found.routed else {}
     one = open_engine(reference, **opening, **options)
     try:

@@ -17,7 +17,7 @@ from moedge.runtime.run.fingerprint import fingerprint
 
 # What a body runs of this package; tests/runtime/test_recipe_stages.py follows the imports and finds what is missing.
 _ALWAYS_CODE = (
-    *("_files.py", "runtime/run/__init__.py", "runtime/run/run_folder.py"),
+    *("_files.py", "runtime/run/__init__.py", "runtime/run/refs.py", "runtime/run/run_folder.py"),
     *("export/__init__.py", "export/targets.py"),
 )
 SOURCE_CODE = (
@@ -26,7 +26,16 @@ SOURCE_CODE = (
     "runtime/run/fingerprint.py",
 )
 CONVERT_CODE = (*_ALWAYS_CODE, "runtime/run/held_out.py", "convert")
-_EXPORT_CODE = (*CONVERT_CODE, "export", "runtime/engines/__init__.py", "runtime/engines/longrope.py", "runtime/text")
+_EXPORT_CODE = (
+    *CONVERT_CODE,
+    *(
+        "export",
+        "runtime/engines/__init__.py",
+        "runtime/engines/info.py",
+        "runtime/engines/longrope.py",
+        "runtime/text",
+    ),
+)
 _CONFIGS = (
     *("configs/__init__.py", "configs/devices.py", "configs/files.py"),
     *("configs/tolerances.py", "configs/tolerances.yaml"),
@@ -183,7 +192,7 @@ def build(recipe: Recipe, machine: dict[str, Any]) -> list[Stage]:
             bodies.report,
             {"recipe": recipe.model_dump()},
             reads=("source", "calibrate", "convert", "export", *dense, "evaluate", "verify", "bench"),
-            sources=(*_ALWAYS_CODE, "runtime/report", "runtime/parity", "convert", *_CONFIGS),
+            sources=(*_ALWAYS_CODE, "export/manifest.py", "runtime/report", "runtime/parity", "convert", *_CONFIGS),
             libraries=("jinja2", "matplotlib"),
         ),
     ]

@@ -77,18 +77,18 @@ def generate(
         MoEdgeError: an impossible setting, an empty or too long prompt, or no chat template for messages.
     """
     model = engine.info.model
-    asked = generation if generation is not None else generation_config.of_engine(model)
+    asked = generation if generation is not None else model.generation
     drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     sampled = _samples(sample, drawn)
     if max_new_tokens < 1 or (top_p is not None and not 0 < top_p <= 1):
         raise MoEdgeError("Generation needs max_new_tokens >= 1 and 0 < top_p <= 1.")
     ids = _encode(tokenizer, prompt)
-    room = int(model.get("max_length") or model["max_position_embeddings"]) - len(ids)
+    room = model.longest - len(ids) if model.longest else max_new_tokens
     if room < 0:
         raise MoEdgeError(f"The prompt has {len(ids)} tokens, {-room} more than this model can hold; shorten it.")
     # The last token chosen is never fed back, so one more fits than there is room for.
     budget = min(max_new_tokens, room + 1)
-    ends = list(model.get("eos_token_ids") or ())
+    ends = list(model.eos_token_ids)
     if not isinstance(prompt, str) and tokenizer.eos_token_id is not None:
         ends.append(tokenizer.eos_token_id)
     settings = asked.of(Use.ALWAYS)
