@@ -154,7 +154,7 @@ def export(context: Context) -> None:
 def build_engine(context: Context) -> None:
     """Make one engine of the MoE for every device of the recipe; no GPU is needed, and none executes it."""
     from moedge.runtime.engines import build
-    from moedge.runtime.engines.ref import EngineRef
+    from moedge.runtime.run.refs import EngineRef
 
     bundle = run_folder.bundles(context.root)[EngineRef("tensorrt-rtx", "moe")]
     facts = build.build(bundle, context.out / "tensorrt-rtx", context.params["devices"]).build
@@ -251,7 +251,7 @@ def bench(context: Context) -> None:
     from moedge.runtime.bench import latency as benchmark
     from moedge.runtime.bench import profiling
     from moedge.runtime.engines import open_engine
-    from moedge.runtime.engines.ref import EngineRef
+    from moedge.runtime.run.refs import EngineRef
 
     params = context.params
     (text,) = held_out.texts(params["texts"])

@@ -149,8 +149,8 @@ def test_asymmetric_blocks_err_less(bundles):
 
 
 def test_verify_judges_the_model_and_the_kernels_apart(bundles, checkpoints):
-    from moedge.runtime.engines.ref import TORCH_DENSE, TORCH_MOE, EngineRef
     from moedge.runtime.parity.suite import verify_run
+    from moedge.runtime.run.refs import TORCH_DENSE, TORCH_MOE, EngineRef
 
     engines = {TORCH_MOE: checkpoints["moe"], TORCH_DENSE: checkpoints["dense"]}
     engines |= {EngineRef(name.split("/")[1], "moe"): path for name, path in bundles.items() if name.startswith("moe")}
