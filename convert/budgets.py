@@ -23,7 +23,7 @@ from moedge.convert import adapters, streaming
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from moedge.convert.streaming import Progress
+    from moedge._progress import Progress
 
 
 def loss_curves(

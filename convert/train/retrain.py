@@ -27,7 +27,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from moedge import MoEdgeError
-from moedge.convert import evaluate, modeling, routers
+from moedge.convert import modeling, routers, scoring
 from moedge.convert.train import training
 from moedge.convert.train.settings import TrainSettings
 from moedge.convert.train.trainable import LoRASettings
@@ -138,7 +138,7 @@ def retrain(
             note(f"{when}: held-out perplexity {mean:.4g} (geometric mean of {len(found)} texts)")
 
     def measure(when: str) -> None:
-        keep(when, {name: evaluate.perplexity(model, ids)["ppl"] for name, ids in (held_out or {}).items()})
+        keep(when, {name: scoring.perplexity(model, ids)["ppl"] for name, ids in (held_out or {}).items()})
 
     if "router" in stages:
         measure("before")

@@ -27,7 +27,7 @@ T tokens, H hidden, I expert width, E experts, k active.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +47,8 @@ from moedge.export.stock import check as hf_check
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from moedge._progress import Steps
+
 EXPORT_SCHEMA = "moedge.export_hf/1"
 RECORD = "moedge_export.json"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -56,7 +58,6 @@ TARGET_STD = 2.0**-10
 
 Measured on SmolLM2-135M by ExpertWeaver (24 of 32 experts, 1,024 tokens of C4 text), mean KL and tokens that change
 experts anywhere: 2^-8 0.006, 21 %; 2^-9 0.009, 21 %; 2^-10 0.005, 15 %; 2^-11 0.016, 37 %; 2^-12 0.023, 49 %."""
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass
@@ -164,7 +165,7 @@ def export_hf(
     *,
     force: bool = False,
     keep: bool = True,
-    progress: Progress | None = None,
+    progress: Steps | None = None,
 ) -> dict[str, Any]:
     """Write ``out`` and measure it against the checkpoint that it was made from.
 

@@ -36,8 +36,7 @@ def evaluate(
     as_json: bool,
 ) -> None:
     """Score each model on each text and task; the models are loaded one after the other."""
-    from moedge.convert import evaluate as quality
-    from moedge.convert import modeling, sources
+    from moedge.convert import modeling, scoring, sources
     from moedge.convert.plan import MoEPlan
     from moedge.convert.tasks import run
 
@@ -65,7 +64,7 @@ def evaluate(
             for name, (text, _) in chosen.items():
                 reporter.note(f"{label}: perplexity on {name}")
                 windows = held_out.windows(tokenizer, text, window, count, bos=bos, name="evaluation")
-                row["perplexity"][name] = quality.perplexity(
+                row["perplexity"][name] = scoring.perplexity(
                     model, windows, batch_size=batch_size, progress=reporter.progress
                 )
             if tasks:

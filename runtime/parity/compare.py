@@ -10,13 +10,14 @@ Symbols: a reference logits, b test logits, p = softmax(a), q = softmax(b), V vo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any, Protocol
 
 import numpy as np
 
 from moedge import MoEdgeError
+from moedge._progress import Progress
 from moedge.configs.tolerances import Profile
 from moedge.runtime.engines import Engine, EngineInfo, ReplayEngine, Step, longrope
 from moedge.runtime.parity import verdict
@@ -24,7 +25,6 @@ from moedge.runtime.parity.metrics import RouteAgreement, TokenErrors
 from moedge.runtime.parity.replay import Replay
 
 SCHEMA = "moedge.parity/1"
-Progress = Callable[[int, int], None]
 
 
 def compare(

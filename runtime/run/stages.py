@@ -17,7 +17,7 @@ from moedge.runtime.run.fingerprint import fingerprint
 
 # What a body runs of this package; tests/runtime/test_recipe_stages.py follows the imports and finds what is missing.
 _ALWAYS_CODE = (
-    *("_files.py", "runtime/run/__init__.py", "runtime/run/run_folder.py"),
+    *("_files.py", "_progress.py", "runtime/run/__init__.py", "runtime/run/run_folder.py"),
     *("export/__init__.py", "export/targets.py"),
 )
 SOURCE_CODE = (
