@@ -9,7 +9,7 @@ T tokens, H hidden, E routed experts, k selected. What an expert adds to a token
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,8 @@ from moedge.convert.plan import LayerPlan, MoEPlan
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Progress = Callable[[int, int], None]
+    from moedge._progress import Progress
+
 
 DIAGNOSTICS_SCHEMA = "moedge.diagnostics/1"
 ERRORS = ("router", "oracle", "random", "static")
@@ -275,19 +276,18 @@ def replan(
     Raises:
         MoEdgeError: the method reads no calibration text, or needs more than windows.
     """
-    from moedge.convert.methods import METHODS
+    from moedge.convert import methods
 
-    method = METHODS.get(plan.method)
+    method = methods.METHODS.get(plan.method)
     if method is None or not method.needs or not set(method.needs) <= {"tokens", "statistics", "gate_profile"}:
         raise MoEdgeError(f"A plan of {plan.method!r} does not follow from token windows; its stability is undefined.")
-    params = method.params(**{name: plan.params[name] for name in method.params.model_fields if name in plan.params})
-    settings = params.model_dump(mode="json")
+    settings = {name: plan.params[name] for name in method.params.model_fields if name in plan.params}
     data: Any = token_windows
     if "tokens" not in method.needs:
         gate = calibration.GateSampling(signal=settings["signal"]) if "gate_profile" in method.needs else None
         marks = {"k_a": settings.get("k_a", 10), "profile": settings.get("profile", "raw")}
         data = calibration.collect(dense_model, token_windows, **marks, gate=gate, progress=progress)
-    return method.function(data, dense_model, **settings, source_sha256=plan.model.get("sha256", ""))
+    return methods.convert(plan.method, data, dense_model, **settings, source_sha256=plan.model.get("sha256", ""))
 
 
 def stability(plans: Mapping[str, MoEPlan]) -> list[dict[str, Any]]:

@@ -27,13 +27,15 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from moedge import MoEdgeError
 from moedge.convert import adapters, domains, partition
-from moedge.convert.plan import CombineRule, LayerPlan, MoEPlan, RouterPlan
+from moedge.convert.methods.layers import Layers
+from moedge.convert.plan import CombineRule, LayerPlan, RouterPlan
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from moedge.convert.domains import Affinity, DomainText, Linkage, Moments, Progress
+    from moedge._progress import Progress
+    from moedge.convert.domains import Affinity, DomainText, Linkage, Moments
     from moedge.convert.streaming import LayerTokens
 
 DOMAINS = {
@@ -92,28 +94,19 @@ class DiveParams(BaseModel):
 
 
 def plan(
-    texts: dict[str, DomainText],
-    model: PreTrainedModel,
-    *,
-    source_sha256: str = "",
-    provenance: dict[str, Any] | None = None,
-    progress: Progress | None = None,
-    **settings: Any,
-) -> MoEPlan:
-    """Make a plan.
+    texts: dict[str, DomainText], model: PreTrainedModel, params: DiveParams, progress: Progress | None = None
+) -> Layers:
+    """Plan every FFN; the affinity of the domains goes into ``provenance["affinity"]``.
 
     Args:
         texts: windows of each domain, in order (:func:`moedge.convert.domains.read`).
         model: the dense parent; it is not changed.
-        settings: the fields of :class:`DiveParams`; those about texts are only recorded.
-        source_sha256: identity of the parent; ``provenance``: JSON about the calibration. Both are stored in the plan,
-            the latter with the affinity.
+        params: those about texts are only recorded.
         progress: called with (windows done, windows in all).
 
     Raises:
         MoEdgeError: other domains than those of the settings, or a model without GLU FFNs.
     """
-    params = DiveParams(**settings)
     if list(texts) != list(params.domains):
         raise MoEdgeError(f"The windows are of {', '.join(texts)}, the settings of {', '.join(params.domains)}.")
     mined, statistics = mine(texts, model, params, progress=progress)
@@ -127,9 +120,7 @@ def plan(
             shape = (len(layer.experts), model.config.hidden_size)
             weight = generator.normal(0, model.config.initializer_range, shape).astype(np.float32)
             layer.router = RouterPlan("linear", {"weight": weight})
-    described = adapters.describe(model, source_sha256)
-    made_from = {**(provenance or {}), "affinity": mined.to_json()}
-    return MoEPlan("dive", params.model_dump(), described, layers, made_from)
+    return Layers(layers, provenance={"affinity": mined.to_json()})
 
 
 def mine(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from moedge.convert.methods.baselines.routing import neuron_top_k, oracle, random_partition, random_router
 from moedge.convert.methods.baselines.splits import llamamoe, moefication
-from moedge.convert.methods.baselines.static import flap, flap_refit, static_mask, wanda
+from moedge.convert.methods.baselines.static import flap, static_mask, wanda
 from moedge.convert.plan import MoEPlan
 
 if TYPE_CHECKING:
@@ -68,7 +68,6 @@ __all__ = [
     "STANDARD",
     "controls",
     "flap",
-    "flap_refit",
     "llamamoe",
     "moefication",
     "neuron_top_k",

@@ -1,4 +1,4 @@
-"""One FFN by MoEdge's own method; :mod:`moedge.convert.methods.moedge` says what the steps are.
+"""One FFN by MoEdge's own method; the package says what the steps are.
 
 q tokens, D neurons, H hidden, E routed experts.
 """
@@ -17,7 +17,7 @@ from moedge.convert.methods.layout import LayoutParams
 from moedge.convert.plan import LayerPlan, RouterPlan
 
 if TYPE_CHECKING:
-    from moedge.convert.methods.moedge import MoEdgeParams
+    from moedge.convert.methods.moedge.params import MoEdgeParams
     from moedge.convert.streaming import LayerTokens
 
 
