@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -67,7 +67,6 @@ ControlName = Literal[
     "oracle router",
     "neuron top-k",
 ]
-CONTROLS = get_args(ControlName)
 
 
 class _Section(BaseModel):

@@ -24,6 +24,7 @@ import numpy as np
 from moedge import MoEdgeError
 from moedge.convert import partition
 from moedge.convert.plan import LayerPlan, MoEPlan
+from moedge.convert.rounding import six
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -268,11 +269,6 @@ def regrouped(found: Affinity, groups: int, seed: int) -> Affinity:
 def _rounded(values: np.ndarray) -> Any:
     """Nested lists of floats of 6 digits."""
     return np.vectorize(six, otypes=[object])(values).tolist()
-
-
-def six(value: float) -> float:
-    """Return a float of 6 digits: what is stored does not hang on the last bits."""
-    return float(f"{value:.6g}")
 
 
 # --- mining ---------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import numpy as np
 from moedge import __version__
 from moedge._files import atomic_dir
 from moedge._progress import Steps
+from moedge.convert.adapters import MOE_PREFIX
 from moedge.export import bundle, loaders
 from moedge.export import targets as registry
 from moedge.export.lowering import Lowered
@@ -81,7 +82,7 @@ def _export_portable(checkpoint: Path, partial: Path, label: str, max_length: in
     from moedge.runtime.engines import longrope
     from moedge.runtime.text.generation_config import GenerationConfig
 
-    converted = str(folder_check.read_config(checkpoint)["model_type"]).startswith("moedge_")
+    converted = str(folder_check.read_config(checkpoint)["model_type"]).startswith(MOE_PREFIX)
     plan_sha256 = None
     bundle.write_companions(checkpoint, partial)  # first: a model without a tokenizer is refused before it is loaded
     if converted:

@@ -29,6 +29,7 @@ from moedge import MoEdgeError
 from moedge.convert import adapters, domains, partition
 from moedge.convert.methods.layers import Layers
 from moedge.convert.plan import CombineRule, LayerPlan, RouterPlan
+from moedge.convert.rounding import six
 
 if TYPE_CHECKING:
     import torch
@@ -158,7 +159,7 @@ def _experts(block: adapters.FFN, pools: list[Moments], params: DiveParams) -> L
         combine=combine,
         selection_bias=np.zeros(len(experts), np.float32),
         expert_bias=np.stack([bias for _, bias in parts]),
-        report={"common_share": _common(experts), "union_share": domains.six(len(union) / down.shape[1])},
+        report={"common_share": _common(experts), "union_share": six(len(union) / down.shape[1])},
         overlapping=True,
     )
 
@@ -166,7 +167,7 @@ def _experts(block: adapters.FFN, pools: list[Moments], params: DiveParams) -> L
 def _common(experts: list[np.ndarray]) -> float:
     """Mean share of its neurons that an expert has in common with another one."""
     pairs = [len(np.intersect1d(a, b)) / len(a) for i, a in enumerate(experts) for j, b in enumerate(experts) if i != j]
-    return domains.six(float(np.mean(pairs)))
+    return six(float(np.mean(pairs)))
 
 
 # --- router ---------------------------------------------------------------------------------------------------------
@@ -193,7 +194,7 @@ def _route_by_error(
         tensors = {"weight": scores.weight.cpu().numpy(), "bias": scores.bias.cpu().numpy()}
         layer.router = RouterPlan("linear", tensors, {"bias": True})
         layer.report |= _routing_report(tokens, errors, whole, scores(tokens.x))
-        layer.report |= {"ridge": scores.ridge, "held_out_gain_share": domains.six(scores.held_out_share)}
+        layer.report |= {"ridge": scores.ridge, "held_out_gain_share": six(scores.held_out_share)}
 
 
 def _errors(tokens: LayerTokens, layer: LayerPlan) -> tuple[torch.Tensor, torch.Tensor]:
@@ -225,7 +226,7 @@ def _routing_report(
     scale = float((weight * whole.double()).sum())
 
     def share(missed: torch.Tensor) -> float:
-        return domains.six(float((weight * missed.double()).sum()) / scale)
+        return six(float((weight * missed.double()).sum()) / scale)
 
     chosen = scores.argmax(dim=1)
     load = torch.bincount(chosen, minlength=scores.shape[1]).double() / len(chosen)
@@ -234,7 +235,7 @@ def _routing_report(
         "error_best": share(errors.amin(dim=1)),
         "error_any": share(errors.mean(dim=1)),
         "error_one_for_all": min(share(errors[:, e]) for e in range(errors.shape[1])),
-        "load": [domains.six(float(value)) for value in load],
+        "load": [six(float(value)) for value in load],
     }
 
 

@@ -35,6 +35,7 @@ from moedge.convert import adapters, zeros
 from moedge.convert.methods import mlpmoe_zeros
 from moedge.convert.methods.layers import Layers
 from moedge.convert.plan import LayerPlan, zero_share
+from moedge.convert.rounding import six
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -198,7 +199,7 @@ def _report(
     rows = []
     for number, branch in enumerate(branches):
         kept = staying[number] if number < len(staying) else branch[:0]
-        row = {"neurons": len(branch), "kept": len(kept), "score": float(f"{score[branch].mean():.6g}")}
+        row = {"neurons": len(branch), "kept": len(kept), "score": six(score[branch].mean())}
         if masks is not None and len(kept):
             row["zero_share"] = round(float(masks[:, kept].mean()), 6)
         rows.append(row)

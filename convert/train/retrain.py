@@ -35,6 +35,8 @@ from moedge.convert.train.trainable import LoRASettings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from moedge._progress import Progress
+
 RETRAIN_SCHEMA = "moedge.retrain/1"
 _PAPER_TEMPERATURE = {1: 0.05, 2: 0.5}
 
@@ -110,7 +112,7 @@ def retrain(
     *,
     held_out: Mapping[str, np.ndarray] | None = None,
     state: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     note: Callable[[str], None] | None = None,
 ) -> RetrainResult:
     """Train a converted model in place, in two stages.
@@ -172,7 +174,7 @@ def _train(
     result: RetrainResult,
     settings: RetrainSettings,
     state: Path | None,
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
     **more: Any,
 ) -> training.TrainResult:
     """Run one stage and add it to the result."""

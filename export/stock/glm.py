@@ -40,6 +40,7 @@ import torch
 from moedge import MoEdgeError
 from moedge._files import atomic_dir, write_json
 from moedge.convert import modeling
+from moedge.convert.adapters import MOE_PREFIX
 from moedge.convert.errors import quiet
 from moedge.convert.sources import tokenizer_files
 from moedge.export.stock import check as hf_check
@@ -90,7 +91,7 @@ class Layout:
 def refusal(model: PreTrainedModel) -> str | None:
     """Say why a converted model cannot be a stock checkpoint and what to do, or return None when it can."""
     config = model.config
-    family = str(config.model_type).removeprefix("moedge_")
+    family = str(config.model_type).removeprefix(MOE_PREFIX)
     ffns = modeling.sparse_ffns(model)
     if family not in FAMILIES or not ffns:
         return (
@@ -345,7 +346,7 @@ def _dense(model: PreTrainedModel, ffns: list[modeling.SparseFFN]) -> tuple[PreT
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    family = model.config.model_type.removeprefix("moedge_")
+    family = model.config.model_type.removeprefix(MOE_PREFIX)
     given = {key: value for key, value in model.config.to_dict().items() if key not in ("moedge", "architectures")}
     widest = max(ffn.shared_gate.shape[0] for ffn in ffns)
     biased = any(ffn.output_bias is not None and bool(ffn.output_bias.any()) for ffn in ffns)

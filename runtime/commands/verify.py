@@ -14,6 +14,7 @@ from rich.markup import escape
 from moedge import MoEdgeError
 from moedge._files import write_text
 from moedge.configs import tolerances as tolerance_files
+from moedge.convert.adapters import MOE_PREFIX
 from moedge.runtime.commands import models
 from moedge.runtime.commands.tokens import token_windows
 from moedge.runtime.engines import open_engine
@@ -155,7 +156,7 @@ def _reference_options(folder: Path, how: Judging, target: str) -> dict[str, Any
 
 
 def _is_moe(folder: Path) -> bool:
-    for name, key, value in (("manifest.json", "kind", "moe"), ("config.json", "model_type", "moedge_")):
+    for name, key, value in (("manifest.json", "kind", "moe"), ("config.json", "model_type", MOE_PREFIX)):
         if (folder / name).is_file():
             return str(run_folder.read_json(folder / name).get(key, "")).startswith(value)
     return False

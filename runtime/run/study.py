@@ -19,7 +19,7 @@ from moedge.runtime.run.fingerprint import fingerprint
 from moedge.runtime.run.stages import CONVERT_CODE, SOURCE_CODE
 
 STUDY_SCHEMA = "moedge.study/1"
-_LIBRARIES = ("torch", "transformers", "scipy", "scikit-learn")
+_LIBRARIES = ("torch", "transformers", "scipy")
 
 
 def build(study: Study) -> list[Stage]:

@@ -48,7 +48,10 @@ def test_evaluation_compares_every_variant_and_restores_the_model(case: Case) ->
     model, plan, statistics = case
     before = [block.module for block in adapters.ffns(model)]
     steps: list[tuple[int, int]] = []
-    variants = {"cmoe": plan, **baselines.controls(plan, statistics, model)}
+    variants: dict[str, Any] = {"cmoe": plan}
+    for name in baselines.STANDARD:
+        seeds = (0, 1, 2) if name in baselines.SEEDED else (0,)
+        variants[name] = [baselines.CONTROLS[name](plan, statistics, model, seed) for seed in seeds]
     result = evaluate.evaluate(
         model,
         variants,

@@ -66,7 +66,6 @@ __all__ = [
     "ROUTED",
     "SEEDED",
     "STANDARD",
-    "controls",
     "flap",
     "llamamoe",
     "moefication",
@@ -94,18 +93,3 @@ def refusal(name: str, plan: MoEPlan) -> str | None:
 def _runs_everything(plan: MoEPlan) -> bool:
     width = int(plan.model["intermediate_size"])
     return all(layer.children is None and len(layer.shared) == width for layer in plan.layers)
-
-
-def controls(
-    plan: MoEPlan,
-    statistics: Statistics,
-    model: PreTrainedModel,
-    seeds: tuple[int, ...] = (0, 1, 2),
-    names: tuple[str, ...] = STANDARD,
-) -> dict[str, list[MoEPlan]]:
-    """Make the named controls that make sense for a plan: one plan each, or one a seed for those that are seeded."""
-    return {
-        name: [CONTROLS[name](plan, statistics, model, seed) for seed in (seeds if name in SEEDED else (0,))]
-        for name in names
-        if refusal(name, plan) is None
-    }
