@@ -50,6 +50,10 @@ def export(
         typer.Option(help="asset:NAME or a text file: choose the weights of the int4 targets by GPTQ on this text."),
     ] = None,
     gptq_tokens: Annotated[int, typer.Option(min=32, help="Tokens of that text.")] = 4096,
+    zero_points: Annotated[
+        bool,
+        typer.Option("--zero-points", help="Fit the levels of ort-cpu-int4 to the range of each block (2.5 % larger)."),
+    ] = False,
     force: Force = False,
 ) -> None:
     """Write an ONNX bundle with KV cache for each target.
@@ -77,6 +81,10 @@ def export(
         _check_taken("--half", targets.has_dtypes, rows)
     if gptq is not None:
         _check_taken("--gptq", lambda row: row.calibrated, rows)
+    if zero_points:
+        _check_taken("--zero-points", lambda row: row.zero_points, rows)
+        if gptq is not None:
+            raise MoEdgeError("--gptq has no zero points; give either --gptq TEXT or --zero-points.")
     given, checkpoint = checkpoint, local(checkpoint)
     if not (checkpoint / "config.json").is_file():
         raise MoEdgeError(f"{checkpoint} is not a checkpoint folder: it has no config.json.")
@@ -110,6 +118,7 @@ def export(
             dtype=half,
             progress=step,
             calibration=calibration,
+            zero_points=zero_points,
         )
         _keep(there, partial, force=force)
     for folder in sorted(path.parent for path in out.glob("*/manifest.json")):
