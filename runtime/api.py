@@ -132,9 +132,9 @@ def export_model(
     *,
     label: str | None = None,
     max_length: int | None = None,
-    dtype: Literal["float16", "bfloat16"] | None = None,
+    half: Literal["float16", "bfloat16"] | None = None,
     tensorrt: str | None = None,
-    experts: str | None = None,
+    expert_form: str | None = None,
     calibration: Any = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -147,9 +147,9 @@ def export_model(
         targets: names that ``moedge doctor`` lists; ``portable`` and ``ort-cpu`` by default.
         label: name of the model in results; the folder's name by default.
         max_length: longest sequence in tokens (cache and rotary tables); the model's own by default.
-        dtype: half-precision type of the targets that leave the choice; float16 by default.
+        half: half-precision type of the targets that leave the choice; float16 by default.
         tensorrt: version of TensorRT on the device that the bundle ``tensorrt`` is for; the newest by default.
-        experts: form of the experts in TensorRT bundles; chosen by what the version can do by default.
+        expert_form: of the experts in TensorRT bundles; chosen by what the version can do by default.
         calibration: int64 [N, L], token windows by which 4-bit weights are chosen (GPTQ) instead of rounded.
         force: replace bundles that are there.
         progress: in targets.
@@ -163,18 +163,18 @@ def export_model(
     """
     from moedge.export import targets as registry
     from moedge.export.pipeline import export
-    from moedge.runtime.commands import models
+    from moedge.runtime.engines.given import local
 
     wanted = list(targets or registry.default())
-    registry.check_form(experts)
-    if experts:
-        registry.check_taken(f"experts={experts!r}", lambda row: experts in row.expert_forms, wanted)
-    if dtype:
-        registry.check_taken(f"dtype={dtype!r}", registry.has_dtypes, wanted)
+    registry.check_form(expert_form)
+    if expert_form:
+        registry.check_taken(f"expert_form={expert_form!r}", lambda row: expert_form in row.expert_forms, wanted)
+    if half:
+        registry.check_taken(f"half={half!r}", registry.has_dtypes, wanted)
     if calibration is not None:
         registry.check_taken("calibration", lambda row: row.calibrated, wanted)
 
-    folder = models.local(Path(checkpoint))
+    folder = local(Path(checkpoint))
     if not (folder / "config.json").is_file():
         raise MoEdgeError(f"{folder} is not a checkpoint folder: it has no config.json.")
     name = str(checkpoint) if folder != Path(checkpoint) else folder.name or folder.resolve().name
@@ -186,8 +186,8 @@ def export_model(
         label=label or name,
         max_length=max_length,
         tensorrt=tensorrt,
-        experts=experts,
-        dtype=dtype,
+        experts=expert_form,
+        dtype=half,
         force=force,
         progress=lambda _, done, total: step(done, total),
         calibration=calibration,
@@ -236,14 +236,14 @@ def generate(
         MoEdgeError: the model cannot be opened, an impossible setting, an empty or too long prompt, or no chat
             template.
     """
-    from moedge.runtime.commands import models
+    from moedge.runtime.engines.given import local
     from moedge.runtime.text import generate as text
     from moedge.runtime.text.tokenizer import Tokenizer, open_tokenizer
 
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sample": sample, "temperature": temperature}
     options |= {"top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed, "stop": stop, "on_text": on_text}
     if isinstance(model, str | Path):
-        folder = models.local(Path(model))
+        folder = local(Path(model))
         given = tokenizer if isinstance(tokenizer, Tokenizer) else open_tokenizer(Path(tokenizer or folder))
         pytorch = {"device": device, "dtype": dtype}
         engine = open_engine(folder, threads=threads, pytorch=pytorch, last_logits=True)
@@ -340,8 +340,8 @@ def bench(
         MoEdgeError: no model or one that cannot be opened, too little text, or an engine that fails.
     """
     from moedge.runtime.bench import latency
-    from moedge.runtime.commands.models import local
-    from moedge.runtime.commands.tokens import token_windows
+    from moedge.runtime.engines.given import local
+    from moedge.runtime.text.windows import token_windows
 
     named = models if isinstance(models, Mapping) else {str(path): path for path in models}
     if not named or len(named) < len(models):

@@ -4,55 +4,69 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
 from moedge._files import write_json
+from moedge.runtime.commands._options import Device, HoldoutEvery, Json, Save
 from moedge.runtime.progress import single
 from moedge.runtime.run.scores import scores
 from moedge.runtime.tables import Sheet
 
 
 def evaluate(
-    paths: list[Path],
-    *,
-    texts: list[str],
-    tasks: list[str],
-    task_data: list[str],
-    shots: int,
-    limit: int | None,
-    tokens: int,
-    window: int,
-    bos: bool,
-    every: int,
-    batch_size: int,
-    device: str,
-    out: Path | None,
-    as_json: bool,
+    models: Annotated[list[Path], typer.Argument(help="MoE checkpoints, dense models, or a run folder (both of its).")],
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="Perplexity on this text: asset:NAME or a file (may be repeated); asset:wiki by default."),
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="lm-eval tasks with commas between, e.g. arc_easy,piqa.")] = None,
+    task_data: Annotated[
+        list[str] | None,
+        typer.Option("--task-data", metavar="TASK=FILE", help="Local data of a task (.arrow, .jsonl, .parquet, .csv)."),
+    ] = None,
+    shots: Annotated[int, typer.Option(min=0, help="Solved examples in front of a question.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many questions of each task.")] = None,
+    tokens: Annotated[int, typer.Option(min=8, help="Tokens of each text.")] = 8192,
+    window: Annotated[int, typer.Option(min=8, help="Tokens per window; windows do not overlap.")] = 512,
+    bos: Annotated[bool, typer.Option("--bos", help="Start every window with the begin-of-sequence token.")] = False,
+    holdout_every: HoldoutEvery = 10,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows or questions per forward pass.")] = 4,
+    device: Device = "cpu",
+    save: Save = None,
+    as_json: Json = False,
 ) -> None:
-    """Score each model on each text and task; the models are loaded one after the other."""
-    with single("evaluate", ", ".join(map(str, paths))) as reporter:
+    """Measure perplexity on held-out text and accuracy on lm-eval tasks (needs moedge\\[eval]), all from local data.
+
+    \b
+    Examples:
+      moedge evaluate runs/smollm2-135m --text asset:wiki --text asset:c4
+      moedge evaluate ./my-llama build/moe --tasks arc_easy,piqa,sciq --limit 200
+    """
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    with single("evaluate", ", ".join(map(str, models))) as reporter:
         result = scores(
-            paths,
-            texts=texts,
-            tasks=tasks,
-            task_data=dict(map(_assignment, task_data)),
+            models,
+            texts=text or ([] if names else ["asset:wiki"]),
+            tasks=names,
+            task_data=dict(map(_assignment, task_data or [])),
             shots=shots,
             limit=limit,
             tokens=tokens,
             window=window,
             bos=bos,
-            every=every,
+            every=holdout_every,
             batch_size=batch_size,
             device=device,
             progress=reporter.progress,
             note=reporter.note,
         )
-    if out is not None:
-        write_json(out, result)
+    if save is not None:
+        write_json(save, result)
     if as_json:
         print(json.dumps(result, indent=2, allow_nan=False))
     else:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from xml.etree import ElementTree
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
 from moedge._files import write_text
+from moedge.runtime.commands._options import Device, Json, Text, Threads
 from moedge.runtime.parity import verdict
 from moedge.runtime.parity.given import verify_given
 from moedge.runtime.parity.outcomes import mark
@@ -21,20 +23,36 @@ from moedge.runtime.tables import Sheet
 
 
 def verify(
-    reference: Path,
-    test: Path | None,
-    *,
-    text: str,
-    tokens: int,
-    window: int,
-    prefill: int,
-    tolerances: str,
-    threads: int | None,
-    device: str,
-    as_json: bool,
-    junit: Path | None,
+    reference: Annotated[
+        Path, typer.Argument(help="Run folder (all its pairs), or the reference: bundle or checkpoint.")
+    ],
+    test: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Bundle, engine or checkpoint to compare with the reference; or verify-answers.npz of a device."
+        ),
+    ] = None,
+    text: Text = "asset:wiki",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to compare on.")] = 2048,
+    window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 256,
+    prefill: Annotated[int, typer.Option(min=1, help="Tokens of a window in one prefill; the rest is decoded.")] = 224,
+    tolerances: Annotated[
+        str,
+        typer.Option(metavar="FILE", help="YAML file of limits that take the place of the packaged ones."),
+    ] = "float32",
+    threads: Threads = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+    junit: Annotated[Path | None, typer.Option(help="Also write the checks as JUnit XML to this file.")] = None,
 ) -> int:
-    """Compare two engines, or all pairs of a run folder. Returns 0 when every check passed, else 1."""
+    """Compare two engines on real text: logits, KL, top-1 and top-5, expert sets. Exits with 1 when a check fails.
+
+    \b
+    Examples:
+      moedge verify runs/smollm2-135m
+      moedge verify build/moe build/bundles/ort-cpu --junit verify.xml
+      moedge verify build/moe verify-answers.npz
+    """
     if prefill >= window:
         raise MoEdgeError(f"--prefill {prefill} leaves nothing to decode in a window of {window} tokens (--window).")
     with single("verify", str(reference)) as reporter:

@@ -8,9 +8,8 @@ from typing import Any
 
 from moedge import MoEdgeError
 from moedge.configs import tolerances as tolerance_files
-from moedge.runtime.commands import models
-from moedge.runtime.commands.tokens import token_windows
 from moedge.runtime.engines import open_engine
+from moedge.runtime.engines.given import local
 from moedge.runtime.parity import compare as parity
 from moedge.runtime.parity import verdict
 from moedge.runtime.parity.suite import (
@@ -23,6 +22,7 @@ from moedge.runtime.parity.suite import (
     verify_run,
 )
 from moedge.runtime.run import run_folder
+from moedge.runtime.text.windows import token_windows
 
 
 def verify_given(
@@ -78,8 +78,8 @@ def verify_given(
             note=note,
         )
     if test.suffix == ".npz":
-        return answers_of_device(models.local(reference), test, profile, opening, step, limits)
-    one, two = models.local(reference), models.local(test)
+        return answers_of_device(local(reference), test, profile, opening, step, limits)
+    one, two = local(reference), local(test)
     name, windows = token_windows(two, text, window, count)
     return pair(one, two, name, windows, prefill, profile, opening, step, limits)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 
 from moedge.export.bundle import open_bundle
-from moedge.runtime.cli import app
+from moedge.runtime.cli import load
 
 
 def optimum_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -38,11 +38,21 @@ def test_the_command_is_found_and_answers_as_moedge_export_does(tmp_path: Path) 
     assert "16" in too_short.stderr
 
 
+def test_former_names_of_options_are_accepted() -> None:
+    from optimum.commands.register.register_moedge import MoEdgeExportCommand
+
+    parser = ArgumentParser()
+    MoEdgeExportCommand.parse_args(parser)
+    given = parser.parse_args(
+        ["-m", "model", "out", "--experts", "merged", "--dtype", "bfloat16", "--target", "tensorrt"]
+    )
+    assert (given.expert_form, given.half, given.target, given.force) == ("merged", "bfloat16", ["tensorrt"], False)
+    assert "--experts" not in parser.format_help()
+
+
 def own_options() -> list[str]:
     """The options of ``moedge export``."""
-    group: Any = typer.main.get_command(app)
-    parameters = group.commands["export"].params
-    return [parameter.opts[0] for parameter in parameters if parameter.param_type_name == "option"]
+    return [parameter.opts[0] for parameter in load("export").params if parameter.param_type_name == "option"]
 
 
 @pytest.mark.slow
