@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import (
     AfterValidator,
@@ -79,7 +79,6 @@ ControlName = Literal[
     "oracle router",
     "neuron top-k",
 ]
-CONTROLS = get_args(ControlName)
 
 
 class _Section(BaseModel):

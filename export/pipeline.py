@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,11 @@ import numpy as np
 
 from moedge import __version__
 from moedge._files import atomic_dir
+from moedge._progress import Steps
+from moedge.convert.adapters import MOE_PREFIX
 from moedge.export import bundle, loaders
 from moedge.export import targets as registry
 from moedge.export.lowering import Lowered
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, and how many of how many steps are finished."""
 
 
 def export(
@@ -31,7 +30,7 @@ def export(
     experts: str | None = None,
     dtype: str | None = None,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: Steps | None = None,
     calibration: np.ndarray | None = None,
 ) -> dict[str, Path]:
     """Export a dense or converted Hugging Face folder to ``out/<target>/`` bundles.
@@ -48,7 +47,7 @@ def export(
         experts: form of the experts in the bundle ``tensorrt``, see ``lowering.trt_experts.choose``.
         dtype: ``float16`` or ``bfloat16`` for targets that leave the choice; float16 by default.
         force: replace existing bundles.
-        progress: see :data:`Progress`.
+        progress: see :data:`moedge._progress.Steps`.
         calibration: int64 [N, L], text for which 4-bit weights are chosen by GPTQ instead of rounding to the nearest.
 
     Raises:
@@ -83,7 +82,7 @@ def _export_portable(checkpoint: Path, partial: Path, label: str, max_length: in
     from moedge.runtime.engines import longrope
     from moedge.runtime.text.generation_config import GenerationConfig
 
-    converted = str(folder_check.read_config(checkpoint)["model_type"]).startswith("moedge_")
+    converted = str(folder_check.read_config(checkpoint)["model_type"]).startswith(MOE_PREFIX)
     plan_sha256 = None
     bundle.write_companions(checkpoint, partial)  # first: a model without a tokenizer is refused before it is loaded
     if converted:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moedge import MoEdgeError
+from moedge._progress import Progress
 from moedge.convert.plan import MoEPlan as MoEPlan
 from moedge.runtime.engines import Engine
 from moedge.runtime.engines import open_engine as open_engine
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 PathLike = str | Path
 Dtype = Literal["float32", "bfloat16", "float16"]
-Progress = Callable[[int, int], None]
 
 
 def convert_model(

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from moedge import MoEdgeError
+from moedge._progress import Progress
 from moedge.configs import tolerances as tolerance_files
+from moedge.convert.adapters import MOE_PREFIX
 from moedge.runtime.engines import open_engine
 from moedge.runtime.engines.given import local
 from moedge.runtime.parity import compare as parity
@@ -36,7 +38,7 @@ def verify_given(
     tolerances: str | Path = "float32",
     threads: int | None = None,
     device: str = "cpu",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     note: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Compare two engines on text and judge what was found.
@@ -92,7 +94,7 @@ def pair(
     prefill: int,
     tolerances: str,
     opening: dict[str, Any],
-    progress: Callable[[int, int], None],
+    progress: Progress,
     limits: tolerance_files.Tolerances | None = None,
 ) -> dict[str, Any]:
     """Compare two engines; a quantised one also with float32 on its own de-quantised weights, if it has the bundle.
@@ -131,7 +133,7 @@ def answers_of_device(
     answers: Path,
     tolerances: str,
     opening: dict[str, Any],
-    progress: Callable[[int, int], None],
+    progress: Progress,
     limits: tolerance_files.Tolerances | None = None,
 ) -> dict[str, Any]:
     """Judge what an engine gave on its device; the archive's prompts are the text. Arguments as in :func:`pair`."""
@@ -168,7 +170,7 @@ def _reference_options(folder: Path, how: Judging, target: str) -> dict[str, Any
 
 
 def _is_moe(folder: Path) -> bool:
-    for name, key, value in (("manifest.json", "kind", "moe"), ("config.json", "model_type", "moedge_")):
+    for name, key, value in (("manifest.json", "kind", "moe"), ("config.json", "model_type", MOE_PREFIX)):
         if (folder / name).is_file():
             return str(run_folder.read_json(folder / name).get(key, "")).startswith(value)
     return False

@@ -108,27 +108,28 @@ def convert_stage(context: Context) -> None:
     import torch
     from safetensors.numpy import load_file
 
-    from moedge.convert import calibration, domains, modeling
-    from moedge.convert.methods import METHODS
+    from moedge.convert import calibration, domains, methods, modeling
     from moedge.convert.sources import load_model, load_tokenizer, own_dtype
 
     folder, calibrated = run_folder.dense(context.root), context.root / "calibrate"
     params = dict(context.params["convert"])
-    method = METHODS[params.pop("method")]
+    name = params.pop("method")
+    needs = methods.METHODS[name].needs
     model = load_model(folder, device=context.params["device"])
     data: Any = None
-    if "tokens" in method.needs:
+    if "tokens" in needs:
         data = load_file(calibrated / "windows.safetensors")["windows"]
-    elif "domains" in method.needs:
+    elif "domains" in needs:
         data = domains.load(calibrated / "domains.safetensors")
-    elif "statistics" in method.needs:
+    elif "statistics" in needs:
         data = calibration.load(calibrated / "statistics.safetensors")
-    plan = method.function(
+    plan = methods.convert(
+        name,
         data,
         model,
         **params,
         source_sha256=run_folder.source(context.root)["sha256"],
-        provenance=run_folder.read_json(calibrated / "calibration.json") if method.needs else {},
+        provenance=run_folder.read_json(calibrated / "calibration.json") if needs else {},
         progress=context.progress,
     )
     modeling.apply(plan, model).to(getattr(torch, own_dtype(folder)))
