@@ -209,6 +209,23 @@ def check_form(experts: str | None) -> None:
         raise MoEdgeError(f"No form of experts is called {experts!r}; known: {', '.join(expert_forms())}.")
 
 
+def check_taken(asked: str, takes: Callable[[Target], bool], wanted: Iterable[str]) -> None:
+    """Check that at least one of the targets ``wanted`` takes what was asked for.
+
+    Args:
+        asked: what a user wrote, for the sentence, such as ``--dtype``.
+        takes: whether a target does.
+        wanted: names of targets.
+
+    Raises:
+        MoEdgeError: none does, or a name is none of a target.
+    """
+    rows = [find(name) for name in wanted]
+    if not any(map(takes, rows)):
+        among = ", ".join(row.name for row in rows)
+        raise MoEdgeError(f"{asked} is for target {' or '.join(names(takes))}, not among {among}.")
+
+
 def has_dtypes(row: Target) -> bool:
     """Whether the floating-point type of its graph can be chosen."""
     return len(row.dtypes) > 1

@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from moedge import MoEdgeError
-from moedge.configs.files import first_problem
+from moedge.configs.errors import checked
 from moedge.convert import adapters, moe_adapters
 from moedge.convert.methods import cmoe, cmoe_hierarchical, dive, expertweaver, mlpmoe, moedge
 from moedge.convert.methods.baselines import splits, static
@@ -130,10 +130,7 @@ def convert(
     method = METHODS.get(name)
     if method is None:
         raise MoEdgeError(f"Unknown method {name!r}; known: {', '.join(METHODS)}.")
-    try:
-        settings = method.params(**params)
-    except ValidationError as error:
-        raise MoEdgeError(f"{name}: {first_problem(error)}") from None
+    settings = checked(method.params, params, where=name)
     made = method.plan(data, model, settings, progress)
     describe = moe_adapters.describe if method.parents == "moe" else adapters.describe
     return MoEPlan(

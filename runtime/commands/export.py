@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -68,7 +67,7 @@ def export(
       moedge export build/moe build/bundles --target tensorrt-rtx --half bfloat16
     """
     wanted = target or list(targets.default())
-    rows = [targets.find(name) for name in wanted]
+    targets.check(wanted)
     targets.check_form(expert_form)
     if tensorrt is not None:
         try:
@@ -76,13 +75,13 @@ def export(
         except DeviceError as error:
             raise MoEdgeError(str(error)) from None
     if expert_form:
-        _check_taken(f"--expert-form {expert_form}", lambda row: expert_form in row.expert_forms, rows)
+        targets.check_taken(f"--expert-form {expert_form}", lambda row: expert_form in row.expert_forms, wanted)
     if half:
-        _check_taken("--half", targets.has_dtypes, rows)
+        targets.check_taken("--half", targets.has_dtypes, wanted)
     if gptq is not None:
-        _check_taken("--gptq", lambda row: row.calibrated, rows)
+        targets.check_taken("--gptq", lambda row: row.calibrated, wanted)
     if zero_points:
-        _check_taken("--zero-points", lambda row: row.zero_points, rows)
+        targets.check_taken("--zero-points", lambda row: row.zero_points, wanted)
         if gptq is not None:
             raise MoEdgeError("--gptq has no zero points; give either --gptq TEXT or --zero-points.")
     given, checkpoint = checkpoint, local(checkpoint)
@@ -131,13 +130,6 @@ def export(
 def _label(given: Path, checkpoint: Path) -> str:
     """The folder's name (a path without one is the working folder), or the hub id, asset or GGUF that was given."""
     return str(given) if checkpoint != given else given.name or given.resolve().name
-
-
-def _check_taken(option: str, takes: Callable[[targets.Target], bool], rows: list[targets.Target]) -> None:
-    """Refuse an option that none of the targets takes."""
-    if not any(map(takes, rows)):
-        wanted = ", ".join(row.name for row in rows)
-        raise MoEdgeError(f"{option} is for target {' or '.join(targets.names(takes))}, not among {wanted}.")
 
 
 def _bundles(out: Path) -> dict[str, Path]:

@@ -213,10 +213,13 @@ def evaluate(context: Context) -> None:
 
 def verify(context: Context) -> None:
     """Compare every ONNX engine with PyTorch, and every MoE with all experts selected with the dense parent."""
+    from moedge.configs import tolerances
     from moedge.convert.sources import load_tokenizer
     from moedge.runtime.parity.suite import verify_run
 
     params = context.params
+    given = params["tolerances"]
+    profile, limits = tolerances.chosen(given if isinstance(given, str) else tolerances.Given(**given))
     (text,) = held_out.texts(params["texts"])
     count = -(-params["tokens"] // params["window"])
     windows = held_out.windows(
@@ -229,7 +232,8 @@ def verify(context: Context) -> None:
         found,
         windows,
         prefill=params["prefill"],
-        tolerances=params["tolerances"],
+        tolerances=profile,
+        limits=limits,
         text=text.name,
         threads=params["threads"],
         pytorch={"device": params["device"]},

@@ -18,10 +18,10 @@ from moedge._files import atomic_dir
 from moedge.configs import tolerances
 from moedge.export import bundle, targets
 from moedge.export.pipeline import export, lower
-from moedge.runtime.commands.verify import _pair
 from moedge.runtime.engines import open_engine
 from moedge.runtime.engines import ort as ort_engine
 from moedge.runtime.engines import ort_session as _session
+from moedge.runtime.parity.given import pair
 from moedge.runtime.parity.suite import Judging
 
 HIDDEN, EXPERTS, TOP_K, LAYERS = 64, 30, 15, 2
@@ -70,7 +70,7 @@ def cuda_graphs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def verified(reference: Path, test: Path) -> dict[str, Any]:
-    result = _pair(reference, test, "random", WINDOWS, 24, "float32", {"threads": 1}, lambda *_: None)
+    result = pair(reference, test, "random", WINDOWS, 24, "float32", {"threads": 1}, lambda *_: None)
     (entry,) = result["parity"]  # no comparison with de-quantised weights
     return entry
 

@@ -13,8 +13,9 @@ from onnx import numpy_helper
 from moedge import MoEdgeError
 from moedge.export import bundle
 from moedge.export.pipeline import export
-from moedge.runtime.commands.verify import _pair, explained
+from moedge.runtime.commands.verify import explained
 from moedge.runtime.engines import FORCED, forcing, open_engine
+from moedge.runtime.parity.given import pair
 
 HIDDEN, WIDTH, EXPERTS, TOP_K, LAYERS = 64, 256, 6, 2, 2
 WINDOWS = np.random.default_rng(1).integers(0, 256, (3, 64))
@@ -44,7 +45,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any, tiny_toke
 
 def verified(reference: Path, test: Path) -> dict[str, dict[str, Any]]:
     """``float32`` (against the reference) and ``kernels`` (against its own de-quantised weights)."""
-    found = _pair(reference, test, "random", WINDOWS, 24, "float32", {"threads": 1}, lambda *_: None)["parity"]
+    found = pair(reference, test, "random", WINDOWS, 24, "float32", {"threads": 1}, lambda *_: None)["parity"]
     return dict(zip(("float32", "kernels"), found, strict=True))
 
 

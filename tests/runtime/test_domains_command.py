@@ -44,8 +44,8 @@ def test_it_writes_the_affinity_as_json_page_and_picture(home: Path) -> None:
 
 def test_a_bad_setting_is_one_sentence_and_leaves_nothing(home: Path) -> None:
     for setting, said in (
-        ("nothing=1", "nothing: unknown setting; known: domains,"),
-        ("linkage=ward", "linkage: Input should be"),
+        ("nothing=1", "nothing: unknown key; known keys here: domains,"),
+        ("linkage=ward", "linkage: unknown value 'ward'; choose 'average',"),
     ):
         result = command(home, setting)
         assert result.exit_code != 0
