@@ -57,7 +57,7 @@ def export(
             traced, an existing bundle without ``force``, or a lowering whose self-test fails.
     """
     if calibration is not None and zero_points:
-        raise MoEdgeError("GPTQ has no zero points; give either a calibration text (--gptq) or --zero-points.")
+        raise MoEdgeError("GPTQ has no zero points; give a calibration text or zero points, not both.")
     registry.check(targets)
     order = registry.names(lambda row: row.name in targets or row.name == "portable")
     report = progress or (lambda *_: None)

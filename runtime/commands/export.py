@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from moedge import MoEdgeError
 from moedge._files import atomic_dir, digest, link_or_copy
+from moedge._progress import named
 from moedge.export import targets
 from moedge.runtime.commands._options import ExpertForm, Force, Half, TensorRT
 from moedge.runtime.device.moedge_plugins import refusal
@@ -101,11 +102,6 @@ def export(
     with opened as partial, single("export", f"{checkpoint} -> {out}") as reporter:
         from moedge.export.pipeline import export as run
 
-        def step(what: str, done: int, total: int) -> None:
-            reporter.progress(done, total)
-            if done < total:
-                reporter.note(what)
-
         run(
             checkpoint,
             partial,
@@ -115,7 +111,7 @@ def export(
             tensorrt=tensorrt,
             experts=expert_form,
             dtype=half,
-            progress=step,
+            progress=named(reporter.progress, reporter.note),
             calibration=calibration,
             zero_points=zero_points,
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moedge._files import digest, write_json
+from moedge._progress import named
 from moedge.runtime.run import held_out, run_folder
 from moedge.runtime.run.engine import Context
 from moedge.runtime.run.fingerprint import top_files
@@ -140,17 +141,14 @@ def export(context: Context) -> None:
     """Export the MoE checkpoint, or the dense parent in the same way, one bundle for each target."""
     from moedge.export import pipeline
 
-    def step(what: str, done: int, total: int) -> None:
-        context.progress(done, total)
-        if done < total:
-            context.note(what)
-
     params = context.params
     moe = params["kind"] == "moe"
     label = run_folder.source(context.root)["label"] + (f" {params['notation']}" if moe else "")
     folder = run_folder.checkpoint(context.root) if moe else run_folder.dense(context.root)
     chosen = {"max_length": params["max_length"], "dtype": params.get("dtype")}
-    pipeline.export(folder, context.out, params["targets"], label=label, **chosen, progress=step)
+    pipeline.export(
+        folder, context.out, params["targets"], label=label, **chosen, progress=named(context.progress, context.note)
+    )
 
 
 def build_engine(context: Context) -> None:
