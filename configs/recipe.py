@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import (
     AfterValidator,
@@ -80,7 +80,6 @@ ControlName = Literal[
     "oracle router",
     "neuron top-k",
 ]
-CONTROLS = get_args(ControlName)
 
 
 class _Section(BaseModel):

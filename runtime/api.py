@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moedge import MoEdgeError
+from moedge._progress import Progress
 from moedge.convert.plan import MoEPlan as MoEPlan
 from moedge.runtime.engines import Engine
 from moedge.runtime.engines import open_engine as open_engine
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 PathLike = str | Path
 Dtype = Literal["float32", "bfloat16", "float16"]
-Progress = Callable[[int, int], None]
 
 
 def convert_model(
@@ -132,10 +132,11 @@ def export_model(
     *,
     label: str | None = None,
     max_length: int | None = None,
-    dtype: Literal["float16", "bfloat16"] | None = None,
+    half: Literal["float16", "bfloat16"] | None = None,
     tensorrt: str | None = None,
-    experts: str | None = None,
+    expert_form: str | None = None,
     calibration: Any = None,
+    zero_points: bool = False,
     force: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Path]:
@@ -147,10 +148,11 @@ def export_model(
         targets: names that ``moedge doctor`` lists; ``portable`` and ``ort-cpu`` by default.
         label: name of the model in results; the folder's name by default.
         max_length: longest sequence in tokens (cache and rotary tables); the model's own by default.
-        dtype: half-precision type of the targets that leave the choice; float16 by default.
+        half: half-precision type of the targets that leave the choice; float16 by default.
         tensorrt: version of TensorRT on the device that the bundle ``tensorrt`` is for; the newest by default.
-        experts: form of the experts in TensorRT bundles; chosen by what the version can do by default.
+        expert_form: of the experts in TensorRT bundles; chosen by what the version can do by default.
         calibration: int64 [N, L], token windows by which 4-bit weights are chosen (GPTQ) instead of rounded.
+        zero_points: or, fit the levels of each block of 4-bit weights to its range (``ort-cpu-int4``).
         force: replace bundles that are there.
         progress: in targets.
 
@@ -166,13 +168,15 @@ def export_model(
     from moedge.runtime.engines.given import local
 
     wanted = list(targets or registry.default())
-    registry.check_form(experts)
-    if experts:
-        registry.check_taken(f"experts={experts!r}", lambda row: experts in row.expert_forms, wanted)
-    if dtype:
-        registry.check_taken(f"dtype={dtype!r}", registry.has_dtypes, wanted)
+    registry.check_form(expert_form)
+    if expert_form:
+        registry.check_taken(f"expert_form={expert_form!r}", lambda row: expert_form in row.expert_forms, wanted)
+    if half:
+        registry.check_taken(f"half={half!r}", registry.has_dtypes, wanted)
     if calibration is not None:
         registry.check_taken("calibration", lambda row: row.calibrated, wanted)
+    if zero_points:
+        registry.check_taken("zero_points", lambda row: row.zero_points, wanted)
 
     folder = local(Path(checkpoint))
     if not (folder / "config.json").is_file():
@@ -186,11 +190,12 @@ def export_model(
         label=label or name,
         max_length=max_length,
         tensorrt=tensorrt,
-        experts=experts,
-        dtype=dtype,
+        experts=expert_form,
+        dtype=half,
         force=force,
         progress=lambda _, done, total: step(done, total),
         calibration=calibration,
+        zero_points=zero_points,
     )
 
 

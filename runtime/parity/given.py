@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from moedge import MoEdgeError
+from moedge._progress import Progress
 from moedge.configs import tolerances as tolerance_files
+from moedge.convert.adapters import MOE_PREFIX
 from moedge.export import manifest as manifests
 from moedge.runtime.engines import open_engine
 from moedge.runtime.engines.given import local
@@ -37,7 +39,7 @@ def verify_given(
     tolerances: str | Path = "float32",
     threads: int | None = None,
     device: str = "cpu",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     note: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Compare two engines on text and judge what was found.
@@ -93,7 +95,7 @@ def pair(
     prefill: int,
     tolerances: str,
     opening: dict[str, Any],
-    progress: Callable[[int, int], None],
+    progress: Progress,
     limits: tolerance_files.Tolerances | None = None,
 ) -> dict[str, Any]:
     """Compare two engines; a quantised one also with float32 on its own de-quantised weights, if it has the bundle.
@@ -132,7 +134,7 @@ def answers_of_device(
     answers: Path,
     tolerances: str,
     opening: dict[str, Any],
-    progress: Callable[[int, int], None],
+    progress: Progress,
     limits: tolerance_files.Tolerances | None = None,
 ) -> dict[str, Any]:
     """Judge what an engine gave on its device; the archive's prompts are the text. Arguments as in :func:`pair`."""
@@ -172,4 +174,4 @@ def _is_moe(folder: Path) -> bool:
     if manifest := manifests.read(folder):
         return manifest.kind == "moe"
     config = folder / "config.json"
-    return config.is_file() and str(run_folder.read_json(config).get("model_type", "")).startswith("moedge_")
+    return config.is_file() and str(run_folder.read_json(config).get("model_type", "")).startswith(MOE_PREFIX)

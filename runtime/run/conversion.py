@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moedge._files import atomic_dir
+from moedge._progress import Progress
 from moedge.configs.recipe import Conversion
 from moedge.runtime.run import run_folder, stages
 from moedge.runtime.run.engine import Context
@@ -19,7 +20,7 @@ def write_checkpoint(
     *,
     force: bool = False,
     check: Callable[[dict[str, Any]], None],
-    progress: Callable[[int, int], None],
+    progress: Progress,
     note: Callable[[str], None],
 ) -> None:
     """Convert as a recipe says and write the MoE checkpoint to ``out``, whole or not at all.

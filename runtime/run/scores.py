@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moedge import MoEdgeError
+from moedge._progress import Progress
 from moedge.runtime.run import held_out, run_folder
 
 SCHEMA = "moedge.scores/1"
@@ -26,7 +27,7 @@ def scores(
     every: int = 10,
     batch_size: int = 4,
     device: str = "cpu",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     note: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Score each model on each text and task; the models are loaded one after the other.
@@ -52,7 +53,7 @@ def scores(
     models = _models(paths)
     if not models:
         raise MoEdgeError("evaluate needs at least one model.")
-    from moedge.convert import evaluate as quality
+    from moedge.convert import scoring
     from moedge.convert.plan import MoEPlan
     from moedge.convert.tasks import run
 
@@ -74,7 +75,7 @@ def scores(
         for name, (text, _) in chosen.items():
             say(f"{label}: perplexity on {name}")
             windows = held_out.windows(tokenizer, text, window, count, bos=bos, name="evaluation")
-            row["perplexity"][name] = quality.perplexity(model, windows, batch_size=batch_size, progress=progress)
+            row["perplexity"][name] = scoring.perplexity(model, windows, batch_size=batch_size, progress=progress)
         if tasks:
             say(f"{label}: {', '.join(tasks)}")
             row["tasks"] = run(

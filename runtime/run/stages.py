@@ -21,7 +21,7 @@ from moedge.runtime.run.fingerprint import fingerprint
 
 # What a body runs of this package; tests/runtime/test_recipe_stages.py follows the imports and finds what is missing.
 _ALWAYS_CODE = (
-    *("_files.py", "runtime/run/__init__.py", "runtime/run/refs.py", "runtime/run/run_folder.py"),
+    *("_files.py", "_progress.py", "runtime/run/__init__.py", "runtime/run/refs.py", "runtime/run/run_folder.py"),
     *("export/__init__.py", "export/targets.py"),
 )
 SOURCE_CODE = (
@@ -29,7 +29,10 @@ SOURCE_CODE = (
     *("convert/__init__.py", "convert/adapters.py", "convert/errors.py", "convert/moe_adapters.py", "convert/sources"),
     "runtime/run/fingerprint.py",
 )
-CONVERT_CODE = (*_ALWAYS_CODE, "runtime/run/held_out.py", "convert")
+CONVERT_CODE = (
+    *_ALWAYS_CODE,
+    *("configs/__init__.py", "configs/errors.py", "convert", "runtime/run/held_out.py"),
+)
 _EXPORT_CODE = (
     *CONVERT_CODE,
     *(

@@ -37,8 +37,7 @@ FORMS: dict[str, tuple[str, dict[str, str]]] = {
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any, tiny_tokenizer: Any) -> dict[str, Path]:
     """A converted checkpoint with so many experts that some always nearly tie, and its bundles."""
-    from moedge.convert import calibration, modeling
-    from moedge.convert.methods import cmoe
+    from moedge.convert import calibration, methods, modeling
 
     root = tmp_path_factory.mktemp("half")
     model = tiny_llama(layers=LAYERS, hidden=HIDDEN, width=256)
@@ -46,8 +45,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any, tiny_toke
     for layer in model.model.layers:  # random weights of 0.2 make attention sharper than training does
         layer.self_attn.q_proj.weight.data *= 0.25
     tokens = np.random.default_rng(0).integers(0, 256, (4, 64))
-    plan = cmoe.plan(
-        calibration.collect(model, tokens, k_a=8), model, shared=2, active=TOP_K, experts=EXPERTS + 2, k_a=8
+    plan = methods.convert(
+        "cmoe", calibration.collect(model, tokens, k_a=8), model, shared=2, active=TOP_K, experts=EXPERTS + 2, k_a=8
     )
     generator = np.random.default_rng(2)
     for entry in plan.layers:

@@ -24,8 +24,7 @@ WINDOWS = np.random.default_rng(1).integers(0, 256, (3, 64))
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any, tiny_tokenizer: Any) -> dict[str, Path]:
     """A converted checkpoint and its bundles: CMoE's router, and a selection bias that matters."""
-    from moedge.convert import calibration, modeling
-    from moedge.convert.methods import cmoe
+    from moedge.convert import calibration, methods, modeling
 
     root = tmp_path_factory.mktemp("replay")
     model = tiny_llama(layers=LAYERS, hidden=HIDDEN, width=WIDTH)
@@ -33,7 +32,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any, tiny_toke
     for layer in model.model.layers:  # random weights of 0.2 make attention sharper than training does
         layer.self_attn.q_proj.weight.data *= 0.25
     tokens = np.random.default_rng(0).integers(0, 256, (4, 64))
-    plan = cmoe.plan(calibration.collect(model, tokens, k_a=8), model, shared=2, active=TOP_K, experts=8, k_a=8)
+    plan = methods.convert(
+        "cmoe", calibration.collect(model, tokens, k_a=8), model, shared=2, active=TOP_K, experts=8, k_a=8
+    )
     generator = np.random.default_rng(2)
     for layer in plan.layers:
         layer.selection_bias = generator.normal(0, 0.3, EXPERTS).astype(np.float32)

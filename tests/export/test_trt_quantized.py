@@ -42,8 +42,7 @@ rtx = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any, tiny_tokenizer: Any) -> dict[str, Path]:
     """Bundles of a dense tiny Llama and of its CMoE conversion, ``kind/target``."""
-    from moedge.convert import calibration, modeling
-    from moedge.convert.methods import cmoe
+    from moedge.convert import calibration, methods, modeling
 
     root = tmp_path_factory.mktemp("bundles")
     model = tiny_llama(hidden=HIDDEN, width=WIDTH, layers=1)
@@ -53,7 +52,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any, tiny_toke
     model.save_pretrained(root / "checkpoints" / "dense")
     tiny_tokenizer.save_pretrained(root / "checkpoints" / "dense")
     statistics = calibration.collect(model, WINDOWS, k_a=8)
-    plan = cmoe.plan(statistics, model, shared=3, active=TOP_K, experts=8, k_a=8)
+    plan = methods.convert("cmoe", statistics, model, shared=3, active=TOP_K, experts=8, k_a=8)
     modeling.save(modeling.apply(plan, model), plan, tiny_tokenizer, root / "checkpoints" / "moe")
     made = {}
     for kind in ("dense", "moe"):

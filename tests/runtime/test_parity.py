@@ -18,7 +18,7 @@ from moedge.configs import tolerances
 from moedge.runtime.engines import Step, open_engine
 from moedge.runtime.engines.info import EngineInfo, EngineModel
 from moedge.runtime.parity import verdict
-from moedge.runtime.parity.compare import compare, identity
+from moedge.runtime.parity.compare import compare, identity_all
 
 VOCAB, LENGTH, WINDOWS, PREFILL, LAYERS, EXPERTS, TOP_K = 50, 12, 3, 5, 2, 8, 3
 LIMITS = tolerances.load().profile("float32", "ort-cpu")
@@ -344,7 +344,7 @@ def test_identity_holds_the_worst_token_to_the_limit(size: float, passed: bool) 
             logits[4] += np.float32(size) * np.abs(logits).max()
         return logits
 
-    result = identity(Scripted(), Scripted(damage), IDS, limit=1e-4, prefill=PREFILL)
+    result = identity_all(Scripted(), {"test": (Scripted(damage), 1e-4)}, IDS, prefill=PREFILL)["test"]
     assert result["passed"] is passed
     if not np.isnan(size):
         # A logit of 20 in float32 is rounded to 20 * 6e-8 = 1.2e-6, relative 6e-8.

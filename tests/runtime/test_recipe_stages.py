@@ -7,13 +7,13 @@ import inspect
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 import moedge as package
 from moedge import MoEdgeError
-from moedge.configs.recipe import CONTROLS, EvaluateSection, Recipe, conversion_from, load_recipe, recipe_from
+from moedge.configs.recipe import ControlName, EvaluateSection, Recipe, conversion_from, load_recipe, recipe_from
 from moedge.configs.study import load_study
 from moedge.convert import sources
 from moedge.runtime.run import held_out, run_folder, stages, study
@@ -236,7 +236,7 @@ def test_a_change_of_any_code_that_a_stage_runs_makes_it_stale(stage: Stage) -> 
 def test_the_recipe_knows_what_the_packages_offer() -> None:
     from moedge.convert.methods import baselines
 
-    assert tuple(baselines.CONTROLS) == CONTROLS
+    assert tuple(baselines.CONTROLS) == get_args(ControlName)
     assert tuple(EvaluateSection().controls) == baselines.STANDARD
 
 
