@@ -51,15 +51,43 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` so that a reader sees the old file or the new one, never half of it."""
+def read_json(path: Path, mend: str, *, missing: str | None = None) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Args:
+        mend: what to do about a damaged file; ends the sentence.
+        missing: the sentence about a file that is not there, where that says more.
+
+    Raises:
+        MoEdgeError: it is missing, cannot be read, is not JSON, or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MoEdgeError(missing or f"{path} is missing; {mend}.") from None
+    except OSError as error:
+        raise MoEdgeError(f"{path} cannot be read: {error.strerror}; {mend}.") from error
+    except (ValueError, RecursionError) as error:
+        raise MoEdgeError(f"{path} cannot be read, it is not valid JSON ({error}); {mend}.") from error
+    if not isinstance(value, dict):
+        raise MoEdgeError(f"{path} cannot be read, it does not hold a JSON object; {mend}.")
+    return value
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write ``content`` to ``path`` so that a reader sees the old file or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` as UTF-8 like :func:`write_bytes`."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -117,8 +117,8 @@ def _own_words(lines: list[str], path: str, here: Any, called: Callable[[str], s
     found = []
     for line in (line.rstrip(".") + "." for line in lines):
         key, colon, said = line.partition(": ")
-        if path and colon and key in _fields(here):
-            found.append(f"{called(f'{path}.{key}')}: {said}")
+        if colon and (key if path else key.split(".")[0]) in _fields(here):
+            found.append(f"{called(f'{path}.{key}' if path else key)}: {said}")
         else:
             found.append(f"{called(path)}: {line}" if path else line)
     return found

@@ -10,6 +10,7 @@ The keys of ``convert`` are ``method`` and the parameters that the method itself
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
@@ -232,96 +233,128 @@ class BenchSection(_Section):
     profile: bool = False
 
 
-class Recipe(_Section):
-    """A whole run; see the packaged ``recipes/smollm2-135m.yaml`` for what each key means."""
+Problems = list[tuple[str, str]]
+"""What is wrong: the dotted path of a key, and a sentence about it."""
+
+
+class Conversion(_Section):
+    """The sections that the stages ``source``, ``calibrate`` and ``convert`` read: all of ``moedge convert``."""
 
     name: Name
     model: ModelSection
     text: TextSection = TextSection()
     calibration: CalibrationSection = CalibrationSection()
     convert: AnyConvert = CONVERT_SECTIONS["cmoe"]()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Conversion:
+        if problems := self._disagreements():
+            raise ValueError("\n".join(f"{key}: {said}" for key, said in problems))
+        return self
+
+    def _disagreements(self) -> Problems:
+        method = self.convert.method
+        if self.calibration.windows >= 2 or {"tokens", "gate_profile"}.isdisjoint(METHODS[method].needs):
+            return []
+        return [("calibration.windows", f"{method} compares windows; it needs at least 2.")]
+
+    def check_model(self, config: dict[str, Any], where: str, *, called: Callable[[str], str] = str) -> None:
+        """Check what can only be checked once the model's ``config.json`` is known.
+
+        Args:
+            config: of the model.
+            where: starts each sentence of a refusal.
+            called: turns the dotted path of a key, or ``path: value``, into what the user calls it.
+
+        Raises:
+            MoEdgeError: experts that do not divide the FFN width, or lengths beyond what the model was made for.
+        """
+        if problems := [*self._of_method(config), *self._of_width(config, called), *self._of_lengths(config)]:
+            raise MoEdgeError("\n".join(f"{where}: {called(key)}: {said}" for key, said in problems))
+
+    def _of_method(self, config: dict[str, Any]) -> Problems:
+        method, model_type = METHODS[self.convert.method], str(config.get("model_type"))
+        if (method.parents == "moe") == (model_type in MOE_FAMILIES):
+            return []
+        wanted = "splits the experts of a Mixture-of-Experts" if method.parents == "moe" else "converts dense models"
+        others = ", ".join(name for name, other in METHODS.items() if other.parents != method.parents)
+        return [("convert.method", f"{self.convert.method} {wanted}, this is {model_type}; choose {others}.")]
+
+    def _of_width(self, config: dict[str, Any], called: Callable[[str], str]) -> Problems:
+        # Qwen3-MoE has dense layers too, so its experts' width has a name of its own.
+        width = config.get("moe_intermediate_size") if METHODS[self.convert.method].parents == "moe" else None
+        width = width or config.get("intermediate_size")
+        if not isinstance(width, int):
+            return []
+        convert = self.convert.model_dump()
+        parts = {name: convert[name] for name in ("experts", "branches", "k_a") if name in convert}
+        problems = [
+            (f"convert.{name}", f"{wanted} is more than the FFN's {width} neurons.")
+            for name, wanted in parts.items()
+            if wanted > width
+        ]
+        experts = parts.get("experts", 1)
+        if width >= experts and width % experts and convert.get("padding") == "none":
+            near = sorted((n for n in range(2, width) if width % n == 0), key=lambda n: abs(n - experts))[:2]
+            options = " or ".join(str(n) for n in sorted(near)) or "another number"
+            said = f"{experts} does not divide the FFN width {width}; choose {options}, or set "
+            problems.append(("convert.experts", f"{said}{called('convert.padding: uneven')}."))
+        return problems
+
+    def _of_lengths(self, config: dict[str, Any]) -> Problems:
+        longest = config.get("max_position_embeddings")
+        return [
+            (key, f"{length} is beyond the model's {longest} positions.")
+            for key, length in self._lengths().items()
+            if isinstance(longest, int) and length > longest
+        ]
+
+    def _lengths(self) -> dict[str, int]:
+        """Positions that the model is run over, by the key that asks for them."""
+        return {"calibration.length": self.calibration.length}
+
+
+class Recipe(Conversion):
+    """A whole run; see the packaged ``recipes/smollm2-135m.yaml`` for what each key means."""
+
     export: ExportSection = ExportSection()
     evaluate: EvaluateSection = EvaluateSection()
     verify: VerifySection = VerifySection()
     bench: BenchSection = BenchSection()
 
-    @model_validator(mode="after")
-    def _sections_agree(self) -> Recipe:
-        problems = []
-        method = self.convert.method
-        if self.calibration.windows < 2 and not {"tokens", "gate_profile"}.isdisjoint(METHODS[method].needs):
-            problems.append(f"calibration.windows: {method} compares windows; it needs at least 2.")
+    def _disagreements(self) -> Problems:
+        problems = super()._disagreements()
         if self.verify.prefill >= self.verify.window:
-            problems.append(
-                f"verify.prefill: {self.verify.prefill} leaves nothing to decode in a window of {self.verify.window} "
+            said = (
+                f"{self.verify.prefill} leaves nothing to decode in a window of {self.verify.window} "
                 "tokens (verify.window); make it smaller."
             )
+            problems.append(("verify.prefill", said))
         for key, length in (
             ("verify.window", self.verify.window),
             ("bench.prompt", self.bench.prompt + self.bench.decode),
         ):
             if length > self.export.max_length:
-                problems.append(
-                    f"{key}: needs {length} cache positions, but export.max_length is {self.export.max_length}."
-                )
+                said = f"needs {length} cache positions, but export.max_length is {self.export.max_length}."
+                problems.append((key, said))
         if self.evaluate.tokens < self.evaluate.window:
-            problems.append(
-                f"evaluate.tokens: {self.evaluate.tokens} is less than one window of {self.evaluate.window} tokens "
-                "(evaluate.window)."
-            )
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
+            said = f"{self.evaluate.tokens} is less than one window of {self.evaluate.window} tokens (evaluate.window)."
+            problems.append(("evaluate.tokens", said))
+        return problems
 
-    def check_model(self, config: dict[str, Any], where: str, *, only_convert: bool = False) -> None:
-        """Check what can only be checked once the model's ``config.json`` is known.
-
-        ``only_convert`` leaves out what the stages after ``convert`` need.
-
-        Raises:
-            MoEdgeError: experts that do not divide the FFN width, or lengths beyond what the model was made for.
-        """
-        problems = []
-        method = METHODS[self.convert.method]
-        model_type = str(config.get("model_type"))
-        if (method.parents == "moe") != (model_type in MOE_FAMILIES):
-            wanted = (
-                "splits the experts of a Mixture-of-Experts" if method.parents == "moe" else "converts dense models"
-            )
-            others = ", ".join(name for name, other in METHODS.items() if other.parents != method.parents)
-            problems.append(f"convert.method: {self.convert.method} {wanted}, this is {model_type}; choose {others}.")
-        elif method.parents == "moe" and not only_convert:
-            problems.append(
-                f"convert.method: `moedge run` compares with dense controls, which {self.convert.method} has none of; "
+    def _of_method(self, config: dict[str, Any]) -> Problems:
+        problems = super()._of_method(config)
+        if not problems and METHODS[self.convert.method].parents == "moe":
+            said = (
+                f"`moedge run` compares with dense controls, which {self.convert.method} has none of; "
                 "use `moedge convert`, `moedge export`, `moedge verify` and `moedge bench`."
             )
-        # Qwen3-MoE has dense layers too, so its experts' width has a name of its own.
-        width = config.get("moe_intermediate_size") if method.parents == "moe" else None
-        width = width or config.get("intermediate_size")
-        convert = self.convert.model_dump()
-        if isinstance(width, int):
-            parts = {name: convert[name] for name in ("experts", "branches", "k_a") if name in convert}
-            for name, parts_wanted in parts.items():
-                if parts_wanted > width:
-                    problems.append(f"convert.{name}: {parts_wanted} is more than the FFN's {width} neurons.")
-            experts = parts.get("experts", 1)
-            if width >= experts and width % experts and convert.get("padding") == "none":
-                near = sorted((n for n in range(2, width) if width % n == 0), key=lambda n: abs(n - experts))[:2]
-                options = " or ".join(str(n) for n in sorted(near)) or "another number"
-                problems.append(
-                    f"convert.experts: {experts} does not divide the FFN width {width}; choose {options}, or set "
-                    "convert.padding: uneven."
-                )
-        longest = config.get("max_position_embeddings")
-        if isinstance(longest, int):
-            lengths = [("calibration.length", self.calibration.length)]
-            if not only_convert:
-                lengths += [("evaluate.window", self.evaluate.window), ("export.max_length", self.export.max_length)]
-            for key, length in lengths:
-                if length > longest:
-                    problems.append(f"{key}: {length} is beyond the model's {longest} positions.")
-        if problems:
-            raise MoEdgeError("\n".join(f"{where}: {problem}" for problem in problems))
+            problems.append(("convert.method", said))
+        return problems
+
+    def _lengths(self) -> dict[str, int]:
+        later = {"evaluate.window": self.evaluate.window, "export.max_length": self.export.max_length}
+        return super()._lengths() | later
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:
@@ -343,3 +376,8 @@ def parse_recipe(text: str, *, where: str = "recipe", name: str = "recipe") -> R
 def recipe_from(value: dict[str, Any], *, where: str) -> Recipe:
     """Check a recipe that is already a mapping; ``where`` starts each sentence of a refusal."""
     return checked(Recipe, value, where=where)
+
+
+def conversion_from(value: dict[str, Any], *, where: str, called: Callable[[str], str] = str) -> Conversion:
+    """Check the sections of a recipe that a conversion reads; see :meth:`Conversion.check_model` for ``called``."""
+    return checked(Conversion, value, where=where, called=called)

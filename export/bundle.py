@@ -7,20 +7,18 @@ This module needs neither torch nor onnx, so it also runs on a device.
 
 from __future__ import annotations
 
-import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from moedge import MoEdgeError
 from moedge._files import check_links, digest, hash_tree, safe_join, sha256_file, write_json
+from moedge.export import manifest as manifests
+from moedge.export.manifest import MANIFEST, FileEntry, Manifest
 
-BUNDLE_SCHEMA = "moedge.bundle/1"
-MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 WEIGHTS = "model.onnx.data"
-_REQUIRED = ("target", "kind", "label", "model", "moe", "io", "cache", "taps", "lowering", "versions", "files")
 # Everything a tokenizer and a generation loop read; never weights, never code.
 _CONFIGS = ("config.json", "generation_config.json")
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -32,17 +30,14 @@ class Bundle:
     """An opened, verified bundle."""
 
     path: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
+    sha256: str
+    """Content hash: that of the manifest, which holds the hash of every file."""
 
     @property
     def model_path(self) -> Path:
         """The ONNX file."""
-        return safe_join(self.path, self.manifest["io"]["model"])
-
-    @property
-    def sha256(self) -> str:
-        """Content hash: that of the manifest, which holds the hash of every file."""
-        return digest(self.manifest)
+        return safe_join(self.path, self.manifest.io.model)
 
 
 def open_bundle(path: Path | str) -> Bundle:
@@ -54,38 +49,17 @@ def open_bundle(path: Path | str) -> Bundle:
     """
     path = Path(path)
     try:
-        manifest = json.loads(safe_join(path, MANIFEST).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
+        document = manifests.load(path)
+    except FileNotFoundError as error:
         raise MoEdgeError(f"{path} is not a bundle: it has no {MANIFEST}. Make one with `moedge export`.") from error
-    except (OSError, ValueError) as error:
-        raise MoEdgeError(f"{path / MANIFEST} cannot be read ({error}); export again.") from error
-    if not isinstance(manifest, dict) or manifest.get("schema") != BUNDLE_SCHEMA:
-        raise MoEdgeError(f"{path / MANIFEST} is not of schema {BUNDLE_SCHEMA}; export again with this version.")
-    if missing := [key for key in _REQUIRED if key not in manifest]:
-        raise MoEdgeError(f"{path / MANIFEST} lacks {', '.join(missing)}; export again.")
-    if damaged := _of_another_shape(manifest):
-        raise MoEdgeError(f"{path / MANIFEST} is damaged: {damaged} is not what it should be; export again.")
-    verify_files(path, manifest["files"])
-    if manifest["io"].get("model") not in manifest["files"]:
-        raise MoEdgeError(f"{path / MANIFEST} names model {manifest['io'].get('model')!r}, which it does not list.")
-    return Bundle(path, manifest)
+    manifest = manifests.parse(Manifest, document, path / MANIFEST)
+    verify_files(path, manifest.files)
+    if manifest.io.model not in manifest.files:
+        raise MoEdgeError(f"{path / MANIFEST} names model {manifest.io.model!r}, which it does not list.")
+    return Bundle(path, manifest, digest(document))
 
 
-def _of_another_shape(manifest: dict[str, Any]) -> str | None:
-    """Name a key of a complete manifest whose value has not the shape that readers count on."""
-    for key in ("model", "io", "cache", "taps", "files", "versions"):
-        if not isinstance(manifest[key], dict):
-            return key
-    if not isinstance(manifest["moe"], dict | None):
-        return "moe"
-    wanted = {"sha256": str, "size": int}
-    for name, entry in manifest["files"].items():
-        if not isinstance(entry, dict) or any(not isinstance(entry.get(key), kind) for key, kind in wanted.items()):
-            return f"the entry of {name}"
-    return None
-
-
-def verify_files(path: Path, files: dict[str, dict[str, Any]]) -> None:
+def verify_files(path: Path, files: Mapping[str, FileEntry]) -> None:
     """Check that ``path`` holds exactly ``files`` (and its manifest), byte for byte.
 
     Raises:
@@ -98,7 +72,7 @@ def verify_files(path: Path, files: dict[str, dict[str, Any]]) -> None:
         file = safe_join(path, name)
         if not file.is_file():
             raise MoEdgeError(f"Bundle {path} lacks {name}; copy it whole or make it again.")
-        if file.stat().st_size != entry["size"] or sha256_file(file) != entry["sha256"]:
+        if file.stat().st_size != entry.size or sha256_file(file) != entry.sha256:
             raise MoEdgeError(
                 f"Bundle {path}: {name} was changed or damaged (its size or sha256 is not the manifest's)."
             )
@@ -151,8 +125,11 @@ def write_companions(model: Path, destination: Path) -> None:
     tokenizer_files.save(tokenizer_files.load(model), destination)
 
 
-def seal(folder: Path, manifest: dict[str, Any]) -> Bundle:
-    """Write ``manifest.json`` with the hash of every file in ``folder``: the last step of making a bundle."""
-    complete = {"schema": BUNDLE_SCHEMA, **manifest, "files": hash_tree(folder)}
-    write_json(folder / MANIFEST, complete)
-    return Bundle(folder, complete)
+def seal(folder: Path, manifest: Manifest) -> Bundle:
+    """Write ``manifest.json`` with the hash of every file in ``folder``: the last step of making a bundle.
+
+    ``manifest.files`` is not read: the folder's files are taken.
+    """
+    document = {**manifest.document(), "files": hash_tree(folder)}
+    write_json(folder / MANIFEST, document)
+    return Bundle(folder, manifests.parse(Manifest, document, folder / MANIFEST), digest(document))

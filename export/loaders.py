@@ -13,6 +13,7 @@ from typing import Any
 from moedge._files import write_json
 from moedge.convert.adapters import MOE_PREFIX
 from moedge.export import targets
+from moedge.export.manifest import Manifest
 
 GENAI_CONFIG = "genai_config.json"
 
@@ -20,15 +21,15 @@ GENAI_SEARCH = ("repetition_penalty", "min_length", "no_repeat_ngram_size", "tem
 """What ``generation_config.json`` may ask and genai's search has the same meaning and name for."""
 
 
-def describe(folder: Path, manifest: dict[str, Any]) -> None:
+def describe(folder: Path, manifest: Manifest) -> None:
     """Make the files of a bundle in the making fit other loaders.
 
     Args:
         folder: holds the companions of a checkpoint or of the bundle that this one was lowered from.
-        manifest: needs ``target``, ``cache`` and ``model`` (architecture facts, token ids, longest sequence).
+        manifest: of the bundle; its files are not read.
     """
-    _name_the_family(folder / "config.json", manifest["model"]["model_type"])
-    if targets.find(manifest["target"]).genai:
+    _name_the_family(folder / "config.json", manifest.model.model_type)
+    if targets.find(manifest.target).genai:
         write_json(folder / GENAI_CONFIG, genai_config(folder, manifest))
 
 
@@ -44,26 +45,25 @@ def _name_the_family(path: Path, model_type: str) -> None:
         write_json(path, {**config, "model_type": model_type, "architectures": names})
 
 
-def genai_config(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+def genai_config(folder: Path, manifest: Manifest) -> dict[str, Any]:
     """Return onnxruntime-genai's description of a bundle.
 
     The type is ``decoder``, its generic one: what a family needs of its own (windows, soft caps, rotary scaling) is
     part of the graph. Search is greedy by default; the tokens that end a text and what the model asks of the search are
     those of ``moedge generate``, as far as genai has a name for it.
     """
-    from moedge.runtime.engines import longrope
     from moedge.runtime.text.generation_config import GenerationConfig, Use
 
-    model = manifest["model"]
-    tokens = range(model["vocab_size"])
-    ends = [end for end in model["eos_token_ids"] if end in tokens]
+    model = manifest.model
+    tokens = range(model.vocab_size)
+    ends = [end for end in model.eos_token_ids if end in tokens]
     asked = GenerationConfig.read(folder).of(Use.ALWAYS, Use.SAMPLING)
-    pad = model["pad_token_id"]
-    length, family = model["max_position_embeddings"], "decoder"
-    if limit := model.get(longrope.FACT):
+    pad = model.pad_token_id
+    length, family = model.max_position_embeddings, "decoder"
+    if limit := model.rope_boundary:
         # Where longrope changes its factors genai reads a text again for this family and length alone; any other text
         # ends there.
-        family = "phi3" if (model["model_type"], limit) == ("phi3", 4096) else family
+        family = "phi3" if (model.model_type, limit) == ("phi3", 4096) else family
         length = length if family == "phi3" else min(length, limit)
     caches = {
         f"{kind}_{part}_names": f"{prefix}.%d.{part}"
@@ -72,18 +72,18 @@ def genai_config(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     }
     described: dict[str, Any] = {
         "type": family,
-        "vocab_size": model["vocab_size"],
+        "vocab_size": model.vocab_size,
         "context_length": length,
         # genai wants a number here; it pads only batches, and what it pads is masked.
         "pad_token_id": pad if pad in tokens else next(iter(ends), 0),
         "decoder": {
             "filename": "model.onnx",
             "session_options": {"provider_options": []},
-            "hidden_size": model["hidden_size"],
-            "head_size": model["head_dim"],
-            "num_attention_heads": model["num_attention_heads"],
-            "num_key_value_heads": model["num_kv_heads"],
-            "num_hidden_layers": model["num_layers"],
+            "hidden_size": model.hidden_size,
+            "head_size": model.head_dim,
+            "num_attention_heads": model.num_attention_heads,
+            "num_key_value_heads": model.num_kv_heads,
+            "num_hidden_layers": model.num_layers,
             "inputs": {name: name for name in ("input_ids", "attention_mask", "position_ids")}
             | {name: text for name, text in caches.items() if name.startswith("past")},
             "outputs": {"logits": "logits"}
@@ -92,15 +92,15 @@ def genai_config(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     }
     if ends:
         described["eos_token_id"] = ends
-    if model["bos_token_id"] in tokens:
-        described["bos_token_id"] = model["bos_token_id"]
+    if model.bos_token_id in tokens:
+        described["bos_token_id"] = model.bos_token_id
     return {
         "model": described,
         "search": {
             "do_sample": False,
             "max_length": length,
             "num_beams": 1,
-            "past_present_share_buffer": manifest["cache"]["kind"] == "shared_buffer",
+            "past_present_share_buffer": manifest.cache.kind == "shared_buffer",
             **{name: asked[name] for name in GENAI_SEARCH if name in asked},
         },
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,16 @@ from moedge.convert.adapters import MOE_PREFIX
 from moedge.export import bundle, loaders
 from moedge.export import targets as registry
 from moedge.export.lowering import Lowered
+from moedge.export.manifest import (
+    BUNDLE_SCHEMA,
+    Calibration,
+    IOFacts,
+    LayerFacts,
+    Manifest,
+    ModelFacts,
+    MoEFacts,
+    RewriteFacts,
+)
 
 
 def export(
@@ -94,53 +105,54 @@ def _export_portable(checkpoint: Path, partial: Path, label: str, max_length: in
     longest = min(max_length or model.config.max_position_embeddings, model.config.max_position_embeddings)
     graph = trace(model)
     lowered = registry.find("portable").lowering()(graph, max_length=longest)
-    nodes.name_reads(graph, nodes.router_inputs(graph), lowered.taps)
+    lowered.taps = nodes.name_reads(graph, nodes.router_inputs(graph), lowered.taps)
     ir.save(graph, partial / bundle.MODEL, external_data=bundle.WEIGHTS)
     generation = GenerationConfig.read(checkpoint)
-    manifest = {
-        "target": "portable",
-        "kind": "moe" if converted else "dense",
-        "label": label,
-        "model": {
-            **vars(facts),
-            "max_position_embeddings": longest,
-            "eos_token_ids": list(generation.ends),
-            "bos_token_id": generation.settings.get("bos_token_id"),
-            "pad_token_id": generation.settings.get("pad_token_id"),
-            longrope.FACT: longrope.boundary(model.config.to_dict()),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        },
-        "moe": _moe_facts(model, plan_sha256) if converted else None,
-        "parent": None,
-    }
-    _seal(partial, graph, lowered, manifest)
+    described = ModelFacts(
+        **vars(facts),
+        max_position_embeddings=longest,
+        eos_token_ids=list(generation.ends),
+        bos_token_id=_ids(generation.settings.get("bos_token_id")),
+        pad_token_id=_ids(generation.settings.get("pad_token_id")),
+        rope_boundary=longrope.boundary(model.config.to_dict()),
+        dtype=str(model.dtype).removeprefix("torch."),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )
+    moe = _moe_facts(model, plan_sha256) if converted else None
+    _seal(partial, graph, lowered, _Origin("portable", label, described, moe, parent=None))
 
 
-def _moe_facts(model: Any, plan_sha256: str | None) -> dict[str, Any]:
+def _ids(value: object) -> int | list[int] | None:
+    """A token id of a generation config, or several; anything else says nothing."""
+    if isinstance(value, list):
+        return [each for each in value if isinstance(each, int)]
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _moe_facts(model: Any, plan_sha256: str | None) -> MoEFacts:
     from moedge.convert.modeling import SparseFFN, hierarchical_ffns
 
-    layers: dict[str, dict[str, Any]] = {
-        str(block.layer_index): {
-            "num_experts": block.num_experts,
-            "top_k": block.top_k,
-            "shared_width": block.get_parameter("shared_gate").shape[0],
-            "expert_width": block.get_parameter("gate").shape[1] if block.num_experts else 0,
-        }
+    layers = {
+        block.layer_index: LayerFacts(
+            num_experts=block.num_experts,
+            top_k=block.top_k,
+            shared_width=block.get_parameter("shared_gate").shape[0],
+            expert_width=block.get_parameter("gate").shape[1] if block.num_experts else 0,
+        )
         for block in model.modules()
         if isinstance(block, SparseFFN)
     }
     for nested in hierarchical_ffns(model):
         split = nested.get_parameter("shared_gate").shape[0]
-        layers[str(nested.layer_index)] = {
-            "num_experts": nested.num_experts,
-            "top_k": nested.top_k,
-            "shared_width": nested.get_parameter("shared_gate").shape[1],
-            "expert_width": nested.get_parameter("gate").shape[1],
-            "parents": split + nested.dense_parents,
-            "dense_parents": nested.dense_parents,
-        }
-    return {"plan_sha256": plan_sha256, "layers": layers}
+        layers[nested.layer_index] = LayerFacts(
+            num_experts=nested.num_experts,
+            top_k=nested.top_k,
+            shared_width=nested.get_parameter("shared_gate").shape[1],
+            expert_width=nested.get_parameter("gate").shape[1],
+            parents=split + nested.dense_parents,
+            dense_parents=nested.dense_parents,
+        )
+    return MoEFacts(plan_sha256=plan_sha256, layers=layers)
 
 
 def lower(
@@ -162,7 +174,7 @@ def lower(
     from moedge.export.graph import nodes, shapes
 
     source = bundle.open_bundle(portable)
-    bundle.check_external_data(source.model_path, set(source.manifest["files"]))
+    bundle.check_external_data(source.model_path, set(source.manifest.files))
     graph = ir.load(source.model_path)
     nodes.complete(graph, f"Bundle {portable}")
     row = registry.find(target)
@@ -172,40 +184,61 @@ def lower(
         from moedge.export.quantize.moments import moments
 
         options |= {"method": "gptq", "moments": moments(source, calibration)}
-    longest = source.manifest["model"]["max_position_embeddings"]
+    longest = source.manifest.model.max_position_embeddings
     read = nodes.router_inputs(graph)
     lowered = row.lowering()(graph, max_length=longest, **options)
-    nodes.name_reads(graph, read, lowered.taps)
+    lowered.taps = nodes.name_reads(graph, read, lowered.taps)
     if calibration is not None and on_text and lowered.quantization is not None:
         ids = np.ascontiguousarray(calibration, np.int64)
-        lowered.quantization["calibration"] = {
-            "tokens": ids.size,
-            "sha256": hashlib.sha256(ids.tobytes()).hexdigest(),
-        }
+        text = Calibration(tokens=ids.size, sha256=hashlib.sha256(ids.tobytes()).hexdigest())
+        lowered.quantization = lowered.quantization.model_copy(update={"calibration": text})
     shapes.complete(graph)
     ir.save(graph, partial / bundle.MODEL, external_data=bundle.WEIGHTS)
     bundle.copy_companions(portable, partial)
-    kept = {key: source.manifest[key] for key in ("kind", "label", "model", "moe")}
-    _seal(partial, graph, lowered, {**kept, "target": target, "parent": source.sha256})
+    facts = source.manifest
+    _seal(partial, graph, lowered, _Origin(target, facts.label, facts.model, facts.moe, parent=source.sha256))
 
 
-def _seal(partial: Path, graph: Any, lowered: Lowered, manifest: dict[str, Any]) -> None:
-    io = {
-        "model": bundle.MODEL,
-        "inputs": [value.name for value in graph.graph.inputs],
-        "outputs": [value.name for value in graph.graph.outputs],
-    }
-    lowering = {
-        "lowering": [vars(rewrite) for rewrite in lowered.rewrites],
-        "taps": {str(layer): tap for layer, tap in sorted(lowered.taps.items())},
-        "cache": lowered.cache,
-        "limits": lowered.limits,
-    }
-    for name in ("quantization", "plugins", "experts"):
-        if getattr(lowered, name) is not None:
-            lowering[name] = getattr(lowered, name)
-    loaders.describe(partial, {**manifest, **lowering})
-    bundle.seal(partial, {**manifest, **lowering, "io": io, "versions": _versions()})
+@dataclass(frozen=True)
+class _Origin:
+    """What a bundle is of: the part of its manifest that no lowering decides."""
+
+    target: str
+    label: str
+    model: ModelFacts
+    moe: MoEFacts | None
+    parent: str | None
+
+
+def _seal(partial: Path, graph: Any, lowered: Lowered, origin: _Origin) -> None:
+    io = IOFacts(
+        model=bundle.MODEL,
+        inputs=[value.name for value in graph.graph.inputs],
+        outputs=[value.name for value in graph.graph.outputs],
+    )
+    manifest = Manifest(
+        schema=BUNDLE_SCHEMA,
+        target=origin.target,
+        label=origin.label,
+        model=origin.model,
+        moe=origin.moe,
+        parent=origin.parent,
+        kind="dense" if origin.moe is None else "moe",
+        lowering=[RewriteFacts.model_validate(vars(rewrite)) for rewrite in lowered.rewrites],
+        taps=lowered.taps,
+        cache=lowered.cache,
+        limits=lowered.limits,
+        **{name: value for name in _OPTIONAL if (value := getattr(lowered, name)) is not None},
+        io=io,
+        versions=_versions(),
+        files={},
+    )
+    loaders.describe(partial, manifest)
+    bundle.seal(partial, manifest)
+
+
+_OPTIONAL = ("quantization", "plugins", "experts")
+"""Entries of a manifest that only some bundles have."""
 
 
 def _versions() -> dict[str, str]:

@@ -71,11 +71,11 @@ def convert_model(
         MoEdgeError: an unknown method or parameter, an impossible value, a model that cannot be opened or is not of a
             family that is known, too little text, or ``out`` is in use. Nothing is left in ``out`` then.
     """
-    from moedge.configs.recipe import recipe_from
+    from moedge.configs.recipe import conversion_from
     from moedge.runtime.run.conversion import write_checkpoint
 
     where = "convert_model"
-    recipe = recipe_from(
+    recipe = conversion_from(
         {
             "name": "convert",
             "model": {"source": str(model), "revision": revision, "device": device},
@@ -84,12 +84,13 @@ def convert_model(
             "convert": {"method": method, **params},
         },
         where=where,
+        called=_argument,
     )
     write_checkpoint(
         recipe,
         Path(out),
         force=force,
-        check=lambda config: recipe.check_model(config, where, only_convert=True),
+        check=lambda config: recipe.check_model(config, where, called=_argument),
         progress=progress or _quiet,
         note=_quiet,
     )
@@ -417,6 +418,13 @@ def evaluate(
         device=device,
         progress=progress,
     )
+
+
+def _argument(setting: str) -> str:
+    """What :func:`convert_model` calls a recipe's key, or ``key: value``."""
+    key, colon, value = setting.partition(": ")
+    name = {"model.source": "model", "text.calibration": "text"}.get(key, key.split(".", 1)[-1])
+    return f"{name}={value!r}" if colon else name
 
 
 def _quiet(*_: object) -> None:

@@ -172,20 +172,21 @@ def _members(model: PreTrainedModel, ffns: dict[str, SparseFFN], group: str) -> 
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
             yield from module.parameters()
     elif group == "attention":
-        for module in model.modules():
-            if type(module).__name__.endswith("Attention"):
-                for child in module.children():
-                    if isinstance(child, nn.Linear):
-                        yield from child.parameters()
+        attentions = (module for module in model.modules() if type(module).__name__.endswith("Attention"))
+        for child in (child for module in attentions for child in module.children() if isinstance(child, nn.Linear)):
+            yield from child.parameters()
     else:
-        names = {"experts": _EXPERTS, "shared": _SHARED}.get(group) or _PROMOTED.get(group, ())
         for ffn in ffns.values():
-            if group == "router" and ffn.router is not None:
-                yield from ffn.router.parameters()
-            for name in names:
-                value = getattr(ffn, name, None)
-                if isinstance(value, nn.Parameter) and value.numel():
-                    yield value
+            yield from _members_of_ffn(ffn, group)
+
+
+def _members_of_ffn(ffn: SparseFFN, group: str) -> Iterator[nn.Parameter]:
+    if group == "router" and ffn.router is not None:
+        yield from ffn.router.parameters()
+    for name in {"experts": _EXPERTS, "shared": _SHARED}.get(group) or _PROMOTED.get(group, ()):
+        value = getattr(ffn, name, None)
+        if isinstance(value, nn.Parameter) and value.numel():
+            yield value
 
 
 def _wrap(model: PreTrainedModel, ffns: dict[str, SparseFFN], lora: LoRASettings) -> nn.Module:

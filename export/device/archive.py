@@ -7,7 +7,6 @@ holds the sha256 of every other file. Nothing in it needs MoEdge, torch or the n
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tarfile
@@ -109,20 +108,8 @@ def write(
     Raises:
         MoEdgeError: the device takes no TensorRT engine, an existing file, or a model that cannot be exported.
     """
-    if "tensorrt" not in device.targets:
-        raise MoEdgeError(
-            f"{device.label} ({device.sm}) takes no TensorRT engine; export {device.targets[0]} and use `moedge build`."
-        )
-    if reason := devices.half_refusal(dtype or "float16", device):
-        raise MoEdgeError(reason)
-    if experts == "native" and (reason := moedge_trt.moe_refusal(device.label, device.compute_capability)):
-        raise MoEdgeError(reason)
-    if out.is_symlink() or (out.exists() and not out.is_file()):
-        raise MoEdgeError(f"Output {out} exists and is not a plain file; name the archive, such as moe.tar.")
-    if out.exists() and not force:
-        raise MoEdgeError(f"Output {out} already exists; pass --force to replace it.")
-    if out.exists() and out.resolve().is_relative_to(source.resolve()):
-        raise MoEdgeError(f"Output {out} is a file of {source}, which would be lost; choose another output path.")
+    _check_device(device, dtype, experts)
+    _check_output(out, source, force=force)
     out.parent.mkdir(parents=True, exist_ok=True)
     report = progress or (lambda *_: None)
     work = partial_of(out)
@@ -133,44 +120,18 @@ def write(
         assert version is not None, "a profile with the target tensorrt names its version"
         name = label or source.name or source.resolve().name
         graph, reference = _bundles(source, work / "bundles", name, version, experts, dtype)
-        label, model = label or graph.manifest["label"], graph.manifest["model"]
-        longest = max_length or min(2048, model["max_position_embeddings"])
+        label = label or graph.manifest.label
+        longest = max_length or min(2048, graph.manifest.model.max_position_embeddings)
         profiles = {"max_length": longest, "max_prompt": max_prompt or max(2, longest // 2), "batch": batch}
         _check(graph, device, profiles)
         folder = work / "content" / f"moedge-{device.name}"
         folder.mkdir(parents=True)
         report("recording answers", 1, 3)
-        _record(reference.path, folder, prompts, longest)
-        for name in (MODEL, *(name for name in graph.manifest["files"] if name.endswith(".data"))):
-            link_or_copy(graph.path / name, folder / name)
-        copy_companions(graph.path, folder)
-        if plugins := graph.manifest.get("plugins"):
+        _record(reference, folder, prompts, longest)
+        if graph.manifest.plugins:
             report("compiling kernels", 1, 3)
-            requests = [Request(**kernel) for kernel in plugins["kernels"]]
-            compile_library(folder / FOLDER, requests, [int(device.compute_capability.replace(".", ""))])
-        scripts = Path(__file__).resolve().parents[1] / "runtime" / "device"
-        for name in SCRIPTS:
-            shutil.copyfile(scripts / name, folder / name)
-        readme = _README.format(label=label, device=device.label)
-        (folder / "README.md").write_text(readme, encoding="utf-8")
-        files = hash_tree(folder)
-        manifest = {
-            "schema": SCHEMA,
-            "label": label,
-            **{key: graph.manifest[key] for key in ("kind", "model", "moe", "taps", "lowering")},
-            **({"plugins": plugins} if plugins else {}),
-            "experts": graph.manifest.get("experts"),
-            "dtype": graph.manifest["cache"]["dtype"],
-            "device": device.model_dump(mode="json", by_alias=True),
-            "tensorrt": version,
-            "profiles": profiles,
-            "limits": limits(graph.manifest["cache"]["dtype"], given),
-            **({"tolerances": origin.model_dump()} if (origin := tolerances.chosen(given)[1].origin) else {}),
-            "parent": graph.sha256,
-            "versions": {"moedge": __version__},
-            "content_sha256": digest(files),
-            "files": files,
-        }
+        _fill(graph, device, label, folder)
+        manifest = _manifest(graph, device, label, version, profiles, given, hash_tree(folder))
         write_json(folder / "manifest.json", manifest)
         report("packing", 2, 3)
         _pack(folder, work / "archive.tar")
@@ -181,22 +142,85 @@ def write(
     return manifest
 
 
+def _check_device(device: Device, dtype: str | None, experts: str | None) -> None:
+    if "tensorrt" not in device.targets:
+        raise MoEdgeError(
+            f"{device.label} ({device.sm}) takes no TensorRT engine; export {device.targets[0]} and use `moedge build`."
+        )
+    if reason := devices.half_refusal(dtype or "float16", device):
+        raise MoEdgeError(reason)
+    if experts == "native" and (reason := moedge_trt.moe_refusal(device.label, device.compute_capability)):
+        raise MoEdgeError(reason)
+
+
+def _check_output(out: Path, source: Path, *, force: bool) -> None:
+    if out.is_symlink() or (out.exists() and not out.is_file()):
+        raise MoEdgeError(f"Output {out} exists and is not a plain file; name the archive, such as moe.tar.")
+    if out.exists() and not force:
+        raise MoEdgeError(f"Output {out} already exists; pass --force to replace it.")
+    if out.exists() and out.resolve().is_relative_to(source.resolve()):
+        raise MoEdgeError(f"Output {out} is a file of {source}, which would be lost; choose another output path.")
+
+
+def _fill(graph: Bundle, device: Device, label: str, folder: Path) -> None:
+    """Put in the graph, the tokenizer, compiled kernels where the graph has plugins, the scripts and a README."""
+    for name in (MODEL, *graph.manifest.weight_files):
+        link_or_copy(graph.path / name, folder / name)
+    copy_companions(graph.path, folder)
+    if graph.manifest.plugins:
+        requests = [Request(kernel.plugin, kernel.options) for kernel in graph.manifest.plugins.kernels]
+        compile_library(folder / FOLDER, requests, [int(device.compute_capability.replace(".", ""))])
+    scripts = Path(moedge_trt.__file__).parent
+    for name in SCRIPTS:
+        shutil.copyfile(scripts / name, folder / name)
+    (folder / "README.md").write_text(_README.format(label=label, device=device.label), encoding="utf-8")
+
+
+def _manifest(
+    graph: Bundle,
+    device: Device,
+    label: str,
+    tensorrt: str,
+    profiles: dict[str, int],
+    given: str | tolerances.Given,
+    files: dict[str, dict[str, Any]],
+) -> dict[str, Any]:
+    facts, document = graph.manifest, graph.manifest.document()
+    origin = tolerances.chosen(given)[1].origin
+    return {
+        "schema": SCHEMA,
+        "label": label,
+        **{key: document[key] for key in ("kind", "model", "moe", "taps", "lowering")},
+        **({"plugins": document["plugins"]} if facts.plugins else {}),
+        "experts": facts.experts,
+        "dtype": facts.cache.dtype,
+        "device": device.model_dump(mode="json", by_alias=True),
+        "tensorrt": tensorrt,
+        "profiles": profiles,
+        "limits": limits(facts.cache.dtype or "float16", given),
+        **({"tolerances": origin.model_dump()} if origin else {}),
+        "parent": graph.sha256,
+        "versions": {"moedge": __version__},
+        "content_sha256": digest(files),
+        "files": files,
+    }
+
+
 def _check(graph: Bundle, device: Device, profiles: dict[str, int]) -> None:
     """Refuse here what would fail on the device: impossible lengths, too little memory.
 
     Raises:
         MoEdgeError: what is wrong.
     """
-    model = graph.manifest["model"]
+    facts = graph.manifest
     try:
-        moedge_trt.profile_shapes(model, **profiles)
+        moedge_trt.profile_shapes(facts.model.document(), **profiles)
     except moedge_trt.DeviceError as error:
         raise MoEdgeError(str(error)) from None
     if profiles["max_length"] <= NEW_TOKENS:
         raise MoEdgeError(f"--max-length must be above {NEW_TOKENS}, the tokens of each answer that is recorded.")
-    weights = sum(entry["size"] for name, entry in graph.manifest["files"].items() if name.endswith(".data"))
-    dtype = graph.manifest["cache"].get("dtype", "float16")
-    if reason := too_large(fit(model, weights, device, **profiles, dtype=dtype), device):
+    dtype = facts.cache.dtype or "float16"
+    if reason := too_large(fit(facts.model, facts.weight_bytes, device, **profiles, dtype=dtype), device):
         raise MoEdgeError(reason)
 
 
@@ -217,14 +241,13 @@ def _bundles(
     return open_bundle(scratch / "tensorrt"), portable
 
 
-def _record(portable: Path, folder: Path, prompts: Sequence[str], max_length: int) -> None:
+def _record(portable: Bundle, folder: Path, prompts: Sequence[str], max_length: int) -> None:
     """Run the float32 graph on the prompts, greedily, and keep ids, logits of the answer and all routes."""
     from moedge.runtime.engines import open_engine
     from moedge.runtime.text.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer(portable)
-    probe = json.loads((portable / "manifest.json").read_text(encoding="utf-8"))
-    engine = open_engine(portable, threads=1, taps=bool(probe["taps"]))
+    tokenizer = Tokenizer(portable.path)
+    engine = open_engine(portable.path, threads=1, taps=bool(portable.manifest.taps))
     limit = engine.info.model.get("rope_boundary")
     cases = []
     try:

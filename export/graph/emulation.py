@@ -83,14 +83,7 @@ def emulated(model: onnx.ModelProto) -> onnx.ModelProto:
             name, tensor.name = tensor.name, f"{tensor.name}.stored"
             nodes.append(helper.make_node("Cast", [tensor.name], [name], to=_FLOAT))
     for node in model.graph.node:
-        nodes.append(_in_float32(node))
-        if node.op_type in _MOVES and not node.domain:
-            continue
-        for index, name in enumerate(node.output):
-            if name in halves:
-                node.output[index] = f"{name}.exact"
-                nodes.append(helper.make_node("Cast", [f"{name}.exact"], [f"{name}.half"], to=kinds[name]))
-                nodes.append(helper.make_node("Cast", [f"{name}.half"], [name], to=_FLOAT))
+        nodes += [_in_float32(node), *_roundings(node, {name: kinds[name] for name in node.output if name in halves})]
     copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del model.graph.node[:]
     model.graph.node.extend(copies)
@@ -99,6 +92,21 @@ def emulated(model: onnx.ModelProto) -> onnx.ModelProto:
         if value.type.tensor_type.elem_type in _HALVES:
             value.type.tensor_type.elem_type = _FLOAT
     return model
+
+
+def _roundings(node: onnx.NodeProto, halves: dict[str, int]) -> list[onnx.NodeProto]:
+    """Casts to the half type and back behind the outputs ``halves`` of a node that computes; they keep the names."""
+    from onnx import helper
+
+    if node.op_type in _MOVES and not node.domain:
+        return []
+    casts = []
+    for index, name in enumerate(node.output):
+        if name in halves:
+            node.output[index] = f"{name}.exact"
+            casts.append(helper.make_node("Cast", [f"{name}.exact"], [f"{name}.half"], to=halves[name]))
+            casts.append(helper.make_node("Cast", [f"{name}.half"], [name], to=_FLOAT))
+    return casts
 
 
 def _types(model: onnx.ModelProto) -> dict[str, int]:

@@ -76,11 +76,7 @@ def convert(model: ir.Model, dtype: ir.DataType = ir.DataType.FLOAT16) -> int:
             if source is not None and source.dtype in (ir.DataType.FLOAT, dtype):
                 target = ir.DataType.FLOAT if index in kept else wanted
                 node.replace_input_with(index, _as(model, node, source, target, casts))
-        for index, output in enumerate(node.outputs):
-            if output.dtype in (ir.DataType.FLOAT, None) and not (node.op_type == "Route" and node.domain == DOMAIN):
-                # A fused norm's mean and inverse deviation are float32 whatever it normalises.
-                statistic = node.op_type.endswith("SimplifiedLayerNormalization") and index in (1, 2)
-                output.type = ir.TensorType(ir.DataType.FLOAT if statistic else wanted)
+        _type_outputs(node, wanted)
     for index, result in enumerate(model.graph.outputs):
         if result.name == "logits" and dtype == ir.DataType.BFLOAT16:
             _widen_output(model, index, dtype)
@@ -90,6 +86,16 @@ def convert(model: ir.Model, dtype: ir.DataType = ir.DataType.FLOAT16) -> int:
     for name in unused:
         del model.graph.initializers[name]
     return count
+
+
+def _type_outputs(node: ir.Node, dtype: ir.DataType) -> None:
+    if node.op_type == "Route" and node.domain == DOMAIN:
+        return
+    for index, output in enumerate(node.outputs):
+        if output.dtype in (ir.DataType.FLOAT, None):
+            # A fused norm's mean and inverse deviation are float32 whatever it normalises.
+            statistic = node.op_type.endswith("SimplifiedLayerNormalization") and index in (1, 2)
+            output.type = ir.TensorType(ir.DataType.FLOAT if statistic else dtype)
 
 
 def _router_nodes(model: ir.Model) -> set[ir.Node]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import onnx_ir as ir
 from moedge import MoEdgeError
 from moedge.export.functions import DOMAIN, VERSION, attributes_of, bodies
 from moedge.export.graph.build import array_of, depends_only_on, values_by_name
+from moedge.export.manifest import Tap
 
 
 def nodes_of(model: ir.Model, operator: str) -> list[ir.Node]:
@@ -120,8 +122,8 @@ def router_inputs(model: ir.Model) -> dict[int, str]:
     return found
 
 
-def name_reads(model: ir.Model, read: dict[int, str], taps: dict[int, dict[str, Any]]) -> None:
-    """Add to each layer's tap, in place, what its router reads in ``model``: the entries ``reads`` and ``reads_dtype``.
+def name_reads(model: ir.Model, read: dict[int, str], taps: Mapping[int, Tap]) -> dict[int, Tap]:
+    """Return the taps with what each layer's router reads in ``model``: the entries ``reads`` and ``reads_dtype``.
 
     Args:
         model: the lowered graph.
@@ -130,12 +132,14 @@ def name_reads(model: ir.Model, read: dict[int, str], taps: dict[int, dict[str, 
             value alone: nobody could then repeat the choice from it.
     """
     values = values_by_name(model)
+    found = dict(taps)
     for layer, tap in taps.items():
         name = read.get(layer, "")
-        if name in values and depends_only_on(values[tap["output"]], name):
+        if name in values and depends_only_on(values[tap.output], name):
             kind = values[name].dtype
             assert kind is not None
-            tap |= {"reads": name, "reads_dtype": kind.numpy().name}
+            found[layer] = tap.model_copy(update={"reads": name, "reads_dtype": kind.numpy().name})
+    return found
 
 
 def routed_directly(sparse_glu: ir.Node) -> bool:

@@ -5,16 +5,18 @@ Only the small graph is read and rewritten; weights stay in their file. Needs th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from moedge import MoEdgeError
+from moedge.export.manifest import Manifest, Tap
 
 
 def edited(
     path: Path,
-    manifest: dict[str, Any],
-    taps: dict[int, dict[str, Any]],
+    manifest: Manifest,
+    taps: Mapping[int, Tap],
     top_k: int | None,
     float32_activations: bool = False,
     router_inputs: dict[int, str] | None = None,
@@ -40,7 +42,7 @@ def edited(
     made = {output for node in model.graph.node for output in node.output}
     outputs = {value.name for value in model.graph.output}
     for layer, tap in taps.items():
-        name = tap["output"]
+        name = tap.output
         if name not in made:
             raise MoEdgeError(f"{path}: the tap {name!r} of layer {layer} is not in the graph; export it again.")
         if name not in outputs:
@@ -63,7 +65,7 @@ def edited(
     return bytes(model.SerializeToString()), scores
 
 
-def _show_scores(model: Any, taps: dict[int, dict[str, Any]]) -> dict[int, str]:
+def _show_scores(model: Any, taps: Mapping[int, Tap]) -> dict[int, str]:
     """Name by layer the value whose k best a layer selects; empty unless every layer shows one.
 
     It is what a TopK ranks, or the scores of a Route with its selection bias added. A choice that is computed in any
@@ -74,7 +76,7 @@ def _show_scores(model: Any, taps: dict[int, dict[str, Any]]) -> dict[int, str]:
     makers = {output: node for node in model.graph.node for output in node.output}
     found: dict[int, str] = {}
     for layer, tap in taps.items():
-        node = makers.get(tap["output"]) if tap["kind"] == "indices" else None
+        node = makers.get(tap.output) if tap.kind == "indices" else None
         while node is not None and node.op_type in ("Cast", "Identity"):
             node = makers.get(node.input[0])
         if node is not None and (node.domain, node.op_type) == ("moedge", "Route"):
@@ -132,24 +134,18 @@ def _keep_last(model: Any, path: Path) -> None:
             dimension.dim_value = 1
 
 
-def routed_layers(manifest: dict[str, Any]) -> list[int]:
-    """Layers with experts, in order."""
-    facts = (manifest.get("moe") or {}).get("layers", {})
-    return sorted(int(layer) for layer in facts if facts[layer]["num_experts"])
-
-
 def forced_input(layer: int) -> str:
     """Name of the graph input that forces the experts of a layer."""
     return f"layers.{layer}.forced"
 
 
-def _add_forced(model: Any, path: Path, manifest: dict[str, Any]) -> None:
+def _add_forced(model: Any, path: Path, manifest: Manifest) -> None:
     from onnx import TensorProto, helper
 
-    layers = routed_layers(manifest)
+    layers = manifest.routed_layers
     # Layers follow each other in the graph, so the n-th node is the n-th routed layer.
     nodes = [node for node in model.graph.node if (node.domain, node.op_type) == ("moedge", "Route")]
-    if len(nodes) != len(layers) or any("parents" in entry for entry in manifest["moe"]["layers"].values()):
+    if len(nodes) != len(layers) or (manifest.moe and manifest.moe.nested):
         raise MoEdgeError(
             f"{path}: experts can be forced in a portable bundle whose layers each choose once; this is none."
         )
@@ -162,21 +158,15 @@ def _add_forced(model: Any, path: Path, manifest: dict[str, Any]) -> None:
         node.input[1] = f"{name}.bias"
 
 
-def names_reads(manifest: dict[str, Any]) -> bool:
-    """Whether a manifest, of a bundle or an engine, names for each routed layer what its router reads."""
-    taps = manifest.get("taps") or {}
-    return all("reads" in taps.get(str(layer), {}) for layer in routed_layers(manifest))
-
-
-def router_inputs(path: Path, manifest: dict[str, Any]) -> dict[int, str]:
+def router_inputs(path: Path, manifest: Manifest) -> dict[int, str]:
     """Return by layer the value that its router reads, as the bundle's taps name it.
 
     Raises:
         MoEdgeError: ``onnx`` is missing, or the taps name no such value, or one that is not all that the layer's choice
             depends on: what a router would select could not be told from it.
     """
-    layers = routed_layers(manifest)
-    if not names_reads(manifest):
+    layers = manifest.routed_layers
+    if not manifest.names_reads:
         return _expert_inputs(path, layers)
     import onnx_ir as ir
 
@@ -185,15 +175,15 @@ def router_inputs(path: Path, manifest: dict[str, Any]) -> dict[int, str]:
     values = values_by_name(ir.load(path))
     found = {}
     for layer in layers:
-        tap = manifest["taps"][str(layer)]
-        if tap["reads"] not in values or tap["output"] not in values:
+        tap = manifest.taps[layer]
+        if tap.reads not in values or tap.output not in values:
             raise MoEdgeError(f"{path}: a tap of layer {layer} is not in the graph; export it again.")
-        if not depends_only_on(values[tap["output"]], tap["reads"]):
+        if not depends_only_on(values[tap.output], tap.reads):
             raise MoEdgeError(
-                f"{path}: layer {layer} does not choose its experts by {tap['reads']!r} alone, as its tap says; export "
+                f"{path}: layer {layer} does not choose its experts by {tap.reads!r} alone, as its tap says; export "
                 "it again."
             )
-        found[layer] = str(tap["reads"])
+        found[layer] = tap.reads
     return found
 
 
@@ -249,25 +239,21 @@ def routers(path: Path, layers: list[int]) -> tuple[bytes, dict[int, str], list[
     return bytes(part.SerializeToString()), {layer: inputs[layer] for layer in layers}, outputs
 
 
-def _set_top_k(model: Any, path: Path, manifest: dict[str, Any], top_k: int) -> None:
+def _set_top_k(model: Any, path: Path, manifest: Manifest, top_k: int) -> None:
     """Set k of every routed layer to ``top_k``, or to the layer's number of experts where that is less.
 
     k stands in attributes: ``top_k`` of ``moedge::Route`` and ``k`` of ``com.microsoft::MoE`` and ``QMoE``. Where the
     lowering has replaced Route (unit weights, export/lowering/ort/moe.py) it also stands in initializers of the
     layer.
     """
-    import numpy as np
-    from onnx import numpy_helper
-
     if top_k < 1:
         raise MoEdgeError(f"top_k={top_k} must be at least 1.")
-    facts = (manifest.get("moe") or {}).get("layers", {})
-    layers = routed_layers(manifest)
-    if any("parents" in entry for entry in facts.values()):
+    layers = manifest.routed_layers
+    if manifest.moe and manifest.moe.nested:
         raise MoEdgeError(
             f"{path}: top_k of a hierarchical model is fixed when it is exported; open its checkpoint in PyTorch."
         )
-    counts = [min(top_k, facts[str(layer)]["num_experts"]) for layer in layers]
+    counts = [min(top_k, manifest.layers[layer].num_experts) for layer in layers]
     named = {value.name: value for value in model.graph.initializer}
     routed: set[int] = set()  # layers whose selection has been changed
     places = (("moedge", "Route", "top_k"), ("com.microsoft", "MoE", "k"), ("com.microsoft", "QMoE", "k"))
@@ -284,13 +270,21 @@ def _set_top_k(model: Any, path: Path, manifest: dict[str, Any], top_k: int) -> 
             # QMoE selects by itself where it is given scores; as a log-weight form it follows the initializers below.
             if kind == "Route" or (kind == "QMoE" and f"layers.{layer}.router.top_k" not in named):
                 routed.add(layer)
-    for layer, count in zip(layers, counts, strict=True):
-        if f"layers.{layer}.router.top_k" in named:
-            for name, new in (("top_k", np.array([count], np.int64)), ("weight_sum", np.array(count, np.float32))):
-                if tensor := named.get(f"layers.{layer}.router.{name}"):
-                    tensor.CopyFrom(numpy_helper.from_array(new, tensor.name))
-            routed.add(layer)
+    routed |= {layer for layer, count in zip(layers, counts, strict=True) if _set_initializers(named, layer, count)}
     if not layers or routed != set(layers):
         raise MoEdgeError(f"{path}: top_k cannot be set, the graph does not show where its layers choose experts.")
     # Shapes recorded for the old k would contradict the new one.
     del model.graph.value_info[:]
+
+
+def _set_initializers(named: dict[str, Any], layer: int, top_k: int) -> bool:
+    """Set k where the graph has it as initializers of a layer; False where it has none."""
+    import numpy as np
+    from onnx import numpy_helper
+
+    if f"layers.{layer}.router.top_k" not in named:
+        return False
+    for name, new in (("top_k", np.array([top_k], np.int64)), ("weight_sum", np.array(top_k, np.float32))):
+        if tensor := named.get(f"layers.{layer}.router.{name}"):
+            tensor.CopyFrom(numpy_helper.from_array(new, tensor.name))
+    return True

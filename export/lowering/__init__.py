@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from moedge.export.manifest import CacheFacts, Plugins, Quantization, Tap
+
 
 @dataclass(frozen=True)
 class Rewrite:
@@ -25,11 +27,11 @@ class Lowered:
     """What a lowering gives back beside the rewritten graph: for the manifest's entries of the same names."""
 
     rewrites: list[Rewrite]
-    taps: dict[int, dict[str, Any]]
-    cache: dict[str, Any]
+    taps: dict[int, Tap]
+    cache: CacheFacts
     limits: list[str] = field(default_factory=list)
-    quantization: dict[str, Any] | None = None
-    plugins: dict[str, Any] | None = None
-    """For ``tensorrt``: the kernels that its nodes need (``kernels``: plugin and options) and the oldest TensorRT."""
+    quantization: Quantization | None = None
+    plugins: Plugins | None = None
+    """For ``tensorrt``: the kernels that its nodes need, and the oldest TensorRT."""
     experts: str | None = None
     """For TensorRT targets: the form of the experts, see ``trt_experts``."""

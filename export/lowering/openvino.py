@@ -14,6 +14,7 @@ from moedge.export.graph.nodes import attach, attention_kinds, nodes_of
 from moedge.export.lowering import Lowered, Rewrite, portable
 from moedge.export.lowering.check import selftest
 from moedge.export.lowering.ort.cpu import block_limit
+from moedge.export.manifest import CacheFacts
 
 
 def lower(model: ir.Model, *, max_length: int) -> Lowered:
@@ -43,4 +44,4 @@ def lower(model: ir.Model, *, max_length: int) -> Lowered:
     if not worst.passed:
         raise MoEdgeError(f"{worst.failure()} Use --target portable and report the version of onnx-ir.")
     rewrite = Rewrite(name, len(nodes), "applied", self_test=worst.to_json())
-    return Lowered([rewrite], found, {"kind": "concat", "max_length": max_length})
+    return Lowered([rewrite], found, CacheFacts(kind="concat", max_length=max_length))

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from moedge.export.graph.nodes import active_of, attach, holds_experts, layer_of, nodes_of
 from moedge.export.lowering import Lowered, Rewrite
+from moedge.export.manifest import CacheFacts, Tap
 
 
 def lower(model: ir.Model, *, max_length: int) -> Lowered:
@@ -18,14 +19,14 @@ def lower(model: ir.Model, *, max_length: int) -> Lowered:
     attach(model, form="dense")
     found = taps(model)
     rewrites = [Rewrite("SparseGLU body -> every expert on every token", len(found), "applied")] if found else []
-    return Lowered(rewrites, found, {"kind": "concat", "max_length": max_length})
+    return Lowered(rewrites, found, CacheFacts(kind="concat", max_length=max_length))
 
 
-def taps(model: ir.Model) -> dict[int, dict[str, object]]:
+def taps(model: ir.Model) -> dict[int, Tap]:
     """Say where each layer's routing can be read: the indices of the SparseGLU that holds its routed experts."""
-    found: dict[int, dict[str, object]] = {}
+    found: dict[int, Tap] = {}
     for node in filter(holds_experts, nodes_of(model, "SparseGLU")):
         indices = node.inputs[1]
         assert indices is not None
-        found[layer_of(node)] = {"output": str(indices.name), "kind": "indices", "top_k": active_of(node)}
+        found[layer_of(node)] = Tap(output=str(indices.name), kind="indices", top_k=active_of(node))
     return found

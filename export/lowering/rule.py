@@ -15,6 +15,7 @@ import onnx_ir as ir
 from moedge import MoEdgeError
 from moedge.export.lowering import Rewrite
 from moedge.export.lowering.check import selftest
+from moedge.export.manifest import Tap
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Applied:
 
     count: int
     blocks: list[Block] = field(default_factory=list)
-    taps: dict[int, dict[str, Any]] = field(default_factory=dict)
+    taps: dict[int, Tap] = field(default_factory=dict)
     reason: str = ""
     """Why there was nothing to do, or, where there was a choice, why this form was taken."""
     cases: Sequence[selftest.Case] = selftest.CASES
@@ -79,7 +80,7 @@ class Work:
         self.before = model.clone()
         """The portable graph that it was: what every self-test compares with."""
         self.rewrites: list[Rewrite] = []
-        self.taps: dict[int, dict[str, Any]] = {}
+        self.taps: dict[int, Tap] = {}
 
     def run(self, rule: Rule, judge: Judge | None = None) -> bool:
         """Apply a rule unless it is refused, execute what it rewrote, record both; return whether it was applied.

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moedge import MoEdgeError
+from moedge.export.manifest import ClassSize, LinearPlace, Rows, StackPlace
 
 if TYPE_CHECKING:
     from moedge.export.bundle import Bundle
@@ -201,21 +202,6 @@ QUANTISED = ("embedding", "head", "attention", "shared", "ffn", "experts")
 KEPT = ("router", "norms", "other")
 
 
-@dataclass(frozen=True)
-class ClassSize:
-    """Size of one tensor class before and after."""
-
-    tensor_class: str
-    parameters: int
-    float_bytes: int
-    bytes: int
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits for each of the model's weights, scales included."""
-        return 8 * self.bytes / self.parameters if self.parameters else 0.0
-
-
 def stored_bytes(rows: int, columns: int, bits: int, method: str) -> int:
     """Bytes of ``rows`` quantised rows of ``columns`` inputs: values, scales and zero points, whole blocks."""
     blocks = -(-columns // BLOCK)
@@ -247,7 +233,7 @@ def account(
     for name, size in after:
         stored[name] = stored.get(name, 0) + size
     known = [name for name in (*QUANTISED, *KEPT) if name in parameters or name in stored]
-    sizes = [ClassSize(name, parameters.get(name, 0), floats.get(name, 0), stored.get(name, 0)) for name in known]
+    sizes = [_size(name, parameters.get(name, 0), floats.get(name, 0), stored.get(name, 0)) for name in known]
     wrong = [
         f"{size.tensor_class} takes {size.bytes:,} bytes instead of {wanted.get(size.tensor_class, 0):,} "
         f"({size.bits_per_weight:.1f} bits a weight)"
@@ -255,6 +241,11 @@ def account(
         if size.tensor_class in QUANTISED and size.bytes != wanted.get(size.tensor_class, 0)
     ]
     return sizes, wrong
+
+
+def _size(name: str, parameters: int, floats: int, stored: int) -> ClassSize:
+    bits = 8 * stored / parameters if parameters else 0.0
+    return ClassSize(tensor_class=name, parameters=parameters, float_bytes=floats, bytes=stored, bits_per_weight=bits)
 
 
 def dequantized_weights(bundle: Bundle) -> Iterator[tuple[str, np.ndarray]]:
@@ -267,7 +258,7 @@ def dequantized_weights(bundle: Bundle) -> Iterator[tuple[str, np.ndarray]]:
     """
     import onnx
 
-    section = bundle.manifest.get("quantization")
+    section = bundle.manifest.quantization
     if section is None:
         raise MoEdgeError(f"{bundle.path} holds float weights; there is nothing to de-quantise.")
     model = onnx.load(bundle.model_path, load_external_data=False)
@@ -276,41 +267,39 @@ def dequantized_weights(bundle: Bundle) -> Iterator[tuple[str, np.ndarray]]:
     def read(name: str) -> np.ndarray:
         return onnx.numpy_helper.to_array(stored[name], base_dir=str(bundle.path))
 
-    def blocks(place: dict[str, Any], columns: int) -> np.ndarray:
-        tensor = place["tensor"]
-        scales = read(f"{tensor}.scales")
-        packed = read(f"{tensor}.q").reshape(*scales.shape, -1)
-        zero_points = read(f"{tensor}.zero_points") if f"{tensor}.zero_points" in stored else None
+    def blocks(place: Rows, columns: int, layout: str = "", part: str | None = None) -> np.ndarray:
+        scales = read(f"{place.tensor}.scales")
+        packed = read(f"{place.tensor}.q").reshape(*scales.shape, -1)
+        zero_points = read(f"{place.tensor}.zero_points") if f"{place.tensor}.zero_points" in stored else None
         whole: list[np.ndarray | None] = [packed, scales, zero_points]
-        if place.get("part") in ("gate", "up"):  # row pairs gate, up
-            first = 0 if place["part"] == "gate" else 1
+        if part in ("gate", "up"):  # row pairs gate, up
+            first = 0 if part == "gate" else 1
             whole = [None if array is None else array[:, first::2] for array in whole]
-        rows = slice(*place["rows"])
-        axis = (slice(None), rows) if place.get("layout") == "ENK" else (rows,)
+        rows = slice(*place.rows)
+        axis = (slice(None), rows) if layout == "ENK" else (rows,)
         values_part, scales_part, zeros_part = (None if array is None else array[axis] for array in whole)
         assert values_part is not None
         assert scales_part is not None
-        return Quantized(values_part, scales_part, zeros_part, section["bits"], columns).dequantized()
+        return Quantized(values_part, scales_part, zeros_part, section.bits, columns).dequantized()
 
-    for name, place in section["tensors"].items():
-        if section.get("form") == "DequantizeLinear":
-            tensor = place["tensor"]
-            yield name, _dequantize_linear(read(f"{tensor}.q"), read(f"{tensor}.scales"), place)
-        elif "experts" in place:  # each in a matrix of its own (lowering/ort_products.py)
-            yield name, np.stack([blocks(part, place["columns"]) for part in place["experts"]])
+    for name, place in section.tensors.items():
+        if isinstance(place, LinearPlace):
+            yield name, _dequantize_linear(read(f"{place.tensor}.q"), read(f"{place.tensor}.scales"), place)
+        elif isinstance(place, StackPlace):  # each in a matrix of its own (lowering/ort/products.py)
+            yield name, np.stack([blocks(part, place.columns) for part in place.experts])
         else:
-            values = blocks(place, place["columns"])
-            yield name, np.ascontiguousarray(values.T if place["layout"] == "KN" else values)
+            values = blocks(place, place.columns, place.layout, place.part)
+            yield name, np.ascontiguousarray(values.T if place.layout == "KN" else values)
 
 
-def _dequantize_linear(q: np.ndarray, scales: np.ndarray, place: dict[str, Any]) -> np.ndarray:
+def _dequantize_linear(q: np.ndarray, scales: np.ndarray, place: LinearPlace) -> np.ndarray:
     """What DequantizeLinear makes of q [N, K] or [K, N], in float32 and in the shape of the portable graph's weight."""
     if scales.ndim == 1:  # one a row
-        scales = scales[:, None] if place["axis"] else scales
+        scales = scales[:, None] if place.axis else scales
     else:
-        scales = np.repeat(scales, place["block"], axis=place["axis"])
+        scales = np.repeat(scales, place.block, axis=place.axis)
     values = q.astype(np.float32) * scales.astype(np.float32)
-    shape = place["shape"]
-    if place["merged"]:  # [E*I, H] of a stack [E, H, I]
+    shape = place.shape
+    if place.merged:  # [E*I, H] of a stack [E, H, I]
         return np.ascontiguousarray(values.reshape(shape[0], shape[2], shape[1]).swapaxes(1, 2))
     return values.reshape(shape)

@@ -84,8 +84,8 @@ def _runs(bundle: Bundle, names: list[str], windows: np.ndarray) -> Any:
     """Yield the values called ``names`` for each window, each run from an empty cache."""
     import onnxruntime
 
-    facts = bundle.manifest["model"]
-    if windows.min() < 0 or windows.max() >= facts["vocab_size"]:
+    facts = bundle.manifest.model
+    if windows.min() < 0 or windows.max() >= facts.vocab_size:
         raise MoEdgeError("The calibration text was tokenized for another model: an id is outside the vocabulary.")
     graph = onnx.load(bundle.model_path, load_external_data=False)
     graph.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
@@ -96,9 +96,9 @@ def _runs(bundle: Bundle, names: list[str], windows: np.ndarray) -> Any:
         session = onnxruntime.InferenceSession(graph.SerializeToString(), options, ["CPUExecutionProvider"])
     except Exception as error:
         raise MoEdgeError(f"ONNX Runtime cannot load {bundle.model_path}: {str(error).splitlines()[0]}") from error
-    empty = np.zeros((1, facts["num_kv_heads"], 0, facts["head_dim"]), np.float32)
+    empty = np.zeros((1, facts.num_kv_heads, 0, facts.head_dim), np.float32)
     for window in windows:
         ids = window[None].astype(np.int64)
         feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(ids.size)[None]}
-        past = {name: empty for name in bundle.manifest["io"]["inputs"] if name.startswith("past_key_values.")}
+        past = {name: empty for name in bundle.manifest.io.inputs if name.startswith("past_key_values.")}
         yield dict(zip(names, session.run(names, {**feeds, **past}), strict=True))

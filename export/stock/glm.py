@@ -106,30 +106,39 @@ def refusal(model: PreTrainedModel) -> str | None:
         bias = getattr(layer.self_attn.o_proj, "bias", None)
         if routed and bias is not None and bool(bias.any()):
             return f"layer {index} has a bias on its attention output, which Glm4Moe lacks; choose a model without"
-    routed = any(ffn.num_experts for ffn in ffns)
     for ffn in ffns:
-        where = f"layer {ffn.layer_index}"
-        if ffn.biased:
-            return f"{where} has biases on its gate or up projection, which Glm4Moe lacks; choose a model without"
-        if ffn.output_bias is not None and bool(ffn.output_bias.any()) and (routed or family != "llama"):
-            return f"{where} adds an output bias, for which stock FFNs have no place; convert with refit=false"
-        if not ffn.num_experts:
-            continue
-        kind = config.moedge["layers"][ffn.layer_index]["router"]["kind"]
-        if kind not in ("linear", "random"):
-            return (
-                f"{where} has a {kind!r} router, stock routers are linear; convert with --method expertweaver, or with "
-                "--method moedge --set compensation=none --set refit=false"
-            )
-        if ffn.combine != "unit" and not (ffn.scale is not None and ffn.combine == "scaled" and not ffn.scale.any()):
-            return f"{where} weights its experts ({ffn.combine}); only weight 1 fits. Convert with unit weights"
-        if ffn.expert_bias is not None and bool(ffn.expert_bias.any()):
-            return f"{where} has experts with an output bias of their own, which no stock MoE has; convert without"
-        if ffn.compensation is not None and bool(ffn.compensation.any()):
-            return (
-                f"{where} adds what left-out experts contribute on average (compensation), which no stock MoE does; "
-                "convert with compensation=none and refit=false"
-            )
+        router = config.moedge["layers"][ffn.layer_index]["router"] if ffn.num_experts else None
+        said = _of_weights(ffn, routed or family != "llama") or (router and _of_routing(ffn, router["kind"]))
+        if said:
+            return f"layer {ffn.layer_index} {said}"
+    return None
+
+
+def _of_weights(ffn: modeling.SparseFFN, unbiased: bool) -> str | None:
+    """What a layer has that a stock FFN has no place for; ``unbiased``: not even for an output bias."""
+    if ffn.biased:
+        return "has biases on its gate or up projection, which Glm4Moe lacks; choose a model without"
+    if ffn.output_bias is not None and bool(ffn.output_bias.any()) and unbiased:
+        return "adds an output bias, for which stock FFNs have no place; convert with refit=false"
+    return None
+
+
+def _of_routing(ffn: modeling.SparseFFN, kind: str) -> str | None:
+    """What a layer with experts does that Glm4Moe does not."""
+    if kind not in ("linear", "random"):
+        return (
+            f"has a {kind!r} router, stock routers are linear; convert with --method expertweaver, or with "
+            "--method moedge --set compensation=none --set refit=false"
+        )
+    if ffn.combine != "unit" and not (ffn.scale is not None and ffn.combine == "scaled" and not ffn.scale.any()):
+        return f"weights its experts ({ffn.combine}); only weight 1 fits. Convert with unit weights"
+    if ffn.expert_bias is not None and bool(ffn.expert_bias.any()):
+        return "has experts with an output bias of their own, which no stock MoE has; convert without"
+    if ffn.compensation is not None and bool(ffn.compensation.any()):
+        return (
+            "adds what left-out experts contribute on average (compensation), which no stock MoE does; "
+            "convert with compensation=none and refit=false"
+        )
     return None
 
 
@@ -195,20 +204,10 @@ def export_hf(
     report("measuring its router", 1, steps)
     reference = hf_check.measure(model, token_windows)
     record: dict[str, Any] = {"schema": EXPORT_SCHEMA, "plan_sha256": plan.sha256, "method": plan.method}
-    ffns = modeling.sparse_ffns(model)
     with atomic_dir(out, force=force, inputs=[checkpoint]) if keep else _temporary() as partial, quiet():
         report("writing the stock checkpoint", 2, steps)
-        generation = model.generation_config
-        if routed := any(ffn.num_experts for ffn in ffns):
-            layout = layout_of(ffns)
-            choose_eps(layout, reference.routings)
-            _check_biases(ffns, layout)
-            stock, stored, used = _glm(model, ffns, layout)
-        else:
-            layout = None
-            stock, stored, used = _dense(model, ffns)
-        del model, ffns
-        stock.generation_config = generation
+        stock, layout, filled = _stock(model, reference.routings)
+        del model
         stock.save_pretrained(partial)
         tokenizer_files.save(tokenizer, partial)
         config = stock.config
@@ -216,8 +215,8 @@ def export_hf(
         report("comparing it with the converted model", 3, steps)
         record |= {
             "architecture": config.architectures[0],
-            "zero_share_of_ffn_weights": round(1 - used * (1 - plan.zero_share) / stored, 6),
-            "notes": _notes(config, routed),
+            "zero_share_of_ffn_weights": round(1 - filled * (1 - plan.zero_share), 6),
+            "notes": _notes(config, layout is not None),
         }
         if layout is not None:
             shape = {"experts": layout.experts, "top_k": layout.top_k, "width": layout.width}
@@ -227,6 +226,23 @@ def export_hf(
         hf_check.judge(record["measured"])
     report("done", steps, steps)
     return record
+
+
+def _stock(
+    model: PreTrainedModel, routings: dict[int, hf_check.Routing]
+) -> tuple[PreTrainedModel, Layout | None, float]:
+    """Return the stock model, its layout (None: no experts) and the share of its FFN weights that are not padding."""
+    ffns = modeling.sparse_ffns(model)
+    layout = None
+    if any(ffn.num_experts for ffn in ffns):
+        layout = layout_of(ffns)
+        choose_eps(layout, routings)
+        _check_biases(ffns, layout)
+        stock, stored, used = _glm(model, ffns, layout)
+    else:
+        stock, stored, used = _dense(model, ffns)
+    stock.generation_config = model.generation_config
+    return stock, layout, used / stored
 
 
 @contextmanager

@@ -71,31 +71,89 @@ def bench(
     Raises:
         MoEdgeError: nothing to measure, too few ids, or an engine that fails.
     """
-    ids = np.asarray(ids, dtype=np.int64).reshape(-1)
     if not engines or min(prompt, decode, repeats) < 1 or warmup < 0:
         raise MoEdgeError("A benchmark needs at least one engine, and prompt, decode and repeats of at least 1.")
-    if len(ids) < prompt:
-        raise MoEdgeError(f"The benchmark text has {len(ids)} tokens, fewer than the prompt of {prompt}.")
-    labels = list(engines)
-    total = len(labels) * (warmup + repeats + bool(memory))
-    done = 0
+    ids = _prompt(ids, prompt)
+    advance = _counter(len(engines) * (warmup + repeats + bool(memory)), progress)
+    # First, while this process is small and the cores are idle.
+    footprints = _footprints(engines, ids, advance) if memory else {}
+    load_before = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    samples, infos = _rounds(engines, ids[None], decode, repeats, warmup, advance)
+    unmeasured = {"peak_rss_mib": None, "load_s": None, "reason": "not measured"}
+    protocol = {"batch": 1, "prompt": prompt, "decode": decode, "repeats": repeats, "warmup": warmup, "seed": seed}
+    return {
+        "schema": SCHEMA,
+        "protocol": protocol | _PROTOCOL,
+        "machine": {**machine(), "load_average_before": load_before},
+        "rows": [
+            {
+                "label": label,
+                "info": infos[label],
+                **_row(label, samples, prompt, seed),
+                **footprints.get(label, unmeasured),
+            }
+            for label in engines
+        ],
+        "ratios": _ratios(list(engines), samples, seed),
+    }
+
+
+_PROTOCOL = {
+    "order": "round-robin over engines in one process, start rotated each round",
+    "sampling": "greedy, end of text ignored, choice of the token timed",
+    "intervals": "95% bootstrap over rounds; ratios of medians paired by round",
+    "memory": "peak resident memory and load time (imports included) in a fresh process per engine; on a GPU "
+    "also the peak of PyTorch's allocator there, without what CUDA takes for itself",
+}
+"""What is the same in every benchmark."""
+
+Samples = dict[str, dict[str, np.ndarray]]
+"""Metric -> label -> milliseconds, [rounds, samples of a round]."""
+
+
+def _prompt(ids: np.ndarray, count: int) -> np.ndarray:
+    ids = np.asarray(ids, dtype=np.int64).reshape(-1)
+    if len(ids) < count:
+        raise MoEdgeError(f"The benchmark text has {len(ids)} tokens, fewer than the prompt of {count}.")
+    return ids[:count]
+
+
+def _counter(total: int, progress: Progress | None) -> Callable[[], None]:
+    """Return what is called after each of ``total`` pieces of work."""
+    done = iter(range(1, total + 1))
 
     def advance() -> None:
-        nonlocal done
-        done += 1
+        number = next(done)
         if progress:
-            progress(done, total)
+            progress(number, total)
 
-    footprints: dict[str, dict[str, Any]] = {}
-    if memory:  # first, while this process is small and the cores are idle
-        for label in labels:
-            footprints[label] = _footprint(engines[label], ids[:prompt])
-            advance()
+    return advance
 
+
+def _footprints(
+    engines: Mapping[str, Callable[[], Engine]], prompt: np.ndarray, advance: Callable[[], None]
+) -> dict[str, dict[str, Any]]:
+    """Memory and load time of each engine, in processes of their own."""
+    found = {}
+    for label, start in engines.items():
+        found[label] = _footprint(start, prompt)
+        advance()
+    return found
+
+
+def _rounds(
+    engines: Mapping[str, Callable[[], Engine]],
+    ids: np.ndarray,
+    decode: int,
+    repeats: int,
+    warmup: int,
+    advance: Callable[[], None],
+) -> tuple[Samples, dict[str, Any]]:
+    """Open every engine and time them in turn; returns the times and what the engines are."""
+    labels = list(engines)
     opened: dict[str, Engine] = {}
-    ttft: dict[str, list[float]] = {label: [] for label in labels}
+    ttft: dict[str, list[list[float]]] = {label: [] for label in labels}
     tpot: dict[str, list[list[float]]] = {label: [] for label in labels}
-    load_before = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     try:
         for label in labels:
             opened[label] = engines[label]()
@@ -103,53 +161,27 @@ def bench(
             shift = number % len(labels)
             for label in labels[shift:] + labels[:shift]:
                 time.sleep(_SETTLE)
-                first, steps = _timed_run(opened[label], ids[None, :prompt], decode)
+                first, steps = _timed_run(opened[label], ids, decode)
                 if number >= warmup:
-                    ttft[label].append(first)
+                    ttft[label].append([first])
                     tpot[label].append(steps)
                 advance()
         infos = {label: asdict(engine.info) for label, engine in opened.items()}
     finally:
         for engine in opened.values():
             engine.close()
+    times = {"ttft_ms": ttft, "tpot_ms": tpot}
+    return {metric: {label: np.array(found[label]) for label in labels} for metric, found in times.items()}, infos
 
-    samples = {  # [rounds, samples of a round]
-        "ttft_ms": {label: np.array(times)[:, None] for label, times in ttft.items()},
-        "tpot_ms": {label: np.array(times) for label, times in tpot.items()},
-    }
-    rows = []
-    for label in labels:
-        summary = {metric: _summary(times[label], seed) for metric, times in samples.items()}
-        footprint = footprints.get(label, {"peak_rss_mib": None, "load_s": None, "reason": "not measured"})
-        rows.append(
-            {
-                "label": label,
-                "info": infos[label],
-                **summary,
-                "prefill_tokens_per_s": 1e3 * prompt / summary["ttft_ms"]["p50"],
-                "decode_tokens_per_s": 1e3 / summary["tpot_ms"]["p50"],
-                **footprint,
-                "rounds": {metric: np.median(times[label], axis=1).tolist() for metric, times in samples.items()},
-            }
-        )
+
+def _row(label: str, samples: Samples, prompt: int, seed: int) -> dict[str, Any]:
+    """What was timed of one engine."""
+    summary = {metric: _summary(times[label], seed) for metric, times in samples.items()}
     return {
-        "schema": SCHEMA,
-        "protocol": {
-            "batch": 1,
-            "prompt": prompt,
-            "decode": decode,
-            "repeats": repeats,
-            "warmup": warmup,
-            "order": "round-robin over engines in one process, start rotated each round",
-            "sampling": "greedy, end of text ignored, choice of the token timed",
-            "intervals": "95% bootstrap over rounds; ratios of medians paired by round",
-            "memory": "peak resident memory and load time (imports included) in a fresh process per engine; on a GPU "
-            "also the peak of PyTorch's allocator there, without what CUDA takes for itself",
-            "seed": seed,
-        },
-        "machine": {**machine(), "load_average_before": load_before},
-        "rows": rows,
-        "ratios": _ratios(labels, samples, seed),
+        **summary,
+        "prefill_tokens_per_s": 1e3 * prompt / summary["ttft_ms"]["p50"],
+        "decode_tokens_per_s": 1e3 / summary["tpot_ms"]["p50"],
+        "rounds": {metric: np.median(times[label], axis=1).tolist() for metric, times in samples.items()},
     }
 
 

@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 
 from moedge import MoEdgeError
+from moedge.export import manifest as manifests
 from moedge.export import targets
 from moedge.runtime.engines import Engine
-from moedge.runtime.run.run_folder import read_json
 
 SCHEMA = "moedge.profile/1"
 _NORMS = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
@@ -110,8 +110,8 @@ def profiles(
 
 
 def _target(path: Path) -> str:
-    manifest = path / "manifest.json"
-    return str(read_json(manifest).get("target")) if manifest.is_file() else ""
+    manifest = manifests.read(path)
+    return manifest.target if manifest else ""
 
 
 def _run(engine: Engine, ids: np.ndarray, decode: int) -> tuple[float, list[float]]:
@@ -189,17 +189,39 @@ def group_nodes(graph: Any) -> dict[str, str]:
     if not norms:
         return {}
     maker = {output: node for node in nodes for output in node.output if output}
-    readers: dict[str, list[Any]] = defaultdict(list)
+    piece = _pieces(nodes, norms, maker)
+    kind: dict[str, str] = {}
     for node in nodes:
-        for name in node.input:
-            readers[name].append(node)
+        if node.name in piece:
+            if node.op_type in _ATTENTION:
+                kind[piece[node.name]] = "attention"
+            elif "logits" in node.output:
+                kind[piece[node.name]] = "head"
+    groups = {}
+    for node in nodes:
+        if node.name in norms:
+            groups[node.name] = "norms"
+        else:
+            groups[node.name] = kind.get(piece[node.name], "dense FFN") if node.name in piece else "input"
+    routing = [maker[name] for name in _group_experts(nodes, groups) if name in maker]
+    while routing:
+        source = routing.pop()
+        if groups[source.name] == "dense FFN":
+            groups[source.name] = "router"
+            routing += [maker[name] for name in source.input if name in maker]
+    return groups
+
+
+def _pieces(nodes: list[Any], norms: set[str], maker: dict[str, Any]) -> dict[str, str]:
+    """Join the nodes behind some norm by the values between them, norms left out: node -> a node of its piece."""
+    root: dict[str, str] = {}
     behind: set[str] = set()  # nodes that some norm feeds; the graph is in topological order
     for node in nodes:
-        sources = [maker[name] for name in node.input if name in maker]
-        if any(source.name in norms or source.name in behind for source in sources):
+        sources = [maker[name].name for name in node.input if name in maker]
+        if any(source in norms or source in behind for source in sources):
             behind.add(node.name)
-    # Pieces: nodes behind a norm, joined by the values between them.
-    root = {name: name for name in behind - norms}
+            if node.name not in norms:
+                root[node.name] = node.name
 
     def find(name: str) -> str:
         while root[name] != name:
@@ -209,28 +231,23 @@ def group_nodes(graph: Any) -> dict[str, str]:
 
     for node in nodes:
         if node.name in root:
-            for source in (maker[name] for name in node.input if name in maker):
-                if source.name in root:
-                    root[find(node.name)] = find(source.name)
-    kind: dict[str, str] = {}
+            for source in (maker[name].name for name in node.input if name in maker):
+                if source in root:
+                    root[find(node.name)] = find(source)
+    return {name: find(name) for name in root}
+
+
+def _group_experts(nodes: list[Any], groups: dict[str, str]) -> list[str]:
+    """Put experts into ``groups``; return the values that say which experts run, with which weights."""
+    readers: dict[str, list[Any]] = defaultdict(list)
     for node in nodes:
-        if node.name in root:
-            piece = find(node.name)
-            if node.op_type in _ATTENTION:
-                kind[piece] = "attention"
-            elif "logits" in node.output:
-                kind[piece] = "head"
-    groups = {}
-    for node in nodes:
-        if node.name in norms:
-            groups[node.name] = "norms"
-        else:
-            groups[node.name] = kind.get(find(node.name), "dense FFN") if node.name in root else "input"
-    routing: list[Any] = []  # nodes that say which experts, with which weights
+        for name in node.input:
+            readers[name].append(node)
+    routing: list[str] = []
     for node in nodes:
         if node.op_type in _EXPERTS:
             groups[node.name] = "experts"
-            routing += [maker[name] for name in node.input[1:] if name in maker]  # the first input is the tokens
+            routing += node.input[1:]  # the first input is the tokens
         elif node.op_type == "NonZero" and groups[node.name] == "dense FFN":
             # An expert's own products: from the tokens that chose it to the sum of its rows into the output.
             inside = [node]
@@ -240,10 +257,5 @@ def group_nodes(graph: Any) -> dict[str, str]:
                     groups[part.name] = "experts"
                     if part.op_type != "ScatterND":
                         inside += [reader for output in part.output for reader in readers.get(output, [])]
-            routing += [maker[name] for name in node.input if name in maker]
-    while routing:
-        source = routing.pop()
-        if groups[source.name] == "dense FFN":
-            groups[source.name] = "router"
-            routing += [maker[name] for name in source.input if name in maker]
-    return groups
+            routing += node.input
+    return routing

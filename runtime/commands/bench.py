@@ -47,7 +47,7 @@ def bench(
       moedge bench ./my-llama build/moe --device cuda --dtype bfloat16
     """
     if len(engines) == 1 and run_folder.is_run(engines[0]):
-        folders = run_folder.engines(engines[0])
+        folders = {str(ref): folder for ref, folder in run_folder.engines(engines[0]).items()}
         tokenizer = run_folder.checkpoint(engines[0])
     else:
         folders = {str(path): local(path) for path in engines}

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,12 +9,11 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from moedge import MoEdgeError
-from moedge.configs.recipe import recipe_from
+from moedge.configs.recipe import conversion_from
 from moedge.runtime.commands._options import Device, Force, Model, Settings, Text
 from moedge.runtime.commands._settings import parse_settings
 from moedge.runtime.progress import single
-from moedge.runtime.run import stages
+from moedge.runtime.run import run_folder, stages
 from moedge.runtime.run.conversion import write_checkpoint
 
 
@@ -59,34 +54,33 @@ def convert(
     """
     named = {"shared": shared, "active": active, "experts": experts, "k_a": k_a, "padding": padding}
     chosen = {"method": method, **parse_settings(settings or [], named)}
-    with _named_as_options():
-        recipe = recipe_from(
-            {
-                "name": "convert",
-                "model": {"source": model, "revision": revision, "device": device},
-                "text": {"calibration": text},  # nothing is measured here
-                "calibration": {"windows": windows, "length": length},
-                "convert": chosen,
-            },
-            where="moedge convert",
-        )
+    recipe = conversion_from(
+        {
+            "name": "convert",
+            "model": {"source": model, "revision": revision, "device": device},
+            "text": {"calibration": text},  # nothing is measured here
+            "calibration": {"windows": windows, "length": length},
+            "convert": chosen,
+        },
+        where=_WHERE,
+        called=_option,
+    )
 
     def check(config: dict[str, Any]) -> None:
-        with _named_as_options():
-            recipe.check_model(config, "moedge convert", only_convert=True)
+        recipe.check_model(config, _WHERE, called=_option)
 
     with single("convert", f"{model} -> {out}") as reporter:
         write_checkpoint(recipe, out, force=force, check=check, progress=reporter.progress, note=reporter.note)
-    digest = json.loads((out / "plan.json").read_text(encoding="utf-8"))["sha256"]
+    digest = run_folder.read_json(out / "plan.json")["sha256"]
     Console().print(
         escape(f"{out}: {stages.notation(recipe.convert.model_dump())}, plan {digest}"), highlight=False, soft_wrap=True
     )
 
 
+_WHERE = "moedge convert"
 _OPTIONS = {
     "calibration.length": "--length",
     "calibration.windows": "--windows",
-    "convert.padding: uneven": "--padding uneven",
     "model.device": "--device",
     "model.revision": "--revision",
     "text.calibration": "--text",
@@ -94,13 +88,10 @@ _OPTIONS = {
 """What this command calls the keys of a recipe; other parameters of a method are given by ``--set``."""
 
 
-@contextmanager
-def _named_as_options() -> Iterator[None]:
-    """Name the options of this command, not the recipe's keys, in what the recipe refuses."""
-    try:
-        yield
-    except MoEdgeError as error:
-        said = str(error)
-        for key, option in _OPTIONS.items():
-            said = re.sub(rf"\b{re.escape(key)}\b", option, said)
-        raise MoEdgeError(re.sub(r"\bconvert\.(\w)", r"--set \1", said)) from None
+def _option(setting: str) -> str:
+    """Return what the user of this command writes for a recipe's key, or for ``key: value``."""
+    key, colon, value = setting.partition(": ")
+    if key in _OPTIONS:
+        return f"{_OPTIONS[key]} {value}" if colon else _OPTIONS[key]
+    name = key.removeprefix("convert.")
+    return key if name == key else f"--set {name}" + (f"={value}" if colon else "")

@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
+from moedge._files import read_json
 from moedge.runtime.commands._options import Json
+from moedge.runtime.device.moedge_archive import RESULT_SCHEMA
 from moedge.runtime.parity.outcomes import mark
 from moedge.runtime.parity.verdict import outcome_of
 from moedge.runtime.tables import Sheet
-
-SCHEMA = "moedge.device-result/1"
 
 
 def device_report(
@@ -45,15 +45,11 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         MoEdgeError: it is missing, damaged or not a device result.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MoEdgeError(f"{path} does not exist; verify.py and bench.py of an archive write such files.") from None
-    except (OSError, ValueError) as error:
-        raise MoEdgeError(f"{path} cannot be read as a device result ({error}).") from error
+    absent = f"{path} does not exist; verify.py and bench.py of an archive write such files."
+    value = read_json(path, "copy the device's result again", missing=absent)
     needed = {"verify": ("checks", "logits", "routing", "passed"), "bench": ("ttft_ms", "tpot_ms", "protocol")}
-    if not isinstance(value, dict) or value.get("schema") != SCHEMA or value.get("kind") not in needed:
-        raise MoEdgeError(f"{path} is not a result of verify.py or bench.py (schema {SCHEMA}).")
+    if value.get("schema") != RESULT_SCHEMA or value.get("kind") not in needed:
+        raise MoEdgeError(f"{path} is not a result of verify.py or bench.py (schema {RESULT_SCHEMA}).")
     if missing := [key for key in ("label", "device", "engine", *needed[value["kind"]]) if key not in value]:
         raise MoEdgeError(f"{path} lacks {', '.join(missing)}; run the script again.")
     return value

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
-from moedge._files import write_json
+from moedge._files import write_bytes, write_json
 from moedge.runtime.commands._options import Device, HoldoutEvery, Json, Save
 from moedge.runtime.progress import single
 from moedge.runtime.run import held_out, run_folder
@@ -55,7 +55,7 @@ def diagnose(
       moedge diagnose runs/smollm2-135m
       moedge diagnose build/moe --dense ./my-llama --text my.txt --text other.txt --stability --plot routing.svg
     """
-    from moedge.convert import diagnostics, modeling, sources
+    from moedge.convert import diagnostics, modeling
 
     folder = run_folder.checkpoint(path) if run_folder.is_run(path) else path
     if plot is not None and plot.suffix not in (".svg", ".png"):
@@ -66,12 +66,7 @@ def diagnose(
         raise MoEdgeError(f"{path} is neither a run folder nor a MoE checkpoint; `moedge convert` makes one.")
     with single("diagnose", str(path)) as reporter:
         model, plan, tokenizer = modeling.load(folder, device=device)
-        parent = None
-        if dense is not None or run_folder.is_run(path):
-            given = sources.resolve(dense) if dense else None
-            parent = sources.load_model(given.folder if given else run_folder.dense(path), device=device)
-            if given and plan.model.get("sha256") not in ("", None, given.sha256):
-                reporter.note(f"{dense} is not the folder that was converted (its files differ); errors are against it")
+        parent = _parent(path, dense, plan, device, reporter)
         count = -(-tokens // window)
         found: dict[str, Any] = {}
         windows = {}
@@ -98,14 +93,31 @@ def diagnose(
     if save is not None:
         write_json(save, result)
     if plot is not None:
-        from moedge.runtime.report import diagnosis
-
-        first = next(iter(found))
-        plot.write_bytes(diagnosis.draw(first, found[first], plot.suffix[1:]))
+        _draw(found, plot)
     if as_json:
         print(json.dumps(result, indent=2, allow_nan=False))
     else:
         _print(result)
+
+
+def _parent(path: Path, dense: str | None, plan: MoEPlan, device: str, reporter: Reporter) -> PreTrainedModel | None:
+    """The dense parent: the one that was named, else that of the run folder, else None."""
+    from moedge.convert import sources
+
+    if dense is None:
+        return sources.load_model(run_folder.dense(path), device=device) if run_folder.is_run(path) else None
+    given = sources.resolve(dense)
+    if plan.model.get("sha256") not in ("", None, given.sha256):
+        reporter.note(f"{dense} is not the folder that was converted (its files differ); errors are against it")
+    return sources.load_model(given.folder, device=device)
+
+
+def _draw(texts: dict[str, Any], plot: Path) -> None:
+    """Draw the first text."""
+    from moedge.runtime.report import diagnosis
+
+    first = next(iter(texts))
+    write_bytes(plot, diagnosis.draw(first, texts[first], plot.suffix[1:]))
 
 
 def _stability(

@@ -11,8 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
-from moedge._files import atomic_dir, digest, link_or_copy
+from moedge._files import atomic_dir, link_or_copy
+from moedge.export import manifest as manifests
 from moedge.export import targets
+from moedge.export.manifest import Manifest
 from moedge.runtime.commands._options import ExpertForm, Force, Half, TensorRT
 from moedge.runtime.device.moedge_plugins import refusal
 from moedge.runtime.device.moedge_trt import DeviceError
@@ -63,25 +65,9 @@ def export(
       moedge export build/moe build/bundles --target tensorrt-rtx --half bfloat16
     """
     wanted = target or list(targets.default())
-    targets.check(wanted)
-    targets.check_form(expert_form)
-    if tensorrt is not None:
-        try:
-            refusal(tensorrt)
-        except DeviceError as error:
-            raise MoEdgeError(str(error)) from None
-    if expert_form:
-        targets.check_taken(f"--expert-form {expert_form}", lambda row: expert_form in row.expert_forms, wanted)
-    if half:
-        targets.check_taken("--half", targets.has_dtypes, wanted)
-    if gptq is not None:
-        targets.check_taken("--gptq", lambda row: row.calibrated, wanted)
+    _check_options(wanted, tensorrt, expert_form, half, gptq)
     given, checkpoint = checkpoint, local(checkpoint)
-    if not (checkpoint / "config.json").is_file():
-        raise MoEdgeError(f"{checkpoint} is not a checkpoint folder: it has no config.json.")
-    if max_length is not None:
-        config = run_folder.read_json(checkpoint / "config.json", "download or save the model again")
-        held_out.check_positions(config.get("max_position_embeddings"), max_length, "--max-length")
+    _check_checkpoint(checkpoint, max_length)
     there = _bundles(out)
     if not force and (taken := sorted(set(there) & set(wanted))):
         raise MoEdgeError(f"Output folder {out / taken[0]} already exists; pass --force to replace it.")
@@ -111,16 +97,50 @@ def export(
             calibration=calibration,
         )
         _keep(there, partial, force=force)
+    _print(out)
+
+
+def _print(out: Path) -> None:
+    """Say which bundles ``out`` holds, and what quantised ones weigh."""
     for folder in sorted(path.parent for path in out.glob("*/manifest.json")):
         console = Console()
         console.print(escape(f"{folder.name}: {folder}"), highlight=False, soft_wrap=True)
-        if sizes := run_folder.read_json(folder / "manifest.json").get("quantization"):
-            console.print(size_table(sizes))
+        facts = manifests.read(folder)
+        if isinstance(facts, Manifest) and facts.quantization:
+            console.print(size_table(facts.quantization))
 
 
 def _label(given: Path, checkpoint: Path) -> str:
     """The folder's name (a path without one is the working folder), or the hub id, asset or GGUF that was given."""
     return str(given) if checkpoint != given else given.name or given.resolve().name
+
+
+def _check_options(
+    wanted: list[str], tensorrt: str | None, expert_form: str | None, half: str | None, gptq: str | None
+) -> None:
+    """Refuse options that no target takes, and versions of TensorRT that are none."""
+    targets.check(wanted)
+    targets.check_form(expert_form)
+    if tensorrt is not None:
+        try:
+            refusal(tensorrt)
+        except DeviceError as error:
+            raise MoEdgeError(str(error)) from None
+    if expert_form:
+        targets.check_taken(f"--expert-form {expert_form}", lambda row: expert_form in row.expert_forms, wanted)
+    if half:
+        targets.check_taken("--half", targets.has_dtypes, wanted)
+    if gptq is not None:
+        targets.check_taken("--gptq", lambda row: row.calibrated, wanted)
+
+
+def _check_checkpoint(checkpoint: Path, max_length: int | None) -> None:
+    """Refuse what is no checkpoint, and a length beyond its positions."""
+    if not (checkpoint / "config.json").is_file():
+        raise MoEdgeError(f"{checkpoint} is not a checkpoint folder: it has no config.json.")
+    if max_length is not None:
+        config = run_folder.read_json(checkpoint / "config.json", "download or save the model again")
+        held_out.check_positions(config.get("max_position_embeddings"), max_length, "--max-length")
 
 
 def _bundles(out: Path) -> dict[str, Path]:
@@ -135,13 +155,14 @@ def _keep(there: dict[str, Path], partial: Path, *, force: bool) -> None:
     Raises:
         MoEdgeError: one stems from another graph and ``force``, which drops it, is not given.
     """
-    graph = digest(run_folder.read_json(partial / "portable" / "manifest.json"))
+    graph = manifests.content_hash(partial / "portable")
     for name, folder in there.items():
-        manifest = run_folder.read_json(folder / "manifest.json", "delete the folder and export again")
-        if not force and graph != (digest(manifest) if name == "portable" else manifest.get("parent")):
+        manifest = manifests.read(folder, "delete the folder and export again")
+        parent = manifest.parent if manifest else None
+        if not force and graph != (manifests.content_hash(folder) if name == "portable" else parent):
             raise MoEdgeError(
                 f"{folder} is of another model, or was exported with other settings; choose another output folder, or "
                 "pass --force to replace it."
             )
-        if graph == manifest.get("parent") and not (partial / name).exists():
+        if graph == parent and not (partial / name).exists():
             shutil.copytree(folder, partial / name, copy_function=link_or_copy)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,6 +19,9 @@ from moedge.runtime.commands._settings import parse_settings
 from moedge.runtime.progress import single
 from moedge.runtime.run import held_out, run_folder
 from moedge.runtime.tables import Sheet
+
+if TYPE_CHECKING:
+    from moedge.convert.train.settings import TrainSettings
 
 
 def finetune(
@@ -68,10 +71,8 @@ def finetune(
       moedge finetune build/moe build/tuned --tokens 200000 --distill logits --parent asset:smollm2-135m-instruct
       moedge finetune build/moe build/tuned --tokens 50000 --train router+norms+lora --balance bias --set lora_alpha=16
     """
-    from moedge.convert import sources
     from moedge.convert.plan import MoEPlan
-    from moedge.convert.train import finetune as core
-    from moedge.convert.train import training
+    from moedge.convert.train.finetune import recommended
 
     if not (checkpoint / "plan.json").is_file():
         raise MoEdgeError(f"{checkpoint} is not a checkpoint of `moedge convert`: it has no plan.json.")
@@ -79,7 +80,7 @@ def finetune(
     named |= {"length": length, "batch": batch_size, "distill": distill, "balance": balance}
     given = parse_settings(settings or [], named | {"mixed_precision": precision})
     given = {key: value for key, value in given.items() if value is not None}
-    wanted = settings_from({**core.recommended(MoEPlan.load(checkpoint)), **given})
+    wanted = settings_from({**recommended(MoEPlan.load(checkpoint)), **given})
     text = text or ["asset:wiki"]
     if wanted.distill != "none" and parent is None:
         raise MoEdgeError(f"--distill {wanted.distill} needs --parent: the dense model that was converted.")
@@ -91,12 +92,33 @@ def finetune(
         import torch
 
         torch.set_num_threads(threads)
+    where = state or out.with_name(f".{out.name}.training")
+    _train(checkpoint, out, wanted, parent, text, held_out_text, holdout_every, eval_windows, where, force=force)
+
+
+def _train(
+    checkpoint: Path,
+    out: Path,
+    wanted: TrainSettings,
+    parent: str | None,
+    text: list[str],
+    held_out_text: list[str] | None,
+    holdout_every: int,
+    eval_windows: int,
+    where: Path,
+    *,
+    force: bool,
+) -> None:
+    """Read the texts and train; every process of `accelerate launch` runs this, the first one writes."""
+    from moedge.convert import sources
+    from moedge.convert.train import finetune as core
+    from moedge.convert.train import training
+
     folder = None if parent is None else sources.resolve(parent).folder
     tokenizer = sources.load_tokenizer(checkpoint)
     windows, measured, about = _texts(tokenizer, text, held_out_text, holdout_every, eval_windows, wanted)
     accelerator = training.make(wanted)
     main = accelerator.is_main_process
-    where = state or out.with_name(f".{out.name}.training")
     if where.is_dir() and any(where.iterdir()) and not (where / "state.json").is_file():
         raise MoEdgeError(f"--state {where} holds other files, which saved training would replace; name a new folder.")
     inputs: list[Path | str] = [checkpoint, *([] if parent is None else [parent]), *text, *(held_out_text or ())]

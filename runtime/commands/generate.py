@@ -13,14 +13,15 @@ from rich.markup import escape
 from moedge import MoEdgeError
 from moedge.export import targets
 from moedge.runtime.commands._options import Device, Dtype, Threads
-from moedge.runtime.engines import open_engine
+from moedge.runtime.engines import EngineInfo, open_engine
 from moedge.runtime.engines.given import local
+from moedge.runtime.engines.ref import Role
 from moedge.runtime.run import run_folder
 from moedge.runtime.text import generate as generation
 from moedge.runtime.text.generation_config import shown
 from moedge.runtime.text.tokenizer import Message, open_tokenizer
 
-MODELS = ("moe", "dense")
+MODELS: dict[str, Role] = {"moe": "moe", "dense": "dense"}
 ENGINES = (*targets.names(lambda row: row.engine is None), "torch")
 
 
@@ -79,7 +80,7 @@ def generate(
     for option, value, known in (("--model", which, MODELS), ("--engine", engine, ENGINES)):
         if value not in known:
             raise MoEdgeError(f"{option} {value}: unknown; choose {' or '.join(known)}.")
-    folder = run_folder.pick(model, model=which, target=engine) if run_folder.is_run(model) else local(model)
+    folder = run_folder.pick(model, model=MODELS[which], target=engine) if run_folder.is_run(model) else local(model)
     text = _given(prompt)
     tokenizer = open_tokenizer(folder)
     request: str | list[Message] = [{"role": "user", "content": text}] if chat else text
@@ -109,6 +110,11 @@ def generate(
         info = opened.info
     finally:
         opened.close()
+    _summarise(result, info)
+
+
+def _summarise(result: generation.GenerationResult, info: EngineInfo) -> None:
+    """Say on stderr what ran, how fast, and what was not done."""
     rate = f", {result.decode_tokens_per_s:.1f} tokens/s" if result.decode_tokens_per_s else ""
     how = shown({name: value for name, value in result.settings.items() if name != "do_sample"})
     _say(

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
+from moedge.export import manifest as manifests
+from moedge.export.manifest import EngineManifest, Sealed
 from moedge.runtime.commands._options import Json
 from moedge.runtime.engines import build
 from moedge.runtime.engines.given import local
@@ -73,7 +75,7 @@ def describe(path: Path) -> dict[str, Any]:
     if run_folder.is_run(path):
         return _run(path)
     if (path / "manifest.json").is_file():
-        engine = run_folder.read_json(path / "manifest.json", "export again").get("schema") == build.SCHEMA
+        engine = isinstance(manifests.read(path), EngineManifest)
         return _engine(path) if engine else _bundle(path)
     if (path / "plan.json").is_file():
         return _checkpoint(path)
@@ -115,7 +117,7 @@ def _run(path: Path) -> dict[str, Any]:
                 "key": entry["key"][:16],
             }
         )
-    facts["engines"] = [{"engine": label, "folder": str(folder)} for label, folder in run_folder.engines(path).items()]
+    facts["engines"] = [{"engine": str(ref), "folder": str(folder)} for ref, folder in run_folder.engines(path).items()]
     return facts
 
 
@@ -169,38 +171,38 @@ def _nested(index: int, children: list[Any], width: int) -> dict[str, Any]:
 
 def _engine(path: Path) -> dict[str, Any]:
     manifest = build.open_file(path).manifest
+    document = manifest.document()
     names = ("target", "dtype", "label", "profiles", "model", "moe", "build", "estimate", "versions", "parent")
     return {
         "kind": "engine",
-        **{name: manifest.get(name) for name in names},
-        **{name: ", ".join(manifest.get(name, [])) for name in ("devices", "compute_capabilities")},
-        "holds": manifest["kind"],
+        **{name: document.get(name) for name in names},
+        "devices": ", ".join(manifest.devices),
+        "compute_capabilities": ", ".join(manifest.compute_capabilities),
+        "holds": manifest.kind,
         "files": _files(manifest),
     }
 
 
-def _files(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    return [
-        {"file": name, "MiB": entry["size"] / 2**20, "sha256": entry["sha256"]}
-        for name, entry in manifest["files"].items()
-    ]
+def _files(manifest: Sealed) -> list[dict[str, Any]]:
+    return [{"file": name, "MiB": entry.size / 2**20, "sha256": entry.sha256} for name, entry in manifest.files.items()]
 
 
 def _bundle(path: Path) -> dict[str, Any]:
     from moedge.export.bundle import open_bundle
 
     manifest = open_bundle(path).manifest
+    document = manifest.document()
     lowering = []
-    for entry in manifest.get("lowering", []):
-        error = (entry.get("self_test") or {}).get("max_rel_error")
-        shown = {name: entry.get(name) for name in ("rewrite", "nodes", "status", "reason")}
-        quantised = (entry.get("self_test") or {}).get("quantisation_error")
+    for entry in manifest.lowering:
+        error = entry.self_test.max_rel_error if entry.self_test else None
+        shown = {name: getattr(entry, name) for name in ("rewrite", "nodes", "status", "reason")}
+        quantised = entry.self_test.quantisation_error if entry.self_test else None
         lowering.append({**shown, "self-test error": error, **({"quantisation error": quantised} if quantised else {})})
     return {
         "kind": "bundle",
-        **{name: manifest.get(name) for name in ("target", "label", "model", "moe", "cache", "versions", "parent")},
-        "holds": manifest["kind"],
-        **({"sizes": size_rows(manifest["quantization"])} if "quantization" in manifest else {}),
+        **{name: document.get(name) for name in ("target", "label", "model", "moe", "cache", "versions", "parent")},
+        "holds": manifest.kind,
+        **({"sizes": size_rows(manifest.quantization)} if manifest.quantization else {}),
         "lowering": lowering,
         "files": _files(manifest),
     }

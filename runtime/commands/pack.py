@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -71,6 +71,11 @@ def pack(
             force=force,
             progress=step,
         )
+    _print(out, manifest)
+
+
+def _print(out: Path, manifest: dict[str, Any]) -> None:
+    """Say what the archive holds and what to do with it."""
     console = Console()
     size = out.stat().st_size / 2**20
     console.print(
@@ -80,6 +85,6 @@ def pack(
     form = forms.get(manifest["experts"], "standard operators")
     made = f"For TensorRT {manifest['tensorrt']}, {manifest['dtype']}: experts as {form}"
     console.print(escape(made), soft_wrap=True)
-    unpack = f"tar xf {shlex.quote(out.name)} && cd moedge-{device.name}"
+    unpack = f"tar xf {shlex.quote(out.name)} && cd moedge-{manifest['device']['name']}"
     said = f"On the device: {unpack} && python3 build_engine.py && python3 verify.py"
     console.print(escape(said), soft_wrap=True)

@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING or __package__:
     from moedge.runtime.device import moedge_archive, moedge_cuda, moedge_plugins, moedge_trt
@@ -28,31 +28,9 @@ def main() -> int:
     folder = Path(__file__).resolve().parent
     manifest = moedge_archive.open_archive(folder)
     limits = manifest["profiles"]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--max-length", type=int, default=limits["max_length"], help="longest sequence in tokens")
-    parser.add_argument("--max-prompt", type=int, default=limits["max_prompt"], help="most tokens of one prefill call")
-    parser.add_argument("--batch", type=int, default=limits["batch"], help="most rows of a call")
-    parser.add_argument("--no-taps", action="store_true", help="leave out the selected experts (no routing check)")
-    parser.add_argument("--target", choices=("tensorrt", "tensorrt-rtx"), default="tensorrt")
-    parser.add_argument("--compute-capability", action="append", help="tensorrt-rtx only: GPUs to build for")
-    options = parser.parse_args()
-    if options.target == "tensorrt" and options.compute_capability:
-        parser.error("--compute-capability is for --target tensorrt-rtx: TensorRT builds for the GPU that is here")
+    options = _options(limits)
     trt = moedge_trt.load_tensorrt(options.target)
-    if options.target == "tensorrt":
-        cuda = moedge_cuda.Cuda()
-        here, wanted = cuda.capability(), manifest["device"]["compute_capability"]
-        cuda.close()
-        if here != wanted and "plugins" in manifest:
-            raise moedge_trt.DeviceError(
-                f"The kernels of this archive are for compute capability {wanted}, this GPU has {here}; make an "
-                "archive for this device with `moedge pack`."
-            )
-        if here != wanted:
-            print(f"note: this archive was made for compute capability {wanted}; this GPU has {here}", file=sys.stderr)
-        capabilities = [here]
-    else:
-        capabilities = options.compute_capability or [manifest["device"]["compute_capability"]]
+    capabilities = _capabilities(options, manifest)
     if "plugins" in manifest:
         if options.target != "tensorrt":
             raise moedge_trt.DeviceError(
@@ -89,6 +67,38 @@ def main() -> int:
     moedge_trt.write_bytes(folder / moedge_archive.ENGINE_FACTS, (json.dumps(facts, indent=2) + "\n").encode())
     print(f"built {engine}: {len(plan) / 2**20:.0f} MiB, {built['layers']} layers, {built['build_s']:.0f} s")
     return 0
+
+
+def _options(limits: dict[str, int]) -> argparse.Namespace:
+    """The command line; ``limits`` are the archive's, the defaults."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--max-length", type=int, default=limits["max_length"], help="longest sequence in tokens")
+    parser.add_argument("--max-prompt", type=int, default=limits["max_prompt"], help="most tokens of one prefill call")
+    parser.add_argument("--batch", type=int, default=limits["batch"], help="most rows of a call")
+    parser.add_argument("--no-taps", action="store_true", help="leave out the selected experts (no routing check)")
+    parser.add_argument("--target", choices=("tensorrt", "tensorrt-rtx"), default="tensorrt")
+    parser.add_argument("--compute-capability", action="append", help="tensorrt-rtx only: GPUs to build for")
+    options = parser.parse_args()
+    if options.target == "tensorrt" and options.compute_capability:
+        parser.error("--compute-capability is for --target tensorrt-rtx: TensorRT builds for the GPU that is here")
+    return options
+
+
+def _capabilities(options: argparse.Namespace, manifest: dict[str, Any]) -> list[str]:
+    """The GPUs to build for; TensorRT builds for the one that is here."""
+    if options.target != "tensorrt":
+        return options.compute_capability or [manifest["device"]["compute_capability"]]
+    cuda = moedge_cuda.Cuda()
+    here, wanted = cuda.capability(), manifest["device"]["compute_capability"]
+    cuda.close()
+    if here != wanted and "plugins" in manifest:
+        raise moedge_trt.DeviceError(
+            f"The kernels of this archive are for compute capability {wanted}, this GPU has {here}; make an "
+            "archive for this device with `moedge pack`."
+        )
+    if here != wanted:
+        print(f"note: this archive was made for compute capability {wanted}; this GPU has {here}", file=sys.stderr)
+    return [here]
 
 
 if __name__ == "__main__":

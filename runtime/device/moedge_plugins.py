@@ -291,13 +291,62 @@ def register(kernels: Kernels, *, capability: int) -> None:
         _register(tensorrt, plugin, kernels, capability)
 
 
+class _Registered:
+    """What TensorRT calls for one plugin: its output types, its tactics and its kernel."""
+
+    def __init__(self, trt: Any, plugin: Plugin, kernels: Kernels, capability: int) -> None:
+        import tensorrt.plugin as api
+
+        self.api, self.plugin, self.kernels, self.capability = api, plugin, kernels, capability
+        known = {name: getattr(trt.DataType, theirs, None) for theirs, name in _TRT.items()}
+        self.theirs = {name: kind for name, kind in known.items() if kind is not None}
+        self.ours = {kind: name for name, kind in self.theirs.items()}
+        self.count = len(plugin.inputs)
+
+    def describe(self, given: Sequence[Any], named: Mapping[str, Any]) -> Any:
+        """Shapes and types of the outputs."""
+        inputs = [(tuple(tensor.shape_expr), self.ours[tensor.dtype]) for tensor in given[: self.count]]
+        found = [
+            self.api.from_shape_expr(tuple(dims), self.theirs[kind])
+            for dims, kind in self.plugin.outputs(inputs, self._values(given[self.count :], named))
+        ]
+        return tuple(found) if len(found) > 1 else found[0]
+
+    def tune(self, given: Sequence[Any]) -> Any:
+        """Types are the network's (strongly typed); only the tactic is open."""
+        types = [_COMBINATION[self.ours[tensor.dtype]] for tensor in (*given[: self.count], *given[-1])]
+        return [self.api.AutoTuneCombination(", ".join(types), "LINEAR", list(self.plugin.tactic_numbers))]
+
+    def implement(self, given: Sequence[Any]) -> Any:
+        """The kernel, and how it is launched."""
+        plugin, inputs, tactic = self.plugin, given[: self.count], given[-1]
+        dims = [[d.constant_value() if d.is_constant else None for d in tensor.shape_expr] for tensor in inputs]
+        types = [self.ours[tensor.dtype] for tensor in inputs]
+        options = plugin.options(dims, types, self._values(given[self.count : -2], {}))
+        missing = [name for name, value in options.items() if value is None]
+        if missing:
+            raise DeviceError(f"{DOMAIN}::{plugin.name}: {', '.join(missing)} must be constant in the network.")
+        binary = self.kernels.get(plugin, options, tactic, self.capability)
+        size = inputs[plugin.size[0]].shape_expr[plugin.size[1]]
+        launch = self.api.KernelLaunchParams()
+        for axis, extent in zip("xyz", binary.grid, strict=False):
+            setattr(launch, f"grid_{axis}", extent(size))
+        launch.block_x, launch.shared_mem = binary.threads, binary.shared
+        scalars = self.api.SymIntExprs(1 if binary.takes_size else 0)
+        if binary.takes_size:
+            scalars[0] = self.api.SymInt32(size)
+        return binary.name, binary.ptx, launch, scalars
+
+    def _values(self, given: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Any]:
+        # NVIDIA's layer passes attributes in the order in which they were declared. A string has its C terminator.
+        found = dict(zip(self.plugin.attributes, given, strict=False)) | dict(named)
+        return {key: value.rstrip("\0") if isinstance(value, str) else value for key, value in found.items()}
+
+
 def _register(trt: Any, plugin: Plugin, kernels: Kernels, capability: int) -> None:
     import tensorrt.plugin as api
 
-    identity = f"{DOMAIN}::{plugin.name}"
-    ours = {getattr(trt.DataType, theirs): name for theirs, name in _TRT.items() if hasattr(trt.DataType, theirs)}
-    theirs = {name: kind for kind, name in ours.items()}
-    count = len(plugin.inputs)
+    called = _Registered(trt, plugin, kernels, capability)
     positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
     tensors = [inspect.Parameter(name, positional, annotation=api.TensorDesc) for name in plugin.inputs]
     attributes = [inspect.Parameter(name, positional, annotation=kind) for name, kind in plugin.attributes.items()]
@@ -309,47 +358,20 @@ def _register(trt: Any, plugin: Plugin, kernels: Kernels, capability: int) -> No
         function.__name__ = plugin.name
         return function
 
-    def values(given: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Any]:
-        # NVIDIA's layer passes attributes in the order in which they were declared. A string has its C terminator.
-        found = dict(zip(plugin.attributes, given, strict=False)) | dict(named)
-        return {key: value.rstrip("\0") if isinstance(value, str) else value for key, value in found.items()}
-
     def describe(*given: Any, **named: Any) -> Any:
-        inputs = [(tuple(tensor.shape_expr), ours[tensor.dtype]) for tensor in given[:count]]
-        found = [
-            api.from_shape_expr(tuple(dims), theirs[kind])
-            for dims, kind in plugin.outputs(inputs, values(given[count:], named))
-        ]
-        return tuple(found) if len(found) > 1 else found[0]
+        return called.describe(given, named)
 
     def tune(*given: Any) -> Any:
-        # Types are the network's (strongly typed); only the tactic is open.
-        types = [_COMBINATION[ours[tensor.dtype]] for tensor in (*given[:count], *given[-1])]
-        return [api.AutoTuneCombination(", ".join(types), "LINEAR", list(plugin.tactic_numbers))]
+        return called.tune(given)
 
     def implement(*given: Any) -> Any:
-        inputs, tactic = given[:count], given[-1]
-        dims = [[d.constant_value() if d.is_constant else None for d in tensor.shape_expr] for tensor in inputs]
-        types = [ours[tensor.dtype] for tensor in inputs]
-        options = plugin.options(dims, types, values(given[count:-2], {}))
-        missing = [name for name, value in options.items() if value is None]
-        if missing:
-            raise DeviceError(f"{identity}: {', '.join(missing)} must be constant in the network.")
-        binary = kernels.get(plugin, options, tactic, capability)
-        size = inputs[plugin.size[0]].shape_expr[plugin.size[1]]
-        launch = api.KernelLaunchParams()
-        for axis, extent in zip("xyz", binary.grid, strict=False):
-            setattr(launch, f"grid_{axis}", extent(size))
-        launch.block_x, launch.shared_mem = binary.threads, binary.shared
-        scalars = api.SymIntExprs(1 if binary.takes_size else 0)
-        if binary.takes_size:
-            scalars[0] = api.SymInt32(size)
-        return binary.name, binary.ptx, launch, scalars
+        return called.implement(given)
 
-    outputs = len(plugin.outputs([((1,) * 3, "float32")] * count, dict.fromkeys(plugin.attributes, 1)))
+    outputs = len(plugin.outputs([((1,) * 3, "float32")] * called.count, dict.fromkeys(plugin.attributes, 1)))
     described = tuple.__class_getitem__((api.TensorDesc,) * outputs) if outputs > 1 else api.TensorDesc
     text = str | bytes
     implemented = tuple.__class_getitem__((text, text, api.KernelLaunchParams, api.SymIntExprs))
+    identity = f"{DOMAIN}::{plugin.name}"
     api.register(identity)(signed(describe, [*tensors, *attributes], described))
     api.autotune(identity)(signed(tune, [*tensors, *attributes, extra[0]], inspect.Parameter.empty))
     api.aot_impl(identity)(signed(implement, [*tensors, *attributes, *extra], implemented))

@@ -178,14 +178,23 @@ class Session:
         profile = DECODE if new == 1 and past else PREFILL
         self._check(batch, new, length, profile)
         positions = np.clip(np.cumsum(mask, axis=1) - 1, 0, None)[:, -new:]
-        context, count = self._contexts[profile], len(self._past)
         feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        # Kept until the end of this call: the copies below are asynchronous.
+        # Kept until the end of this call: their copies are asynchronous.
         arrays = {name: np.ascontiguousarray(array, dtype=np.int64) for name, array in feeds.items()}
+        self._run(self._contexts[profile], arrays, cache, past)
+        logits, routes = self._download_logits(batch, new, last=last), self._download_routes(batch * new)
+        if reads is not None:
+            reads.append(self._download_reads(batch * new))
+        cache.turn, cache.ids, cache.mask = 1 - cache.turn, text, mask
+        return logits, routes, cache
+
+    def _run(self, context: Any, arrays: dict[str, np.ndarray], cache: Cache, past: int) -> None:
+        """Bind every input and output, and start the engine; the caller keeps ``arrays`` alive until it has ended."""
         for name, array in arrays.items():
             self.cuda.upload(self._inputs[name].address, array)
             self._bind(context, name, self._inputs[name].address, array.shape)
-        shape = (batch, self.model["num_kv_heads"], past, self.model["head_dim"])
+        count = len(self._past)
+        shape = (len(arrays["input_ids"]), self.model["num_kv_heads"], past, self.model["head_dim"])
         for index, name in enumerate(self._past):
             self._bind(context, name, cache.past(index, count), shape)
             self._bind(context, name.replace("past_key_values.", "present."), cache.present(index, count))
@@ -196,6 +205,9 @@ class Session:
             self._bind(context, name, buffer.address)
         if not context.execute_async_v3(self.cuda.stream.value or 0):
             raise DeviceError(f"{self.version} failed to run: {self._reason()}")
+
+    def _download_logits(self, batch: int, new: int, *, last: bool) -> np.ndarray:
+        """Logits float32 [B, new, V] of the call that ran, or [B, 1, V] of the last position."""
         vocabulary = self.model["vocab_size"]
         logits = np.empty((batch, 1 if last else new, vocabulary), self._given)
         if last:
@@ -204,18 +216,23 @@ class Session:
                 self.cuda.download(logits[row], self._logits.address + place)
         else:
             self.cuda.download(logits, self._logits.address)
+        return logits.astype(np.float32, copy=False)
+
+    def _download_routes(self, tokens: int) -> Taps:
+        """Selected experts int32 [T, k] by layer."""
         routes = {}
         for layer, tap in self._taps.items():
-            routes[layer] = np.empty((batch * new, tap["top_k"]), np.int32)
+            routes[layer] = np.empty((tokens, tap["top_k"]), np.int32)
             self.cuda.download(routes[layer], self._indices[layer].address)
-        if reads is not None:
-            read = {}
-            for layer, (_, kind, buffer) in self._reads.items():
-                read[layer] = np.empty((batch * new, self.model["hidden_size"]), kind)
-                self.cuda.download(read[layer], buffer.address)
-            reads.append({layer: array.astype(np.float32, copy=False) for layer, array in read.items()})
-        cache.turn, cache.ids, cache.mask = 1 - cache.turn, text, mask
-        return logits.astype(np.float32, copy=False), routes, cache
+        return routes
+
+    def _download_reads(self, tokens: int) -> Taps:
+        """What each layer's router read, float32 [T, H] by layer."""
+        read = {}
+        for layer, (_, kind, buffer) in self._reads.items():
+            read[layer] = np.empty((tokens, self.model["hidden_size"]), kind)
+            self.cuda.download(read[layer], buffer.address)
+        return {layer: array.astype(np.float32, copy=False) for layer, array in read.items()}
 
     def _crosses(self, mask: np.ndarray, past: int) -> bool:
         """Whether longrope changes its factors after the first ``past`` columns of ``mask`` [B, L]."""

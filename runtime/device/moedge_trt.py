@@ -146,56 +146,30 @@ def build(
     Raises:
         DeviceError: the parser or the builder refuses; the message holds its reason.
     """
-    if timing_cache is not None and not timing_cache.absolute().parent.is_dir():
-        raise DeviceError(f"The timing cache {timing_cache} cannot be written: {timing_cache.parent} is no folder.")
+    _check_writable(timing_cache)
     log = logger_class(trt)()
     builder = trt.Builder(log)
     strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(1 << int(strongly_typed) if strongly_typed is not None else 0)
-    parser = trt.OnnxParser(network, log)
+    parser = trt.OnnxParser(network, log)  # lives until the engine is built: it holds the network's weights
     start = time.perf_counter()
-    if not parser.parse_from_file(str(onnx_path)):
-        reason = str(parser.get_error(0)) if parser.num_errors else "; ".join(log.errors[:1]) or "no reason given"
-        raise DeviceError(f"{trt.__name__} {trt.__version__} cannot parse {onnx_path}: {' '.join(reason.split())}")
+    _parse(trt, parser, log, onnx_path)
     parsed = time.perf_counter()
     check_moe_layers(trt, network, onnx_path)
-    if taps:
-        _mark_outputs(network, taps, onnx_path)
+    _mark_outputs(network, taps or {}, onnx_path)
     config = builder.create_builder_config()
     # On by default: products of float32, the routers', would round what they read to 11 bits, as many as float16 has.
     config.clear_flag(trt.BuilderFlag.TF32)
-    if compute_capabilities:
-        config.num_compute_capabilities = len(compute_capabilities)
-        for index, capability in enumerate(compute_capabilities):
-            member = "SM" + capability.replace(".", "")
-            if not hasattr(trt.ComputeCapability, member):
-                raise DeviceError(f"{trt.__name__} {trt.__version__} builds no engines for SM{capability}.")
-            config.set_compute_capability(getattr(trt.ComputeCapability, member), index)
+    _set_capabilities(trt, config, compute_capabilities or [])
     cache = _load_timing_cache(config, timing_cache)
     log.errors.clear()  # of a timing cache that was replaced
-    names = {network.get_input(i).name for i in range(network.num_inputs)}
     for shapes in profiles:
-        if names != set(shapes):
-            raise DeviceError(
-                f"{onnx_path} has inputs {sorted(names ^ set(shapes))[:3]} that its manifest does not describe."
-            )
-        profile = builder.create_optimization_profile()
-        try:
-            for name, (low, middle, high) in shapes.items():
-                profile.set_shape(name, low, middle, high)
-        except ValueError as error:
-            raise DeviceError(f"{onnx_path}: input {name} cannot have the shapes {low} to {high} ({error}).") from None
-        if config.add_optimization_profile(profile) < 0:
-            raise DeviceError(f"{onnx_path}: {trt.__name__} refuses an optimisation profile: {_reason(log)}")
+        _add_profile(trt, builder, network, config, log, shapes, onnx_path)
     layers = network.num_layers
     begun, cpu = time.perf_counter(), time.process_time()
-    serialized = builder.build_serialized_network(network, config)
-    if serialized is None:
-        raise DeviceError(f"{trt.__name__} {trt.__version__} cannot build {onnx_path}: {_reason(log)}")
-    used = config.get_timing_cache() if cache is not None else None
-    if used is not None and timing_cache is not None:
-        write_bytes(timing_cache, bytes(memoryview(used.serialize())))
-    plan = bytes(memoryview(serialized))
+    plan = _serialized(trt, builder, network, config, log, onnx_path)
+    if timing_cache is not None and cache is not None:
+        _keep_timing_cache(config, timing_cache)
     return plan, {
         "layers": layers,
         "plugins": _count(trt, network, "PLUGIN_V3"),
@@ -204,6 +178,49 @@ def build(
         "build_cpu_s": round(time.process_time() - cpu, 3),
         "engine_bytes": len(plan),
     }
+
+
+def _parse(trt: Any, parser: Any, log: Any, onnx_path: str | Path) -> None:
+    if not parser.parse_from_file(str(onnx_path)):
+        reason = str(parser.get_error(0)) if parser.num_errors else "; ".join(log.errors[:1]) or "no reason given"
+        raise DeviceError(f"{trt.__name__} {trt.__version__} cannot parse {onnx_path}: {' '.join(reason.split())}")
+
+
+def _serialized(trt: Any, builder: Any, network: Any, config: Any, log: Any, onnx_path: str | Path) -> bytes:
+    serialized = builder.build_serialized_network(network, config)
+    if serialized is None:
+        raise DeviceError(f"{trt.__name__} {trt.__version__} cannot build {onnx_path}: {_reason(log)}")
+    return bytes(memoryview(serialized))
+
+
+def _add_profile(
+    trt: Any, builder: Any, network: Any, config: Any, log: Any, shapes: dict[str, Any], onnx_path: str | Path
+) -> None:
+    """Add an optimisation profile, once its names are those of the graph's inputs."""
+    names = {network.get_input(i).name for i in range(network.num_inputs)}
+    if names != set(shapes):
+        raise DeviceError(
+            f"{onnx_path} has inputs {sorted(names ^ set(shapes))[:3]} that its manifest does not describe."
+        )
+    profile = builder.create_optimization_profile()
+    try:
+        for name, (low, middle, high) in shapes.items():
+            profile.set_shape(name, low, middle, high)
+    except ValueError as error:
+        raise DeviceError(f"{onnx_path}: input {name} cannot have the shapes {low} to {high} ({error}).") from None
+    if config.add_optimization_profile(profile) < 0:
+        raise DeviceError(f"{onnx_path}: {trt.__name__} refuses an optimisation profile: {_reason(log)}")
+
+
+def _set_capabilities(trt: Any, config: Any, capabilities: list[str]) -> None:
+    """Name the GPUs that the engine is for; without any it is for the one that is here."""
+    if capabilities:
+        config.num_compute_capabilities = len(capabilities)
+    for index, capability in enumerate(capabilities):
+        member = "SM" + capability.replace(".", "")
+        if not hasattr(trt.ComputeCapability, member):
+            raise DeviceError(f"{trt.__name__} {trt.__version__} builds no engines for SM{capability}.")
+        config.set_compute_capability(getattr(trt.ComputeCapability, member), index)
 
 
 def tap_outputs(taps: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
@@ -253,7 +270,7 @@ def _count(trt: Any, network: Any, kind: str) -> int:
 
 def _mark_outputs(network: Any, taps: dict[str, str], onnx_path: str | Path) -> None:
     missing = dict(taps)
-    for index in range(network.num_layers):
+    for index in range(network.num_layers if taps else 0):
         layer = network.get_layer(index)
         for output in range(layer.num_outputs):
             tensor = layer.get_output(output)
@@ -268,6 +285,17 @@ def _mark_outputs(network: Any, taps: dict[str, str], onnx_path: str | Path) -> 
 def _reason(log: Any) -> str:
     """The first error that TensorRT reported, and the last, which is often only its consequence."""
     return "; ".join(dict.fromkeys([*log.errors[:1], *log.errors[-1:]])) or "no reason given"
+
+
+def _check_writable(timing_cache: Path | None) -> None:
+    if timing_cache is not None and not timing_cache.absolute().parent.is_dir():
+        raise DeviceError(f"The timing cache {timing_cache} cannot be written: {timing_cache.parent} is no folder.")
+
+
+def _keep_timing_cache(config: Any, path: Path) -> None:
+    used = config.get_timing_cache()
+    if used is not None:
+        write_bytes(path, bytes(memoryview(used.serialize())))
 
 
 def _load_timing_cache(config: Any, path: Path | None) -> Any:

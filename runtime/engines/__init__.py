@@ -6,7 +6,6 @@ like.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +15,9 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from moedge import MoEdgeError
+from moedge.export import manifest as manifests
 from moedge.export import targets
+from moedge.export.manifest import MANIFEST
 
 
 @dataclass(frozen=True)
@@ -127,13 +128,8 @@ def open_engine(path: str | Path, *, pytorch: Mapping[str, Any] | None = None, *
         MoEdgeError: the folder is neither, or its target has no engine in this release.
     """
     folder = Path(path)
-    if (folder / "manifest.json").is_file():
-        try:
-            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise MoEdgeError(
-                f"{folder / 'manifest.json'} is not valid JSON ({error}); export the bundle again."
-            ) from error
+    if (folder / MANIFEST).is_file():
+        manifest = manifests.load(folder)
         if isinstance(manifest, dict) and str(manifest.get("schema", "")).startswith("moedge.engine/"):
             from moedge.runtime.engines.trt import TensorRTEngine
 

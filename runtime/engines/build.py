@@ -10,21 +10,33 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moedge import MoEdgeError, __version__
-from moedge._files import atomic_dir, digest, hash_tree, safe_join, write_json
+from moedge._files import atomic_dir, hash_tree, safe_join, write_bytes, write_json
 from moedge.configs import devices
+from moedge.export import manifest as manifests
 from moedge.export import targets
+from moedge.export.manifest import (
+    ENGINE_SCHEMA,
+    MANIFEST,
+    BuildFacts,
+    EngineManifest,
+    FileEntry,
+    FitFacts,
+    Manifest,
+    Profiles,
+    Tap,
+)
 from moedge.runtime.device import moedge_cuda, moedge_plugins, moedge_trt
 from moedge.runtime.engines import estimate
 
-SCHEMA = "moedge.engine/1"
+if TYPE_CHECKING:
+    from moedge.export.bundle import Bundle
+
 PLAN = "engine.plan"
-MANIFEST = "manifest.json"
 LIBRARY = "libmoedge_launch.so"
 """The plugin library beside an engine of TensorRT for RTX that needs it."""
-_REQUIRED = ("target", "kind", "label", "model", "moe", "profiles", "taps", "compute_capabilities", "versions", "files")
 
 
 @dataclass(frozen=True)
@@ -32,22 +44,22 @@ class EngineFile:
     """A verified engine folder."""
 
     path: Path
-    manifest: dict[str, Any]
+    manifest: EngineManifest
 
     def plan(self) -> bytes:
         """Read the serialized engine; its hash is checked once more on the bytes that are returned."""
         try:
-            return moedge_trt.read_checked(safe_join(self.path, PLAN), self.manifest["files"][PLAN]["sha256"])
+            return moedge_trt.read_checked(safe_join(self.path, PLAN), self.manifest.files[PLAN].sha256)
         except moedge_trt.DeviceError as error:
             raise MoEdgeError(str(error)) from error
 
     def library(self) -> str | None:
         """Return the file of the plugin library that the engine needs, its hash checked once more, or None."""
         path = safe_join(self.path, LIBRARY)
-        if LIBRARY not in self.manifest["files"]:
+        if LIBRARY not in self.manifest.files:
             return None
         try:
-            moedge_trt.read_checked(path, self.manifest["files"][LIBRARY]["sha256"])
+            moedge_trt.read_checked(path, self.manifest.files[LIBRARY].sha256)
         except moedge_trt.DeviceError as error:
             raise MoEdgeError(str(error)) from error
         return str(path)
@@ -64,7 +76,7 @@ def build(
     taps: bool = False,
     timing_cache: Path | None = None,
     force: bool = False,
-) -> dict[str, Any]:
+) -> EngineManifest:
     """Build the engine of a ``tensorrt-rtx`` bundle (on any machine) or a ``tensorrt`` bundle (on its device).
 
     Args:
@@ -89,91 +101,136 @@ def build(
     from moedge.export.bundle import copy_companions, open_bundle
 
     bundle = open_bundle(bundle_path)
-    manifest = bundle.manifest
-    target, model = manifest["target"], manifest["model"]
-    rtx = targets.find(target).engine == "tensorrt-rtx"
-    profiles = [devices.load(name) for name in device_names]
-    if not profiles:
-        raise MoEdgeError(f"Name at least one device to build for; known: {', '.join(devices.names())}.")
-    native = manifest.get("experts") == "native"
-    for device in profiles:
-        if reason := devices.refusal(target, device):
-            raise MoEdgeError(reason)
-        if rtx and "plugins" in manifest and device.compute_capability == "7.5":
-            raise MoEdgeError(f"There are no kernels for {device.label} (SM75); export with --expert-form merged.")
-        if reason := devices.half_refusal(manifest["cache"].get("dtype", "float16"), device):
-            raise MoEdgeError(reason)
-        if native and (reason := moedge_trt.moe_refusal(device.label, device.compute_capability)):
-            raise MoEdgeError(reason)
-    if target == "tensorrt" and len({device.compute_capability for device in profiles}) > 1:
-        raise MoEdgeError(
-            "TensorRT builds for the GPU it runs on; name one device, or export tensorrt-rtx for several."
-        )
-    max_length = max_length or min(2048, model["max_position_embeddings"])
-    max_prompt = max_prompt or max(2, max_length // 2)
-    weight_bytes = sum(entry["size"] for name, entry in manifest["files"].items() if name.endswith(".data"))
-    fits, limits = {}, {"max_length": max_length, "max_prompt": max_prompt, "batch": batch}
-    sparse = native or "plugins" in manifest
-    unread = estimate.unread_bytes(manifest["moe"], model["hidden_size"]) if sparse else 0
-    for device in profiles:
-        fit = estimate.fit(model, weight_bytes, device, **limits, unread=unread, dtype=manifest["cache"]["dtype"])
-        if reason := estimate.too_large(fit, device):
-            raise MoEdgeError(reason)
-        fits[device.name] = {**vars(fit), "needed": fit.needed}
-    outputs, shown = moedge_trt.tap_outputs(manifest["taps"] if taps else {})
+    model = bundle.manifest.model
+    profiles = _suitable(bundle.manifest, device_names)
+    longest = max_length or min(2048, model.max_position_embeddings)
+    limits = {"max_length": longest, "max_prompt": max_prompt or max(2, longest // 2), "batch": batch}
+    fits = _fits(bundle.manifest, profiles, limits)
+    document = bundle.manifest.document()
+    outputs, named = moedge_trt.tap_outputs(document["taps"] if taps else {})
+    inputs: list[Path | str] = [bundle.path, *device_names, *([timing_cache] if timing_cache else [])]
     try:
-        trt = _tensorrt(target, profiles[0])
-        launched = "plugins" in manifest and rtx
-        if "plugins" in manifest and not launched:
+        trt = _tensorrt(bundle.manifest.target, profiles[0])
+        if bundle.manifest.plugins and not _for_rtx(bundle.manifest):
             _register_plugins(profiles[0])
-        shapes = moedge_trt.profile_shapes(model, **limits)
-        capabilities = sorted({device.compute_capability for device in profiles}, key=float)
-        inputs: list[Path | str] = [bundle.path, *device_names, *([timing_cache] if timing_cache else [])]
+        shapes = moedge_trt.profile_shapes(document["model"], **limits)
         with atomic_dir(out, force=force, inputs=inputs) as partial:
-            with tempfile.TemporaryDirectory(dir=partial) as scratch:
-                graph, sums = bundle.model_path, 0
-                if launched:
-                    from moedge.export.device import launcher
-
-                    launcher.load(trt, launcher.compile_library(partial / LIBRARY))
-                    graph = launcher.write_launches(bundle, Path(scratch), capabilities)
-                elif rtx and "7.5" in capabilities:
-                    from moedge.export.lowering.trt import router as trt_router
-
-                    graph, sums = trt_router.write_without_products(bundle, Path(scratch))
-                plan, facts = moedge_trt.build(
-                    trt,
-                    graph,
-                    shapes,
-                    compute_capabilities=capabilities if rtx else None,
-                    taps=outputs,
-                    timing_cache=timing_cache,
-                )
-            moedge_trt.write_bytes(partial / PLAN, plan)
+            plan, facts = _built(trt, bundle, partial, shapes, profiles, outputs, timing_cache)
+            write_bytes(partial / PLAN, plan)
             copy_companions(bundle.path, partial)
-            engine = {
-                "schema": SCHEMA,
-                **{key: manifest[key] for key in ("target", "kind", "label", "model", "moe")},
-                "dtype": manifest["cache"]["dtype"],
-                "parent": bundle.sha256,
-                "compute_capabilities": capabilities,
-                "devices": [device.name for device in profiles],
-                "profiles": limits,
-                "profile_shapes": {
-                    kind: {name: shapes[index][name] for name in ("input_ids", "attention_mask")}
-                    for kind, index in (("prefill", moedge_trt.PREFILL), ("decode", moedge_trt.DECODE))
-                },
-                "taps": shown,
-                "weight_bytes": weight_bytes,
-                "build": {**facts, "products_as_sums": sums},
-                "estimate": fits,
-                "versions": {"moedge": __version__, trt.__name__: trt.__version__},
-                "files": hash_tree(partial),
-            }
-            write_json(partial / MANIFEST, engine)
+            engine = EngineManifest(
+                **_of_bundle(bundle),
+                **_shown_profiles(profiles, limits, shapes),
+                taps={int(layer): Tap(**tap) for layer, tap in named.items()},
+                build=facts,
+                estimate=fits,
+                versions={"moedge": __version__, trt.__name__: trt.__version__},
+                files={name: FileEntry(**entry) for name, entry in hash_tree(partial).items()},
+            )
+            write_json(partial / MANIFEST, engine.document())
     except moedge_trt.DeviceError as error:
         raise MoEdgeError(str(error)) from error
     return engine
+
+
+def _for_rtx(manifest: Manifest) -> bool:
+    return targets.find(manifest.target).engine == "tensorrt-rtx"
+
+
+def _suitable(manifest: Manifest, device_names: Sequence[str]) -> list[devices.Device]:
+    """The profiles of the devices, once none of them is refused for what the bundle holds."""
+    profiles = [devices.load(name) for name in device_names]
+    if not profiles:
+        raise MoEdgeError(f"Name at least one device to build for; known: {', '.join(devices.names())}.")
+    for device in profiles:
+        if reason := devices.refusal(manifest.target, device):
+            raise MoEdgeError(reason)
+        if _for_rtx(manifest) and manifest.plugins and device.compute_capability == "7.5":
+            raise MoEdgeError(f"There are no kernels for {device.label} (SM75); export with --expert-form merged.")
+        if reason := devices.half_refusal(manifest.cache.dtype or "float16", device):
+            raise MoEdgeError(reason)
+        native = manifest.experts == "native"
+        if native and (reason := moedge_trt.moe_refusal(device.label, device.compute_capability)):
+            raise MoEdgeError(reason)
+    if manifest.target == "tensorrt" and len({device.compute_capability for device in profiles}) > 1:
+        raise MoEdgeError(
+            "TensorRT builds for the GPU it runs on; name one device, or export tensorrt-rtx for several."
+        )
+    return profiles
+
+
+def _fits(manifest: Manifest, profiles: list[devices.Device], limits: dict[str, int]) -> dict[str, FitFacts]:
+    """What the engine takes of each device's memory; one that is too small is refused."""
+    model, fits = manifest.model, {}
+    sparse = manifest.experts == "native" or manifest.plugins
+    unread = estimate.unread_bytes(manifest.moe, model.hidden_size) if sparse else 0
+    dtype = manifest.cache.dtype or "float16"
+    for device in profiles:
+        fit = estimate.fit(model, manifest.weight_bytes, device, **limits, unread=unread, dtype=dtype)
+        if reason := estimate.too_large(fit, device):
+            raise MoEdgeError(reason)
+        fits[device.name] = FitFacts(**vars(fit), needed=fit.needed)
+    return fits
+
+
+def _capabilities(profiles: list[devices.Device]) -> list[str]:
+    return sorted({device.compute_capability for device in profiles}, key=float)
+
+
+def _built(
+    trt: Any,
+    bundle: Bundle,
+    partial: Path,
+    shapes: list[dict[str, Any]],
+    profiles: list[devices.Device],
+    outputs: dict[str, str],
+    timing_cache: Path | None,
+) -> tuple[bytes, BuildFacts]:
+    """Build from the bundle's graph, or from one that this TensorRT takes in its place."""
+    rtx, capabilities = _for_rtx(bundle.manifest), _capabilities(profiles)
+    with tempfile.TemporaryDirectory(dir=partial) as scratch:
+        graph, sums = bundle.model_path, 0
+        if bundle.manifest.plugins and rtx:
+            from moedge.export.device import launcher
+
+            launcher.load(trt, launcher.compile_library(partial / LIBRARY))
+            graph = launcher.write_launches(bundle, Path(scratch), capabilities)
+        elif rtx and "7.5" in capabilities:
+            from moedge.export.lowering.trt import router as trt_router
+
+            graph, sums = trt_router.write_without_products(bundle, Path(scratch))
+        plan, facts = moedge_trt.build(
+            trt,
+            graph,
+            shapes,
+            compute_capabilities=capabilities if rtx else None,
+            taps=outputs,
+            timing_cache=timing_cache,
+        )
+    return plan, BuildFacts(**facts, products_as_sums=sums)
+
+
+def _of_bundle(bundle: Bundle) -> dict[str, Any]:
+    """What an engine's manifest takes over from its bundle's."""
+    manifest = bundle.manifest
+    kept = {name: getattr(manifest, name) for name in ("target", "kind", "label", "model", "moe", "weight_bytes")}
+    return {"schema": ENGINE_SCHEMA, **kept, "dtype": manifest.cache.dtype, "parent": bundle.sha256}
+
+
+def _shown_profiles(
+    profiles: list[devices.Device], limits: dict[str, int], shapes: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What an engine's manifest says of its devices and of the shapes that it takes."""
+    kinds = {"prefill": moedge_trt.PREFILL, "decode": moedge_trt.DECODE}
+    return {
+        "compute_capabilities": _capabilities(profiles),
+        "devices": [device.name for device in profiles],
+        "profiles": Profiles(**limits),
+        "profile_shapes": {
+            kind: {name: shapes[index][name] for name in ("input_ids", "attention_mask")}
+            for kind, index in kinds.items()
+        },
+    }
 
 
 def _tensorrt(target: str, device: devices.Device) -> Any:
@@ -216,24 +273,16 @@ def open_file(path: Path) -> EngineFile:
     Raises:
         MoEdgeError: what is wrong with it.
     """
-    import json
-
     from moedge.export.bundle import verify_files
 
     try:
-        manifest = json.loads(safe_join(path, MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise MoEdgeError(f"{path} is not an engine folder ({error}); make one with `moedge build`.") from error
-    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        raise MoEdgeError(f"{path / MANIFEST} is not of schema {SCHEMA}; build the engine again with this version.")
-    if missing := [key for key in _REQUIRED if key not in manifest]:
-        raise MoEdgeError(f"{path / MANIFEST} lacks {', '.join(missing)}; build the engine again.")
-    verify_files(path, manifest["files"])
-    if PLAN not in manifest["files"]:
+        document = manifests.load(path)
+    except FileNotFoundError as error:
+        raise MoEdgeError(
+            f"{path} is not an engine folder: it has no {MANIFEST}; make one with `moedge build`."
+        ) from error
+    manifest = manifests.parse(EngineManifest, document, path / MANIFEST)
+    verify_files(path, manifest.files)
+    if PLAN not in manifest.files:
         raise MoEdgeError(f"{path / MANIFEST} lists no {PLAN}; build the engine again.")
     return EngineFile(path, manifest)
-
-
-def sha256(manifest: dict[str, Any]) -> str:
-    """Content hash of an engine folder: that of its manifest, which holds the hash of every file."""
-    return digest(manifest)

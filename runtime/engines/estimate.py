@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from moedge.configs.devices import Device
+from moedge.export.manifest import ModelFacts, MoEFacts
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Fit:
 
 
 def fit(
-    model: dict[str, Any],
+    model: ModelFacts,
     weight_bytes: int,
     device: Device,
     *,
@@ -50,14 +50,14 @@ def fit(
             computed (:mod:`moedge.export.lowering.trt.experts`).
         dtype: of the engine; the logits of a bfloat16 one are float32.
     """
-    per_token = 2 * model["num_layers"] * model["num_kv_heads"] * model["head_dim"] * 2
+    per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * 2
     cache = per_token * max_length * batch
     # A tied embedding is read whole, as the output projection. The cache is half full on average.
     active = weight_bytes - unread + cache // 2
     return Fit(
         weights=weight_bytes,
         cache=2 * cache,
-        logits=batch * max_prompt * model["vocab_size"] * (4 if dtype == "bfloat16" else 2),
+        logits=batch * max_prompt * model.vocab_size * (4 if dtype == "bfloat16" else 2),
         memory=int(device.memory_gib * 2**30),
         active=active,
         bound_tokens_per_s=batch * device.bandwidth_gb_s * 1e9 / active,
@@ -74,12 +74,12 @@ def too_large(fit: Fit, device: Device) -> str | None:
     )
 
 
-def unread_bytes(moe: dict[str, Any] | None, hidden: int) -> int:
+def unread_bytes(moe: MoEFacts | None, hidden: int) -> int:
     """Bytes of half-precision experts that one token does not select: (E - k) * 3 * I * H * 2 in each layer.
 
     Args:
         moe: the ``moe`` section of a bundle's manifest; None for a dense model.
         hidden: H.
     """
-    layers = moe["layers"].values() if moe else ()
-    return sum((entry["num_experts"] - entry["top_k"]) * 3 * entry["expert_width"] * hidden * 2 for entry in layers)
+    layers = moe.layers.values() if moe else ()
+    return sum((layer.num_experts - layer.top_k) * 3 * layer.expert_width * hidden * 2 for layer in layers)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from moedge import MoEdgeError
+from moedge.export.manifest import ModelFacts
 from moedge.runtime.engines import Step
 
 FACT = "rope_boundary"
@@ -40,11 +41,11 @@ def boundary(config: Mapping[str, Any]) -> int | None:
     return min((int(length) for length in found if length), default=None)
 
 
-def of_bundle(folder: Path, model: Mapping[str, Any]) -> int | None:
+def of_bundle(folder: Path, model: ModelFacts) -> int | None:
     """:func:`boundary` of a bundle or engine folder with the facts ``model``; older ones have it in ``config.json``."""
     path = folder / "config.json"
-    if FACT in model or not path.is_file():
-        return model.get(FACT)
+    if FACT in model.model_fields_set or not path.is_file():
+        return model.rope_boundary
     return boundary(json.loads(path.read_text(encoding="utf-8")))
 
 

@@ -16,7 +16,9 @@ import numpy as np
 
 from moedge import MoEdgeError
 from moedge.export import targets
+from moedge.export.bundle import Bundle, check_external_data, open_bundle
 from moedge.export.graph import taps as _graph
+from moedge.export.manifest import Tap
 from moedge.runtime.engines import (
     EngineInfo,
     Step,
@@ -85,32 +87,28 @@ class OrtEngine:
         last_logits: bool = False,
         trace: str | Path | None = None,
     ) -> None:
-        from moedge.export.bundle import check_external_data, open_bundle
-
         bundle = open_bundle(Path(bundle_path))
         manifest = bundle.manifest
         if find_spec("onnx"):  # without it ONNX Runtime's own check that data stays in the folder remains
-            check_external_data(bundle.model_path, set(manifest["files"]))
+            check_external_data(bundle.model_path, set(manifest.files))
         self._path = Path(bundle_path)
-        row = targets.find(manifest["target"])
+        row = targets.find(manifest.target)
         self._provider = row.provider
         self._device = "cuda" if row.provider == targets.CUDA else "cpu"
         if self._device == "cuda":
             check_cuda(self._path)
-        self._model: dict[str, Any] = manifest["model"]
+        self._model = manifest.model
         self._rope_boundary = longrope.of_bundle(self._path, self._model)
-        self._shared = manifest["cache"]["kind"] == "shared_buffer"
+        self._shared = manifest.cache.kind == "shared_buffer"
         # TensorRT's graphs are executed with the roundings of their half type, which ONNX Runtime would leave out.
         rounded = row.engine is not None
         # Of the cache and the logits.
-        self._dtype = np.dtype("float32" if rounded else manifest["cache"].get("dtype", "float32"))
-        # JSON keys are strings; layers are numbers everywhere else.
-        self._taps = {int(layer): dict(tap) for layer, tap in manifest.get("taps", {}).items()} if taps else {}
-        layers = (manifest["moe"] or {}).get("layers", {}) if manifest["kind"] == "moe" else {}
-        routed = any(layer["num_experts"] for layer in layers.values())  # a pruned model has layers without experts
+        self._dtype = np.dtype("float32" if rounded else manifest.cache.dtype or "float32")
+        self._taps = manifest.taps if taps else {}
+        routed = bool(manifest.routed_layers)  # a pruned model has layers without experts
         if taps and routed and not self._taps:
             raise MoEdgeError(f"Bundle {bundle_path} names no routing taps; export it again or open it without taps.")
-        limits = [self._model["max_position_embeddings"], manifest["cache"].get("max_length"), max_length]
+        limits = [self._model.max_position_embeddings, manifest.cache.max_length, max_length]
         self._max_length = min(int(limit) for limit in limits if limit)
         threads = threads or default_threads()
         graph = None
@@ -125,8 +123,8 @@ class OrtEngine:
                 self._router_inputs = _graph.router_inputs(bundle.model_path, manifest)
             if replay:
                 self._router_inputs = _graph.own_router_inputs(bundle.model_path) if self._taps else {}
-                for layer in _graph.routed_layers(manifest):
-                    self._forced[layer] = (layers[str(layer)]["num_experts"], layers[str(layer)]["top_k"])
+                for layer in manifest.routed_layers:
+                    self._forced[layer] = (manifest.layers[layer].num_experts, manifest.layers[layer].top_k)
             graph, self._scores = _graph.edited(
                 bundle.model_path,
                 manifest,
@@ -143,30 +141,30 @@ class OrtEngine:
         self._weights = _dequantized(bundle, weights_of) if weights_of is not None else {}
         self._session, version = open_session(bundle.path, manifest, threads, graph, self._weights, trace)
         if top_k is not None:
-            for layer, tap in self._taps.items():
-                tap["top_k"] = min(top_k, manifest["moe"]["layers"][str(layer)]["num_experts"])
-        self._past = [name for name in manifest["io"]["inputs"] if name.startswith("past_key_values.")]
+            self._taps = {
+                layer: tap.model_copy(update={"top_k": min(top_k, manifest.layers[layer].num_experts)})
+                for layer, tap in self._taps.items()
+            }
+        self._past = [name for name in manifest.io.inputs if name.startswith("past_key_values.")]
         self._present = [name.replace("past_key_values.", "present.") for name in self._past]
         given = {value.name for value in self._session.get_inputs()}
         missing = [name for name in ("input_ids", "attention_mask", "position_ids", *self._past) if name not in given]
         if missing:
             raise MoEdgeError(f"Bundle {bundle_path}: the graph has no input {missing[0]!r}; export it again.")
-        quantization = manifest.get("quantization")
+        quantization = manifest.quantization
         self.info = EngineInfo(
-            name=f"{manifest['target']} {manifest['kind']}",
+            name=f"{manifest.target} {manifest.kind}",
             runtime=f"onnxruntime {version}",
             device="CPU" if self._device == "cpu" else "CUDA device 0",
-            dtype=f"int{quantization['bits']} weights"
-            if quantization
-            else manifest["cache"].get("dtype", self._model["dtype"]),
+            dtype=f"int{quantization.bits} weights" if quantization else manifest.cache.dtype or self._model.dtype,
             threads=threads,
             model={
-                **self._model,
+                **self._model.document(),
                 longrope.FACT: self._rope_boundary,
                 "generation": GenerationConfig.read(self._path),
-                "label": manifest.get("label", ""),
-                "target": manifest["target"],
-                "moe": manifest["kind"] == "moe",
+                "label": manifest.label,
+                "target": manifest.target,
+                "moe": manifest.kind == "moe",
                 "routed": routed,
                 "max_length": self._max_length,
                 "top_k": top_k,
@@ -181,11 +179,11 @@ class OrtEngine:
         experts: dict[int, np.ndarray] | None = None,
     ) -> Step:
         """Run ``ids`` int64 [B, S] from an empty cache; see :class:`moedge.runtime.engines.Engine`."""
-        mask = check_batch(ids, attention_mask, self._model["vocab_size"])
+        mask = check_batch(ids, attention_mask, self._model.vocab_size)
         if self._device == "cuda" and not mask.all():
             raise MoEdgeError("An ort-cuda bundle takes no padding: give rows of equal length, or one row at a time.")
         length = self._max_length if self._shared else 0
-        shape = (len(ids), self._model["num_kv_heads"], length, self._model["head_dim"])
+        shape = (len(ids), self._model.num_kv_heads, length, self._model.head_dim)
         # np.zeros maps pages on first touch: a long buffer costs memory only for the tokens that were written.
         empty = [np.zeros(shape, dtype=self._dtype) for _ in self._past]
         cache = _Cache(ids[:, :0], mask[:, :0], [self._ort_value(array, self._device) for array in empty])
@@ -193,7 +191,7 @@ class OrtEngine:
 
     def decode(self, ids: np.ndarray, cache: Any, *, experts: dict[int, np.ndarray] | None = None) -> Step:
         """Run ``ids`` int64 [B, S] after what ``cache`` holds; the cache is used up."""
-        mask = check_batch(ids, None, self._model["vocab_size"])
+        mask = check_batch(ids, None, self._model.vocab_size)
         if not isinstance(cache, _Cache) or cache.used or len(cache.mask) != len(ids):
             raise MoEdgeError("This cache was used before or belongs to another engine or batch; prefill again.")
         mask = np.concatenate([cache.mask, mask], axis=1)
@@ -250,12 +248,12 @@ class OrtEngine:
             chosen = None if experts is None else experts[layer]
             binding.bind_cpu_input(_graph.forced_input(layer), forcing(chosen, batch * new, count, top_k))
         rows = 1 if self._last_logits else new
-        logits = np.empty((batch, rows, self._model["vocab_size"]), dtype=self._dtype)
+        logits = np.empty((batch, rows, self._model.vocab_size), dtype=self._dtype)
         # Outputs come back in the order in which they were first bound: logits, taps, cache.
         binding.bind_output("logits", "cpu", 0, self._dtype, logits.shape, logits.ctypes.data)
         shown = list(
             dict.fromkeys(
-                [*(tap["output"] for tap in self._taps.values()), *self._router_inputs.values(), *self._scores.values()]
+                [*(tap.output for tap in self._taps.values()), *self._router_inputs.values(), *self._scores.values()]
             )
         )
         for name in shown:
@@ -275,7 +273,7 @@ class OrtEngine:
         outputs = binding.get_outputs() if shown or not self._shared else []
         values = cache.values if self._shared else outputs[1 + len(shown) :]
         seen = {name: value.numpy() for name, value in zip(shown, outputs[1:], strict=False)}
-        routes = {layer: selected(seen[tap["output"]], tap) for layer, tap in self._taps.items()} or None
+        routes = {layer: selected(seen[tap.output], tap) for layer, tap in self._taps.items()} or None
         # Float32 holds every half-precision number, so a router that casts what it reads gets the same.
         read, scores = (
             {layer: seen[name].astype(np.float32, copy=False) for layer, name in names.items()} or None
@@ -286,23 +284,22 @@ class OrtEngine:
         return Step(logits, _Cache(text, mask, values, binding), routes, read, scores)
 
 
-def selected(values: np.ndarray, tap: dict[str, Any]) -> np.ndarray:
+def selected(values: np.ndarray, tap: Tap) -> np.ndarray:
     """Experts int32 [T, k] from a tap: indices [T, k] as they are, or the top-k of scores [T, E], ties to the lower."""
-    if tap["kind"] == "indices":
+    if tap.kind == "indices":
         return values.astype(np.int32, copy=False)
-    return np.argsort(-values, axis=1, kind="stable")[:, : tap["top_k"]].astype(np.int32)
+    return np.argsort(-values, axis=1, kind="stable")[:, : tap.top_k].astype(np.int32)
 
 
-def _dequantized(bundle: Any, other: str | Path) -> dict[str, tuple[np.ndarray, Any]]:
+def _dequantized(bundle: Bundle, other: str | Path) -> dict[str, tuple[np.ndarray, Any]]:
     """De-quantised weights of the bundle ``other`` for the graph of ``bundle``: arrays and the OrtValues over them.
 
     Raises:
         MoEdgeError: ``bundle`` is not portable, or the two are not exports of the same model.
     """
-    from moedge.export.bundle import open_bundle
     from moedge.export.quantize.format import dequantized_weights
 
     quantised = open_bundle(Path(other))
-    if bundle.manifest["target"] != "portable" or quantised.manifest["parent"] != bundle.sha256:
+    if bundle.manifest.target != "portable" or quantised.manifest.parent != bundle.sha256:
         raise MoEdgeError(f"{other} was not lowered from {bundle.path}; give the portable bundle of the same export.")
     return {name: (array, OrtEngine._ort_value(array)) for name, array in dequantized_weights(quantised)}

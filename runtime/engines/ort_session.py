@@ -12,6 +12,7 @@ import numpy as np
 
 from moedge import MoEdgeError
 from moedge.export import targets
+from moedge.export.manifest import Manifest
 
 _OLDEST_CUDA = (1, 28)
 """The first whose CUDA kernel of ``MoE`` reads its SwiGLU attributes (onnxruntime-genai #2062, onnxruntime #28467)."""
@@ -76,7 +77,7 @@ def session_options(threads: int) -> Any:
 
 def open_session(
     folder: Path,
-    manifest: dict[str, Any],
+    manifest: Manifest,
     threads: int,
     graph: bytes | None,
     weights: dict[str, tuple[np.ndarray, Any]],
@@ -100,9 +101,9 @@ def open_session(
     except ImportError as error:
         raise MoEdgeError("Running a bundle needs ONNX Runtime; install it with: pip install 'moedge[cpu]'") from error
     options = session_options(threads)
-    path = folder / manifest["io"]["model"]
+    path = folder / manifest.io.model
     model: str | bytes = str(path)
-    if manifest.get("quantization", {}).get("form") == "DequantizeLinear":
+    if manifest.quantization and manifest.quantization.form == "DequantizeLinear":
         # Fold the weights when the graph is loaded. Otherwise each call unpacks all of them, or ONNX Runtime takes a
         # product of its own that rounds activations to int8, which the engine of this graph does not.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
@@ -112,13 +113,8 @@ def open_session(
         model = graph
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     if trace is not None:
-        options.enable_profiling = True
-        options.profile_file_prefix = str(Path(trace) / "trace")
-        options.optimized_model_filepath = str(Path(trace) / "optimized.onnx")
-        # With a file of its own the weights may pass 2 GiB.
-        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimized.data")
-        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
-    provider = targets.find(manifest["target"]).provider
+        _trace_to(Path(trace), options)
+    provider = targets.find(manifest.target).provider
     if provider == targets.CUDA:
         # CUDA and cuDNN from pip packages are on no loader path; only a process that imported torch has them already.
         with contextlib.redirect_stdout(sys.stderr):  # it reports there what it does not find
@@ -131,12 +127,27 @@ def open_session(
         session = onnxruntime.InferenceSession(model, options, providers=[provider], provider_options=[settings])
     except Exception as error:
         raise MoEdgeError(f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]}") from error
+    _check_placed(session, provider, path)
+    return session, onnxruntime.__version__
+
+
+def _trace_to(folder: Path, options: Any) -> None:
+    """Record every node, and write the optimised graph."""
+    options.enable_profiling = True
+    options.profile_file_prefix = str(folder / "trace")
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    # With a file of its own the weights may pass 2 GiB.
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimized.data")
+    options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+
+
+def _check_placed(session: Any, provider: str, path: Path) -> None:
+    """Refuse a session that would run elsewhere than asked, in whole or in part."""
     if session.get_providers()[0] != provider:  # ONNX Runtime goes on with the CPU, with a warning in its log
         raise MoEdgeError(f"ONNX Runtime could not start {provider} for {path}; check the driver and cuDNN.")
-    if settings and (fallen := not_on(session, provider)):
+    if provider == targets.CUDA and (fallen := not_on(session, provider)):
         counted = ", ".join(f"{count} {kind}" for kind, count in sorted(fallen.items()))
         raise MoEdgeError(
-            f"ONNX Runtime would run parts of {folder} on the CPU ({counted}), for its CUDA provider has no kernel for "
-            "them as they are: update onnxruntime-gpu, or take --target ort-cpu."
+            f"ONNX Runtime would run parts of {path.parent} on the CPU ({counted}), for its CUDA provider has no "
+            "kernel for them as they are: update onnxruntime-gpu, or take --target ort-cpu."
         )
-    return session, onnxruntime.__version__

@@ -14,7 +14,6 @@ import numpy as np
 
 from moedge import MoEdgeError
 from moedge.export import targets
-from moedge.export.graph import taps as _graph
 from moedge.runtime.device import moedge_session
 from moedge.runtime.device.moedge_trt import DeviceError
 from moedge.runtime.engines import EngineInfo, Step, check_batch, check_length, longrope
@@ -55,36 +54,36 @@ class TensorRTEngine:
         last_logits: bool = False,
     ) -> None:
         file = open_file(Path(engine_path))
-        limit = longrope.of_bundle(Path(engine_path), file.manifest["model"])
-        manifest = {**file.manifest, "model": {**file.manifest["model"], longrope.FACT: limit}}
-        layers = (manifest["moe"] or {}).get("layers", {}) if manifest["kind"] == "moe" else {}
-        routed = any(layer["num_experts"] for layer in layers.values())
+        limit = longrope.of_bundle(Path(engine_path), file.manifest.model)
+        model = file.manifest.model.model_copy(update={longrope.FACT: limit})
+        manifest = file.manifest.model_copy(update={"model": model})
+        routed = bool(manifest.routed_layers)
         if top_k is not None:
             raise MoEdgeError(f"top_k cannot be set on {engine_path}: an engine's graph is fixed; use its ONNX bundle.")
-        if (taps and routed and not manifest["taps"]) or (router_inputs and not _graph.names_reads(manifest)):
+        if (taps and routed and not manifest.taps) or (router_inputs and not manifest.names_reads):
             raise MoEdgeError(f"Engine {engine_path} was built without routing taps; build it again with --taps.")
         try:
             self._session: moedge_session.Session | None = moedge_session.Session(
-                file.plan(), manifest, library=file.library()
+                file.plan(), manifest.document(), library=file.library()
             )
         except DeviceError as error:
             raise MoEdgeError(f"Engine {engine_path} cannot run here: {error}") from error
-        self._path, self._taps, self._model = Path(engine_path), taps and routed, manifest["model"]
+        self._path, self._taps, self._model = Path(engine_path), taps and routed, model
         self._last, self._router_inputs = last_logits, router_inputs and routed
-        self._max_length = int(manifest["profiles"]["max_length"])
+        self._max_length = manifest.profiles.max_length
         dtype = self._session.dtype
         self.info = EngineInfo(
-            name=f"{manifest['target']} {manifest['kind']}",
+            name=f"{manifest.target} {manifest.kind}",
             runtime=self._session.version,
             device=f"GPU SM{self._session.cuda.capability()}",
-            dtype=f"int{bits} weights, {dtype}" if (bits := targets.find(manifest["target"]).bits) else dtype,
+            dtype=f"int{bits} weights, {dtype}" if (bits := targets.find(manifest.target).bits) else dtype,
             threads=threads or 1,
             model={
-                **self._model,
+                **model.document(),
                 "generation": GenerationConfig.read(self._path),
-                "label": manifest["label"],
-                "target": manifest["target"],
-                "moe": manifest["kind"] == "moe",
+                "label": manifest.label,
+                "target": manifest.target,
+                "moe": manifest.kind == "moe",
                 "routed": routed,
                 "max_length": self._max_length,
                 "top_k": None,
@@ -93,12 +92,12 @@ class TensorRTEngine:
 
     def prefill(self, ids: np.ndarray, attention_mask: np.ndarray | None = None) -> Step:
         """Run ``ids`` int64 [B, S] from an empty cache; see :class:`moedge.runtime.engines.Engine`."""
-        mask = check_batch(ids, attention_mask, self._model["vocab_size"])
+        mask = check_batch(ids, attention_mask, self._model.vocab_size)
         return self._run(ids, mask, None)
 
     def decode(self, ids: np.ndarray, cache: Any) -> Step:
         """Run ``ids`` int64 [B, S] after what ``cache`` holds; the cache is used up."""
-        mask = check_batch(ids, None, self._model["vocab_size"])
+        mask = check_batch(ids, None, self._model.vocab_size)
         wrong = not isinstance(cache, _Cache) or cache.owner is not self or cache.used
         if wrong or len(cache.inner.mask) != len(ids):
             raise MoEdgeError("This cache was used before or belongs to another engine or batch; prefill again.")

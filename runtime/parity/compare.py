@@ -10,9 +10,9 @@ Symbols: a reference logits, b test logits, p = softmax(a), q = softmax(b), V vo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,8 @@ from moedge.runtime.parity.metrics import RouteAgreement, TokenErrors
 from moedge.runtime.parity.replay import Replay
 
 SCHEMA = "moedge.parity/1"
+Name = TypeVar("Name", bound=Hashable)
+"""What a caller names an engine by: a label, an :class:`moedge.runtime.engines.ref.EngineRef`."""
 
 
 def compare(
@@ -69,13 +71,13 @@ def compare(
 
 def compare_all(
     reference: Engine,
-    tests: Mapping[str, tuple[Engine, Mapping[str, Any] | Profile]],
+    tests: Mapping[Name, tuple[Engine, Mapping[str, Any] | Profile]],
     token_windows: np.ndarray,
     *,
     prefill: int,
     routing: bool = True,
     progress: Progress | None = None,
-) -> dict[str, dict[str, Any]]:
+) -> dict[Name, dict[str, Any]]:
     """Compare several engines with one reference, which runs once; see :func:`compare`.
 
     Args:
@@ -216,12 +218,12 @@ def judged(
 
 def identity_all(
     reference: Engine,
-    tests: Mapping[str, tuple[Engine, float]],
+    tests: Mapping[Name, tuple[Engine, float]],
     token_windows: np.ndarray,
     *,
     prefill: int | None = None,
     progress: Progress | None = None,
-) -> dict[str, dict[str, Any]]:
+) -> dict[Name, dict[str, Any]]:
     """Check that models with every expert selected are their dense parent, which runs once.
 
     Args:

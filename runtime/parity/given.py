@@ -10,8 +10,10 @@ from moedge import MoEdgeError
 from moedge._progress import Progress
 from moedge.configs import tolerances as tolerance_files
 from moedge.convert.adapters import MOE_PREFIX
+from moedge.export import manifest as manifests
 from moedge.runtime.engines import open_engine
 from moedge.runtime.engines.given import local
+from moedge.runtime.engines.ref import is_quantised
 from moedge.runtime.parity import compare as parity
 from moedge.runtime.parity import verdict
 from moedge.runtime.parity.suite import (
@@ -19,7 +21,6 @@ from moedge.runtime.parity.suite import (
     SCHEMA,
     Judging,
     finished,
-    is_quantised,
     reference_options,
     verify_run,
 )
@@ -155,8 +156,8 @@ def answers_of_device(
 
 def _target(folder: Path) -> str:
     """Target of a bundle, or an empty string for anything else."""
-    manifest = folder / "manifest.json"
-    return str(run_folder.read_json(manifest).get("target", "")) if manifest.is_file() else ""
+    manifest = manifests.read(folder)
+    return manifest.target if manifest else ""
 
 
 def _reference_options(folder: Path, how: Judging, target: str) -> dict[str, Any]:
@@ -170,7 +171,7 @@ def _reference_options(folder: Path, how: Judging, target: str) -> dict[str, Any
 
 
 def _is_moe(folder: Path) -> bool:
-    for name, key, value in (("manifest.json", "kind", "moe"), ("config.json", "model_type", MOE_PREFIX)):
-        if (folder / name).is_file():
-            return str(run_folder.read_json(folder / name).get(key, "")).startswith(value)
-    return False
+    if manifest := manifests.read(folder):
+        return manifest.kind == "moe"
+    config = folder / "config.json"
+    return config.is_file() and str(run_folder.read_json(config).get("model_type", "")).startswith(MOE_PREFIX)

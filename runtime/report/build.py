@@ -6,7 +6,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from moedge import __version__
+from moedge import MoEdgeError, __version__
+from moedge.export import manifest as manifests
+from moedge.export.manifest import Manifest
 from moedge.runtime.parity.verdict import Outcome, outcome_of, run_outcome
 from moedge.runtime.run import run_folder
 from moedge.runtime.run.run_folder import read_json
@@ -40,7 +42,7 @@ def build(run: Path, recipe: dict[str, Any]) -> dict[str, Any]:
         "quality": evaluation,
         "verification": verification,
         "speed": speed,
-        "bundles": [_bundle(label, folder) for label, folder in run_folder.bundles(run).items()],
+        "bundles": [_bundle(str(ref), folder) for ref, folder in run_folder.bundles(run).items()],
         "machine": speed["machine"],
         "versions": {"moedge": __version__, **_merge(stage["parts"]["versions"] for stage in stages)},
         "stages": [
@@ -126,15 +128,18 @@ def _zeros(run: Path, layers: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _bundle(label: str, folder: Path) -> dict[str, Any]:
-    manifest = read_json(folder / "manifest.json")
+    manifest = manifests.read(folder)
+    if not isinstance(manifest, Manifest):
+        raise MoEdgeError(f"{folder} is not a bundle; run `moedge run` on its recipe again.")
+    document = manifest.document()
     return {
         "label": label,
-        "target": manifest["target"],
-        "kind": manifest["kind"],
-        "bytes": sum(entry["size"] for entry in manifest["files"].values()),
-        "cache": manifest["cache"],
-        "lowering": manifest.get("lowering", []),
-        "files": {name: entry["sha256"] for name, entry in manifest["files"].items()},
+        "target": manifest.target,
+        "kind": manifest.kind,
+        "bytes": sum(entry.size for entry in manifest.files.values()),
+        "cache": document["cache"],
+        "lowering": document["lowering"],
+        "files": {name: entry.sha256 for name, entry in manifest.files.items()},
     }
 
 

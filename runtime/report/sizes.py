@@ -6,20 +6,21 @@ from typing import Any
 
 from rich.markup import escape
 
+from moedge.export.manifest import Quantization
 from moedge.runtime.tables import Sheet
 
 
-def size_rows(quantization: dict[str, Any]) -> list[dict[str, Any]]:
+def size_rows(quantization: Quantization) -> list[dict[str, Any]]:
     """One row a tensor class, and the sum, from a manifest's ``quantization`` section."""
     rows = [
         {
-            "class": entry["tensor_class"],
-            "parameters": entry["parameters"],
-            "float MiB": entry["float_bytes"] / 2**20,
-            "MiB": entry["bytes"] / 2**20,
-            "bits a weight": entry["bits_per_weight"],
+            "class": entry.tensor_class,
+            "parameters": entry.parameters,
+            "float MiB": entry.float_bytes / 2**20,
+            "MiB": entry.bytes / 2**20,
+            "bits a weight": entry.bits_per_weight,
         }
-        for entry in quantization["classes"]
+        for entry in quantization.classes
     ]
     total: dict[str, Any] = {"class": "total"}
     for name in ("parameters", "float MiB", "MiB"):
@@ -28,9 +29,9 @@ def size_rows(quantization: dict[str, Any]) -> list[dict[str, Any]]:
     return [*rows, total]
 
 
-def size_table(quantization: dict[str, Any]) -> Sheet:
+def size_table(quantization: Quantization) -> Sheet:
     """The rows as a table for people."""
-    title = f"int{quantization['bits']}, blocks of {quantization['block']}, {quantization['method']}"
+    title = f"int{quantization.bits}, blocks of {quantization.block}, {quantization.method}"
     table = Sheet(title=escape(title))
     for column in ("class", "parameters", "float MiB", "MiB", "bits a weight"):
         table.add_column(column, justify="left" if column == "class" else "right")

@@ -6,11 +6,10 @@ nothing else. What comes after what, and when a result is used again, is in :mod
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from moedge._files import digest, write_json
+from moedge._files import digest, read_json, write_json
 from moedge.runtime.run import held_out, run_folder
 from moedge.runtime.run.engine import Context
 from moedge.runtime.run.fingerprint import top_files
@@ -25,7 +24,7 @@ def source(context: Context) -> None:
     found = resolve(context.params["source"], context.params["revision"])
     folder = found.folder.resolve()
     tokenizer_files.check(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json", "download or save the model again")
     write_json(
         context.out / "source.json",
         {
@@ -156,10 +155,12 @@ def export(context: Context) -> None:
 def build_engine(context: Context) -> None:
     """Make one engine of the MoE for every device of the recipe; no GPU is needed, and none executes it."""
     from moedge.runtime.engines import build
+    from moedge.runtime.engines.ref import EngineRef
 
-    bundle = run_folder.bundles(context.root)["tensorrt-rtx moe"]
-    facts = build.build(bundle, context.out / "tensorrt-rtx", context.params["devices"])["build"]
-    context.note(f"{facts['engine_bytes'] / 2**20:.0f} MiB, {facts['layers']} layers; not executed here")
+    bundle = run_folder.bundles(context.root)[EngineRef("tensorrt-rtx", "moe")]
+    facts = build.build(bundle, context.out / "tensorrt-rtx", context.params["devices"]).build
+    assert facts is not None, "an engine that was just built says how"
+    context.note(f"{facts.engine_bytes / 2**20:.0f} MiB, {facts.layers} layers; not executed here")
 
 
 # --- evaluate, verify, bench, report --------------------------------------------------------------------------------
@@ -251,6 +252,7 @@ def bench(context: Context) -> None:
     from moedge.runtime.bench import latency as benchmark
     from moedge.runtime.bench import profiling
     from moedge.runtime.engines import open_engine
+    from moedge.runtime.engines.ref import EngineRef
 
     params = context.params
     (text,) = held_out.texts(params["texts"])
@@ -258,17 +260,17 @@ def bench(context: Context) -> None:
         load_tokenizer(run_folder.dense(context.root)), text, params["prompt"], 1, bos=False, name="benchmark"
     )[0]
     found, not_executed = run_folder.executable(run_folder.engines(context.root, dense_bundles=params["dense_parent"]))
-    found.pop("portable dense", None)  # nobody's choice for speed: the lowered parent is the one to beat
+    found.pop(EngineRef("portable", "dense"), None)  # nobody's choice for speed: the lowered parent is the one to beat
     pytorch = {name: params[name] for name in ("device", "dtype")}
     engines = {
-        label: partial(open_engine, path, threads=params["threads"], pytorch=pytorch, last_logits=True)
-        for label, path in found.items()
+        str(ref): partial(open_engine, path, threads=params["threads"], pytorch=pytorch, last_logits=True)
+        for ref, path in found.items()
     }
     options = {name: params[name] for name in ("prompt", "decode", "repeats", "warmup")}
     result = benchmark.bench(engines, ids, **options, progress=context.progress)
     if params["profile"]:
         sizes = {name: params[name] for name in ("prompt", "decode", "repeats", "threads")}
-        result["profiles"] = profiling.profiles(found, ids, **sizes)
+        result["profiles"] = profiling.profiles({str(ref): path for ref, path in found.items()}, ids, **sizes)
     write_json(context.out / "bench.json", {**result, "text": text.name, "not_executed": not_executed})
 
 

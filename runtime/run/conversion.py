@@ -9,14 +9,13 @@ from typing import Any
 
 from moedge._files import atomic_dir
 from moedge._progress import Progress
-from moedge.configs.recipe import Recipe
-from moedge.runtime.bench.machine import machine
+from moedge.configs.recipe import Conversion
 from moedge.runtime.run import run_folder, stages
 from moedge.runtime.run.engine import Context
 
 
 def write_checkpoint(
-    recipe: Recipe,
+    recipe: Conversion,
     out: Path,
     *,
     force: bool = False,
@@ -27,7 +26,7 @@ def write_checkpoint(
     """Convert as a recipe says and write the MoE checkpoint to ``out``, whole or not at all.
 
     Args:
-        recipe: its sections ``model``, ``text``, ``calibration`` and ``convert`` are read.
+        recipe: its sections that the stages up to ``convert`` read.
         check: called with the model's ``config.json`` before anything is measured; raises what does not fit.
         progress: called with (done, in all) of each stage; ``note`` with what it does.
 
@@ -39,15 +38,13 @@ def write_checkpoint(
         check(run_folder.read_json(local, "download or save the model again"))
     with atomic_dir(out, force=force, inputs=(recipe.model.source, recipe.text.calibration)) as partial:
         work = partial / ".stages"
-        built = {stage.name: stage for stage in stages.build(recipe, machine())}
-        for stage in (*(built[name] for name in built["convert"].reads), built["convert"]):
+        for stage in stages.to_convert(recipe):
             note(stage.what)
             folder = work / stage.name
             folder.mkdir(parents=True)
             stage.body(Context(folder, work, stage.params, progress, note))
             if stage.name == "source":
                 check(run_folder.source(work)["config"])
-        checkpoint = run_folder.checkpoint(work)
-        for path in checkpoint.iterdir():
+        for path in run_folder.checkpoint(work).iterdir():
             path.rename(partial / path.name)
         shutil.rmtree(work)

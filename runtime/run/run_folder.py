@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from moedge import MoEdgeError
+from moedge import MoEdgeError, _files
 from moedge._files import refuse_pointer
-from moedge.export import targets
+from moedge.runtime.engines.ref import TORCH_DENSE, TORCH_MOE, EngineRef, Role
 
 RUN_SCHEMA = "moedge.run/1"
 
@@ -37,15 +36,7 @@ def read_json(path: Path, mend: str = "run `moedge run` on its recipe again") ->
         MoEdgeError: missing, damaged or a Git LFS pointer.
     """
     refuse_pointer(path)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MoEdgeError(f"{path} is missing; run `moedge run` on its recipe first.") from None
-    except (OSError, ValueError) as error:
-        raise MoEdgeError(f"{path} cannot be read ({error}); {mend}.") from error
-    if not isinstance(value, dict):
-        raise MoEdgeError(f"{path} is damaged (not a JSON object); {mend}.")
-    return value
+    return _files.read_json(path, mend, missing=f"{path} is missing; run `moedge run` on its recipe first.")
 
 
 def checkpoint(run: Path) -> Path:
@@ -63,13 +54,14 @@ def dense(run: Path) -> Path:
     return Path(source(run)["folder"])
 
 
-def bundles(run: Path) -> dict[str, Path]:
-    """Finished bundles, ``{"portable moe": folder, "ort-cpu dense": folder, ...}``."""
-    found = {}
-    for stage, kind in (("export", "moe"), ("export-dense", "dense")):
-        for manifest in sorted((run / stage).glob("*/manifest.json")):
-            found[f"{manifest.parent.name} {kind}"] = manifest.parent
-    return found
+def bundles(run: Path) -> dict[EngineRef, Path]:
+    """Finished bundles, target by target, those of the MoE first."""
+    stages: tuple[tuple[str, Role], ...] = (("export", "moe"), ("export-dense", "dense"))
+    return {
+        EngineRef(manifest.parent.name, role): manifest.parent
+        for stage, role in stages
+        for manifest in sorted((run / stage).glob("*/manifest.json"))
+    }
 
 
 def bundles_below(path: Path) -> str:
@@ -78,46 +70,40 @@ def bundles_below(path: Path) -> str:
     return f" It holds the bundles {', '.join(below)}; give one of them." if below else ""
 
 
-def engines(run: Path, *, dense_bundles: bool = True) -> dict[str, Path]:
-    """Everything in a run that an engine can open: the bundles, ``"torch moe"`` and ``"torch dense"``.
+def engines(run: Path, *, dense_bundles: bool = True) -> dict[EngineRef, Path]:
+    """Everything in a run that an engine can open: the bundles, and both models in PyTorch.
 
     ``dense_bundles=False`` leaves out exports of the dense parent (an older recipe may have left some behind).
     """
     found = {}
     if (run / "source" / "source.json").is_file():
-        found["torch dense"] = dense(run)
+        found[TORCH_DENSE] = dense(run)
     if checkpoint(run).is_dir():
-        found["torch moe"] = checkpoint(run)
-    return found | {label: path for label, path in bundles(run).items() if dense_bundles or not label.endswith("dense")}
+        found[TORCH_MOE] = checkpoint(run)
+    return found | {ref: path for ref, path in bundles(run).items() if dense_bundles or ref.role != "dense"}
 
 
-def executable(found: dict[str, Path]) -> tuple[dict[str, Path], dict[str, str]]:
+def executable(found: dict[EngineRef, Path]) -> tuple[dict[EngineRef, Path], dict[str, str]]:
     """Split :func:`engines` into what this machine executes and, label by label, why the rest is not executed.
 
     A bundle of a TensorRT target is a graph for an engine: its numbers on a CPU say nothing about the engine's.
     """
-    here = {label: path for label, path in found.items() if not _engine(label)}
+    here = {ref: path for ref, path in found.items() if ref.row is None or ref.row.engine is None}
     reason = (
         "not executed here: an engine runs on its device; `moedge verify` checks the half-precision graph on this CPU"
     )
-    return here, dict.fromkeys(found.keys() - here.keys(), reason)
+    return here, {str(ref): reason for ref in found if ref not in here}
 
 
-def _engine(label: str) -> bool:
-    row = targets.known(label.split()[0])
-    return row is not None and row.engine is not None
-
-
-def pick(run: Path, *, model: str, target: str) -> Path:
+def pick(run: Path, *, model: Role, target: str) -> Path:
     """Return one engine folder of a run.
 
     Raises:
         MoEdgeError: the run has no such engine.
     """
     found = engines(run)
-    label = f"{target} {model}"
-    if label not in found:
-        raise MoEdgeError(
-            f"Run {run} has no {label!r}; it has: {', '.join(found) or 'nothing yet'}. Finish it with `moedge run`."
-        )
-    return found[label]
+    ref = EngineRef(target, model)
+    if ref not in found:
+        there = ", ".join(map(str, found)) or "nothing yet"
+        raise MoEdgeError(f"Run {run} has no {str(ref)!r}; it has: {there}. Finish it with `moedge run`.")
+    return found[ref]

@@ -6,10 +6,14 @@ The work of a stage is in :mod:`moedge.runtime.run.bodies`; how stages are keyed
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from moedge.configs import devices, tolerances
-from moedge.configs.recipe import CONVERT_SECTIONS, Recipe
+from moedge.configs.recipe import CONVERT_SECTIONS, Conversion, ModelSection, Recipe
 from moedge.export import targets
 from moedge.runtime.run import bodies, run_folder
 from moedge.runtime.run.engine import Stage
@@ -40,6 +44,238 @@ _TORCH = ("torch", "transformers")
 _ONNX = ("onnx", "onnx-ir", "onnxscript", "onnxruntime")
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What several stages of one recipe put into their keys; each fact is found out when a stage first asks for it.
+
+    Args:
+        recipe: the sections of a recipe that the stages read.
+        machine: facts about this machine; part of the key of what is measured on it.
+    """
+
+    recipe: Conversion
+    machine: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def convert(self) -> dict[str, Any]:
+        """The section ``convert`` as JSON."""
+        return self.recipe.convert.model_dump(mode="json")
+
+    @cached_property
+    def needs(self) -> tuple[str, ...]:
+        """What the method reads besides the model."""
+        return method_needs(self.convert)
+
+    @cached_property
+    def device(self) -> dict[str, str]:
+        """Where PyTorch computes.
+
+        Raises:
+            MoEdgeError: that device is not here.
+        """
+        from moedge.convert.sources import check_device
+
+        check_device(self.recipe.model.device)
+        return {"device": self.recipe.model.device}
+
+    @cached_property
+    def calibration(self) -> dict[str, Any]:
+        """The text to calibrate on, and which of its documents are held out."""
+        spec, every = self.recipe.text.calibration, self.recipe.text.holdout_every
+        return {"spec": spec, "is": fingerprint(spec, text=True), "every": every}
+
+    @cached_property
+    def held_out(self) -> list[dict[str, Any]]:
+        """The texts to measure on."""
+        return [{"spec": spec, "is": fingerprint(spec, text=True)} for spec in self.recipe.text.held_out]
+
+    @cached_property
+    def domains(self) -> dict[str, Any]:
+        """What the windows of the method's domains are made from; empty for a method without domains."""
+        return _domains(self.convert, self.recipe.text.holdout_every) if "domains" in self.needs else {}
+
+    @cached_property
+    def texts(self) -> dict[str, Any]:
+        """Every text of the recipe; see :func:`moedge.runtime.run.held_out.texts`."""
+        known: dict[str, Any] = {"calibration": self.calibration, "held_out": self.held_out}
+        return known | ({"domains": self.domains["texts"]} if self.domains else {})
+
+
+# --- one function a stage -------------------------------------------------------------------------------------------
+
+
+def open_dense(model: ModelSection, check: Callable[[Path], None] | None = None) -> Stage:
+    """The stage ``source`` of a recipe or a study; ``check`` gets the stage's folder."""
+    return Stage(
+        "source",
+        "open the dense model",
+        bodies.source,
+        {**model.model_dump(exclude={"device"}), "is": fingerprint(model.source)},
+        sources=SOURCE_CODE,
+        libraries=(*_TORCH, "gguf"),
+        identity=bodies.source_identity,
+        check=check,
+    )
+
+
+def source(recipe: Conversion, facts: Facts) -> Stage:
+    """Open the dense model, and see that the recipe fits it."""
+
+    def check(folder: Path) -> None:
+        recipe.check_model(run_folder.read_json(folder / "source.json")["config"], recipe.name)
+
+    return open_dense(recipe.model, check)
+
+
+def calibrate(recipe: Conversion, facts: Facts) -> Stage:
+    """Measure what the method and the controls read."""
+    alone = all(entry["is"] != facts.calibration["is"] for entry in facts.held_out)
+    return Stage(
+        "calibrate",
+        f"measure activations on {recipe.calibration.windows * recipe.calibration.length:,} tokens",
+        bodies.calibrate,
+        {
+            **recipe.calibration.model_dump(),
+            "text": {**facts.calibration, "alone": alone},
+            **_measured(facts.convert),
+            "domains": facts.domains,
+            **facts.device,
+        },
+        reads=("source",),
+        sources=CONVERT_CODE,
+        libraries=_TORCH,
+    )
+
+
+def convert(recipe: Conversion, facts: Facts) -> Stage:
+    """Make the Mixture-of-Experts; a method that needs no data reads no calibration."""
+    return Stage(
+        "convert",
+        f"convert every FFN: {notation(facts.convert)}",
+        bodies.convert_stage,
+        {"convert": facts.convert, **facts.device},
+        reads=("source", "calibrate") if facts.needs else ("source",),
+        sources=CONVERT_CODE,
+        libraries=(*_TORCH, "scipy", "safetensors"),
+    )
+
+
+def export(recipe: Recipe, facts: Facts) -> Stage:
+    """Write the bundles of the Mixture-of-Experts."""
+    return Stage(
+        "export",
+        f"write ONNX bundles: {', '.join(recipe.export.targets)}",
+        bodies.export,
+        {**_exported(recipe), "kind": "moe", "notation": notation(facts.convert)},
+        reads=("source", "convert"),
+        sources=_EXPORT_CODE,
+        libraries=(*_TORCH, *_ONNX),
+    )
+
+
+def build_engine(recipe: Recipe, facts: Facts) -> Stage | None:
+    """Make one engine for the devices of the recipe, if it names any."""
+    if not recipe.export.build:
+        return None
+    profiles = [devices.load(name).model_dump(mode="json", by_alias=True) for name in recipe.export.build]
+    return Stage(
+        "build",
+        f"build the engine for {', '.join(recipe.export.build)}",
+        bodies.build_engine,
+        {"devices": recipe.export.build, "profiles": profiles},
+        reads=("export",),
+        sources=(*_EXPORT_CODE, "runtime/engines", "runtime/device", *_CONFIGS, *_STATS),
+        libraries=("tensorrt-rtx-cu13",),
+    )
+
+
+def export_dense(recipe: Recipe, facts: Facts) -> Stage | None:
+    """Write the bundles of the dense parent, if the recipe wants them."""
+    if not recipe.export.dense_parent:
+        return None
+    return Stage(
+        "export-dense",
+        "the same for the dense parent",
+        bodies.export,
+        {**_exported(recipe), "kind": "dense"},
+        reads=("source",),
+        sources=_EXPORT_CODE,
+        libraries=(*_TORCH, *_ONNX),
+    )
+
+
+def evaluate(recipe: Recipe, facts: Facts) -> Stage:
+    """Measure the quality of the Mixture-of-Experts and of its controls."""
+    return Stage(
+        "evaluate",
+        "measure quality against the controls",
+        bodies.evaluate,
+        {**recipe.evaluate.model_dump(), "texts": facts.texts, **facts.device},
+        reads=("source", "calibrate", "convert"),
+        sources=CONVERT_CODE,
+        libraries=_TORCH,
+    )
+
+
+def verify(recipe: Recipe, facts: Facts) -> Stage:
+    """Compare the engines with PyTorch."""
+    return Stage(
+        "verify",
+        "compare the ONNX engines with PyTorch",
+        bodies.verify,
+        {**recipe.verify.model_dump(), **_limits(recipe), **_on_this_machine(recipe, facts)},
+        reads=("source", "convert", "export", *_dense(recipe)),
+        sources=(*_ENGINE_CODE, "runtime/parity", *_CONFIGS),
+        libraries=(*_TORCH, "onnx", "onnxruntime"),
+    )
+
+
+def bench(recipe: Recipe, facts: Facts) -> Stage:
+    """Time the engines."""
+    return Stage(
+        "bench",
+        "time the engines side by side",
+        bodies.bench,
+        {**recipe.bench.model_dump(), **_on_this_machine(recipe, facts)},
+        reads=("source", "convert", "export", *_dense(recipe)),
+        sources=(*_ENGINE_CODE, "runtime/bench"),
+        libraries=(*_TORCH, "onnx", "onnxruntime"),
+    )
+
+
+def report(recipe: Recipe, facts: Facts) -> Stage:
+    """Write the report."""
+    return Stage(
+        "report",
+        "write the report",
+        bodies.report,
+        {"recipe": recipe.model_dump()},
+        reads=("source", "calibrate", "convert", "export", *_dense(recipe), "evaluate", "verify", "bench"),
+        sources=(*_ALWAYS_CODE, "runtime/report", "runtime/parity", "convert", *_CONFIGS),
+        libraries=("jinja2", "matplotlib"),
+    )
+
+
+CONVERT_STAGES: dict[str, Callable[[Conversion, Facts], Stage]] = {
+    "source": source,
+    "calibrate": calibrate,
+    "convert": convert,
+}
+"""What ``moedge convert`` is made of; these read no section of a recipe but those of :class:`Conversion`."""
+
+STAGES: dict[str, Callable[[Recipe, Facts], Stage | None]] = {
+    **CONVERT_STAGES,
+    "export": export,
+    "build": build_engine,
+    "export-dense": export_dense,
+    "evaluate": evaluate,
+    "verify": verify,
+    "bench": bench,
+    "report": report,
+}
+"""Every stage in order. A function returns None where its recipe does not ask for the stage."""
+
+
 def build(recipe: Recipe, machine: dict[str, Any]) -> list[Stage]:
     """Return the stages of a recipe, in order.
 
@@ -47,150 +283,54 @@ def build(recipe: Recipe, machine: dict[str, Any]) -> list[Stage]:
         machine: facts about this machine; part of the key of what is measured on it.
 
     Raises:
-        MoEdgeError: a model or text file that the recipe names does not exist.
+        MoEdgeError: a model or text file that the recipe names does not exist, or a device is not here.
     """
-    from moedge.convert.sources import check_device
+    facts = Facts(recipe, machine)
+    return [stage for make in STAGES.values() if (stage := make(recipe, facts))]
 
-    model, text = recipe.model, recipe.text
-    calibration_text = {
-        "spec": text.calibration,
-        "is": fingerprint(text.calibration, text=True),
-        "every": text.holdout_every,
-    }
-    held_out = [{"spec": spec, "is": fingerprint(spec, text=True)} for spec in text.held_out]
-    texts = {"calibration": calibration_text, "held_out": held_out}
-    convert = recipe.convert.model_dump(mode="json")
-    needs = method_needs(convert)
-    domains = _domains(convert, text.holdout_every) if "domains" in needs else {}
-    texts |= {"domains": domains["texts"]} if domains else {}
-    first_text = {**texts, "held_out": held_out[:1]}
-    exported = recipe.export.model_dump(exclude={"dense_parent", "build"})
+
+def to_convert(recipe: Conversion) -> list[Stage]:
+    """Return the stage ``convert`` and before it those that it reads; nothing else is built.
+
+    Raises:
+        MoEdgeError: a model or text file that the recipe names does not exist, or a device is not here.
+    """
+    facts = Facts(recipe)
+    last = convert(recipe, facts)
+    return [*(CONVERT_STAGES[name](recipe, facts) for name in last.reads), last]
+
+
+# --- what they share ------------------------------------------------------------------------------------------------
+
+
+def _dense(recipe: Recipe) -> tuple[str, ...]:
+    return ("export-dense",) if recipe.export.dense_parent else ()
+
+
+def _exported(recipe: Recipe) -> dict[str, Any]:
+    """Parameters of both exports.
+
+    Raises:
+        MoEdgeError: a target wants a GPU that is not here.
+    """
     rows = [targets.find(name) for name in recipe.export.targets]
-    if not any(map(targets.has_dtypes, rows)):
-        del exported["dtype"]
     for row in rows:
         if row.provider == targets.CUDA:
             from moedge.runtime.engines.ort_session import check_cuda
 
             check_cuda(f"{recipe.name}: export.targets: {row.name}")
-    device = {"device": model.device}
-    check_device(model.device)
-    measured = {"texts": first_text, "machine": machine, "dense_parent": recipe.export.dense_parent, **device}
-    dense = ("export-dense",) if recipe.export.dense_parent else ()
-    stages = [
-        Stage(
-            "source",
-            "open the dense model",
-            bodies.source,
-            {**model.model_dump(exclude={"device"}), "is": fingerprint(model.source)},
-            sources=SOURCE_CODE,
-            libraries=(*_TORCH, "gguf"),
-            identity=bodies.source_identity,
-            check=lambda folder: recipe.check_model(
-                run_folder.read_json(folder / "source.json")["config"], recipe.name
-            ),
-        ),
-        Stage(
-            "calibrate",
-            f"measure activations on {recipe.calibration.windows * recipe.calibration.length:,} tokens",
-            bodies.calibrate,
-            {
-                **recipe.calibration.model_dump(),
-                "text": {
-                    **calibration_text,
-                    "alone": all(entry["is"] != calibration_text["is"] for entry in held_out),
-                },
-                **_measured(convert),
-                "domains": domains,
-                **device,
-            },
-            reads=("source",),
-            sources=CONVERT_CODE,
-            libraries=_TORCH,
-        ),
-        Stage(
-            "convert",
-            f"convert every FFN: {notation(convert)}",
-            bodies.convert_stage,
-            {"convert": convert, **device},
-            reads=("source", "calibrate") if needs else ("source",),
-            sources=CONVERT_CODE,
-            libraries=(*_TORCH, "scipy", "safetensors"),
-        ),
-        Stage(
-            "export",
-            f"write ONNX bundles: {', '.join(recipe.export.targets)}",
-            bodies.export,
-            {**exported, "kind": "moe", "notation": notation(convert)},
-            reads=("source", "convert"),
-            sources=_EXPORT_CODE,
-            libraries=(*_TORCH, *_ONNX),
-        ),
-    ]
-    if recipe.export.build:
-        profiles = [devices.load(name).model_dump(mode="json", by_alias=True) for name in recipe.export.build]
-        stages.append(
-            Stage(
-                "build",
-                f"build the engine for {', '.join(recipe.export.build)}",
-                bodies.build_engine,
-                {"devices": recipe.export.build, "profiles": profiles},
-                reads=("export",),
-                sources=(*_EXPORT_CODE, "runtime/engines", "runtime/device", *_CONFIGS, *_STATS),
-                libraries=("tensorrt-rtx-cu13",),
-            )
-        )
-    if dense:
-        stages.append(
-            Stage(
-                "export-dense",
-                "the same for the dense parent",
-                bodies.export,
-                {**exported, "kind": "dense"},
-                reads=("source",),
-                sources=_EXPORT_CODE,
-                libraries=(*_TORCH, *_ONNX),
-            )
-        )
-    stages += [
-        Stage(
-            "evaluate",
-            "measure quality against the controls",
-            bodies.evaluate,
-            {**recipe.evaluate.model_dump(), "texts": texts, **device},
-            reads=("source", "calibrate", "convert"),
-            sources=CONVERT_CODE,
-            libraries=_TORCH,
-        ),
-        Stage(
-            "verify",
-            "compare the ONNX engines with PyTorch",
-            bodies.verify,
-            {**recipe.verify.model_dump(), **_limits(recipe), **measured},
-            reads=("source", "convert", "export", *dense),
-            sources=(*_ENGINE_CODE, "runtime/parity", *_CONFIGS),
-            libraries=(*_TORCH, "onnx", "onnxruntime"),
-        ),
-        Stage(
-            "bench",
-            "time the engines side by side",
-            bodies.bench,
-            {**recipe.bench.model_dump(), **measured},
-            reads=("source", "convert", "export", *dense),
-            sources=(*_ENGINE_CODE, "runtime/bench"),
-            libraries=(*_TORCH, "onnx", "onnxruntime"),
-        ),
-        Stage(
-            "report",
-            "write the report",
-            bodies.report,
-            {"recipe": recipe.model_dump()},
-            reads=("source", "calibrate", "convert", "export", *dense, "evaluate", "verify", "bench"),
-            sources=(*_ALWAYS_CODE, "runtime/report", "runtime/parity", "convert", *_CONFIGS),
-            libraries=("jinja2", "matplotlib"),
-        ),
-    ]
-    return stages
+    unread = set() if any(map(targets.has_dtypes, rows)) else {"dtype"}
+    return recipe.export.model_dump(exclude={"dense_parent", "build", *unread})
+
+
+def _on_this_machine(recipe: Recipe, facts: Facts) -> dict[str, Any]:
+    """What is measured here, on the first held-out text."""
+    return {
+        "texts": {**facts.texts, "held_out": facts.held_out[:1]},
+        "machine": facts.machine,
+        "dense_parent": recipe.export.dense_parent,
+        **facts.device,
+    }
 
 
 def _limits(recipe: Recipe) -> dict[str, Any]:

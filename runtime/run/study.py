@@ -13,10 +13,10 @@ from typing import Any
 
 from moedge._files import digest, write_json
 from moedge.configs.study import Row, Sparsity, Study
-from moedge.runtime.run import bodies, held_out, run_folder
+from moedge.runtime.run import held_out, run_folder
 from moedge.runtime.run.engine import Context, Stage
 from moedge.runtime.run.fingerprint import fingerprint
-from moedge.runtime.run.stages import CONVERT_CODE, SOURCE_CODE
+from moedge.runtime.run.stages import CONVERT_CODE, open_dense
 
 STUDY_SCHEMA = "moedge.study/1"
 _LIBRARIES = ("torch", "transformers", "scipy")
@@ -33,15 +33,7 @@ def build(study: Study) -> list[Stage]:
     rows = [(row, sparsity) for sparsity in study.sparsities for row in study.rows]
     marks = sorted({_marks(study, row, sparsity) for row, sparsity in rows})
     found = [
-        Stage(
-            "source",
-            "open the dense model",
-            bodies.source,
-            {**study.model.model_dump(exclude={"device"}), "is": fingerprint(study.model.source)},
-            sources=SOURCE_CODE,
-            libraries=("torch", "transformers", "gguf"),
-            identity=bodies.source_identity,
-        ),
+        open_dense(study.model),
         Stage(
             "calibrate",
             "measure activations on the calibration windows",

@@ -19,6 +19,9 @@ from moedge.runtime.text import generation_config, logits
 from moedge.runtime.text.generation_config import GenerationConfig, Use
 from moedge.runtime.text.tokenizer import Message, StopStrings, Tokenizer
 
+Reason = Literal["eos", "stop", "length"]
+"""What ended a text."""
+
 
 @dataclass(frozen=True)
 class GenerationResult:
@@ -27,7 +30,7 @@ class GenerationResult:
     text: str
     ids: list[int]
     prompt_tokens: int
-    finish_reason: Literal["eos", "stop", "length"]
+    finish_reason: Reason
     ttft_s: float
     """Prefill and choice of the first token, in seconds."""
     decode_tokens_per_s: float | None
@@ -83,30 +86,26 @@ def generate(
     if max_new_tokens < 1 or (top_p is not None and not 0 < top_p <= 1):
         raise MoEdgeError("Generation needs max_new_tokens >= 1 and 0 < top_p <= 1.")
     ids = _encode(tokenizer, prompt)
-    room = int(model.get("max_length") or model["max_position_embeddings"]) - len(ids)
-    if room < 0:
-        raise MoEdgeError(f"The prompt has {len(ids)} tokens, {-room} more than this model can hold; shorten it.")
-    # The last token chosen is never fed back, so one more fits than there is room for.
-    budget = min(max_new_tokens, room + 1)
-    ends = list(model.get("eos_token_ids") or ())
-    if not isinstance(prompt, str) and tokenizer.eos_token_id is not None:
-        ends.append(tokenizer.eos_token_id)
+    budget = _budget(model, len(ids), max_new_tokens)
+    ends = _ends(model, None if isinstance(prompt, str) else tokenizer.eos_token_id)
     settings = asked.of(Use.ALWAYS)
     chooser = _Chooser(settings, asked.sampling(drawn) if sampled else None, ids, ends, budget, seed)
     own = settings.get("stop_strings") or []
-    stream, stops = tokenizer.stream(), StopStrings([*([own] if isinstance(own, str) else own), *stop])
-    pieces: list[str] = []
+    shown = _Shown(tokenizer, [*([own] if isinstance(own, str) else own), *stop], on_text)
+    made, reason, first, spent = _continue(engine, ids, chooser, ends, budget, shown)
+    rate = (len(made) - 1) / spent if len(made) > 1 and spent > 0 else None
+    notes = tuple(asked.said(sampled=sampled))
+    return GenerationResult("".join(shown.pieces), made, len(ids), reason, first, rate, chooser.settings, notes)
 
-    def show(text: str) -> None:
-        if text:
-            pieces.append(text)
-            if on_text:
-                on_text(text)
 
+def _continue(
+    engine: Engine, ids: list[int], chooser: _Chooser, ends: list[int], budget: int, shown: _Shown
+) -> tuple[list[int], Reason, float, float]:
+    """Decode until something ends the text; returns its ids, what ended it, and the seconds to and after the first."""
     start = time.perf_counter()
     step = engine.prefill(np.array([ids], dtype=np.int64))
     made: list[int] = []
-    reason: Literal["eos", "stop", "length"] = "length"
+    reason: Reason = "length"
     first = 0.0
     while True:
         token = chooser.choose(step.logits[0, -1], made)
@@ -116,21 +115,53 @@ def generate(
         if token in ends:
             reason = "eos"
             break
-        show(stops.push(stream.push(token)))
-        if stops.hit is not None:
+        if shown.push(token):
             reason = "stop"
             break
         if len(made) == budget:
             break
         step = engine.decode(np.array([[token]], dtype=np.int64), step.cache)
     spent = time.perf_counter() - start - first
-    show(stops.push(stream.finish()))
-    if stops.hit is not None:
-        reason = "stop"
-    show(stops.finish())
-    rate = (len(made) - 1) / spent if len(made) > 1 and spent > 0 else None
-    notes = tuple(asked.said(sampled=sampled))
-    return GenerationResult("".join(pieces), made, len(ids), reason, first, rate, chooser.settings, notes)
+    return made, "stop" if shown.finish() else reason, first, spent
+
+
+class _Shown:
+    """The text as it grows: whole characters, cut at the first stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: list[str], on_text: Callable[[str], None] | None) -> None:
+        self.pieces: list[str] = []
+        self._stream, self._stops, self._on_text = tokenizer.stream(), StopStrings(stop), on_text
+
+    def push(self, token: int) -> bool:
+        """Add a token; True when its text completes a stop string."""
+        self._show(self._stops.push(self._stream.push(token)))
+        return self._stops.hit is not None
+
+    def finish(self) -> bool:
+        """Show what was held back; True when the text ends at a stop string."""
+        self._show(self._stops.push(self._stream.finish()))
+        stopped = self._stops.hit is not None
+        self._show(self._stops.finish())
+        return stopped
+
+    def _show(self, text: str) -> None:
+        if text:
+            self.pieces.append(text)
+            if self._on_text:
+                self._on_text(text)
+
+
+def _budget(model: dict[str, Any], prompt_tokens: int, max_new_tokens: int) -> int:
+    """How many tokens are chosen at most; the last one is never fed back, so one more fits than there is room for."""
+    room = int(model.get("max_length") or model["max_position_embeddings"]) - prompt_tokens
+    if room < 0:
+        raise MoEdgeError(f"The prompt has {prompt_tokens} tokens, {-room} more than this model can hold; shorten it.")
+    return min(max_new_tokens, room + 1)
+
+
+def _ends(model: dict[str, Any], of_turn: int | None) -> list[int]:
+    """Ids that end the text: the model's, and in a chat the one that closes a turn."""
+    return [*(model.get("eos_token_ids") or ()), *([] if of_turn is None else [of_turn])]
 
 
 def _samples(sample: bool, given: dict[str, Any]) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moedge import MoEdgeError
+from moedge._files import read_json
 
 FILE = "generation_config.json"
 PAGE = "docs/generation.md"
@@ -206,7 +207,7 @@ class GenerationConfig:
         path = folder / FILE
         if not path.is_file():
             return cls._of(model, folder / "config.json", ())
-        found = _object(path)
+        found = read_json(path, _MEND)
         notes = []
         if found.get("eos_token_id") is None and (dropped := model.get("eos_token_id")) not in (None, []):
             notes.append(
@@ -293,21 +294,14 @@ def table() -> str:
     return "\n".join(rows)
 
 
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise MoEdgeError(f"{path} is not valid JSON ({error}); copy it again from the model's source.") from error
-    if not isinstance(value, dict):
-        raise MoEdgeError(f"{path} does not hold a JSON object; copy it again from the model's source.")
-    return value
+_MEND = "copy it again from the model's source"
 
 
 def _model_config(path: Path) -> dict[str, Any]:
     """Keys of ``config.json`` that are settings of generation; those of a nested text model where it has none."""
     if not path.is_file():
         return {}
-    found = _object(path)
+    found = read_json(path, _MEND)
     nested: Any = next((found[name] for name in ("decoder", "generator", "text_config") if found.get(name)), {})
     both = {**(nested if isinstance(nested, dict) else {}), **{k: v for k, v in found.items() if v is not None}}
     return {key: value for key, value in both.items() if key in SETTINGS}

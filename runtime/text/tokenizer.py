@@ -6,7 +6,6 @@ Reads ``tokenizer.json`` (tokenizers) and ``tokenizer_config.json``; chat templa
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import tokenizers
 
 from moedge import MoEdgeError
+from moedge._files import read_json
 from moedge.runtime.run.run_folder import bundles_below
 from moedge.runtime.text import chat_template
 from moedge.runtime.text.chat_template import ChatTemplate, Message
@@ -126,13 +126,7 @@ class Tokenizer:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise MoEdgeError(f"{path} is not valid JSON: {error}") from error
-    return value if isinstance(value, dict) else {}
+    return read_json(path, "copy it again from the model's source") if path.is_file() else {}
 
 
 def _special_tokens(config: Mapping[str, Any]) -> Iterable[tuple[str, str]]:

@@ -10,7 +10,7 @@ import yaml
 
 from moedge import MoEdgeError
 from moedge.configs.files import packaged
-from moedge.configs.recipe import ControlName, Recipe, load_recipe, parse_recipe, recipe_from
+from moedge.configs.recipe import ControlName, Recipe, conversion_from, load_recipe, parse_recipe, recipe_from
 from moedge.convert.methods import METHODS
 from moedge.export import targets
 
@@ -223,3 +223,18 @@ def test_every_method_makes_a_recipe_of_its_own_parameters(name: str) -> None:
 
 def test_a_list_in_yaml_is_a_parameter_too() -> None:
     assert recipe("convert: {method: expertweaver, tasks: [0, 1]}").convert.model_dump()["tasks"] == (0, 1)
+
+
+def test_a_surface_names_the_keys_in_a_refusal_as_its_users_write_them() -> None:
+    value = {"name": "x", "model": {"source": "a"}, "convert": {"experts": 7, "active": 1, "shared": 1}}
+    conversion = conversion_from(value, where="test")
+    with pytest.raises(MoEdgeError) as caught:
+        conversion.check_model({"intermediate_size": 1536}, "here", called=lambda key: f"<{key}>")
+    assert str(caught.value).startswith("here: <convert.experts>: 7 does not divide the FFN width 1536;")
+    assert str(caught.value).endswith("or set <convert.padding: uneven>.")
+    value["convert"] = {"experts": "7"}
+    with pytest.raises(MoEdgeError, match=r"^here: <convert\.experts>: must be a whole number"):
+        conversion_from(value, where="here", called=lambda key: f"<{key}>")
+    value |= {"convert": {"method": "moedge"}, "calibration": {"windows": 1}}
+    with pytest.raises(MoEdgeError, match=r"^here: <calibration\.windows>: moedge compares windows"):
+        conversion_from(value, where="here", called=lambda key: f"<{key}>")

@@ -107,7 +107,7 @@ def test_inputs_and_outputs_carry_optimum_names_and_dynamic_shapes(bundles):
 
 
 def test_lowering_fuses_every_layer_and_records_an_executed_test(bundles):
-    manifest = bundle.open_bundle(bundles["moe/ort-cpu"]).manifest
+    manifest = bundle.open_bundle(bundles["moe/ort-cpu"]).manifest.document()
     assert [entry["status"] for entry in manifest["lowering"][:3]] == ["applied"] * 3
     for entry in manifest["lowering"][:3]:
         assert entry["self_test"]["passed"]
@@ -181,7 +181,7 @@ def test_weighted_routers_lower_through_log_weights(tmp_path, checkpoints, rule,
     assert rule.refuse(after) is None
     done = rule.apply(after)
     assert done.count == 2
-    assert done.taps[1]["output"] in values_by_name(after)
+    assert done.taps[1].output in values_by_name(after)
     test = selftest.compare("MoE", before, after, [edge], 2e-6)
     assert test.passed
     assert test.max_rel_error > 0
@@ -219,7 +219,7 @@ def copied(bundles, tmp_path):
 
 
 def test_opening_verifies_every_byte(copied):
-    assert bundle.open_bundle(copied).manifest["kind"] == "moe"
+    assert bundle.open_bundle(copied).manifest.document()["kind"] == "moe"
     data = copied / "model.onnx.data"
     raw = bytearray(data.read_bytes())
     raw[len(raw) // 2] ^= 1
@@ -297,6 +297,6 @@ def test_an_engine_refuses_external_data_outside_even_when_the_hashes_agree(copi
     (copied / "model.onnx").write_bytes(model.SerializeToString())
     manifest = json.loads((copied / "manifest.json").read_text())
     (copied / "manifest.json").unlink()
-    bundle.seal(copied, {key: value for key, value in manifest.items() if key not in ("schema", "files")})
+    bundle.seal(copied, bundle.Manifest.model_validate(manifest))
     with pytest.raises(MoEdgeError, match="must stay inside"):
         OrtEngine(copied)

@@ -38,7 +38,7 @@ def test_another_target_joins_the_bundles_that_are_there(out: Path, checkpoints:
     after = hash_tree(out)
     assert {name: after[name] for name in before} == before
     assert sorted(path.name for path in out.iterdir()) == ["openvino", "ort-cpu", "portable"]
-    assert open_bundle(out / "openvino").manifest["parent"] == open_bundle(out / "portable").sha256
+    assert open_bundle(out / "openvino").manifest.document()["parent"] == open_bundle(out / "portable").sha256
 
 
 def test_more_tokens_than_the_model_has_positions_are_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_more_tokens_than_the_model_has_positions_are_refused(checkpoints: dict[
 
 
 def test_inspect_shows_the_self_tests_and_files_of_a_bundle(bundles: dict[str, Path]) -> None:
-    manifest = open_bundle(bundles["moe/ort-cpu"]).manifest
+    manifest = open_bundle(bundles["moe/ort-cpu"]).manifest.document()
     facts = json.loads(moedge("inspect", bundles["moe/ort-cpu"], "--json").stdout)
     errors = [entry["self_test"] and entry["self_test"]["max_rel_error"] for entry in manifest["lowering"]]
     assert [row["self-test error"] for row in facts["lowering"]] == errors

@@ -64,7 +64,7 @@ def check_parity(checkpoint: Path, made: dict[str, Path]) -> None:
 
 def applied(bundle: Path) -> dict[str, str]:
     """Rewrite -> its reason for refusal, empty when it was applied."""
-    return {entry["rewrite"]: entry["reason"] for entry in open_bundle(bundle).manifest["lowering"]}
+    return {entry["rewrite"]: entry["reason"] for entry in open_bundle(bundle).manifest.document()["lowering"]}
 
 
 ATTENTION = "CausalAttention -> GroupQueryAttention"

@@ -105,7 +105,7 @@ def test_moments_are_those_of_pytorch(made):
 
 def test_an_export_on_a_text_is_a_bundle_of_the_same_size_with_less_error(made):
     opened = bundle.open_bundle(made["ort-cpu-int4"])
-    section = opened.manifest["quantization"]
+    section = opened.manifest.document()["quantization"]
     assert (section["method"], section["calibration"]["tokens"]) == ("gptq", WINDOWS.size)
     assert {entry["tensor_class"] for entry in section["classes"]} >= {"attention", "shared", "experts"}
     import onnx_ir as ir

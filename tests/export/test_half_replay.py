@@ -143,7 +143,7 @@ def test_a_mistake_fails_the_part_that_it_is_in(folders, tmp_path, mistake):
     mutation, failed = MISTAKES[mistake]
     broken = tmp_path / "broken"
     shutil.copytree(folders["tensorrt-rtx"], broken)
-    manifest = bundle.open_bundle(broken).manifest
+    manifest = bundle.open_bundle(broken).manifest.document()
     model = onnx.load(broken / "model.onnx")
     before = model.SerializeToString()
     mutation(model.graph)
@@ -151,17 +151,17 @@ def test_a_mistake_fails_the_part_that_it_is_in(folders, tmp_path, mistake):
     for name in ("model.onnx.data", bundle.MANIFEST):
         (broken / name).unlink()
     onnx.save(model, broken / "model.onnx")
-    bundle.seal(broken, {key: value for key, value in manifest.items() if key not in ("schema", "files")})
+    bundle.seal(broken, bundle.Manifest.model_validate(manifest))
     assert parts(verified(folders["portable"], broken)) - {"free"} == failed
 
 
 def with_taps(folder: Path, out: Path, change: Callable[[dict[str, Any]], None]) -> Path:
     """A bundle with other taps in its manifest."""
     shutil.copytree(folder, out)
-    manifest = bundle.open_bundle(out).manifest
+    manifest = bundle.open_bundle(out).manifest.document()
     change(manifest["taps"])
     (out / bundle.MANIFEST).unlink()
-    bundle.seal(out, {key: value for key, value in manifest.items() if key not in ("schema", "files")})
+    bundle.seal(out, bundle.Manifest.model_validate(manifest))
     return out
 
 
@@ -169,7 +169,7 @@ def norms(folder: Path) -> tuple[str, str]:
     """What layer 1's experts read in half precision, and the normalised stream before the norm's weight."""
     graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
     maker = {output: node for node in graph.node for output in node.output}
-    read = bundle.open_bundle(folder).manifest["taps"]["1"]["reads"]
+    read = bundle.open_bundle(folder).manifest.document()["taps"]["1"]["reads"]
     scaled = maker[maker[read].input[0]]
     assert (maker[read].op_type, scaled.op_type) == ("Reshape", "Mul")
     return f"{read}.float16", next(name for name in scaled.input if name in maker)
@@ -220,23 +220,27 @@ def test_an_older_bundle_is_judged_free_running_and_says_so(folders, tmp_path):
     assert "export again" in entry["verdict"]["notes"][-1]
 
 
+def one_layer(num_experts: int, **reads: str) -> dict[str, Any]:
+    """What the manifest of a MoE of one layer says about it."""
+    layer = {"num_experts": num_experts, "top_k": 2, "shared_width": 8, "expert_width": 8}
+    taps = {"0": {"output": "experts", "kind": "indices", "top_k": 2, **reads}} if num_experts else {}
+    return {"kind": "moe", "moe": {"layers": {"0": layer}}, "taps": taps}
+
+
 @pytest.mark.parametrize(
-    ("manifest", "profile", "replayed"),
+    ("facts", "profile", "replayed"),
     [
         (None, "float32/ort-cuda", False),  # a checkpoint
         ({"kind": "dense", "moe": None, "taps": {}}, "float32/ort-cuda", False),
-        ({"kind": "moe", "moe": {"layers": {"0": {"num_experts": 0}}}, "taps": {}}, "float32/ort-cuda", False),
-        ({"kind": "moe", "moe": {"layers": {"0": {"num_experts": 4}}}, "taps": {"0": {}}}, "free/ort-cuda", False),
-        (
-            {"kind": "moe", "moe": {"layers": {"0": {"num_experts": 4}}}, "taps": {"0": {"reads": "x"}}},
-            "float32/ort-cuda",
-            True,
-        ),
+        (one_layer(0), "float32/ort-cuda", False),
+        (one_layer(4), "free/ort-cuda", False),
+        (one_layer(4, reads="x"), "float32/ort-cuda", True),
     ],
 )
-def test_every_kind_of_model_gets_limits(tmp_path, manifest, profile, replayed):
-    if manifest is not None:
-        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+def test_every_kind_of_model_gets_limits(folders, tmp_path, facts, profile, replayed):
+    if facts is not None:
+        manifest = bundle.open_bundle(folders["portable"]).manifest.document()
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest | facts))
     limits = tolerances.load()
     found = Judging.of(tmp_path, limits, "float32", "ort-cuda")
     assert (found.limits, found.replayed) == (limits.profiles[profile], replayed)

@@ -34,7 +34,7 @@ def test_a_bundle_names_the_family_that_other_loaders_know(bundles, checkpoints)
     for target in ("portable", "ort-cpu"):
         config = AutoConfig.from_pretrained(bundles[f"moe/{target}"])
         assert (type(config).__name__, config.architectures) == ("LlamaConfig", ["LlamaForCausalLM"])
-        facts = bundle.open_bundle(bundles[f"moe/{target}"]).manifest["model"]
+        facts = bundle.open_bundle(bundles[f"moe/{target}"]).manifest.document()["model"]
         assert config.num_key_value_heads == facts["num_kv_heads"]
         # transformers 4 knows the class by this name only.
         described = json.loads((bundles[f"moe/{target}"] / "tokenizer_config.json").read_text())
@@ -48,7 +48,8 @@ def test_a_bundle_names_the_family_that_other_loaders_know(bundles, checkpoints)
 @pytest.mark.parametrize("name", ALL)
 def test_genai_config_describes_the_graph_that_it_lies_beside(bundles, name):
     folder = bundles[name]
-    manifest, described = bundle.open_bundle(folder).manifest, json.loads((folder / "genai_config.json").read_text())
+    manifest = bundle.open_bundle(folder).manifest.document()
+    described = json.loads((folder / "genai_config.json").read_text())
     decoder = described["model"]["decoder"]
     for side in ("inputs", "outputs"):
         named = [
@@ -174,7 +175,7 @@ def test_openvino_gets_standard_operators_without_functions_and_the_same_numbers
     assert [entry.domain for entry in model.opset_import] == [""]
     assert {node.domain for node in model.graph.node} == {""}
     onnx.checker.check_model(model, full_check=True)
-    rewrite = bundle.open_bundle(folder).manifest["lowering"][0]
+    rewrite = bundle.open_bundle(folder).manifest.document()["lowering"][0]
     assert rewrite["self_test"]["passed"]
     assert rewrite["nodes"] == 6  # two layers of attention, route and experts
     one, two = (OrtEngine(openvino[target], taps=True) for target in ("portable", "openvino"))

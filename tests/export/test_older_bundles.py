@@ -21,7 +21,7 @@ from moedge.runtime.engines import open_engine
 def without(source: Path, folder: Path, dropped: Mapping[str, set[str]]) -> Path:
     """Copy a bundle whose nodes, and the functions that they call, do not know some attributes: operator -> names."""
     shutil.copytree(source, folder)
-    manifest = bundle.open_bundle(folder).manifest
+    manifest = bundle.open_bundle(folder).manifest.document()
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     found = 0
     for node in model.graph.node:
@@ -37,7 +37,7 @@ def without(source: Path, folder: Path, dropped: Mapping[str, set[str]]) -> Path
     assert found, "the bundle has such attributes to drop"
     onnx.save(model, folder / "model.onnx")
     (folder / bundle.MANIFEST).unlink()
-    bundle.seal(folder, {key: value for key, value in manifest.items() if key not in ("schema", "files")})
+    bundle.seal(folder, bundle.Manifest.model_validate(manifest))
     return folder
 
 

@@ -42,7 +42,7 @@ def test_the_file_computes_what_the_portable_one_computes(made, bundles, kind) -
     session = onnxruntime.InferenceSession(made[kind] / "model.onnx", providers=["CPUExecutionProvider"])
     reference = open_engine(bundles[f"{kind}/portable"])
     want = reference.prefill(IDS[:, :20])
-    length = bundle.open_bundle(made[kind]).manifest["cache"]["max_length"]
+    length = bundle.open_bundle(made[kind]).manifest.document()["cache"]["max_length"]
     caches = {i.name: np.zeros((2, i.shape[1], length, i.shape[3]), np.float16) for i in session.get_inputs()[3:]}
     assert len(caches) == 4
     for start, end in ((0, 20), (20, 21), (21, 22)):
@@ -81,7 +81,7 @@ def test_experts_and_cache_are_half_and_routers_are_not(made) -> None:
 
 
 def test_the_manifest_says_what_was_executed_and_what_not(made) -> None:
-    manifest = bundle.open_bundle(made["moe"]).manifest
+    manifest = bundle.open_bundle(made["moe"]).manifest.document()
     tests = {entry["rewrite"]: entry["self_test"] for entry in manifest["lowering"] if entry["status"] == "applied"}
     assert all(test["passed"] for test in tests.values())
     halves = [name for name, test in tests.items() if test["limit"] == tensorrt.HALF_LIMIT]

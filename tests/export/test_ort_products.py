@@ -100,7 +100,7 @@ def test_quantised_experts_that_qmoe_cannot_hold(kind, tiny_model, convert_tiny,
     targets = ["portable", "ort-cpu-int8", "ort-cpu-int4"]
     made = export(tmp_path / "moe", tmp_path / "bundles", targets, label="tiny")
     for target in targets[1:]:
-        manifest = open_bundle(made[target]).manifest
+        manifest = open_bundle(made[target]).manifest.document()
         (found,) = (entry for entry in manifest["lowering"] if entry["rewrite"] == ort_products.ExpertProducts.name)
         assert found["status"] == "applied"
         assert found["self_test"]["passed"]

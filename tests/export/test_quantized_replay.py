@@ -126,7 +126,7 @@ def test_a_mistake_fails_the_part_that_it_is_in(folders, tmp_path, mutation):
     shutil.copytree(folders["ort-cpu-int8"], tmp_path / "ort-cpu-int8")
     (tmp_path / "portable").symlink_to(folders["portable"])
     broken = tmp_path / "ort-cpu-int8"
-    manifest = bundle.open_bundle(broken).manifest
+    manifest = bundle.open_bundle(broken).manifest.document()
     model = onnx.load(broken / "model.onnx")
     before = model.SerializeToString()
     mutation(model.graph)
@@ -134,7 +134,7 @@ def test_a_mistake_fails_the_part_that_it_is_in(folders, tmp_path, mutation):
     for name in ("model.onnx.data", bundle.MANIFEST):
         (broken / name).unlink()
     onnx.save(model, broken / "model.onnx")
-    bundle.seal(broken, {key: value for key, value in manifest.items() if key not in ("schema", "files")})
+    bundle.seal(broken, bundle.Manifest.model_validate(manifest))
     result = verified(folders["portable"], broken)
     assert {name: failed(entry) - {"free"} for name, entry in result.items()} == dict(
         zip(("float32", "kernels"), MUTATIONS[mutation], strict=True)

@@ -145,7 +145,7 @@ def test_a_router_is_exported_lowered_and_matched(
 def applied(path: Path) -> dict[str, bool]:
     return {
         entry["rewrite"]: entry["self_test"] is None or entry["self_test"]["passed"]
-        for entry in open_bundle(path).manifest["lowering"]
+        for entry in open_bundle(path).manifest.document()["lowering"]
         if entry["status"] == "applied"
     }
 

@@ -110,7 +110,7 @@ def test_a_graph_in_bfloat16_states_its_types(typed, target):
     types = {v.name: name_of(v.type.tensor_type.elem_type) for v in (*model.graph.input, *model.graph.output)}
     assert types["past_key_values.0.key"] == types["present.1.value"] == "BFLOAT16"
     assert types["logits"] == "FLOAT"
-    manifest = bundle.open_bundle(typed[f"bfloat16/{target}"]).manifest
+    manifest = bundle.open_bundle(typed[f"bfloat16/{target}"]).manifest.document()
     assert manifest["cache"]["dtype"] == BF16
     tests = [entry["self_test"] for entry in manifest["lowering"] if entry["self_test"]]
     assert len(tests) == 3
@@ -141,7 +141,7 @@ def test_activations_beyond_float16s_range_need_bfloat16(bundles, dtype, fits):
             value = node.inputs[index]
             value.const_value = ir.tensor(value.const_value.numpy() * np.float32(factor), name=value.name)
     if fits:
-        assert tensorrt.lower(graph, max_length=64, tensorrt="10.3", dtype=dtype).cache["dtype"] == BF16
+        assert tensorrt.lower(graph, max_length=64, tensorrt="10.3", dtype=dtype).cache.dtype == BF16
     else:
         with pytest.raises(MoEdgeError, match=r"left float16's range \(65,504\): take --half bfloat16"):
             tensorrt.lower(graph, max_length=64, tensorrt="10.3", dtype=dtype)
@@ -158,7 +158,7 @@ def test_an_engine_in_bfloat16_is_built_where_there_is_bfloat16(typed, tmp_path)
     from moedge.runtime.engines import build
 
     folder = typed["bfloat16/tensorrt-rtx"]
-    made = build.build(folder, tmp_path / "engine", ["rtx-3090"], max_length=64, max_prompt=32, taps=True)
+    made = build.build(folder, tmp_path / "engine", ["rtx-3090"], max_length=64, max_prompt=32, taps=True).document()
     assert (made["dtype"], made["compute_capabilities"]) == (BF16, ["8.6"])
     # A tied embedding may lie in the engine twice; float32 weights would be twice all of this.
     assert made["build"]["engine_bytes"] > made["weight_bytes"]
@@ -167,7 +167,7 @@ def test_an_engine_in_bfloat16_is_built_where_there_is_bfloat16(typed, tmp_path)
     assert not (tmp_path / "old").exists()
     # The refusal is NVIDIA's own.
     opened = bundle.open_bundle(folder)
-    shapes = moedge_trt.profile_shapes(opened.manifest["model"], max_length=64, max_prompt=32)
+    shapes = moedge_trt.profile_shapes(opened.manifest.document()["model"], max_length=64, max_prompt=32)
     with pytest.raises(moedge_trt.DeviceError, match="HW-specific datatypes: b16"):
         moedge_trt.build(
             moedge_trt.load_tensorrt("tensorrt-rtx"), opened.model_path, shapes, compute_capabilities=["7.5"]
@@ -207,7 +207,7 @@ def test_the_graph_is_standard_onnx_with_half_weights_and_float32_routers(typed,
 
 
 def test_the_manifest_records_executed_tests_and_says_what_the_engine_will_not_be(typed):
-    manifest = bundle.open_bundle(typed["moe/tensorrt-rtx"]).manifest
+    manifest = bundle.open_bundle(typed["moe/tensorrt-rtx"]).manifest.document()
     applied = {entry["rewrite"]: entry for entry in manifest["lowering"] if entry["status"] == "applied"}
     tests = [entry["self_test"] for entry in applied.values() if entry["self_test"]]
     assert len(tests) == 3
@@ -229,7 +229,7 @@ def test_the_device_decides_the_form_and_the_manifest_says_so(typed, bundles):
     assert trt_experts.choose(graph, None)[0] == "merged"
     with pytest.raises(MoEdgeError, match="no version of TensorRT"):
         trt_experts.choose(graph, "new")
-    old, new = (bundle.open_bundle(typed[f"moe/{name}"]).manifest for name in ("tensorrt", "plugins"))
+    old, new = (bundle.open_bundle(typed[f"moe/{name}"]).manifest.document() for name in ("tensorrt", "plugins"))
     assert "plugins" not in old
     assert len(new["plugins"]["kernels"]) == 5
     reasons = [next(e["reason"] for e in m["lowering"] if e["rewrite"].startswith("SparseGLU")) for m in (old, new)]
@@ -237,7 +237,7 @@ def test_the_device_decides_the_form_and_the_manifest_says_so(typed, bundles):
     assert "TensorRT 10.13 takes kernels" in reasons[1]
     assert "no faster than its dense parent" in old["limits"][0]
     assert "TensorRT 10.9 or newer" in new["limits"][0]
-    assert "plugins" not in bundle.open_bundle(typed["dense/plugins"]).manifest
+    assert "plugins" not in bundle.open_bundle(typed["dense/plugins"]).manifest.document()
 
 
 def test_kernels_refuse_what_they_cannot_compute(bundles):
@@ -369,11 +369,11 @@ def test_tensorrt_rtx_builds_the_exported_moe_without_a_gpu(typed, target):
     from moedge.runtime.device import moedge_trt
 
     opened = bundle.open_bundle(typed[f"moe/{target}"])
-    shapes = moedge_trt.profile_shapes(opened.manifest["model"], max_length=64, max_prompt=32)
-    taps = {tap["output"]: f"routes.{layer}" for layer, tap in opened.manifest["taps"].items()}
+    shapes = moedge_trt.profile_shapes(opened.manifest.document()["model"], max_length=64, max_prompt=32)
+    taps = {tap["output"]: f"routes.{layer}" for layer, tap in opened.manifest.document()["taps"].items()}
     trt = moedge_trt.load_tensorrt("tensorrt-rtx")
     plan, facts = moedge_trt.build(trt, opened.model_path, shapes, compute_capabilities=["8.6"], taps=taps)
-    assert len(plan) > opened.manifest["files"]["model.onnx.data"]["size"]
+    assert len(plan) > opened.manifest.document()["files"]["model.onnx.data"]["size"]
     assert facts["layers"] < (1000 if target == "plugins" else 500), "dynamic Slices would bring some 25 layers each"
 
 
@@ -389,7 +389,7 @@ def test_routers_without_matrix_products_choose_the_same_experts(typed, tmp_path
         [node for node in graph.node if node.op_type in ("MatMul", "Gemm") and node.input[1] in names]
         for graph, names in zip(graphs, floats, strict=True)
     )
-    assert count == len(before) >= opened.manifest["model"]["num_layers"]
+    assert count == len(before) >= opened.manifest.document()["model"]["num_layers"]
     assert not after
     tokens = np.random.default_rng(0).integers(0, 256, (1, 40))
     feeds = {"input_ids": tokens, "attention_mask": np.ones_like(tokens), "position_ids": np.arange(40)[None]}
@@ -406,7 +406,7 @@ def test_routers_without_matrix_products_choose_the_same_experts(typed, tmp_path
 def test_a_moe_builds_for_turing_which_has_no_float32_products(typed, tmp_path):
     from moedge.runtime.engines import build
 
-    engine = build.build(typed["moe/tensorrt-rtx"], tmp_path / "engine", ["rtx-2080-ti"], max_length=64)
+    engine = build.build(typed["moe/tensorrt-rtx"], tmp_path / "engine", ["rtx-2080-ti"], max_length=64).document()
     assert engine["compute_capabilities"] == ["7.5"]
     assert engine["build"]["products_as_sums"] >= engine["model"]["num_layers"]
     assert {path.name for path in (tmp_path / "engine").iterdir()} >= {"engine.plan", "manifest.json"}
@@ -419,7 +419,7 @@ def test_a_moe_engine_is_built_for_every_gpu_that_tensorrt_rtx_knows(typed, tmp_
 
     names = {devices.load(name).compute_capability: name for name in devices.names()}
     rtx = [names[capability] for capability in devices.RTX_CAPABILITIES]
-    made = build.build(typed["moe/tensorrt-rtx"], tmp_path / "engine", rtx, max_length=64, max_prompt=32)
+    made = build.build(typed["moe/tensorrt-rtx"], tmp_path / "engine", rtx, max_length=64, max_prompt=32).document()
     assert made["compute_capabilities"] == list(devices.RTX_CAPABILITIES)
 
 
@@ -428,7 +428,7 @@ def test_a_tap_that_the_graph_lacks_stops_the_build(typed):
     from moedge.runtime.device import moedge_trt
 
     opened = bundle.open_bundle(typed["moe/tensorrt"])
-    shapes = moedge_trt.profile_shapes(opened.manifest["model"], max_length=64, max_prompt=32)
+    shapes = moedge_trt.profile_shapes(opened.manifest.document()["model"], max_length=64, max_prompt=32)
     with pytest.raises(moedge_trt.DeviceError, match="'nowhere' is not in the parsed network"):
         moedge_trt.build(
             moedge_trt.load_tensorrt("tensorrt-rtx"), opened.model_path, shapes, taps={"nowhere": "routes.0"}

@@ -144,7 +144,7 @@ Fault = Callable[[onnx.GraphProto, dict[str, Any]], None]
 
 def broken(folder: Path, out: Path, fault: Fault) -> Path:
     shutil.copytree(folder, out)
-    manifest = bundle.open_bundle(out).manifest
+    manifest = bundle.open_bundle(out).manifest.document()
     model = onnx.load(out / "model.onnx")
     before = (model.SerializeToString(), str(manifest["taps"]))
     fault(model.graph, manifest["taps"])
@@ -152,7 +152,7 @@ def broken(folder: Path, out: Path, fault: Fault) -> Path:
     for name in ("model.onnx.data", bundle.MANIFEST):
         (out / name).unlink(missing_ok=True)
     onnx.save(model, out / "model.onnx")
-    bundle.seal(out, {key: value for key, value in manifest.items() if key not in ("schema", "files")})
+    bundle.seal(out, bundle.Manifest.model_validate(manifest))
     return out
 
 

@@ -68,7 +68,7 @@ def relative(actual: np.ndarray, expected: np.ndarray) -> float:
 @pytest.mark.parametrize("name", ALL)
 def test_every_class_is_quantised_and_every_byte_is_accounted_for(bundles, name):
     opened = bundle.open_bundle(bundles[name])
-    section = opened.manifest["quantization"]
+    section = opened.manifest.document()["quantization"]
     bits, classes = section["bits"], {entry["tensor_class"]: entry for entry in section["classes"]}
     ffn = ["shared", "experts"] if name.startswith("moe") else ["ffn"]
     assert [c for c in classes if c in quantize.QUANTISED] == ["embedding", "attention", *ffn]  # the head is tied
@@ -107,7 +107,7 @@ def test_the_graph_is_standard_onnx_and_every_value_has_its_type(bundles, values
 def test_stored_weights_are_the_originals_to_one_step(bundles, name):
     portable = ir.load(bundles[f"{name.split('/')[0]}/portable"] / "model.onnx")
     opened = bundle.open_bundle(bundles[name])
-    bits, seen = opened.manifest["quantization"]["bits"], 0
+    bits, seen = opened.manifest.document()["quantization"]["bits"], 0
     for weight, values in quantize.dequantized_weights(opened):
         want = array_of(portable.graph.initializers[weight])
         assert values.shape == want.shape
@@ -149,7 +149,7 @@ def test_verify_judges_the_graph_and_the_rounding_of_its_weights_apart(bundles, 
 
 
 def test_the_manifest_records_executed_tests_of_every_class(bundles):
-    manifest = bundle.open_bundle(bundles["moe/tensorrt-rtx-int4"]).manifest
+    manifest = bundle.open_bundle(bundles["moe/tensorrt-rtx-int4"]).manifest.document()
     found = {entry["rewrite"]: entry for entry in manifest["lowering"] if "int4" in entry["rewrite"]}
     assert {name.partition(":")[0]: entry["nodes"] for name, entry in found.items() if "shared" not in name} == {
         "experts": 3,
@@ -369,7 +369,8 @@ def test_integers_chosen_on_a_text_lose_less_where_it_counts(bundles):
     ("bits", "names"), [(4, ["rtx-3090", "rtx-4090", "rtx-5090"]), (8, ["rtx-2080-ti", "rtx-4090"])]
 )
 def test_engines_are_built_without_a_gpu(bundles, tmp_path, bits, names):
-    manifest = build.build(bundles[f"moe/{TARGETS[bits]}"], tmp_path / "engine", names, max_length=64, max_prompt=32)
+    made = build.build(bundles[f"moe/{TARGETS[bits]}"], tmp_path / "engine", names, max_length=64, max_prompt=32)
+    manifest = made.document()
     assert manifest["target"] == TARGETS[bits]
     assert manifest["build"]["products_as_sums"] == (2 if bits == 8 else 0), "float32 routers for SM75"
     assert build.open_file(tmp_path / "engine").plan()
@@ -396,11 +397,11 @@ def test_a_broken_graph_is_no_engine(bundles, tmp_path, bits, message):
     axis = int(np.argmin(array.shape))
     changed = np.concatenate([array] * 3, axis) if bits == 4 else -array
     scales.CopyFrom(numpy_helper.from_array(changed, scales.name))
-    manifest = bundle.open_bundle(folder).manifest
+    manifest = bundle.open_bundle(folder).manifest.document()
     for name in ("model.onnx", "model.onnx.data", "manifest.json"):
         (folder / name).unlink()
     onnx.save(model, folder / "model.onnx", save_as_external_data=True, location="model.onnx.data", size_threshold=0)
-    bundle.seal(folder, {key: value for key, value in manifest.items() if key not in ("schema", "files")})
+    bundle.seal(folder, bundle.Manifest.model_validate(manifest))
     with pytest.raises(MoEdgeError, match=message):
         build.build(folder, tmp_path / "engine", ["rtx-4090"], max_length=64, max_prompt=32)
     assert not (tmp_path / "engine").exists()

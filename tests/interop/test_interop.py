@@ -100,7 +100,7 @@ def references(bundles: dict[str, Path], tmp_path_factory: Any) -> dict[str, dic
     """What ``moedge generate`` makes of each prompt, and the logits of the first prompt and its continuation."""
     folder, made = tmp_path_factory.mktemp("logits"), {}
     for number, (name, path) in enumerate(bundles.items()):
-        manifest, tokenizer = open_bundle(path).manifest, Tokenizer(path)
+        manifest, tokenizer = open_bundle(path).manifest.document(), Tokenizer(path)
         ends = list(manifest["model"]["eos_token_ids"])
         engine = OrtEngine(path, threads=1)
         texts = [generate(engine, tokenizer, prompt, max_new_tokens=NEW_TOKENS).ids for prompt in PROMPTS]

@@ -202,21 +202,7 @@ def write_toy_bundle(folder: Path, kind: str = "concat", tap: str = "indices", s
         "target": "portable" if kind == "concat" else "ort-cpu",
         "kind": "moe",
         "label": "toy",
-        "model": {
-            "model_type": "toy",
-            "vocab_size": VOCAB,
-            "hidden_size": HIDDEN,
-            "num_layers": 1,
-            "num_attention_heads": HEADS,
-            "num_kv_heads": HEADS,
-            "head_dim": SIZE,
-            "max_position_embeddings": LENGTH,
-            "eos_token_ids": [298, 299],
-            "bos_token_id": None,
-            "pad_token_id": None,
-            "dtype": "float32",
-            "parameters": sum(array.size for array in weights.values()),
-        },
+        "model": {**toy_facts(), "parameters": sum(array.size for array in weights.values())},
         "moe": {
             "plan_sha256": "0" * 64,
             "layers": {"0": {"num_experts": EXPERTS, "top_k": TOP_K, "shared_width": 0, "expert_width": HIDDEN}},
@@ -235,6 +221,24 @@ def write_toy_bundle(folder: Path, kind: str = "concat", tap: str = "indices", s
     }
     write_json(folder / "manifest.json", manifest)
     return weights
+
+
+def toy_facts() -> dict[str, Any]:
+    """The ``model`` section of the toy's manifest."""
+    return {
+        "model_type": "toy",
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "num_layers": 1,
+        "num_attention_heads": HEADS,
+        "num_kv_heads": HEADS,
+        "head_dim": SIZE,
+        "max_position_embeddings": LENGTH,
+        "eos_token_ids": [298, 299],
+        "bos_token_id": None,
+        "pad_token_id": None,
+        "dtype": "float32",
+    }
 
 
 def toy_tokenizer(folder: Path) -> None:
@@ -440,8 +444,11 @@ class SampleRun:
             },
             {"rewrite": self.text, "nodes": 0, "status": "refused", "reason": self.text, "self_test": None},
         ]
-        manifest = {"target": "ort-cpu", "kind": "moe", "cache": {"kind": "shared_buffer", "max_length": 2048}}
+        manifest: dict[str, Any] = {"schema": "moedge.bundle/1", "target": "ort-cpu", "kind": "moe", "label": "toy"}
+        manifest |= {"cache": {"kind": "shared_buffer", "max_length": 2048}, "taps": {}, "versions": {}}
         manifest |= {"lowering": rewrites, "files": {"model.onnx": {"sha256": SHA, "size": 5 << 20}}}
+        manifest |= {"model": toy_facts(), "moe": {"layers": {}}}
+        manifest |= {"io": {"model": "model.onnx", "inputs": [], "outputs": []}}
         write_json(root / "export" / "ort-cpu" / "manifest.json", manifest)
         write_json(root / "evaluate" / "evaluation.json", self.quality())
         write_json(root / "verify" / "verify.json", self.verification())

@@ -24,7 +24,14 @@ rtx = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx
 
 MODEL: dict[str, Any] = {
     **{"num_layers": 1, "num_kv_heads": 2, "head_dim": 16, "vocab_size": 300, "max_position_embeddings": 64},
-    **{"dtype": "float32", "hidden_size": 16, "eos_token_ids": [], "parameters": 1},
+    **{
+        "model_type": "toy",
+        "num_attention_heads": 2,
+        "dtype": "float32",
+        "hidden_size": 16,
+        "eos_token_ids": [],
+        "parameters": 1,
+    },
 }
 
 
@@ -33,6 +40,7 @@ def make_bundle(folder: Path, *, broken: str | None = None, target: str = "tenso
     from onnx import TensorProto, helper, numpy_helper
 
     from moedge.export import bundle
+    from moedge.export.manifest import BUNDLE_SCHEMA
 
     rng = np.random.default_rng(0)
     f16, i64, i32 = TensorProto.FLOAT16, TensorProto.INT64, TensorProto.INT32
@@ -79,16 +87,19 @@ def make_bundle(folder: Path, *, broken: str | None = None, target: str = "tenso
     folder.mkdir(parents=True)
     onnx.save(model, folder / "model.onnx", save_as_external_data=True, location="model.onnx.data", size_threshold=0)
     layers = {"0": {"num_experts": 300, "top_k": 3, "shared_width": 0, "expert_width": 1}}
+    manifest: dict[str, Any] = {"schema": BUNDLE_SCHEMA, "files": {}, "target": target}
     bundle.seal(
         folder,
-        {
-            "target": target,
-            **{"kind": "moe", "label": "toy", "model": MODEL, "moe": {"layers": layers}, "limits": []},
-            "io": {"model": "model.onnx", "inputs": [], "outputs": []},
-            "cache": {"kind": "concat", "max_length": 64, "dtype": "float16"},
-            "taps": {"0": {"output": "experts.0", "kind": "indices", "top_k": 3}},
-            **{"lowering": [], "versions": {}, "parent": None},
-        },
+        bundle.Manifest.model_validate(
+            manifest
+            | {
+                **{"kind": "moe", "label": "toy", "model": MODEL, "moe": {"layers": layers}, "limits": []},
+                "io": {"model": "model.onnx", "inputs": [], "outputs": []},
+                "cache": {"kind": "concat", "max_length": 64, "dtype": "float16"},
+                "taps": {"0": {"output": "experts.0", "kind": "indices", "top_k": 3}},
+                **{"lowering": [], "versions": {}, "parent": None},
+            }
+        ),
     )
     return folder
 
@@ -333,7 +344,7 @@ def test_a_bundle_becomes_an_engine_for_several_gpus(
     toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "engine"
-    manifest = builder.build(toy, out, ["rtx-4090", "rtx-3090"], max_prompt=32)
+    manifest = builder.build(toy, out, ["rtx-4090", "rtx-3090"], max_prompt=32).document()
     assert manifest["compute_capabilities"] == ["8.6", "8.9"]
     assert manifest["profiles"] == {"max_length": 64, "max_prompt": 32, "batch": 1}
     assert manifest["weight_bytes"] == (toy / "model.onnx.data").stat().st_size
@@ -349,7 +360,7 @@ def test_a_bundle_becomes_an_engine_for_several_gpus(
     inspect.inspect(out, as_json=False)
     assert "rtx-3090" in capsys.readouterr().out
     shutil.copytree(out, tmp_path / "copy")
-    assert builder.open_file(tmp_path / "copy").manifest == json.loads((out / "manifest.json").read_text())
+    assert builder.open_file(tmp_path / "copy").manifest.document() == json.loads((out / "manifest.json").read_text())
 
 
 @rtx

@@ -6,9 +6,20 @@ import pytest
 
 from moedge import MoEdgeError
 from moedge.configs import devices, files
+from moedge.export.manifest import LayerFacts, ModelFacts, MoEFacts
 from moedge.runtime.engines import estimate
 
-MODEL = {"num_layers": 30, "num_kv_heads": 3, "head_dim": 64, "vocab_size": 49152}
+MODEL = ModelFacts(
+    model_type="llama",
+    hidden_size=576,
+    vocab_size=49152,
+    num_layers=30,
+    num_attention_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    max_position_embeddings=2048,
+    eos_token_ids=[],
+)
 
 
 @pytest.mark.parametrize("name", devices.names())
@@ -73,9 +84,11 @@ def test_names_are_names(name: str) -> None:
 
 
 def test_only_the_experts_that_are_not_selected_are_unread() -> None:
-    layers = {"0": {"num_experts": 10, "top_k": 6, "expert_width": 8}, "1": {"num_experts": 0, "top_k": 0}}
-    layers["1"]["expert_width"] = 0
-    assert estimate.unread_bytes({"layers": layers}, 16) == 4 * 3 * 8 * 16 * 2
+    layers = {
+        0: LayerFacts(num_experts=10, top_k=6, shared_width=4, expert_width=8),
+        1: LayerFacts(num_experts=0, top_k=0, shared_width=4, expert_width=0),
+    }
+    assert estimate.unread_bytes(MoEFacts(layers=layers), 16) == 4 * 3 * 8 * 16 * 2
     assert estimate.unread_bytes(None, 16) == 0
 
 

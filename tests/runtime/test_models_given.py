@@ -57,5 +57,5 @@ def test_a_model_of_the_hub_is_exported_under_its_id(hub: Path, tmp_path: Path) 
     result = CliRunner().invoke(app, ["export", "tiny/llama", str(tmp_path / "out"), "--target", "portable"])
     assert result.exit_code == 0, result.output
     bundle = open_bundle(tmp_path / "out" / "portable")
-    assert bundle.manifest["label"] == "tiny/llama"
-    assert {"tokenizer.json", "tokenizer_config.json", "config.json"} <= set(bundle.manifest["files"])
+    assert bundle.manifest.document()["label"] == "tiny/llama"
+    assert {"tokenizer.json", "tokenizer_config.json", "config.json"} <= set(bundle.manifest.document()["files"])

@@ -62,5 +62,5 @@ def test_it_exports(tiny_llama: Any, tiny_tokenizer: Any, tmp_path: Path) -> Non
     request = ("-m", str(tmp_path / "model"), str(tmp_path / "out"), "--target", "portable")
     made = optimum_cli("export", "moedge", *request, "--max-length", "64", "--label=-by optimum")
     assert made.returncode == 0, made.stderr
-    manifest = open_bundle(tmp_path / "out/portable").manifest
+    manifest = open_bundle(tmp_path / "out/portable").manifest.document()
     assert (manifest["label"], manifest["model"]["max_position_embeddings"]) == ("-by optimum", 64)

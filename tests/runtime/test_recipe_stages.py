@@ -6,15 +6,17 @@ import ast
 import inspect
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
 
 import moedge as package
 from moedge import MoEdgeError
-from moedge.configs.recipe import ControlName, EvaluateSection, Recipe, load_recipe, recipe_from
+from moedge.configs.recipe import ControlName, EvaluateSection, Recipe, conversion_from, load_recipe, recipe_from
 from moedge.configs.study import load_study
 from moedge.convert import sources
+from moedge.runtime.engines.ref import EngineRef
 from moedge.runtime.run import held_out, run_folder, stages, study
 from moedge.runtime.run.engine import Context, Stage, parts, source_digests
 from moedge.runtime.run.fingerprint import fingerprint
@@ -87,9 +89,9 @@ def test_an_engine_is_a_stage_of_its_own_and_nothing_here_pretends_to_run_it(tmp
 
     asked: list[Any] = []
 
-    def build(bundle: Path, out: Path, devices: list[str]) -> dict[str, Any]:
+    def build(bundle: Path, out: Path, devices: list[str]) -> SimpleNamespace:
         asked.append((bundle, out, devices))
-        return {"build": {"engine_bytes": 1 << 20, "layers": 7}}
+        return SimpleNamespace(build=SimpleNamespace(engine_bytes=1 << 20, layers=7))
 
     monkeypatch.setattr("moedge.runtime.engines.build.build", build)
     (tmp_path / "export" / "tensorrt-rtx").mkdir(parents=True)
@@ -99,11 +101,31 @@ def test_an_engine_is_a_stage_of_its_own_and_nothing_here_pretends_to_run_it(tmp
     todo["build"].body(context)
     assert asked == [(tmp_path / "export" / "tensorrt-rtx", tmp_path / "build" / "tensorrt-rtx", ["rtx-4090"])]
     assert said == ["1 MiB, 7 layers; not executed here"]
-    found = {"portable moe": Path("a"), "tensorrt-rtx moe": Path("b"), "tensorrt dense": Path("c")}
+    portable = EngineRef("portable", "moe")
+    found = {
+        portable: Path("a"),
+        EngineRef("tensorrt-rtx", "moe"): Path("b"),
+        EngineRef("tensorrt", "dense"): Path("c"),
+    }
     here, not_executed = run_folder.executable(found)
-    assert set(here) == {"portable moe"}
+    assert set(here) == {portable}
     assert set(not_executed) == {"tensorrt-rtx moe", "tensorrt dense"}
     assert all(reason.startswith("not executed here") for reason in not_executed.values())
+
+
+@pytest.mark.parametrize(
+    ("method", "wanted"), [("cmoe", ["source", "calibrate", "convert"]), ("mlpmoe", ["source", "convert"])]
+)
+def test_a_conversion_alone_makes_the_same_stages_and_no_others(
+    method: str, wanted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    value = {"name": "x", "model": {"source": "asset:wiki"}, "convert": {"method": method}}
+    whole = stages.build(recipe_from(value, where="test"), MACHINE)
+    monkeypatch.setattr(stages, "STAGES", {})
+    found = stages.to_convert(conversion_from(value, where="test"))
+    assert [stage.name for stage in found] == wanted
+    keys = {stage.name: parts(stage, dict.fromkeys(stage.reads, "0")) for stage in whole}
+    assert all(parts(stage, dict.fromkeys(stage.reads, "0")) == keys[stage.name] for stage in found)
 
 
 def test_what_is_measured_on_a_machine_is_redone_on_another() -> None:

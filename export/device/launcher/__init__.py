@@ -177,9 +177,8 @@ def write_launches(bundle: Bundle, folder: Path, capabilities: Sequence[str]) ->
         node.op_type = "Launch"
         node.attributes["spec"] = ir.AttrString("spec", spec)
     model.functions.clear()  # the parser would take a body and say nothing
-    for name in bundle.manifest["files"]:
-        if name.endswith(".data"):
-            link_or_copy(bundle.path / name, folder / name)
+    for name in bundle.manifest.weight_files:
+        link_or_copy(bundle.path / name, folder / name)
     ir.save(model, folder / MODEL)
     return folder / MODEL
 

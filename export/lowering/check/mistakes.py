@@ -116,43 +116,67 @@ def _split_wrongly(run: _Run) -> _Run:
     return replace(run, gate=rows[:, 0::2], up=rows[:, 1::2])
 
 
-def _known(run: _Run, weights: Sequence[Quantized] | None) -> Iterator[tuple[str, Callable[[], _Run | np.ndarray]]]:
-    """Each known mistake, with what it gives: a changed run, or the output itself."""
-    k, experts, hidden = run.indices.shape[1], len(run.gate), run.x.shape[1]
+Known = Iterator[tuple[str, Callable[[], "_Run | np.ndarray"]]]
+"""Mistakes, each with what it gives: a changed run, or the output itself."""
+
+
+def _known(run: _Run, weights: Sequence[Quantized] | None) -> Known:
+    """Each known mistake that changes anything in this block."""
+    yield from _of_activation(run)
+    yield from _of_parts(run)
+    yield from _of_combination(run)
+    yield from _of_selection(run)
+    yield from _of_layout(run)
+    yield from _of_blocks(run, weights)
+
+
+def _of_activation(run: _Run) -> Known:
     yield "gate and up are swapped", lambda: replace(run, gate=run.up, up=run.gate)
     yield "gate and up are stacked where the kernel reads row pairs (wrong interleave)", lambda: _split_wrongly(run)
     yield "the activation is dropped", lambda: replace(run, activation=lambda x: x)
     yield "the gate is activated by a bare sigmoid", lambda: replace(run, activation=lambda x: 1 / (1 + np.exp(-x)))
+
+
+def _of_parts(run: _Run) -> Known:
     if run.shared.any():
         yield "the shared expert is dropped", lambda: replace(run, shared=np.zeros_like(run.shared))
     yield "the routed experts are dropped", lambda: run.shared
     yield "the block returns zeros", lambda: np.zeros_like(run.shared)
+    if run.compensation is not None:
+        yield "the compensation of unselected experts is dropped", lambda: replace(run, compensation=None)
+
+
+def _of_combination(run: _Run) -> Known:
     total = run.weights.sum(1, keepdims=True)
+    chosen = np.take_along_axis(run.scores, run.indices, 1)
+    share = np.take_along_axis(_softmax(run.scores), run.indices, 1)
     if not np.allclose(total, 1):
         yield (
             "the combination weights are renormalised to sum 1 (norm flag ignored, or the factor sum(w) missing)",
             lambda: replace(run, weights=run.weights / total),
         )
         yield "the factor sum(w) is applied twice", lambda: replace(run, weights=run.weights * total)
-    share = np.take_along_axis(_softmax(run.scores), run.indices, 1)
     yield (
         "the combination weights are the softmax over all experts (missing renormalisation)",
         lambda: replace(run, weights=share),
     )
     yield (
         "the combination weights are the softmax over the selected scores",
-        lambda: replace(run, weights=_softmax(np.take_along_axis(run.scores, run.indices, 1))),
+        lambda: replace(run, weights=_softmax(chosen)),
     )
     if not np.allclose(run.weights, 1):
         yield "the combination weights are dropped (all 1)", lambda: replace(run, weights=np.ones_like(run.weights))
     if run.rule == "normalised":
-        bare = np.take_along_axis(run.scores, run.indices, 1)
         yield (
             "the combination weights are the bare scores (missing renormalisation)",
-            lambda: replace(run, weights=bare),
+            lambda: replace(run, weights=chosen),
         )
     if run.rule == "scaled":
         yield "the scale of the router is dropped (1 + softmax)", lambda: replace(run, weights=1 + share)
+
+
+def _of_selection(run: _Run) -> Known:
+    k, experts = run.indices.shape[1], len(run.gate)
     if run.bias.any():
         yield "the selection bias is ignored", lambda: replace(run, indices=_top(run.scores, k))
     for end in (np.arange(k), np.arange(experts - k, experts)):
@@ -168,20 +192,23 @@ def _known(run: _Run, weights: Sequence[Quantized] | None) -> Iterator[tuple[str
             lambda: replace(run, indices=everyone, weights=np.ones(everyone.shape)),
         )
     yield "the worst experts are selected instead of the best", lambda: replace(run, indices=_top(-run.scores, k))
-    if run.compensation is not None:
-        yield "the compensation of unselected experts is dropped", lambda: replace(run, compensation=None)
-    width = run.gate.shape[1]
-    if width == hidden:
-        for name in ("gate", "up", "down"):
-            turned: dict[str, Any] = {name: _transposed(getattr(run, name))}
-            yield f"the {name} weights are transposed", lambda turned=turned: replace(run, **turned)  # type: ignore[misc]
-        turned = {name: _transposed(getattr(run, name)) for name in ("gate", "up")}
-        yield "the gate and up weights are transposed", lambda: replace(run, **turned)
-        every: dict[str, Any] = {name: _transposed(getattr(run, name)) for name in ("gate", "up", "down")}
-        yield "all expert weights are transposed", lambda: replace(run, **every)
     if experts > 1:
         yield "the experts are in reverse order", lambda: replace(run, indices=experts - 1 - run.indices)
-    for names, stacks in _parts(run, weights):
+
+
+def _of_layout(run: _Run) -> Known:
+    """Weights read as if transposed, where their shape allows it."""
+    if run.gate.shape[1] != run.x.shape[1]:
+        return
+    for names in (("gate",), ("up",), ("down",), ("gate", "up"), ("gate", "up", "down")):
+        turned: dict[str, Any] = {name: _transposed(getattr(run, name)) for name in names}
+        what = "all expert" if len(names) == 3 else f"the {' and '.join(names)}"
+        yield f"{what} weights are transposed", lambda turned=turned: replace(run, **turned)  # type: ignore[misc]
+
+
+def _of_blocks(run: _Run, weights: Sequence[Quantized] | None) -> Known:
+    """Quantised weights that are unpacked wrongly."""
+    for names, stacks in _parts(weights):
         for what, wrong in _WRONG_BLOCKS.items():
 
             def changed(stacks: dict[str, Quantized] = stacks, wrong: _Wrong = wrong) -> _Run:
@@ -191,7 +218,7 @@ def _known(run: _Run, weights: Sequence[Quantized] | None) -> Iterator[tuple[str
             yield f"{what} ({names})", changed
 
 
-def _parts(run: _Run, weights: Sequence[Quantized] | None) -> Iterator[tuple[str, dict[str, Quantized]]]:
+def _parts(weights: Sequence[Quantized] | None) -> Iterator[tuple[str, dict[str, Quantized]]]:
     if weights is None:
         return
     gate, up, down = weights

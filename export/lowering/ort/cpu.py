@@ -6,8 +6,6 @@ every layer, and one layer of it is executed beside what it replaced. What is re
 
 from __future__ import annotations
 
-from typing import Any
-
 import onnx_ir as ir
 
 from moedge import MoEdgeError
@@ -21,6 +19,7 @@ from moedge.export.lowering.ort.moe import FuseMoE
 from moedge.export.lowering.ort.norms import FuseNorms, mark_rotary
 from moedge.export.lowering.ort.products import ExpertProducts, preferred
 from moedge.export.lowering.rule import Work
+from moedge.export.manifest import CacheFacts
 
 # Two float32 evaluations of one block differ by the order of their sums: about sqrt(n) * 2^-24 of the largest output
 # with n terms. n is the widest product of a block: 5.4e-6 for n = 8192 (2.2e-6 measured). Up to n = 1126 it stays.
@@ -54,7 +53,7 @@ def lower(model: ir.Model, *, max_length: int) -> Lowered:
     return Lowered(work.rewrites, work.taps, cache, limits=limits(cache))
 
 
-def norms_and_attention(work: Work, max_length: int, *, padding: bool = True) -> dict[str, Any]:
+def norms_and_attention(work: Work, max_length: int, *, padding: bool = True) -> CacheFacts:
     """Run the rules that touch no weight matrix; return the cache's manifest entry.
 
     ``padding=False`` gives attention no bias that hides left padding.
@@ -62,11 +61,11 @@ def norms_and_attention(work: Work, max_length: int, *, padding: bool = True) ->
     work.run(FuseNorms())
     mark_rotary(work.model)
     fused = work.run(FuseAttention(max_length, padding))
-    return {"kind": "shared_buffer" if fused else "concat", "max_length": max_length}
+    return CacheFacts(kind="shared_buffer" if fused else "concat", max_length=max_length)
 
 
-def limits(cache: dict[str, Any]) -> list[str]:
+def limits(cache: CacheFacts) -> list[str]:
     """What the lowered graph cannot do, for the manifest."""
-    if cache["kind"] != "shared_buffer":
+    if cache.kind != "shared_buffer":
         return []
     return ["after its prefill, a batch larger than 1 takes one new token at a time (GroupQueryAttention)"]

@@ -43,7 +43,7 @@ def lower(model: ir.Model, *, max_length: int) -> Lowered:
         raise MoEdgeError(f"Cannot lower for ort-cuda: {reason}.")
     work = Work(model, onnxruntime.block_limit(model), onnxruntime.ADVICE)
     cache = onnxruntime.norms_and_attention(work, max_length, padding=False)
-    if cache["kind"] != "shared_buffer":
+    if cache.kind != "shared_buffer":
         raise MoEdgeError(f"Cannot lower for ort-cuda: {work.rewrites[-1].reason}; use --target ort-cpu or tensorrt.")
     experts = nodes_of(work.before, "SparseGLU")
     if experts and not work.run(FuseMoE("cuda")):
@@ -54,7 +54,7 @@ def lower(model: ir.Model, *, max_length: int) -> Lowered:
     work.limit, work.advice = HALF_LIMIT, "The float16 graph does not compute what it replaced."
     outputs = [*(str(node.outputs[0].name) for node in experts[:1]), *edges(attention_kinds(work.before))]
     work.run(ToHalf(outputs, [case for case in selftest.attention_cases(work.before) if not case.padding]))
-    cache["dtype"] = "float16"
+    cache = cache.model_copy(update={"dtype": "float16"})
     limits = [
         *onnxruntime.limits(cache),
         "rows of a batch must be equally long: the attention kernel takes no mask (padding)",

@@ -30,18 +30,10 @@ from moedge.export.graph.nodes import (
     smallest_weight,
 )
 from moedge.export.lowering.rule import Applied, ends
+from moedge.export.manifest import Tap
 
 UNSELECTED = -1.0e4
 """Logit of an unselected expert: its softmax weight is exactly 0 beside any log(w) above -9.9e3; fits float16."""
-
-
-@dataclass(frozen=True)
-class Tap:
-    """Where the routing of one layer can be read in the lowered graph."""
-
-    output: str
-    kind: str
-    top_k: int
 
 
 def interleave(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
@@ -106,7 +98,7 @@ class FuseMoE:
         """Replace every node; the first and the last whole FFN are tested."""
         nodes = nodes_of(graph, "SparseGLU")
         blocks = ends([str(node.outputs[0].name) for node in nodes])
-        return Applied(len(nodes), blocks, taps={layer: vars(tap) for layer, tap in _fuse(graph, nodes).items()})
+        return Applied(len(nodes), blocks, taps=_fuse(graph, nodes))
 
 
 def _fuse(model: ir.Model, nodes: Sequence[ir.Node]) -> dict[int, Tap]:
@@ -148,7 +140,7 @@ def _replace(model: ir.Model, node: ir.Node, layer: int) -> Tap:
     if rest:
         y = builder.node("Add", [y, compensated(builder, logits, rest[0])])
     builder.replace_output(node.outputs[0], y)
-    return Tap(str(indices.name), "indices", top_k)
+    return Tap(output=str(indices.name), kind="indices", top_k=top_k)
 
 
 def _moe(builder: Builder, node: ir.Node, logits: ir.Value, top_k: int, name: str) -> ir.Value:
@@ -192,7 +184,7 @@ def _replace_composed(builder: Builder, node: ir.Node, layer: int) -> Tap:
     part = str(gate.name).rpartition(".mlp.")[2]
     y = _moe(builder, node, logits, min(top_k, experts), f"layers.{layer}.experts.{part}")
     builder.replace_output(node.outputs[0], builder.node("Mul", [y, total]))
-    return Tap(str(indices.name), "indices", top_k)
+    return Tap(output=str(indices.name), kind="indices", top_k=top_k)
 
 
 def _replace_route(builder: Builder, route: ir.Node) -> None:

@@ -19,8 +19,8 @@ import onnx_ir as ir
 from moedge.export.graph.build import Builder, array_of, constant_of, remove_unused, sizes
 from moedge.export.graph.nodes import layer_of, nodes_of, routed_directly
 from moedge.export.lowering.ort import moe as ort_moe
-from moedge.export.lowering.ort.moe import Tap
 from moedge.export.lowering.rule import Applied, ends
+from moedge.export.manifest import Tap
 
 SMALLEST_EXPERT = 1 << 19
 """Parameters of an expert (3 * H * I) from which its own products are at least as fast as ``com.microsoft.MoE``."""
@@ -64,7 +64,7 @@ class ExpertProducts:
         """Replace every node; the first and the last whole FFN are tested."""
         nodes = nodes_of(graph, "SparseGLU")
         blocks = ends([str(node.outputs[0].name) for node in nodes])
-        taps = {layer_of(node): vars(_replace(graph, node)) for node in nodes}
+        taps = {layer_of(node): _replace(graph, node) for node in nodes}
         remove_unused(graph)
         return Applied(len(nodes), blocks, taps)
 
@@ -98,7 +98,7 @@ def _replace(model: ir.Model, node: ir.Node) -> Tap:
     if rest and rest[0] is not None:
         y = builder.node("Add", [y, _compensation(builder, chosen, rest[0], experts)])
     builder.replace_output(node.outputs[0], y)
-    return Tap(str((chosen if rule == "unit" else indices).name), "indices", top_k)
+    return Tap(output=str((chosen if rule == "unit" else indices).name), kind="indices", top_k=top_k)
 
 
 def _glu(builder: Builder, g: ir.Value, u: ir.Value, activation: str) -> ir.Value:

@@ -33,9 +33,9 @@ import onnx_ir as ir
 from moedge.export.graph.build import Builder, array_of, constant_of, remove_unused
 from moedge.export.graph.nodes import activations, has_biases, layer_of, nodes_of, smallest_weight
 from moedge.export.lowering.ort import moe as ort_moe
-from moedge.export.lowering.ort.moe import Tap
 from moedge.export.lowering.ort.nbits import INT8_ACTIVATIONS, initializers
 from moedge.export.lowering.rule import Applied, ends
+from moedge.export.manifest import Tap
 from moedge.export.quantize.format import BLOCK, Quantized
 
 
@@ -103,7 +103,7 @@ class FuseQMoE:
         taps = {}
         for node in nodes:
             layer = layer_of(node)
-            taps[layer] = vars(_replace(graph, node, layer, self.weights))
+            taps[layer] = _replace(graph, node, layer, self.weights)
         remove_unused(graph)
         return Applied(len(nodes), blocks, taps)
 
@@ -128,7 +128,7 @@ def _replace(model: ir.Model, node: ir.Node, layer: int, weights: Mapping[str, Q
     total = None
     if compensation is None:
         probs, combination, normalise = _selection(builder, route, rule, layer, experts)
-        tap = Tap(str(probs.name), "scores", top_k)
+        tap = Tap(output=str(probs.name), kind="scores", top_k=top_k)
     else:
         probs, total, tap = _adapter(builder, route, rule, layer, top_k, experts, indices, routed)
         combination, normalise = None, 1
@@ -196,4 +196,4 @@ def _adapter(
     else:
         logits = ort_moe.log_weights(builder, route, indices, weights)
         total = builder.node("ReduceSum", [weights, constant_of(builder, [-1])], attributes={"keepdims": 1})
-    return logits, total, Tap(str(indices.name), "indices", top_k)
+    return logits, total, Tap(output=str(indices.name), kind="indices", top_k=top_k)

@@ -33,6 +33,7 @@ from moedge.export.lowering.ort.nbits import QuantizeProducts
 from moedge.export.lowering.ort.products import ExpertProducts
 from moedge.export.lowering.ort.qmoe import FuseQMoE
 from moedge.export.lowering.rule import Applied, Block, Rule, Work
+from moedge.export.manifest import ClassSize, Place, Quantization, Rows, RowsPlace, StackPlace
 from moedge.export.quantize.format import BLOCK, QUANTISED, Quantized, account, quantize, stored_bytes
 
 INT8_LIMIT = 4e-2
@@ -66,12 +67,8 @@ def lower(
     table = weights.collect(work.before)
     chosen = {name: weight for name, weight in table.items() if weight.tensor_class in QUANTISED}
     unfit = FuseQMoE({}).refuse(model)
-    narrow = min((weight.columns for weight in table.values() if weight.tensor_class == "experts"), default=2 * BLOCK)
-    if method == "rtn-asymmetric" and narrow <= BLOCK and not unfit:
-        raise MoEdgeError(
-            f"Cannot lower for {target}: experts of {narrow} neurons are one block, whose zero points QMoE reads in "
-            "another layout; use symmetric blocks (rtn)."
-        )
+    if method == "rtn-asymmetric" and not unfit:
+        _check_zero_points(table, target)
     values, known = work.before.graph.initializers, moments or {}
     packed = {
         name: quantize(weights.array(values[name], weight), bits, method, known.get(name))
@@ -100,14 +97,19 @@ def lower(
     limits = ort_cpu.limits(cache)
     if work.taps and not unfit:
         limits.append("equal router scores go to the higher expert index, in PyTorch to the lower (QMoE)")
-    quantization = {
-        "bits": bits,
-        "block": BLOCK,
-        "method": method,
-        "classes": [{**vars(size), "bits_per_weight": size.bits_per_weight} for size in sizes],
-        "tensors": _where(model, chosen, work.before),
-    }
+    quantization = Quantization(
+        bits=bits, block=BLOCK, method=method, classes=sizes, tensors=_where(model, chosen, work.before)
+    )
     return Lowered(work.rewrites, work.taps, cache, limits, quantization)
+
+
+def _check_zero_points(table: Mapping[str, weights.Weight], target: str) -> None:
+    narrow = min((weight.columns for weight in table.values() if weight.tensor_class == "experts"), default=2 * BLOCK)
+    if narrow <= BLOCK:
+        raise MoEdgeError(
+            f"Cannot lower for {target}: experts of {narrow} neurons are one block, whose zero points QMoE reads in "
+            "another layout; use symmetric blocks (rtn)."
+        )
 
 
 OLDEST_ORT = (1, 31)
@@ -217,7 +219,7 @@ class _Judge:
 
 def _account(
     before: ir.Model, model: ir.Model, table: dict[str, weights.Weight], bits: int, method: str, *, padded: bool
-) -> list[Any]:
+) -> list[ClassSize]:
     """Account for every initializer of both graphs; ``padded``: experts are as wide as QMoE needs them.
 
     Raises:
@@ -260,10 +262,11 @@ def _is_gate_or_up(model: ir.Model, name: str) -> bool:
     return any(use.node.op_type == "SparseGLU" and use.idx in (3, 4) for use in value.uses())
 
 
-def _where(model: ir.Model, chosen: dict[str, weights.Weight], before: ir.Model) -> dict[str, dict[str, Any]]:
+def _where(model: ir.Model, chosen: dict[str, weights.Weight], before: ir.Model) -> dict[str, Place]:
     """Say for each weight of the portable graph where its quantised rows lie, so that a reader can de-quantise it."""
     made = [name.removesuffix(".q") for name in model.graph.initializers if name.endswith(".q")]
-    places: dict[str, dict[str, Any]] = {}
+    places: dict[str, Place] = {}
+    stacks: dict[str, StackPlace] = {}
     divided = {  # matrix of one expert -> its stack
         ort_products.matrix_name(name, expert): name
         for name, weight in chosen.items()
@@ -277,14 +280,16 @@ def _where(model: ir.Model, chosen: dict[str, weights.Weight], before: ir.Model)
             if name in divided:
                 experts = chosen[divided[name]]
                 rows = experts.shape[1]
-                place = places.setdefault(experts.name, {"layout": "ENK", "columns": experts.columns, "experts": []})
-                place["experts"].append({"tensor": tensor, "rows": [row, row + rows]})
+                new = StackPlace(layout="ENK", columns=experts.columns, experts=[])
+                stack = places[experts.name] = stacks.setdefault(experts.name, new)
+                stack.experts.append(Rows(tensor=tensor, rows=(row, row + rows)))
                 row += rows
             elif name in chosen:
-                rows = chosen[name].rows
-                places[name] = {"tensor": tensor, "rows": [row, row + rows], "layout": chosen[name].layout}
-                places[name]["columns"] = chosen[name].columns
-                row += rows
+                weight = chosen[name]
+                places[name] = RowsPlace(
+                    tensor=tensor, rows=(row, row + weight.rows), layout=weight.layout, columns=weight.columns
+                )
+                row += weight.rows
     for node in nodes_of(before, "SparseGLU"):
         layer = layer_of(node)
         if str(getattr(node.inputs[3], "name", "")) in places:
@@ -292,9 +297,10 @@ def _where(model: ir.Model, chosen: dict[str, weights.Weight], before: ir.Model)
         for part, value in zip(("gate", "up", "down"), node.inputs[3:6], strict=True):
             assert value is not None
             shape = chosen[str(value.name)].shape
-            stack = "down" if part == "down" else "gate_up"
-            places[str(value.name)] = {"tensor": f"experts.layers.{layer}.{stack}", "part": part, "layout": "ENK"}
-            places[str(value.name)]["rows"], places[str(value.name)]["columns"] = [0, shape[1]], shape[2]
+            tensor = f"experts.layers.{layer}.{'down' if part == 'down' else 'gate_up'}"
+            places[str(value.name)] = RowsPlace(
+                tensor=tensor, part=part, layout="ENK", rows=(0, shape[1]), columns=shape[2]
+            )
     if missing := set(chosen) - set(places):
         name = sorted(missing)[0]
         raise MoEdgeError(f"{name} was quantised but is not in the lowered graph. This is a bug; report it.")

@@ -29,6 +29,7 @@ from moedge.export.lowering.trt import native as trt_native
 from moedge.export.lowering.trt import plugins as trt_plugins
 from moedge.export.lowering.trt.attention import RewriteAttention, TurnRotary
 from moedge.export.lowering.trt.experts import RewriteExperts
+from moedge.export.manifest import CacheFacts, Kernel, Plugins, Tap
 from moedge.runtime.device.moedge_plugins import OLDEST
 
 NEWEST = "11.0"
@@ -76,28 +77,14 @@ def lower_half(
         MoEdgeError: another ``dtype``, the weights are not float32, no runtime is here to execute the self-tests, or
             one of them fails.
     """
-    if dtype not in half.UNIT:
-        raise MoEdgeError(f"TensorRT graphs are float16 or bfloat16, not {dtype!r}; give --half one of them.")
-    kind = ir.DataType[dtype.upper()]
-    sparse = nodes_of(model, "SparseGLU")
-    routes = nodes_of(model, "Route")
-    weights = {value.dtype for value in model.graph.initializers.values() if value.dtype is not None}
-    if not all(map(routed_directly, sparse)):
-        raise MoEdgeError(
-            "Cannot lower experts inside experts to half precision; export a hierarchical model to portable or ort-cpu."
-        )
-    if reason := capabilities.runtime() or capabilities.half_source({dtype.name.lower() for dtype in weights}):
-        raise MoEdgeError(f"Cannot lower to half precision: {reason}.")
-    taps: dict[int, dict[str, object]] = {}
-    for node, route in zip(sparse, routes, strict=True):
-        top_k = route.attributes["top_k"].as_int()
-        taps[layer_of(node)] = {"output": str(route.outputs[0].name), "kind": "indices", "top_k": top_k}
+    _check(model, dtype)
+    sparse, taps = nodes_of(model, "SparseGLU"), _taps(model)
     form, why = trt_experts.choose(model, tensorrt, experts)
     plugins = form == "plugins" and bool(sparse)
     work = Work(model, block_limit(dtype), f"The {dtype} graph does not compute what it replaced.")
     rules: list[Rule] = [TurnRotary(attention), RewriteAttention(attention, dtype), RewriteExperts(form, why)]
     done = [work.start(rule) for rule in (rules[:2] if plugins else rules)]
-    typed = half.convert(model, kind)
+    typed = half.convert(model, ir.DataType[dtype.upper()])
     if plugins:  # they need a graph whose types are known
         done.append(work.start(rules[2]))
     else:
@@ -111,13 +98,34 @@ def lower_half(
             work.finish(rule, each, _Judge(work, dtype, experts=isinstance(rule, RewriteExperts)))
     name = f"float32 -> {dtype}; router, norm sums, rotary and softmax stay float32"
     work.rewrites.append(Rewrite(name, typed, "applied"))
-    cache = {"kind": "concat", "max_length": max_length, "dtype": dtype}
+    cache = CacheFacts(kind="concat", max_length=max_length, dtype=dtype)
     limits = [_LIMITS["launcher" if form == "plugins" and tensorrt is None else form]] if sparse else []
     lowered = Lowered(work.rewrites, taps, cache, limits=limits, experts=form if sparse else None)
     if plugins:
-        kernels = [asdict(request) for request in trt_plugins.requests(model)]
-        lowered.plugins = {"oldest_tensorrt": ".".join(map(str, OLDEST)), "kernels": kernels}
+        kernels = [Kernel(**asdict(request)) for request in trt_plugins.requests(model)]
+        lowered.plugins = Plugins(oldest_tensorrt=".".join(map(str, OLDEST)), kernels=kernels)
     return lowered
+
+
+def _check(model: ir.Model, dtype: str) -> None:
+    if dtype not in half.UNIT:
+        raise MoEdgeError(f"TensorRT graphs are float16 or bfloat16, not {dtype!r}; give --half one of them.")
+    if not all(map(routed_directly, nodes_of(model, "SparseGLU"))):
+        raise MoEdgeError(
+            "Cannot lower experts inside experts to half precision; export a hierarchical model to portable or ort-cpu."
+        )
+    stored = {value.dtype.name.lower() for value in model.graph.initializers.values() if value.dtype is not None}
+    if reason := capabilities.runtime() or capabilities.half_source(stored):
+        raise MoEdgeError(f"Cannot lower to half precision: {reason}.")
+
+
+def _taps(model: ir.Model) -> dict[int, Tap]:
+    """The experts that each layer selects."""
+    taps = {}
+    for node, route in zip(nodes_of(model, "SparseGLU"), nodes_of(model, "Route"), strict=True):
+        top_k = route.attributes["top_k"].as_int()
+        taps[layer_of(node)] = Tap(output=str(route.outputs[0].name), kind="indices", top_k=top_k)
+    return taps
 
 
 _LIMITS = {

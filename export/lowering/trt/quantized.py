@@ -29,7 +29,8 @@ from moedge.export.lowering.trt import rtx as tensorrt_rtx
 from moedge.export.lowering.trt import weights as trt_weights
 from moedge.export.lowering.trt.engine import HALF_LIMIT
 from moedge.export.lowering.trt.weights import Matrix
-from moedge.export.quantize.format import QUANTISED, ClassSize, account
+from moedge.export.manifest import ClassSize, LinearPlace, Quantization
+from moedge.export.quantize.format import QUANTISED, account
 
 
 def lower(
@@ -68,33 +69,36 @@ def lower(
     sizes = _account(before, model, table, matrices, bits)
     lowered.rewrites += _tested(before, reference, model, matrices)
     blocks = sorted({matrix.block for matrix in matrices.values()}, reverse=True)
-    if bits == 4:
-        lowered.limits.append(
-            "TensorRT for RTX builds 4-bit weights for SM80 and newer; for SM75 take tensorrt-rtx-int8"
-        )
-        if blocks[-1] < capabilities.DOCUMENTED_BLOCK:
-            lowered.limits.append(
-                f"some rows hold no whole number of blocks of {capabilities.DOCUMENTED_BLOCK} and have blocks of "
-                f"{blocks[-1]}, which the builder takes and NVIDIA does not document"
+    lowered.limits += _limits(blocks) if bits == 4 else []
+    lowered.quantization = Quantization(
+        form="DequantizeLinear",
+        bits=bits,
+        block="a row" if bits == 8 else " or ".join(map(str, blocks)),
+        method=method,
+        classes=sizes,
+        tensors={
+            name: LinearPlace(
+                tensor=f"{matrix.weight.tensor_class}.{name}",
+                axis=matrix.axis,
+                block=matrix.block,
+                shape=list(matrix.weight.shape),
+                merged=name in downs,
             )
-    lowered.quantization = {
-        "form": "DequantizeLinear",
-        "bits": bits,
-        "block": "a row" if bits == 8 else " or ".join(map(str, blocks)),
-        "method": method,
-        "classes": [{**vars(size), "bits_per_weight": size.bits_per_weight} for size in sizes],
-        "tensors": {
-            name: {
-                "tensor": f"{matrix.weight.tensor_class}.{name}",
-                "axis": matrix.axis,
-                "block": matrix.block,
-                "shape": list(matrix.weight.shape),
-                "merged": name in downs,
-            }
             for name, matrix in matrices.items()
         },
-    }
+    )
     return lowered
+
+
+def _limits(blocks: list[int]) -> list[str]:
+    """What holds for 4-bit weights; ``blocks`` from the longest to the shortest."""
+    limits = ["TensorRT for RTX builds 4-bit weights for SM80 and newer; for SM75 take tensorrt-rtx-int8"]
+    if blocks[-1] < capabilities.DOCUMENTED_BLOCK:
+        limits.append(
+            f"some rows hold no whole number of blocks of {capabilities.DOCUMENTED_BLOCK} and have blocks of "
+            f"{blocks[-1]}, which the builder takes and NVIDIA does not document"
+        )
+    return limits
 
 
 def _check(model: ir.Model, target: str) -> None:

@@ -20,9 +20,8 @@ def write_without_products(bundle: Bundle, folder: Path) -> tuple[Path, int]:
     """Write the bundle's graph to ``folder`` with every float32 product as a sum; return its path and how many."""
     model = ir.load(bundle.model_path)
     count = products_as_sums(model)
-    for name in bundle.manifest["files"]:
-        if name.endswith(".data"):
-            link_or_copy(bundle.path / name, folder / name)
+    for name in bundle.manifest.weight_files:
+        link_or_copy(bundle.path / name, folder / name)
     ir.save(model, folder / MODEL)  # the weights stay where they are, so nothing is copied
     return folder / MODEL, count
 

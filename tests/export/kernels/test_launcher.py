@@ -122,7 +122,7 @@ def test_the_library_launches_what_computes_the_float32_experts(
 
 @pytest.mark.usefixtures("compiled")
 def test_an_engine_with_sparse_experts_is_built_without_a_gpu(sparse: Path, tmp_path: Path) -> None:
-    made = build.build(sparse, tmp_path / "engine", ["rtx-3090", "rtx-5090"], max_length=64, max_prompt=32)
+    made = build.build(sparse, tmp_path / "engine", ["rtx-3090", "rtx-5090"], max_length=64, max_prompt=32).document()
     assert made["build"]["plugins"] == 10  # five a layer
     assert made["compute_capabilities"] == ["8.6", "12.0"]
     opened = build.open_file(tmp_path / "engine")

@@ -28,7 +28,7 @@ IDS = np.random.default_rng(1).integers(0, 256, (1, 24))
 
 @pytest.mark.parametrize("name", ALL)
 def test_every_class_is_quantised_and_every_byte_is_accounted_for(bundles, name):
-    manifest = bundle.open_bundle(bundles[name]).manifest
+    manifest = bundle.open_bundle(bundles[name]).manifest.document()
     bits = manifest["quantization"]["bits"]
     classes = {entry["tensor_class"]: entry for entry in manifest["quantization"]["classes"]}
     ffn = ["shared", "experts"] if name.startswith("moe") else ["ffn"]
@@ -57,7 +57,7 @@ def test_stored_weights_are_the_originals_to_one_step(bundles, name):
     portable = ir.load(bundles[f"{name.split('/')[0]}/portable"] / "model.onnx")
     original = portable.graph.initializers
     opened = bundle.open_bundle(bundles[name])
-    bits, seen = opened.manifest["quantization"]["bits"], 0
+    bits, seen = opened.manifest.document()["quantization"]["bits"], 0
     for weight, values in quantize.dequantized_weights(opened):
         want = array_of(original[weight])
         assert values.shape == want.shape
@@ -116,7 +116,7 @@ def test_dequantising_asks_for_the_portable_bundle_of_the_same_export(bundles):
 
 def test_the_self_tests_keep_kernel_error_and_quantisation_error_apart(bundles):
     for bits, target in TARGETS.items():
-        lowering = bundle.open_bundle(bundles[f"moe/{target}"]).manifest["lowering"]
+        lowering = bundle.open_bundle(bundles[f"moe/{target}"]).manifest.document()["lowering"]
         tests = {entry["rewrite"]: entry["self_test"] for entry in lowering if entry["self_test"]}
         qmoe = tests["Route + SparseGLU -> QMoE"]
         assert qmoe["passed"]
@@ -139,7 +139,7 @@ def test_a_class_that_was_skipped_fails_the_export(bundles, monkeypatch):
 def test_asymmetric_blocks_err_less(bundles):
     model = ir.load(bundles["dense/portable"] / "model.onnx")
     lowered = ort_quantized.lower(model, max_length=64, bits=4, method="rtn-asymmetric")
-    symmetric = bundle.open_bundle(bundles["dense/ort-cpu-int4"]).manifest["lowering"]
+    symmetric = bundle.open_bundle(bundles["dense/ort-cpu-int4"]).manifest.document()["lowering"]
     errors = [
         {entry["rewrite"]: entry["self_test"]["quantisation_error"] for entry in entries if "Bits" in entry["rewrite"]}
         for entries in ([vars(rewrite) for rewrite in lowered.rewrites], symmetric)
@@ -149,11 +149,12 @@ def test_asymmetric_blocks_err_less(bundles):
 
 
 def test_verify_judges_the_model_and_the_kernels_apart(bundles, checkpoints):
+    from moedge.runtime.engines.ref import TORCH_DENSE, TORCH_MOE, EngineRef
     from moedge.runtime.parity.suite import verify_run
 
-    engines = {"torch moe": checkpoints["moe"], "torch dense": checkpoints["dense"]}
-    engines |= {f"{name.split('/')[1]} moe": path for name, path in bundles.items() if name.startswith("moe")}
-    engines["ort-cpu-int4 dense"] = bundles["dense/ort-cpu-int4"]
+    engines = {TORCH_MOE: checkpoints["moe"], TORCH_DENSE: checkpoints["dense"]}
+    engines |= {EngineRef(name.split("/")[1], "moe"): path for name, path in bundles.items() if name.startswith("moe")}
+    engines[EngineRef("ort-cpu-int4", "dense")] = bundles["dense/ort-cpu-int4"]
     result = verify_run(engines, IDS, prefill=20, tolerances="float32", text="random")
     assert not [entry for entry in result["identity"] if "int" in entry["name"]]
     kl = {entry["name"]: entry["overall"]["kl_ref_test"]["mean"] for entry in result["parity"]}
