@@ -70,7 +70,7 @@ def test_a_name_is_found_whatever_was_imported_before() -> None:
         ),
         (
             lambda: moedge.convert_model("asset:x", "out", windows=0),
-            "convert_model: windows: must be at least 1, got 0",
+            "windows: must be at least 1, got 0",
         ),
         (lambda: moedge.export_model("nothing", "out"), "nothing is not a checkpoint folder: it has no config.json"),
         (lambda: moedge.export_model("nothing", "out", ["tpu"], half="float16"), "Unknown target 'tpu'; known: port"),
