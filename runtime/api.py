@@ -84,12 +84,13 @@ def convert_model(
             "convert": {"method": method, **params},
         },
         where=where,
+        called=_argument,
     )
     write_checkpoint(
         recipe,
         Path(out),
         force=force,
-        check=lambda config: recipe.check_model(config, where),
+        check=lambda config: recipe.check_model(config, where, called=_argument),
         progress=progress or _quiet,
         note=_quiet,
     )
@@ -422,6 +423,13 @@ def evaluate(
         device=device,
         progress=progress,
     )
+
+
+def _argument(setting: str) -> str:
+    """What :func:`convert_model` calls a recipe's key, or ``key: value``."""
+    key, colon, value = setting.partition(": ")
+    name = {"model.source": "model", "text.calibration": "text"}.get(key, key.split(".", 1)[-1])
+    return f"{name}={value!r}" if colon else name
 
 
 def _quiet(*_: object) -> None:

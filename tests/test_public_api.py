@@ -62,13 +62,16 @@ def test_a_name_is_found_whatever_was_imported_before() -> None:
     [
         (
             lambda: moedge.convert_model("asset:x", "out", method="magic"),
-            "convert_model: convert.method: unknown value",
+            "convert_model: method: unknown value 'magic'",
         ),
         (
             lambda: moedge.convert_model("asset:x", "out", expert=3),
-            r"convert.expert: unknown key; known keys here: method, .* \(nearest: experts\)",
+            r"convert_model: expert: unknown key; known keys here: method, .* \(nearest: experts\)",
         ),
-        (lambda: moedge.convert_model("asset:x", "out", windows=0), "calibration.windows: must be at least 1, got 0"),
+        (
+            lambda: moedge.convert_model("asset:x", "out", windows=0),
+            "windows: must be at least 1, got 0",
+        ),
         (lambda: moedge.export_model("nothing", "out"), "nothing is not a checkpoint folder: it has no config.json"),
         (lambda: moedge.export_model("nothing", "out", ["tpu"], half="float16"), "Unknown target 'tpu'; known: port"),
         (lambda: moedge.export_model("nothing", "out", half="bfloat16"), "half='bfloat16' is for target tensorrt or"),

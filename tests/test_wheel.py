@@ -35,7 +35,6 @@ def packages(wheel: Path) -> set[str]:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built from a copy of what git knows (a build leaves folders in its source)."""
-    pytest.importorskip("setuptools", reason="the build needs setuptools in this environment")
     folder = tmp_path_factory.mktemp("wheel")
     for path in source_files():
         copy = folder / "source" / path

@@ -43,15 +43,20 @@ FORMAT = tarfile.GNU_FORMAT
 """Not the plain one, whose size field ends at 8 GiB: the weights of a model of 4 billion parameters."""
 
 
-def limits(dtype: str = "float16") -> dict[str, float]:
+def limits(dtype: str = "float16", given: str | tolerances.Given = "float32") -> dict[str, float]:
     """What the engine may differ from the recorded float32 answers, before any choice of experts differs.
 
     They are those of ``moedge verify`` for the target, derived in ``configs/tolerances.yaml``: ``median_rel_error``,
     max|a-b| / max|a| of a token's logits; ``mean_kl`` in nats; ``top1_agreement`` outside near-ties; and
     ``near_tie_margin``, here in units of a token's largest logit. ``judged_share``: with fewer tokens than half of them
     the device has not decided anything.
+
+    Args:
+        dtype: half-precision type of the graph.
+        given: see :func:`moedge.configs.tolerances.chosen`.
     """
-    profile = tolerances.load().profile("float32", "tensorrt", dtype)
+    weights, found = tolerances.chosen(given)
+    profile = found.profile(weights, "tensorrt", dtype)
     return {
         "median_rel_error": profile.median_rel_error,
         "near_tie_margin": profile.near_tie_margin / profile.near_tie_scale,
@@ -74,6 +79,7 @@ def write(
     max_prompt: int | None = None,
     batch: int = 1,
     prompts: Sequence[str] = PROMPTS,
+    given: str | tolerances.Given = "float32",
     force: bool = False,
     progress: Steps | None = None,
 ) -> dict[str, Any]:
@@ -92,6 +98,7 @@ def write(
         max_prompt: most tokens of a prefill call; half of ``max_length`` by default.
         batch: most rows.
         prompts: texts whose answers are recorded.
+        given: the limits that the device judges by; see :func:`moedge.configs.tolerances.chosen`.
         force: replace an existing file.
         progress: called with what is being done, and how many of how many steps are finished.
 
@@ -124,7 +131,7 @@ def write(
         if graph.manifest.plugins:
             report("compiling kernels", 1, 3)
         _fill(graph, device, label, folder)
-        manifest = _manifest(graph, device, label, version, profiles, hash_tree(folder))
+        manifest = _manifest(graph, device, label, version, profiles, given, hash_tree(folder))
         write_json(folder / "manifest.json", manifest)
         report("packing", 2, 3)
         _pack(folder, work / "archive.tar")
@@ -175,9 +182,11 @@ def _manifest(
     label: str,
     tensorrt: str,
     profiles: dict[str, int],
+    given: str | tolerances.Given,
     files: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
     facts, document = graph.manifest, graph.manifest.document()
+    origin = tolerances.chosen(given)[1].origin
     return {
         "schema": SCHEMA,
         "label": label,
@@ -188,7 +197,8 @@ def _manifest(
         "device": device.model_dump(mode="json", by_alias=True),
         "tensorrt": tensorrt,
         "profiles": profiles,
-        "limits": limits(facts.cache.dtype or "float16"),
+        "limits": limits(facts.cache.dtype or "float16", given),
+        **({"tolerances": origin.model_dump()} if origin else {}),
         "parent": graph.sha256,
         "versions": {"moedge": __version__},
         "content_sha256": digest(files),

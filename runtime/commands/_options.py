@@ -48,6 +48,9 @@ Text = Annotated[str, typer.Option(help="asset:NAME or a path to a .txt, .utf8 o
 HoldoutEvery = Annotated[
     int, typer.Option(min=2, help="Of the calibration text only every Nth document is used, the held-out ones.")
 ]
+Tolerances = Annotated[
+    str, typer.Option(metavar="FILE", help="YAML file of limits that take the place of the packaged ones.")
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the method (may be repeated)."),

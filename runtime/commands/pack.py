@@ -13,7 +13,8 @@ from rich.markup import escape
 from moedge._files import sha256_file
 from moedge._progress import named
 from moedge.configs import devices
-from moedge.runtime.commands._options import Batch, ExpertForm, Force, Half, MaxLength, TensorRT
+from moedge.configs.tolerances import given_as
+from moedge.runtime.commands._options import Batch, ExpertForm, Force, Half, MaxLength, TensorRT, Tolerances
 from moedge.runtime.engines.given import local
 from moedge.runtime.progress import single
 
@@ -34,6 +35,7 @@ def pack(
     tensorrt: TensorRT = None,
     expert_form: ExpertForm = None,
     half: Half = None,
+    tolerances: Tolerances = "float32",
     force: Force = False,
 ) -> None:
     """Pack one archive for a device: graph, tokenizer, recorded answers, and scripts that build, verify and time there.
@@ -60,6 +62,7 @@ def pack(
             tensorrt=tensorrt,
             experts=expert_form,
             dtype=half,
+            given=given_as(tolerances),
             force=force,
             progress=named(reporter.progress, reporter.note),
         )

@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from moedge import MoEdgeError
 from moedge._files import write_text
-from moedge.runtime.commands._options import Device, Json, Text, Threads
+from moedge.runtime.commands._options import Device, Json, Text, Threads, Tolerances
 from moedge.runtime.parity import verdict
 from moedge.runtime.parity.given import verify_given
 from moedge.runtime.parity.outcomes import mark
@@ -36,10 +36,7 @@ def verify(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to compare on.")] = 2048,
     window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 256,
     prefill: Annotated[int, typer.Option(min=1, help="Tokens of a window in one prefill; the rest is decoded.")] = 224,
-    tolerances: Annotated[
-        str,
-        typer.Option(metavar="FILE", help="YAML file of limits that take the place of the packaged ones."),
-    ] = "float32",
+    tolerances: Tolerances = "float32",
     threads: Threads = None,
     device: Device = "cpu",
     as_json: Json = False,

@@ -20,6 +20,7 @@ import pytest
 from moedge import MoEdgeError
 from moedge._files import partial_of
 from moedge.configs import devices
+from moedge.configs.tolerances import Given
 from moedge.export.bundle import open_bundle
 from moedge.export.device import archive as device_archive
 from moedge.export.graph import emulation
@@ -189,6 +190,14 @@ def test_verify_passes_the_half_precision_graph_and_report_reads_the_result(unpa
     assert 0 < result["logits"]["median_rel_error"] <= device_archive.limits()["median_rel_error"]
     assert device_report.device_report([unpacked / "verify-result.json"], as_json=False) == 0
     assert "median_rel_error" in capsys.readouterr().out
+
+
+def test_limits_of_ones_own_go_to_the_device(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("schema: moedge.tolerances/1\nprofiles: {float32/tensorrt: {mean_kl: 1.0e-9}}\n")
+    mine, packaged = device_archive.limits(given=Given(file=str(file))), device_archive.limits()
+    assert {name for name in packaged if mine[name] != packaged[name]} == {"mean_kl"}
+    assert mine["mean_kl"] == 1e-9
 
 
 def test_an_archive_in_bfloat16_is_verified_by_its_own_limits(in_bfloat16, source, tmp_path):

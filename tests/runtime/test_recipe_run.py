@@ -14,7 +14,7 @@ import jsonschema
 import pytest
 from typer.testing import CliRunner
 
-from moedge._files import hash_tree
+from moedge._files import hash_tree, sha256_file
 from moedge.configs.recipe import load_recipe
 from moedge.export import targets
 from moedge.runtime import report as reports
@@ -202,6 +202,15 @@ def test_verify_compares_two_engines_and_its_exit_code_tells(home: Path, run: Pa
     bad = moedge("verify", engines["torch dense"], engines["ort-cpu moe"], *arguments)
     assert bad.exit_code == 1, "a quarter of the neurons is skipped: this is another model"
     assert "FAIL" in bad.stdout
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("schema: moedge.tolerances/1\nprofiles: {float32/ort-cpu: {mean_kl: 1.0e-30}}\n")
+    strict = moedge("verify", engines["torch moe"], engines["ort-cpu moe"], *arguments, "--tolerances", mine, "--json")
+    assert strict.exit_code == 1, "no float32 engine is that close to another"
+    result = json.loads(strict.stdout)
+    assert (result["outcome"], result["tolerances"]["sha256"]) == ("failed", sha256_file(mine))
+    failed = {check["name"] for check in result["parity"][0]["verdict"]["checks"] if not check["passed"]}
+    assert failed
+    assert all(name.endswith(("kl_ref_test.mean", "kl_test_ref.mean")) for name in failed), "the other limits stay"
 
 
 def test_inspect_describes_every_artefact(run: Path) -> None:
