@@ -111,7 +111,7 @@ def lower(
 
 
 OLDEST_ORT = (1, 31)
-"""QMoE with ``router_weights`` and ``accuracy_level``: 1.23 refuses the first, 1.27 the second (peers.md 5.3)."""
+"""QMoE with ``router_weights`` and ``accuracy_level``: 1.23 refuses the first, 1.27 the second (docs/node-forms.md)."""
 
 
 def refusal(*, dtypes: set[str], hidden_sizes: set[int]) -> str | None:
