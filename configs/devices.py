@@ -77,7 +77,7 @@ def half_refusal(dtype: str, device: Device) -> str | None:
     if dtype != "bfloat16" or float(device.compute_capability) >= BFLOAT16:
         return None
     return (
-        f"{device.label} ({device.sm}) has no bfloat16, GPUs from SM{BFLOAT16 * 10:.0f} on have; export with --dtype "
+        f"{device.label} ({device.sm}) has no bfloat16, GPUs from SM{BFLOAT16 * 10:.0f} on have; export with --half "
         "float16."
     )
 
@@ -100,7 +100,7 @@ def refusal(target: str, device: Device) -> str | None:
     ours = " or ".join(device.targets)
     if row.engine == "tensorrt-rtx":
         instead = (
-            f"make an archive with `moedge bundle CHECKPOINT OUT.tar --target {device.name}` and build on the device"
+            f"make an archive with `moedge pack CHECKPOINT OUT.tar --for {device.name}` and build on the device"
             if device.unified_memory
             else f"export the target {ours} and build the engine on the device"
         )

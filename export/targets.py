@@ -35,7 +35,7 @@ class Target:
     unquantised: str | None = None
     """For integer weights: the target that is the same without them."""
     dtypes: tuple[str, ...] = ("float32",)
-    """Floating-point types of its graph, the default first; with several, ``--dtype`` chooses."""
+    """Floating-point types of its graph, the default first; with several, ``--half`` chooses."""
     calibrated: bool = False
     """Its integers may be chosen on a text (``--gptq``)."""
     expert_forms: tuple[str, ...] = ()

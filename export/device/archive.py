@@ -261,6 +261,6 @@ On the device, with numpy and TensorRT's Python package (JetPack has both):
     python3 verify.py           # exit code 1 when the engine does not compute what was recorded, or that is not decided
     python3 bench.py --prompt 512 --decode 64 --note "nvpmodel 0, jetson_clocks"
 
-Both results are JSON. Where MoEdge is installed: moedge report verify-result.json bench-result.json, and, for a model
-with experts, moedge verify CHECKPOINT verify-answers.npz, which judges every token whatever experts were chosen.
+Both results are JSON. Where MoEdge is installed: moedge device-report verify-result.json bench-result.json, and, for a
+model with experts, moedge verify CHECKPOINT verify-answers.npz, which judges every token whatever experts were chosen.
 """

@@ -1,1 +1,1 @@
-"""One file per command of the ``moedge`` program; :mod:`moedge.runtime.cli` declares their options."""
+"""One file per command of the ``moedge`` program, imported when it is called; ``_*.py`` hold what several share."""

@@ -5,47 +5,58 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
 from moedge.runtime.bench import latency as benchmark
 from moedge.runtime.bench.profiling import profiles
-from moedge.runtime.commands import models
-from moedge.runtime.commands.tokens import token_windows
+from moedge.runtime.commands._options import Device, Dtype, Json, Text, Threads
 from moedge.runtime.engines import open_engine
+from moedge.runtime.engines.given import local
 from moedge.runtime.progress import single
 from moedge.runtime.report.profile import NOTE, table
 from moedge.runtime.run import run_folder
 from moedge.runtime.tables import Sheet
+from moedge.runtime.text.windows import token_windows
 
 
 def bench(
-    paths: list[Path],
-    *,
-    prompt: int,
-    decode: int,
-    repeats: int,
-    threads: int | None,
-    pytorch: dict[str, str],
-    text: str,
-    as_json: bool,
-    profile: bool = False,
+    engines: Annotated[list[Path], typer.Argument(help="One run folder, or bundles and checkpoints to time together.")],
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens in the prompt.")] = 512,
+    decode: Annotated[int, typer.Option(min=2, help="Tokens generated after it.")] = 64,
+    repeats: Annotated[int, typer.Option(min=3, help="Timed rounds.")] = 10,
+    threads: Threads = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    text: Text = "asset:wiki",
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Then profile the bundles: time by operator and by part of the model.")
+    ] = False,
+    as_json: Json = False,
 ) -> None:
-    """Time the engines of one run folder, or the folders given, and print a table or JSON; ``profile`` adds tables by
-    operator of those that ONNX Runtime runs."""
-    if len(paths) == 1 and run_folder.is_run(paths[0]):
-        folders = run_folder.engines(paths[0])
-        tokenizer = run_folder.checkpoint(paths[0])
+    """Time engines side by side at batch 1: time to first token, time per token, memory, load time.
+
+    \b
+    Examples:
+      moedge bench runs/smollm2-135m
+      moedge bench build/dense/ort-cpu build/bundles/ort-cpu --decode 128 --profile
+      moedge bench ./my-llama build/moe --device cuda --dtype bfloat16
+    """
+    if len(engines) == 1 and run_folder.is_run(engines[0]):
+        folders = run_folder.engines(engines[0])
+        tokenizer = run_folder.checkpoint(engines[0])
     else:
-        folders = {str(path): models.local(path) for path in paths}
-        if len(folders) < len(paths):
-            raise MoEdgeError(f"{next(p for p in paths if paths.count(p) > 1)} is given twice; name each engine once.")
+        folders = {str(path): local(path) for path in engines}
+        if twice := next((path for path in engines if engines.count(path) > 1), None):
+            raise MoEdgeError(f"{twice} is given twice; name each engine once.")
         tokenizer = next(iter(folders.values()))
     if not folders:
-        raise MoEdgeError(f"{paths[0]} has no engines yet; finish it with `moedge run`.")
+        raise MoEdgeError(f"{engines[0]} has no engines yet; finish it with `moedge run`.")
+    pytorch = {"device": device, "dtype": dtype}
     with single("bench", ", ".join(folders)) as reporter:
         name, windows = token_windows(tokenizer, text, prompt, 1)
         openers = {

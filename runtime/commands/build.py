@@ -4,36 +4,59 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 
+from moedge import MoEdgeError
 from moedge.configs import devices
+from moedge.runtime.commands._options import Batch, Force, Json, MaxLength
 from moedge.runtime.engines import build as builder
 from moedge.runtime.progress import single
 from moedge.runtime.tables import Sheet
 
 
 def build(
-    bundle: Path,
-    out: Path,
-    *,
-    device: list[str],
-    max_length: int | None,
-    max_prompt: int | None,
-    batch: int,
-    taps: bool,
-    timing_cache: Path | None,
-    force: bool,
-    as_json: bool,
+    bundle: Annotated[
+        Path | None, typer.Argument(help="Bundle of target tensorrt-rtx (also -int8, -int4) or tensorrt.")
+    ] = None,
+    out: Annotated[Path | None, typer.Argument(help="Folder for the engine.")] = None,
+    profiles: Annotated[
+        list[str] | None,
+        typer.Option("--for", metavar="PROFILE", help="Device profile: a name or a .yaml file (may be repeated)."),
+    ] = None,
+    max_length: MaxLength = None,
+    max_prompt: Annotated[
+        int | None, typer.Option(min=2, help="Most prompt tokens in one call; half of --max-length by default.")
+    ] = None,
+    batch: Batch = 1,
+    taps: Annotated[bool, typer.Option("--taps", help="Also output the selected experts, to verify routing.")] = False,
+    timing_cache: Annotated[Path | None, typer.Option(help="TensorRT: timing cache to read and update.")] = None,
+    listing: Annotated[bool, typer.Option("--list", help="Print the device profiles and exit.")] = False,
+    force: Force = False,
+    as_json: Json = False,
 ) -> None:
-    """Build, and print what was built."""
-    with single("build", f"{bundle} -> {out} for {', '.join(device)}"):
+    """Build a TensorRT engine. For TensorRT for RTX this needs no GPU; TensorRT builds on the device itself.
+
+    \b
+    Examples:
+      moedge build --list
+      moedge export build/moe build/bundles --target tensorrt-rtx
+      moedge build build/bundles/tensorrt-rtx build/engine --for rtx-4090 --for rtx-3090
+      moedge build build/bundles/tensorrt-rtx-int4 build/engine4 --for rtx-4090
+    """
+    if listing:
+        list_devices()
+        return
+    if bundle is None or out is None or not profiles:
+        raise MoEdgeError("Give a bundle, an output folder and --for PROFILE; `moedge build --list` shows the names.")
+    with single("build", f"{bundle} -> {out} for {', '.join(profiles)}"):
         manifest = builder.build(
             bundle,
             out,
-            device,
+            profiles,
             max_length=max_length,
             max_prompt=max_prompt,
             batch=batch,

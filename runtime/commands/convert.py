@@ -8,9 +8,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-import yaml
+import typer
 from rich.console import Console
 from rich.markup import escape
 
@@ -18,31 +18,58 @@ from moedge import MoEdgeError
 from moedge._files import atomic_dir
 from moedge.configs.recipe import recipe_from
 from moedge.runtime.bench.machine import machine
+from moedge.runtime.commands._options import Device, Force, Model, Settings, Text
+from moedge.runtime.commands._settings import parse_settings
 from moedge.runtime.progress import single
 from moedge.runtime.run import run_folder, stages
 from moedge.runtime.run.engine import Context
 
 
 def convert(
-    model: str,
-    out: Path,
-    *,
-    revision: str | None,
-    device: str,
-    text: str,
-    calibration: dict[str, Any],
-    settings: dict[str, Any],
-    force: bool,
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Folder for the MoE checkpoint.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    text: Text = "asset:wiki",
+    windows: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 8,
+    length: Annotated[int, typer.Option(min=8, help="Tokens per calibration window.")] = 2048,
+    method: Annotated[str, typer.Option(help="Conversion method; `moedge methods` lists them.")] = "cmoe",
+    settings: Settings = None,
+    shared: Annotated[int | None, typer.Option(min=0, help="Always-on experts; cmoe: 6.")] = None,
+    active: Annotated[int | None, typer.Option(min=1, help="Routed experts that run for a token; cmoe: 6.")] = None,
+    experts: Annotated[
+        int | None, typer.Option(min=2, help="Experts in all; must divide the FFN width; cmoe: 16.")
+    ] = None,
+    k_a: Annotated[
+        int | None, typer.Option("--k-a", min=1, help="Strongest neurons that a token marks; cmoe: 10.")
+    ] = None,
+    padding: Annotated[
+        str | None, typer.Option(help="'uneven' allows a width that the experts do not divide; 'none' by default.")
+    ] = None,
+    device: Device = "cpu",
+    force: Force = False,
 ) -> None:
-    """Run the stage ``convert``, and those that it reads, of a recipe made of the options; keep the checkpoint."""
+    """Turn a dense model into a Mixture-of-Experts checkpoint.
+
+    The result is a Hugging Face folder (config.json, safetensors, tokenizer) plus plan.json, and works with
+    AutoModelForCausalLM after `import moedge.convert.modeling`.
+
+    \b
+    Examples:
+      moedge convert asset:smollm2-135m-instruct build/moe
+      moedge convert ./my-llama build/moe --text my.txt --shared 3 --active 3 --experts 8
+      moedge convert ./my-llama build/moe --method moedge --device cuda
+      moedge convert ./my-llama build/moe --method expertweaver --set experts=32 --set k=24
+    """
+    named = {"shared": shared, "active": active, "experts": experts, "k_a": k_a, "padding": padding}
+    chosen = {"method": method, **parse_settings(settings or [], named)}
     with _named_as_options():
         recipe = recipe_from(
             {
                 "name": "convert",
                 "model": {"source": model, "revision": revision, "device": device},
                 "text": {"calibration": text},  # nothing is measured here
-                "calibration": calibration,
-                "convert": settings,
+                "calibration": {"windows": windows, "length": length},
+                "convert": chosen,
             },
             where="moedge convert",
         )
@@ -93,26 +120,3 @@ def _named_as_options() -> Iterator[None]:
         for key, option in _OPTIONS.items():
             said = re.sub(rf"\b{re.escape(key)}\b", option, said)
         raise MoEdgeError(re.sub(r"\bconvert\.(\w)", r"--set \1", said)) from None
-
-
-def parse_settings(assignments: list[str], named: dict[str, Any]) -> dict[str, Any]:
-    """Join the options of their own (``named``, None: not given) and ``KEY=VALUE`` texts, whose values are YAML.
-
-    Raises:
-        MoEdgeError: a text without ``=``, a value that is not YAML, or a parameter that is given twice.
-    """
-    found = {key: value for key, value in named.items() if value is not None}
-    for assignment in assignments:
-        key, equals, text = assignment.partition("=")
-        if not equals or not key:
-            raise MoEdgeError(f"--set {assignment}: write KEY=VALUE, for example --set experts=8.")
-        if key in found or key == "method":
-            raise MoEdgeError(f"--set {assignment}: {key} is given twice, or has an option of its own; give it once.")
-        try:
-            found[key] = json.loads(text)  # YAML 1.1 takes 1e-6 for text, JSON does not
-        except ValueError:
-            try:
-                found[key] = yaml.safe_load(text)
-            except yaml.YAMLError:
-                raise MoEdgeError(f"--set {assignment}: the value is not readable as YAML.") from None
-    return found

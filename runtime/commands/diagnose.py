@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
 from moedge._files import write_json
+from moedge.runtime.commands._options import Device, HoldoutEvery, Json, Save
 from moedge.runtime.progress import single
 from moedge.runtime.run import held_out, run_folder
 from moedge.runtime.tables import Sheet
@@ -24,21 +26,35 @@ if TYPE_CHECKING:
 
 
 def diagnose(
-    path: Path,
-    *,
-    texts: list[str],
-    dense: str | None,
-    tokens: int,
-    window: int,
-    every: int,
-    stability: bool,
-    k_a: int,
-    device: str,
-    plot: Path | None,
-    out: Path | None,
-    as_json: bool,
+    path: Annotated[Path, typer.Argument(help="MoE checkpoint or run folder.")],
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="asset:NAME or a .txt, .utf8 or .jsonl file (may be repeated); asset:wiki by default."),
+    ] = None,
+    dense: Annotated[
+        str | None, typer.Option(help="Dense parent to measure errors against; a run folder knows its own.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=8, help="Tokens of each text.")] = 4096,
+    window: Annotated[int, typer.Option(min=8, help="Tokens per window.")] = 512,
+    holdout_every: HoldoutEvery = 10,
+    stability: Annotated[
+        bool, typer.Option("--stability", help="Convert again on halves and on each text; compare the partitions.")
+    ] = False,
+    k_a: Annotated[
+        int, typer.Option("--k-a", min=1, help="A neuron is dead when no token has it among its k-a strongest.")
+    ] = 10,
+    device: Device = "cpu",
+    plot: Annotated[Path | None, typer.Option(help="Also draw the first text to this .svg or .png file.")] = None,
+    save: Save = None,
+    as_json: Json = False,
 ) -> None:
-    """Diagnose a checkpoint, or that of a run folder, on each text."""
+    """Show what the routers do: agreement with the best choice, load, dead neurons, errors, partition stability.
+
+    \b
+    Examples:
+      moedge diagnose runs/smollm2-135m
+      moedge diagnose build/moe --dense ./my-llama --text my.txt --text other.txt --stability --plot routing.svg
+    """
     from moedge.convert import diagnostics, modeling, sources
 
     folder = run_folder.checkpoint(path) if run_folder.is_run(path) else path
@@ -59,15 +75,15 @@ def diagnose(
         count = -(-tokens // window)
         found: dict[str, Any] = {}
         windows = {}
-        for spec in texts:
-            text, how = held_out.beside([plan], spec, every)
+        for spec in text or ["asset:wiki"]:
+            read, how = held_out.beside([plan], spec, holdout_every)
             held_out.check_window(model, window, "--window")
-            windows[text.name] = held_out.windows(tokenizer, text, window, count, bos=False, name="diagnosed")
-            reporter.note(f"{text.name}: {how}")
+            windows[read.name] = held_out.windows(tokenizer, read, window, count, bos=False, name="diagnosed")
+            reporter.note(f"{read.name}: {how}")
             result = diagnostics.diagnose(
-                model, windows[text.name], dense_model=parent, k_a=k_a, progress=reporter.progress
+                model, windows[read.name], dense_model=parent, k_a=k_a, progress=reporter.progress
             )
-            found[text.name] = {"documents": how, **result}
+            found[read.name] = {"documents": how, **result}
         result = {
             "schema": diagnostics.DIAGNOSTICS_SCHEMA,
             "plan_sha256": plan.sha256,
@@ -79,8 +95,8 @@ def diagnose(
         if stability:
             assert parent is not None
             result["stability"] = _stability(parent, plan, windows, reporter)
-    if out is not None:
-        write_json(out, result)
+    if save is not None:
+        write_json(save, result)
     if plot is not None:
         from moedge.runtime.report import diagnosis
 

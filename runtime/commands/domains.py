@@ -3,27 +3,45 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
 from moedge._files import atomic_dir, write_json, write_text
+from moedge.runtime.commands._options import Device, Force, Model
+from moedge.runtime.commands._settings import parse_settings
 from moedge.runtime.progress import single
 
 HOLDOUT_EVERY = 10
 """One document in so many is held out, as in recipes."""
 
 
-def domains(model: str, out: Path, *, settings: dict[str, Any], device: str, force: bool) -> None:
-    """Mine the affinity of named texts; write affinity.json, affinity.html and affinity.png into ``out``."""
+def domains(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Folder for affinity.json, affinity.html and affinity.png.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the method dive (may be repeated)."),
+    ] = None,
+    device: Device = "cpu",
+    force: Force = False,
+) -> None:
+    """Find out which named texts are so alike that one pruned expert serves them (DIVE's first step).
+
+    \b
+    Examples:
+      moedge domains asset:smollm2-135m-instruct build/domains
+      moedge domains ./my-llama build/domains --set 'domains={"mail": "mail.txt", "code": "code.txt"}' --set experts=2
+    """
     from moedge.convert import domains as mining
     from moedge.convert import sources
     from moedge.convert.methods import dive
 
-    params = checked(dive.DiveParams, settings)
+    params = checked(dive.DiveParams, parse_settings(settings or [], {}))
     found = sources.resolve(model)
     entries = [{"name": name, "spec": spec, "every": HOLDOUT_EVERY} for name, spec in params.domains.items()]
     inputs = (model, *params.domains.values())

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
 from moedge._files import write_json
+from moedge.runtime.commands._options import Device, HoldoutEvery, Json, Save
 from moedge.runtime.progress import single
 from moedge.runtime.run import held_out, run_folder
 from moedge.runtime.tables import Sheet
@@ -19,41 +21,53 @@ SCHEMA = "moedge.scores/1"
 
 
 def evaluate(
-    paths: list[Path],
-    *,
-    texts: list[str],
-    tasks: list[str],
-    task_data: list[str],
-    shots: int,
-    limit: int | None,
-    tokens: int,
-    window: int,
-    bos: bool,
-    every: int,
-    batch_size: int,
-    device: str,
-    out: Path | None,
-    as_json: bool,
+    models: Annotated[list[Path], typer.Argument(help="MoE checkpoints, dense models, or a run folder (both of its).")],
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="Perplexity on this text: asset:NAME or a file (may be repeated); asset:wiki by default."),
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="lm-eval tasks with commas between, e.g. arc_easy,piqa.")] = None,
+    task_data: Annotated[
+        list[str] | None,
+        typer.Option("--task-data", metavar="TASK=FILE", help="Local data of a task (.arrow, .jsonl, .parquet, .csv)."),
+    ] = None,
+    shots: Annotated[int, typer.Option(min=0, help="Solved examples in front of a question.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many questions of each task.")] = None,
+    tokens: Annotated[int, typer.Option(min=8, help="Tokens of each text.")] = 8192,
+    window: Annotated[int, typer.Option(min=8, help="Tokens per window; windows do not overlap.")] = 512,
+    bos: Annotated[bool, typer.Option("--bos", help="Start every window with the begin-of-sequence token.")] = False,
+    holdout_every: HoldoutEvery = 10,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows or questions per forward pass.")] = 4,
+    device: Device = "cpu",
+    save: Save = None,
+    as_json: Json = False,
 ) -> None:
-    """Score each model on each text and task; the models are loaded one after the other."""
+    """Measure perplexity on held-out text and accuracy on lm-eval tasks (needs moedge\\[eval]), all from local data.
+
+    \b
+    Examples:
+      moedge evaluate runs/smollm2-135m --text asset:wiki --text asset:c4
+      moedge evaluate ./my-llama build/moe --tasks arc_easy,piqa,sciq --limit 200
+    """
     from moedge.convert import evaluate as quality
     from moedge.convert import modeling, sources
     from moedge.convert.plan import MoEPlan
     from moedge.convert.tasks import run
 
-    data = dict(_assignment(text) for text in task_data)
-    if unused := set(data) - set(tasks):
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    data = dict(_assignment(given) for given in task_data or [])
+    if unused := set(data) - set(names):
         raise MoEdgeError(f"--task-data names {', '.join(sorted(unused))}, which --tasks does not.")
-    models = _models(paths)
-    plans = {label: MoEPlan.load(folder) for label, folder in models.items() if (folder / "plan.json").is_file()}
+    folders = _models(models)
+    plans = {label: MoEPlan.load(folder) for label, folder in folders.items() if (folder / "plan.json").is_file()}
     chosen = {}
-    for spec in texts:
-        text, how = held_out.beside(plans.values(), spec, every)
-        chosen[text.name] = (text, how)
+    for spec in text or ([] if names else ["asset:wiki"]):
+        read, how = held_out.beside(plans.values(), spec, holdout_every)
+        chosen[read.name] = (read, how)
     rows: list[dict[str, Any]] = []
     count = -(-tokens // window)
-    with single("evaluate", ", ".join(models)) as reporter:
-        for label, folder in models.items():
+    with single("evaluate", ", ".join(folders)) as reporter:
+        for label, folder in folders.items():
             if label in plans:
                 model, _, tokenizer = modeling.load(folder, device=device)
             else:
@@ -62,15 +76,15 @@ def evaluate(
             if chosen:
                 held_out.check_window(model, window, "--window")
             row: dict[str, Any] = {"model": label, "perplexity": {}, "tasks": []}
-            for name, (text, _) in chosen.items():
+            for name, (read, _) in chosen.items():
                 reporter.note(f"{label}: perplexity on {name}")
-                windows = held_out.windows(tokenizer, text, window, count, bos=bos, name="evaluation")
+                windows = held_out.windows(tokenizer, read, window, count, bos=bos, name="evaluation")
                 row["perplexity"][name] = quality.perplexity(
                     model, windows, batch_size=batch_size, progress=reporter.progress
                 )
-            if tasks:
-                reporter.note(f"{label}: {', '.join(tasks)}")
-                row["tasks"] = run(model, tokenizer, tasks, data=data, shots=shots, limit=limit, batch_size=batch_size)
+            if names:
+                reporter.note(f"{label}: {', '.join(names)}")
+                row["tasks"] = run(model, tokenizer, names, data=data, shots=shots, limit=limit, batch_size=batch_size)
             dtype = str(model.dtype).removeprefix("torch.")
             rows.append(row)
             del model
@@ -84,8 +98,8 @@ def evaluate(
         "limit": limit,
     }
     result = {"schema": SCHEMA, "protocol": protocol, "rows": rows}
-    if out is not None:
-        write_json(out, result)
+    if save is not None:
+        write_json(save, result)
     if as_json:
         print(json.dumps(result, indent=2, allow_nan=False))
     else:

@@ -5,55 +5,79 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
 from moedge._files import atomic_dir, digest, link_or_copy
-from moedge.export import targets as registry
-from moedge.runtime.commands import models
-from moedge.runtime.commands.sizes import size_table
-from moedge.runtime.commands.tokens import token_windows
+from moedge.export import targets
+from moedge.runtime.commands._options import ExpertForm, Force, Half, TensorRT
 from moedge.runtime.device.moedge_plugins import refusal
 from moedge.runtime.device.moedge_trt import DeviceError
+from moedge.runtime.engines.given import local
 from moedge.runtime.progress import single
+from moedge.runtime.report.sizes import size_table
 from moedge.runtime.run import held_out, run_folder
+from moedge.runtime.text.windows import token_windows
 
 
 def export(
-    checkpoint: Path,
-    out: Path,
-    *,
-    targets: list[str] | None,
-    label: str | None,
-    max_length: int | None,
-    tensorrt: str | None,
-    experts: str | None,
-    dtype: str | None,
-    force: bool,
-    gptq_text: str | None = None,
-    gptq_tokens: int = 4096,
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(help="MoE checkpoint from `moedge convert`, or a dense model: folder, .gguf file or hub id."),
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder for the bundles, one sub-folder per target.")],
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"{', '.join(targets.names())} (may be repeated); by default {' and '.join(targets.default())}.",
+        ),
+    ] = None,
+    label: Annotated[
+        str | None, typer.Option(help="Name of the model in reports; the folder's name by default.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=16, help="Longest prompt + answer in tokens; the model's own limit by default.")
+    ] = None,
+    tensorrt: TensorRT = None,
+    expert_form: ExpertForm = None,
+    half: Half = None,
+    gptq: Annotated[
+        str | None,
+        typer.Option(help="asset:NAME or a text file: choose the weights of the int4 targets by GPTQ on this text."),
+    ] = None,
+    gptq_tokens: Annotated[int, typer.Option(min=32, help="Tokens of that text.")] = 4096,
+    force: Force = False,
 ) -> None:
-    """Write ``out/<target>/`` for each target, all or none. 4-bit weights by GPTQ on ``gptq_text`` if it is given.
+    """Write an ONNX bundle with KV cache for each target.
 
-    Bundles of other targets that ``out`` already holds stay when they are of the same graph.
+    All targets are written or none. What OUT holds of other targets stays when it is of the same graph.
+
+    \b
+    Examples:
+      moedge export build/moe build/bundles
+      moedge export ./my-llama build/dense --target ort-cpu
+      moedge export build/moe build/bundles --target ort-cpu-int4 --gptq my.txt
+      moedge export build/moe build/bundles --target tensorrt-rtx --half bfloat16
     """
-    wanted = targets or list(registry.default())
-    rows = [registry.find(name) for name in wanted]
-    registry.check_form(experts)
+    wanted = target or list(targets.default())
+    rows = [targets.find(name) for name in wanted]
+    targets.check_form(expert_form)
     if tensorrt is not None:
         try:
             refusal(tensorrt)
         except DeviceError as error:
             raise MoEdgeError(str(error)) from None
-    if experts:
-        _check_taken(f"--experts {experts}", lambda row: experts in row.expert_forms, rows)
-    if dtype:
-        _check_taken("--dtype", registry.has_dtypes, rows)
-    if gptq_text is not None:
+    if expert_form:
+        _check_taken(f"--expert-form {expert_form}", lambda row: expert_form in row.expert_forms, rows)
+    if half:
+        _check_taken("--half", targets.has_dtypes, rows)
+    if gptq is not None:
         _check_taken("--gptq", lambda row: row.calibrated, rows)
-    given, checkpoint = checkpoint, models.local(checkpoint)
+    given, checkpoint = checkpoint, local(checkpoint)
     if not (checkpoint / "config.json").is_file():
         raise MoEdgeError(f"{checkpoint} is not a checkpoint folder: it has no config.json.")
     if max_length is not None:
@@ -63,10 +87,10 @@ def export(
     if not force and (taken := sorted(set(there) & set(wanted))):
         raise MoEdgeError(f"Output folder {out / taken[0]} already exists; pass --force to replace it.")
     calibration = None
-    if gptq_text is not None:
+    if gptq is not None:
         window = min(256, gptq_tokens)
-        calibration = token_windows(checkpoint, gptq_text, window, -(-gptq_tokens // window))[1]
-    opened = atomic_dir(out, force=force or bool(there), inputs=[checkpoint, *([gptq_text] if gptq_text else [])])
+        calibration = token_windows(checkpoint, gptq, window, -(-gptq_tokens // window))[1]
+    opened = atomic_dir(out, force=force or bool(there), inputs=[checkpoint, *([gptq] if gptq else [])])
     with opened as partial, single("export", f"{checkpoint} -> {out}") as reporter:
         from moedge.export.pipeline import export as run
 
@@ -82,8 +106,8 @@ def export(
             label=label or _label(given, checkpoint),
             max_length=max_length,
             tensorrt=tensorrt,
-            experts=experts,
-            dtype=dtype,
+            experts=expert_form,
+            dtype=half,
             progress=step,
             calibration=calibration,
         )
@@ -100,11 +124,11 @@ def _label(given: Path, checkpoint: Path) -> str:
     return str(given) if checkpoint != given else given.name or given.resolve().name
 
 
-def _check_taken(option: str, takes: Callable[[registry.Target], bool], rows: list[registry.Target]) -> None:
+def _check_taken(option: str, takes: Callable[[targets.Target], bool], rows: list[targets.Target]) -> None:
     """Refuse an option that none of the targets takes."""
     if not any(map(takes, rows)):
         wanted = ", ".join(row.name for row in rows)
-        raise MoEdgeError(f"{option} is for target {' or '.join(registry.names(takes))}, not among {wanted}.")
+        raise MoEdgeError(f"{option} is for target {' or '.join(targets.names(takes))}, not among {wanted}.")
 
 
 def _bundles(out: Path) -> dict[str, Path]:

@@ -5,21 +5,39 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
-from moedge.runtime.commands.tokens import token_windows
+from moedge.runtime.commands._options import Converted, Force, Json, Text
 from moedge.runtime.progress import single
 from moedge.runtime.tables import Sheet
+from moedge.runtime.text.windows import token_windows
 
 
 def export_hf(
-    checkpoint: Path, out: Path, *, text: str, tokens: int, window: int, dry_run: bool, force: bool, as_json: bool
+    checkpoint: Converted,
+    out: Annotated[Path, typer.Argument(help="Folder for the Hugging Face checkpoint.")],
+    text: Text = "asset:wiki",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to measure router scores and logits on.")] = 2048,
+    window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 128,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure and print; write nothing.")] = False,
+    force: Force = False,
+    as_json: Json = False,
 ) -> None:
-    """Write ``out`` and print what was measured; with ``dry_run`` measure and print, but keep nothing."""
+    """Write a checkpoint that stock transformers, vLLM and SGLang load, without code of ours.
+
+    Models with a linear router and unit weights become Glm4MoeForCausalLM, pruned models without experts a narrower
+    model of their own family. What cannot be represented is refused with the reason.
+
+    \b
+    Examples:
+      moedge export-hf build/moe build/stock
+      moedge export-hf build/moe build/stock --text my.txt --dry-run
+    """
     if not (checkpoint / "plan.json").is_file():
         raise MoEdgeError(f"{checkpoint} is not a checkpoint that `moedge convert` wrote: it has no plan.json.")
     _, windows = token_windows(checkpoint, text, window, -(-tokens // window))

@@ -5,34 +5,69 @@ from __future__ import annotations
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
 from moedge._files import atomic_dir
+from moedge.runtime.commands._options import Converted, Force, Threads
+from moedge.runtime.commands._settings import parse_settings
 from moedge.runtime.progress import single
 from moedge.runtime.run import held_out, run_folder
 from moedge.runtime.tables import Sheet
 
 
 def finetune(
-    checkpoint: Path,
-    out: Path,
-    *,
-    text: list[str],
-    held_out_texts: list[str] | None,
-    every: int,
-    eval_windows: int,
-    parent: str | None,
-    options: dict[str, Any],
-    state: Path | None,
-    threads: int | None,
-    force: bool,
+    checkpoint: Converted,
+    out: Annotated[Path, typer.Argument(help="Folder for the trained checkpoint.")],
+    text: Annotated[
+        list[str] | None, typer.Option("--text", help="Text to train on (may be repeated); asset:wiki by default.")
+    ] = None,
+    held_out_text: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--held-out", help="Text to measure perplexity on; by default what training holds out of its own text."
+        ),
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Budget in tokens: exact, repeatable.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Budget in minutes, evaluations included.")] = None,
+    train: Annotated[
+        str | None, typer.Option(help="What is trained, joined by +; lora+scale+router by default.")
+    ] = None,
+    lora_rank: Annotated[int | None, typer.Option(min=1, help="Rank of the low-rank updates; 8 by default.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate; 2e-4 by default.")] = None,
+    length: Annotated[int | None, typer.Option(min=8, help="Tokens in a window; 512 by default.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Windows per forward pass of one process; 4 by default.")
+    ] = None,
+    distill: Annotated[str | None, typer.Option(help="Learn from the dense parent too: logits or hidden.")] = None,
+    parent: Annotated[str | None, typer.Option(help="The dense parent, for --distill: folder, hub id, asset:.")] = None,
+    balance: Annotated[str | None, typer.Option(help="Even the experts' load: bias (CMoE's rule) or loss.")] = None,
+    precision: Annotated[str | None, typer.Option(help="no, bf16 or fp16; routers stay in float32.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; docs/finetune.md lists them."),
+    ] = None,
+    eval_windows: Annotated[int, typer.Option(min=1, help="Windows of each held-out text.")] = 8,
+    holdout_every: Annotated[int, typer.Option(min=2, help="Every so many documents are never trained on.")] = 10,
+    state: Annotated[Path | None, typer.Option(help="Where an interrupted run is kept; beside OUT by default.")] = None,
+    threads: Threads = None,
+    force: Force = False,
 ) -> None:
-    """Train ``checkpoint`` into ``out``; an interrupted run goes on from ``state``."""
+    """Train a converted checkpoint to get quality back; the result is a checkpoint again, with its curve.
+
+    The same command resumes an interrupted run. Under `accelerate launch` it runs on many processes.
+
+    \b
+    Examples:
+      moedge finetune build/moe build/tuned --minutes 10
+      moedge finetune build/moe build/tuned --tokens 200000 --distill logits --parent asset:smollm2-135m-instruct
+      moedge finetune build/moe build/tuned --tokens 50000 --train router+norms+lora --balance bias --set lora_alpha=16
+    """
     from moedge.convert import sources
     from moedge.convert.plan import MoEPlan
     from moedge.convert.train import finetune as core
@@ -40,12 +75,16 @@ def finetune(
 
     if not (checkpoint / "plan.json").is_file():
         raise MoEdgeError(f"{checkpoint} is not a checkpoint of `moedge convert`: it has no plan.json.")
-    given = {key: value for key, value in options.items() if value is not None}
-    settings = settings_from({**core.recommended(MoEPlan.load(checkpoint)), **given})
-    if settings.distill != "none" and parent is None:
-        raise MoEdgeError(f"--distill {settings.distill} needs --parent: the dense model that was converted.")
+    named = {"tokens": tokens, "minutes": minutes, "trainable": train, "lora_rank": lora_rank, "lr": lr}
+    named |= {"length": length, "batch": batch_size, "distill": distill, "balance": balance}
+    given = parse_settings(settings or [], named | {"mixed_precision": precision})
+    given = {key: value for key, value in given.items() if value is not None}
+    wanted = settings_from({**core.recommended(MoEPlan.load(checkpoint)), **given})
+    text = text or ["asset:wiki"]
+    if wanted.distill != "none" and parent is None:
+        raise MoEdgeError(f"--distill {wanted.distill} needs --parent: the dense model that was converted.")
     config = run_folder.read_json(checkpoint / "config.json", "convert again")
-    held_out.check_positions(config.get("max_position_embeddings"), settings.length, "--length")
+    held_out.check_positions(config.get("max_position_embeddings"), wanted.length, "--length")
     if out.exists() and not force and any(out.iterdir()):
         raise MoEdgeError(f"Output folder {out} already exists and is not empty; pass --force to replace it.")
     if threads:
@@ -54,13 +93,13 @@ def finetune(
         torch.set_num_threads(threads)
     folder = None if parent is None else sources.resolve(parent).folder
     tokenizer = sources.load_tokenizer(checkpoint)
-    windows, measured, about = _texts(tokenizer, text, held_out_texts, every, eval_windows, settings)
-    accelerator = training.make(settings)
+    windows, measured, about = _texts(tokenizer, text, held_out_text, holdout_every, eval_windows, wanted)
+    accelerator = training.make(wanted)
     main = accelerator.is_main_process
     where = state or out.with_name(f".{out.name}.training")
     if where.is_dir() and any(where.iterdir()) and not (where / "state.json").is_file():
         raise MoEdgeError(f"--state {where} holds other files, which saved training would replace; name a new folder.")
-    inputs: list[Path | str] = [checkpoint, *([] if parent is None else [parent]), *text, *(held_out_texts or ())]
+    inputs: list[Path | str] = [checkpoint, *([] if parent is None else [parent]), *text, *(held_out_text or ())]
     with ExitStack() as stack:
         reporter = stack.enter_context(single("finetune", f"{checkpoint} -> {out}")) if main else None
         if reporter and where.is_dir():
@@ -71,7 +110,7 @@ def finetune(
             checkpoint,
             partial,
             windows,
-            settings,
+            wanted,
             held_out=measured,
             parent=folder,
             state=where,
@@ -113,9 +152,12 @@ def settings_from(options: dict[str, Any]) -> Any:
         raise MoEdgeError(f"{option}: {message}" if name else message) from None
 
 
-_OPTIONS = {"trainable": "--train", "mixed_precision": "--precision", "lora_rank": "--lora-rank"} | {
-    name: f"--{name}" for name in ("tokens", "minutes", "lr", "length", "batch", "distill", "balance")
-}
+_OPTIONS = {
+    "trainable": "--train",
+    "mixed_precision": "--precision",
+    "lora_rank": "--lora-rank",
+    "batch": "--batch-size",
+} | {name: f"--{name}" for name in ("tokens", "minutes", "lr", "length", "distill", "balance")}
 """What the command calls the settings that have an option of their own."""
 
 

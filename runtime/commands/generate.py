@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
 from moedge.export import targets
-from moedge.runtime.commands import models
+from moedge.runtime.commands._options import Device, Dtype, Threads
 from moedge.runtime.engines import open_engine
+from moedge.runtime.engines.given import local
 from moedge.runtime.run import run_folder
 from moedge.runtime.text import generate as generation
 from moedge.runtime.text.generation_config import shown
 from moedge.runtime.text.tokenizer import Message, open_tokenizer
 
 MODELS = ("moe", "dense")
-TARGETS = (*targets.names(lambda row: row.engine is None), "torch")
+ENGINES = (*targets.names(lambda row: row.engine is None), "torch")
 
 
 def _given(prompt: str) -> str:
@@ -32,32 +35,57 @@ def _given(prompt: str) -> str:
 
 
 def generate(
-    path: Path,
-    prompt: str,
-    *,
-    which: str,
-    target: str,
-    chat: bool,
-    max_new_tokens: int,
-    sample: bool,
-    temperature: float | None,
-    top_k: int | None,
-    top_p: float | None,
-    min_p: float | None,
-    seed: int,
-    stop: list[str],
-    threads: int | None,
-    pytorch: dict[str, str],
+    model: Annotated[Path, typer.Argument(help="Run folder, bundle, checkpoint or dense model.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue; '-' reads it from stdin.")],
+    which: Annotated[str, typer.Option("--model", help="Run folders: moe or dense.")] = "moe",
+    engine: Annotated[
+        str, typer.Option(help="Run folders: ort-cpu, ort-cpu-int8, ort-cpu-int4, portable or torch.")
+    ] = "ort-cpu",
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Send the prompt as a chat message (the model's template).")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 64,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Sample as the model's generation_config.json says; else greedy.")
+    ] = False,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="Sample with this temperature; 0 is greedy, the default.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, help="Sample from this many most likely tokens; 0: all.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Sample from the smallest set with this mass.")
+    ] = None,
+    min_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Sample from tokens with this share of the best one's mass.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the sampler.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="End before this text (may be repeated).")
+    ] = None,
+    threads: Threads = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
 ) -> None:
-    """Stream the prompt (unless it is a chat) and its continuation to stdout; speed and notes go to stderr."""
-    for option, value, known in (("--model", which, MODELS), ("--target", target, TARGETS)):
+    """Generate text and print it as it comes.
+
+    What the model's generation_config.json asks for is obeyed (repetition penalty, ends of text, ...) or named on
+    stderr; docs/generation.md lists it. Text is greedy unless one of --sample, --temperature, --top-k, --top-p, --min-p
+    asks for sampling; what these do not say is as in the file.
+
+    \b
+    Examples:
+      moedge generate runs/smollm2-135m "The capital of France is"
+      moedge generate runs/smollm2-135m "Explain rain to a child." --chat --sample
+      moedge generate runs/smollm2-135m "Explain rain to a child." --chat --temperature 0.7 --top-p 0.9
+    """
+    for option, value, known in (("--model", which, MODELS), ("--engine", engine, ENGINES)):
         if value not in known:
             raise MoEdgeError(f"{option} {value}: unknown; choose {' or '.join(known)}.")
-    folder = run_folder.pick(path, model=which, target=target) if run_folder.is_run(path) else models.local(path)
+    folder = run_folder.pick(model, model=which, target=engine) if run_folder.is_run(model) else local(model)
     text = _given(prompt)
     tokenizer = open_tokenizer(folder)
     request: str | list[Message] = [{"role": "user", "content": text}] if chat else text
-    engine = open_engine(folder, threads=threads, pytorch=pytorch, last_logits=True)
+    opened = open_engine(folder, threads=threads, pytorch={"device": device, "dtype": dtype}, last_logits=True)
     before = [] if chat else [text]  # printed once the prompt is known to fit
 
     def show(piece: str) -> None:
@@ -66,7 +94,7 @@ def generate(
 
     try:
         result = generation.generate(
-            engine,
+            opened,
             tokenizer,
             request,
             max_new_tokens=max_new_tokens,
@@ -76,13 +104,13 @@ def generate(
             top_p=top_p,
             min_p=min_p,
             seed=seed,
-            stop=stop,
+            stop=stop or [],
             on_text=show,
         )
         show("\n")
-        info = engine.info
+        info = opened.info
     finally:
-        engine.close()
+        opened.close()
     rate = f", {result.decode_tokens_per_s:.1f} tokens/s" if result.decode_tokens_per_s else ""
     how = shown({name: value for name, value in result.settings.items() if name != "do_sample"})
     _say(

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
-from moedge.runtime.commands import models
-from moedge.runtime.commands.sizes import size_rows
+from moedge.runtime.commands._options import Json
 from moedge.runtime.engines import build
+from moedge.runtime.engines.given import local
+from moedge.runtime.report.sizes import size_rows
 from moedge.runtime.report.zeros import zeros_sentence
 from moedge.runtime.run import run_folder
 from moedge.runtime.tables import Sheet
 
 
-def inspect(path: Path, *, as_json: bool) -> None:
-    """Print a description; bundles and plans are checked against their hashes on the way."""
-    facts = describe(models.local(path))
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Run folder, MoE checkpoint, bundle, engine, or a model folder.")],
+    as_json: Json = False,
+) -> None:
+    """Print what a run, a plan, a checkpoint or a bundle holds, after checking its hashes.
+
+    \b
+    Examples:
+      moedge inspect runs/smollm2-135m
+      moedge inspect runs/smollm2-135m/export/ort-cpu --json
+    """
+    facts = describe(local(path))
     if as_json:
         print(json.dumps(facts, indent=2, sort_keys=True, allow_nan=False))
         return

@@ -6,22 +6,28 @@ import json
 import re
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+import typer
 from pydantic import BaseModel
 from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
+from moedge.runtime.commands._options import Json
 from moedge.runtime.tables import Sheet
 
 _ROLE = re.compile(r":\w+:(?=`)")
 """Sphinx's mark before a name in a docstring, such as ``:func:``."""
 
 
-def methods(name: str | None, *, as_json: bool) -> None:
-    """Print the registry, or one entry of it.
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method; all by default.")] = None, as_json: Json = False
+) -> None:
+    """List the conversion methods: where each comes from, what it needs, its parameters and their defaults.
 
-    Raises:
-        MoEdgeError: no such method.
+    \b
+    Examples:
+      moedge methods
+      moedge methods expertweaver
     """
     from moedge.convert.methods import METHODS
 

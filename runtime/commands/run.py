@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 
@@ -24,25 +25,45 @@ _GIB = 2**30
 REPORT_FILES = ("report.html", "report.json", "report.md")
 
 
-def run(recipe_name: str, out: Path | None, *, dry_run: bool, force: list[str], start: str | None) -> int:
-    """Run a recipe, or say what would run. Returns 1 unless the verdict of the run is "passed"."""
-    recipe = load_recipe(recipe_name)
-    root = out or Path("runs") / recipe.name
+def run(
+    recipe: Annotated[str, typer.Argument(help="Name of a packaged recipe, or path of a YAML file.")],
+    out: Annotated[Path | None, typer.Option(help="Run folder; runs/<name> by default.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the stages, what is cached, disk and memory; do nothing.")
+    ] = False,
+    redo: Annotated[list[str] | None, typer.Option(metavar="STAGE", help="Redo this stage (may be repeated).")] = None,
+    start: Annotated[
+        str | None, typer.Option("--from", metavar="STAGE", help="Redo this stage and every later one.")
+    ] = None,
+) -> int:
+    """Do everything: open, calibrate, convert, export, evaluate, verify, bench, report.
+
+    What is already done and unchanged is reused, so an interrupted run resumes with the same command. Exits with 1
+    when an engine does not compute what PyTorch computes.
+
+    \b
+    Examples:
+      moedge run smollm2-135m
+      moedge run my-recipe.yaml --out runs/try-2 --dry-run
+      moedge run smollm2-135m --from verify
+    """
+    wanted = load_recipe(recipe)
+    root = out or Path("runs") / wanted.name
     run_folder.check_free(root)
-    check_early(recipe, root)
-    todo = stages.build(recipe, machine())
+    check_early(wanted, root)
+    todo = stages.build(wanted, machine())
     for stage in todo:
-        spare(root / stage.name, [recipe_name, recipe.model.source, recipe.text.calibration, *recipe.text.held_out])
-    forced = _forced(todo, force, start)
+        spare(root / stage.name, [recipe, wanted.model.source, wanted.text.calibration, *wanted.text.held_out])
+    forced = _forced(todo, redo or [], start)
     console = Console(stderr=True)
     if dry_run:
-        _print_plan(Console(), recipe, root, plan(todo, root, forced=forced))
+        _print_plan(Console(), wanted, root, plan(todo, root, forced=forced))
         return 0
     reporter = Reporter(console)
-    console.print(escape(f"{recipe.name}: {recipe.model.source} -> {root}"), highlight=False)
+    console.print(escape(f"{wanted.name}: {wanted.model.source} -> {root}"), highlight=False)
     with reporter.show():
         execute(
-            todo, root, reporter, forced=forced, record={"schema": run_folder.RUN_SCHEMA, "recipe": recipe.model_dump()}
+            todo, root, reporter, forced=forced, record={"schema": run_folder.RUN_SCHEMA, "recipe": wanted.model_dump()}
         )
     return finish(root)
 
@@ -74,12 +95,12 @@ def known_config(recipe: Recipe, root: Path) -> dict[str, Any] | None:
         return None
 
 
-def _forced(todo: list[Stage], force: list[str], start: str | None) -> frozenset[str]:
+def _forced(todo: list[Stage], redo: list[str], start: str | None) -> frozenset[str]:
     names = [stage.name for stage in todo]
-    for option, value in [("--force", name) for name in force] + ([("--from", start)] if start else []):
+    for option, value in [("--redo", name) for name in redo] + ([("--from", start)] if start else []):
         if value not in names:
             raise MoEdgeError(f"{option} {value}: no such stage; stages: {', '.join(names)}.")
-    return frozenset(force) | frozenset(names[names.index(start) :] if start else [])
+    return frozenset(redo) | frozenset(names[names.index(start) :] if start else [])
 
 
 def finish(root: Path) -> int:

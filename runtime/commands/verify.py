@@ -5,18 +5,19 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from xml.etree import ElementTree
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
 from moedge._files import write_text
 from moedge.configs import tolerances as tolerance_files
-from moedge.runtime.commands import models
-from moedge.runtime.commands.tokens import token_windows
+from moedge.runtime.commands._options import Device, Json, Text, Threads
 from moedge.runtime.engines import open_engine
+from moedge.runtime.engines.given import local
 from moedge.runtime.parity import compare as parity
 from moedge.runtime.parity import verdict
 from moedge.runtime.parity.outcomes import mark
@@ -32,23 +33,40 @@ from moedge.runtime.parity.suite import (
 from moedge.runtime.progress import single
 from moedge.runtime.run import run_folder
 from moedge.runtime.tables import Sheet
+from moedge.runtime.text.windows import token_windows
 
 
 def verify(
-    reference: Path,
-    test: Path | None,
-    *,
-    text: str,
-    tokens: int,
-    window: int,
-    prefill: int,
-    tolerances: str,
-    threads: int | None,
-    device: str,
-    as_json: bool,
-    junit: Path | None,
+    reference: Annotated[
+        Path, typer.Argument(help="Run folder (all its pairs), or the reference: bundle or checkpoint.")
+    ],
+    test: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Bundle, engine or checkpoint to compare with the reference; or verify-answers.npz of a device."
+        ),
+    ] = None,
+    text: Text = "asset:wiki",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to compare on.")] = 2048,
+    window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 256,
+    prefill: Annotated[int, typer.Option(min=1, help="Tokens of a window in one prefill; the rest is decoded.")] = 224,
+    tolerances: Annotated[
+        str,
+        typer.Option(help="First half of a profile in configs/tolerances.yaml, such as float32 of float32/ort-cpu."),
+    ] = "float32",
+    threads: Threads = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+    junit: Annotated[Path | None, typer.Option(help="Also write the checks as JUnit XML to this file.")] = None,
 ) -> int:
-    """Compare two engines, or all pairs of a run folder. Returns 0 when every check passed, else 1."""
+    """Compare two engines on real text: logits, KL, top-1 and top-5, expert sets. Exits with 1 when a check fails.
+
+    \b
+    Examples:
+      moedge verify runs/smollm2-135m
+      moedge verify build/moe build/bundles/ort-cpu --junit verify.xml
+      moedge verify build/moe verify-answers.npz
+    """
     if prefill >= window:
         raise MoEdgeError(f"--prefill {prefill} leaves nothing to decode in a window of {window} tokens (--window).")
     count = -(-tokens // window)
@@ -70,9 +88,9 @@ def verify(
                 note=reporter.note,
             )
         elif test.suffix == ".npz":
-            result = _device(models.local(reference), test, tolerances, opening, reporter.progress)
+            result = _device(local(reference), test, tolerances, opening, reporter.progress)
         else:
-            pair = models.local(reference), models.local(test)
+            pair = local(reference), local(test)
             name, windows = token_windows(pair[1], text, window, count)
             result = _pair(*pair, name, windows, prefill, tolerances, opening, reporter.progress)
     if junit:

@@ -46,7 +46,7 @@ def main() -> int:
         if here != wanted and "plugins" in manifest:
             raise moedge_trt.DeviceError(
                 f"The kernels of this archive are for compute capability {wanted}, this GPU has {here}; make an "
-                "archive for this device with `moedge bundle`."
+                "archive for this device with `moedge pack`."
             )
         if here != wanted:
             print(f"note: this archive was made for compute capability {wanted}; this GPU has {here}", file=sys.stderr)

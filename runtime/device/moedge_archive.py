@@ -131,7 +131,7 @@ def device_facts(session: moedge_session.Session) -> dict[str, Any]:
 def finish(result: dict[str, Any], path: Path) -> None:
     """Write a result as JSON, whole or not at all, and say where."""
     moedge_trt.write_bytes(path, (json.dumps(result, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
-    print(f"wrote {path}; read it with: moedge report {path.name}")
+    print(f"wrote {path}; read it with: moedge device-report {path.name}")
 
 
 def run(main: Callable[[], int]) -> int:

@@ -250,7 +250,7 @@ class Library:
         try:
             self.index = json.loads((self.folder / "kernels.json").read_text(encoding="utf-8"))["kernels"]
         except FileNotFoundError:
-            raise DeviceError(f"No kernels.json in {self.folder}; `moedge bundle` writes it.") from None
+            raise DeviceError(f"No kernels.json in {self.folder}; `moedge pack` writes it.") from None
 
     def get(self, plugin: Plugin, options: Mapping[str, Any], tactic: int, capability: int) -> Binary:
         """See :class:`Kernels`.

@@ -40,7 +40,7 @@ def moe_refusal(label: str, capability: str) -> str | None:
     known = ", ".join("SM" + each.replace(".", "") for each in MOE_CAPABILITIES)
     return (
         f"{label} (SM{capability.replace('.', '')}) does not have TensorRT's own MoE layer, only {known} do; leave "
-        "--experts out to get the best form that the device takes."
+        "--expert-form out to get the best form that the device takes."
     )
 
 

@@ -73,7 +73,7 @@ def main() -> int:
         mark = "pass" if check["passed"] else "FAIL" if check["decided"] else "----"
         print(f"{mark}  {check['name']:22} {check['value']}  ({check['relation']} {check['limit']})")
     if found["non_finite"] and session.dtype == "float16":
-        print("A value left float16's range (65,504): make the archive again with --dtype bfloat16.")
+        print("A value left float16's range (65,504): make the archive again with --half bfloat16.")
     if not clean.all():
         so = "" if checks[-1]["passed"] else ", so the arithmetic is not decided"
         print(

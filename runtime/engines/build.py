@@ -100,7 +100,7 @@ def build(
         if reason := devices.refusal(target, device):
             raise MoEdgeError(reason)
         if rtx and "plugins" in manifest and device.compute_capability == "7.5":
-            raise MoEdgeError(f"There are no kernels for {device.label} (SM75); export with --experts merged.")
+            raise MoEdgeError(f"There are no kernels for {device.label} (SM75); export with --expert-form merged.")
         if reason := devices.half_refusal(manifest["cache"].get("dtype", "float16"), device):
             raise MoEdgeError(reason)
         if native and (reason := moedge_trt.moe_refusal(device.label, device.compute_capability)):
@@ -183,7 +183,7 @@ def _tensorrt(target: str, device: devices.Device) -> Any:
         instead = (
             "install it with: pip install 'moedge[tensorrt-rtx]'"
             if targets.find(target).engine == "tensorrt-rtx"
-            else f"build on the device: `moedge bundle CHECKPOINT OUT.tar --target {device.name}` makes its archive"
+            else f"build on the device: `moedge pack CHECKPOINT OUT.tar --for {device.name}` makes its archive"
         )
         raise MoEdgeError(f"{str(error).rstrip('.')}; {instead}.") from error
     if target == "tensorrt":
@@ -206,7 +206,7 @@ def _check_local(device: devices.Device) -> None:
     if here != device.compute_capability:
         raise MoEdgeError(
             f"TensorRT builds for the GPU it runs on: this one has compute capability {here}, {device.label} has "
-            f"{device.compute_capability}. Build on that device (`moedge bundle` makes an archive for it)."
+            f"{device.compute_capability}. Build on that device (`moedge pack` makes an archive for it)."
         )
 
 

@@ -7,34 +7,34 @@ commands of other distributions. It reads this file at every start, so nothing h
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentParser
+from argparse import SUPPRESS, ArgumentParser
 from pathlib import Path
+from typing import Any
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from optimum.commands.export.base import ExportCommand
 
 
 class MoEdgeExportCommand(BaseOptimumCLICommand):
-    """The arguments of ``moedge export`` in optimum's manner: ``--model`` and an output folder."""
+    """``moedge export`` in optimum's manner: ``--model`` and an output folder, and the options of ``moedge export``."""
 
     COMMAND = CommandInfo(name="moedge", help="Export a dense or MoE checkpoint to MoEdge's ONNX bundles.")
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """Declare the arguments."""
+        from moedge.runtime.cli import COMMANDS
+
         parser.add_argument("-m", "--model", type=Path, required=True, help="Checkpoint folder, MoE or dense.")
         parser.add_argument("output", type=Path, help="Folder for the bundles, one sub-folder per target.")
-        parser.add_argument("--target", action="append", help="As of `moedge export` (may be repeated).")
-        parser.add_argument("--label", help="Name of the model in reports; the folder's name by default.")
-        parser.add_argument("--max-length", type=int, help="Longest prompt + answer in tokens.")
-        parser.add_argument("--tensorrt", metavar="VERSION", help="Of TensorRT on the device; the newest by default.")
-        parser.add_argument("--experts", metavar="FORM", help="Of TensorRT targets: plugins, merged or native.")
-        parser.add_argument("--dtype", help="Of TensorRT targets: float16 or bfloat16.")
-        parser.add_argument(
-            "--gptq", help="Text by which the weights of int4 targets are chosen: asset:NAME or a file."
-        )
-        parser.add_argument("--gptq-tokens", type=int, help="Tokens of that text.")
-        parser.add_argument("--force", action="store_true", help="Replace existing output.")
+        for option in _options():
+            kind: dict[str, Any] = {"action": "append" if option.multiple else "store", "metavar": option.metavar}
+            if option.is_flag:
+                kind = {"action": "store_true"}
+            parser.add_argument(*option.opts, dest=option.name, help=option.help.replace("%", "%%"), **kind)
+            for former, name in COMMANDS["export"].renamed.items():
+                if f"--{name}" in option.opts:
+                    parser.add_argument(f"--{former}", dest=option.name, help=SUPPRESS, **kind)
 
     def run(self) -> None:
         """Do what ``moedge export`` does, errors and exit codes included."""
@@ -42,13 +42,22 @@ class MoEdgeExportCommand(BaseOptimumCLICommand):
 
         given = self.args
         assert given is not None
-        options = [f"--target={target}" for target in given.target or ()]
-        for name in ("label", "max_length", "tensorrt", "experts", "dtype", "gptq", "gptq_tokens"):
-            if (value := getattr(given, name)) is not None:
-                options.append(f"--{name.replace('_', '-')}={value}")
-        options += ["--force"] * given.force
-        sys.argv = ["moedge", "export", *options, "--", str(given.model), str(given.output)]
+        words: list[str] = []
+        for option in _options():
+            value = getattr(given, option.name)
+            if option.is_flag:
+                words += option.opts * bool(value)
+            elif value is not None:
+                words += [f"{option.opts[0]}={one}" for one in (value if option.multiple else [value])]
+        sys.argv = ["moedge", "export", *words, "--", str(given.model), str(given.output)]
         main()
+
+
+def _options() -> list[Any]:
+    """The options of ``moedge export``, as click keeps them; their values stay text, which that command checks."""
+    from moedge.runtime.cli import load
+
+    return [option for option in load("export").params if option.param_type_name == "option"]
 
 
 REGISTER_COMMANDS = [(MoEdgeExportCommand, ExportCommand)]

@@ -239,7 +239,7 @@ def explain(result: dict[str, Any], verdict: Verdict, limits: Profile) -> list[s
     half = result["test"]["dtype"] == "float16" and row is not None and row.engine is not None
     if half and any(check.name.endswith("non_finite_tokens") for check in missed):
         said.append(
-            "A value of this model leaves float16's range (65,504), so some logits are no numbers; export with --dtype "
+            "A value of this model leaves float16's range (65,504), so some logits are no numbers; export with --half "
             "bfloat16, which has float32's range."
         )
     if any(not check.decided and _bare(check) not in _WORST for check in missed):

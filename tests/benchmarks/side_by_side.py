@@ -206,7 +206,7 @@ def main() -> None:
         serve(*options.serve, options.threads)
         return
     if options.tokenizer:
-        from moedge.runtime.commands.tokens import token_windows
+        from moedge.runtime.text.windows import token_windows
 
         ids = token_windows(options.tokenizer, options.text, options.prompt, 1)[1][0].tolist()
     else:

@@ -120,8 +120,8 @@ def test_two_runs_of_one_seed_are_one_checkpoint(checkpoint: Path, text: Path, t
 
 def test_the_command_writes_checkpoint_record_and_picture(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "tuned"
-    options = ["--length", "16", "--batch", "2", "--eval-windows", "2", "--set", "eval_every=2", "--set", "lr=0.01"]
-    options += ["--tokens", "128", "--distill", "logits", "--parent", str(tmp_path / "dense")]
+    options = ["--length", "16", "--batch-size", "2", "--eval-windows", "2", "--set", "eval_every=2"]
+    options += ["--set", "lr=0.01", "--tokens", "128", "--distill", "logits", "--parent", str(tmp_path / "dense")]
     result = CliRunner().invoke(app, ["finetune", str(checkpoint), str(out), "--text", str(text), *options])
     assert result.exit_code == 0, result.output
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")

@@ -52,8 +52,8 @@ def test_two_processes_are_one_with_twice_the_batch(
     (tmp_path / "text.txt").write_text("\n".join(map(" ".join, words)), encoding="utf-8")
     shared = ["--text", str(tmp_path / "text.txt"), "--length=16", "--tokens=256", "--eval-windows=3", "--lr=0.003"]
     shared += ["--train=lora+scale+router+norms", "--balance=bias", "--set", "eval_every=2"]
-    launch([str(tmp_path / "moe"), str(tmp_path / "one"), "--batch=4", *shared], 1, {})
-    launch([str(tmp_path / "moe"), str(tmp_path / "two"), "--batch=2", *shared], 2, MODES[mode])
+    launch([str(tmp_path / "moe"), str(tmp_path / "one"), "--batch-size=4", *shared], 1, {})
+    launch([str(tmp_path / "moe"), str(tmp_path / "two"), "--batch-size=2", *shared], 2, MODES[mode])
     records = [json.loads((tmp_path / name / "finetune.json").read_text(encoding="utf-8")) for name in ("one", "two")]
     assert [(record["processes"], record["steps"]) for record in records] == [(1, 4), (2, 4)]
     one, two = (modeling.load(tmp_path / name)[0].state_dict() for name in ("one", "two"))

@@ -105,7 +105,7 @@ def test_the_command_compares_models_and_prints_the_protocol(
     options = [str(tmp_path / "dense"), str(tmp_path / "moe"), "--tasks", "sciq,arc_easy", "--shots", "2"]
     options += [f"--task-data={name}={path}" for name, path in data.items()]
     options += ["--limit", "4", "--text", str(text), "--tokens", "256", "--window", "64"]
-    options += ["--out", str(tmp_path / "scores.json")]
+    options += ["--save", str(tmp_path / "scores.json")]
     printed = CliRunner().invoke(app, ["evaluate", *options], catch_exceptions=False)
     assert printed.exit_code == 0, printed.output
     result = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))

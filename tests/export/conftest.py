@@ -43,7 +43,7 @@ def bundles(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="session")
 def source(bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds the bundle ``portable`` of the MoE, as ``moedge bundle`` takes it."""
+    """A folder that holds the bundle ``portable`` of the MoE, as ``moedge pack`` takes it."""
     root = tmp_path_factory.mktemp("source")
     shutil.copytree(bundles["moe/portable"], root / "portable")
     return root

@@ -23,7 +23,7 @@ from moedge.configs import devices
 from moedge.export.bundle import open_bundle
 from moedge.export.device import archive as device_archive
 from moedge.export.graph import emulation
-from moedge.runtime.commands import report
+from moedge.runtime.commands import device_report
 from moedge.runtime.commands.verify import _device
 from moedge.runtime.device import moedge_compare
 from moedge.runtime.parity import metrics as reduction
@@ -187,7 +187,7 @@ def test_verify_passes_the_half_precision_graph_and_report_reads_the_result(unpa
     assert result["routing"]["compared"]
     assert result["logits"]["tokens"] == len(device_archive.PROMPTS) * (device_archive.NEW_TOKENS + 1)
     assert 0 < result["logits"]["median_rel_error"] <= device_archive.limits()["median_rel_error"]
-    assert report.report([unpacked / "verify-result.json"], as_json=False) == 0
+    assert device_report.device_report([unpacked / "verify-result.json"], as_json=False) == 0
     assert "median_rel_error" in capsys.readouterr().out
 
 
@@ -212,9 +212,9 @@ def test_an_archive_in_bfloat16_is_verified_by_its_own_limits(in_bfloat16, sourc
 
 
 def test_verify_tells_of_bfloat16_when_float16_overflows(unpacked, in_bfloat16, tmp_path):
-    assert "again with --dtype bfloat16" in run(unpacked, "verify.py", scale=float("inf")).stdout
+    assert "again with --half bfloat16" in run(unpacked, "verify.py", scale=float("inf")).stdout
     (tmp_path / "b").mkdir()
-    assert "--dtype" not in run(unpack(in_bfloat16, tmp_path / "b"), "verify.py", scale=float("inf")).stdout
+    assert "--half" not in run(unpack(in_bfloat16, tmp_path / "b"), "verify.py", scale=float("inf")).stdout
 
 
 def at_the_desk(reference: Path, answers: Path) -> dict[str, bool]:
@@ -270,7 +270,7 @@ def test_verify_fails_an_engine_that_computes_something_else(unpacked, scale, fa
     child = run(unpacked, "verify.py", scale=scale)
     assert child.returncode == 1, child.stdout + child.stderr
     assert f"FAIL  {failed}" in child.stdout
-    assert report.report([unpacked / "verify-result.json"], as_json=True) == 1
+    assert device_report.device_report([unpacked / "verify-result.json"], as_json=True) == 1
 
 
 def test_bench_times_and_report_reads_the_result(unpacked, capsys):
@@ -280,7 +280,7 @@ def test_bench_times_and_report_reads_the_result(unpacked, capsys):
     assert result["protocol"] == {"batch": 1, "prompt": 20, "decode": 3, "repeats": 3, "warmup": 2, "note": "test"}
     assert result["tpot_ms"]["samples"] == 9
     assert 0 < result["tpot_ms"]["ci95_low"] <= result["tpot_ms"]["p50"] <= result["tpot_ms"]["p99"]
-    assert report.report([unpacked / "bench-result.json"], as_json=False) == 0
+    assert device_report.device_report([unpacked / "bench-result.json"], as_json=False) == 0
     assert "per token" in capsys.readouterr().out
 
 
@@ -365,7 +365,7 @@ def test_what_cannot_be_packed_is_refused(source, tmp_path):
     with pytest.raises(MoEdgeError, match="no version of TensorRT"):
         device_archive.write(source, tmp_path / "y.tar", devices.load("jetson-agx-orin"), tensorrt="new")
     old = devices.load("jetson-agx-orin").model_copy(update={"compute_capability": "7.2", "label": "Xavier"})
-    with pytest.raises(MoEdgeError, match=r"Xavier \(SM72\) has no bfloat16, .* --dtype float16"):
+    with pytest.raises(MoEdgeError, match=r"Xavier \(SM72\) has no bfloat16, .* --half float16"):
         device_archive.write(source, tmp_path / "z.tar", old, dtype="bfloat16")
     assert not list(tmp_path.glob(".*"))
 
@@ -427,16 +427,16 @@ def test_routes_are_compared_as_sets_by_layer():
 def test_report_refuses_what_is_no_result(tmp_path, content):
     (tmp_path / "r.json").write_text(content)
     with pytest.raises(MoEdgeError, match=r"r\.json"):
-        report.read(tmp_path / "r.json")
+        device_report.read(tmp_path / "r.json")
 
 
 def test_report_names_a_result_that_is_not_there(tmp_path):
     with pytest.raises(MoEdgeError, match=r"r\.json does not exist; verify\.py and bench\.py of an archive write"):
-        report.read(tmp_path / "r.json")
+        device_report.read(tmp_path / "r.json")
 
 
 def test_a_device_without_tensorrts_moe_layer_gets_none(source, tmp_path):
     orin = devices.load("jetson-agx-orin")
-    with pytest.raises(MoEdgeError, match=r"\(SM87\) does not have TensorRT's own MoE layer, .* leave --experts out"):
+    with pytest.raises(MoEdgeError, match=r"\(SM87\) does not have TensorRT's own MoE layer, .* leave --expert-form"):
         device_archive.write(source, tmp_path / "moe.tar", orin, tensorrt="11.0", experts="native")
     assert not list(tmp_path.iterdir())

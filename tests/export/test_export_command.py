@@ -111,22 +111,22 @@ def test_bundles_are_kept_where_there_are_no_hard_links(
 
 
 def test_a_form_of_experts_is_for_the_target_that_has_forms(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
-    refused = moedge("export", checkpoints["moe"], tmp_path / "out", "--target", "ort-cpu", "--experts", "native")
-    assert (refused.exit_code, "--experts native is for target tensorrt, not" in refused.stderr) == (2, True)
+    refused = moedge("export", checkpoints["moe"], tmp_path / "out", "--target", "ort-cpu", "--expert-form", "native")
+    assert (refused.exit_code, "--expert-form native is for target tensorrt, not" in refused.stderr) == (2, True)
 
 
 def test_bfloat16_is_for_the_targets_that_have_a_choice(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
     for target, dtype, sentence in (
-        ("ort-cpu", "bfloat16", "--dtype is for target tensorrt or tensorrt-rtx, not among ort-cpu"),
+        ("ort-cpu", "bfloat16", "--half is for target tensorrt or tensorrt-rtx, not among ort-cpu"),
         ("tensorrt-rtx", "float32", "float16 or bfloat16, not 'float32'"),
     ):
-        refused = moedge("export", checkpoints["moe"], tmp_path / "out", "--target", target, "--dtype", dtype)
+        refused = moedge("export", checkpoints["moe"], tmp_path / "out", "--target", target, "--half", dtype)
         assert (refused.exit_code, sentence in refused.stderr) == (2, True), refused.stderr
     assert not (tmp_path / "out").exists()
 
 
 def test_a_bundle_in_bfloat16_is_verified_by_limits_of_its_own(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
-    made = moedge("export", checkpoints["moe"], tmp_path / "out", "--target", "tensorrt-rtx", "--dtype", "bfloat16")
+    made = moedge("export", checkpoints["moe"], tmp_path / "out", "--target", "tensorrt-rtx", "--half", "bfloat16")
     assert made.exit_code == 0, made.stderr
     (tmp_path / "text.txt").write_text("Once upon a time there was a village near the sea. " * 20)
     on_text = ["--text", tmp_path / "text.txt", "--tokens", 64, "--window", 64, "--prefill", 56]
@@ -143,7 +143,7 @@ def test_a_bundle_in_bfloat16_is_verified_by_limits_of_its_own(tmp_path: Path, c
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--experts", "sparse"), "No form of experts is called 'sparse'; known: plugins, native, merged."),
+        (("--expert-form", "sparse"), "No form of experts is called 'sparse'; known: plugins, native, merged."),
         (("--tensorrt", "ten"), "'ten' is no version of TensorRT; write it like 10.13."),
     ],
 )

@@ -109,7 +109,7 @@ def test_ffn_biases(tiny_llama: Any, bundles: Any) -> None:
         after
     )  # gate and up have a column more than the hidden size, down has not
     assert selftest.compare("merged", graph, after, edges, 2e-6).passed
-    with pytest.raises(MoEdgeError, match="has no biases, the model's experts have some; take --experts plugins"):
+    with pytest.raises(MoEdgeError, match="has no biases, the model's experts have some; take --expert-form plugins"):
         trt_experts.choose(graph, "11.0", "native")
     for version in ("10.3", "10.13"):
         found = tensorrt.lower(graph.clone(), max_length=64, tensorrt=version).rewrites

@@ -299,7 +299,7 @@ def test_the_command_prints_what_it_chose_and_measured(
 @pytest.mark.slow
 def test_the_default_model_stays_within_the_bound(tmp_path: Path) -> None:
     """SmolLM2-135M by ExpertWeaver: the same numbers as users see, on held-out text."""
-    from moedge.runtime.commands.tokens import token_windows
+    from moedge.runtime.text.windows import token_windows
 
     moe = tmp_path / "moe"
     command = ["convert", "asset:smollm2-135m-instruct", str(moe), "--method", "expertweaver", "--windows", "8"]

@@ -143,7 +143,7 @@ def test_activations_beyond_float16s_range_need_bfloat16(bundles, dtype, fits):
     if fits:
         assert tensorrt.lower(graph, max_length=64, tensorrt="10.3", dtype=dtype).cache["dtype"] == BF16
     else:
-        with pytest.raises(MoEdgeError, match=r"left float16's range \(65,504\): take --dtype bfloat16"):
+        with pytest.raises(MoEdgeError, match=r"left float16's range \(65,504\): take --half bfloat16"):
             tensorrt.lower(graph, max_length=64, tensorrt="10.3", dtype=dtype)
 
 
@@ -162,7 +162,7 @@ def test_an_engine_in_bfloat16_is_built_where_there_is_bfloat16(typed, tmp_path)
     assert (made["dtype"], made["compute_capabilities"]) == (BF16, ["8.6"])
     # A tied embedding may lie in the engine twice; float32 weights would be twice all of this.
     assert made["build"]["engine_bytes"] > made["weight_bytes"]
-    with pytest.raises(MoEdgeError, match=r"2080 Ti \(SM75\) has no bfloat16, .* export with --dtype float16"):
+    with pytest.raises(MoEdgeError, match=r"2080 Ti \(SM75\) has no bfloat16, .* export with --half float16"):
         build.build(folder, tmp_path / "old", ["rtx-2080-ti"], max_length=64)
     assert not (tmp_path / "old").exists()
     # The refusal is NVIDIA's own.
@@ -342,7 +342,7 @@ def test_a_weight_beyond_half_precision_is_refused(bundles, tmp_path):
     array = value.const_value.numpy().copy()
     array.flat[0] = 1e5
     value.const_value = ir.tensor(array, name=name)
-    with pytest.raises(MoEdgeError, match=r"does not fit float16 .*; take --dtype bfloat16"):
+    with pytest.raises(MoEdgeError, match=r"does not fit float16 .*; take --half bfloat16"):
         tensorrt.lower(graph, max_length=64, tensorrt="10.3")
 
 
@@ -524,18 +524,18 @@ def test_nvidias_parser_gives_the_native_layer_its_silu(bundles, tmp_path, monke
 def test_the_native_layer_is_refused_with_what_can_be_instead(bundles, monkeypatch):
     graph = portable(bundles)
     for version, message in (
-        ("10.13", r"TensorRT 10\.13 does not read TRT_MoE, 11\.0 is the first that does; take --experts plugins"),
-        ("10.3", r"does not read TRT_MoE.*take --experts merged"),
-        (None, r"TensorRT for RTX cannot build .* \(SM100, SM103, SM110 only\); take --experts merged"),
+        ("10.13", r"TensorRT 10\.13 does not read TRT_MoE, 11\.0 is the first that does; take --expert-form plugins"),
+        ("10.3", r"does not read TRT_MoE.*take --expert-form merged"),
+        (None, r"TensorRT for RTX cannot build .* \(SM100, SM103, SM110 only\); take --expert-form merged"),
     ):
         with pytest.raises(MoEdgeError, match=message):
             trt_experts.choose(graph, version, "native")
-    with pytest.raises(MoEdgeError, match=r"10\.3 cannot bake kernels .*; take --experts merged"):
+    with pytest.raises(MoEdgeError, match=r"10\.3 cannot bake kernels .*; take --expert-form merged"):
         trt_experts.choose(graph, "10.3", "plugins")
     with pytest.raises(MoEdgeError, match="'gathered'; known: plugins, native, merged"):
         trt_experts.choose(graph, "11.0", "gathered")
     assert trt_experts.choose(graph, "11.0", "merged")[0] == "merged"
     for node in nodes.nodes_of(graph, "SparseGLU"):
         node.attributes["activation"] = ir.AttrString("activation", "gelu")
-    with pytest.raises(MoEdgeError, match="SiLU only, the model uses gelu; take --experts plugins"):
+    with pytest.raises(MoEdgeError, match="SiLU only, the model uses gelu; take --expert-form plugins"):
         trt_experts.choose(graph, "11.0", "native")

@@ -101,7 +101,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("target", "device", "message"),
     [
-        ("tensorrt-rtx", "jetson-agx-orin", "moedge bundle CHECKPOINT OUT.tar --target jetson-agx-orin"),
+        ("tensorrt-rtx", "jetson-agx-orin", "moedge pack CHECKPOINT OUT.tar --for jetson-agx-orin"),
         ("tensorrt-rtx", "h100", "export the target tensorrt"),
         ("tensorrt", "rtx-2080-ti", "export tensorrt-rtx instead"),
         ("portable", "rtx-4090", "needs no engine"),
@@ -119,7 +119,7 @@ def test_a_gpu_without_tensorrts_moe_layer_is_refused(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "bundle", target="tensorrt")
     manifest = json.loads((bundle / "manifest.json").read_text())
     (bundle / "manifest.json").write_text(json.dumps({**manifest, "experts": "native"}))
-    with pytest.raises(MoEdgeError, match=r"\(SM90\) does not have TensorRT's own MoE layer.* leave --experts out"):
+    with pytest.raises(MoEdgeError, match=r"\(SM90\) does not have TensorRT's own MoE layer.* leave --expert-form out"):
         builder.build(bundle, tmp_path / "engine", ["h100"])
 
 

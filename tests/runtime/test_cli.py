@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,10 +20,10 @@ from typer.testing import CliRunner
 from moedge._files import hash_tree, write_json
 from moedge.convert.methods import METHODS
 from moedge.convert.plan import LayerPlan, MoEPlan, RouterPlan
-from moedge.runtime.cli import INTERRUPTED, app
+from moedge.runtime import commands
+from moedge.runtime.cli import COMMANDS, INTERRUPTED, app, load
 from moedge.runtime.commands.verify import junit_xml
 
-COMMANDS = ("run", "convert", "export", "verify", "bench", "generate", "inspect", "doctor", "methods")
 HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "scipy", "matplotlib", "accelerate", "gguf", "huggingface_hub")
 BLOCKED = f"""
 import sys
@@ -55,8 +57,31 @@ def without_heavy_packages(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_help_works_without_torch_and_lists_every_command() -> None:
     result = without_heavy_packages("--help")
     assert result.returncode == 0, result.stderr
-    for name in COMMANDS:
-        assert f" {name} " in result.stdout
+    assert re.findall(r"^│ ([a-z][a-z-]*)  ", result.stdout, re.MULTILINE) == list(COMMANDS)
+
+
+def test_every_file_of_a_command_is_registered() -> None:
+    files = {module.name for module in pkgutil.iter_modules(commands.__path__) if not module.name.startswith("_")}
+    assert files == {name.replace("-", "_") for name in COMMANDS}
+
+
+def imported(*arguments: str) -> set[str]:
+    """The files of commands that a call imports."""
+    code = (
+        "import sys\nfrom moedge.runtime.cli import app\n"
+        "try: app()\nexcept SystemExit: pass\n"
+        "print(*sys.modules, sep='\\n', file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    names = re.findall(r"^moedge\.runtime\.commands\.(\w+)$", result.stderr, re.MULTILINE)
+    return {name for name in names if not name.startswith("_")}
+
+
+def test_a_command_is_imported_when_it_is_called() -> None:
+    """So `moedge --help` is quick however many commands there are, and whatever they import."""
+    assert imported("--help") == set()
+    assert imported("export-hf", "--help") == {"export_hf"}
 
 
 def test_the_block_of_heavy_packages_works() -> None:
@@ -89,6 +114,8 @@ def test_every_command_teaches_with_an_example(command: str) -> None:
     result = moedge(command, "--help")
     assert result.exit_code == 0
     assert f"moedge {command}" in result.output.split("Example")[1]
+    summary = str(load(command).help).split("\n\n")[0]
+    assert COMMANDS[command].summary == " ".join(summary.split()), "the list of commands says what the command says"
 
 
 def test_dry_run_and_recipe_errors_need_no_torch(tmp_path: Path) -> None:
@@ -149,7 +176,7 @@ def folder_with(path: Path, **config: Any) -> Path:
     [
         (["run", "no-such-recipe"], "No recipe 'no-such-recipe'"),
         (["run", "{tmp}/latin.yaml"], "not UTF-8"),
-        (["run", "smollm2-135m", "--force", "magic", "--dry-run"], "--force magic: no such stage; stages: source"),
+        (["run", "smollm2-135m", "--redo", "magic", "--dry-run"], "--redo magic: no such stage; stages: source"),
         (["run", "smollm2-135m", "--from", "magic", "--dry-run"], "--from magic: no such stage"),
         (["run", "smollm2-135m", "--out", "{tmp}/file"], "exists and is not a folder"),
         (["run", "smollm2-135m", "--out", "{tmp}/used"], "is not empty and not a run folder"),
@@ -192,8 +219,8 @@ def folder_with(path: Path, **config: Any) -> Path:
         (["bench", "{tmp}/used", "{tmp}/bundles", "{tmp}/used"], "/used is given twice; name each engine once."),
         (["generate", "{tmp}/nothing", "hi"], "{tmp}/nothing"),
         (
-            ["generate", "{tmp}/used", "hi", "--target", "tpu"],
-            "tpu: unknown; choose portable or ort-cpu or ort-cpu-int8",
+            ["generate", "{tmp}/used", "hi", "--engine", "tpu"],
+            "--engine tpu: unknown; choose portable or ort-cpu or ort-cpu-int8",
         ),
         (["generate", "{tmp}/used", "hi", "--model", "big"], "--model big: unknown; choose moe or dense"),
         (["inspect", "{tmp}/nothing"], "{tmp}/nothing does not exist"),

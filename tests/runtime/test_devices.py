@@ -29,7 +29,7 @@ def test_a_jetson_is_sent_to_its_archive_and_a_data_centre_gpu_to_tensorrt() -> 
     orin = devices.refusal("tensorrt-rtx", devices.load("jetson-agx-orin"))
     assert orin is not None
     assert "SM87" in orin
-    assert "moedge bundle CHECKPOINT OUT.tar --target jetson-agx-orin" in orin
+    assert "moedge pack CHECKPOINT OUT.tar --for jetson-agx-orin" in orin
     hopper = devices.refusal("tensorrt-rtx", devices.load("h100"))
     assert hopper is not None
     assert "export the target tensorrt and build the engine on the device" in hopper

@@ -53,7 +53,7 @@ def test_diagnose_prints_writes_and_draws(home: Path, tmp_path: Path) -> None:
     options = ["--text", home / "text.txt", "--text", home / "other.txt", "--dense", home / "dense", "--stability"]
     options += ["--tokens", 256, "--window", 64]
     plot, out = tmp_path / "routing.svg", tmp_path / "found.json"
-    printed = moedge("diagnose", home / "moe", *options, "--plot", plot, "--out", out).stdout
+    printed = moedge("diagnose", home / "moe", *options, "--plot", plot, "--save", out).stdout
     result = json.loads(out.read_text(encoding="utf-8"))
     assert plot.read_bytes().startswith(b"<?xml")
     assert set(result["texts"]) == {"text", "other"}

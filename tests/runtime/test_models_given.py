@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from moedge import MoEdgeError
-from moedge.runtime.commands import models
+from moedge.runtime.engines.given import local
 
 
 @pytest.fixture
@@ -32,20 +32,20 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama: Any, tiny_t
 
 
 def test_a_hub_id_is_its_snapshot(hub: Path) -> None:
-    assert models.local(Path("tiny/llama")).resolve() == hub
-    assert models.local(hub) == hub
+    assert local(Path("tiny/llama")).resolve() == hub
+    assert local(hub) == hub
 
 
 def test_paths_stay_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "build").mkdir()
     monkeypatch.chdir(tmp_path)
     for path in ("build", "build/gone", "/gone/model", "../gone", "gone", "gone/a/b", "model.onnx", "gone.gguf"):
-        assert models.local(Path(path)) == Path(path)
+        assert local(Path(path)) == Path(path)
 
 
 def test_a_hub_id_that_cannot_be_had_is_one_sentence(hub: Path) -> None:
     with pytest.raises(MoEdgeError, match="Cannot download tiny/other from the Hugging Face hub"):
-        models.local(Path("tiny/other"))
+        local(Path("tiny/other"))
 
 
 def test_a_model_of_the_hub_is_exported_under_its_id(hub: Path, tmp_path: Path) -> None:

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 
 from moedge.export.bundle import open_bundle
-from moedge.runtime.cli import app
+from moedge.runtime.cli import load
 
 
 def optimum_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -40,9 +39,7 @@ def test_the_command_is_found_and_answers_as_moedge_export_does(tmp_path: Path) 
 
 def own_options() -> list[str]:
     """The options of ``moedge export``."""
-    group: Any = typer.main.get_command(app)
-    parameters = group.commands["export"].params
-    return [parameter.opts[0] for parameter in parameters if parameter.param_type_name == "option"]
+    return [parameter.opts[0] for parameter in load("export").params if parameter.param_type_name == "option"]
 
 
 @pytest.mark.slow

@@ -180,7 +180,7 @@ def test_a_damaged_bundle_is_refused_alone_and_rebuilt_by_the_run(home: Path, ru
     assert reason == "export/ort-cpu/model.onnx is missing, changed or damaged"
 
 
-@pytest.mark.parametrize("options", [(), ("--model", "dense"), ("--target", "portable"), ("--target", "torch")])
+@pytest.mark.parametrize("options", [(), ("--model", "dense"), ("--engine", "portable"), ("--engine", "torch")])
 def test_generate_streams_the_same_text_from_every_engine_of_a_model(run: Path, options: tuple[str, ...]) -> None:
     result = moedge("generate", run, "cut the dense", "--threads", 1, "--max-new-tokens", 4, *options)
     assert result.exit_code == 0, result.output

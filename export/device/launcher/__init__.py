@@ -64,7 +64,7 @@ def headers() -> Path:
             return folder
     raise MoEdgeError(
         "The plugin library is compiled with the C++ headers of TensorRT, which are not here: pip install "
-        "'moedge[rtx-plugins]', or export with --experts merged."
+        "'moedge[rtx-plugins]', or export with --expert-form merged."
     )
 
 
@@ -78,7 +78,7 @@ def compile_library(target: Path) -> Path:
     if compiler is None:
         raise MoEdgeError(
             "The plugin library is compiled with g++, which is not here: install it (Debian, Ubuntu: apt install g++), "
-            "or export with --experts merged."
+            "or export with --expert-form merged."
         )
     with tempfile.TemporaryDirectory() as scratch:
         Path(scratch, "cuda_runtime_api.h").write_text(CUDA_HEADER, encoding="utf-8")

@@ -77,7 +77,7 @@ def lower_half(
             one of them fails.
     """
     if dtype not in half.UNIT:
-        raise MoEdgeError(f"TensorRT graphs are float16 or bfloat16, not {dtype!r}; give --dtype one of them.")
+        raise MoEdgeError(f"TensorRT graphs are float16 or bfloat16, not {dtype!r}; give --half one of them.")
     kind = ir.DataType[dtype.upper()]
     sparse = nodes_of(model, "SparseGLU")
     routes = nodes_of(model, "Route")
@@ -155,7 +155,7 @@ class _Judge:
 
 
 RANGE = (
-    "A value left float16's range (65,504): take --dtype bfloat16, which has float32's range at an eighth of float16's "
+    "A value left float16's range (65,504): take --half bfloat16, which has float32's range at an eighth of float16's "
     "precision."
 )
 

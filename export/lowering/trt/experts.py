@@ -54,12 +54,12 @@ def choose(model: ir.Model, tensorrt: str | None, wanted: str | None = None) -> 
     if wanted == "native":
         parts = None if tensorrt is None else tuple(int(part) for part in tensorrt.split(".")[:2])
         if illegal := trt_native.refusal(model, parts):  # type: ignore[arg-type]
-            raise MoEdgeError(f"{illegal}; take --experts {'merged' if reason else 'plugins'}.")
+            raise MoEdgeError(f"{illegal}; take --expert-form {'merged' if reason else 'plugins'}.")
         return "native", "asked for"
     if wanted == "plugins" and tensorrt is None and not trt_plugins.refusal(model):
         return "plugins", "asked for: a plugin library launches the kernels"
     if wanted == "plugins" and reason:
-        raise MoEdgeError(f"{reason if tensorrt else trt_plugins.refusal(model)}; take --experts merged.")
+        raise MoEdgeError(f"{reason if tensorrt else trt_plugins.refusal(model)}; take --expert-form merged.")
     if wanted == "merged":
         return "merged", "asked for"
     if reason is None:

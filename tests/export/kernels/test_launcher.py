@@ -170,14 +170,14 @@ def test_a_broken_node_stops_the_build(sparse: Path, tmp_path: Path, monkeypatch
 
 
 def test_what_cannot_be_is_refused_with_what_can(sparse: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    with pytest.raises(MoEdgeError, match=r"SM75.*--experts merged"):
+    with pytest.raises(MoEdgeError, match=r"SM75.*--expert-form merged"):
         build.build(sparse, tmp_path / "engine", ["rtx-2080-ti"], max_length=64)
     monkeypatch.setattr(launcher, "find_spec", lambda name: None)
     monkeypatch.setattr(launcher, "HEADER", "NoSuchHeader.h")
-    with pytest.raises(MoEdgeError, match=r"headers of TensorRT.*--experts merged"):
+    with pytest.raises(MoEdgeError, match=r"headers of TensorRT.*--expert-form merged"):
         launcher.compile_library(tmp_path / build.LIBRARY)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(MoEdgeError, match=r"g\+\+.*--experts merged"):
+    with pytest.raises(MoEdgeError, match=r"g\+\+.*--expert-form merged"):
         launcher.compile_library(tmp_path / build.LIBRARY)
 
 

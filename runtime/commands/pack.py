@@ -1,45 +1,59 @@
-"""``moedge bundle``: one file with everything a device needs."""
+"""``moedge pack``: one file with everything a device needs."""
 
 from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 
 from moedge._files import sha256_file
 from moedge.configs import devices
-from moedge.runtime.commands import models
+from moedge.runtime.commands._options import Batch, ExpertForm, Force, Half, MaxLength, TensorRT
+from moedge.runtime.engines.given import local
 from moedge.runtime.progress import single
 
 
-def bundle(
-    source: Path,
-    out: Path,
-    *,
-    target: str,
-    label: str | None,
-    max_length: int | None,
-    max_prompt: int | None,
-    batch: int,
-    tensorrt: str | None,
-    experts: str | None,
-    dtype: str | None,
-    force: bool,
+def pack(
+    source: Annotated[Path, typer.Argument(help="Checkpoint, or a folder with the bundle portable.")],
+    out: Annotated[Path, typer.Argument(help="The archive (.tar).")],
+    profile: Annotated[
+        str,
+        typer.Option(
+            "--for", metavar="PROFILE", help="Device profile: a name (`moedge build --list`) or a .yaml file."
+        ),
+    ],
+    label: Annotated[str | None, typer.Option(help="Name of the model in results.")] = None,
+    max_length: MaxLength = None,
+    max_prompt: Annotated[int | None, typer.Option(min=2, help="Most prompt tokens in one call.")] = None,
+    batch: Batch = 1,
+    tensorrt: TensorRT = None,
+    expert_form: ExpertForm = None,
+    half: Half = None,
+    force: Force = False,
 ) -> None:
-    """Write the archive and say what to do with it."""
+    """Pack one archive for a device: graph, tokenizer, recorded answers, and scripts that build, verify and time there.
+
+    The scripts need numpy and TensorRT's Python package only. The same input gives the same bytes.
+
+    \b
+    Example:
+      moedge pack build/moe moe-orin.tar --for jetson-agx-orin
+    """
     from moedge.export.device import archive as device_archive
 
-    device = devices.load(target)
-    with single("bundle", f"{source} -> {out}") as reporter:
+    device = devices.load(profile)
+    with single("pack", f"{source} -> {out}") as reporter:
 
         def step(what: str, done: int, total: int) -> None:
             reporter.progress(done, total)
             if done < total:
                 reporter.note(what)
 
-        folder = models.local(source)
+        folder = local(source)
         manifest = device_archive.write(
             folder,
             out,
@@ -49,8 +63,8 @@ def bundle(
             max_prompt=max_prompt,
             batch=batch,
             tensorrt=tensorrt,
-            experts=experts,
-            dtype=dtype,
+            experts=expert_form,
+            dtype=half,
             force=force,
             progress=step,
         )

@@ -1,15 +1,17 @@
-"""``moedge report``: read back what the scripts of a device archive wrote."""
+"""``moedge device-report``: read back what the scripts of a device archive wrote."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
+from moedge.runtime.commands._options import Json
 from moedge.runtime.parity.outcomes import mark
 from moedge.runtime.parity.verdict import outcome_of
 from moedge.runtime.tables import Sheet
@@ -17,8 +19,16 @@ from moedge.runtime.tables import Sheet
 SCHEMA = "moedge.device-result/1"
 
 
-def report(results: list[Path], *, as_json: bool) -> int:
-    """Print device results; returns 1 when a verification among them failed."""
+def device_report(
+    results: Annotated[list[Path], typer.Argument(help="verify-result.json and bench-result.json of a device.")],
+    as_json: Json = False,
+) -> int:
+    """Print what verify.py and bench.py of a device archive wrote. Exits with 1 when a verification failed.
+
+    \b
+    Example:
+      moedge device-report verify-result.json bench-result.json
+    """
     loaded = {str(path): read(path) for path in results}
     if as_json:
         print(json.dumps(loaded, indent=2, allow_nan=False))

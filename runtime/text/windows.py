@@ -1,4 +1,4 @@
-"""Text -> token windows for commands that must work without transformers."""
+"""Text -> token windows where transformers may be missing."""
 
 from __future__ import annotations
 

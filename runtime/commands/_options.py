@@ -1,0 +1,54 @@
+"""Arguments and options that several commands take: a word is declared once, with one type and one meaning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(help="Hugging Face folder, .gguf file, hub id org/name, or asset:NAME.")]
+Converted = Annotated[Path, typer.Argument(help="MoE checkpoint from `moedge convert`.")]
+TensorRT = Annotated[
+    str | None,
+    typer.Option(
+        "--tensorrt",
+        metavar="VERSION",
+        help="TensorRT on the device, such as 10.13, where it is not its profile's: from 10.9 on experts are plugins.",
+    ),
+]
+ExpertForm = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FORM",
+        help="Target tensorrt: plugins, merged (standard operators) or native (TensorRT's own MoE layer: SM100, 103 or "
+        "110, TensorRT 11); by default what the device's TensorRT can. Target tensorrt-rtx: merged, or plugins "
+        "(from a library that `moedge build` compiles with g++).",
+    ),
+]
+Half = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TYPE",
+        help="Targets tensorrt and tensorrt-rtx: float16 (default), or bfloat16 for models whose activations leave "
+        "float16's range, such as Gemma.",
+    ),
+]
+MaxLength = Annotated[int | None, typer.Option(min=2, help="Longest sequence; at most 2048 by default.")]
+Batch = Annotated[int, typer.Option(min=1, help="Most rows of a call.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all physical cores by default.")]
+Device = Annotated[
+    str, typer.Option(help="Where PyTorch computes: cpu, cuda or cuda:N. Bundles run where their target says.")
+]
+Dtype = Annotated[str, typer.Option(help="Of checkpoints in PyTorch: float32, bfloat16 or float16.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the whole result as JSON on stdout.")]
+Save = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the whole result to this JSON file.")]
+Text = Annotated[str, typer.Option(help="asset:NAME or a path to a .txt, .utf8 or .jsonl file (UTF-8).")]
+HoldoutEvery = Annotated[
+    int, typer.Option(min=2, help="Of the calibration text only every Nth document is used, the held-out ones.")
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the method (may be repeated)."),
+]
