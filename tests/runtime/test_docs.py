@@ -62,6 +62,12 @@ def test_a_page_of_the_site_links_to_pages_of_the_site_only(page: Path) -> None:
     assert not [link for link in re.findall(r"\]\((\.\./[^)\s]*)", prose(page)) if link]
 
 
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_every_file_of_the_code_that_a_page_names_exists(page: Path) -> None:
+    named = re.findall(r"`((?:configs|convert|export|runtime|tests)/[\w/.-]+(?:\.\w+|/))[`:]", prose(page))
+    assert [path for path in named if not ((ROOT / path).exists() or (page.parent / path).exists())] == []
+
+
 def test_every_command_line_has_a_command_and_its_options() -> None:
     found = []
     for page in PAGES:
