@@ -141,7 +141,7 @@ def write(
             report("compiling kernels", 1, 3)
             requests = [Request(**kernel) for kernel in plugins["kernels"]]
             compile_library(folder / FOLDER, requests, [int(device.compute_capability.replace(".", ""))])
-        scripts = Path(moedge_trt.__file__).resolve().parent
+        scripts = Path(moedge_trt.__file__).parent
         for name in SCRIPTS:
             shutil.copyfile(scripts / name, folder / name)
         readme = _README.format(label=label, device=device.label)
