@@ -25,7 +25,7 @@ lint: .venv/test.done
 	MYPYPATH=.typing $(BIN)/mypy -p moedge.configs -p moedge.convert -p moedge.export -p moedge.runtime
 
 docs: .venv/docs.done
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf .venv .venv-interop .typing site build *.egg-info .pytest_cache .mypy_cache .ruff_cache
