@@ -38,9 +38,7 @@ def generate(
     model: Annotated[Path, typer.Argument(help="Run folder, bundle, checkpoint or dense model.")],
     prompt: Annotated[str, typer.Argument(help="Text to continue; '-' reads it from stdin.")],
     which: Annotated[str, typer.Option("--model", help="Run folders: moe or dense.")] = "moe",
-    engine: Annotated[
-        str, typer.Option(help="Run folders: ort-cpu, ort-cpu-int8, ort-cpu-int4, portable or torch.")
-    ] = "ort-cpu",
+    engine: Annotated[str, typer.Option(help=f"Run folders: {', '.join(ENGINES)}.")] = "ort-cpu",
     chat: Annotated[
         bool, typer.Option("--chat", help="Send the prompt as a chat message (the model's template).")
     ] = False,

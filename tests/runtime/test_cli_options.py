@@ -17,9 +17,23 @@ from typing import Any, get_args, get_origin
 import pytest
 from typer.testing import CliRunner
 
-from moedge.runtime.cli import COMMANDS, RENAMED, app, load
+from moedge.runtime.cli import COMMANDS, app, load
 
-FORMER = [(name, *pair) for name, command in COMMANDS.items() for pair in command.renamed.items()]
+FORMER_COMMANDS = [("bundle", "pack"), ("report", "device-report")]
+FORMER = [
+    ("run", "force", "redo"),
+    ("generate", "target", "engine"),
+    ("finetune", "batch", "batch-size"),
+    ("export", "experts", "expert-form"),
+    ("export", "dtype", "half"),
+    ("build", "device", "for"),
+    ("pack", "target", "for"),
+    ("pack", "experts", "expert-form"),
+    ("pack", "dtype", "half"),
+    ("evaluate", "out", "save"),
+    ("diagnose", "out", "save"),
+]
+"""Promised until the next release: command, former name of an option, today's."""
 MEANINGS: dict[str, tuple[type, str]] = {
     "--batch": (int, "^Most rows of a call"),
     "--batch-size": (int, "per forward pass"),
@@ -101,7 +115,7 @@ def test_a_former_option_is_todays(command: str, former: str, today: str, capsys
     assert not {f"--{former}"} & {name for option in load(command).params for name in option.opts}
 
 
-@pytest.mark.parametrize(("former", "today"), RENAMED.items())
+@pytest.mark.parametrize(("former", "today"), FORMER_COMMANDS)
 def test_a_former_command_is_todays(former: str, today: str) -> None:
     result = CliRunner().invoke(app, [former, "--help"])
     assert result.exit_code == 0

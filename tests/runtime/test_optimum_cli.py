@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,18 @@ def test_the_command_is_found_and_answers_as_moedge_export_does(tmp_path: Path) 
     assert too_short.returncode == 2
     assert "--max-length" in too_short.stderr
     assert "16" in too_short.stderr
+
+
+def test_former_names_of_options_are_accepted() -> None:
+    from optimum.commands.register.register_moedge import MoEdgeExportCommand
+
+    parser = ArgumentParser()
+    MoEdgeExportCommand.parse_args(parser)
+    given = parser.parse_args(
+        ["-m", "model", "out", "--experts", "merged", "--dtype", "bfloat16", "--target", "tensorrt"]
+    )
+    assert (given.expert_form, given.half, given.target, given.force) == ("merged", "bfloat16", ["tensorrt"], False)
+    assert "--experts" not in parser.format_help()
 
 
 def own_options() -> list[str]:
