@@ -1,15 +1,44 @@
 """MoEdge: dense GLU language model -> Mixture-of-Experts -> verified ONNX / TensorRT engine.
 
-Three stages, each a sub-package whose output the next one reads:
+The functions that :data:`__all__` names are the whole public API (``docs/python.md``); each is loaded when it is first
+asked for (PEP 562), so that ``import moedge`` imports nothing heavy. Three stages are behind them, each a sub-package
+whose output the next one reads:
 
 * :mod:`moedge.convert`  dense checkpoint -> MoE checkpoint        (torch, transformers)
 * :mod:`moedge.export`   MoE checkpoint -> ONNX bundle per target  (torch to trace, onnx to lower)
 * :mod:`moedge.runtime`  bundle -> generate, verify, bench, report (numpy and the target's runtime)
-
-Importing this package imports nothing heavy.
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moedge.runtime.api import (
+        MoEPlan,
+        bench,
+        convert_model,
+        evaluate,
+        export_model,
+        generate,
+        load,
+        open_engine,
+        verify,
+    )
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "MoEPlan",
+    "MoEdgeError",
+    "__version__",
+    "bench",
+    "convert_model",
+    "evaluate",
+    "export_model",
+    "generate",
+    "load",
+    "open_engine",
+    "verify",
+]
 
 
 class MoEdgeError(Exception):
@@ -20,3 +49,17 @@ class MoEdgeError(Exception):
     """
 
     exit_code = 2
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'moedge' has no attribute {name!r}")
+    from importlib import import_module
+
+    found = getattr(import_module("moedge.runtime.api"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from moedge import MoEdgeError
 from moedge.configs import files as yaml_files
-from moedge.configs.files import first_problem
+from moedge.configs.errors import checked, matching
 from moedge.export import targets
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -32,13 +31,13 @@ class Device(BaseModel):
     schema_: Literal["moedge.device/1"] = Field(alias="schema")
     name: str
     label: Annotated[str, Field(min_length=1)]
-    compute_capability: Annotated[str, Field(pattern=r"^\d{1,2}\.\d$")]
+    compute_capability: Annotated[str, matching(r"^\d{1,2}\.\d\Z", "a compute capability, such as 8.9")]
     architecture: Annotated[str, Field(min_length=1)]
     memory_gib: Positive
     bandwidth_gb_s: Positive
     unified_memory: bool
     targets: Annotated[tuple[Literal["tensorrt", "tensorrt-rtx"], ...], Field(min_length=1, strict=False)]
-    tensorrt: Annotated[str, Field(pattern=r"^\d{1,2}\.\d{1,2}$")] | None = None
+    tensorrt: Annotated[str, matching(r"^\d{1,2}\.\d{1,2}\Z", "a version, such as 10.3")] | None = None
     """The TensorRT that its system ships, or the oldest to install there where nothing ships one."""
 
     @model_validator(mode="after")
@@ -66,10 +65,7 @@ def load(device: str) -> Device:
     """
     path, text = yaml_files.read(device, "device")
     content = yaml_files.parse(text, str(path), "device")
-    try:
-        return Device.model_validate({"name": path.stem, **content})
-    except ValidationError as error:
-        raise MoEdgeError(f"Device profile {path}: {first_problem(error)}.") from error
+    return checked(Device, {"name": path.stem, **content}, where=f"Device profile {path}")
 
 
 def half_refusal(dtype: str, device: Device) -> str | None:

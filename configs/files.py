@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import ValidationError
 
 from moedge import MoEdgeError
+from moedge.configs.errors import name_of
 
 Kind = Literal["recipe", "study", "device"]
 _FOLDERS: dict[Kind, str] = {"recipe": "recipes", "study": "studies", "device": "devices"}
@@ -42,7 +42,7 @@ def read(name_or_path: str | Path, kind: Kind) -> tuple[Path, str]:
         raise MoEdgeError(f"Cannot read {path}: {error.strerror}.") from error
 
 
-def parse(text: str, where: str, kind: Kind) -> dict[str, Any]:
+def parse(text: str, where: str, kind: str) -> dict[str, Any]:
     """Read YAML text whose top level is a mapping; ``where`` starts the sentence of a refusal.
 
     Raises:
@@ -68,6 +68,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue  # "<<", which the call below resolves
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, Hashable) and key in seen:
                 raise yaml.constructor.ConstructorError(
@@ -75,17 +77,3 @@ class _Loader(yaml.SafeLoader):
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
-
-
-_KINDS = {bool: "true/false", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a mapping"}
-
-
-def first_problem(error: ValidationError) -> str:
-    """Return the first problem of a pydantic error in one line: the path of the key and what is wrong."""
-    first = error.errors()[0]
-    return f"{'.'.join(str(part) for part in first['loc']) or 'the whole'}: {first['msg']}"
-
-
-def name_of(value: Any) -> str:
-    """Say in words what kind of YAML value this is."""
-    return "nothing" if value is None else _KINDS.get(type(value), type(value).__name__)

@@ -11,34 +11,37 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
-    GetCoreSchemaHandler,
-    ValidationError,
+    Tag,
     create_model,
     field_validator,
     model_validator,
 )
-from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+from pydantic_core import PydanticCustomError
 
 from moedge import MoEdgeError
-from moedge.configs import devices
+from moedge.configs import devices, tolerances
 from moedge.configs import files as yaml_files
-from moedge.configs.files import name_of
+from moedge.configs.errors import checked, matching
 from moedge.convert.methods import METHODS, Method
 from moedge.convert.moe_adapters import FAMILIES as MOE_FAMILIES
 from moedge.export import targets as registry
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
-Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-DEVICE = r"^(cpu|cuda(:\d+)?)$"
-Device = Annotated[str, Field(pattern=DEVICE)]
+Name = Annotated[
+    str,
+    Field(min_length=1, max_length=64),
+    matching(r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z", "a plain name (letters, digits, '.', '_' and '-')"),
+]
+Device = Annotated[str, matching(r"^(cpu|cuda(:\d+)?)\Z", "a device of PyTorch; give cpu, cuda or cuda:N")]
 """Where PyTorch computes."""
 
 Spec = Annotated[str, Field(min_length=1)]
@@ -55,6 +58,15 @@ def _known_target(name: str) -> str:
 
 TargetName = Annotated[str, AfterValidator(_known_target)]
 """A name in :mod:`moedge.export.targets`, asked when a recipe is read: others may have been registered."""
+
+
+def _form(value: Any) -> str:
+    return "given" if isinstance(value, dict | tolerances.Given) else "profile"
+
+
+TolerancesSpec = Annotated[
+    Annotated[Spec, Tag("profile")] | Annotated[tolerances.Given, Tag("given")], Discriminator(_form)
+]
 ControlName = Literal[
     "static mask",
     "FLAP-MLP",
@@ -67,7 +79,6 @@ ControlName = Literal[
     "oracle router",
     "neuron top-k",
 ]
-CONTROLS = get_args(ControlName)
 
 
 class _Section(BaseModel):
@@ -124,18 +135,16 @@ CONVERT_SECTIONS = {name: _convert_section(name, method) for name, method in MET
 """Method name -> its ``convert`` section."""
 
 
-class _ByMethod:
-    """Checks ``convert`` with the section of the method that it names."""
+def method(value: Any) -> Any:
+    """Choose the section; named as the key, which a refusal says. What is no mapping the default section refuses."""
+    return value.get("method", "cmoe") if isinstance(value, dict) else getattr(value, "method", "cmoe")
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        sections = {name: handler.generate_schema(section) for name, section in CONVERT_SECTIONS.items()}
-        return core_schema.tagged_union_schema(sections, discriminator=self._method)
 
-    @staticmethod
-    def _method(value: Any) -> Any:
-        if isinstance(value, dict):
-            return value.get("method", "cmoe")
-        return getattr(value, "method", "cmoe")  # what is no mapping is refused by the section
+if TYPE_CHECKING:
+    AnyConvert = ConvertSection
+else:
+    _SECTIONS = tuple(Annotated[section, Tag(name)] for name, section in CONVERT_SECTIONS.items())
+    AnyConvert = Annotated[Union[_SECTIONS], Discriminator(method)]  # noqa: UP007 - known at run time
 
 
 class ExportSection(_Section):
@@ -206,7 +215,8 @@ class VerifySection(_Section):
     tokens: Annotated[int, Field(ge=2048)] = 2048
     window: Annotated[int, Field(ge=8)] = 256
     prefill: Positive = 224
-    tolerances: Spec = "float32"
+    tolerances: TolerancesSpec = "float32"
+    """The weight dtype, first half of a profile's name; or that and a file, see :class:`.tolerances.Given`."""
     threads: Positive | None = None
 
 
@@ -229,7 +239,7 @@ class Recipe(_Section):
     model: ModelSection
     text: TextSection = TextSection()
     calibration: CalibrationSection = CalibrationSection()
-    convert: Annotated[ConvertSection, _ByMethod()] = CONVERT_SECTIONS["cmoe"]()
+    convert: AnyConvert = CONVERT_SECTIONS["cmoe"]()
     export: ExportSection = ExportSection()
     evaluate: EvaluateSection = EvaluateSection()
     verify: VerifySection = VerifySection()
@@ -332,78 +342,4 @@ def parse_recipe(text: str, *, where: str = "recipe", name: str = "recipe") -> R
 
 def recipe_from(value: dict[str, Any], *, where: str) -> Recipe:
     """Check a recipe that is already a mapping; ``where`` starts each sentence of a refusal."""
-    try:
-        return Recipe.model_validate(value)
-    except ValidationError as error:
-        lines = [line for entry in error.errors(include_url=False) for line in _sentences(entry)]
-        raise MoEdgeError("\n".join(f"{where}: {line}" for line in lines)) from None
-
-
-def _sentences(entry: Any) -> list[str]:
-    """Turn one pydantic error into ``dotted.path: one sentence``."""
-    kind, value, context = entry["type"], entry["input"], entry.get("ctx", {})
-    section = _section(entry["loc"])
-    # Below `convert` pydantic puts the method's name, which is no key, into the location.
-    location = (*entry["loc"][:1], *entry["loc"][2:]) if entry["loc"][:1] == ("convert",) else entry["loc"]
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
-    got = f"got {name_of(value)}" if isinstance(value, list | dict) or value is None else f"got {value!r}"
-    if kind == "value_error":
-        lines = str(context["error"]).split("\n")
-        if section is Recipe:
-            return lines
-        # A check of a whole section starts its sentence with the key that it is about.
-        about = section is not None and lines[0].split(":")[0] in section.model_fields
-        return [f"{path}{'.' if about else ': '}{lines[0]}"]
-    if kind == "extra_forbidden":
-        keys = f"; known keys here: {', '.join(parent.model_fields)}" if (parent := _section(entry["loc"][:-1])) else ""
-        return [f"{path}: unknown key{keys}."]
-    if kind == "union_tag_invalid":
-        known = f"choose {', '.join(CONVERT_SECTIONS)} (`moedge methods`)"
-        return [f"{path}.method: unknown value {context['tag']!r}; {known}."]
-    if kind == "missing":
-        return [f"{path}: is required."]
-    if kind == "literal_error":
-        return [f"{path}: unknown value {value!r}; choose {context['expected']}."]
-    wanted = {
-        "int_type": "a whole number",
-        "float_type": "a number",
-        "string_type": "text",
-        "bool_type": "true or false",
-        "list_type": "a list",
-        "tuple_type": "a list",
-        "finite_number": "a finite number",
-        "model_type": "a mapping of keys",
-        "model_attributes_type": "a mapping of keys",
-        "int_from_float": "a whole number",
-    }
-    if kind in wanted:
-        text = " (text)" if isinstance(value, str) else ""
-        return [f"{path}: must be {wanted[kind]}, {got}{text}."]
-    bounds = {"greater_than_equal": ("ge", "at least"), "less_than_equal": ("le", "at most")}
-    bounds |= {"greater_than": ("gt", "more than"), "less_than": ("lt", "less than")}
-    if kind in bounds:
-        key, words = bounds[kind]
-        return [f"{path}: must be {words} {context[key]}, {got}."]
-    if kind == "too_short" and context["min_length"] == 1:
-        return [f"{path}: must not be empty."]
-    if kind in ("too_short", "too_long"):
-        limit = f"at least {context['min_length']}" if kind == "too_short" else f"at most {context['max_length']}"
-        return [f"{path}: must have {limit} entries, got {len(value)}."]
-    if kind == "string_too_short":
-        return [f"{path}: must not be empty text."]
-    if kind == "string_pattern_mismatch" and context["pattern"] == DEVICE:
-        return [f"{path}: {value!r} is not a device of PyTorch; give cpu, cuda or cuda:N."]
-    if kind == "string_pattern_mismatch":
-        return [f"{path}: {value!r} is not a plain name (letters, digits, '.', '_' and '-')."]
-    return [f"{path}: {entry['msg']} ({got})."]
-
-
-def _section(location: tuple[str | int, ...]) -> type[BaseModel] | None:
-    """Return the section at a location of a pydantic error, None when something else is there."""
-    if location[:1] == ("convert",) and len(location) == 2:
-        return CONVERT_SECTIONS.get(str(location[1]))
-    model: Any = Recipe
-    for part in location:
-        fields = getattr(model, "model_fields", {})
-        model = fields[part].annotation if part in fields else None
-    return model if isinstance(model, type) and issubclass(model, BaseModel) else None
+    return checked(Recipe, value, where=where)

@@ -11,9 +11,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from moedge import MoEdgeError
 from moedge.configs import files as yaml_files
-from moedge.configs.files import first_problem
+from moedge.configs.errors import checked, sentences
 from moedge.configs.recipe import CONVERT_SECTIONS, ModelSection, Name, NonNegative, Positive, Spec
 from moedge.convert.methods import METHODS
 
@@ -113,7 +112,8 @@ class Study(_Section):
         try:
             return section.model_validate(given).model_dump(mode="json", exclude={"method"})
         except ValidationError as error:
-            raise ValueError(f"rows: {row.label} at {sparsity.name}: {first_problem(error)}") from None
+            where = f"rows: {row.label} at {sparsity.name}"
+            raise ValueError("\n".join(f"{where}: {line}" for line in sentences(error, section))) from None
 
     def parent(self, row: Row) -> Row:
         """Return the method row that a control belongs to."""
@@ -128,7 +128,4 @@ def load_study(name_or_path: str | Path) -> Study:
         MoEdgeError: no such study, not YAML, or a key that is unknown, of a wrong type or impossible.
     """
     path, text = yaml_files.read(name_or_path, "study")
-    try:
-        return Study.model_validate(yaml_files.parse(text, str(path), "study"))
-    except ValidationError as error:
-        raise MoEdgeError(f"{path}: {first_problem(error)}") from None
+    return checked(Study, yaml_files.parse(text, str(path), "study"), where=str(path))

@@ -1,16 +1,20 @@
-"""Typed reading of ``tolerances.yaml``: unknown keys, wrong types and impossible limits are refused by name."""
+"""Typed reading of ``tolerances.yaml``: unknown keys, wrong types and impossible limits are refused by name.
+
+A user's file of the same form is laid over the packaged one: a limit that it does not name stays as it is.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from moedge import MoEdgeError
-from moedge.configs.files import first_problem
+from moedge.configs import files
+from moedge.configs.errors import checked, nearest
 from moedge.export import targets
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -68,10 +72,31 @@ class Profile(BaseModel):
         """
         if isinstance(limits, Profile):
             return limits
-        try:
-            return cls.model_validate(dict(limits))
-        except ValidationError as error:
-            raise MoEdgeError(f"Tolerances: {first_problem(error)}.") from error
+        return checked(cls, dict(limits), where="Tolerances")
+
+
+class Given(BaseModel):
+    """A user's choice: ``verify.tolerances`` of a recipe where it is more than a profile's name."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    profile: Annotated[str, Field(min_length=1)] = "float32"
+    """The weight dtype, first half of a profile's name."""
+    file: Annotated[str, Field(min_length=1)]
+    """The path of a file that is laid over the packaged one."""
+    sha256: str | None = None
+    """Of that file, where another one shall be refused."""
+
+
+class Origin(BaseModel):
+    """What was laid over the packaged limits: it stands in the results that were judged by it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    file: str
+    sha256: str
+    profiles: dict[str, dict[str, Any]]
+    """The limits that the file names."""
 
 
 class Tolerances(BaseModel):
@@ -81,6 +106,12 @@ class Tolerances(BaseModel):
 
     schema_: Literal["moedge.tolerances/1"] = Field(alias="schema")
     profiles: dict[str, Profile]
+    _origin: Origin | None = PrivateAttr(default=None)
+
+    @property
+    def origin(self) -> Origin | None:
+        """The user's file, or None: these are the packaged limits."""
+        return self._origin
 
     def profile(self, dtype: str, target: str, graph: str = "") -> Profile:
         """Return the limits for weights of ``dtype`` on ``target``.
@@ -102,19 +133,83 @@ class Tolerances(BaseModel):
 
 
 def load(path: str | Path | None = None) -> Tolerances:
-    """Read a tolerances file (the packaged one by default).
+    """Read the packaged tolerances, with those of a user's file over them.
+
+    A profile of the file that is packaged too keeps the limits that the file does not name; any other one must name
+    all that have no default.
 
     Raises:
         MoEdgeError: missing or not YAML, or a key is unknown, missing, of a wrong type or impossible.
     """
-    file = Path(path) if path is not None else DEFAULT
+    packaged, _ = _read(DEFAULT)
+    if path is None:
+        return checked(Tolerances, packaged, where=str(DEFAULT))
+    file = Path(path).expanduser()
+    given, sha256 = _read(file)
+    profiles = given.get("profiles")
+    if not isinstance(profiles, dict) or not all(isinstance(limits, dict) for limits in profiles.values()):
+        return checked(Tolerances, given, where=str(file))  # says what is wrong
+    known = packaged["profiles"]
+    for name, limits in profiles.items():
+        if name not in known:
+            _check_whole(f"{file}: profiles.{name}", name, limits, list(known))
+    merged = {name: {**known.get(name, {}), **limits} for name, limits in profiles.items()}
+    found = checked(Tolerances, {**given, "profiles": {**known, **merged}}, where=str(file))
+    found._origin = Origin(file=str(path), sha256=sha256, profiles=profiles)
+    return found
+
+
+def chosen(given: str | Given = "float32") -> tuple[str, Tolerances]:
+    """Return the first half of a profile's name, and the tolerances that hold it.
+
+    Args:
+        given: a profile's first half, or that and a file; see :func:`given_as` for what a command takes.
+
+    Raises:
+        MoEdgeError: see :func:`load`; or the file is not the one whose hash is given.
+    """
+    if isinstance(given, str):
+        return given, load()
+    found = load(given.file)
+    if given.sha256 and found.origin and found.origin.sha256 != given.sha256:
+        raise MoEdgeError(
+            f"The tolerances file {given.file} has sha256 {found.origin.sha256}, not {given.sha256}: it was changed. "
+            "Bring the other one back, or run again without the hash."
+        )
+    return given.profile, found
+
+
+def given_as(text: str | Path) -> str | Given:
+    """Return what ``--tolerances`` means: the first half of a packaged profile's name, or else a file.
+
+    Raises:
+        MoEdgeError: it is neither.
+    """
+    halves = dict.fromkeys(name.split("/")[0] for name in load().profiles)
+    if str(text) in halves:
+        return str(text)
+    if not Path(text).expanduser().is_file():
+        raise MoEdgeError(f"No tolerances file {str(text)!r}; give the path of one, or {' or '.join(halves)}.")
+    return Given(file=str(text))
+
+
+def _read(file: Path) -> tuple[dict[str, Any], str]:
+    """Return the content of a file and its sha256."""
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = file.read_bytes()
+        text = content.decode("utf-8")
     except OSError as error:
         raise MoEdgeError(f"Cannot read the tolerances file {file}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise MoEdgeError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
-    try:
-        return Tolerances.model_validate(content)
-    except ValidationError as error:
-        raise MoEdgeError(f"{file}: {first_problem(error)}.") from error
+    except UnicodeDecodeError as error:
+        raise MoEdgeError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+    return files.parse(text, str(file), "tolerances file"), hashlib.sha256(content).hexdigest()
+
+
+def _check_whole(where: str, name: str, limits: dict[str, Any], known: list[str]) -> None:
+    """Refuse a profile that has nothing packaged below it and leaves a limit out; most often a misspelt name."""
+    missing = [key for key, field in Profile.model_fields.items() if field.is_required() and key not in limits]
+    if missing:
+        raise MoEdgeError(
+            f"{where}: no packaged profile has that name{nearest(str(name), known)}, so every limit must be given; "
+            f"missing: {', '.join(missing)}."
+        )

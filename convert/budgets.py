@@ -23,12 +23,8 @@ from moedge.convert import adapters, streaming
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from moedge.convert.streaming import Progress
 
-
-def loss_curves(
-    model: PreTrainedModel, token_windows: np.ndarray, *, seed: int = 0, progress: Progress | None = None
-) -> list[np.ndarray]:
+def loss_curves(model: PreTrainedModel, token_windows: np.ndarray, *, seed: int = 0) -> list[np.ndarray]:
     """Estimate, layer by layer, the KL of the model's predictions when this FFN alone keeps its n best neurons.
 
     Best is FLAP's order (variance times ``|down_i|^2``); the others are replaced by their mean over the windows. The
@@ -37,21 +33,12 @@ def loss_curves(
     Args:
         token_windows: int64 [N, L].
         seed: of the tokens drawn from the model's predictions.
-        progress: called with (windows done, windows), both passes counted.
 
     Returns:
         float64 [D + 1] for each layer, nats a token; entry n belongs to n kept neurons, the last one is 0.
     """
     blocks = adapters.ffns(model)
     ids = torch.from_numpy(token_windows).to(model.device)
-    done = 0
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        if progress:
-            progress(done, 2 * len(ids))
-
     sums = [torch.zeros(2, len(block.gate), dtype=torch.float64, device=model.device) for block in blocks]
 
     def add_moments(index: int, x: torch.Tensor, y: torch.Tensor) -> None:
@@ -61,7 +48,6 @@ def loss_curves(
     with torch.no_grad(), _watched(blocks, add_moments):
         for window in ids:
             model.base_model(input_ids=window[None], use_cache=False)
-            step()
     means = [total[0] / ids.numel() for total in sums]
     orders = []
     for block, total, mean in zip(blocks, sums, means, strict=True):
@@ -84,7 +70,6 @@ def loss_curves(
                 # Entry n of the cumulative sum: the n worst neurons are left out.
                 together = change[:, orders[index]].cumsum(dim=1)
                 curves[index][1:] += together.square().sum(dim=0).double() / 2
-        step()
     return [(curve / ids.numel()).flip(0).cpu().numpy() for curve in curves]
 
 

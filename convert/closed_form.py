@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import moedge.convert.ops  # noqa: F401  registers torch.ops.moedge
 from moedge.convert import routers
 from moedge.convert.plan import LayerPlan
+from moedge.convert.rounding import six
 from moedge.convert.streaming import LayerTokens
 
 ROUTER_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -236,7 +237,7 @@ def refit(tokens: LayerTokens, layer: LayerPlan, ridges: tuple[float, ...] = REF
     fitted, held_out = sums
     losses = {ridge: held_out.loss(fitted.solve(ridge, free)) for ridge in ridges}
     ridge = min(ridges, key=lambda r: losses[r])
-    before, after = (_round(value / (wanted or 1.0)) for value in (held_out.square, losses[ridge]))
+    before, after = (six(value / (wanted or 1.0)) for value in (held_out.square, losses[ridge]))
     report: dict[str, Any] = {"ridge": ridge, "held_out_error": {"before": before, "after": after}}
     if losses[ridge] >= held_out.square:
         report = {"ridge": None, "held_out_error": {"before": before, "after": before}}
@@ -251,7 +252,3 @@ def refit(tokens: LayerTokens, layer: LayerPlan, ridges: tuple[float, ...] = REF
     else:
         result.output_bias = moved[0].cpu().numpy()
     return result
-
-
-def _round(value: float) -> float:
-    return float(f"{value:.6g}")

@@ -9,7 +9,7 @@ T tokens, H hidden, E routed experts, k selected. What an expert adds to a token
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +21,13 @@ from moedge import MoEdgeError
 from moedge.convert import adapters, calibration, modeling
 from moedge.convert.ops import activate
 from moedge.convert.plan import LayerPlan, MoEPlan
+from moedge.convert.rounding import six
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Progress = Callable[[int, int], None]
+    from moedge._progress import Progress
+
 
 DIAGNOSTICS_SCHEMA = "moedge.diagnostics/1"
 ERRORS = ("router", "oracle", "random", "static")
@@ -41,7 +43,6 @@ def diagnose(
     *,
     dense_model: PreTrainedModel | None = None,
     k_a: int = 10,
-    seed: int = 0,
     batch_size: int = 1,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -51,7 +52,6 @@ def diagnose(
         dense_model: its dense parent, whose FFNs the errors are then measured against. Without it the reference is
             the layer's own sum with every expert selected, which is the dense FFN unless the plan prunes or refits.
         k_a: a neuron is dead when it is among the ``k_a`` largest ``|h|`` of no token.
-        seed: of the random choice.
         batch_size: windows in one forward pass.
         progress: called with (windows done, windows).
 
@@ -70,20 +70,10 @@ def diagnose(
     Raises:
         MoEdgeError: the model is not converted, or the dense model is of another shape.
     """
-    ffns = modeling.sparse_ffns(model)
-    if not ffns:
-        raise MoEdgeError(
-            "The model has no converted FFN to diagnose; give a checkpoint of `moedge convert` (routing inside the "
-            "experts of cmoe-hierarchical is not diagnosed)."
-        )
-    blocks: list[adapters.FFN | None] = [None] * len(ffns)
-    if dense_model is not None:
-        blocks = list(adapters.ffns(dense_model))
-        if len(blocks) != len(ffns) or dense_model.config.hidden_size != model.config.hidden_size:
-            raise MoEdgeError("The dense model has other layers than the converted one; give its dense parent.")
+    pairs = _with_parents(model, dense_model)
     adapters.check_ids(model, token_windows)
-    generator = torch.Generator().manual_seed(seed)
-    watched = [_Layer(ffn, block, k_a, generator) for ffn, block in zip(ffns, blocks, strict=True)]
+    generator = torch.Generator().manual_seed(0)
+    watched = [_Layer(ffn, block, k_a, generator) for ffn, block in pairs]
     handles = [layer.ffn.register_forward_hook(layer.on_call) for layer in watched]
     try:
         with torch.inference_mode():
@@ -98,6 +88,24 @@ def diagnose(
     layers = [layer.result() for layer in watched]
     reference = "the dense parent's FFN" if dense_model is not None else "the layer with every expert selected"
     return {"tokens": int(token_windows.size), "reference": reference, "layers": layers, "mean": _mean(layers)}
+
+
+def _with_parents(
+    model: PreTrainedModel, dense_model: PreTrainedModel | None
+) -> list[tuple[modeling.SparseFFN, adapters.FFN | None]]:
+    """Return every converted FFN with its dense parent, None without a dense model."""
+    ffns = modeling.sparse_ffns(model)
+    if not ffns:
+        raise MoEdgeError(
+            "The model has no converted FFN to diagnose; give a checkpoint of `moedge convert` (routing inside the "
+            "experts of cmoe-hierarchical is not diagnosed)."
+        )
+    if dense_model is None:
+        return [(ffn, None) for ffn in ffns]
+    blocks = adapters.ffns(dense_model)
+    if len(blocks) != len(ffns) or dense_model.config.hidden_size != model.config.hidden_size:
+        raise MoEdgeError("The dense model has other layers than the converted one; give its dense parent.")
+    return list(zip(ffns, blocks, strict=True))
 
 
 class _Layer:
@@ -231,18 +239,18 @@ class _Layer:
             "layer": ffn.layer_index,
             "experts": ffn.num_experts,
             "top_k": ffn.top_k,
-            "load": [_round(share) for share in load],
-            "load_cv": _round(float(np.std(load) / np.mean(load))) if load else None,
+            "load": [six(share) for share in load],
+            "load_cv": six(float(np.std(load) / np.mean(load))) if load else None,
             "dead_experts": int((self.load == 0).sum()),
-            "dead_neurons": _round(1 - int(self.alive.sum()) / self.neurons),
-            "agreement": _round(self.agreed / self.tokens) if self.valued else None,
-            "agreement_by_chance": _round(ffn.top_k / ffn.num_experts) if self.valued else None,
-            "captured": _round(self.captured / self.tokens) if self.valued else None,
+            "dead_neurons": six(1 - int(self.alive.sum()) / self.neurons),
+            "agreement": six(self.agreed / self.tokens) if self.valued else None,
+            "agreement_by_chance": six(ffn.top_k / ffn.num_experts) if self.valued else None,
+            "captured": six(self.captured / self.tokens) if self.valued else None,
             "relative_error": errors,
         }
 
     def _rms(self, total: float) -> float:
-        return _round((total / self.tokens) ** 0.5)
+        return six((total / self.tokens) ** 0.5)
 
 
 def _weight(target: torch.Tensor) -> torch.Tensor:
@@ -256,7 +264,7 @@ def _top(scores: torch.Tensor, k: int) -> torch.Tensor:
 def _mean(layers: list[dict[str, Any]]) -> dict[str, Any]:
     def over(values: list[float | None]) -> float | None:
         known = [value for value in values if value is not None]
-        return _round(float(np.mean(known))) if known else None
+        return six(float(np.mean(known))) if known else None
 
     names = ("load_cv", "dead_neurons", "agreement", "agreement_by_chance", "captured")
     found: dict[str, Any] = {name: over([layer[name] for layer in layers]) for name in names}
@@ -267,27 +275,24 @@ def _mean(layers: list[dict[str, Any]]) -> dict[str, Any]:
 # --- partition stability --------------------------------------------------------------------------------------------
 
 
-def replan(
-    dense_model: PreTrainedModel, plan: MoEPlan, token_windows: np.ndarray, *, progress: Progress | None = None
-) -> MoEPlan:
+def replan(dense_model: PreTrainedModel, plan: MoEPlan, token_windows: np.ndarray) -> MoEPlan:
     """Make the plan again, by its own method and parameters, from other calibration windows int64 [N, L].
 
     Raises:
         MoEdgeError: the method reads no calibration text, or needs more than windows.
     """
-    from moedge.convert.methods import METHODS
+    from moedge.convert import methods
 
-    method = METHODS.get(plan.method)
+    method = methods.METHODS.get(plan.method)
     if method is None or not method.needs or not set(method.needs) <= {"tokens", "statistics", "gate_profile"}:
         raise MoEdgeError(f"A plan of {plan.method!r} does not follow from token windows; its stability is undefined.")
-    params = method.params(**{name: plan.params[name] for name in method.params.model_fields if name in plan.params})
-    settings = params.model_dump(mode="json")
+    settings = {name: plan.params[name] for name in method.params.model_fields if name in plan.params}
     data: Any = token_windows
     if "tokens" not in method.needs:
         gate = calibration.GateSampling(signal=settings["signal"]) if "gate_profile" in method.needs else None
         marks = {"k_a": settings.get("k_a", 10), "profile": settings.get("profile", "raw")}
-        data = calibration.collect(dense_model, token_windows, **marks, gate=gate, progress=progress)
-    return method.function(data, dense_model, **settings, source_sha256=plan.model.get("sha256", ""))
+        data = calibration.collect(dense_model, token_windows, **marks, gate=gate)
+    return methods.convert(plan.method, data, dense_model, **settings, source_sha256=plan.model.get("sha256", ""))
 
 
 def stability(plans: Mapping[str, MoEPlan]) -> list[dict[str, Any]]:
@@ -310,8 +315,8 @@ def stability(plans: Mapping[str, MoEPlan]) -> list[dict[str, Any]]:
             entry[name] = None
             if known:
                 value, chance = np.mean(known, axis=0)
-                per_layer = [value if value is None else _round(value) for value, _ in values]
-                entry[name] = {"mean": _round(value), "by_chance": _round(chance), "layers": per_layer}
+                per_layer = [value if value is None else six(value) for value, _ in values]
+                entry[name] = {"mean": six(value), "by_chance": six(chance), "layers": per_layer}
         found.append(entry)
     return found
 
@@ -340,7 +345,3 @@ def _experts_jaccard(one: LayerPlan, two: LayerPlan) -> float | None:
     jaccard = both / (member[0].sum(axis=1)[:, None] + member[1].sum(axis=1) - both)
     rows, columns = linear_sum_assignment(-jaccard)
     return float(jaccard[rows, columns].sum() / max(jaccard.shape))
-
-
-def _round(value: float) -> float:
-    return float(f"{value:.6g}")

@@ -14,7 +14,7 @@ be read of the paper; the default here is ``average``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,11 +24,13 @@ import numpy as np
 from moedge import MoEdgeError
 from moedge.convert import partition
 from moedge.convert.plan import LayerPlan, MoEPlan
+from moedge.convert.rounding import six
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Progress = Callable[[int, int], None]
+    from moedge._progress import Progress
+
 Linkage = Literal["average", "complete", "single"]
 
 AFFINITY_SCHEMA = "moedge.affinity/1"
@@ -269,11 +271,6 @@ def _rounded(values: np.ndarray) -> Any:
     return np.vectorize(six, otypes=[object])(values).tolist()
 
 
-def six(value: float) -> float:
-    """Return a float of 6 digits: what is stored does not hang on the last bits."""
-    return float(f"{value:.6g}")
-
-
 # --- mining ---------------------------------------------------------------------------------------------------------
 
 
@@ -315,7 +312,7 @@ def perplexities(
     Args:
         progress: called with (windows done, windows in all).
     """
-    from moedge.convert import evaluate
+    from moedge.convert import scoring
 
     total, done = (1 + len(plans)) * sum(len(text.score) for text in texts.values()), 0
 
@@ -323,7 +320,7 @@ def perplexities(
         nonlocal done
         values = []
         for text in texts.values():
-            values.append(six(evaluate.perplexity(model, text.score)["ppl"]))
+            values.append(six(scoring.perplexity(model, text.score)["ppl"]))
             done += len(text.score)
             if progress:
                 progress(done, total)
@@ -332,6 +329,6 @@ def perplexities(
     dense = row()
     rows = []
     for plan in plans:
-        with evaluate.swapped(model, plan):
+        with scoring.swapped(model, plan):
             rows.append(row())
     return np.array(rows), np.array(dense)

@@ -66,7 +66,7 @@ def ascend(
     return Ascent(labels, objective)
 
 
-def by_correlation(energy: torch.Tensor, widths: list[int], iterations: int = 5) -> np.ndarray:
+def by_correlation(energy: torch.Tensor, widths: list[int]) -> np.ndarray:
     """Return labels int32 [n] that group neurons whose amplitudes (roots of energy) rise and fall together.
 
     Balanced spherical K-means, started from the neurons with the most energy; a start for :func:`ascend`.
@@ -75,7 +75,7 @@ def by_correlation(energy: torch.Tensor, widths: list[int], iterations: int = 5)
     amplitude = F.normalize(amplitude - amplitude.mean(dim=0), dim=0)
     centroids = amplitude[:, energy.sum(dim=0).argsort(descending=True, stable=True)[: len(widths)]]
     labels = np.zeros(0, dtype=np.int32)
-    for _ in range(iterations):
+    for _ in range(5):
         updated = assign_transport(-(amplitude.T @ centroids).double().cpu().numpy(), widths)
         if np.array_equal(updated, labels):
             break

@@ -159,6 +159,13 @@ class LayerPlan:
             raise MoEdgeError(f"{where}: no neuron is kept.")
 
 
+def zero_share(layers: list[LayerPlan], hidden_size: int) -> float:
+    """Return the share of the FFN weights in the checkpoint that layers set to zero."""
+    pairs = [layer.stored_weights(hidden_size) for layer in layers]
+    stored = sum(pair[0] for pair in pairs)
+    return sum(pair[1] for pair in pairs) / stored if stored else 0.0
+
+
 @dataclass
 class MoEPlan:
     """A whole conversion: ``layers[i]`` for the i-th FFN of the model, and what it was made from.
@@ -182,9 +189,7 @@ class MoEPlan:
     @property
     def zero_share(self) -> float:
         """Share of the FFN weights in the checkpoint that the plan sets to zero; 0 when training came afterwards."""
-        pairs = [layer.stored_weights(int(self.model["hidden_size"])) for layer in self.layers]
-        stored = sum(pair[0] for pair in pairs)
-        return sum(pair[1] for pair in pairs) / stored if stored else 0.0
+        return zero_share(self.layers, int(self.model["hidden_size"]))
 
     @property
     def trained_weights(self) -> bool:

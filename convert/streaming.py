@@ -10,7 +10,7 @@ after the layer, x), two more with ``dense_stream``, and h [q, D] float32 of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -24,7 +24,8 @@ from moedge.convert import adapters
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Progress = Callable[[int, int], None]
+    from moedge._progress import Progress
+
 
 KEEP_BYTES = 1 << 29
 """Largest h [q, D] that is kept while a layer is worked on."""

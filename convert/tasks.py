@@ -47,7 +47,6 @@ def run(
     shots: int = 0,
     limit: int | None = None,
     batch_size: int = 8,
-    seed: int = 1234,
 ) -> list[dict[str, Any]]:
     """Score a model, dense or converted, on lm-eval tasks.
 
@@ -56,7 +55,6 @@ def run(
         data: task -> local file (.arrow, .jsonl, .json, .parquet or .csv) with the columns of the task's data set; it
             is used as the validation split. Few-shot examples come from the same file, never the question itself.
         limit: the first so many questions of each task; all by default.
-        seed: of the choice of few-shot examples.
 
     Returns:
         One row a task: ``task``, ``version`` (of the task in lm-eval), ``questions``, ``shots``, ``data``, and
@@ -84,7 +82,7 @@ def run(
                 bootstrap_iters=1000,
                 log_samples=False,
                 task_manager=TaskManager(include_defaults=False),
-                fewshot_random_seed=seed,
+                fewshot_random_seed=1234,
             )
         except (KeyError, ValueError, OSError) as error:
             names = ", ".join(f"{task} ({file.name})" for task, file in files.items())

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moedge._files import write_json
+from moedge.convert.adapters import MOE_PREFIX
 from moedge.export import targets
 
 GENAI_CONFIG = "genai_config.json"
@@ -38,7 +39,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _name_the_family(path: Path, model_type: str) -> None:
     """``moedge_llama`` -> ``llama``: no checkpoint is here that the former could open, and loaders know the latter."""
     config = _read(path)
-    if str(config.get("model_type", "")).startswith("moedge_"):
+    if str(config.get("model_type", "")).startswith(MOE_PREFIX):
         names = [str(name).removeprefix("MoEdge") for name in config.get("architectures") or []]
         write_json(path, {**config, "model_type": model_type, "architectures": names})
 

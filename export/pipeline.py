@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moedge import __version__
+from moedge import MoEdgeError, __version__
 from moedge._files import atomic_dir
+from moedge._progress import Steps
+from moedge.convert.adapters import MOE_PREFIX
 from moedge.export import bundle, loaders
 from moedge.export import targets as registry
 from moedge.export.lowering import Lowered
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, and how many of how many steps are finished."""
 
 
 def export(
@@ -31,8 +30,9 @@ def export(
     experts: str | None = None,
     dtype: str | None = None,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: Steps | None = None,
     calibration: np.ndarray | None = None,
+    zero_points: bool = False,
 ) -> dict[str, Path]:
     """Export a dense or converted Hugging Face folder to ``out/<target>/`` bundles.
 
@@ -48,13 +48,16 @@ def export(
         experts: form of the experts in the bundle ``tensorrt``, see ``lowering.trt_experts.choose``.
         dtype: ``float16`` or ``bfloat16`` for targets that leave the choice; float16 by default.
         force: replace existing bundles.
-        progress: see :data:`Progress`.
+        progress: see :data:`moedge._progress.Steps`.
         calibration: int64 [N, L], text for which 4-bit weights are chosen by GPTQ instead of rounding to the nearest.
+        zero_points: instead, fit the levels of each block of 4-bit weights to its range, where a target can.
 
     Raises:
-        MoEdgeError: unknown target, a model without a tokenizer or that cannot be traced, an existing bundle without
-            ``force``, or a lowering whose self-test fails.
+        MoEdgeError: ``calibration`` with ``zero_points``, unknown target, a model without a tokenizer or that cannot be
+            traced, an existing bundle without ``force``, or a lowering whose self-test fails.
     """
+    if calibration is not None and zero_points:
+        raise MoEdgeError("GPTQ has no zero points; give a calibration text or zero points, not both.")
     registry.check(targets)
     order = registry.names(lambda row: row.name in targets or row.name == "portable")
     report = progress or (lambda *_: None)
@@ -67,7 +70,8 @@ def export(
                 _export_portable(checkpoint, partial, label, max_length)
             else:
                 source = out / "portable"
-                lower(target, source, partial, tensorrt=tensorrt, experts=experts, dtype=dtype, calibration=calibration)
+                forms = {"tensorrt": tensorrt, "experts": experts, "dtype": dtype}
+                lower(target, source, partial, **forms, calibration=calibration, zero_points=zero_points)
         written[target] = destination
     report("done", len(order), len(order))
     return written
@@ -83,7 +87,7 @@ def _export_portable(checkpoint: Path, partial: Path, label: str, max_length: in
     from moedge.runtime.engines import longrope
     from moedge.runtime.text.generation_config import GenerationConfig
 
-    converted = str(folder_check.read_config(checkpoint)["model_type"]).startswith("moedge_")
+    converted = str(folder_check.read_config(checkpoint)["model_type"]).startswith(MOE_PREFIX)
     plan_sha256 = None
     bundle.write_companions(checkpoint, partial)  # first: a model without a tokenizer is refused before it is loaded
     if converted:
@@ -153,8 +157,9 @@ def lower(
     experts: str | None = None,
     dtype: str | None = None,
     calibration: np.ndarray | None = None,
+    zero_points: bool = False,
 ) -> None:
-    """Lower a portable bundle; ``tensorrt``, ``experts``, ``dtype`` and ``calibration`` as in :func:`export`.
+    """Lower a portable bundle; ``tensorrt`` and what follows as in :func:`export`.
 
     Needs onnx and the target's runtime, not torch; weights stay memory-mapped.
     """
@@ -173,6 +178,8 @@ def lower(
         from moedge.export.quantize.moments import moments
 
         options |= {"method": "gptq", "moments": moments(source, calibration)}
+    elif zero_points and row.zero_points:
+        options["method"] = "rtn-asymmetric"
     longest = source.manifest["model"]["max_position_embeddings"]
     read = nodes.router_inputs(graph)
     lowered = row.lowering()(graph, max_length=longest, **options)

@@ -38,6 +38,8 @@ class Target:
     """Floating-point types of its graph, the default first; with several, ``--half`` chooses."""
     calibrated: bool = False
     """Its integers may be chosen on a text (``--gptq``)."""
+    zero_points: bool = False
+    """Its blocks may have a zero point of their own (``--zero-points``)."""
     expert_forms: tuple[str, ...] = ()
     """Forms of the experts that one may ask for; see ``lowering.trt_experts``."""
     versioned: bool = False
@@ -90,7 +92,8 @@ _ROWS = (
     ),
     Target(
         "ort-cpu-int4", "the same with 4-bit weights",
-        f"{_LOWERING}.ort.quantized:lower", "ort", bits=4, unquantised="ort-cpu", calibrated=True, genai=True,
+        f"{_LOWERING}.ort.quantized:lower", "ort", bits=4, unquantised="ort-cpu", calibrated=True,
+        zero_points=True, genai=True,
     ),
     Target(
         "ort-cuda", "ONNX Runtime's CUDA kernels",
@@ -204,6 +207,23 @@ def check_form(experts: str | None) -> None:
     """
     if experts is not None and experts not in expert_forms():
         raise MoEdgeError(f"No form of experts is called {experts!r}; known: {', '.join(expert_forms())}.")
+
+
+def check_taken(asked: str, takes: Callable[[Target], bool], wanted: Iterable[str]) -> None:
+    """Check that at least one of the targets ``wanted`` takes what was asked for.
+
+    Args:
+        asked: what a user wrote, for the sentence, such as ``--dtype``.
+        takes: whether a target does.
+        wanted: names of targets.
+
+    Raises:
+        MoEdgeError: none does, or a name is none of a target.
+    """
+    rows = [find(name) for name in wanted]
+    if not any(map(takes, rows)):
+        among = ", ".join(row.name for row in rows)
+        raise MoEdgeError(f"{asked} is for target {' or '.join(names(takes))}, not among {among}.")
 
 
 def has_dtypes(row: Target) -> bool:

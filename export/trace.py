@@ -20,6 +20,7 @@ import torch
 
 from moedge import MoEdgeError
 from moedge.convert import ops as _ops  # noqa: F401 - registers torch.ops.moedge
+from moedge.convert.adapters import MOE_PREFIX
 from moedge.convert.compat import cache_argument
 from moedge.export import attention, functions
 from moedge.export.graph import nodes
@@ -48,7 +49,7 @@ class Architecture:
     @classmethod
     def of(cls, config: Any) -> Architecture:
         """Read a config, dense (``llama``) or converted (``moedge_llama``)."""
-        model_type = config.model_type.removeprefix("moedge_")
+        model_type = config.model_type.removeprefix(MOE_PREFIX)
         normalized = _normalized(config, model_type)
         heads = normalized.num_attention_heads
         return cls(

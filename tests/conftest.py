@@ -132,7 +132,7 @@ def convert_tiny() -> Callable[..., Any]:
     def convert(model: Any, method: str, **more: Any) -> Any:
         import numpy as np
 
-        from moedge.convert import calibration
+        from moedge.convert import calibration, methods
         from moedge.convert.methods import METHODS
 
         tokens = np.random.default_rng(0).integers(0, 256, size=(4, 48))
@@ -145,7 +145,7 @@ def convert_tiny() -> Callable[..., Any]:
             given = calibration.collect(
                 model, tokens, k_a=entry.params(**settings).model_dump().get("k_a", 6), gate=gate
             )
-        return entry.function(given, model, **settings)
+        return methods.convert(method, given, model, **settings)
 
     return convert
 
@@ -172,13 +172,13 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     import torch
     import transformers.masking_utils
 
-    from moedge.convert import evaluate, ops
+    from moedge.convert import ops, scoring
 
     monkeypatch.setattr(torch, "inference_mode", torch.no_grad)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     monkeypatch.setattr(transformers.masking_utils, "find_packed_sequence_indices", lambda *_: None)
     monkeypatch.setattr(torch.Tensor, "__iter__", lambda tensor: iter([tensor[i] for i in range(len(tensor))]))
-    monkeypatch.setattr(evaluate, "_score_all", evaluate._score_all.__wrapped__)
+    monkeypatch.setattr(scoring, "score_all", scoring.score_all.__wrapped__)
     for name in ("route", "sparse_glu"):
         monkeypatch.setattr(torch.ops.moedge, name, getattr(ops, name)._init_fn)
     return "lazy"

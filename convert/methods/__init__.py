@@ -1,28 +1,38 @@
-"""Conversion methods. Each is one file: statistics in, :class:`~moedge.convert.plan.MoEPlan` out.
+"""Conversion methods. Each is one file: ``plan(data, model, params, progress)`` returns the layers of a plan.
 
-``METHODS[name].function(statistics, model, **params)``, with ``params`` the fields of ``METHODS[name].params``, makes
-the plan. A new method is one new file and one entry here; recipes and commands know it from that entry. Importing this
-package needs neither torch nor transformers.
+:func:`convert` does what is the same for all: it checks the parameters and makes a plan
+(:class:`~moedge.convert.plan.MoEPlan`) of the layers. A new method is one new file and one entry in :data:`METHODS`;
+recipes and commands know it from that entry. Importing this package needs neither torch nor transformers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel
 
+from moedge import MoEdgeError
+from moedge.configs.errors import checked
+from moedge.convert import adapters, moe_adapters
 from moedge.convert.methods import cmoe, cmoe_hierarchical, dive, expertweaver, mlpmoe, moedge
 from moedge.convert.methods.baselines import splits, static
+from moedge.convert.methods.layers import Layers
 from moedge.convert.plan import MoEPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from moedge._progress import Progress
 
 
 @dataclass(frozen=True)
 class Method:
     """An entry of the registry."""
 
-    function: Callable[..., MoEPlan]
+    plan: Callable[[Any, PreTrainedModel, Any, Progress | None], Layers]
+    """Makes the layers from (what it reads, the model, its parameters, progress); call it through :func:`convert`."""
     params: type[BaseModel]
     """Typed parameters, with defaults."""
     needs: tuple[str, ...]
@@ -91,3 +101,42 @@ METHODS: dict[str, Method] = {
     ),
     "flap": Method(static.flap_plan, static.FlapParams, ("tokens",), "FLAP on the FFN, arXiv 2312.11983", _KEPT),
 }
+
+
+def convert(
+    name: str,
+    data: Any,
+    model: PreTrainedModel,
+    /,
+    *,
+    source_sha256: str = "",
+    provenance: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    **params: Any,
+) -> MoEPlan:
+    """Make a plan by a method.
+
+    Args:
+        name: a key of :data:`METHODS`.
+        data: what the method reads besides the model (:attr:`Method.needs`).
+        model: the parent; it is not changed.
+        params: the fields of ``METHODS[name].params``; the others have their defaults.
+        source_sha256: identity of the parent; ``provenance``: JSON about the calibration. Both are stored in the plan.
+        progress: called with (done, in all), in layers or windows.
+
+    Raises:
+        MoEdgeError: an unknown method, parameters that it does not take, or what the method itself refuses.
+    """
+    method = METHODS.get(name)
+    if method is None:
+        raise MoEdgeError(f"Unknown method {name!r}; known: {', '.join(METHODS)}.")
+    settings = checked(method.params, params, where=name)
+    made = method.plan(data, model, settings, progress)
+    describe = moe_adapters.describe if method.parents == "moe" else adapters.describe
+    return MoEPlan(
+        name,
+        {**settings.model_dump(mode="json"), **made.params},
+        describe(model, source_sha256),
+        made.layers,
+        {**(provenance or {}), **made.provenance},
+    )

@@ -21,14 +21,17 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from moedge import MoEdgeError
+from moedge._progress import reported
 from moedge.convert import adapters, partition
+from moedge.convert.methods.layers import Layers, measured
 from moedge.convert.methods.layout import LayoutParams
-from moedge.convert.plan import LayerPlan, MoEPlan, RouterPlan
+from moedge.convert.plan import LayerPlan, RouterPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from moedge.convert.calibration import LayerStatistics, Profile, Progress
+    from moedge._progress import Progress
+    from moedge.convert.calibration import LayerStatistics
 
 
 Variant = Literal["paper", "released"]
@@ -40,7 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 class CMoEParams(LayoutParams):
-    """Typed parameters; see :func:`plan` for each."""
+    """Typed parameters."""
 
     variant: Variant = "paper"
     """Whose profile, distance, score and max_iters are used, where they are not given: those of the paper, or of the
@@ -65,64 +68,25 @@ class CMoEParams(LayoutParams):
 
 
 def plan(
-    statistics: list[LayerStatistics],
-    model: PreTrainedModel,
-    *,
-    shared: int,
-    active: int,
-    experts: int,
-    variant: Variant = "paper",
-    k_a: int = 10,
-    profile: Profile | None = None,
-    distance: partition.Distance | None = None,
-    score: Literal["signed", "abs"] | None = None,
-    max_iters: int | None = None,
-    padding: partition.Padding = "none",
-    source_sha256: str = "",
-    provenance: dict[str, Any] | None = None,
-    progress: Progress | None = None,
-) -> MoEPlan:
-    """Make a CMoE plan.
+    statistics: list[LayerStatistics], model: PreTrainedModel, params: CMoEParams, progress: Progress | None = None
+) -> Layers:
+    """Plan every FFN.
 
     Args:
-        statistics: one entry a layer, collected with this ``k_a`` and ``profile``.
+        statistics: one entry a layer, collected with the parameters' ``k_a`` and ``profile``.
         model: the dense parent (representatives' rows are copied from it).
-        shared, active, experts: the layout SxAyEz, in units of one expert.
-        variant: whose ``profile``, ``distance``, ``score`` and ``max_iters`` are used where they are None.
-        padding: ``uneven`` allows a width that ``experts`` does not divide; routed experts then differ by one neuron.
-        source_sha256: identity of the parent; ``provenance``: JSON about the calibration. Both are stored in the plan.
 
     Raises:
-        MoEdgeError: impossible layout, or statistics of another model, ``k_a`` or profile.
+        MoEdgeError: a width that the experts do not divide, or statistics of another model, ``k_a`` or profile.
     """
-    if shared < 0 or active < 1 or shared + active > experts:
-        raise MoEdgeError(
-            f"Layout S{shared}A{active}E{experts} is impossible: shared + active must be at most experts."
-        )
-    given: dict[str, Any] = {"profile": profile, "distance": distance, "score": score, "max_iters": max_iters}
-    params = CMoEParams(
-        shared=shared,
-        active=active,
-        experts=experts,
-        variant=variant,
-        k_a=k_a,
-        padding=padding,
-        **{name: value for name, value in given.items() if value is not None},
-    )
-    blocks = adapters.ffns(model)
-    if len(blocks) != len(statistics):
-        raise MoEdgeError(f"Statistics have {len(statistics)} layers, the model {len(blocks)}; calibrate this model.")
-    layers = []
-    for block, layer in zip(blocks, statistics, strict=True):
-        if (layer.k_a, layer.profile, layer.width) != (k_a, params.profile, block.gate.shape[0]):
+    pairs = measured(model, statistics)
+    for block, layer in pairs:
+        if (layer.k_a, layer.profile) != (params.k_a, params.profile):
             raise MoEdgeError(
-                f"Statistics of {block.name} were made with k_a={layer.k_a}, profile={layer.profile}, "
-                f"width {layer.width}; the plan asks for k_a={k_a}, profile={params.profile}. Calibrate again."
+                f"Statistics of {block.name} were made with k_a={layer.k_a}, profile={layer.profile}; "
+                f"the plan asks for k_a={params.k_a}, profile={params.profile}. Calibrate again."
             )
-        layers.append(layer_plan(layer, block, params))
-        if progress:
-            progress(len(layers), len(blocks))
-    return MoEPlan("cmoe", params.model_dump(), adapters.describe(model, source_sha256), layers, provenance or {})
+    return Layers([layer_plan(layer, block, params) for block, layer in reported(pairs, progress)])
 
 
 def layer_plan(statistics: LayerStatistics, block: adapters.FFN, params: CMoEParams) -> LayerPlan:

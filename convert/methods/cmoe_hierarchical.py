@@ -13,7 +13,7 @@ unchanged model (one pass).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import Field
@@ -21,13 +21,15 @@ from pydantic import Field
 from moedge import MoEdgeError
 from moedge.convert import moe_adapters, partition
 from moedge.convert.methods import cmoe
-from moedge.convert.plan import LayerPlan, MoEPlan
+from moedge.convert.methods.layers import Layers
+from moedge.convert.plan import LayerPlan
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from moedge.convert.calibration import LayerStatistics, Profile, Progress
+    from moedge._progress import Progress
+    from moedge.convert.calibration import LayerStatistics, Profile
 
 
 class HierarchicalParams(cmoe.CMoEParams):
@@ -46,19 +48,14 @@ class HierarchicalParams(cmoe.CMoEParams):
 def plan(
     token_windows: np.ndarray,
     model: PreTrainedModel,
-    *,
-    source_sha256: str = "",
-    provenance: dict[str, Any] | None = None,
+    params: HierarchicalParams,
     progress: Progress | None = None,
-    **settings: Any,
-) -> MoEPlan:
-    """Make a plan whose layers have ``children``, one for each expert of the model.
+) -> Layers:
+    """Plan layers with ``children``, one for each expert of the model.
 
     Args:
         token_windows: calibration ids, int64 [N, L].
         model: the Mixture-of-Experts to convert (``moe_adapters.FAMILIES``); it is not changed.
-        settings: the fields of :class:`HierarchicalParams`.
-        source_sha256, provenance: identity of the parent and JSON about the calibration, stored in the plan.
         progress: called with (layers done, layers).
 
     Raises:
@@ -66,7 +63,6 @@ def plan(
     """
     from moedge.convert import streaming
 
-    params = HierarchicalParams(**settings)
     blocks = moe_adapters.blocks(model)
     width = next(block.width for block in blocks if block.sparse)
     partition.group_widths(width, params.shared, params.experts, params.padding)  # refuses a width before any work
@@ -81,8 +77,7 @@ def plan(
             f"No expert sees min_tokens={params.min_tokens} of the {token_windows.size:,} calibration tokens (the "
             f"busiest {most:,}); calibrate on more text, or lower min_tokens."
         )
-    described = moe_adapters.describe(model, source_sha256)
-    return MoEPlan("cmoe-hierarchical", params.model_dump(), described, layers, provenance or {})
+    return Layers(layers)
 
 
 _NONE = np.zeros(0, dtype=np.int32)

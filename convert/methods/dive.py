@@ -27,13 +27,16 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from moedge import MoEdgeError
 from moedge.convert import adapters, domains, partition
-from moedge.convert.plan import CombineRule, LayerPlan, MoEPlan, RouterPlan
+from moedge.convert.methods.layers import Layers
+from moedge.convert.plan import CombineRule, LayerPlan, RouterPlan
+from moedge.convert.rounding import six
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from moedge.convert.domains import Affinity, DomainText, Linkage, Moments, Progress
+    from moedge._progress import Progress
+    from moedge.convert.domains import Affinity, DomainText, Linkage, Moments
     from moedge.convert.streaming import LayerTokens
 
 DOMAINS = {
@@ -92,28 +95,19 @@ class DiveParams(BaseModel):
 
 
 def plan(
-    texts: dict[str, DomainText],
-    model: PreTrainedModel,
-    *,
-    source_sha256: str = "",
-    provenance: dict[str, Any] | None = None,
-    progress: Progress | None = None,
-    **settings: Any,
-) -> MoEPlan:
-    """Make a plan.
+    texts: dict[str, DomainText], model: PreTrainedModel, params: DiveParams, progress: Progress | None = None
+) -> Layers:
+    """Plan every FFN; the affinity of the domains goes into ``provenance["affinity"]``.
 
     Args:
         texts: windows of each domain, in order (:func:`moedge.convert.domains.read`).
         model: the dense parent; it is not changed.
-        settings: the fields of :class:`DiveParams`; those about texts are only recorded.
-        source_sha256: identity of the parent; ``provenance``: JSON about the calibration. Both are stored in the plan,
-            the latter with the affinity.
+        params: those about texts are only recorded.
         progress: called with (windows done, windows in all).
 
     Raises:
         MoEdgeError: other domains than those of the settings, or a model without GLU FFNs.
     """
-    params = DiveParams(**settings)
     if list(texts) != list(params.domains):
         raise MoEdgeError(f"The windows are of {', '.join(texts)}, the settings of {', '.join(params.domains)}.")
     mined, statistics = mine(texts, model, params, progress=progress)
@@ -127,9 +121,7 @@ def plan(
             shape = (len(layer.experts), model.config.hidden_size)
             weight = generator.normal(0, model.config.initializer_range, shape).astype(np.float32)
             layer.router = RouterPlan("linear", {"weight": weight})
-    described = adapters.describe(model, source_sha256)
-    made_from = {**(provenance or {}), "affinity": mined.to_json()}
-    return MoEPlan("dive", params.model_dump(), described, layers, made_from)
+    return Layers(layers, provenance={"affinity": mined.to_json()})
 
 
 def mine(
@@ -167,7 +159,7 @@ def _experts(block: adapters.FFN, pools: list[Moments], params: DiveParams) -> L
         combine=combine,
         selection_bias=np.zeros(len(experts), np.float32),
         expert_bias=np.stack([bias for _, bias in parts]),
-        report={"common_share": _common(experts), "union_share": domains.six(len(union) / down.shape[1])},
+        report={"common_share": _common(experts), "union_share": six(len(union) / down.shape[1])},
         overlapping=True,
     )
 
@@ -175,7 +167,7 @@ def _experts(block: adapters.FFN, pools: list[Moments], params: DiveParams) -> L
 def _common(experts: list[np.ndarray]) -> float:
     """Mean share of its neurons that an expert has in common with another one."""
     pairs = [len(np.intersect1d(a, b)) / len(a) for i, a in enumerate(experts) for j, b in enumerate(experts) if i != j]
-    return domains.six(float(np.mean(pairs)))
+    return six(float(np.mean(pairs)))
 
 
 # --- router ---------------------------------------------------------------------------------------------------------
@@ -202,7 +194,7 @@ def _route_by_error(
         tensors = {"weight": scores.weight.cpu().numpy(), "bias": scores.bias.cpu().numpy()}
         layer.router = RouterPlan("linear", tensors, {"bias": True})
         layer.report |= _routing_report(tokens, errors, whole, scores(tokens.x))
-        layer.report |= {"ridge": scores.ridge, "held_out_gain_share": domains.six(scores.held_out_share)}
+        layer.report |= {"ridge": scores.ridge, "held_out_gain_share": six(scores.held_out_share)}
 
 
 def _errors(tokens: LayerTokens, layer: LayerPlan) -> tuple[torch.Tensor, torch.Tensor]:
@@ -234,7 +226,7 @@ def _routing_report(
     scale = float((weight * whole.double()).sum())
 
     def share(missed: torch.Tensor) -> float:
-        return domains.six(float((weight * missed.double()).sum()) / scale)
+        return six(float((weight * missed.double()).sum()) / scale)
 
     chosen = scores.argmax(dim=1)
     load = torch.bincount(chosen, minlength=scores.shape[1]).double() / len(chosen)
@@ -243,7 +235,7 @@ def _routing_report(
         "error_best": share(errors.amin(dim=1)),
         "error_any": share(errors.mean(dim=1)),
         "error_one_for_all": min(share(errors[:, e]) for e in range(errors.shape[1])),
-        "load": [domains.six(float(value)) for value in load],
+        "load": [six(float(value)) for value in load],
     }
 
 

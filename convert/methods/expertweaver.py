@@ -29,13 +29,16 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
 from moedge import MoEdgeError
+from moedge._progress import reported
 from moedge.convert import adapters, partition
-from moedge.convert.plan import CombineRule, LayerPlan, MoEPlan, RouterPlan
+from moedge.convert.methods.layers import Layers, measured
+from moedge.convert.plan import CombineRule, LayerPlan, RouterPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from moedge.convert.calibration import LayerStatistics, Progress
+    from moedge._progress import Progress
+    from moedge.convert.calibration import LayerStatistics
 
 
 class ExpertWeaverParams(BaseModel):
@@ -113,48 +116,34 @@ class ExpertWeaverParams(BaseModel):
 def plan(
     statistics: list[LayerStatistics],
     model: PreTrainedModel,
-    *,
-    source_sha256: str = "",
-    provenance: dict[str, Any] | None = None,
+    params: ExpertWeaverParams,
     progress: Progress | None = None,
-    **params: Any,
-) -> MoEPlan:
-    """Make an ExpertWeaver plan; ``params`` are the fields of :class:`ExpertWeaverParams`.
-
-    The vectors r_l and N_se, tau and any warning go into ``provenance["expertweaver"]`` of the plan.
+) -> Layers:
+    """Plan every FFN; the vectors r_l and N_se, tau and any warning go into ``provenance["expertweaver"]``.
 
     Args:
         statistics: one entry a layer, collected with a gate profile of this ``signal`` and at least two samples.
         model: the dense parent (router rows are means of its gate rows).
-        source_sha256, provenance: identity of the parent and JSON about the calibration, stored in the plan.
 
     Raises:
         MoEdgeError: statistics of another model or without the profile, or a width that the experts do not divide.
     """
-    settings = ExpertWeaverParams(**params)
-    blocks = adapters.ffns(model)
-    if len(blocks) != len(statistics):
-        raise MoEdgeError(f"Statistics have {len(statistics)} layers, the model {len(blocks)}; calibrate this model.")
-    profiles = [_profile(*pair, settings) for pair in zip(blocks, statistics, strict=True)]
-    variations = [variation(profile, settings.tasks, settings.eps) for profile in profiles]
-    pooled = settings.tau_percentile
-    tau = settings.tau if pooled is None else float(np.percentile(np.concatenate(variations), pooled))
+    pairs = measured(model, statistics)
+    profiles = [_profile(*pair, params) for pair in pairs]
+    variations = [variation(profile, params.tasks, params.eps) for profile in profiles]
+    pooled = params.tau_percentile
+    tau = params.tau if pooled is None else float(np.percentile(np.concatenate(variations), pooled))
     shares = [float(np.mean(variation > tau)) for variation in variations]
-    layers = []
-    for block, profile, share in zip(blocks, profiles, shares, strict=True):
-        layers.append(_layer(block, profile, share, settings))
-        if progress:
-            progress(len(layers), len(blocks))
+    parts = list(zip((block for block, _ in pairs), profiles, shares, strict=True))
+    layers = [_layer(*part, params) for part in reported(parts, progress)]
     sizes = [layer.report["n_se"] for layer in layers]
     note = {"tau": tau, "r_l": [round(share, 6) for share in shares], "n_se": sizes}
-    if settings.downcycle:
+    if params.downcycle:
         note["training"] = {"balance": "loss", "balance_weight": 0.01}  # sec. 4; `moedge finetune` takes it up
-    if text := bound_warning(sizes, settings, tau):
+    if text := bound_warning(sizes, params, tau):
         note["warning"] = text
-        warnings.warn(text, stacklevel=2)
-    made_from = {**(provenance or {}), "expertweaver": note}
-    described = adapters.describe(model, source_sha256)
-    return MoEPlan("expertweaver", settings.model_dump(mode="json"), described, layers, made_from)
+        warnings.warn(text, stacklevel=3)  # to the caller of `methods.convert`
+    return Layers(layers, provenance={"expertweaver": note})
 
 
 def _profile(block: adapters.FFN, statistics: LayerStatistics, settings: ExpertWeaverParams) -> np.ndarray:
@@ -162,10 +151,10 @@ def _profile(block: adapters.FFN, statistics: LayerStatistics, settings: ExpertW
     sampling, profile, tasks = statistics.gate_sampling, statistics.gate_profile, settings.tasks
     if profile is None or sampling is None:
         raise MoEdgeError(f"Statistics of {block.name} have no gate profile; calibrate again with one.")
-    if (sampling.signal, statistics.width) != (settings.signal, block.gate.shape[0]):
+    if sampling.signal != settings.signal:
         raise MoEdgeError(
-            f"Statistics of {block.name} have {statistics.width} neurons and a gate profile of signal="
-            f"{sampling.signal}; the plan needs {block.gate.shape[0]} and signal={settings.signal}. Calibrate again."
+            f"Statistics of {block.name} have a gate profile of signal={sampling.signal}; the plan needs "
+            f"signal={settings.signal}. Calibrate again."
         )
     samples = len(profile)
     if tasks is not None and len(tasks) != samples:

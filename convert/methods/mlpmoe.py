@@ -30,14 +30,17 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from moedge import MoEdgeError
+from moedge._progress import reported
 from moedge.convert import adapters, zeros
 from moedge.convert.methods import mlpmoe_zeros
-from moedge.convert.plan import LayerPlan, MoEPlan
+from moedge.convert.methods.layers import Layers
+from moedge.convert.plan import LayerPlan, zero_share
+from moedge.convert.rounding import six
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from moedge.convert.calibration import LayerStatistics, Progress
+    from moedge._progress import Progress
 
 RECONSTRUCTION = "reconstruction from the abstract of arXiv 2511.21089; schedule, criterion and factor are MoEdge's"
 READINGS = {
@@ -92,40 +95,25 @@ class MLPMoEParams(BaseModel):
         return self
 
 
-def plan(
-    statistics: list[LayerStatistics] | None,
-    model: PreTrainedModel,
-    *,
-    source_sha256: str = "",
-    provenance: dict[str, Any] | None = None,
-    progress: Progress | None = None,
-    **params: Any,
-) -> MoEPlan:
-    """Make an MLPMoE plan; ``params`` are the fields of :class:`MLPMoEParams`, ``statistics`` is not read.
+def plan(data: None, model: PreTrainedModel, params: MLPMoEParams, progress: Progress | None = None) -> Layers:
+    """Plan every FFN; no data is read, and one layer's weights are copied at a time.
 
     ``provenance["mlpmoe"]`` says what is saved and what is zero over all layers; each layer's report lists its
-    branches. One layer's weights are copied at a time.
+    branches.
 
     Raises:
         MoEdgeError: more branches than neurons, branches that are not made of whole blocks, or 2:4 for more than half.
     """
-    settings = MLPMoEParams(**params)
     blocks = adapters.ffns(model)
-    layers = []
-    for block in blocks:
-        layers.append(_layer(block, settings))
-        if progress:
-            progress(len(layers), len(blocks))
-    described = adapters.describe(model, source_sha256)
-    named = {**settings.model_dump(mode="json"), "reconstruction": RECONSTRUCTION}
-    named["reading"] = READINGS[settings.structure]
-    result = MoEPlan("mlpmoe", named, described, layers, provenance or {})
+    layers = [_layer(block, params) for block in reported(blocks, progress)]
     # A neuron is three vectors of H weights; a multiplication and an addition for each weight and token.
-    before, after = (3 * described["hidden_size"] * neurons for neurons in _widths(described, layers))
+    hidden = int(model.config.hidden_size)
+    before = 3 * hidden * sum(len(block.gate) for block in blocks)
+    after = 3 * hidden * sum(len(layer.shared) for layer in layers)
     saved: dict[str, Any] = {"ffn_parameters": [before, after], "ffn_flops_per_token": [2 * before, 2 * after]}
-    saved |= {"saved_share": round(1 - after / before, 6), "zero_share": round(result.zero_share, 6)}
-    result.provenance = {**result.provenance, "mlpmoe": saved}
-    return result
+    saved |= {"saved_share": round(1 - after / before, 6), "zero_share": round(zero_share(layers, hidden), 6)}
+    reading = {"reconstruction": RECONSTRUCTION, "reading": READINGS[params.structure]}
+    return Layers(layers, provenance={"mlpmoe": saved}, params=reading)
 
 
 def schedule(settings: MLPMoEParams) -> np.ndarray:
@@ -211,12 +199,8 @@ def _report(
     rows = []
     for number, branch in enumerate(branches):
         kept = staying[number] if number < len(staying) else branch[:0]
-        row = {"neurons": len(branch), "kept": len(kept), "score": float(f"{score[branch].mean():.6g}")}
+        row = {"neurons": len(branch), "kept": len(kept), "score": six(score[branch].mean())}
         if masks is not None and len(kept):
             row["zero_share"] = round(float(masks[:, kept].mean()), 6)
         rows.append(row)
     return rows
-
-
-def _widths(described: dict[str, Any], layers: list[LayerPlan]) -> tuple[int, int]:
-    return described["intermediate_size"] * len(layers), sum(len(layer.shared) for layer in layers)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from moedge._progress import Progress
     from moedge.convert.calibration import TextSet
 
 FINETUNE_SCHEMA = "moedge.finetune/1"
@@ -48,7 +49,7 @@ def finetune(
     about: Mapping[str, Any] | None = None,
     accelerator: Accelerator | None = None,
     on_eval: Callable[[dict[str, Any]], None] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Train a checkpoint and write the result.
 
@@ -81,19 +82,7 @@ def finetune(
         on_eval=on_eval,
         progress=progress,
     )
-    record: dict[str, Any] = {
-        "schema": FINETUNE_SCHEMA,
-        "settings": settings.model_dump(mode="json"),
-        "about": dict(about or {}),
-        "parent_plan_sha256": plan.sha256,
-        "trained": result.trained,
-        "processes": accelerator.num_processes,
-        "device": accelerator.device.type,
-        "steps": result.steps,
-        "tokens": result.tokens,
-        "seconds": round(result.seconds, 3),
-        "curve": result.curve,
-    }
+    record = _record(result, settings, plan, accelerator, about or {})
     if accelerator.is_main_process:
         trained = result.model if result.tensors is None else _rebuild(checkpoint, settings, result.tensors)
         assert trained is not None
@@ -103,6 +92,29 @@ def finetune(
         write_json(out / "finetune.json", record)
     accelerator.wait_for_everyone()
     return record
+
+
+def _record(
+    result: training.TrainResult,
+    settings: TrainSettings,
+    plan: MoEPlan,
+    accelerator: Accelerator,
+    about: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return what ``finetune.json`` says of a training of ``plan``, without the plan that it made."""
+    return {
+        "schema": FINETUNE_SCHEMA,
+        "settings": settings.model_dump(mode="json"),
+        "about": dict(about),
+        "parent_plan_sha256": plan.sha256,
+        "trained": result.trained,
+        "processes": accelerator.num_processes,
+        "device": accelerator.device.type,
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "seconds": round(result.seconds, 3),
+        "curve": result.curve,
+    }
 
 
 def start_scale(model: PreTrainedModel, groups: tuple[str, ...]) -> None:

@@ -28,13 +28,15 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from moedge import MoEdgeError
-from moedge.convert import evaluate, modeling, routers
+from moedge.convert import modeling, routers, scoring
 from moedge.convert.train import training
 from moedge.convert.train.settings import TrainSettings
 from moedge.convert.train.trainable import LoRASettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from moedge._progress import Progress
 
 RETRAIN_SCHEMA = "moedge.retrain/1"
 _PAPER_TEMPERATURE = {1: 0.05, 2: 0.5}
@@ -111,7 +113,7 @@ def retrain(
     *,
     held_out: Mapping[str, np.ndarray] | None = None,
     state: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     note: Callable[[str], None] | None = None,
 ) -> RetrainResult:
     """Train a converted model in place, in two stages.
@@ -139,7 +141,7 @@ def retrain(
             note(f"{when}: held-out perplexity {mean:.4g} (geometric mean of {len(found)} texts)")
 
     def measure(when: str) -> None:
-        keep(when, {name: evaluate.perplexity(model, ids)["ppl"] for name, ids in (held_out or {}).items()})
+        keep(when, {name: scoring.perplexity(model, ids)["ppl"] for name, ids in (held_out or {}).items()})
 
     if "router" in stages:
         measure("before")
@@ -173,7 +175,7 @@ def _train(
     result: RetrainResult,
     settings: RetrainSettings,
     state: Path | None,
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
     **more: Any,
 ) -> training.TrainResult:
     """Run one stage and add it to the result."""

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel
 
+    from moedge._progress import Progress
+
 STATE_SCHEMA = "moedge.training/1"
 _SLOW_GROUPS = ("router", "scale")
 """Groups that take ``router_lr``: new or nearly new parameters, for which a fine-tuning rate is too small."""
@@ -67,7 +69,7 @@ def train(
     state: Path | None = None,
     accelerator: Accelerator | None = None,
     on_eval: Callable[[dict[str, Any]], None] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> TrainResult:
     """Train a converted model in place.
 
@@ -206,9 +208,7 @@ class _Run:
         """Seconds since the start, interruptions not counted."""
         return self.seconds + time.monotonic() - self.clock
 
-    def train(
-        self, on_eval: Callable[[dict[str, Any]], None] | None, progress: Callable[[int, int], None] | None
-    ) -> None:
+    def train(self, on_eval: Callable[[dict[str, Any]], None] | None, progress: Progress | None) -> None:
         """Run until the budget is used."""
         settings = self.settings
         if not self.load():

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 
 from moedge import MoEdgeError, __version__
 from moedge._files import atomic_dir, digest, hash_tree, link_or_copy, partial_of, write_json
+from moedge._progress import Steps
 from moedge.configs import devices, tolerances
 from moedge.configs.devices import Device
 from moedge.export.bundle import MODEL, Bundle, copy_companions, open_bundle
@@ -41,7 +42,6 @@ PROMPTS = (
 NEW_TOKENS = 16
 FORMAT = tarfile.GNU_FORMAT
 """Not the plain one, whose size field ends at 8 GiB: the weights of a model of 4 billion parameters."""
-Progress = Callable[[str, int, int], None]
 
 
 def limits(dtype: str = "float16") -> dict[str, float]:
@@ -76,7 +76,7 @@ def write(
     batch: int = 1,
     prompts: Sequence[str] = PROMPTS,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: Steps | None = None,
 ) -> dict[str, Any]:
     """Write the archive.
 

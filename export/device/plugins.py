@@ -51,16 +51,14 @@ class Request:
     options: Mapping[str, Any]
 
 
-def write_library(
-    folder: Path, requests: Sequence[Request], capabilities: Sequence[int], *, force: bool = False
-) -> None:
+def write_library(folder: Path, requests: Sequence[Request], capabilities: Sequence[int]) -> None:
     """Compile every tactic of every request for every compute capability into ``folder``.
 
     Writes ``kernels.json`` (launch data by request, sha256 of each file) and one PTX file a distinct kernel. The same
     input gives the same bytes.
     """
     compiler, entries = Compiler(), {}
-    with atomic_dir(folder, force=force) as made:
+    with atomic_dir(folder) as made:
         for request in requests:
             plugin = PLUGINS[request.plugin]
             for capability in capabilities:

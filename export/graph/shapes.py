@@ -31,16 +31,6 @@ def complete(model: ir.Model) -> None:
         infer(model)
 
 
-def unknown(model: ir.Model) -> list[str]:
-    """Return the values of the main graph without a type or a rank, as ``operator: name``."""
-    return [
-        f"{node.op_type}: {output.name}"
-        for node in model.graph
-        for output in node.outputs
-        if output.name and (output.dtype is None or output.shape is None)
-    ]
-
-
 def _infer_contrib(node: ir.Node) -> bool:
     """Apply the rule for one node; return whether that told anything new."""
     first = node.inputs[0] if node.inputs else None

@@ -49,11 +49,11 @@ class Weight:
         return array.T if self.layout == "KN" else array
 
 
-def is_matrix(value: ir.Value | None, rank: int = 2) -> bool:
-    """Whether a value is a constant float tensor of this rank."""
+def is_matrix(value: ir.Value | None) -> bool:
+    """Whether a value is a constant float matrix."""
     if value is None or value.const_value is None or value.producer() is not None:
         return False
-    return len(value.const_value.shape) == rank and value.const_value.dtype == ir.DataType.FLOAT
+    return len(value.const_value.shape) == 2 and value.const_value.dtype == ir.DataType.FLOAT
 
 
 def is_embedding(node: ir.Node) -> bool:

@@ -27,7 +27,7 @@ T tokens, H hidden, I expert width, E experts, k active.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,12 +40,15 @@ import torch
 from moedge import MoEdgeError
 from moedge._files import atomic_dir, write_json
 from moedge.convert import modeling
+from moedge.convert.adapters import MOE_PREFIX
 from moedge.convert.errors import quiet
 from moedge.convert.sources import tokenizer_files
 from moedge.export.stock import check as hf_check
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from moedge._progress import Steps
 
 EXPORT_SCHEMA = "moedge.export_hf/1"
 RECORD = "moedge_export.json"
@@ -56,7 +59,6 @@ TARGET_STD = 2.0**-10
 
 Measured on SmolLM2-135M by ExpertWeaver (24 of 32 experts, 1,024 tokens of C4 text), mean KL and tokens that change
 experts anywhere: 2^-8 0.006, 21 %; 2^-9 0.009, 21 %; 2^-10 0.005, 15 %; 2^-11 0.016, 37 %; 2^-12 0.023, 49 %."""
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass
@@ -89,7 +91,7 @@ class Layout:
 def refusal(model: PreTrainedModel) -> str | None:
     """Say why a converted model cannot be a stock checkpoint and what to do, or return None when it can."""
     config = model.config
-    family = str(config.model_type).removeprefix("moedge_")
+    family = str(config.model_type).removeprefix(MOE_PREFIX)
     ffns = modeling.sparse_ffns(model)
     if family not in FAMILIES or not ffns:
         return (
@@ -164,7 +166,7 @@ def export_hf(
     *,
     force: bool = False,
     keep: bool = True,
-    progress: Progress | None = None,
+    progress: Steps | None = None,
 ) -> dict[str, Any]:
     """Write ``out`` and measure it against the checkpoint that it was made from.
 
@@ -344,7 +346,7 @@ def _dense(model: PreTrainedModel, ffns: list[modeling.SparseFFN]) -> tuple[PreT
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    family = model.config.model_type.removeprefix("moedge_")
+    family = model.config.model_type.removeprefix(MOE_PREFIX)
     given = {key: value for key, value in model.config.to_dict().items() if key not in ("moedge", "architectures")}
     widest = max(ffn.shared_gate.shape[0] for ffn in ffns)
     biased = any(ffn.output_bias is not None and bool(ffn.output_bias.any()) for ffn in ffns)

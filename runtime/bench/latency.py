@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 
 from moedge import MoEdgeError
+from moedge._progress import Progress
 from moedge.runtime.bench.machine import machine as machine
 from moedge.runtime.bench.stats import bootstrap_ci, percentiles
 from moedge.runtime.engines import Engine, open_engine
 
 SCHEMA = "moedge.bench/1"
-Progress = Callable[[int, int], None]
 
 _SETTLE = 0.02  # seconds between engines: worker threads of the last one (OpenMP spins for some ms) go to sleep
 _CHILD_DECODE = 8  # tokens decoded in the memory measurement: enough for every buffer of a decode step to exist

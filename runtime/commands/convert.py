@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
-from moedge._files import atomic_dir
 from moedge.configs.recipe import recipe_from
-from moedge.runtime.bench.machine import machine
 from moedge.runtime.commands._options import Device, Force, Model, Settings, Text
 from moedge.runtime.commands._settings import parse_settings
 from moedge.runtime.progress import single
-from moedge.runtime.run import run_folder, stages
-from moedge.runtime.run.engine import Context
+from moedge.runtime.run import stages
+from moedge.runtime.run.conversion import write_checkpoint
 
 
 def convert(
@@ -73,26 +70,13 @@ def convert(
             },
             where="moedge convert",
         )
-        local = Path(model).expanduser() / "config.json"
-        if local.is_file():
-            config = run_folder.read_json(local, "download or save the model again")
+
+    def check(config: dict[str, Any]) -> None:
+        with _named_as_options():
             recipe.check_model(config, "moedge convert", only_convert=True)
-    inputs = (model, text)
-    with atomic_dir(out, force=force, inputs=inputs) as partial, single("convert", f"{model} -> {out}") as reporter:
-        work = partial / ".stages"
-        built = {stage.name: stage for stage in stages.build(recipe, machine())}
-        for stage in (*(built[name] for name in built["convert"].reads), built["convert"]):
-            reporter.note(stage.what)
-            folder = work / stage.name
-            folder.mkdir(parents=True)
-            stage.body(Context(folder, work, stage.params, reporter.progress, reporter.note))
-            if stage.name == "source":
-                with _named_as_options():
-                    recipe.check_model(run_folder.source(work)["config"], "moedge convert", only_convert=True)
-        checkpoint = run_folder.checkpoint(work)
-        for path in checkpoint.iterdir():
-            path.rename(partial / path.name)
-        shutil.rmtree(work)
+
+    with single("convert", f"{model} -> {out}") as reporter:
+        write_checkpoint(recipe, out, force=force, check=check, progress=reporter.progress, note=reporter.note)
     digest = json.loads((out / "plan.json").read_text(encoding="utf-8"))["sha256"]
     Console().print(
         escape(f"{out}: {stages.notation(recipe.convert.model_dump())}, plan {digest}"), highlight=False, soft_wrap=True

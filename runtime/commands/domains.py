@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from rich.markup import escape
 
-from moedge import MoEdgeError
 from moedge._files import atomic_dir, write_json, write_text
+from moedge.configs.errors import checked
 from moedge.runtime.commands._options import Device, Force, Model
 from moedge.runtime.commands._settings import parse_settings
 from moedge.runtime.progress import single
@@ -66,20 +65,3 @@ def _draw(affinity: dict[str, Any], folder: Path, title: str) -> None:
     write_text(folder / "affinity.html", page(affinity, title))
     with matplotlib.rc_context(STYLE):
         draw(affinity).savefig(folder / "affinity.png", dpi=150)
-
-
-def checked(kind: type[BaseModel], settings: dict[str, Any]) -> Any:
-    """Return the settings as ``kind``.
-
-    Raises:
-        MoEdgeError: an unknown key or an impossible value; one sentence about the first of them.
-    """
-    try:
-        return kind(**settings)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        said = first["msg"].removeprefix("Value error, ").rstrip(".")
-        if first["type"] == "extra_forbidden":
-            said = f"unknown setting; known: {', '.join(kind.model_fields)}"
-        raise MoEdgeError(f"{where + ': ' if where else ''}{said}.") from None

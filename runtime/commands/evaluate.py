@@ -14,10 +14,8 @@ from moedge import MoEdgeError
 from moedge._files import write_json
 from moedge.runtime.commands._options import Device, HoldoutEvery, Json, Save
 from moedge.runtime.progress import single
-from moedge.runtime.run import held_out, run_folder
+from moedge.runtime.run.scores import scores
 from moedge.runtime.tables import Sheet
-
-SCHEMA = "moedge.scores/1"
 
 
 def evaluate(
@@ -49,72 +47,30 @@ def evaluate(
       moedge evaluate runs/smollm2-135m --text asset:wiki --text asset:c4
       moedge evaluate ./my-llama build/moe --tasks arc_easy,piqa,sciq --limit 200
     """
-    from moedge.convert import evaluate as quality
-    from moedge.convert import modeling, sources
-    from moedge.convert.plan import MoEPlan
-    from moedge.convert.tasks import run
-
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    data = dict(_assignment(given) for given in task_data or [])
-    if unused := set(data) - set(names):
-        raise MoEdgeError(f"--task-data names {', '.join(sorted(unused))}, which --tasks does not.")
-    folders = _models(models)
-    plans = {label: MoEPlan.load(folder) for label, folder in folders.items() if (folder / "plan.json").is_file()}
-    chosen = {}
-    for spec in text or ([] if names else ["asset:wiki"]):
-        read, how = held_out.beside(plans.values(), spec, holdout_every)
-        chosen[read.name] = (read, how)
-    rows: list[dict[str, Any]] = []
-    count = -(-tokens // window)
-    with single("evaluate", ", ".join(folders)) as reporter:
-        for label, folder in folders.items():
-            if label in plans:
-                model, _, tokenizer = modeling.load(folder, device=device)
-            else:
-                folder = sources.resolve(str(folder)).folder
-                model, tokenizer = sources.load_model(folder, device=device), sources.load_tokenizer(folder)
-            if chosen:
-                held_out.check_window(model, window, "--window")
-            row: dict[str, Any] = {"model": label, "perplexity": {}, "tasks": []}
-            for name, (read, _) in chosen.items():
-                reporter.note(f"{label}: perplexity on {name}")
-                windows = held_out.windows(tokenizer, read, window, count, bos=bos, name="evaluation")
-                row["perplexity"][name] = quality.perplexity(
-                    model, windows, batch_size=batch_size, progress=reporter.progress
-                )
-            if names:
-                reporter.note(f"{label}: {', '.join(names)}")
-                row["tasks"] = run(model, tokenizer, names, data=data, shots=shots, limit=limit, batch_size=batch_size)
-            dtype = str(model.dtype).removeprefix("torch.")
-            rows.append(row)
-            del model
-    protocol = {
-        "window": window,
-        "bos": bos,
-        "dtype": dtype,
-        "device": device,
-        "documents": {name: how for name, (_, how) in chosen.items()},
-        "shots": shots,
-        "limit": limit,
-    }
-    result = {"schema": SCHEMA, "protocol": protocol, "rows": rows}
+    with single("evaluate", ", ".join(map(str, models))) as reporter:
+        result = scores(
+            models,
+            texts=text or ([] if names else ["asset:wiki"]),
+            tasks=names,
+            task_data=dict(map(_assignment, task_data or [])),
+            shots=shots,
+            limit=limit,
+            tokens=tokens,
+            window=window,
+            bos=bos,
+            every=holdout_every,
+            batch_size=batch_size,
+            device=device,
+            progress=reporter.progress,
+            note=reporter.note,
+        )
     if save is not None:
         write_json(save, result)
     if as_json:
         print(json.dumps(result, indent=2, allow_nan=False))
     else:
         _print(result)
-
-
-def _models(paths: list[Path]) -> dict[str, Path]:
-    """Label -> folder; a run folder stands for its dense parent and its checkpoint."""
-    found: dict[str, Path] = {}
-    for path in paths:
-        if run_folder.is_run(path):
-            found |= {f"{path} dense": run_folder.dense(path), f"{path} moe": run_folder.checkpoint(path)}
-        else:
-            found[str(path)] = path
-    return found
 
 
 def _assignment(text: str) -> tuple[str, Path]:

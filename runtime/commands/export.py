@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +12,7 @@ from rich.markup import escape
 
 from moedge import MoEdgeError
 from moedge._files import atomic_dir, digest, link_or_copy
+from moedge._progress import named
 from moedge.export import targets
 from moedge.runtime.commands._options import ExpertForm, Force, Half, TensorRT
 from moedge.runtime.device.moedge_plugins import refusal
@@ -50,6 +50,10 @@ def export(
         typer.Option(help="asset:NAME or a text file: choose the weights of the int4 targets by GPTQ on this text."),
     ] = None,
     gptq_tokens: Annotated[int, typer.Option(min=32, help="Tokens of that text.")] = 4096,
+    zero_points: Annotated[
+        bool,
+        typer.Option("--zero-points", help="Fit the levels of ort-cpu-int4 to the range of each block (2.5 % larger)."),
+    ] = False,
     force: Force = False,
 ) -> None:
     """Write an ONNX bundle with KV cache for each target.
@@ -64,7 +68,7 @@ def export(
       moedge export build/moe build/bundles --target tensorrt-rtx --half bfloat16
     """
     wanted = target or list(targets.default())
-    rows = [targets.find(name) for name in wanted]
+    targets.check(wanted)
     targets.check_form(expert_form)
     if tensorrt is not None:
         try:
@@ -72,11 +76,15 @@ def export(
         except DeviceError as error:
             raise MoEdgeError(str(error)) from None
     if expert_form:
-        _check_taken(f"--expert-form {expert_form}", lambda row: expert_form in row.expert_forms, rows)
+        targets.check_taken(f"--expert-form {expert_form}", lambda row: expert_form in row.expert_forms, wanted)
     if half:
-        _check_taken("--half", targets.has_dtypes, rows)
+        targets.check_taken("--half", targets.has_dtypes, wanted)
     if gptq is not None:
-        _check_taken("--gptq", lambda row: row.calibrated, rows)
+        targets.check_taken("--gptq", lambda row: row.calibrated, wanted)
+    if zero_points:
+        targets.check_taken("--zero-points", lambda row: row.zero_points, wanted)
+        if gptq is not None:
+            raise MoEdgeError("--gptq has no zero points; give either --gptq TEXT or --zero-points.")
     given, checkpoint = checkpoint, local(checkpoint)
     if not (checkpoint / "config.json").is_file():
         raise MoEdgeError(f"{checkpoint} is not a checkpoint folder: it has no config.json.")
@@ -94,11 +102,6 @@ def export(
     with opened as partial, single("export", f"{checkpoint} -> {out}") as reporter:
         from moedge.export.pipeline import export as run
 
-        def step(what: str, done: int, total: int) -> None:
-            reporter.progress(done, total)
-            if done < total:
-                reporter.note(what)
-
         run(
             checkpoint,
             partial,
@@ -108,8 +111,9 @@ def export(
             tensorrt=tensorrt,
             experts=expert_form,
             dtype=half,
-            progress=step,
+            progress=named(reporter.progress, reporter.note),
             calibration=calibration,
+            zero_points=zero_points,
         )
         _keep(there, partial, force=force)
     for folder in sorted(path.parent for path in out.glob("*/manifest.json")):
@@ -122,13 +126,6 @@ def export(
 def _label(given: Path, checkpoint: Path) -> str:
     """The folder's name (a path without one is the working folder), or the hub id, asset or GGUF that was given."""
     return str(given) if checkpoint != given else given.name or given.resolve().name
-
-
-def _check_taken(option: str, takes: Callable[[targets.Target], bool], rows: list[targets.Target]) -> None:
-    """Refuse an option that none of the targets takes."""
-    if not any(map(takes, rows)):
-        wanted = ", ".join(row.name for row in rows)
-        raise MoEdgeError(f"{option} is for target {' or '.join(targets.names(takes))}, not among {wanted}.")
 
 
 def _bundles(out: Path) -> dict[str, Path]:

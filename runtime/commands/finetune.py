@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
 from moedge._files import atomic_dir
+from moedge.configs.errors import checked
 from moedge.runtime.commands._options import Converted, Force, Threads
 from moedge.runtime.commands._settings import parse_settings
 from moedge.runtime.progress import single
@@ -140,16 +140,7 @@ def settings_from(options: dict[str, Any]) -> Any:
     lora = {key.removeprefix("lora_"): given.pop(key) for key in list(given) if key.startswith("lora_")}
     if lora:
         given["lora"] = lora
-    try:
-        return TrainSettings(**given)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = "_".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            message = f"unknown setting; known: {', '.join(TrainSettings.model_fields)}, lora_rank, lora_alpha, ..."
-        option = _OPTIONS.get(name, f"--set {name}")
-        raise MoEdgeError(f"{option}: {message}" if name else message) from None
+    return checked(TrainSettings, given, called=_option)
 
 
 _OPTIONS = {
@@ -159,6 +150,11 @@ _OPTIONS = {
     "batch": "--batch-size",
 } | {name: f"--{name}" for name in ("tokens", "minutes", "lr", "length", "distill", "balance")}
 """What the command calls the settings that have an option of their own."""
+
+
+def _option(path: str) -> str:
+    name = path.replace(".", "_")
+    return _OPTIONS.get(name, f"--set {name}")
 
 
 def _texts(

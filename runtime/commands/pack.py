@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from moedge._files import sha256_file
+from moedge._progress import named
 from moedge.configs import devices
 from moedge.runtime.commands._options import Batch, ExpertForm, Force, Half, MaxLength, TensorRT
 from moedge.runtime.engines.given import local
@@ -47,12 +48,6 @@ def pack(
 
     device = devices.load(profile)
     with single("pack", f"{source} -> {out}") as reporter:
-
-        def step(what: str, done: int, total: int) -> None:
-            reporter.progress(done, total)
-            if done < total:
-                reporter.note(what)
-
         folder = local(source)
         manifest = device_archive.write(
             folder,
@@ -66,7 +61,7 @@ def pack(
             experts=expert_form,
             dtype=half,
             force=force,
-            progress=step,
+            progress=named(reporter.progress, reporter.note),
         )
     console = Console()
     size = out.stat().st_size / 2**20

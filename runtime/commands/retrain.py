@@ -12,9 +12,9 @@ from rich.markup import escape
 
 from moedge import MoEdgeError
 from moedge._files import atomic_dir, write_json
+from moedge.configs.errors import checked
 from moedge.runtime.commands._options import Force
 from moedge.runtime.commands._settings import parse_settings
-from moedge.runtime.commands.domains import checked
 from moedge.runtime.progress import single
 from moedge.runtime.run import held_out
 

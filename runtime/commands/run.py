@@ -72,12 +72,12 @@ def check_early(recipe: Recipe, root: Path) -> None:
     """Refuse, before anything runs, a recipe that cannot work with a model whose config is already known."""
     from moedge.configs import tolerances
 
-    limits = tolerances.load()
-    for target in ("torch", *recipe.export.targets):
-        try:
-            limits.profile(recipe.verify.tolerances, target)
-        except MoEdgeError as error:
-            raise MoEdgeError(f"{recipe.name}: verify.tolerances: {error}") from None
+    try:
+        profile, limits = tolerances.chosen(recipe.verify.tolerances)
+        for target in ("torch", *recipe.export.targets):
+            limits.profile(profile, target)
+    except MoEdgeError as error:
+        raise MoEdgeError(f"{recipe.name}: verify.tolerances: {error}") from None
     config = known_config(recipe, root)
     if config:
         recipe.check_model(config, recipe.name)

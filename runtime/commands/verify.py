@@ -14,26 +14,12 @@ from rich.markup import escape
 
 from moedge import MoEdgeError
 from moedge._files import write_text
-from moedge.configs import tolerances as tolerance_files
 from moedge.runtime.commands._options import Device, Json, Text, Threads
-from moedge.runtime.engines import open_engine
-from moedge.runtime.engines.given import local
-from moedge.runtime.parity import compare as parity
 from moedge.runtime.parity import verdict
+from moedge.runtime.parity.given import verify_given
 from moedge.runtime.parity.outcomes import mark
-from moedge.runtime.parity.suite import (
-    DEQUANTIZED,
-    SCHEMA,
-    Judging,
-    finished,
-    is_quantised,
-    reference_options,
-    verify_run,
-)
 from moedge.runtime.progress import single
-from moedge.runtime.run import run_folder
 from moedge.runtime.tables import Sheet
-from moedge.runtime.text.windows import token_windows
 
 
 def verify(
@@ -52,7 +38,7 @@ def verify(
     prefill: Annotated[int, typer.Option(min=1, help="Tokens of a window in one prefill; the rest is decoded.")] = 224,
     tolerances: Annotated[
         str,
-        typer.Option(help="First half of a profile in configs/tolerances.yaml, such as float32 of float32/ort-cpu."),
+        typer.Option(metavar="FILE", help="YAML file of limits that take the place of the packaged ones."),
     ] = "float32",
     threads: Threads = None,
     device: Device = "cpu",
@@ -69,30 +55,20 @@ def verify(
     """
     if prefill >= window:
         raise MoEdgeError(f"--prefill {prefill} leaves nothing to decode in a window of {window} tokens (--window).")
-    count = -(-tokens // window)
-    opening: dict[str, Any] = {"threads": threads, "pytorch": {"device": device}}
     with single("verify", str(reference)) as reporter:
-        if test is None:
-            if not run_folder.is_run(reference):
-                raise MoEdgeError(f"{reference} is not a run folder; give a run folder, or two engines to compare.")
-            engines = run_folder.engines(reference)
-            name, windows = token_windows(run_folder.checkpoint(reference), text, window, count)
-            result = verify_run(
-                engines,
-                windows,
-                prefill=prefill,
-                tolerances=tolerances,
-                text=name,
-                **opening,
-                progress=reporter.progress,
-                note=reporter.note,
-            )
-        elif test.suffix == ".npz":
-            result = _device(local(reference), test, tolerances, opening, reporter.progress)
-        else:
-            pair = local(reference), local(test)
-            name, windows = token_windows(pair[1], text, window, count)
-            result = _pair(*pair, name, windows, prefill, tolerances, opening, reporter.progress)
+        result = verify_given(
+            reference,
+            test,
+            text=text,
+            tokens=tokens,
+            window=window,
+            prefill=prefill,
+            tolerances=tolerances,
+            threads=threads,
+            device=device,
+            progress=reporter.progress,
+            note=reporter.note,
+        )
     if junit:
         write_text(junit, junit_xml(result))
     if as_json:
@@ -100,83 +76,6 @@ def verify(
     else:
         _print(result)
     return mark(result["outcome"]).exit_code
-
-
-def _pair(
-    reference: Path,
-    test: Path,
-    text: str,
-    windows: Any,
-    prefill: int,
-    tolerances: str,
-    opening: dict[str, Any],
-    progress: Any,
-) -> dict[str, Any]:
-    """Compare two engines; a quantised one also with float32 on its own de-quantised weights, if it has the bundle."""
-    target = _target(test)
-    jobs: list[tuple[Path, str, str, dict[str, Any]]] = [(reference, f"{test} vs {reference}", tolerances, {})]
-    if is_quantised(target):
-        found = [path for path in (reference, test.parent / "portable") if _target(path) == "portable"]
-        if found:
-            jobs.append((found[0], f"{test} vs its de-quantised weights", DEQUANTIZED, {"weights_of": test}))
-    entries, limits = [], tolerance_files.load()
-    for number, (folder, name, dtype, options) in enumerate(jobs):
-        how = Judging.of(test, limits, dtype, target or "torch")
-        one = open_engine(folder, **opening, **_reference_options(folder, how, target), **options)
-        two = open_engine(test, **opening, **how.options(moe=_is_moe(test)))
-
-        def step(done: int, total: int, number: int = number) -> None:
-            progress(done + number * total, total * len(jobs))
-
-        try:
-            entry = parity.compare(one, two, windows, prefill=prefill, tolerances=how.limits, progress=step)
-        finally:
-            one.close()
-            two.close()
-        entries.append({"name": name, **how.explained(entry)})
-    if len(entries) > 1:
-        entries[0] = verdict.with_notes(entries[0], verdict.quantised_notes(entries[0], entries[1], target))
-    return finished({"schema": SCHEMA, "text": text, "identity": [], "parity": entries})
-
-
-def _device(reference: Path, answers: Path, tolerances: str, opening: dict[str, Any], progress: Any) -> dict[str, Any]:
-    """Judge what an engine gave on its device; the archive's prompts are the text."""
-    from moedge.runtime.parity import recorded
-
-    found = recorded.Recorded(answers)
-    limits = tolerance_files.load().profile(tolerances, str(found.info.model["target"]), found.info.dtype)
-    options: dict[str, Any] = {"taps": True, "replay": True} if found.routed else {}
-    one = open_engine(reference, **opening, **options)
-    try:
-        entry = recorded.compare(one, found, limits, progress)
-    finally:
-        one.close()
-    parity_entries = [{"name": f"{answers} vs {reference}", **entry}]
-    text = f"the prompts of {answers.name}"
-    return finished({"schema": SCHEMA, "text": text, "identity": [], "parity": parity_entries})
-
-
-def _target(folder: Path) -> str:
-    """Target of a bundle, or an empty string for anything else."""
-    manifest = folder / "manifest.json"
-    return str(run_folder.read_json(manifest).get("target", "")) if manifest.is_file() else ""
-
-
-def _reference_options(folder: Path, how: Judging, target: str) -> dict[str, Any]:
-    options = reference_options([how], moe=_is_moe(folder))
-    if options.get("replay") and _target(folder) not in ("portable", ""):
-        raise MoEdgeError(
-            f"{target} is judged under its own choice of experts, which {folder} cannot replay; compare it with "
-            "the portable bundle or the checkpoint."
-        )
-    return options
-
-
-def _is_moe(folder: Path) -> bool:
-    for name, key, value in (("manifest.json", "kind", "moe"), ("config.json", "model_type", "moedge_")):
-        if (folder / name).is_file():
-            return str(run_folder.read_json(folder / name).get(key, "")).startswith(value)
-    return False
 
 
 def checks(result: dict[str, Any]) -> list[tuple[str, str, float | None, str, float, verdict.Outcome]]:

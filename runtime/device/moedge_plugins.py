@@ -131,7 +131,7 @@ def _dispatch() -> Plugin:
     return Plugin("Dispatch", ("x", "indices"), {"num_experts": int}, outputs, (1, 0), options, "dispatch")
 
 
-def _grouped(glu: bool, quantized: bool) -> Plugin:
+def _grouped(glu: bool) -> Plugin:
     def outputs(tensors: Sequence[Tensor], attributes: Mapping[str, Any]) -> list[Tensor]:
         (rows, kind), _, (weight, _) = tensors[:3]
         return [((rows[0], weight[1]), kind)]
@@ -142,14 +142,12 @@ def _grouped(glu: bool, quantized: bool) -> Plugin:
         return found | ({"hidden": into, "width": out} if glu else {"hidden": out, "width": into})
 
     weights: tuple[str, ...] = ("gate", "up") if glu else ("weight",)
-    if quantized:
-        weights = tuple(name for weight in weights for name in (weight, f"{weight}_scales"))
     attributes: dict[str, type] = {"activation": str} if glu else {}
     name = "GroupedGLU" if glu else "GroupedLinear"
     return Plugin(
-        f"Quant{name}" if quantized else name,
+        name,
         ("rows", "offsets", *weights),
-        attributes | ({"bits": int, "group": int} if quantized else {}),
+        attributes,
         outputs,
         (0, 0),
         options,
@@ -179,10 +177,8 @@ PLUGINS = {
         _route(False),
         _route(True),
         _dispatch(),
-        _grouped(True, False),
-        _grouped(False, False),
-        _grouped(True, True),
-        _grouped(False, True),
+        _grouped(True),
+        _grouped(False),
         _combine(False),
         _combine(True),
     )

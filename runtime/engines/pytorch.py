@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from moedge import MoEdgeError
+from moedge.convert.adapters import MOE_PREFIX
 from moedge.runtime.engines import (
     EngineInfo,
     Step,
@@ -98,7 +99,7 @@ class TorchEngine:
         self._vocab_size = int(config.vocab_size)
         self._max_length = int(config.max_position_embeddings)
         self._rope_boundary = longrope.boundary(config.to_dict())
-        moe = str(config.model_type).startswith("moedge_")
+        moe = str(config.model_type).startswith(MOE_PREFIX)
         generation = GenerationConfig.read(self._path)
         self.info = EngineInfo(
             name=f"torch {'moe' if moe else 'dense'}",
@@ -256,7 +257,7 @@ def _load(folder: Path, dtype: str, device: str) -> Any:
 
     if not (folder / "config.json").exists():
         raise MoEdgeError(f"{folder} is not a checkpoint folder: config.json is missing.")
-    if str(folder_check.read_object(folder / "config.json").get("model_type")).startswith("moedge_"):
+    if str(folder_check.read_object(folder / "config.json").get("model_type")).startswith(MOE_PREFIX):
         from moedge.convert import modeling
 
         return modeling.load(folder, dtype, device)[0].eval()

@@ -10,13 +10,14 @@ Symbols: a reference logits, b test logits, p = softmax(a), q = softmax(b), V vo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any, Protocol
 
 import numpy as np
 
 from moedge import MoEdgeError
+from moedge._progress import Progress
 from moedge.configs.tolerances import Profile
 from moedge.runtime.engines import Engine, EngineInfo, ReplayEngine, Step, longrope
 from moedge.runtime.parity import verdict
@@ -24,7 +25,6 @@ from moedge.runtime.parity.metrics import RouteAgreement, TokenErrors
 from moedge.runtime.parity.replay import Replay
 
 SCHEMA = "moedge.parity/1"
-Progress = Callable[[int, int], None]
 
 
 def compare(
@@ -214,35 +214,6 @@ def judged(
     return _json_ready(result)
 
 
-def identity(
-    reference: Engine,
-    test: Engine,
-    token_windows: np.ndarray,
-    *,
-    limit: float,
-    prefill: int | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Check that a model with every expert selected is its dense parent.
-
-    Args:
-        reference: the dense parent.
-        test: the MoE, opened with ``top_k`` so large that every expert runs.
-        token_windows: int64 [N, L].
-        limit: for the maximum over all tokens of max|a-b| / max|a| (``Profile.identity_rel_error``).
-        prefill: tokens before teacher-forced decoding starts; half of the window by default.
-        progress: called with (tokens done, tokens in all).
-
-    Returns:
-        ``{"schema": "moedge.identity/1", "reference", "test", "tokens", "max_rel_error", "limit", "passed"}``.
-
-    Raises:
-        MoEdgeError: as for :func:`compare`.
-    """
-    tests = {"": (test, limit)}
-    return identity_all(reference, tests, token_windows, prefill=prefill, progress=progress)[""]
-
-
 def identity_all(
     reference: Engine,
     tests: Mapping[str, tuple[Engine, float]],
@@ -251,10 +222,21 @@ def identity_all(
     prefill: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Check several engines against one dense parent, which runs once; see :func:`identity`.
+    """Check that models with every expert selected are their dense parent, which runs once.
 
     Args:
-        tests: label -> (engine, its limit).
+        reference: the dense parent.
+        tests: label -> (the MoE, opened with ``top_k`` so large that every expert runs; the limit for the maximum over
+            all tokens of max|a-b| / max|a|, ``Profile.identity_rel_error``).
+        token_windows: int64 [N, L].
+        prefill: tokens before teacher-forced decoding starts; half of the window by default.
+        progress: called with (tokens done, tokens in all).
+
+    Returns:
+        By label ``{"schema": "moedge.identity/1", "reference", "test", "tokens", "max_rel_error", "limit", "passed"}``.
+
+    Raises:
+        MoEdgeError: as for :func:`compare`.
     """
     prefill = token_windows.shape[-1] // 2 if prefill is None else prefill
     engines = [test for test, _ in tests.values()]

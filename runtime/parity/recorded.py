@@ -8,13 +8,14 @@ whatever experts rounding chose there.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moedge import MoEdgeError
+from moedge._progress import Progress
 from moedge.configs.tolerances import Profile
 from moedge.runtime.device.moedge_archive import ANSWERS_SCHEMA
 from moedge.runtime.engines import Engine, EngineInfo, Step
@@ -82,9 +83,7 @@ def _layers(case: dict[str, Any], part: str) -> dict[int, np.ndarray]:
     return {int(name.split(".")[1]): array for name, array in case.items() if name.startswith(f"{part}.")}
 
 
-def compare(
-    reference: Engine, recorded: Recorded, limits: Profile, progress: Callable[[int, int], None] | None = None
-) -> dict[str, Any]:
+def compare(reference: Engine, recorded: Recorded, limits: Profile, progress: Progress | None = None) -> dict[str, Any]:
     """Compare recorded answers with ``reference``; see :func:`moedge.runtime.parity.compare`.
 
     Raises:

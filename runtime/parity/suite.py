@@ -48,6 +48,7 @@ def verify_run(
     *,
     prefill: int,
     tolerances: str,
+    limits: tolerance_files.Tolerances | None = None,
     text: str,
     threads: int | None = None,
     pytorch: dict[str, Any] | None = None,
@@ -61,6 +62,7 @@ def verify_run(
         windows: int64 [N, L], held-out text.
         prefill: tokens of a window that are prefilled, the rest is decoded.
         tolerances: weight dtype, the first half of a profile's name in ``configs/tolerances.yaml``.
+        limits: the profiles; the packaged ones by default.
         text: name of the text, for the report.
         pytorch: see :func:`moedge.runtime.engines.open_engine`.
         progress: called with (tokens done, tokens in all) over all comparisons.
@@ -71,7 +73,7 @@ def verify_run(
         what :mod:`parity` returns plus ``"name"``, the note says why the dense parent is not the identity's reference,
         or is None.
     """
-    limits = tolerance_files.load()
+    limits = limits or tolerance_files.load()
     identity, identity_note = _identity_reference(engines)
     jobs = _jobs(engines, identity)
     per_window = windows.shape[1]
@@ -96,12 +98,17 @@ def verify_run(
             if note:
                 note(f"{kind} {name}: {_said(entry)}")
     result["parity"] = _related(result["parity"], engines, limits, tolerances, note)
-    return finished(result)
+    return finished(result, limits)
 
 
-def finished(result: dict[str, Any]) -> dict[str, Any]:
-    """Return a verify result with its outcome: ``passed`` for programs that ask only that, ``outcome`` of three."""
+def finished(result: dict[str, Any], limits: tolerance_files.Tolerances) -> dict[str, Any]:
+    """Return a verify result with its outcome: ``passed`` for programs that ask only that, ``outcome`` of three.
+
+    A user's tolerances file stands in it with its hash and the limits that it names.
+    """
     outcome = verdict.run_outcome(result)
+    if limits.origin:
+        result = {**result, "tolerances": limits.origin.model_dump()}
     return {**result, "passed": outcome is verdict.Outcome.PASSED, "outcome": outcome.value}
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moedge._files import digest, write_json
+from moedge._progress import named
 from moedge.runtime.run import held_out, run_folder
 from moedge.runtime.run.engine import Context
 from moedge.runtime.run.fingerprint import top_files
@@ -108,27 +109,28 @@ def convert_stage(context: Context) -> None:
     import torch
     from safetensors.numpy import load_file
 
-    from moedge.convert import calibration, domains, modeling
-    from moedge.convert.methods import METHODS
+    from moedge.convert import calibration, domains, methods, modeling
     from moedge.convert.sources import load_model, load_tokenizer, own_dtype
 
     folder, calibrated = run_folder.dense(context.root), context.root / "calibrate"
     params = dict(context.params["convert"])
-    method = METHODS[params.pop("method")]
+    name = params.pop("method")
+    needs = methods.METHODS[name].needs
     model = load_model(folder, device=context.params["device"])
     data: Any = None
-    if "tokens" in method.needs:
+    if "tokens" in needs:
         data = load_file(calibrated / "windows.safetensors")["windows"]
-    elif "domains" in method.needs:
+    elif "domains" in needs:
         data = domains.load(calibrated / "domains.safetensors")
-    elif "statistics" in method.needs:
+    elif "statistics" in needs:
         data = calibration.load(calibrated / "statistics.safetensors")
-    plan = method.function(
+    plan = methods.convert(
+        name,
         data,
         model,
         **params,
         source_sha256=run_folder.source(context.root)["sha256"],
-        provenance=run_folder.read_json(calibrated / "calibration.json") if method.needs else {},
+        provenance=run_folder.read_json(calibrated / "calibration.json") if needs else {},
         progress=context.progress,
     )
     modeling.apply(plan, model).to(getattr(torch, own_dtype(folder)))
@@ -139,17 +141,14 @@ def export(context: Context) -> None:
     """Export the MoE checkpoint, or the dense parent in the same way, one bundle for each target."""
     from moedge.export import pipeline
 
-    def step(what: str, done: int, total: int) -> None:
-        context.progress(done, total)
-        if done < total:
-            context.note(what)
-
     params = context.params
     moe = params["kind"] == "moe"
     label = run_folder.source(context.root)["label"] + (f" {params['notation']}" if moe else "")
     folder = run_folder.checkpoint(context.root) if moe else run_folder.dense(context.root)
     chosen = {"max_length": params["max_length"], "dtype": params.get("dtype")}
-    pipeline.export(folder, context.out, params["targets"], label=label, **chosen, progress=step)
+    pipeline.export(
+        folder, context.out, params["targets"], label=label, **chosen, progress=named(context.progress, context.note)
+    )
 
 
 def build_engine(context: Context) -> None:
@@ -212,10 +211,13 @@ def evaluate(context: Context) -> None:
 
 def verify(context: Context) -> None:
     """Compare every ONNX engine with PyTorch, and every MoE with all experts selected with the dense parent."""
+    from moedge.configs import tolerances
     from moedge.convert.sources import load_tokenizer
     from moedge.runtime.parity.suite import verify_run
 
     params = context.params
+    given = params["tolerances"]
+    profile, limits = tolerances.chosen(given if isinstance(given, str) else tolerances.Given(**given))
     (text,) = held_out.texts(params["texts"])
     count = -(-params["tokens"] // params["window"])
     windows = held_out.windows(
@@ -228,7 +230,8 @@ def verify(context: Context) -> None:
         found,
         windows,
         prefill=params["prefill"],
-        tolerances=params["tolerances"],
+        tolerances=profile,
+        limits=limits,
         text=text.name,
         threads=params["threads"],
         pytorch={"device": params["device"]},

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moedge.configs import devices
+from moedge.configs import devices, tolerances
 from moedge.configs.recipe import CONVERT_SECTIONS, Recipe
 from moedge.export import targets
 from moedge.runtime.run import bodies, run_folder
@@ -17,7 +17,7 @@ from moedge.runtime.run.fingerprint import fingerprint
 
 # What a body runs of this package; tests/runtime/test_recipe_stages.py follows the imports and finds what is missing.
 _ALWAYS_CODE = (
-    *("_files.py", "runtime/run/__init__.py", "runtime/run/run_folder.py"),
+    *("_files.py", "_progress.py", "runtime/run/__init__.py", "runtime/run/run_folder.py"),
     *("export/__init__.py", "export/targets.py"),
 )
 SOURCE_CODE = (
@@ -25,10 +25,13 @@ SOURCE_CODE = (
     *("convert/__init__.py", "convert/adapters.py", "convert/errors.py", "convert/moe_adapters.py", "convert/sources"),
     "runtime/run/fingerprint.py",
 )
-CONVERT_CODE = (*_ALWAYS_CODE, "runtime/run/held_out.py", "convert")
+CONVERT_CODE = (
+    *_ALWAYS_CODE,
+    *("configs/__init__.py", "configs/errors.py", "convert", "runtime/run/held_out.py"),
+)
 _EXPORT_CODE = (*CONVERT_CODE, "export", "runtime/engines/__init__.py", "runtime/engines/longrope.py", "runtime/text")
 _CONFIGS = (
-    *("configs/__init__.py", "configs/devices.py", "configs/files.py"),
+    *("configs/__init__.py", "configs/devices.py", "configs/errors.py", "configs/files.py"),
     *("configs/tolerances.py", "configs/tolerances.yaml"),
 )
 _STATS = ("runtime/bench/__init__.py", "runtime/bench/stats.py")
@@ -163,7 +166,7 @@ def build(recipe: Recipe, machine: dict[str, Any]) -> list[Stage]:
             "verify",
             "compare the ONNX engines with PyTorch",
             bodies.verify,
-            {**recipe.verify.model_dump(), **measured},
+            {**recipe.verify.model_dump(), **_limits(recipe), **measured},
             reads=("source", "convert", "export", *dense),
             sources=(*_ENGINE_CODE, "runtime/parity", *_CONFIGS),
             libraries=(*_TORCH, "onnx", "onnxruntime"),
@@ -188,6 +191,15 @@ def build(recipe: Recipe, machine: dict[str, Any]) -> list[Stage]:
         ),
     ]
     return stages
+
+
+def _limits(recipe: Recipe) -> dict[str, Any]:
+    """``verify.tolerances`` with the hash of a user's file, whose content belongs to the stage's key."""
+    given = recipe.verify.tolerances
+    if isinstance(given, str):
+        return {}
+    origin = tolerances.chosen(given)[1].origin
+    return {"tolerances": {**given.model_dump(), "sha256": origin.sha256 if origin else None}}
 
 
 def method_needs(convert: dict[str, Any]) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from moedge.runtime.run.fingerprint import fingerprint
 from moedge.runtime.run.stages import CONVERT_CODE, SOURCE_CODE
 
 STUDY_SCHEMA = "moedge.study/1"
-_LIBRARIES = ("torch", "transformers", "scipy", "scikit-learn")
+_LIBRARIES = ("torch", "transformers", "scipy")
 
 
 def build(study: Study) -> list[Stage]:
@@ -165,12 +165,12 @@ def dense(context: Context) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from moedge.convert import evaluate
+    from moedge.convert import scoring
     from moedge.convert.sources import load_model
 
     model = load_model(run_folder.dense(context.root), device=context.params["device"])
     windows = _windows(context, "held_out")
-    states = evaluate.last_hidden_states(
+    states = scoring.last_hidden_states(
         model, windows, batch_size=context.params["batch_size"], progress=context.progress
     )
     tensors = {f"states.{name}": value.contiguous() for name, value in states.items()}
@@ -184,22 +184,20 @@ def method_row(context: Context) -> None:
     """Convert by a method, and measure."""
     from safetensors.numpy import load_file
 
-    from moedge.convert import calibration
-    from moedge.convert.methods import METHODS
+    from moedge.convert import calibration, methods
     from moedge.convert.sources import load_model
 
     params, calibrated = context.params, context.root / "calibrate"
-    method = METHODS[params["method"]]
+    needs = methods.METHODS[params["method"]].needs
     model = load_model(run_folder.dense(context.root), device=context.params["device"])
     data: Any = None
-    if "tokens" in method.needs:
+    if "tokens" in needs:
         data = load_file(calibrated / "windows.safetensors")["windows"]
-    elif "statistics" in method.needs:
+    elif "statistics" in needs:
         data = calibration.load(_statistics(calibrated, params["marks"]))
     started = time.perf_counter()
-    plan = method.function(
-        data, model, **params["params"], provenance=run_folder.read_json(calibrated / "calibration.json")
-    )
+    about = run_folder.read_json(calibrated / "calibration.json")
+    plan = methods.convert(params["method"], data, model, **params["params"], provenance=about)
     seconds = time.perf_counter() - started
     if params["keep"]:
         plan.save(context.out)

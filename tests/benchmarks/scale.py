@@ -51,8 +51,7 @@ def measure(hidden: int, width: int, layers: int, args: argparse.Namespace) -> d
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from moedge.convert import calibration, modeling
-    from moedge.convert.methods import cmoe
+    from moedge.convert import calibration, methods, modeling
 
     config = LlamaConfig(
         hidden_size=hidden,
@@ -81,7 +80,7 @@ def measure(hidden: int, width: int, layers: int, args: argparse.Namespace) -> d
 
     layout = {"shared": args.shared, "active": args.active, "experts": args.experts}
     with Step() as steps["plan"]:
-        plan = cmoe.plan(statistics, model, **layout, k_a=args.k_a)
+        plan = methods.convert("cmoe", statistics, model, **layout, k_a=args.k_a)
     with Step() as steps["apply"]:
         modeling.apply(plan, model)
     return {

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
 from moedge import MoEdgeError
 from moedge.configs.files import packaged
-from moedge.configs.recipe import CONTROLS, Recipe, load_recipe, parse_recipe, recipe_from
+from moedge.configs.recipe import ControlName, Recipe, load_recipe, parse_recipe, recipe_from
 from moedge.convert.methods import METHODS
 from moedge.export import targets
 
@@ -211,7 +211,7 @@ def test_lists_of_choices_match_the_schema() -> None:
     assert tuple(everything.export.targets) == targets.names()
     defaults = recipe()
     assert tuple(defaults.export.targets) == targets.default()
-    assert set(defaults.evaluate.controls) < set(CONTROLS)
+    assert set(defaults.evaluate.controls) < set(get_args(ControlName))
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moedge.convert import calibration
-from moedge.convert.methods import cmoe
+from moedge.convert import calibration, methods
 from moedge.convert.plan import MoEPlan
 
 
@@ -27,7 +26,7 @@ def make_plan(token_windows: np.ndarray) -> Callable[..., tuple[MoEPlan, list[ca
     def make(model: Any, *, k_a: int = 6, **params: Any) -> tuple[MoEPlan, list[calibration.LayerStatistics]]:
         statistics = calibration.collect(model, token_windows, k_a=k_a, profile=params.get("profile", "raw"))
         layout = {"shared": 2, "active": 3, "experts": 8, "k_a": k_a, **params}
-        return cmoe.plan(statistics, model, **layout), statistics
+        return methods.convert("cmoe", statistics, model, **layout), statistics
 
     return make
 

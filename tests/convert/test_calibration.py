@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moedge import MoEdgeError
-from moedge.convert import adapters, calibration, evaluate, streaming
+from moedge.convert import adapters, calibration, scoring, streaming
 from moedge.convert.train import training
 from moedge.convert.train.settings import TrainSettings
 
@@ -183,7 +183,7 @@ def test_hooks_go_away_when_interrupted(tiny_llama: Callable[..., Any], token_wi
     [
         lambda model, ids: calibration.collect(model, ids, k_a=5),
         lambda model, ids: next(streaming.walk(model, ids)),
-        evaluate.perplexity,
+        scoring.perplexity,
         lambda model, ids: training.train(model, ids, TrainSettings(tokens=64)),
         lambda model, ids: training.train(model, ids[:, :3], TrainSettings(tokens=64), held_out={"t": ids}),
     ],

@@ -9,8 +9,8 @@ import torch
 from pydantic import ValidationError
 
 from moedge import MoEdgeError
-from moedge.convert import adapters, partition
-from moedge.convert.methods import METHODS, cmoe
+from moedge.convert import adapters, methods, partition
+from moedge.convert.methods import METHODS
 
 LAYOUT = {"shared": 2, "active": 3, "experts": 8}
 
@@ -109,11 +109,11 @@ def test_statistics_of_other_settings_are_refused(
     model = tiny_llama()
     _, statistics = make_plan(model)
     with pytest.raises(MoEdgeError, match=r"k_a=6, profile=raw.*asks for k_a=7"):
-        cmoe.plan(statistics, model, **LAYOUT, k_a=7)
+        methods.convert("cmoe", statistics, model, **LAYOUT, k_a=7)
     with pytest.raises(MoEdgeError, match="1 layers, the model 2"):
-        cmoe.plan(statistics[:1], model, **LAYOUT, k_a=6)
-    with pytest.raises(MoEdgeError, match="S2A7E8 is impossible"):
-        cmoe.plan(statistics, model, shared=2, active=7, experts=8, k_a=6)
+        methods.convert("cmoe", statistics[:1], model, **LAYOUT, k_a=6)
+    with pytest.raises(MoEdgeError, match="active: 7 active experts cannot be chosen: 8 experts minus 2 shared"):
+        methods.convert("cmoe", statistics, model, shared=2, active=7, experts=8, k_a=6)
 
 
 def test_typed_parameters_refuse_nonsense() -> None:
@@ -131,7 +131,7 @@ def test_the_registry_makes_a_valid_plan_from_typed_parameters(
     model = tiny_llama()
     _, statistics = make_plan(model)
     params = METHODS["cmoe"].params(**LAYOUT, k_a=6).model_dump()
-    plan = METHODS["cmoe"].function(statistics, model, **params, source_sha256="ab", provenance={"tokens": 192})
+    plan = methods.convert("cmoe", statistics, model, **params, source_sha256="ab", provenance={"tokens": 192})
     plan.validate()
     assert (plan.method, plan.model["sha256"], plan.provenance) == ("cmoe", "ab", {"tokens": 192})
     assert plan.params == params
@@ -145,8 +145,8 @@ def test_a_variant_is_the_four_choices_of_that_version_and_the_plan_writes_them_
     params = METHODS["cmoe"].params(**LAYOUT, k_a=one.params["k_a"], variant="released").model_dump()
     assert {name: params[name] for name in chosen} == chosen
     statistics = make_plan(tiny_llama(), **chosen)[1]
-    two = METHODS["cmoe"].function(statistics, tiny_llama(), **params)
-    three = cmoe.plan(statistics, tiny_llama(), **LAYOUT, k_a=one.params["k_a"], variant="released")
+    two = methods.convert("cmoe", statistics, tiny_llama(), **params)
+    three = methods.convert("cmoe", statistics, tiny_llama(), **LAYOUT, k_a=one.params["k_a"], variant="released")
     assert two.params == three.params == {**one.params, "variant": "released"}
     for layer, other in zip(one.layers, two.layers, strict=True):
         np.testing.assert_array_equal(layer.shared, other.shared)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moedge import MoEdgeError
-from moedge.convert import calibration, diagnostics, evaluate, modeling, sources
+from moedge.convert import calibration, diagnostics, evaluate, methods, modeling, scoring, sources
 from moedge.convert.methods import METHODS, baselines
 from moedge.runtime.engines import ReplayEngine, open_engine
 
@@ -40,10 +40,10 @@ def test_every_method_converts_where_the_model_is(name: str, device: str, tiny_l
     model, here = tiny_llama(layers=2).to(device), tiny_llama(layers=2)
     statistics = calibration.collect(model, WINDOWS, k_a=10, gate=calibration.GateSampling(signal="abs"))
     data = {"tokens": WINDOWS, "statistics": statistics, "gate_profile": statistics}
-    method = METHODS[name]
-    plan = method.function(next((data[need] for need in method.needs if need in data), None), model, **SETTINGS[name])
+    given = next((data[need] for need in METHODS[name].needs if need in data), None)
+    plan = methods.convert(name, given, model, **SETTINGS[name])
     texts = {"text": WINDOWS[:2]}
-    states = evaluate.last_hidden_states(here, texts)
+    states = scoring.last_hidden_states(here, texts)
     away, home = (evaluate.evaluate(one, {name: plan}, texts, {}, dense_states=states)["rows"] for one in (model, here))
     # One plan on one text; both compute in float32 with the same kernels, products of at most 96 terms in two orders.
     for one, two in zip(away, home, strict=True):
@@ -61,11 +61,11 @@ def test_every_method_converts_where_the_model_is(name: str, device: str, tiny_l
 def test_every_control_is_made_where_the_model_is(device: str, tiny_llama: Callable[..., Any]) -> None:
     model = tiny_llama(layers=2).to(device)
     statistics = calibration.collect(model, WINDOWS, k_a=10)
-    plan = METHODS["cmoe"].function(statistics, model, **LAYOUT)
+    plan = methods.convert("cmoe", statistics, model, **LAYOUT)
     for name, make in baselines.CONTROLS.items():
         if baselines.refusal(name, plan) is None:
-            with evaluate.swapped(model, make(plan, statistics, model, 0)):
-                assert np.isfinite(evaluate.perplexity(model, WINDOWS[:1])["ppl"]), name
+            with scoring.swapped(model, make(plan, statistics, model, 0)):
+                assert np.isfinite(scoring.perplexity(model, WINDOWS[:1])["ppl"]), name
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from moedge import MoEdgeError
-from moedge.convert import adapters, diagnostics, modeling
+from moedge.convert import adapters, diagnostics, methods, modeling
 from moedge.convert.methods import METHODS, baselines
 from moedge.convert.plan import LayerPlan, MoEPlan
 
@@ -208,6 +208,6 @@ def test_stability_counts_overlap_whatever_the_order_of_experts(tiny_llama: Call
 
 def test_a_method_without_calibration_has_no_stability(tiny_llama: Callable[..., Any]) -> None:
     model = tiny_llama()
-    plan = METHODS["mlpmoe"].function(None, model, branches=4)
+    plan = methods.convert("mlpmoe", None, model, branches=4)
     with pytest.raises(MoEdgeError, match="does not follow from token windows"):
         diagnostics.replan(model, plan, WINDOWS)

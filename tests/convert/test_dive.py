@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from moedge import MoEdgeError
-from moedge.convert import adapters, domains, modeling
+from moedge.convert import adapters, domains, methods, modeling
 from moedge.convert.domains import DomainText
 from moedge.convert.methods import METHODS, baselines, dive
 from moedge.convert.plan import LayerPlan, MoEPlan
@@ -37,7 +37,7 @@ def texts() -> dict[str, DomainText]:
 
 def make(texts: dict[str, DomainText], model: Any, **settings: Any) -> MoEPlan:
     params = {"domains": dict.fromkeys(texts, "x"), "experts": 3, **settings}
-    return dive.plan(texts, model, **METHODS["dive"].params(**params).model_dump())
+    return methods.convert("dive", texts, model, **params)
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +176,7 @@ def test_impossible_parameters_are_refused(settings: dict[str, Any], message: st
 
 def test_windows_of_other_domains_are_refused(texts: Any, tiny_llama: Callable[..., Any]) -> None:
     with pytest.raises(MoEdgeError, match="windows are of a, b, c, d, e, f, the settings of p, q"):
-        dive.plan(texts, tiny_llama(), domains={"p": "x", "q": "y"}, experts=2)
+        methods.convert("dive", texts, tiny_llama(), domains={"p": "x", "q": "y"}, experts=2)
 
 
 def test_diagnostics_measure_the_router_but_no_oracle_by_output_norm(

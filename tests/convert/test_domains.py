@@ -191,7 +191,7 @@ def test_training_and_held_out_windows_are_of_different_documents(tiny_tokenizer
 
 
 def test_perplexities_are_those_of_the_pruned_models(tiny_llama: Callable[..., Any]) -> None:
-    from moedge.convert import evaluate, modeling
+    from moedge.convert import modeling, scoring
 
     generator = np.random.default_rng(0)
     texts = {name: DomainText(*generator.integers(low, low + 60, (2, 3, 20))) for name, low in (("x", 0), ("y", 100))}
@@ -201,8 +201,8 @@ def test_perplexities_are_those_of_the_pruned_models(tiny_llama: Callable[..., A
     matrix, dense = domains.perplexities(model, plans, texts, progress=lambda *step: steps.append(step))
     assert steps[-1] == (18, 18)
     for j, text in enumerate(texts.values()):
-        assert dense[j] == pytest.approx(evaluate.perplexity(tiny_llama(), text.score)["ppl"], rel=1e-5)
+        assert dense[j] == pytest.approx(scoring.perplexity(tiny_llama(), text.score)["ppl"], rel=1e-5)
         for i, plan in enumerate(plans):
             moe = modeling.apply(plan, tiny_llama())
-            assert matrix[i, j] == pytest.approx(evaluate.perplexity(moe, text.score)["ppl"], rel=1e-5)
+            assert matrix[i, j] == pytest.approx(scoring.perplexity(moe, text.score)["ppl"], rel=1e-5)
     assert len({plan.sha256 for plan in plans}) == 2

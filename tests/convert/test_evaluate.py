@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from moedge.convert import adapters, evaluate, modeling
+from moedge.convert import adapters, evaluate, modeling, scoring
 from moedge.convert.calibration import LayerStatistics
 from moedge.convert.methods import baselines
 from moedge.convert.plan import LayerPlan, MoEPlan
@@ -28,7 +28,7 @@ def direct_nll(model: Any, ids: np.ndarray) -> float:
 def test_perplexity_is_the_mean_over_predicted_tokens(tiny_llama: Callable[..., Any]) -> None:
     model = tiny_llama()
     for batch_size in (1, 2, 5):
-        result = evaluate.perplexity(model, WINDOWS, batch_size=batch_size)
+        result = scoring.perplexity(model, WINDOWS, batch_size=batch_size)
         assert result["tokens"] == 5 * 23
         # float32 log-softmax over 260 entries of size ~10: 260 * 2^-24 * 10 at worst, 2e-4; typically 1e-6.
         assert result["nll"] == pytest.approx(direct_nll(model, WINDOWS), abs=1e-5)
@@ -48,7 +48,10 @@ def test_evaluation_compares_every_variant_and_restores_the_model(case: Case) ->
     model, plan, statistics = case
     before = [block.module for block in adapters.ffns(model)]
     steps: list[tuple[int, int]] = []
-    variants = {"cmoe": plan, **baselines.controls(plan, statistics, model)}
+    variants: dict[str, Any] = {"cmoe": plan}
+    for name in baselines.STANDARD:
+        seeds = (0, 1, 2) if name in baselines.SEEDED else (0,)
+        variants[name] = [baselines.CONTROLS[name](plan, statistics, model, seed) for seed in seeds]
     result = evaluate.evaluate(
         model,
         variants,
@@ -100,7 +103,7 @@ def test_the_model_is_restored_after_an_interruption(case: Case) -> None:
     before = [block.module for block in adapters.ffns(model)]
 
     def interrupted() -> None:
-        with evaluate.swapped(model, plan):
+        with scoring.swapped(model, plan):
             assert len(modeling.sparse_ffns(model)) == 2
             raise KeyboardInterrupt
 

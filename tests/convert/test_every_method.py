@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from moedge.convert import adapters, calibration, modeling
+from moedge.convert import adapters, calibration, methods, modeling
 from moedge.convert.methods import METHODS
 from moedge.convert.plan import MoEPlan
 
@@ -44,7 +44,7 @@ def make(name: str, model: Any, windows: np.ndarray) -> MoEPlan:
         data = calibration.collect(
             model, windows, k_a=params.get("k_a", 6), profile=params.get("profile", "raw"), gate=gate
         )
-    return method.function(data, model, **params, source_sha256="ab", provenance={"text": "ids"})
+    return methods.convert(name, data, model, **params, source_sha256="ab", provenance={"text": "ids"})
 
 
 @pytest.mark.parametrize("name", NAMES)

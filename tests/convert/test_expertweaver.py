@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from moedge import MoEdgeError
-from moedge.convert import adapters, calibration, modeling, partition
+from moedge.convert import adapters, calibration, methods, modeling, partition
 from moedge.convert.calibration import GateSampling, LayerStatistics
 from moedge.convert.methods import METHODS, expertweaver
 from moedge.convert.methods.expertweaver import ExpertWeaverParams
@@ -42,7 +42,7 @@ def statistics(tiny_llama: Callable[..., Any], token_windows: np.ndarray) -> lis
 
 @pytest.fixture(scope="module")
 def plan(tiny_llama: Callable[..., Any], statistics: list[LayerStatistics]) -> MoEPlan:
-    return expertweaver.plan(statistics, tiny_llama(layers=3), **SETTINGS)
+    return methods.convert("expertweaver", statistics, tiny_llama(layers=3), **SETTINGS)
 
 
 # --- gate profiles --------------------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ def test_a_layer_configuration_at_its_bounds_is_said_aloud(
     tau: float, at: int, tiny_llama: Callable[..., Any], statistics: list[LayerStatistics]
 ) -> None:
     with pytest.warns(UserWarning, match=r"every layer hits a bound .*N_se=11.*N_se=3.*tau_percentile"):
-        plan = expertweaver.plan(statistics, tiny_llama(layers=3), experts=16, k=12, tau=tau)
+        plan = methods.convert("expertweaver", statistics, tiny_llama(layers=3), experts=16, k=12, tau=tau)
     assert plan.provenance["expertweaver"]["n_se"] == [at] * 3
     assert plan.provenance["expertweaver"]["r_l"] == [float(tau == 0)] * 3
     assert "every layer hits a bound" in plan.provenance["expertweaver"]["warning"]
@@ -143,7 +143,7 @@ def test_layers_differ_in_what_they_share_and_run_the_same_width(
 ) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        expertweaver.plan(statistics, tiny_llama(layers=3), **SETTINGS)  # no warning where layers differ
+        methods.convert("expertweaver", statistics, tiny_llama(layers=3), **SETTINGS)  # no warning where layers differ
     note = plan.provenance["expertweaver"]
     variations = [expertweaver.variation(s.gate_profile.astype(float), None, 1e-6) for s in statistics]
     assert note["tau"] == pytest.approx(np.median(np.concatenate(variations)))
@@ -236,14 +236,14 @@ def test_one_seed_gives_one_plan(
 ) -> None:
     model = tiny_llama(layers=3)
     again = calibration.collect(model, token_windows, k_a=6, gate=GateSampling(sample=12))
-    assert expertweaver.plan(again, model, **SETTINGS).sha256 == plan.sha256
-    other = expertweaver.plan(statistics, model, **SETTINGS, seed=1)
+    assert methods.convert("expertweaver", again, model, **SETTINGS).sha256 == plan.sha256
+    other = methods.convert("expertweaver", statistics, model, **SETTINGS, seed=1)
     assert [len(layer.shared) for layer in other.layers] == [len(layer.shared) for layer in plan.layers]
     assert other.sha256 != plan.sha256
 
 
 def test_clip_to_k_makes_a_layer_static(tiny_llama: Callable[..., Any], statistics: list[LayerStatistics]) -> None:
-    plan = expertweaver.plan(statistics, tiny_llama(layers=3), **{**SETTINGS, "k": STATIC_K}, clip="k")
+    plan = methods.convert("expertweaver", statistics, tiny_llama(layers=3), **{**SETTINGS, "k": STATIC_K}, clip="k")
     plan.validate()
     for layer, n_se in zip(plan.layers, plan.provenance["expertweaver"]["n_se"], strict=True):
         assert (layer.num_experts == 0) == (n_se == STATIC_K)
@@ -262,8 +262,8 @@ def test_uneven_widths_lose_no_neuron(tiny_llama: Callable[..., Any], token_wind
     model = tiny_llama(width=67)
     facts = calibration.collect(model, token_windows, k_a=6, gate=GateSampling(sample=12))
     with pytest.raises(MoEdgeError, match="67 does not divide into 16"):
-        expertweaver.plan(facts, model, **SETTINGS)
-    for layer in expertweaver.plan(facts, model, **SETTINGS, padding="uneven").layers:
+        methods.convert("expertweaver", facts, model, **SETTINGS)
+    for layer in methods.convert("expertweaver", facts, model, **SETTINGS, padding="uneven").layers:
         np.testing.assert_array_equal(np.sort(np.concatenate([layer.shared, *layer.experts])), np.arange(67))
 
 
@@ -272,15 +272,15 @@ def test_what_does_not_fit_is_one_sentence(
 ) -> None:
     model = tiny_llama(layers=3)
     with pytest.raises(MoEdgeError, match="3 layers, the model 2"):
-        expertweaver.plan(statistics, tiny_llama(), **SETTINGS)
+        methods.convert("expertweaver", statistics, tiny_llama(), **SETTINGS)
     with pytest.raises(MoEdgeError, match="no gate profile"):
-        expertweaver.plan(calibration.collect(model, token_windows, k_a=6), model, **SETTINGS)
-    with pytest.raises(MoEdgeError, match=r"signal=abs; the plan needs 64 and signal=signed"):
-        expertweaver.plan(statistics, model, **SETTINGS, signal="signed")
+        methods.convert("expertweaver", calibration.collect(model, token_windows, k_a=6), model, **SETTINGS)
+    with pytest.raises(MoEdgeError, match=r"signal=abs; the plan needs signal=signed"):
+        methods.convert("expertweaver", statistics, model, **SETTINGS, signal="signed")
     with pytest.raises(MoEdgeError, match="tasks names 3 samples, the statistics have 16"):
-        expertweaver.plan(statistics, model, **SETTINGS, tasks=(0, 1, 2))
+        methods.convert("expertweaver", statistics, model, **SETTINGS, tasks=(0, 1, 2))
     with pytest.raises(MoEdgeError, match="2 samples or tasks at least"):
-        expertweaver.plan(statistics, model, **SETTINGS, tasks=(0,) * 16)
+        methods.convert("expertweaver", statistics, model, **SETTINGS, tasks=(0,) * 16)
 
 
 def test_the_registry_makes_it_from_typed_parameters(
@@ -289,7 +289,9 @@ def test_the_registry_makes_it_from_typed_parameters(
     method = METHODS["expertweaver"]
     assert method.needs == ("statistics", "gate_profile")
     params = method.params(**SETTINGS).model_dump()
-    plan = method.function(statistics, tiny_llama(layers=3), **params, source_sha256="ab", provenance={"tokens": 192})
+    plan = methods.convert(
+        "expertweaver", statistics, tiny_llama(layers=3), **params, source_sha256="ab", provenance={"tokens": 192}
+    )
     assert (plan.method, plan.model["sha256"], plan.provenance["tokens"]) == ("expertweaver", "ab", 192)
     assert plan.params == params
     with pytest.raises(ValidationError, match="k: 17 exceeds experts = 16"):
@@ -324,7 +326,7 @@ def test_downcycle_is_a_softmax_gate_over_uniform_layers(
 ) -> None:
     model = tiny_llama(layers=3)
     params = {"experts": 16, "k": 4, "downcycle": True, "rescale": rescale}
-    plan = expertweaver.plan(statistics, model, **params)
+    plan = methods.convert("expertweaver", statistics, model, **params)
     assert {layer.combine for layer in plan.layers} == {rule}
     assert {(len(layer.shared), layer.num_experts, layer.top_k) for layer in plan.layers} == {(8, 14, 2)}
     assert plan.provenance["expertweaver"]["training"] == {"balance": "loss", "balance_weight": 0.01}
@@ -350,7 +352,7 @@ def test_a_downcycled_model_learns_and_its_load_evens_out(
     from moedge.convert.train import training
 
     model = tiny_llama(layers=3)
-    modeling.apply(expertweaver.plan(statistics, model, experts=16, k=4, downcycle=True), model)
+    modeling.apply(methods.convert("expertweaver", statistics, model, experts=16, k=4, downcycle=True), model)
     groups = "router+experts+shared+norms"
     chosen = TrainSettings(
         trainable=groups, tokens=30 * 96, length=48, batch=2, lr=3e-3, router_lr=3e-3, eval_every=10, balance="loss",

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from moedge import MoEdgeError
 from moedge.configs.recipe import recipe_from
-from moedge.convert import adapters, calibration, hierarchical, modeling, moe_adapters, streaming
-from moedge.convert.methods import cmoe, cmoe_hierarchical
+from moedge.convert import adapters, calibration, hierarchical, methods, modeling, moe_adapters, streaming
+from moedge.convert.methods import cmoe_hierarchical
 from moedge.convert.ops import activate
 from moedge.convert.plan import LayerPlan, MoEPlan
 from moedge.runtime.cli import app
@@ -59,14 +59,14 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def converted(model: Any, **more: Any) -> MoEPlan:
-    plan = cmoe_hierarchical.plan(CALIBRATION, model, **{**SMALL, **more})
+    plan = methods.convert("cmoe-hierarchical", CALIBRATION, model, **{**SMALL, **more})
     modeling.apply(plan, model)
     return plan
 
 
 def busy(model: Any) -> int:
     """A min_tokens that keeps some experts of every layer dense, and splits others."""
-    plan = cmoe_hierarchical.plan(CALIBRATION, model, **SMALL)
+    plan = methods.convert("cmoe-hierarchical", CALIBRATION, model, **SMALL)
     counts = [layer.report["tokens"] for layer in plan.layers if layer.children]
     threshold = max(min(tokens) for tokens in counts) + 1
     assert all(max(tokens) >= threshold for tokens in counts)
@@ -95,7 +95,7 @@ def test_forward_is_the_documented_formula(family: str, tiny_moe: Callable[..., 
     """Token by token and expert by expert, from the parent's own weights."""
     model = tiny_moe(family, layers=1, **({"mlp_only_layers": []} if family == "qwen3_moe" else {}))
     (block,) = moe_adapters.blocks(model)
-    plan = cmoe_hierarchical.plan(CALIBRATION, model, **{**SMALL, "min_tokens": busy(model)})
+    plan = methods.convert("cmoe-hierarchical", CALIBRATION, model, **{**SMALL, "min_tokens": busy(model)})
     children = plan.layers[0].children
     assert children
     x = torch.randn(13, 32, generator=torch.Generator().manual_seed(0))
@@ -127,7 +127,7 @@ def test_each_expert_is_calibrated_on_its_own_tokens_only(tiny_moe: Callable[...
             model(window[None])
     for hook in hooks:
         hook.remove()
-    plan = cmoe_hierarchical.plan(CALIBRATION, model, **SMALL)
+    plan = methods.convert("cmoe-hierarchical", CALIBRATION, model, **SMALL)
     for index, block in enumerate(moe_adapters.blocks(model)):
         x = torch.cat(seen[index::3])
         chosen, _ = block.route(x)
@@ -171,7 +171,7 @@ def test_a_saved_model_loads_with_equal_logits(
 
 
 def test_the_plan_is_deterministic_and_nests(tiny_moe: Callable[..., Any], tmp_path: Path) -> None:
-    plans = [cmoe_hierarchical.plan(CALIBRATION, tiny_moe("qwen3_moe"), **SMALL) for _ in range(2)]
+    plans = [methods.convert("cmoe-hierarchical", CALIBRATION, tiny_moe("qwen3_moe"), **SMALL) for _ in range(2)]
     assert plans[0].sha256 == plans[1].sha256
     plans[0].save(tmp_path)
     loaded = MoEPlan.load(tmp_path)
@@ -209,25 +209,27 @@ def test_memory_is_one_layer_at_a_time(tiny_moe: Callable[..., Any], monkeypatch
 
     monkeypatch.setattr(streaming._Runner, "run", ran)
     monkeypatch.setattr(cmoe_hierarchical, "_layer", planned)
-    cmoe_hierarchical.plan(CALIBRATION, tiny_moe("olmoe"), **SMALL)
+    methods.convert("cmoe-hierarchical", CALIBRATION, tiny_moe("olmoe"), **SMALL)
     assert events == [(what, index) for index in range(3) for what in ("run", "plan")]
 
 
 def test_wrong_models_and_texts_are_refused(tiny_moe: Callable[..., Any], tiny_llama: Callable[..., Any]) -> None:
     with pytest.raises(MoEdgeError, match=r"'llama'.*has no experts.*--method cmoe for"):
-        cmoe_hierarchical.plan(CALIBRATION, tiny_llama(), **SMALL)
+        methods.convert("cmoe-hierarchical", CALIBRATION, tiny_llama(), **SMALL)
     model = tiny_moe("mixtral")
     with pytest.raises(MoEdgeError, match="No expert sees min_tokens=9999"):
-        cmoe_hierarchical.plan(CALIBRATION, model, **{**SMALL, "min_tokens": 9999})
+        methods.convert("cmoe-hierarchical", CALIBRATION, model, **{**SMALL, "min_tokens": 9999})
     with pytest.raises(MoEdgeError, match="does not divide into 7"):
-        cmoe_hierarchical.plan(CALIBRATION, model, **{**SMALL, "experts": 7})
+        methods.convert("cmoe-hierarchical", CALIBRATION, model, **{**SMALL, "experts": 7})
     with pytest.raises(MoEdgeError, match=r"Mixture-of-Experts already .mixtral.*cmoe-hierarchical"):
         adapters.ffns(model)
     dense = tiny_llama()
-    plan = cmoe.plan(calibration.collect(dense, CALIBRATION, k_a=6), dense, shared=2, active=3, experts=8, k_a=6)
+    plan = methods.convert(
+        "cmoe", calibration.collect(dense, CALIBRATION, k_a=6), dense, shared=2, active=3, experts=8, k_a=6
+    )
     with pytest.raises(MoEdgeError, match="the model has mixtral"):
         modeling.apply(plan, model)
-    plan = cmoe_hierarchical.plan(CALIBRATION, model, **SMALL)
+    plan = methods.convert("cmoe-hierarchical", CALIBRATION, model, **SMALL)
     children = plan.layers[0].children
     assert children
     children[1] = replace(children[1], top_k=2)

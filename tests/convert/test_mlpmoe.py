@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from moedge import MoEdgeError
-from moedge.convert import adapters, modeling, zeros
+from moedge.convert import adapters, methods, modeling, zeros
 from moedge.convert.methods import METHODS, mlpmoe
 from moedge.convert.methods.mlpmoe import MLPMoEParams
 from moedge.convert.plan import LayerPlan, MoEPlan
@@ -32,7 +32,7 @@ def test_nothing_faded_and_every_branch_kept_is_the_dense_model(
 ) -> None:
     model = tiny_llama(width=width)
     dense = logits(model)
-    plan = mlpmoe.plan(None, model, branches=8, p_max=0, keep=8, order=order)
+    plan = methods.convert("mlpmoe", None, model, branches=8, p_max=0, keep=8, order=order)
     assert plan.provenance["mlpmoe"]["saved_share"] == 0
     assert torch.equal(logits(modeling.apply(plan, model)), dense)  # the same neurons in the same order
 
@@ -55,7 +55,7 @@ def test_schedule_rises_from_zero_to_p_max(fade: str, branches: int) -> None:
 def test_kept_shares_equal_the_schedule_and_weak_neurons_go_first(fade: str, tiny_llama: Callable[..., Any]) -> None:
     model = tiny_llama(width=80)
     settings = MLPMoEParams(structure="neurons", order="branches", branches=5, fade=fade, p_max=0.5)
-    plan = mlpmoe.plan(None, model, **settings.model_dump())
+    plan = methods.convert("mlpmoe", None, model, **settings.model_dump())
     shares = mlpmoe.schedule(settings)
     for layer, block in zip(plan.layers, adapters.ffns(model), strict=True):
         score = mlpmoe.scores(block)
@@ -83,7 +83,7 @@ def test_score_is_the_product_of_norms(tiny_llama: Callable[..., Any]) -> None:
 def test_order_by_neurons_drops_the_weakest_of_all(tiny_llama: Callable[..., Any]) -> None:
     model = tiny_llama(layers=1)
     score = mlpmoe.scores(adapters.ffns(model)[0])
-    (layer,) = mlpmoe.plan(None, model, branches=4, p_max=0, keep=3, order="neurons").layers
+    (layer,) = methods.convert("mlpmoe", None, model, branches=4, p_max=0, keep=3, order="neurons").layers
     np.testing.assert_array_equal(layer.shared, np.sort(np.argsort(-score)[:48]))
 
 
@@ -96,7 +96,9 @@ def test_sqrt_compensation_keeps_the_variance(rule: str, variance: float, tiny_l
     """
     model = tiny_llama(layers=1, width=4096)
     block = adapters.ffns(model)[0]
-    (layer,) = mlpmoe.plan(None, model, branches=8, p_max=0, keep=4, order="none", compensation=rule).layers
+    (layer,) = methods.convert(
+        "mlpmoe", None, model, branches=8, p_max=0, keep=4, order="none", compensation=rule
+    ).layers
     x = torch.randn(2048, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         whole, half = block.module(x), modeling.build_ffn(block, layer)(x)
@@ -108,7 +110,7 @@ def test_sqrt_compensation_keeps_the_variance(rule: str, variance: float, tiny_l
 def test_what_is_dropped_is_really_saved(tiny_llama: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path) -> None:
     model = tiny_llama(width=320)
     before = sum(p.numel() for block in adapters.ffns(model) for p in block.module.parameters())
-    plan = mlpmoe.plan(None, model, structure="neurons")  # the defaults fade 16 branches linearly to 0.4
+    plan = methods.convert("mlpmoe", None, model, structure="neurons")  # the defaults fade 16 branches linearly to 0.4
     modeling.apply(plan, model)
     after = sum(p.numel() for ffn in modeling.sparse_ffns(model) for p in ffn.parameters())
     saved = plan.provenance["mlpmoe"]
@@ -125,9 +127,9 @@ def test_saved_and_loaded_it_gives_identical_logits(
     tiny_llama: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
     model = tiny_llama()
-    plan = mlpmoe.plan(None, model, branches=8, keep=6)
-    assert plan.sha256 == mlpmoe.plan(None, tiny_llama(), branches=8, keep=6).sha256
-    assert plan.sha256 != mlpmoe.plan(None, tiny_llama(), branches=8, keep=6, compensation="mean").sha256
+    plan = methods.convert("mlpmoe", None, model, branches=8, keep=6)
+    assert plan.sha256 == methods.convert("mlpmoe", None, tiny_llama(), branches=8, keep=6).sha256
+    assert plan.sha256 != methods.convert("mlpmoe", None, tiny_llama(), branches=8, keep=6, compensation="mean").sha256
     modeling.save(modeling.apply(plan, model), plan, tiny_tokenizer, tmp_path / "moe")
     loaded, same, _ = modeling.load(tmp_path / "moe")
     assert torch.equal(logits(loaded), logits(model))
@@ -139,7 +141,7 @@ def test_the_registry_says_that_it_is_a_reconstruction_and_needs_nothing(tiny_ll
     assert method.needs == ()
     assert "reconstruction" in method.source
     params = method.params(branches=4).model_dump()
-    plan = method.function(None, tiny_llama(), **params, source_sha256="ab", provenance={"text": "none"})
+    plan = methods.convert("mlpmoe", None, tiny_llama(), **params, source_sha256="ab", provenance={"text": "none"})
     assert (plan.method, plan.model["sha256"], plan.provenance["text"]) == ("mlpmoe", "ab", "none")
     said = {"reconstruction": mlpmoe.RECONSTRUCTION, "reading": mlpmoe.READINGS["unstructured"]}
     assert plan.params == {**params, **said}
@@ -148,7 +150,7 @@ def test_the_registry_says_that_it_is_a_reconstruction_and_needs_nothing(tiny_ll
     with pytest.raises(ValidationError, match="leaves nothing"):
         method.params(p_max=1, fade="geometric")
     with pytest.raises(MoEdgeError, match="64 neurons; 65 branches are too many"):
-        mlpmoe.plan(None, tiny_llama(), branches=65)
+        methods.convert("mlpmoe", None, tiny_llama(), branches=65)
 
 
 # --- branches that lose weights, not neurons -------------------------------------------------------------------------
@@ -183,7 +185,7 @@ def test_every_branch_loses_its_share_of_each_matrix_smallest_first(
     places = {"branches": lambda mean: np.argsort(-mean), "rising": np.argsort, "none": lambda mean: np.arange(4)}
     dense = [whole(block) for block in adapters.ffns(model)]
     means = [mlpmoe.scores(block).reshape(4, 16).mean(axis=1) for block in adapters.ffns(model)]
-    plan = mlpmoe.plan(None, model, **settings.model_dump())
+    plan = methods.convert("mlpmoe", None, model, **settings.model_dump())
     for before, after, mean, layer in zip(dense, pruned(model, plan), means, plan.layers, strict=True):
         for share, number, row in zip(
             mlpmoe.schedule(settings), places[order](mean), layer.report["branches"], strict=True
@@ -205,7 +207,7 @@ def test_2_4_prunes_the_last_branches_so_that_the_mean_share_is_met(
     model = tiny_llama()
     dense = [whole(block) for block in adapters.ffns(model)]
     means = [mlpmoe.scores(block).reshape(4, 16).mean(axis=1) for block in adapters.ffns(model)]
-    plan = mlpmoe.plan(None, model, structure="2:4", order="branches", branches=4, p_max=p_max)
+    plan = methods.convert("mlpmoe", None, model, structure="2:4", order="branches", branches=4, p_max=p_max)
     assert plan.zero_share == pytest.approx(wanted / 8)
     assert (plan.layers[0].zeros is None) == (wanted == 0)
     for before, after, mean in zip(dense, pruned(model, plan), means, strict=True):
@@ -223,7 +225,7 @@ def test_2_4_prunes_the_last_branches_so_that_the_mean_share_is_met(
 def test_blocks_are_zero_as_a_whole_and_the_weakest_go_first(shape: list[int], tiny_llama: Callable[..., Any]) -> None:
     model = tiny_llama(layers=1)
     (before,) = [whole(block) for block in adapters.ffns(model)]
-    plan = mlpmoe.plan(None, model, structure="block", block=shape, branches=2, order="none", p_max=0.5)
+    plan = methods.convert("mlpmoe", None, model, structure="block", block=shape, branches=2, order="none", p_max=0.5)
     (after,) = pruned(model, plan)
     for name, new in after.items():
         old = before[name]
@@ -244,7 +246,7 @@ def test_equal_magnitudes_never_take_more_than_the_share(tiny_llama: Callable[..
     for weight in adapters.ffns(model)[0].module.parameters():
         weight.data.fill_(0.5)  # a quantised file has few distinct magnitudes
     for structure in ("unstructured", "2:4", "block"):
-        plan = mlpmoe.plan(None, model, structure=structure, block=[1, 4], branches=2, p_max=0.5)
+        plan = methods.convert("mlpmoe", None, model, structure=structure, block=[1, 4], branches=2, p_max=0.5)
         assert plan.zero_share == 0.25
 
 
@@ -254,7 +256,7 @@ def test_zeros_survive_checkpoint_and_half_precision_and_are_reported(
     from moedge.runtime.commands.inspect import describe
 
     model = tiny_llama()
-    plan = mlpmoe.plan(None, model, branches=8)
+    plan = methods.convert("mlpmoe", None, model, branches=8)
     assert plan.differs_from_dense() == "weights are set to zero"
     assert plan.provenance["mlpmoe"]["saved_share"] == 0
     assert plan.layers[0].active_width == 64
@@ -276,7 +278,7 @@ def test_weights_and_branches_can_be_dropped_together(rule: str, tiny_llama: Cal
     model = tiny_llama(layers=1)
     block = adapters.ffns(model)[0]
     before = whole(block)
-    (layer,) = mlpmoe.plan(None, model, branches=8, keep=6, compensation=rule, order="none").layers
+    (layer,) = methods.convert("mlpmoe", None, model, branches=8, keep=6, compensation=rule, order="none").layers
     assert np.array_equal(layer.shared, np.arange(48))
     ffn = modeling.build_ffn(block, layer)
     gain = {"sqrt": (8 / 6) ** 0.5, "mean": 8 / 6, "none": 1.0}[rule]
@@ -288,7 +290,7 @@ def test_weights_and_branches_can_be_dropped_together(rule: str, tiny_llama: Cal
 
 def test_training_that_fills_zeros_again_takes_them_out_of_the_plan(tiny_llama: Callable[..., Any]) -> None:
     model = tiny_llama()
-    plan = mlpmoe.plan(None, model, branches=8)
+    plan = methods.convert("mlpmoe", None, model, branches=8)
     modeling.apply(plan, model)
     updated = finetune.write_back(model, plan, TrainSettings(trainable="lora", tokens=1), {})
     assert updated.trained_weights
@@ -305,12 +307,12 @@ def test_training_that_fills_zeros_again_takes_them_out_of_the_plan(tiny_llama: 
 )
 def test_what_no_pattern_fits_is_refused(settings: dict[str, Any], said: str, tiny_llama: Callable[..., Any]) -> None:
     with pytest.raises(MoEdgeError, match=said):
-        mlpmoe.plan(None, tiny_llama(), **settings)
+        methods.convert("mlpmoe", None, tiny_llama(), **settings)
 
 
 def test_damaged_zeros_are_refused(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
     model = tiny_llama()
-    plan = mlpmoe.plan(None, model, branches=8)
+    plan = methods.convert("mlpmoe", None, model, branches=8)
     for bits in (plan.layers[0].zeros[:2], plan.layers[0].zeros[:, :-1], plan.layers[0].zeros.astype(np.int32)):
         plan.layers[0].zeros = bits
         with pytest.raises(MoEdgeError, match=r"plan layer 0: zeros are .* not uint8 \[3, 64, 4\]"):

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from moedge.convert import adapters, closed_form, energy, modeling, streaming
-from moedge.convert.methods import moedge, moedge_layer
+from moedge.convert import adapters, closed_form, energy, methods, modeling, streaming
+from moedge.convert.methods import moedge
+from moedge.convert.methods.moedge import layer as moedge_layer
 from moedge.convert.plan import LayerPlan
 from moedge.convert.streaming import LayerTokens
 
@@ -129,7 +130,7 @@ def output(tokens: LayerTokens, layer: LayerPlan) -> torch.Tensor:
 @pytest.mark.parametrize("partition", ["energy", "correlation", "cmoe"])
 def test_all_experts_selected_is_the_dense_ffn(partition: str, tiny_llama: Callable[..., Any]) -> None:
     model = tiny_llama()
-    plan = moedge.plan(WINDOWS, model, **LAYOUT, partition=partition, refit=False)
+    plan = methods.convert("moedge", WINDOWS, model, **LAYOUT, partition=partition, refit=False)
     for block, layer in zip(adapters.ffns(model), plan.layers, strict=True):
         neurons = np.sort(np.concatenate([layer.shared, *layer.experts]))
         np.testing.assert_array_equal(neurons, np.arange(64))

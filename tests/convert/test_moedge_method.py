@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from moedge import MoEdgeError
-from moedge.convert import adapters, closed_form, evaluate, modeling, streaming
+from moedge.convert import adapters, closed_form, methods, modeling, scoring, streaming
 from moedge.convert.methods import METHODS, baselines, moedge
 from moedge.convert.plan import MoEPlan, RouterPlan
 
@@ -28,7 +28,8 @@ def test_plan_is_registered_valid_and_repeats(tiny_llama: Callable[..., Any]) ->
     steps: list[tuple[int, int]] = []
     model = tiny_llama()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    plan = method.function(
+    plan = methods.convert(
+        "moedge",
         WINDOWS,
         model,
         **params,
@@ -41,18 +42,18 @@ def test_plan_is_registered_valid_and_repeats(tiny_llama: Callable[..., Any]) ->
     assert plan.params == params
     assert steps == [(1, 2), (2, 2)]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    again = method.function(WINDOWS, tiny_llama(), **params, source_sha256="ab", provenance={"tokens": 480})
+    again = methods.convert("moedge", WINDOWS, tiny_llama(), **params, source_sha256="ab", provenance={"tokens": 480})
     assert again.sha256 == plan.sha256
-    assert moedge.plan(WINDOWS[::-1].copy(), model, **params).sha256 != plan.sha256
+    assert methods.convert("moedge", WINDOWS[::-1].copy(), model, **params).sha256 != plan.sha256
 
 
 def test_checkpoint_with_every_tensor_reloads_with_identical_logits(
     tiny_llama: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Any
 ) -> None:
     model = tiny_llama()
-    plan = moedge.plan(WINDOWS, model, **LAYOUT)
+    plan = methods.convert("moedge", WINDOWS, model, **LAYOUT)
     ids = torch.from_numpy(WINDOWS[:2])
-    with torch.no_grad(), evaluate.swapped(model, plan):
+    with torch.no_grad(), scoring.swapped(model, plan):
         swapped = model(ids).logits
     modeling.apply(plan, model)
     modeling.save(model, plan, tiny_tokenizer, tmp_path / "out")
@@ -84,28 +85,31 @@ SWITCHES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("switch", SWITCHES, ids=str)
 def test_every_switch_changes_the_plan_and_runs(switch: dict[str, Any], tiny_llama: Callable[..., Any]) -> None:
     model = tiny_llama()
-    plan, other = moedge.plan(WINDOWS, model, **LAYOUT), moedge.plan(WINDOWS, model, **LAYOUT, **switch)
+    plan, other = (
+        methods.convert("moedge", WINDOWS, model, **LAYOUT),
+        methods.convert("moedge", WINDOWS, model, **LAYOUT, **switch),
+    )
     layers = [
         MoEPlan("", {}, {}, [replace(layer, report={}) for layer in p.layers]).sha256 for p in (plan, other)
     ]  # tensors only
     assert layers[0] != layers[1]
-    assert evaluate.perplexity(model, WINDOWS[:2])["ppl"] > 0
-    with evaluate.swapped(model, other):
-        assert np.isfinite(evaluate.perplexity(model, WINDOWS[:2])["ppl"])
+    assert scoring.perplexity(model, WINDOWS[:2])["ppl"] > 0
+    with scoring.swapped(model, other):
+        assert np.isfinite(scoring.perplexity(model, WINDOWS[:2])["ppl"])
 
 
 def test_sequential_layers_see_the_converted_prefix(tiny_llama: Callable[..., Any]) -> None:
     model = tiny_llama()
-    alone, chained = (moedge.plan(WINDOWS, model, **LAYOUT, sequential=value) for value in (False, True))
+    alone, chained = (methods.convert("moedge", WINDOWS, model, **LAYOUT, sequential=value) for value in (False, True))
     assert np.array_equal(alone.layers[0].down, chained.layers[0].down)
     assert not np.array_equal(alone.layers[1].down, chained.layers[1].down)
 
 
 def test_each_layer_keeps_the_layout_that_misses_least(tiny_llama: Callable[..., Any]) -> None:
     model = tiny_llama()
-    plan = moedge.plan(WINDOWS, model, **LAYOUT, layouts=["S4E16", "S0E8"], sequential=False)
+    plan = methods.convert("moedge", WINDOWS, model, **LAYOUT, layouts=["S4E16", "S0E8"], sequential=False)
     alone = [
-        moedge.plan(WINDOWS, model, shared=shared, active=active, experts=experts, sequential=False)
+        methods.convert("moedge", WINDOWS, model, shared=shared, active=active, experts=experts, sequential=False)
         for shared, active, experts in ((2, 3, 8), (4, 6, 16), (0, 5, 8))
     ]
     for index, layer in enumerate(plan.layers):
@@ -125,7 +129,7 @@ def test_a_layout_without_routed_experts_is_not_tried() -> None:
 
 def test_a_measured_budget_keeps_the_mean_width(tiny_llama: Callable[..., Any]) -> None:
     model = tiny_llama()
-    plan = moedge.plan(WINDOWS, model, **LAYOUT, budget="measured")
+    plan = methods.convert("moedge", WINDOWS, model, **LAYOUT, budget="measured")
     assert sum(layer.active_width for layer in plan.layers) == 2 * 40
     assert {layer.num_experts for layer in plan.layers} == {6}
 
@@ -133,8 +137,8 @@ def test_a_measured_budget_keeps_the_mean_width(tiny_llama: Callable[..., Any]) 
 def test_indivisible_width(tiny_llama: Callable[..., Any]) -> None:
     model = tiny_llama(width=66)
     with pytest.raises(MoEdgeError, match="66 does not divide into 8"):
-        moedge.plan(WINDOWS, model, **LAYOUT)
-    layer = moedge.plan(WINDOWS, model, **LAYOUT, padding="uneven").layers[0]
+        methods.convert("moedge", WINDOWS, model, **LAYOUT)
+    layer = methods.convert("moedge", WINDOWS, model, **LAYOUT, padding="uneven").layers[0]
     np.testing.assert_array_equal(np.sort(np.concatenate([layer.shared, *layer.experts])), np.arange(66))
 
 
@@ -159,7 +163,7 @@ def test_flap_refit_without_help_is_flap(tiny_llama: Callable[..., Any], make_pl
 
     plan = make_plan(model)[0]
     flap = baselines.flap(plan, calibration.collect(model, WINDOWS, k_a=6), model)
-    same = baselines.flap_refit(plan, WINDOWS, model, refit=False, token_weight="none", sequential=False)
+    same = methods.convert("flap", WINDOWS, model, keep=5 / 8)
     for a, b in zip(flap.layers, same.layers, strict=True):
         np.testing.assert_array_equal(a.shared, b.shared)
         np.testing.assert_allclose(a.output_bias, b.output_bias, rtol=1e-4, atol=1e-5)
@@ -171,14 +175,14 @@ def test_flap_refit_fits_better_at_equal_width_and_repeats(
 ) -> None:
     model = tiny_llama(layers=1)
     plan = make_plan(model)[0]
-    without = baselines.flap_refit(plan, WINDOWS, model, refit=False)
-    control = baselines.flap_refit(plan, WINDOWS, model)
+    helped: dict[str, Any] = {"keep": 5 / 8, "token_weight": "residual", "sequential": True}
+    without = methods.convert("flap", WINDOWS, model, **helped)
+    control = methods.convert("flap", WINDOWS, model, **helped, refit=True)
     control.validate()
-    assert control.method == "FLAP-MLP + refit"
     assert [layer.active_width for layer in control.layers] == [layer.active_width for layer in plan.layers]
     tokens = next(iter(streaming.walk(model, WINDOWS)))
     assert closed_form.relative_error(tokens, control.layers[0]) < closed_form.relative_error(tokens, without.layers[0])
-    assert control.sha256 == baselines.flap_refit(plan, WINDOWS, model).sha256
+    assert control.sha256 == methods.convert("flap", WINDOWS, model, **helped, refit=True).sha256
 
 
 def test_linear_router_without_bias_is_as_before(tiny_llama: Callable[..., Any], make_plan: Callable[..., Any]) -> None:

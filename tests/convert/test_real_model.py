@@ -7,8 +7,8 @@ import json
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from moedge.convert import calibration, evaluate, sources
-from moedge.convert.methods import baselines, cmoe
+from moedge.convert import calibration, evaluate, methods, sources
+from moedge.convert.methods import baselines
 
 pytestmark = [pytest.mark.slow, pytest.mark.network]
 
@@ -19,10 +19,10 @@ def test_smollm2_orders_the_controls_and_reports_a_losing_router() -> None:
     kept, held = calibration.split(calibration.read_text("asset:wiki"))
     calibration_ids = calibration.windows(tokenizer, kept, 2048, 4, bos=False, name="calibration")
     statistics = calibration.collect(model, calibration_ids, k_a=10)
-    plan = cmoe.plan(statistics, model, shared=6, active=6, experts=16)
+    plan = methods.convert("cmoe", statistics, model, shared=6, active=6, experts=16)
     windows = calibration.windows(tokenizer, held, 512, 4, bos=True, name="evaluation")
     names = (*baselines.STANDARD, "LLaMA-MoE random", "neuron top-k")
-    controls = baselines.controls(plan, statistics, model, seeds=(0,), names=names)
+    controls = {name: baselines.CONTROLS[name](plan, statistics, model, 0) for name in names}
     result = evaluate.evaluate(model, {"cmoe": plan, **controls}, {"wiki": windows}, {})
     ppl = {row["label"]: row["ppl"]["wiki"] for row in result["rows"]}
     # docs/assets.md: about 23 over the whole held-out text; 2,044 tokens of it vary by a few points.

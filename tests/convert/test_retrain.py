@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from moedge import MoEdgeError
-from moedge.convert import domains, modeling
+from moedge.convert import domains, methods, modeling
 from moedge.convert.domains import DomainText
-from moedge.convert.methods import dive, mlpmoe
 from moedge.convert.train import retrain
 from moedge.convert.train.retrain import RetrainSettings
 
@@ -39,7 +38,7 @@ def converted(tiny_llama: Callable[..., Any], windows: np.ndarray) -> Callable[.
         texts = {name: DomainText(part, part) for name, part in zip("ab", np.split(windows, 2), strict=True)}
         options = {"domains": dict.fromkeys(texts, "x"), "experts": 2, "router": "random", **settings}
         model = tiny_llama()
-        return modeling.apply(dive.plan(texts, model, **options), model)
+        return modeling.apply(methods.convert("dive", texts, model, **options), model)
 
     return make
 
@@ -148,7 +147,7 @@ def test_an_interrupted_run_ends_like_one_that_was_not(converted: Any, windows: 
 
 def test_a_model_without_routers_is_refused(tiny_llama: Callable[..., Any], windows: np.ndarray) -> None:
     model = tiny_llama()
-    modeling.apply(mlpmoe.plan(None, model, branches=8), model)
+    modeling.apply(methods.convert("mlpmoe", None, model, branches=8), model)
     with pytest.raises(MoEdgeError, match="a router in every layer"):
         retrain.retrain(model, windows, settings())
 
@@ -163,7 +162,7 @@ def test_smollm2_is_converted_and_retrained_on_four_domains(tmp_path: Path) -> N
     specs = {"encyclopedia": "asset:wiki", "code": "asset:code", "fiction": "asset:fiction", "law": "asset:law"}
     entries = [{"name": name, "spec": spec, "every": 10} for name, spec in specs.items()]
     texts, _ = domains.read(tokenizer, entries, length=256, samples=5, score_samples=2, bos=False, seed=42)
-    plan = dive.plan(texts, model, domains=specs, experts=2)
+    plan = methods.convert("dive", texts, model, domains=specs, experts=2)
     affinity = plan.provenance["affinity"]
     assert sorted(name for group in affinity["groups"] for name in group) == sorted(specs)
     # A model pruned for code is the best of the four on code by far: the matrix shows domains at all.

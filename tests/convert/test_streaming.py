@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moedge import MoEdgeError
-from moedge.convert import adapters, evaluate, modeling, streaming
+from moedge.convert import adapters, modeling, scoring, streaming
 from moedge.convert.streaming import LayerTokens
 
 
@@ -83,7 +83,7 @@ def test_replacement_changes_the_following_layers_only(
 ) -> None:
     model = tiny_llama(layers=3)
     plan, _ = make_plan(model)
-    with evaluate.swapped(model, plan):
+    with scoring.swapped(model, plan):
         inputs, _ = hooked(model, token_windows)
     before = [block.module for block in adapters.ffns(model)]
     for tokens, x in zip(streaming.walk(model, token_windows), inputs, strict=True):

@@ -14,8 +14,7 @@ import pytest
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any, tiny_tokenizer: Any) -> dict[str, Path]:
     """A dense tiny Llama and its CMoE conversion (2 shared, 3 of 6 routed), saved."""
-    from moedge.convert import calibration, modeling
-    from moedge.convert.methods import cmoe
+    from moedge.convert import calibration, methods, modeling
 
     root = tmp_path_factory.mktemp("checkpoints")
     model = tiny_llama()
@@ -23,7 +22,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any, tiny_
     tiny_tokenizer.save_pretrained(root / "dense")
     tokens = np.random.default_rng(0).integers(0, 256, (4, 64))
     statistics = calibration.collect(model, tokens, k_a=8)
-    plan = cmoe.plan(statistics, model, shared=2, active=3, experts=8, k_a=8)
+    plan = methods.convert("cmoe", statistics, model, shared=2, active=3, experts=8, k_a=8)
     modeling.save(modeling.apply(plan, model), plan, tiny_tokenizer, root / "moe")
     return {"dense": root / "dense", "moe": root / "moe"}
 

@@ -24,9 +24,9 @@ from moedge.export.bundle import open_bundle
 from moedge.export.device import archive as device_archive
 from moedge.export.graph import emulation
 from moedge.runtime.commands import device_report
-from moedge.runtime.commands.verify import _device
 from moedge.runtime.device import moedge_compare
 from moedge.runtime.parity import metrics as reduction
+from moedge.runtime.parity.given import answers_of_device
 from moedge.runtime.parity.recorded import Recorded
 
 STAND_IN = '''
@@ -219,7 +219,7 @@ def test_verify_tells_of_bfloat16_when_float16_overflows(unpacked, in_bfloat16, 
 
 def at_the_desk(reference: Path, answers: Path) -> dict[str, bool]:
     """Parts of the verdict of ``moedge verify`` over what a device recorded."""
-    result = _device(reference, answers, "float32", {"threads": 1}, lambda *_: None)
+    result = answers_of_device(reference, answers, "float32", {"threads": 1}, lambda *_: None)
     (entry,) = result["parity"]
     assert entry["replay"]["router"]["decisions"] == 2 * sum(entry["tokens"][phase] for phase in ("prefill", "decode"))
     return entry["verdict"]["parts"]

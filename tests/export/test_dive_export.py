@@ -4,9 +4,8 @@ import numpy as np
 import onnx
 import pytest
 
-from moedge.convert import modeling
+from moedge.convert import methods, modeling
 from moedge.convert.domains import DomainText
-from moedge.convert.methods import dive
 from moedge.export.bundle import open_bundle
 from moedge.export.pipeline import export
 from moedge.runtime.engines.ort import OrtEngine
@@ -25,7 +24,7 @@ def made(request, tmp_path_factory, tiny_llama, tiny_tokenizer):
     texts = {name: DomainText(*generator.integers(low, low + 60, (2, 4, 24))) for low, name in enumerate("wxyz")}
     model = tiny_llama()
     names = dict.fromkeys(texts, "none")
-    plan = dive.plan(texts, model, domains=names, experts=3, active=request.param)
+    plan = methods.convert("dive", texts, model, domains=names, experts=3, active=request.param)
     for layer in plan.layers:  # large, so that an export without them would show
         layer.expert_bias = layer.expert_bias * 10
     modeling.save(modeling.apply(plan, model), plan, tiny_tokenizer, root / "moe")

@@ -67,12 +67,13 @@ def test_eight_bits_are_refused(inputs):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any, tiny_tokenizer: Any) -> dict[str, Path]:
-    from moedge.convert import calibration, modeling
-    from moedge.convert.methods import cmoe
+    from moedge.convert import calibration, methods, modeling
 
     root = tmp_path_factory.mktemp("gptq")
     model = tiny_llama(hidden=64, width=160, layers=1)
-    plan = cmoe.plan(calibration.collect(model, WINDOWS, k_a=8), model, shared=3, active=TOP_K, experts=8, k_a=8)
+    plan = methods.convert(
+        "cmoe", calibration.collect(model, WINDOWS, k_a=8), model, shared=3, active=TOP_K, experts=8, k_a=8
+    )
     modeling.save(modeling.apply(plan, model), plan, tiny_tokenizer, root / "moe")
     found = export(root / "moe", root / "bundles", ["ort-cpu-int4"], label="tiny", calibration=WINDOWS)
     return {"checkpoint": root / "moe", **found}

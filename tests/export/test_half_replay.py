@@ -18,10 +18,10 @@ from moedge._files import atomic_dir
 from moedge.configs import tolerances
 from moedge.export import bundle, targets
 from moedge.export.pipeline import export, lower
-from moedge.runtime.commands.verify import _pair
 from moedge.runtime.engines import open_engine
 from moedge.runtime.engines import ort as ort_engine
 from moedge.runtime.engines import ort_session as _session
+from moedge.runtime.parity.given import pair
 from moedge.runtime.parity.suite import Judging
 
 HIDDEN, EXPERTS, TOP_K, LAYERS = 64, 30, 15, 2
@@ -37,8 +37,7 @@ FORMS: dict[str, tuple[str, dict[str, str]]] = {
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any, tiny_tokenizer: Any) -> dict[str, Path]:
     """A converted checkpoint with so many experts that some always nearly tie, and its bundles."""
-    from moedge.convert import calibration, modeling
-    from moedge.convert.methods import cmoe
+    from moedge.convert import calibration, methods, modeling
 
     root = tmp_path_factory.mktemp("half")
     model = tiny_llama(layers=LAYERS, hidden=HIDDEN, width=256)
@@ -46,8 +45,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any, tiny_toke
     for layer in model.model.layers:  # random weights of 0.2 make attention sharper than training does
         layer.self_attn.q_proj.weight.data *= 0.25
     tokens = np.random.default_rng(0).integers(0, 256, (4, 64))
-    plan = cmoe.plan(
-        calibration.collect(model, tokens, k_a=8), model, shared=2, active=TOP_K, experts=EXPERTS + 2, k_a=8
+    plan = methods.convert(
+        "cmoe", calibration.collect(model, tokens, k_a=8), model, shared=2, active=TOP_K, experts=EXPERTS + 2, k_a=8
     )
     generator = np.random.default_rng(2)
     for entry in plan.layers:
@@ -71,7 +70,7 @@ def cuda_graphs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def verified(reference: Path, test: Path) -> dict[str, Any]:
-    result = _pair(reference, test, "random", WINDOWS, 24, "float32", {"threads": 1}, lambda *_: None)
+    result = pair(reference, test, "random", WINDOWS, 24, "float32", {"threads": 1}, lambda *_: None)
     (entry,) = result["parity"]  # no comparison with de-quantised weights
     return entry
 

@@ -20,9 +20,7 @@ from typer.testing import CliRunner
 
 from moedge import MoEdgeError
 from moedge._files import hash_tree
-from moedge.convert import adapters, calibration, modeling
-from moedge.convert.methods import cmoe, expertweaver, mlpmoe
-from moedge.convert.methods import moedge as own
+from moedge.convert import adapters, calibration, methods, modeling
 from moedge.convert.plan import LayerPlan, MoEPlan, RouterPlan
 from moedge.export.stock import check as hf_check
 from moedge.export.stock import glm as hf
@@ -41,7 +39,7 @@ def varying(model: Any) -> MoEPlan:
     """An ExpertWeaver plan whose layers share 7, 10 and 3 of 16 experts, then one without experts."""
     statistics = calibration.collect(model, CALIBRATION, k_a=6, gate=calibration.GateSampling(sample=12))
     plans = [
-        expertweaver.plan(statistics, model, experts=16, k=12, alpha_min=share, alpha_max=share)
+        methods.convert("expertweaver", statistics, model, experts=16, k=12, alpha_min=share, alpha_max=share)
         for share in (7 / 16, 10 / 16, 3 / 16)
     ]
     plan = plans[0]
@@ -128,7 +126,9 @@ def test_router_and_balance_biases_become_corrections(
     tiny_llama: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
     model = tiny_llama()
-    plan = own.plan(CALIBRATION, model, shared=2, active=3, experts=8, compensation="none", refit=False)
+    plan = methods.convert(
+        "moedge", CALIBRATION, model, shared=2, active=3, experts=8, compensation="none", refit=False
+    )
     generator = np.random.default_rng(3)
     for layer in plan.layers:
         assert layer.router is not None
@@ -191,7 +191,7 @@ def test_static_plans_are_narrower_dense_checkpoints(
     for name, parameter in model.named_parameters():
         if name.endswith("o_proj.bias"):
             torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
-    plan = mlpmoe.plan(None, model, structure="neurons", branches=8, p_max=0.5, keep=6)
+    plan = methods.convert("mlpmoe", None, model, structure="neurons", branches=8, p_max=0.5, keep=6)
     want = saved(plan, model, tiny_tokenizer, tmp_path / "moe")
     record = hf.export_hf(tmp_path / "moe", tmp_path / "stock", IDS)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "stock", dtype=torch.float32)
@@ -206,7 +206,7 @@ def test_zeros_of_a_plan_stay_zero_in_the_stock_checkpoint_and_are_counted(
     tiny_llama: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
     model = tiny_llama()
-    plan = mlpmoe.plan(None, model, branches=8)
+    plan = methods.convert("mlpmoe", None, model, branches=8)
     want = saved(plan, model, tiny_tokenizer, tmp_path / "moe")
     record = hf.export_hf(tmp_path / "moe", tmp_path / "stock", IDS)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "stock", dtype=torch.float32)
@@ -252,7 +252,7 @@ def test_what_has_no_stock_form_is_refused_with_the_reason(
     for number, (reason, change) in enumerate(cases.items()):
         model = tiny_model("llama", layers=1)
         statistics = calibration.collect(model, CALIBRATION, k_a=6)
-        plan = cmoe.plan(statistics, model, shared=2, active=3, experts=8, k_a=6)
+        plan = methods.convert("cmoe", statistics, model, shared=2, active=3, experts=8, k_a=6)
         plan = replace(plan, layers=[change(layer) for layer in plan.layers])
         saved(plan, model, tiny_tokenizer, tmp_path / str(number))
         with pytest.raises(MoEdgeError, match=reason):

@@ -12,8 +12,7 @@ import onnxruntime
 import pytest
 
 from moedge import MoEdgeError
-from moedge.convert import modeling
-from moedge.convert.methods import cmoe_hierarchical
+from moedge.convert import methods, modeling
 from moedge.export import targets
 from moedge.export.bundle import open_bundle
 from moedge.export.pipeline import export
@@ -48,10 +47,10 @@ def made(request: Any, tmp_path_factory: Any, tiny_model: Any, tiny_tokenizer: A
     root: Path = tmp_path_factory.mktemp(family)
     model = tiny_model(family, layers=2, width=32, **FAMILIES[family])
     settings = {"shared": 2, "active": 3, "experts": 8, "k_a": 6}
-    plan = cmoe_hierarchical.plan(CALIBRATION, model, **settings, min_tokens=1)
+    plan = methods.convert("cmoe-hierarchical", CALIBRATION, model, **settings, min_tokens=1)
     if family != "mixtral":
         fewest = max(min(layer.report["tokens"]) for layer in plan.layers) + 1
-        plan = cmoe_hierarchical.plan(CALIBRATION, model, **settings, min_tokens=fewest)
+        plan = methods.convert("cmoe-hierarchical", CALIBRATION, model, **settings, min_tokens=fewest)
         assert all(0 < len(layer.report["dense_experts"]) < 6 for layer in plan.layers)
     modeling.save(modeling.apply(plan, model), plan, tiny_tokenizer, root / "moe")
     export(root / "moe", root / "bundles", ["portable", "ort-cpu"], label=family)
@@ -123,7 +122,7 @@ def test_what_a_hierarchical_model_cannot_do_is_said(made: Path, tmp_path: Path)
 
 def test_layers_that_keep_their_experts_are_refused(tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any) -> None:
     model = tiny_model("olmoe", layers=2, width=32, **FAMILIES["olmoe"])
-    plan = cmoe_hierarchical.plan(CALIBRATION, model, shared=2, active=3, experts=8, k_a=6, min_tokens=1)
+    plan = methods.convert("cmoe-hierarchical", CALIBRATION, model, shared=2, active=3, experts=8, k_a=6, min_tokens=1)
     children = plan.layers[1].children
     assert children
     whole = np.arange(32, dtype=np.int32)

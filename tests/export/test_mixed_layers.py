@@ -9,8 +9,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from moedge.convert import calibration, modeling
-from moedge.convert.methods import expertweaver, mlpmoe
+from moedge.convert import calibration, methods, modeling
 from moedge.convert.plan import LayerPlan
 from moedge.export.bundle import open_bundle
 from moedge.export.pipeline import export
@@ -34,7 +33,7 @@ def mixed(tmp_path_factory, tiny_llama, tiny_tokenizer):
     model = tiny_llama(layers=3)
     tokens = np.random.default_rng(0).integers(0, 256, (4, 48))
     statistics = calibration.collect(model, tokens, k_a=6, gate=calibration.GateSampling(sample=12))
-    plan = expertweaver.plan(statistics, model, experts=16, k=12, tau_percentile=50)
+    plan = methods.convert("expertweaver", statistics, model, experts=16, k=12, tau_percentile=50)
     plan.layers[0] = LayerPlan(np.arange(0, 64, 2, dtype=np.int32), [], 0)
     last = plan.layers[2]
     plan.layers[2] = replace(last, shared=last.shared[:0])
@@ -101,7 +100,7 @@ def test_the_reference_chain_computes_it_too(mixed):
 
 def test_a_model_without_any_expert_is_exported_as_a_narrower_one(tmp_path, tiny_llama, tiny_tokenizer):
     model, dense = tiny_llama(layers=1), tiny_llama(layers=1)
-    plan = mlpmoe.plan(None, model, structure="neurons", branches=8, p_max=0.5, keep=6)
+    plan = methods.convert("mlpmoe", None, model, structure="neurons", branches=8, p_max=0.5, keep=6)
     modeling.save(modeling.apply(plan, model), plan, tiny_tokenizer, tmp_path / "moe")
     bundles = export(tmp_path / "moe", tmp_path / "bundles", ["portable", "ort-cpu"], label="static")
     want = TorchEngine(tmp_path / "moe").prefill(IDS).logits

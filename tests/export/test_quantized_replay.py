@@ -13,8 +13,9 @@ from onnx import numpy_helper
 from moedge import MoEdgeError
 from moedge.export import bundle
 from moedge.export.pipeline import export
-from moedge.runtime.commands.verify import _pair, explained
+from moedge.runtime.commands.verify import explained
 from moedge.runtime.engines import FORCED, forcing, open_engine
+from moedge.runtime.parity.given import pair
 
 HIDDEN, WIDTH, EXPERTS, TOP_K, LAYERS = 64, 256, 6, 2, 2
 WINDOWS = np.random.default_rng(1).integers(0, 256, (3, 64))
@@ -23,8 +24,7 @@ WINDOWS = np.random.default_rng(1).integers(0, 256, (3, 64))
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any, tiny_tokenizer: Any) -> dict[str, Path]:
     """A converted checkpoint and its bundles: CMoE's router, and a selection bias that matters."""
-    from moedge.convert import calibration, modeling
-    from moedge.convert.methods import cmoe
+    from moedge.convert import calibration, methods, modeling
 
     root = tmp_path_factory.mktemp("replay")
     model = tiny_llama(layers=LAYERS, hidden=HIDDEN, width=WIDTH)
@@ -32,7 +32,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any, tiny_toke
     for layer in model.model.layers:  # random weights of 0.2 make attention sharper than training does
         layer.self_attn.q_proj.weight.data *= 0.25
     tokens = np.random.default_rng(0).integers(0, 256, (4, 64))
-    plan = cmoe.plan(calibration.collect(model, tokens, k_a=8), model, shared=2, active=TOP_K, experts=8, k_a=8)
+    plan = methods.convert(
+        "cmoe", calibration.collect(model, tokens, k_a=8), model, shared=2, active=TOP_K, experts=8, k_a=8
+    )
     generator = np.random.default_rng(2)
     for layer in plan.layers:
         layer.selection_bias = generator.normal(0, 0.3, EXPERTS).astype(np.float32)
@@ -43,7 +45,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any, tiny_toke
 
 def verified(reference: Path, test: Path) -> dict[str, dict[str, Any]]:
     """``float32`` (against the reference) and ``kernels`` (against its own de-quantised weights)."""
-    found = _pair(reference, test, "random", WINDOWS, 24, "float32", {"threads": 1}, lambda *_: None)["parity"]
+    found = pair(reference, test, "random", WINDOWS, 24, "float32", {"threads": 1}, lambda *_: None)["parity"]
     return dict(zip(("float32", "kernels"), found, strict=True))
 
 

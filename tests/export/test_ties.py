@@ -21,9 +21,9 @@ from moedge._files import atomic_dir
 from moedge.configs import tolerances
 from moedge.export import bundle
 from moedge.export.pipeline import export, lower
-from moedge.runtime.commands.verify import _pair
 from moedge.runtime.engines import open_engine
 from moedge.runtime.parity import compare as parity
+from moedge.runtime.parity.given import pair
 from moedge.runtime.parity.suite import Judging
 
 LAYERS, HIDDEN, EXPERTS, TOP_K = 3, 128, 6, 3
@@ -316,6 +316,6 @@ def test_random_conversions_pass(
     made = make(tmp_path, tiny_model, convert_tiny, tiny_tokenizer, seed, method)
     windows = np.random.default_rng(seed).integers(0, 256, (4, 128))
     for target in TARGETS:
-        result = _pair(made["checkpoint"], made[target], "random", windows, 64, "float32", {"threads": 1}, lambda *_: 0)
+        result = pair(made["checkpoint"], made[target], "random", windows, 64, "float32", {"threads": 1}, lambda *_: 0)
         (entry,) = result["parity"]
         assert result["outcome"] == "passed", (target, entry["routing"]["flips"], missed(entry))

@@ -26,9 +26,9 @@ from moedge.export.lowering.trt import weights as trt_weights
 from moedge.export.pipeline import export
 from moedge.export.quantize import format as quantize
 from moedge.export.quantize import moments as calibrate
-from moedge.runtime.commands.verify import _pair
 from moedge.runtime.engines import build
 from moedge.runtime.engines.ort import OrtEngine
+from moedge.runtime.parity.given import pair
 
 # Rows of 128 inputs are one block of 128, of 320 (merged down) and 192 (shared) blocks of 64, of 512 (dense) of 128.
 HIDDEN, WIDTH, EXPERTS, TOP_K = 128, 512, 5, 2
@@ -42,8 +42,7 @@ rtx = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any, tiny_tokenizer: Any) -> dict[str, Path]:
     """Bundles of a dense tiny Llama and of its CMoE conversion, ``kind/target``."""
-    from moedge.convert import calibration, modeling
-    from moedge.convert.methods import cmoe
+    from moedge.convert import calibration, methods, modeling
 
     root = tmp_path_factory.mktemp("bundles")
     model = tiny_llama(hidden=HIDDEN, width=WIDTH, layers=1)
@@ -53,7 +52,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any, tiny_toke
     model.save_pretrained(root / "checkpoints" / "dense")
     tiny_tokenizer.save_pretrained(root / "checkpoints" / "dense")
     statistics = calibration.collect(model, WINDOWS, k_a=8)
-    plan = cmoe.plan(statistics, model, shared=3, active=TOP_K, experts=8, k_a=8)
+    plan = methods.convert("cmoe", statistics, model, shared=3, active=TOP_K, experts=8, k_a=8)
     modeling.save(modeling.apply(plan, model), plan, tiny_tokenizer, root / "checkpoints" / "moe")
     made = {}
     for kind in ("dense", "moe"):
@@ -138,7 +137,7 @@ def test_verify_judges_the_graph_and_the_rounding_of_its_weights_apart(bundles, 
     windows = np.random.default_rng(5).integers(0, 256, (2, 48))
     kind = name.split("/")[0]
     quiet: Any = lambda *_: None  # noqa: E731
-    found = _pair(bundles[f"{kind}/portable"], bundles[name], "random", windows, 40, "float32", {"threads": 1}, quiet)
+    found = pair(bundles[f"{kind}/portable"], bundles[name], "random", windows, 40, "float32", {"threads": 1}, quiet)
     against, kernels = found["parity"]
     missed = [check for check in kernels["verdict"]["checks"] if not check["passed"]]
     assert kernels["verdict"]["passed"], missed

@@ -13,8 +13,7 @@ import yaml
 from typer.testing import CliRunner
 
 from moedge.configs.files import packaged
-from moedge.convert import calibration, evaluate, sources
-from moedge.convert.methods import cmoe
+from moedge.convert import calibration, evaluate, methods, sources
 from moedge.runtime.cli import app
 
 STUDY = """
@@ -73,7 +72,7 @@ def test_rows_are_measured_on_one_protocol_and_kept(home: Path) -> None:
     folder = home / "model"
     model, tokenizer = sources.load_model(folder), sources.load_tokenizer(folder)
     statistics = calibration.load(home / "run/calibrate/statistics-10-raw.safetensors")
-    plan = cmoe.plan(statistics, model, shared=3, active=3, experts=8)
+    plan = methods.convert("cmoe", statistics, model, shared=3, active=3, experts=8)
     held = calibration.split(calibration.read_text(str(home / "text.txt")), 4)[1]
     windows = {"text": calibration.windows(tokenizer, held, 64, 2, bos=False, name="check")}
     alone = evaluate.evaluate(model, {"CMoE": plan}, windows, {})["rows"][1]
@@ -112,7 +111,7 @@ def test_every_row_reads_the_statistics_of_its_own_profile(home: Path, tmp_path:
     ):
         statistics = calibration.load(tmp_path / f"run/calibrate/statistics-{marks}.safetensors")
         about = json.loads((tmp_path / "run/calibrate/calibration.json").read_text())
-        plan = cmoe.plan(statistics, model, shared=3, active=3, experts=8, **settings, provenance=about)
+        plan = methods.convert("cmoe", statistics, model, shared=3, active=3, experts=8, **settings, provenance=about)
         assert rows_at[label]["plans"] == [plan.sha256]
     assert rows_at["mask"]["plans"] != rows_at["mask of released"]["plans"]
 

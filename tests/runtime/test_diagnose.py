@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from moedge.convert import calibration, modeling, sources
-from moedge.convert.methods import cmoe
+from moedge.convert import calibration, methods, modeling, sources
 from moedge.runtime.cli import app
 
 
@@ -38,7 +37,8 @@ def home(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Any
     tiny_tokenizer.save_pretrained(home / "dense")
     text = calibration.read_text(str(home / "text.txt"))
     windows = calibration.windows(tiny_tokenizer, text, 64, 4, bos=False, name="calibration")
-    plan = cmoe.plan(
+    plan = methods.convert(
+        "cmoe",
         calibration.collect(model, windows, k_a=6),
         model,
         **{"shared": 2, "active": 3, "experts": 8, "k_a": 6},

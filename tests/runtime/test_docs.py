@@ -19,7 +19,7 @@ ROOT = Path(moedge.__file__).parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "tests" / "README.md", *DOCS]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
-LINE = re.compile(r"^ *(?:- run: )?(?:\.venv/bin/)?moedge +([a-z][a-z-]*)(.*)$", re.MULTILINE)
+LINE = re.compile(r"^ *(?:\$ |- run: )?(?:\.venv/bin/)?moedge +([a-z][a-z-]*)(.*)$", re.MULTILINE)
 FENCE = re.compile(r"^ *```(\w*)[^\n]*\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 OPTIONS = {name: {option for parameter in load(name).params for option in parameter.opts} for name in COMMANDS}
 

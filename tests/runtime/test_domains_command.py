@@ -44,8 +44,8 @@ def test_it_writes_the_affinity_as_json_page_and_picture(home: Path) -> None:
 
 def test_a_bad_setting_is_one_sentence_and_leaves_nothing(home: Path) -> None:
     for setting, said in (
-        ("nothing=1", "nothing: unknown setting; known: domains,"),
-        ("linkage=ward", "linkage: Input should be"),
+        ("nothing=1", "nothing: unknown key; known keys here: domains,"),
+        ("linkage=ward", "linkage: unknown value 'ward'; choose 'average',"),
     ):
         result = command(home, setting)
         assert result.exit_code != 0
@@ -69,14 +69,14 @@ def test_a_checkpoint_is_retrained_on_its_domains(home: Path) -> None:
     assert found["tokens"] == found["settings"]["tokens"] == 256
     assert not list(home.glob(".out.*"))
     # The result is a checkpoint like the one before: it loads, and measures what the run said.
-    from moedge.convert import domains, evaluate, modeling
+    from moedge.convert import domains, modeling, scoring
 
     model, plan, tokenizer = modeling.load(home / "out")
     entries = [{"name": fact["name"], "spec": fact["text"], "every": 10} for fact in plan.provenance["domains"]]
     _, held = domains.training_windows(tokenizer, entries, length=16, count=16, seed=0)
     for name, ids in held.items():
         said = found["perplexity"]["after stage 2, experts"][name]
-        assert evaluate.perplexity(model, ids)["ppl"] == pytest.approx(said, rel=1e-5)
+        assert scoring.perplexity(model, ids)["ppl"] == pytest.approx(said, rel=1e-5)
     again = CliRunner().invoke(app, command)
     assert "already exists" in again.output
 

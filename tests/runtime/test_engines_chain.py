@@ -12,7 +12,7 @@ import pytest
 from moedge import MoEdgeError
 from moedge.configs import tolerances
 from moedge.runtime.engines import Engine, open_engine
-from moedge.runtime.parity.compare import compare, identity
+from moedge.runtime.parity.compare import compare, identity_all
 
 LAYERS, WIDTH, EXPERTS, TOP_K, ALL = 2, 48, 4, 2, 1 << 16
 WINDOWS = np.random.default_rng(0).integers(0, 256, (2, 60))
@@ -57,11 +57,12 @@ def limits(engine: Engine) -> tolerances.Profile:
 def test_with_every_expert_the_model_is_its_dense_parent(name: str, folders: dict[str, Path]) -> None:
     dense = open_engine(folders["dense"], threads=1)
     test = open_engine(folders[name], threads=1, top_k=ALL)
-    result = identity(dense, test, WINDOWS, limit=limits(test).identity_rel_error)
+    limit = limits(test).identity_rel_error
+    result = identity_all(dense, {name: (test, limit)}, WINDOWS)[name]
     assert result["passed"], result["max_rel_error"]
     # The same check must be able to fail: the sparse model is not the dense one.
     sparse = open_engine(folders[name], threads=1)
-    assert not identity(dense, sparse, WINDOWS, limit=limits(test).identity_rel_error)["passed"]
+    assert not identity_all(dense, {name: (sparse, limit)}, WINDOWS)[name]["passed"]
 
 
 @pytest.mark.parametrize("name", ["portable", "ort-cpu"])

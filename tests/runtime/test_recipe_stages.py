@@ -6,13 +6,13 @@ import ast
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 import moedge as package
 from moedge import MoEdgeError
-from moedge.configs.recipe import CONTROLS, EvaluateSection, Recipe, load_recipe, recipe_from
+from moedge.configs.recipe import ControlName, EvaluateSection, Recipe, load_recipe, recipe_from
 from moedge.configs.study import load_study
 from moedge.convert import sources
 from moedge.runtime.run import held_out, run_folder, stages, study
@@ -147,7 +147,7 @@ PACKAGE = Path(package.__file__).parent
 ENGINE_OF_STAGES = {"runtime/__init__.py", "runtime/run/engine.py", "runtime/progress.py"}
 """What runs the stages; a change of it says nothing about what a stage wrote."""
 NOT_RUN = {
-    *("configs/__init__.py", "configs/devices.py", "configs/files.py"),
+    *("configs/__init__.py", "configs/devices.py", "configs/errors.py", "configs/files.py"),
     *("export/device/plugins.py", "runtime/engines/build.py", "runtime/engines/estimate.py"),
 }
 """Behind the engine of TensorRT, which no stage opens, and the device's scripts in ``runtime/device``."""
@@ -214,7 +214,7 @@ def test_a_change_of_any_code_that_a_stage_runs_makes_it_stale(stage: Stage) -> 
 def test_the_recipe_knows_what_the_packages_offer() -> None:
     from moedge.convert.methods import baselines
 
-    assert tuple(baselines.CONTROLS) == CONTROLS
+    assert tuple(baselines.CONTROLS) == get_args(ControlName)
     assert tuple(EvaluateSection().controls) == baselines.STANDARD
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from moedge.convert.methods.baselines.routing import neuron_top_k, oracle, random_partition, random_router
 from moedge.convert.methods.baselines.splits import llamamoe, moefication
-from moedge.convert.methods.baselines.static import flap, flap_refit, static_mask, wanda
+from moedge.convert.methods.baselines.static import flap, static_mask, wanda
 from moedge.convert.plan import MoEPlan
 
 if TYPE_CHECKING:
@@ -66,9 +66,7 @@ __all__ = [
     "ROUTED",
     "SEEDED",
     "STANDARD",
-    "controls",
     "flap",
-    "flap_refit",
     "llamamoe",
     "moefication",
     "neuron_top_k",
@@ -95,18 +93,3 @@ def refusal(name: str, plan: MoEPlan) -> str | None:
 def _runs_everything(plan: MoEPlan) -> bool:
     width = int(plan.model["intermediate_size"])
     return all(layer.children is None and len(layer.shared) == width for layer in plan.layers)
-
-
-def controls(
-    plan: MoEPlan,
-    statistics: Statistics,
-    model: PreTrainedModel,
-    seeds: tuple[int, ...] = (0, 1, 2),
-    names: tuple[str, ...] = STANDARD,
-) -> dict[str, list[MoEPlan]]:
-    """Make the named controls that make sense for a plan: one plan each, or one a seed for those that are seeded."""
-    return {
-        name: [CONTROLS[name](plan, statistics, model, seed) for seed in (seeds if name in SEEDED else (0,))]
-        for name in names
-        if refusal(name, plan) is None
-    }

@@ -17,16 +17,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from moedge._progress import reported
 from moedge.convert import adapters, partition
 from moedge.convert.methods.baselines.routing import control
 from moedge.convert.methods.cmoe import representative_router
+from moedge.convert.methods.layers import Layers
 from moedge.convert.plan import LayerPlan, MoEPlan, RouterPlan
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from moedge.convert.calibration import Progress
+    from moedge._progress import Progress
     from moedge.convert.streaming import LayerTokens
 
 
@@ -85,40 +87,24 @@ class MoEficationParams(_SplitParams):
 
 
 def llamamoe_plan(
-    statistics: None,
-    model: PreTrainedModel,
-    *,
-    source_sha256: str = "",
-    provenance: dict[str, Any] | None = None,
-    progress: Progress | None = None,
-    **settings: Any,
-) -> MoEPlan:
-    """Make a LLaMA-MoE plan; ``settings`` are the fields of :class:`LlamaMoEParams`, ``statistics`` is not read.
+    data: None, model: PreTrainedModel, params: LlamaMoEParams, progress: Progress | None = None
+) -> Layers:
+    """Plan every FFN by LLaMA-MoE; no data is read.
 
     Raises:
         MoEdgeError: a width that the experts do not divide.
     """
-    params = LlamaMoEParams(**settings)
-    layers, blocks = [], adapters.ffns(model)
-    for block in blocks:
+    layers = []
+    for block in reported(adapters.ffns(model), progress):
         widths = partition.group_widths(len(block.gate), 0, params.experts, params.padding)[1]
         layers.append(_llamamoe_layer(block, widths, params))
-        if progress:
-            progress(len(layers), len(blocks))
-    described = adapters.describe(model, source_sha256)
-    return MoEPlan("llamamoe", params.model_dump(mode="json"), described, layers, provenance or {})
+    return Layers(layers)
 
 
 def moefication_plan(
-    token_windows: np.ndarray,
-    model: PreTrainedModel,
-    *,
-    source_sha256: str = "",
-    provenance: dict[str, Any] | None = None,
-    progress: Progress | None = None,
-    **settings: Any,
-) -> MoEPlan:
-    """Make a MoEfication plan; ``settings`` are the fields of :class:`MoEficationParams`.
+    token_windows: np.ndarray, model: PreTrainedModel, params: MoEficationParams, progress: Progress | None = None
+) -> Layers:
+    """Plan every FFN by MoEfication.
 
     Args:
         token_windows: calibration ids, int64 [N, L], N at least 2; the router is chosen on one token in ten.
@@ -128,7 +114,6 @@ def moefication_plan(
     """
     from moedge.convert import streaming
 
-    params = MoEficationParams(**settings)
     layers = []
     for tokens in streaming.walk(model, token_windows, progress=progress):
         widths = partition.group_widths(len(tokens.block.gate), 0, params.experts, params.padding)[1]
@@ -145,8 +130,7 @@ def moefication_plan(
             down = tokens.block.down.double().cpu().numpy()
             compensation = np.stack([down[:, expert] @ mean[expert] for expert in experts]).astype(np.float32)
         layers.append(_layer(experts, params.active, router, compensation=compensation, report=report))
-    described = adapters.describe(model, source_sha256)
-    return MoEPlan("moefication", params.model_dump(mode="json"), described, layers, provenance or {})
+    return Layers(layers)
 
 
 def llamamoe(plan: MoEPlan, model: PreTrainedModel, seed: int, split: Literal["random", "clustering"]) -> MoEPlan:

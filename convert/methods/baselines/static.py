@@ -6,23 +6,24 @@ FFN. D neurons, H hidden, W_down [H, D]; uniform over layers, as "UL" in FLAP.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from moedge import MoEdgeError
+from moedge._progress import reported
 from moedge.convert import adapters, partition
 from moedge.convert.methods.baselines.routing import control
+from moedge.convert.methods.layers import Layers, measured
 from moedge.convert.methods.layout import BudgetParams
 from moedge.convert.plan import LayerPlan, MoEPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from moedge.convert.calibration import LayerStatistics, Profile, Progress
-
-TokenWeight = Literal["none", "residual"]
+    from moedge._progress import Progress
+    from moedge.convert.calibration import LayerStatistics
 
 
 class KeepParams(BaseModel):
@@ -44,101 +45,89 @@ class ATopKParams(KeepParams):
 
 
 class FlapParams(BudgetParams, KeepParams):
-    """Parameters of FLAP on the FFN; the published method ("WIFV", "UL") has the switches off (see
-    :func:`flap_refit`)."""
+    """Parameters of FLAP on the FFN; the published method ("WIFV", "UL") has the switches off."""
 
     refit: bool = False
     """Fit the down projection again by least squares."""
-    token_weight: TokenWeight = "none"
+    token_weight: Literal["none", "residual"] = "none"
     """Weight of a token in every mean: 1 (published), or by what an error does to the residual stream."""
     sequential: bool = False
     """Later layers are measured on what the pruned earlier ones produce."""
 
 
 def atopk_plan(
-    statistics: list[LayerStatistics],
-    model: PreTrainedModel,
-    *,
-    keep: float,
-    k_a: int = 10,
-    profile: Profile = "raw",
-    source_sha256: str = "",
-    provenance: dict[str, Any] | None = None,
-    progress: Progress | None = None,
-) -> MoEPlan:
-    """Keep the share ``keep`` of each FFN that the most tokens mark; a token marks its ``k_a`` largest ``|h|``.
+    statistics: list[LayerStatistics], model: PreTrainedModel, params: ATopKParams, progress: Progress | None = None
+) -> Layers:
+    """Keep the neurons of each FFN that the most tokens mark; a token marks its ``k_a`` largest ``|h|``.
 
     Raises:
         MoEdgeError: statistics of another model, or made with another ``k_a`` or ``profile``.
     """
-    blocks = _blocks(model, statistics)
-    if (statistics[0].k_a, statistics[0].profile) != (k_a, profile):
-        raise MoEdgeError(
-            f"The statistics have k_a={statistics[0].k_a} and profile={statistics[0].profile}; the plan needs "
-            f"k_a={k_a} and profile={profile}. Calibrate again."
-        )
-    layers = [_most_active(facts, partition.kept_width(facts.width, keep)) for facts in statistics]
-    if progress:
-        progress(len(blocks), len(blocks))
-    params = {"keep": keep, "k_a": k_a, "profile": profile}
-    return MoEPlan("atopk", params, adapters.describe(model, source_sha256), layers, provenance or {})
+    pairs = measured(model, statistics)
+    for block, facts in pairs:
+        if (facts.k_a, facts.profile) != (params.k_a, params.profile):
+            raise MoEdgeError(
+                f"Statistics of {block.name} have k_a={facts.k_a} and profile={facts.profile}; the plan needs "
+                f"k_a={params.k_a} and profile={params.profile}. Calibrate again."
+            )
+    return Layers(
+        [_most_active(facts, partition.kept_width(facts.width, params.keep)) for _, facts in reported(pairs, progress)]
+    )
 
 
 def wanda_plan(
-    statistics: list[LayerStatistics],
-    model: PreTrainedModel,
-    *,
-    keep: float,
-    source_sha256: str = "",
-    provenance: dict[str, Any] | None = None,
-    progress: Progress | None = None,
-) -> MoEPlan:
-    """Keep the share ``keep`` of each FFN with the largest structured Wanda score; see :func:`wanda`.
+    statistics: list[LayerStatistics], model: PreTrainedModel, params: KeepParams, progress: Progress | None = None
+) -> Layers:
+    """Keep the neurons of each FFN with the largest structured Wanda score; see :func:`wanda`.
 
     Raises:
         MoEdgeError: statistics of another model.
     """
-    layers = []
-    for block, facts in zip(blocks := _blocks(model, statistics), statistics, strict=True):
-        layers.append(_best(wanda_score(block, facts), partition.kept_width(facts.width, keep)))
-        if progress:
-            progress(len(layers), len(blocks))
-    return MoEPlan("wanda", {"keep": keep}, adapters.describe(model, source_sha256), layers, provenance or {})
+    pairs = reported(measured(model, statistics), progress)
+    return Layers([_best(wanda_score(*pair), partition.kept_width(pair[1].width, params.keep)) for pair in pairs])
 
 
 def flap_plan(
-    token_windows: np.ndarray,
-    model: PreTrainedModel,
-    *,
-    keep: float,
-    refit: bool = False,
-    token_weight: TokenWeight = "none",
-    sequential: bool = False,
-    budget: Literal["uniform", "measured"] = "uniform",
-    budget_tokens: int = 4096,
-    most_skipped: float = 1.5,
-    source_sha256: str = "",
-    provenance: dict[str, Any] | None = None,
-    progress: Progress | None = None,
-) -> MoEPlan:
-    """Keep the share ``keep`` of each FFN by FLAP's score; see :func:`flap` and, for the switches, :func:`flap_refit`.
+    token_windows: np.ndarray, model: PreTrainedModel, params: FlapParams, progress: Progress | None = None
+) -> Layers:
+    """Keep the neurons of each FFN with the largest FLAP score (:func:`flap`), with or without the help of our method.
 
+    That is token weights, sequential conversion, and a refit: the kept neurons' down projections and the bias are
+    fitted to the dense FFN's output by least squares (:func:`moedge.convert.closed_form.refit`).
     With ``budget="measured"`` ``keep`` is the mean share, and layers differ as in our own method
     (:mod:`moedge.convert.budgets`, neuron by neuron).
 
     Args:
         token_windows: calibration ids, int64 [N, L], N at least 2.
     """
-    widths = [partition.kept_width(len(block.gate), keep) for block in adapters.ffns(model)]
-    if budget == "measured":
-        from moedge.convert import budgets
+    from moedge.convert import closed_form, modeling, streaming
+    from moedge.convert.methods.moedge.layer import neuron_energy
 
-        curves = budgets.calibration_curves(model, token_windows, budget_tokens)
-        widths = budgets.spread(curves, 0, [1] * (len(curves[0]) - 1), widths[0], most_skipped)
-    layers = _flap_layers(widths, token_windows, model, refit, token_weight, sequential, progress)
-    params: dict[str, Any] = {"keep": keep, "refit": refit, "token_weight": token_weight, "sequential": sequential}
-    params |= {"budget": budget, "budget_tokens": budget_tokens, "most_skipped": most_skipped}
-    return MoEPlan("flap", params, adapters.describe(model, source_sha256), layers, provenance or {})
+    widths, layers = _flap_widths(token_windows, model, params), []
+    for tokens in streaming.walk(model, token_windows, progress=progress):
+        if params.token_weight == "none":
+            tokens.weight = tokens.weight.new_ones(tokens.count)
+        mean, importance, _ = (value.cpu().numpy() for value in neuron_energy(tokens))
+        down = tokens.block.down.float().cpu().numpy()
+        kept, bias = partition.keep_with_bias(down, mean, importance, widths[tokens.block.index])
+        layer = LayerPlan(kept, [], 0, output_bias=bias)
+        if params.refit:
+            layer = closed_form.refit(tokens, layer)
+        if params.sequential:
+            tokens.replacement = modeling.build_ffn(tokens.block, layer)
+        layers.append(layer)
+    return Layers(layers)
+
+
+def _flap_widths(token_windows: np.ndarray, model: PreTrainedModel, params: FlapParams) -> list[int]:
+    """Return how many neurons each layer keeps."""
+    widths = [partition.kept_width(len(block.gate), params.keep) for block in adapters.ffns(model)]
+    if params.budget == "uniform":
+        return widths
+    from moedge.convert import budgets
+
+    curves = budgets.calibration_curves(model, token_windows, params.budget_tokens)
+    return budgets.spread(curves, 0, [1] * (len(curves[0]) - 1), widths[0], params.most_skipped)
 
 
 def static_mask(plan: MoEPlan, statistics: list[LayerStatistics]) -> MoEPlan:
@@ -177,72 +166,9 @@ def flap(plan: MoEPlan, statistics: list[LayerStatistics], model: PreTrainedMode
     return control(plan, "FLAP-MLP", layers)
 
 
-def flap_refit(
-    plan: MoEPlan,
-    token_windows: np.ndarray,
-    model: PreTrainedModel,
-    *,
-    refit: bool = True,
-    token_weight: TokenWeight = "residual",
-    sequential: bool = True,
-    progress: Progress | None = None,
-) -> MoEPlan:
-    """FLAP on the FFN with the help that our own method gets: token weights, sequential conversion, and a refit.
-
-    Without any of the three it is :func:`flap` on these tokens. The kept neurons' down projections and the bias are
-    fitted to the dense FFN's output by least squares (:func:`moedge.convert.closed_form.refit`).
-
-    Args:
-        plan: gives the active width of each layer.
-        token_windows: calibration ids, int64 [N, L].
-    """
-    widths = [round(layer.active_width) for layer in plan.layers]
-    layers = _flap_layers(widths, token_windows, model, refit, token_weight, sequential, progress)
-    settings = {"refit": refit, "token_weight": token_weight, "sequential": sequential}
-    return control(plan, "FLAP-MLP + refit" if refit else "FLAP-MLP", layers, **settings)
-
-
-def _flap_layers(
-    widths: list[int],
-    token_windows: np.ndarray,
-    model: PreTrainedModel,
-    refit: bool,
-    token_weight: TokenWeight,
-    sequential: bool,
-    progress: Progress | None,
-) -> list[LayerPlan]:
-    from moedge.convert import closed_form, modeling, streaming
-    from moedge.convert.methods.moedge_layer import neuron_energy
-
-    layers = []
-    for tokens in streaming.walk(model, token_windows, progress=progress):
-        if token_weight == "none":
-            tokens.weight = tokens.weight.new_ones(tokens.count)
-        mean, importance, _ = (value.cpu().numpy() for value in neuron_energy(tokens))
-        down = tokens.block.down.float().cpu().numpy()
-        kept, bias = partition.keep_with_bias(down, mean, importance, widths[tokens.block.index])
-        layer = LayerPlan(kept, [], 0, output_bias=bias)
-        if refit:
-            layer = closed_form.refit(tokens, layer)
-        if sequential:
-            tokens.replacement = modeling.build_ffn(tokens.block, layer)
-        layers.append(layer)
-    return layers
-
-
 def _most_active(facts: LayerStatistics, width: int) -> LayerPlan:
     return LayerPlan(np.sort(partition.by_rate(facts.counts)[:width]).astype(np.int32), [], 0)
 
 
 def _best(score: np.ndarray, width: int) -> LayerPlan:
     return LayerPlan(np.sort(np.argsort(-score, kind="stable")[:width]).astype(np.int32), [], 0)
-
-
-def _blocks(model: PreTrainedModel, statistics: list[LayerStatistics]) -> list[adapters.FFN]:
-    blocks = adapters.ffns(model)
-    if len(blocks) != len(statistics) or len(blocks[0].gate) != statistics[0].width:
-        raise MoEdgeError(
-            f"The statistics are of {len(statistics)} layers of {statistics[0].width} neurons, the model has "
-            f"{len(blocks)} of {len(blocks[0].gate)}; calibrate this model."
-        )
-    return blocks

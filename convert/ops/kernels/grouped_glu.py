@@ -12,15 +12,7 @@ import triton
 import triton.language as tl
 
 from moedge.convert.ops.kernels import grouped
-from moedge.convert.ops.kernels.grouped import (
-    expert_of,
-    gemm_rows,
-    gemm_step,
-    gemv_step,
-    owner_of_row,
-    owner_of_tile,
-    scales_of,
-)
+from moedge.convert.ops.kernels.grouped import gemm_rows, gemm_step, gemv_step, owner_of_row, owner_of_tile
 from moedge.convert.ops.kernels.launch import Launch
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
@@ -39,152 +31,77 @@ def activate(g, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _gemv(
-    rows_ptr, offsets_ptr, gate_ptr, gate_scales_ptr, up_ptr, up_scales_ptr, y_ptr,
+def gemv(
+    rows_ptr, offsets_ptr, gate_ptr, up_ptr, y_ptr,
     HIDDEN: tl.constexpr, WIDTH: tl.constexpr, EXPERTS: tl.constexpr, ACTIVATION: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
+    """Rows [R, H], offsets int32 [E+1], gate and up [E, I, H] -> y [R, I]; one row a program."""
     row = tl.program_id(0)
     expert = owner_of_row(offsets_ptr, row, EXPERTS, BLOCK_E)
     if expert < EXPERTS:
-        gate_ptr = expert_of(gate_ptr, expert, WIDTH, HIDDEN, BITS, GROUP)
-        up_ptr = expert_of(up_ptr, expert, WIDTH, HIDDEN, BITS, GROUP)
-        gate_scales_ptr = scales_of(gate_scales_ptr, expert, WIDTH, HIDDEN, GROUP)
-        up_scales_ptr = scales_of(up_scales_ptr, expert, WIDTH, HIDDEN, GROUP)
+        gate_ptr += expert.to(tl.int64) * (WIDTH * HIDDEN)
+        up_ptr += expert.to(tl.int64) * (WIDTH * HIDDEN)
         rows_ptr += row.to(tl.int64) * HIDDEN
         n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         g = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
         u = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-        stored: tl.constexpr = ((HIDDEN + GROUP - 1) // GROUP) * (GROUP // 2) if BITS == 4 else HIDDEN
-        for start in range(0, stored, BLOCK_K):
-            g = gemv_step(g, rows_ptr, gate_ptr, gate_scales_ptr, n, start, WIDTH, HIDDEN, BITS, GROUP, BLOCK_K)
-            u = gemv_step(u, rows_ptr, up_ptr, up_scales_ptr, n, start, WIDTH, HIDDEN, BITS, GROUP, BLOCK_K)
+        for start in range(0, HIDDEN, BLOCK_K):
+            g = gemv_step(g, rows_ptr, gate_ptr, n, start, WIDTH, HIDDEN, BLOCK_K)
+            u = gemv_step(u, rows_ptr, up_ptr, n, start, WIDTH, HIDDEN, BLOCK_K)
         y = activate(tl.sum(g, 1), ACTIVATION) * tl.sum(u, 1)
         tl.store(y_ptr + row.to(tl.int64) * WIDTH + n, y.to(y_ptr.dtype.element_ty), mask=n < WIDTH)
-
-
-@triton.jit
-def _gemm(
-    rows_ptr, offsets_ptr, gate_ptr, gate_scales_ptr, up_ptr, up_scales_ptr, y_ptr,
-    HIDDEN: tl.constexpr, WIDTH: tl.constexpr, EXPERTS: tl.constexpr, ACTIVATION: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
-    expert, first, end = owner_of_tile(offsets_ptr, tl.program_id(0), EXPERTS, BLOCK_E, BLOCK_M)
-    if expert < EXPERTS:
-        gate_ptr = expert_of(gate_ptr, expert, WIDTH, HIDDEN, BITS, GROUP)
-        up_ptr = expert_of(up_ptr, expert, WIDTH, HIDDEN, BITS, GROUP)
-        gate_scales_ptr = scales_of(gate_scales_ptr, expert, WIDTH, HIDDEN, GROUP)
-        up_scales_ptr = scales_of(up_scales_ptr, expert, WIDTH, HIDDEN, GROUP)
-        row = first + tl.arange(0, BLOCK_M)
-        valid = row < end
-        n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-        g = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        u = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for start in range(0, HIDDEN, BLOCK_K):
-            x = gemm_rows(rows_ptr, row, valid, start, HIDDEN, BITS, BLOCK_K, 0)
-            x_high = x
-            if BITS == 4:
-                x_high = gemm_rows(rows_ptr, row, valid, start, HIDDEN, BITS, BLOCK_K, 1)
-            g = gemm_step(g, x, x_high, gate_ptr, gate_scales_ptr, n, start, WIDTH, HIDDEN, BITS, GROUP, BLOCK_K)
-            u = gemm_step(u, x, x_high, up_ptr, up_scales_ptr, n, start, WIDTH, HIDDEN, BITS, GROUP, BLOCK_K)
-        y = activate(g, ACTIVATION) * u
-        target = y_ptr + row.to(tl.int64)[:, None] * WIDTH + n[None, :]
-        tl.store(target, y.to(y_ptr.dtype.element_ty), mask=valid[:, None] & (n < WIDTH)[None, :])
-
-
-@triton.jit
-def gemv(
-    rows_ptr, offsets_ptr, gate_ptr, up_ptr, y_ptr,
-    HIDDEN: tl.constexpr, WIDTH: tl.constexpr, EXPERTS: tl.constexpr, ACTIVATION: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
-    """Rows [R, H], offsets int32 [E+1], gate and up [E, I, H] -> y [R, I]; one row a program."""
-    _gemv(
-        rows_ptr, offsets_ptr, gate_ptr, gate_ptr, up_ptr, up_ptr, y_ptr,
-        HIDDEN, WIDTH, EXPERTS, ACTIVATION, BITS, GROUP, BLOCK_N, BLOCK_K, BLOCK_E,
-    )  # fmt: skip
-
-
-@triton.jit
-def gemv_scaled(
-    rows_ptr, offsets_ptr, gate_ptr, gate_scales_ptr, up_ptr, up_scales_ptr, y_ptr,
-    HIDDEN: tl.constexpr, WIDTH: tl.constexpr, EXPERTS: tl.constexpr, ACTIVATION: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
-    """The same with int8 or packed int4 weights and scales [E, I, groups]."""
-    _gemv(
-        rows_ptr, offsets_ptr, gate_ptr, gate_scales_ptr, up_ptr, up_scales_ptr, y_ptr,
-        HIDDEN, WIDTH, EXPERTS, ACTIVATION, BITS, GROUP, BLOCK_N, BLOCK_K, BLOCK_E,
-    )  # fmt: skip
 
 
 @triton.jit
 def gemm(
     rows_ptr, offsets_ptr, gate_ptr, up_ptr, y_ptr,
     HIDDEN: tl.constexpr, WIDTH: tl.constexpr, EXPERTS: tl.constexpr, ACTIVATION: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Rows [R, H], offsets int32 [E+1], gate and up [E, I, H] -> y [R, I]; BLOCK_M rows a program."""
-    _gemm(
-        rows_ptr, offsets_ptr, gate_ptr, gate_ptr, up_ptr, up_ptr, y_ptr,
-        HIDDEN, WIDTH, EXPERTS, ACTIVATION, BITS, GROUP, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_E,
-    )  # fmt: skip
+    expert, first, end = owner_of_tile(offsets_ptr, tl.program_id(0), EXPERTS, BLOCK_E, BLOCK_M)
+    if expert < EXPERTS:
+        gate_ptr += expert.to(tl.int64) * (WIDTH * HIDDEN)
+        up_ptr += expert.to(tl.int64) * (WIDTH * HIDDEN)
+        row = first + tl.arange(0, BLOCK_M)
+        valid = row < end
+        n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        g = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        u = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for start in range(0, HIDDEN, BLOCK_K):
+            x = gemm_rows(rows_ptr, row, valid, start, HIDDEN, BLOCK_K)
+            g = gemm_step(g, x, gate_ptr, n, start, WIDTH, HIDDEN, BLOCK_K)
+            u = gemm_step(u, x, up_ptr, n, start, WIDTH, HIDDEN, BLOCK_K)
+        y = activate(g, ACTIVATION) * u
+        target = y_ptr + row.to(tl.int64)[:, None] * WIDTH + n[None, :]
+        tl.store(target, y.to(y_ptr.dtype.element_ty), mask=valid[:, None] & (n < WIDTH)[None, :])
 
 
-@triton.jit
-def gemm_scaled(
-    rows_ptr, offsets_ptr, gate_ptr, gate_scales_ptr, up_ptr, up_scales_ptr, y_ptr,
-    HIDDEN: tl.constexpr, WIDTH: tl.constexpr, EXPERTS: tl.constexpr, ACTIVATION: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
-    """The same with int8 or packed int4 weights and scales [E, I, groups]."""
-    _gemm(
-        rows_ptr, offsets_ptr, gate_ptr, gate_scales_ptr, up_ptr, up_scales_ptr, y_ptr,
-        HIDDEN, WIDTH, EXPERTS, ACTIVATION, BITS, GROUP, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_E,
-    )  # fmt: skip
-
-
-def launch(
-    *, hidden: int, width: int, experts: int, activation: str, dtype: str, path: str, bits: int = 16, group: int = 32
-) -> Launch:
+def launch(*, hidden: int, width: int, experts: int, activation: str, dtype: str, path: str) -> Launch:
     """Return the launch for R = n rows.
 
     Args:
         hidden: H. width: I. experts: E.
         activation: a name in :data:`ACTIVATIONS`.
-        dtype: Triton's name of the rows' and, with 16 ``bits``, the weights' type.
+        dtype: Triton's name of the rows' and weights' type.
         path: a name in ``grouped.PATHS``.
-        bits: 16 for weights in ``dtype``, 8 or 4 for int8 storage with scales in ``dtype``, one for ``group`` columns.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
-    grouped.check_weights(bits=bits, group=group, dtype=dtype)
-    blocks, grid, warps, stages = grouped.shapes(
-        path=path, n=width, k=hidden, experts=experts, bits=bits, group=group, dtype=dtype, products=2
-    )
-    weights = (
-        {"gate_ptr": dtype, "up_ptr": dtype}
-        if bits == 16
-        else {"gate_ptr": "i8", "gate_scales_ptr": dtype, "up_ptr": "i8", "up_scales_ptr": dtype}
-    )
+    blocks, grid, warps, stages = grouped.shapes(path=path, n=width, k=hidden, experts=experts, dtype=dtype, products=2)
     return Launch(
-        kernel="grouped_glu." + ("gemv" if path == "gemv" else "gemm") + ("" if bits == 16 else "_scaled"),
-        inputs={"rows_ptr": dtype, "offsets_ptr": "i32"} | weights,
+        kernel="grouped_glu." + ("gemv" if path == "gemv" else "gemm"),
+        inputs={"rows_ptr": dtype, "offsets_ptr": "i32", "gate_ptr": dtype, "up_ptr": dtype},
         outputs={"y_ptr": dtype},
-        constants={"HIDDEN": hidden, "WIDTH": width, "EXPERTS": experts, "ACTIVATION": activation}
-        | {"BITS": bits, "GROUP": group}
-        | blocks,
+        constants={"HIDDEN": hidden, "WIDTH": width, "EXPERTS": experts, "ACTIVATION": activation} | blocks,
         grid=grid,
         warps=warps,
         stages=stages,
     )
 
 
-def cost(*, rows: int, hidden: int, width: int, experts: int, bits: int, group: int, itemsize: int) -> tuple[int, int]:
+def cost(*, rows: int, hidden: int, width: int, experts: int, itemsize: int) -> tuple[int, int]:
     """Return (bytes moved, FLOPs) of one call."""
-    weights = 2 * grouped.weight_bytes(n=width, k=hidden, bits=bits, group=group, itemsize=itemsize)
-    moved = grouped.reads(rows=rows, experts=experts) * weights + rows * (hidden + width) * itemsize
-    return moved, 4 * rows * hidden * width
+    weights = grouped.reads(rows=rows, experts=experts) * 2 * hidden * width
+    return (weights + rows * (hidden + width)) * itemsize, 4 * rows * hidden * width

@@ -32,22 +32,17 @@ def cases() -> dict[str, Launch]:
         "Route, scaled, E=8": route.launch(experts=EXPERTS, top_k=TOP_K, rule="scaled"),
         "Dispatch, fp16": dispatch.launch(**selected),
     }
-    for dtype, path, bits in (
-        ("fp16", "gemv", 16),
-        ("fp16", "gemm16", 16),
-        ("fp16", "gemm64", 16),
-        ("bf16", "gemv", 16),
-        ("bf16", "gemm64", 16),
-        ("fp32", "gemm64", 16),
-        ("fp16", "gemv", 8),
-        ("fp16", "gemm64", 8),
-        ("fp16", "gemv", 4),
-        ("fp16", "gemm64", 4),
+    for dtype, path in (
+        ("fp16", "gemv"),
+        ("fp16", "gemm16"),
+        ("fp16", "gemm64"),
+        ("bf16", "gemv"),
+        ("bf16", "gemm64"),
+        ("fp32", "gemm64"),
     ):
-        weights = "" if bits == 16 else f", int{bits} weights"
-        options: dict[str, Any] = {"dtype": dtype, "path": path, "bits": bits, "group": 128}
-        listed[f"GroupedGLU {path}, {dtype}{weights}"] = grouped_glu.launch(activation="silu", **shape, **options)
-        listed[f"GroupedLinear {path}, {dtype}{weights}"] = grouped_linear.launch(**shape, **options)
+        options: dict[str, Any] = {"dtype": dtype, "path": path}
+        listed[f"GroupedGLU {path}, {dtype}"] = grouped_glu.launch(activation="silu", **shape, **options)
+        listed[f"GroupedLinear {path}, {dtype}"] = grouped_linear.launch(**shape, **options)
     listed["Combine, fp16"] = combine.launch(**selected, compensated=False)
     listed["Combine, bf16"] = combine.launch(**selected | {"dtype": "bf16"}, compensated=False)
     listed["Combine with compensation, fp16"] = combine.launch(**selected, compensated=True)
@@ -98,11 +93,9 @@ def costs() -> list[dict[str, Any]]:
         shape: dict[str, Any] = {"hidden": HIDDEN, "experts": EXPERTS, "itemsize": 2}
         chosen: dict[str, Any] = {"tokens": tokens, "top_k": TOP_K, **shape}
         listed = {"Route": route.cost(tokens=tokens, experts=EXPERTS, top_k=TOP_K), "Dispatch": dispatch.cost(**chosen)}
-        for bits in (16, 8, 4):
-            options: dict[str, Any] = {"rows": tokens * TOP_K, "width": WIDTH, "bits": bits, "group": 128, **shape}
-            weights = "" if bits == 16 else f", int{bits} weights"
-            listed[f"GroupedGLU{weights}"] = grouped_glu.cost(**options)
-            listed[f"GroupedLinear{weights}"] = grouped_linear.cost(**options)
+        options: dict[str, Any] = {"rows": tokens * TOP_K, "width": WIDTH, **shape}
+        listed["GroupedGLU"] = grouped_glu.cost(**options)
+        listed["GroupedLinear"] = grouped_linear.cost(**options)
         listed["Combine"] = combine.cost(**chosen, compensated=False)
         listed["Combine with compensation"] = combine.cost(**chosen, compensated=True)
         rows += [
@@ -121,7 +114,7 @@ def render(measured: list[dict[str, Any]]) -> str:
     for row in measured:
         by_kernel.setdefault(row["kernel"], {})[row["capability"]] = row
     lines = [
-        f"Triton {version('triton')}; H={HIDDEN}, I={WIDTH}, E={EXPERTS}, k={TOP_K}, scale groups of 128. Each cell: "
+        f"Triton {version('triton')}; H={HIDDEN}, I={WIDTH}, E={EXPERTS}, k={TOP_K}. Each cell: "
         "registers a thread / KiB of shared memory a block, and bytes of spills a thread where there are any.",
         "",
         "| kernel | threads | " + " | ".join(f"sm_{c}" for c in capabilities) + " | PTX KiB |",

@@ -2,7 +2,7 @@
 
 Bounds: u = 2^-24 is float32's unit roundoff, a sum of n products in any order errs by at most gamma(n) times the sum of
 their magnitudes (Higham, Accuracy and Stability, sec. 3.1), and the result is rounded once to its own type. Products of
-float16, bfloat16 or 8-bit integers are exact in float32.
+float16 or bfloat16 are exact in float32.
 """
 
 from __future__ import annotations
@@ -152,17 +152,6 @@ def test_dispatch(place: str, tokens: int, hidden: int, experts: int, top_k: int
 # ---- grouped products
 
 
-def quantized(weight: torch.Tensor, bits: int, group: int) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Return (what the kernel takes, the exact value of those weights in float64)."""
-    from moedge.convert.ops.kernels import pack
-
-    if bits == 16:
-        return [weight], weight.double()
-    q, scales = pack.quantize(weight, bits=bits, group=group)
-    exact = pack.dequantize(q, scales.double(), group=group)
-    return [q if bits == 8 else pack.pack_int4(q, group=group), scales], exact
-
-
 def check_grouped(
     place: str,
     *,
@@ -173,8 +162,6 @@ def check_grouped(
     activation: str | None,
     dtype: str,
     path: str,
-    bits: int,
-    group: int,
     spread: str,
 ) -> None:
     """GroupedGLU, or GroupedLinear for ``activation`` None (then ``hidden`` is the number of inputs all the same)."""
@@ -185,29 +172,26 @@ def check_grouped(
     x = random(rows, hidden, seed=5, dtype=kind)
     size = 1.5 / math.sqrt(hidden)
     names = ("gate", "up") if activation else ("weight",)
-    weights = [
-        quantized(random(experts, width, hidden, seed=6 + i, dtype=kind, size=size), bits, group)
-        for i, _ in enumerate(names)
-    ]
+    weights = [random(experts, width, hidden, seed=6 + i, dtype=kind, size=size) for i, _ in enumerate(names)]
     y = torch.empty(rows, width, dtype=kind, device=place)
-    options: dict[str, Any] = {"experts": experts, "dtype": dtype, "path": path, "bits": bits, "group": group}
+    options: dict[str, Any] = {"experts": experts, "dtype": dtype, "path": path}
     if activation:
         launch = grouped_glu.launch(hidden=hidden, width=width, activation=activation, **options)
     else:
         launch = grouped_linear.launch(hidden=width, width=hidden, **options)
-    inputs = [x, offsets, *(tensor for stored, _ in weights for tensor in stored)]
+    inputs = [x, offsets, *weights]
     cuda.run(launch, [tensor.to(place) for tensor in inputs], [y], rows)
 
     wide = x.double()
-    # One rounding a product and a sum; with scales two more a group.
-    terms = gamma(hidden + 2 * -(-hidden // group) + 4)
-    values = [ops.grouped_linear._init_fn(wide, offsets, exact) for _, exact in weights]
-    errors = [terms * ops.grouped_linear._init_fn(wide.abs(), offsets, exact.abs()) for _, exact in weights]
+    exact = [weight.double() for weight in weights]
+    terms = gamma(hidden + 4)  # one rounding a product and a sum
+    values = [ops.grouped_linear._init_fn(wide, offsets, weight) for weight in exact]
+    errors = [terms * ops.grouped_linear._init_fn(wide.abs(), offsets, weight.abs()) for weight in exact]
     if activation is None:
         within(y, values[0], errors[0] + rounding(values[0], kind))
         return
     g, u = values
-    expected = ops.grouped_glu._init_fn(wide, offsets, weights[0][1], weights[1][1], activation)
+    expected = ops.grouped_glu._init_fn(wide, offsets, *exact, activation)
     a = ops.activate(g, activation)
     if activation == "gelu":
         # erf's absolute error 2^-22 times |g|
@@ -222,28 +206,25 @@ def check_grouped(
 
 
 GROUPED = [
-    # rows hidden width experts activation dtype path bits group spread
-    (1, 33, 21, 3, "silu", "fp32", "gemv", 16, 32, "random"),
-    (16, 64, 10, 8, "gelu_tanh", "fp16", "gemv", 16, 32, "two experts"),
-    (6, 70, 17, 4, "silu", "bf16", "gemv", 16, 32, "one expert"),
-    (5, 70, 17, 4, "silu", "fp16", "gemv", 8, 32, "random"),
-    (5, 100, 9, 4, "gelu", "fp32", "gemv", 4, 64, "random"),
-    (33, 75, 37, 5, "silu", "fp32", "gemm16", 16, 32, "random"),
-    (70, 64, 40, 3, "gelu_tanh", "fp16", "gemm64", 16, 32, "one expert"),
-    (40, 130, 19, 6, "silu", "bf16", "gemm32", 16, 32, "last expert"),
-    (21, 90, 33, 4, "gelu", "fp16", "gemm16", 8, 64, "random"),
-    (21, 90, 33, 4, "silu", "bf16", "gemm16", 4, 32, "random"),
-    (9, 45, 70, 64, None, "fp32", "gemv", 16, 32, "random"),
-    (8, 61, 19, 4, None, "bf16", "gemv", 4, 128, "random"),
-    (80, 45, 131, 7, None, "fp16", "gemm32", 16, 32, "random"),
-    (40, 70, 50, 2, None, "fp32", "gemm64", 8, 32, "two experts"),
-    (40, 150, 50, 3, None, "fp16", "gemm64", 4, 128, "random"),
+    # rows hidden width experts activation dtype path spread
+    (1, 33, 21, 3, "silu", "fp32", "gemv", "random"),
+    (16, 64, 10, 8, "gelu_tanh", "fp16", "gemv", "two experts"),
+    (6, 70, 17, 4, "silu", "bf16", "gemv", "one expert"),
+    (5, 100, 9, 4, "gelu", "fp32", "gemv", "random"),
+    (33, 75, 37, 5, "silu", "fp32", "gemm16", "random"),
+    (70, 64, 40, 3, "gelu_tanh", "fp16", "gemm64", "one expert"),
+    (40, 130, 19, 6, "silu", "bf16", "gemm32", "last expert"),
+    (21, 90, 33, 4, "gelu", "fp16", "gemm16", "random"),
+    (9, 45, 70, 64, None, "fp32", "gemv", "random"),
+    (8, 61, 19, 4, None, "bf16", "gemv", "random"),
+    (80, 45, 131, 7, None, "fp16", "gemm32", "random"),
+    (40, 70, 50, 2, None, "fp32", "gemm64", "two experts"),
 ]
 
 
 @pytest.mark.parametrize("case", GROUPED, ids=lambda case: "-".join(map(str, case)))
 def test_grouped(place: str, case: tuple[Any, ...]) -> None:
-    names = ("rows", "hidden", "width", "experts", "activation", "dtype", "path", "bits", "group", "spread")
+    names = ("rows", "hidden", "width", "experts", "activation", "dtype", "path", "spread")
     check_grouped(place, **dict(zip(names, case, strict=True)))
 
 
@@ -396,12 +377,8 @@ def test_combine_grid(place: str, size: dict[str, Any], compensated: bool) -> No
     width=st.integers(1, 140),
     activation=st.sampled_from((None, *ops.ACTIVATIONS)),
     path=st.sampled_from(("gemv", "gemm16", "gemm32", "gemm64")),
-    bits=st.sampled_from((4, 8, 16)),
-    group=st.sampled_from((32, 64, 128)),
 )
-def test_grouped_grid(
-    place: str, size: dict[str, Any], width: int, activation: str | None, path: str, bits: int, group: int
-) -> None:
+def test_grouped_grid(place: str, size: dict[str, Any], width: int, activation: str | None, path: str) -> None:
     rows = size.pop("tokens") * size.pop("top_k")
     rows = min(rows, 64) if path == "gemv" else rows
-    check_grouped(place, rows=rows, width=width, activation=activation, path=path, bits=bits, group=group, **size)
+    check_grouped(place, rows=rows, width=width, activation=activation, path=path, **size)

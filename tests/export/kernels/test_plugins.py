@@ -51,18 +51,12 @@ def tensors() -> dict[str, torch.Tensor]:
     }
 
 
-ATTRIBUTES = {"top_k": K, "rule": "softmax", "num_experts": E, "activation": "silu", "bits": 4, "group": 32}
+ATTRIBUTES = {"top_k": K, "rule": "softmax", "num_experts": E, "activation": "silu"}
 
 
 def case(name: str) -> tuple[plugins.Plugin, list[torch.Tensor], dict[str, Any]]:
     """Return a plugin with input tensors and attributes."""
-    from moedge.convert.ops.kernels import pack
-
     plugin, found = plugins.PLUGINS[name], tensors()
-    if name.startswith("Quant"):
-        for weight in ("gate", "up", "weight"):
-            q, found[f"{weight}_scales"] = pack.quantize(found[weight], bits=4, group=32)
-            found[weight] = pack.pack_int4(q, group=32)
     attributes = {key: ATTRIBUTES[key] for key in plugin.attributes}
     if name == "RouteScaled":
         attributes["rule"] = "scaled"
@@ -71,22 +65,15 @@ def case(name: str) -> tuple[plugins.Plugin, list[torch.Tensor], dict[str, Any]]
 
 def reference(name: str, given: list[torch.Tensor], attributes: dict[str, Any]) -> list[torch.Tensor]:
     """What the operator itself gives in PyTorch, for the plugin's inputs."""
-    from moedge.convert.ops.kernels import pack
-
-    def unpacked(q: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        return pack.dequantize(pack.unpack_int4(q, columns=H, group=32), scales, group=32)
-
     if name.startswith("Route"):
         scores, bias, scale = (*given, None)[:3]
         return list(ops.route._init_fn(scores, bias, scale, K, attributes["rule"]))
     if name == "Dispatch":
         return list(ops.dispatch._init_fn(*given, E))
-    if name.endswith("GroupedGLU"):
-        weights = [unpacked(*given[2:4]), unpacked(*given[4:6])] if name.startswith("Quant") else given[2:]
-        return [ops.grouped_glu._init_fn(*given[:2], *weights, "silu")]
-    if name.endswith("GroupedLinear"):
-        weight = unpacked(*given[2:4]) if name.startswith("Quant") else given[2]
-        return [ops.grouped_linear._init_fn(*given[:2], weight)]
+    if name == "GroupedGLU":
+        return [ops.grouped_glu._init_fn(*given, "silu")]
+    if name == "GroupedLinear":
+        return [ops.grouped_linear._init_fn(*given)]
     return [ops.combine._init_fn(*(*given, None)[:5])]
 
 

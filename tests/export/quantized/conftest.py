@@ -15,8 +15,7 @@ TARGETS = ("ort-cpu-int8", "ort-cpu-int4")
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any, tiny_tokenizer: Any) -> dict[str, Path]:
     """A dense tiny Llama and its CMoE conversion, of a shape that the quantised kernels hold."""
-    from moedge.convert import calibration, modeling
-    from moedge.convert.methods import cmoe
+    from moedge.convert import calibration, methods, modeling
 
     root = tmp_path_factory.mktemp("checkpoints")
     model = tiny_llama(hidden=HIDDEN, width=WIDTH)
@@ -24,7 +23,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any, tiny_
     tiny_tokenizer.save_pretrained(root / "dense")
     tokens = np.random.default_rng(0).integers(0, 256, (4, 64))
     statistics = calibration.collect(model, tokens, k_a=8)
-    plan = cmoe.plan(statistics, model, shared=3, active=TOP_K, experts=8, k_a=8)
+    plan = methods.convert("cmoe", statistics, model, shared=3, active=TOP_K, experts=8, k_a=8)
     modeling.save(modeling.apply(plan, model), plan, tiny_tokenizer, root / "moe")
     return {"dense": root / "dense", "moe": root / "moe"}
 

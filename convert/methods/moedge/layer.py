@@ -1,4 +1,4 @@
-"""One FFN by MoEdge's own method; :mod:`moedge.convert.methods.moedge` says what the steps are.
+"""One FFN by MoEdge's own method; the package says what the steps are.
 
 q tokens, D neurons, H hidden, E routed experts.
 """
@@ -15,9 +15,10 @@ from moedge.convert.calibration import LayerStatistics
 from moedge.convert.methods import cmoe
 from moedge.convert.methods.layout import LayoutParams
 from moedge.convert.plan import LayerPlan, RouterPlan
+from moedge.convert.rounding import six
 
 if TYPE_CHECKING:
-    from moedge.convert.methods.moedge import MoEdgeParams
+    from moedge.convert.methods.moedge.params import MoEdgeParams
     from moedge.convert.streaming import LayerTokens
 
 
@@ -37,7 +38,7 @@ def make_layer(tokens: LayerTokens, params: MoEdgeParams) -> LayerPlan:
     router = RouterPlan(
         "linear", {"weight": scores.weight.cpu().numpy(), "bias": scores.bias.cpu().numpy()}, {"bias": True}
     )
-    report["router"] = {"ridge": scores.ridge, "held_out_share_of_oracle": _round(scores.held_out_share)}
+    report["router"] = {"ridge": scores.ridge, "held_out_share_of_oracle": six(scores.held_out_share)}
     # A bias of zero for load balancing: exported and trainable, like CMoE's.
     balance = np.zeros(len(experts), dtype=np.float32)
     layer = LayerPlan(shared, experts, params.active, router, selection_bias=balance, report=report)
@@ -48,7 +49,7 @@ def make_layer(tokens: LayerTokens, params: MoEdgeParams) -> LayerPlan:
         layer = closed_form.refit(tokens, layer)
         layer.report["held_out_error"] = layer.report["refit"]["held_out_error"]["after"]
     else:
-        report["held_out_error"] = _round(closed_form.relative_error(tokens, layer))
+        report["held_out_error"] = six(closed_form.relative_error(tokens, layer))
     return layer
 
 
@@ -117,7 +118,7 @@ def _partition(
     else:
         order = mean_energy.argsort(descending=True, stable=True).cpu().numpy()
         shared = np.sort(order[:shared_width]).astype(np.int32)
-    report: dict[str, Any] = {"energy_shared": _round(float(mean_energy[shared].sum() / mean_energy.sum()))}
+    report: dict[str, Any] = {"energy_shared": six(float(mean_energy[shared].sum() / mean_energy.sum()))}
     rest = np.setdiff1d(np.arange(len(mean), dtype=np.int32), shared)
     loss = Loss(tokens, rest, mean, norms, shared if params.loss == "shared" else None)
     if params.partition == "cmoe":
@@ -129,7 +130,7 @@ def _partition(
         ascent = energy.ascend(energies, labels, widths, params.active, params.iterations)
         labels = ascent.labels
         total = float(energies.sum(dtype=torch.float64)) or 1.0
-        report["captured"] = [_round(value / total) for value in ascent.objective[::2]]
+        report["captured"] = [six(value / total) for value in ascent.objective[::2]]
         if params.router_rounds:
             labels, report["router_rounds"] = _predictable(tokens, rows, energies, labels, widths, params)
     return shared, [rest[labels == e] for e in range(len(widths))], loss, report
@@ -155,7 +156,7 @@ def _predictable(
         gains = energy.by_expert(energies, labels, len(widths))
         scores = fit.fit(gains.sqrt(), gains, params.active)
         mask = closed_form.select(scores(fit.x), params.active)
-        shares.append(_round(float((mask * gains)[held].sum(dtype=torch.float64)) / total))
+        shares.append(six(float((mask * gains)[held].sum(dtype=torch.float64)) / total))
         if len(shares) > 1 and shares[-1] <= max(shares[:-1]):
             break
         best = labels
@@ -208,7 +209,3 @@ def _compensation(
         neurons = torch.from_numpy(expert.astype(np.int64)).to(device)
         rows.append(down[:, neurons] @ hidden[e, neurons])
     return torch.stack(rows).cpu().numpy()
-
-
-def _round(value: float) -> float:
-    return float(f"{value:.6g}")

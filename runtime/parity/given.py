@@ -1,0 +1,176 @@
+"""Verify what a user names: all pairs of a run folder, two engines, or the answers that a device gave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from moedge import MoEdgeError
+from moedge._progress import Progress
+from moedge.configs import tolerances as tolerance_files
+from moedge.convert.adapters import MOE_PREFIX
+from moedge.runtime.engines import open_engine
+from moedge.runtime.engines.given import local
+from moedge.runtime.parity import compare as parity
+from moedge.runtime.parity import verdict
+from moedge.runtime.parity.suite import (
+    DEQUANTIZED,
+    SCHEMA,
+    Judging,
+    finished,
+    is_quantised,
+    reference_options,
+    verify_run,
+)
+from moedge.runtime.run import run_folder
+from moedge.runtime.text.windows import token_windows
+
+
+def verify_given(
+    reference: Path,
+    test: Path | None = None,
+    *,
+    text: str = "asset:wiki",
+    tokens: int = 2048,
+    window: int = 256,
+    prefill: int = 224,
+    tolerances: str | Path = "float32",
+    threads: int | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Compare two engines on text and judge what was found.
+
+    Args:
+        reference: bundle or checkpoint; or a run folder, all of whose pairs are compared.
+        test: bundle, engine or checkpoint; or ``verify-answers.npz`` of a device. None for a run folder.
+        text: ``asset:NAME`` or a file.
+        tokens: to compare on, in windows of ``window`` tokens; ``prefill`` of each are fed at once, the rest decoded.
+        tolerances: the first half of a profile's name, or a file (:func:`moedge.configs.tolerances.given_as`).
+        threads: of the engines on the CPU. device: where PyTorch computes.
+        progress: called with (tokens done, tokens in all). note: called with a sentence about a finished comparison.
+
+    Returns:
+        JSON of schema ``moedge.verify/1``: see :func:`moedge.runtime.parity.suite.verify_run`.
+
+    Raises:
+        MoEdgeError: something named is not there or cannot be compared, or there is too little text.
+    """
+    if prefill >= window:
+        raise MoEdgeError(f"A prefill of {prefill} leaves nothing to decode in a window of {window} tokens.")
+    count = -(-tokens // window)
+    opening: dict[str, Any] = {"threads": threads, "pytorch": {"device": device}}
+    step = progress or (lambda done, total: None)
+    profile, limits = tolerance_files.chosen(tolerance_files.given_as(tolerances))
+    if test is None:
+        if not run_folder.is_run(reference):
+            raise MoEdgeError(f"{reference} is not a run folder; give a run folder, or two engines to compare.")
+        name, windows = token_windows(run_folder.checkpoint(reference), text, window, count)
+        return verify_run(
+            run_folder.engines(reference),
+            windows,
+            prefill=prefill,
+            tolerances=profile,
+            limits=limits,
+            text=name,
+            **opening,
+            progress=progress,
+            note=note,
+        )
+    if test.suffix == ".npz":
+        return answers_of_device(local(reference), test, profile, opening, step, limits)
+    one, two = local(reference), local(test)
+    name, windows = token_windows(two, text, window, count)
+    return pair(one, two, name, windows, prefill, profile, opening, step, limits)
+
+
+def pair(
+    reference: Path,
+    test: Path,
+    text: str,
+    windows: Any,
+    prefill: int,
+    tolerances: str,
+    opening: dict[str, Any],
+    progress: Progress,
+    limits: tolerance_files.Tolerances | None = None,
+) -> dict[str, Any]:
+    """Compare two engines; a quantised one also with float32 on its own de-quantised weights, if it has the bundle.
+
+    The arguments are those of :func:`moedge.runtime.parity.suite.verify_run`; ``opening`` goes to both engines.
+    """
+    limits = limits or tolerance_files.load()
+    target = _target(test)
+    jobs: list[tuple[Path, str, str, dict[str, Any]]] = [(reference, f"{test} vs {reference}", tolerances, {})]
+    if is_quantised(target):
+        found = [path for path in (reference, test.parent / "portable") if _target(path) == "portable"]
+        if found:
+            jobs.append((found[0], f"{test} vs its de-quantised weights", DEQUANTIZED, {"weights_of": test}))
+    entries = []
+    for number, (folder, name, dtype, options) in enumerate(jobs):
+        how = Judging.of(test, limits, dtype, target or "torch")
+        one = open_engine(folder, **opening, **_reference_options(folder, how, target), **options)
+        two = open_engine(test, **opening, **how.options(moe=_is_moe(test)))
+
+        def step(done: int, total: int, number: int = number) -> None:
+            progress(done + number * total, total * len(jobs))
+
+        try:
+            entry = parity.compare(one, two, windows, prefill=prefill, tolerances=how.limits, progress=step)
+        finally:
+            one.close()
+            two.close()
+        entries.append({"name": name, **how.explained(entry)})
+    if len(entries) > 1:
+        entries[0] = verdict.with_notes(entries[0], verdict.quantised_notes(entries[0], entries[1], target))
+    return finished({"schema": SCHEMA, "text": text, "identity": [], "parity": entries}, limits)
+
+
+def answers_of_device(
+    reference: Path,
+    answers: Path,
+    tolerances: str,
+    opening: dict[str, Any],
+    progress: Progress,
+    limits: tolerance_files.Tolerances | None = None,
+) -> dict[str, Any]:
+    """Judge what an engine gave on its device; the archive's prompts are the text. Arguments as in :func:`pair`."""
+    from moedge.runtime.parity import recorded
+
+    found = recorded.Recorded(answers)
+    limits = limits or tolerance_files.load()
+    judged = limits.profile(tolerances, str(found.info.model["target"]), found.info.dtype)
+    options: dict[str, Any] = {"taps": True, "replay": True} if found.routed else {}
+    one = open_engine(reference, **opening, **options)
+    try:
+        entry = recorded.compare(one, found, judged, progress)
+    finally:
+        one.close()
+    parity_entries = [{"name": f"{answers} vs {reference}", **entry}]
+    text = f"the prompts of {answers.name}"
+    return finished({"schema": SCHEMA, "text": text, "identity": [], "parity": parity_entries}, limits)
+
+
+def _target(folder: Path) -> str:
+    """Target of a bundle, or an empty string for anything else."""
+    manifest = folder / "manifest.json"
+    return str(run_folder.read_json(manifest).get("target", "")) if manifest.is_file() else ""
+
+
+def _reference_options(folder: Path, how: Judging, target: str) -> dict[str, Any]:
+    options = reference_options([how], moe=_is_moe(folder))
+    if options.get("replay") and _target(folder) not in ("portable", ""):
+        raise MoEdgeError(
+            f"{target} is judged under its own choice of experts, which {folder} cannot replay; compare it with "
+            "the portable bundle or the checkpoint."
+        )
+    return options
+
+
+def _is_moe(folder: Path) -> bool:
+    for name, key, value in (("manifest.json", "kind", "moe"), ("config.json", "model_type", MOE_PREFIX)):
+        if (folder / name).is_file():
+            return str(run_folder.read_json(folder / name).get(key, "")).startswith(value)
+    return False
