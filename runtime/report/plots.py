@@ -129,9 +129,9 @@ def _quality_colour(row: dict[str, Any]) -> str:
     return BOUND if row["label"] in CEILINGS else CONTROL
 
 
-def _for_ort(name: str) -> bool:
-    """Whether a comparison is of a bundle made for ONNX Runtime; ``name`` starts with its target."""
-    row = targets.known(name.split()[0])
+def _for_ort(entry: dict[str, Any]) -> bool:
+    """Whether a comparison is of a bundle made for ONNX Runtime."""
+    row = targets.known(str(entry["test"]["model"].get("target", "")))
     return row is not None and row.family == "ort"
 
 
@@ -145,8 +145,8 @@ def _divergence(report: dict[str, Any]) -> Figure | None:
         values = [entry["overall"]["kl_ref_test"][key] for key in keys]
         if any(value is None for value in values):
             continue
-        colour = MOE if _for_ort(entry["name"]) else BOUND
-        style = "-" if " moe" in entry["name"] else ":"
+        colour = MOE if _for_ort(entry) else BOUND
+        style = "-" if entry["test"]["model"].get("moe") else ":"
         shown = [max(value, floor) for value in values]
         axis.plot(
             range(len(keys)), shown, style, marker="o", markersize=3.5, color=colour, label=short(entry["name"], 60)
@@ -219,7 +219,7 @@ def _routing(report: dict[str, Any]) -> Figure | None:
     for number, entry in enumerate(routed):
         layers = {int(layer): value["flips"] for layer, value in entry["routing"]["layers"].items()}
         positions = [layer + (number - (len(routed) - 1) / 2) * width for layer in sorted(layers)]
-        colour = MOE if _for_ort(entry["name"]) else BOUND
+        colour = MOE if _for_ort(entry) else BOUND
         axis.bar(
             positions, [layers[layer] for layer in sorted(layers)], width, color=colour, label=short(entry["name"], 60)
         )

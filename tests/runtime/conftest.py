@@ -317,7 +317,7 @@ class SampleRun:
             "device": "CPU",
             "dtype": "float32",
             "threads": 2,
-            "model": {"moe": label.endswith("moe"), "label": self.text},
+            "model": {"moe": label.endswith("moe"), "target": label.split()[0], "label": self.text},
         }
 
     def parity(self, test: str, reference: str) -> dict[str, Any]:
