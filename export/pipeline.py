@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from moedge import __version__
+from moedge import MoEdgeError, __version__
 from moedge._files import atomic_dir
 from moedge._progress import Steps
 from moedge.convert.adapters import MOE_PREFIX
@@ -43,6 +43,7 @@ def export(
     force: bool = False,
     progress: Steps | None = None,
     calibration: np.ndarray | None = None,
+    zero_points: bool = False,
 ) -> dict[str, Path]:
     """Export a dense or converted Hugging Face folder to ``out/<target>/`` bundles.
 
@@ -60,11 +61,14 @@ def export(
         force: replace existing bundles.
         progress: see :data:`moedge._progress.Steps`.
         calibration: int64 [N, L], text for which 4-bit weights are chosen by GPTQ instead of rounding to the nearest.
+        zero_points: instead, fit the levels of each block of 4-bit weights to its range, where a target can.
 
     Raises:
-        MoEdgeError: unknown target, a model without a tokenizer or that cannot be traced, an existing bundle without
-            ``force``, or a lowering whose self-test fails.
+        MoEdgeError: ``calibration`` with ``zero_points``, unknown target, a model without a tokenizer or that cannot be
+            traced, an existing bundle without ``force``, or a lowering whose self-test fails.
     """
+    if calibration is not None and zero_points:
+        raise MoEdgeError("GPTQ has no zero points; give a calibration text or zero points, not both.")
     registry.check(targets)
     order = registry.names(lambda row: row.name in targets or row.name == "portable")
     report = progress or (lambda *_: None)
@@ -77,7 +81,8 @@ def export(
                 _export_portable(checkpoint, partial, label, max_length)
             else:
                 source = out / "portable"
-                lower(target, source, partial, tensorrt=tensorrt, experts=experts, dtype=dtype, calibration=calibration)
+                forms = {"tensorrt": tensorrt, "experts": experts, "dtype": dtype}
+                lower(target, source, partial, **forms, calibration=calibration, zero_points=zero_points)
         written[target] = destination
     report("done", len(order), len(order))
     return written
@@ -164,8 +169,9 @@ def lower(
     experts: str | None = None,
     dtype: str | None = None,
     calibration: np.ndarray | None = None,
+    zero_points: bool = False,
 ) -> None:
-    """Lower a portable bundle; ``tensorrt``, ``experts``, ``dtype`` and ``calibration`` as in :func:`export`.
+    """Lower a portable bundle; ``tensorrt`` and what follows as in :func:`export`.
 
     Needs onnx and the target's runtime, not torch; weights stay memory-mapped.
     """
@@ -184,6 +190,8 @@ def lower(
         from moedge.export.quantize.moments import moments
 
         options |= {"method": "gptq", "moments": moments(source, calibration)}
+    elif zero_points and row.zero_points:
+        options["method"] = "rtn-asymmetric"
     longest = source.manifest.model.max_position_embeddings
     read = nodes.router_inputs(graph)
     lowered = row.lowering()(graph, max_length=longest, **options)

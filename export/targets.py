@@ -38,6 +38,8 @@ class Target:
     """Floating-point types of its graph, the default first; with several, ``--half`` chooses."""
     calibrated: bool = False
     """Its integers may be chosen on a text (``--gptq``)."""
+    zero_points: bool = False
+    """Its blocks may have a zero point of their own (``--zero-points``)."""
     expert_forms: tuple[str, ...] = ()
     """Forms of the experts that one may ask for; see ``lowering.trt_experts``."""
     versioned: bool = False
@@ -90,7 +92,8 @@ _ROWS = (
     ),
     Target(
         "ort-cpu-int4", "the same with 4-bit weights",
-        f"{_LOWERING}.ort.quantized:lower", "ort", bits=4, unquantised="ort-cpu", calibrated=True, genai=True,
+        f"{_LOWERING}.ort.quantized:lower", "ort", bits=4, unquantised="ort-cpu", calibrated=True,
+        zero_points=True, genai=True,
     ),
     Target(
         "ort-cuda", "ONNX Runtime's CUDA kernels",

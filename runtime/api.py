@@ -137,6 +137,7 @@ def export_model(
     tensorrt: str | None = None,
     expert_form: str | None = None,
     calibration: Any = None,
+    zero_points: bool = False,
     force: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Path]:
@@ -152,6 +153,7 @@ def export_model(
         tensorrt: version of TensorRT on the device that the bundle ``tensorrt`` is for; the newest by default.
         expert_form: of the experts in TensorRT bundles; chosen by what the version can do by default.
         calibration: int64 [N, L], token windows by which 4-bit weights are chosen (GPTQ) instead of rounded.
+        zero_points: or, fit the levels of each block of 4-bit weights to its range (``ort-cpu-int4``).
         force: replace bundles that are there.
         progress: in targets.
 
@@ -174,6 +176,8 @@ def export_model(
         registry.check_taken(f"half={half!r}", registry.has_dtypes, wanted)
     if calibration is not None:
         registry.check_taken("calibration", lambda row: row.calibrated, wanted)
+    if zero_points:
+        registry.check_taken("zero_points", lambda row: row.zero_points, wanted)
 
     folder = local(Path(checkpoint))
     if not (folder / "config.json").is_file():
@@ -192,6 +196,7 @@ def export_model(
         force=force,
         progress=lambda _, done, total: step(done, total),
         calibration=calibration,
+        zero_points=zero_points,
     )
 
 

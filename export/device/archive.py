@@ -248,7 +248,7 @@ def _record(portable: Bundle, folder: Path, prompts: Sequence[str], max_length: 
 
     tokenizer = Tokenizer(portable.path)
     engine = open_engine(portable.path, threads=1, taps=bool(portable.manifest.taps))
-    limit = engine.info.model.get("rope_boundary")
+    limit = engine.info.model.rope_boundary
     cases = []
     try:
         for number, prompt in enumerate(prompts):

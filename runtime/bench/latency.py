@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -166,7 +165,7 @@ def _rounds(
                     ttft[label].append([first])
                     tpot[label].append(steps)
                 advance()
-        infos = {label: asdict(engine.info) for label, engine in opened.items()}
+        infos = {label: engine.info.as_json() for label, engine in opened.items()}
     finally:
         for engine in opened.values():
             engine.close()

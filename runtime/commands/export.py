@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from moedge import MoEdgeError
 from moedge._files import atomic_dir, link_or_copy
+from moedge._progress import named
 from moedge.export import manifest as manifests
 from moedge.export import targets
 from moedge.export.manifest import Manifest
@@ -51,6 +52,10 @@ def export(
         typer.Option(help="asset:NAME or a text file: choose the weights of the int4 targets by GPTQ on this text."),
     ] = None,
     gptq_tokens: Annotated[int, typer.Option(min=32, help="Tokens of that text.")] = 4096,
+    zero_points: Annotated[
+        bool,
+        typer.Option("--zero-points", help="Fit the levels of ort-cpu-int4 to the range of each block (2.5 % larger)."),
+    ] = False,
     force: Force = False,
 ) -> None:
     """Write an ONNX bundle with KV cache for each target.
@@ -65,7 +70,7 @@ def export(
       moedge export build/moe build/bundles --target tensorrt-rtx --half bfloat16
     """
     wanted = target or list(targets.default())
-    _check_options(wanted, tensorrt, expert_form, half, gptq)
+    _check_options(wanted, tensorrt, expert_form, half, gptq, zero_points=zero_points)
     given, checkpoint = checkpoint, local(checkpoint)
     _check_checkpoint(checkpoint, max_length)
     there = _bundles(out)
@@ -79,11 +84,6 @@ def export(
     with opened as partial, single("export", f"{checkpoint} -> {out}") as reporter:
         from moedge.export.pipeline import export as run
 
-        def step(what: str, done: int, total: int) -> None:
-            reporter.progress(done, total)
-            if done < total:
-                reporter.note(what)
-
         run(
             checkpoint,
             partial,
@@ -93,8 +93,9 @@ def export(
             tensorrt=tensorrt,
             experts=expert_form,
             dtype=half,
-            progress=step,
+            progress=named(reporter.progress, reporter.note),
             calibration=calibration,
+            zero_points=zero_points,
         )
         _keep(there, partial, force=force)
     _print(out)
@@ -116,7 +117,13 @@ def _label(given: Path, checkpoint: Path) -> str:
 
 
 def _check_options(
-    wanted: list[str], tensorrt: str | None, expert_form: str | None, half: str | None, gptq: str | None
+    wanted: list[str],
+    tensorrt: str | None,
+    expert_form: str | None,
+    half: str | None,
+    gptq: str | None,
+    *,
+    zero_points: bool,
 ) -> None:
     """Refuse options that no target takes, and versions of TensorRT that are none."""
     targets.check(wanted)
@@ -132,6 +139,10 @@ def _check_options(
         targets.check_taken("--half", targets.has_dtypes, wanted)
     if gptq is not None:
         targets.check_taken("--gptq", lambda row: row.calibrated, wanted)
+    if zero_points:
+        targets.check_taken("--zero-points", lambda row: row.zero_points, wanted)
+        if gptq is not None:
+            raise MoEdgeError("--gptq has no zero points; give either --gptq TEXT or --zero-points.")
 
 
 def _check_checkpoint(checkpoint: Path, max_length: int | None) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
+from moedge._progress import named
 from moedge.runtime.commands._options import Converted, Force, Json, Text
 from moedge.runtime.progress import single
 from moedge.runtime.tables import Sheet
@@ -44,12 +45,9 @@ def export_hf(
     with single("export-hf", f"{checkpoint} -> {out}") as reporter:
         from moedge.export.stock.glm import export_hf as run
 
-        def step(what: str, done: int, total: int) -> None:
-            reporter.progress(done, total)
-            if done < total:
-                reporter.note(what)
-
-        record = run(checkpoint, out, windows, force=force, keep=not dry_run, progress=step)
+        record = run(
+            checkpoint, out, windows, force=force, keep=not dry_run, progress=named(reporter.progress, reporter.note)
+        )
     if as_json:
         print(json.dumps(record, indent=2, allow_nan=False))
         return

@@ -13,10 +13,11 @@ from rich.markup import escape
 from moedge import MoEdgeError
 from moedge.export import targets
 from moedge.runtime.commands._options import Device, Dtype, Threads
-from moedge.runtime.engines import EngineInfo, open_engine
+from moedge.runtime.engines import open_engine
 from moedge.runtime.engines.given import local
-from moedge.runtime.engines.ref import Role
+from moedge.runtime.engines.info import EngineInfo
 from moedge.runtime.run import run_folder
+from moedge.runtime.run.refs import Role
 from moedge.runtime.text import generate as generation
 from moedge.runtime.text.generation_config import shown
 from moedge.runtime.text.tokenizer import Message, open_tokenizer

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from moedge._files import sha256_file
+from moedge._progress import named
 from moedge.configs import devices
 from moedge.configs.tolerances import given_as
 from moedge.runtime.commands._options import Batch, ExpertForm, Force, Half, MaxLength, TensorRT, Tolerances
@@ -49,12 +50,6 @@ def pack(
 
     device = devices.load(profile)
     with single("pack", f"{source} -> {out}") as reporter:
-
-        def step(what: str, done: int, total: int) -> None:
-            reporter.progress(done, total)
-            if done < total:
-                reporter.note(what)
-
         folder = local(source)
         manifest = device_archive.write(
             folder,
@@ -69,7 +64,7 @@ def pack(
             dtype=half,
             given=given_as(tolerances),
             force=force,
-            progress=step,
+            progress=named(reporter.progress, reporter.note),
         )
     _print(out, manifest)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,25 +18,7 @@ from moedge import MoEdgeError
 from moedge.export import manifest as manifests
 from moedge.export import targets
 from moedge.export.manifest import MANIFEST
-
-
-@dataclass(frozen=True)
-class EngineInfo:
-    """What a number was measured on: printed beside every number."""
-
-    name: str
-    """Short label for tables, e.g. ``"ort-cpu moe"``."""
-    runtime: str
-    """Runtime and version, e.g. ``"onnxruntime 1.31.1"``."""
-    device: str
-    """Device, e.g. ``"CPU"``."""
-    dtype: str
-    """Weight dtype, e.g. ``"float32"``."""
-    threads: int
-    model: dict[str, Any] = field(default_factory=dict)
-    """Model facts: vocab_size, num_layers, eos_token_ids, max_position_embeddings, target (``torch``, ``portable``,
-    ``ort-cpu``), moe (bool), max_length (tokens that a cache can hold), rope_boundary (tokens after which the rotary
-    factors change, or None), generation (a :class:`moedge.runtime.text.generation_config.GenerationConfig`)."""
+from moedge.runtime.engines.info import EngineInfo
 
 
 @dataclass

@@ -20,7 +20,6 @@ from moedge.export.bundle import Bundle, check_external_data, open_bundle
 from moedge.export.graph import taps as _graph
 from moedge.export.manifest import Tap
 from moedge.runtime.engines import (
-    EngineInfo,
     Step,
     check_batch,
     check_length,
@@ -29,6 +28,7 @@ from moedge.runtime.engines import (
     longrope,
     position_ids,
 )
+from moedge.runtime.engines.info import EngineInfo, EngineModel
 from moedge.runtime.engines.ort_session import check_cuda, open_session, session_options
 from moedge.runtime.text.generation_config import GenerationConfig
 
@@ -158,17 +158,19 @@ class OrtEngine:
             device="CPU" if self._device == "cpu" else "CUDA device 0",
             dtype=f"int{quantization.bits} weights" if quantization else manifest.cache.dtype or self._model.dtype,
             threads=threads,
-            model={
-                **self._model.document(),
-                longrope.FACT: self._rope_boundary,
-                "generation": GenerationConfig.read(self._path),
-                "label": manifest.label,
-                "target": manifest.target,
-                "moe": manifest.kind == "moe",
-                "routed": routed,
-                "max_length": self._max_length,
-                "top_k": top_k,
-            },
+            model=EngineModel.model_validate(
+                {
+                    **self._model.document(),
+                    longrope.FACT: self._rope_boundary,
+                    "generation": GenerationConfig.read(self._path),
+                    "label": manifest.label,
+                    "target": manifest.target,
+                    "moe": manifest.kind == "moe",
+                    "routed": routed,
+                    "max_length": self._max_length,
+                    "top_k": top_k,
+                }
+            ),
         )
 
     def prefill(

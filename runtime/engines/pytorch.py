@@ -13,7 +13,6 @@ import numpy as np
 from moedge import MoEdgeError
 from moedge.convert.adapters import MOE_PREFIX
 from moedge.runtime.engines import (
-    EngineInfo,
     Step,
     check_batch,
     check_length,
@@ -22,6 +21,7 @@ from moedge.runtime.engines import (
     longrope,
     position_ids,
 )
+from moedge.runtime.engines.info import EngineInfo, EngineModel
 from moedge.runtime.text.generation_config import GenerationConfig
 
 
@@ -107,23 +107,25 @@ class TorchEngine:
             device=_device_name(self._module.device),
             dtype=dtype,
             threads=self._threads,
-            model={
-                "model_type": config.model_type,
-                "vocab_size": self._vocab_size,
-                "hidden_size": config.hidden_size,
-                "num_layers": config.num_hidden_layers,
-                "max_position_embeddings": self._max_length,
-                "max_length": self._max_length,
-                "eos_token_ids": list(generation.ends),
-                "generation": generation,
-                longrope.FACT: self._rope_boundary,
-                "parameters": sum(parameter.numel() for parameter in self._module.parameters()),
-                "label": self._path.name,
-                "target": "torch",
-                "moe": moe,
-                "routed": bool(self._sparse),
-                "top_k": top_k,
-            },
+            model=EngineModel.model_validate(
+                {
+                    "model_type": config.model_type,
+                    "vocab_size": self._vocab_size,
+                    "hidden_size": config.hidden_size,
+                    "num_layers": config.num_hidden_layers,
+                    "max_position_embeddings": self._max_length,
+                    "max_length": self._max_length,
+                    "eos_token_ids": list(generation.ends),
+                    "generation": generation,
+                    longrope.FACT: self._rope_boundary,
+                    "parameters": sum(parameter.numel() for parameter in self._module.parameters()),
+                    "label": self._path.name,
+                    "target": "torch",
+                    "moe": moe,
+                    "routed": bool(self._sparse),
+                    "top_k": top_k,
+                }
+            ),
         )
 
     def prefill(

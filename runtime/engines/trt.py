@@ -16,8 +16,9 @@ from moedge import MoEdgeError
 from moedge.export import targets
 from moedge.runtime.device import moedge_session
 from moedge.runtime.device.moedge_trt import DeviceError
-from moedge.runtime.engines import EngineInfo, Step, check_batch, check_length, longrope
+from moedge.runtime.engines import Step, check_batch, check_length, longrope
 from moedge.runtime.engines.build import open_file
+from moedge.runtime.engines.info import EngineInfo, EngineModel
 from moedge.runtime.text.generation_config import GenerationConfig
 
 
@@ -78,16 +79,18 @@ class TensorRTEngine:
             device=f"GPU SM{self._session.cuda.capability()}",
             dtype=f"int{bits} weights, {dtype}" if (bits := targets.find(manifest.target).bits) else dtype,
             threads=threads or 1,
-            model={
-                **model.document(),
-                "generation": GenerationConfig.read(self._path),
-                "label": manifest.label,
-                "target": manifest.target,
-                "moe": manifest.kind == "moe",
-                "routed": routed,
-                "max_length": self._max_length,
-                "top_k": None,
-            },
+            model=EngineModel.model_validate(
+                {
+                    **model.document(),
+                    "generation": GenerationConfig.read(self._path),
+                    "label": manifest.label,
+                    "target": manifest.target,
+                    "moe": manifest.kind == "moe",
+                    "routed": routed,
+                    "max_length": self._max_length,
+                    "top_k": None,
+                }
+            ),
         )
 
     def prefill(self, ids: np.ndarray, attention_mask: np.ndarray | None = None) -> Step:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterator, Mapping
-from dataclasses import asdict
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -19,14 +18,15 @@ import numpy as np
 from moedge import MoEdgeError
 from moedge._progress import Progress
 from moedge.configs.tolerances import Profile
-from moedge.runtime.engines import Engine, EngineInfo, ReplayEngine, Step, longrope
+from moedge.runtime.engines import Engine, ReplayEngine, Step
+from moedge.runtime.engines.info import EngineInfo
 from moedge.runtime.parity import verdict
 from moedge.runtime.parity.metrics import RouteAgreement, TokenErrors
 from moedge.runtime.parity.replay import Replay
 
 SCHEMA = "moedge.parity/1"
 Name = TypeVar("Name", bound=Hashable)
-"""What a caller names an engine by: a label, an :class:`moedge.runtime.engines.ref.EngineRef`."""
+"""What a caller names an engine by: a label, an :class:`moedge.runtime.run.refs.EngineRef`."""
 
 
 def compare(
@@ -164,7 +164,7 @@ class Described(Protocol):
 
 
 def _both_routed(reference: Described, test: Described) -> bool:
-    return bool(reference.info.model.get("routed") and test.info.model.get("routed"))
+    return reference.info.model.routed and test.info.model.routed
 
 
 def replaying(reference: Engine, test: Described) -> ReplayEngine:
@@ -196,8 +196,8 @@ def judged(
     summaries = {name: tokens.summary() for name, tokens in phases.items()}
     result: dict[str, Any] = {
         "schema": SCHEMA,
-        "reference": asdict(reference.info),
-        "test": asdict(test.info),
+        "reference": reference.info.as_json(),
+        "test": test.info.as_json(),
         "tokens": {
             "windows": windows[0],
             "window": windows[1],
@@ -258,8 +258,8 @@ def _identical(reference: Engine, test: Engine, summary: dict[str, Any], limit: 
     return _json_ready(
         {
             "schema": "moedge.identity/1",
-            "reference": asdict(reference.info),
-            "test": asdict(test.info),
+            "reference": reference.info.as_json(),
+            "test": test.info.as_json(),
             "tokens": summary["tokens"],
             "max_rel_error": worst,
             "limit": limit,
@@ -275,8 +275,7 @@ def _check(reference: Engine, tests: list[Engine], token_windows: np.ndarray, pr
     if not 1 <= prefill <= windows.shape[1] - 2:  # the last token has no successor to score
         raise MoEdgeError(f"prefill={prefill} must be between 1 and {windows.shape[1] - 2} (window - 2).")
     for engine in (reference, *tests):
-        model = engine.info.model
-        longest = model.get("max_length") or model.get("max_position_embeddings")
+        longest = engine.info.model.longest
         if longest and windows.shape[1] > longest:
             raise MoEdgeError(
                 f"Windows of {windows.shape[1]} tokens do not fit: {engine.info.name} holds at most {longest}; make "
@@ -293,7 +292,7 @@ def same_vocabulary(reference: Described, test: Described) -> None:
     Raises:
         MoEdgeError: their vocabularies differ.
     """
-    size, other = (engine.info.model["vocab_size"] for engine in (reference, test))
+    size, other = (engine.info.model.vocab_size for engine in (reference, test))
     if size != other:
         raise MoEdgeError(f"The engines have vocabularies of {size} and {other} tokens: not the same model.")
 
@@ -306,7 +305,7 @@ def _steps(
     Where longrope changes its factors all engines read the text so far again, and all of it is compared.
     """
     length = windows.shape[1]
-    again = {engine.info.model.get(longrope.FACT) for engine in (reference, *tests)} - {None}
+    again = {engine.info.model.rope_boundary for engine in (reference, *tests)} - {None}
     done, total = 0, len(windows) * length
     for window in windows:
         ids, targets = window[None], np.append(window[1:], -1)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from moedge.runtime.engines.ref import TORCH_DENSE, TORCH_MOE, EngineRef
+from moedge.runtime.run.refs import TORCH_DENSE, TORCH_MOE, EngineRef
 
 Kind = Literal["identity", "parity", "kernels"]
 IDENTITY_WINDOWS = 2

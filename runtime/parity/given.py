@@ -13,7 +13,6 @@ from moedge.convert.adapters import MOE_PREFIX
 from moedge.export import manifest as manifests
 from moedge.runtime.engines import open_engine
 from moedge.runtime.engines.given import local
-from moedge.runtime.engines.ref import is_quantised
 from moedge.runtime.parity import compare as parity
 from moedge.runtime.parity import verdict
 from moedge.runtime.parity.suite import (
@@ -25,6 +24,7 @@ from moedge.runtime.parity.suite import (
     verify_run,
 )
 from moedge.runtime.run import run_folder
+from moedge.runtime.run.refs import is_quantised
 from moedge.runtime.text.windows import token_windows
 
 
@@ -142,7 +142,7 @@ def answers_of_device(
 
     found = recorded.Recorded(answers)
     limits = limits or tolerance_files.load()
-    judged = limits.profile(tolerances, str(found.info.model["target"]), found.info.dtype)
+    judged = limits.profile(tolerances, found.info.model.target, found.info.dtype)
     options: dict[str, Any] = {"taps": True, "replay": True} if found.routed else {}
     one = open_engine(reference, **opening, **options)
     try:

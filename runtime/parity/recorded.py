@@ -18,7 +18,8 @@ from moedge import MoEdgeError
 from moedge._progress import Progress
 from moedge.configs.tolerances import Profile
 from moedge.runtime.device.moedge_archive import ANSWERS_SCHEMA
-from moedge.runtime.engines import Engine, EngineInfo, Step
+from moedge.runtime.engines import Engine, Step
+from moedge.runtime.engines.info import EngineInfo, EngineModel
 from moedge.runtime.parity import compare as parity
 from moedge.runtime.parity.metrics import RouteAgreement, TokenErrors
 from moedge.runtime.parity.replay import Replay
@@ -48,7 +49,8 @@ class Recorded:
                 cases.setdefault(int(number), {})[part] = array
             self.cases = [cases[number] for number in sorted(cases)]
             self.tokens = sum(len(case["ids"]) for case in self.cases)
-            model = {**about["model"], "label": about["label"], "target": "tensorrt", "moe": about["kind"] == "moe"}
+            facts = {"label": about["label"], "target": "tensorrt", "moe": about["kind"] == "moe"}
+            model = EngineModel.model_validate({**about["model"], **facts, "routed": self.routed})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise MoEdgeError(
                 f"{path} cannot be read as the answers of a device ({error}); run verify.py there again."
@@ -62,7 +64,7 @@ class Recorded:
         self.info = EngineInfo(
             name=f"tensorrt {about['kind']}", runtime="tensorrt", device=f"recorded in {path.name}",
             dtype=about["dtype"],
-            threads=1, model={**model, "routed": self.routed},
+            threads=1, model=model,
         )  # fmt: skip
 
     def steps(self) -> Iterator[tuple[str, np.ndarray, Step, np.ndarray]]:

@@ -14,10 +14,10 @@ from moedge.configs import tolerances as tolerance_files
 from moedge.export import manifest as manifests
 from moedge.export.manifest import Manifest
 from moedge.runtime.engines import Engine, open_engine
-from moedge.runtime.engines.ref import TORCH_DENSE, TORCH_MOE, EngineRef
 from moedge.runtime.parity import compare as parity
 from moedge.runtime.parity import outcomes, verdict
 from moedge.runtime.parity.comparisons import Comparison, Group, comparisons, grouped, identity_reference
+from moedge.runtime.run.refs import TORCH_DENSE, TORCH_MOE, EngineRef
 
 SCHEMA = "moedge.verify/1"
 ALL_EXPERTS = 1 << 16

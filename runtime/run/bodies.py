@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moedge._files import digest, read_json, write_json
+from moedge._progress import named
 from moedge.runtime.run import held_out, run_folder
 from moedge.runtime.run.engine import Context
 from moedge.runtime.run.fingerprint import top_files
@@ -139,23 +140,20 @@ def export(context: Context) -> None:
     """Export the MoE checkpoint, or the dense parent in the same way, one bundle for each target."""
     from moedge.export import pipeline
 
-    def step(what: str, done: int, total: int) -> None:
-        context.progress(done, total)
-        if done < total:
-            context.note(what)
-
     params = context.params
     moe = params["kind"] == "moe"
     label = run_folder.source(context.root)["label"] + (f" {params['notation']}" if moe else "")
     folder = run_folder.checkpoint(context.root) if moe else run_folder.dense(context.root)
     chosen = {"max_length": params["max_length"], "dtype": params.get("dtype")}
-    pipeline.export(folder, context.out, params["targets"], label=label, **chosen, progress=step)
+    pipeline.export(
+        folder, context.out, params["targets"], label=label, **chosen, progress=named(context.progress, context.note)
+    )
 
 
 def build_engine(context: Context) -> None:
     """Make one engine of the MoE for every device of the recipe; no GPU is needed, and none executes it."""
     from moedge.runtime.engines import build
-    from moedge.runtime.engines.ref import EngineRef
+    from moedge.runtime.run.refs import EngineRef
 
     bundle = run_folder.bundles(context.root)[EngineRef("tensorrt-rtx", "moe")]
     facts = build.build(bundle, context.out / "tensorrt-rtx", context.params["devices"]).build
@@ -252,7 +250,7 @@ def bench(context: Context) -> None:
     from moedge.runtime.bench import latency as benchmark
     from moedge.runtime.bench import profiling
     from moedge.runtime.engines import open_engine
-    from moedge.runtime.engines.ref import EngineRef
+    from moedge.runtime.run.refs import EngineRef
 
     params = context.params
     (text,) = held_out.texts(params["texts"])

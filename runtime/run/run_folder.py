@@ -7,7 +7,7 @@ from typing import Any
 
 from moedge import MoEdgeError, _files
 from moedge._files import refuse_pointer
-from moedge.runtime.engines.ref import TORCH_DENSE, TORCH_MOE, EngineRef, Role
+from moedge.runtime.run.refs import TORCH_DENSE, TORCH_MOE, EngineRef, Role
 
 RUN_SCHEMA = "moedge.run/1"
 

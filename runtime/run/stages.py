@@ -21,7 +21,7 @@ from moedge.runtime.run.fingerprint import fingerprint
 
 # What a body runs of this package; tests/runtime/test_recipe_stages.py follows the imports and finds what is missing.
 _ALWAYS_CODE = (
-    *("_files.py", "_progress.py", "runtime/run/__init__.py", "runtime/run/run_folder.py"),
+    *("_files.py", "_progress.py", "runtime/run/__init__.py", "runtime/run/refs.py", "runtime/run/run_folder.py"),
     *("export/__init__.py", "export/targets.py"),
 )
 SOURCE_CODE = (
@@ -33,7 +33,16 @@ CONVERT_CODE = (
     *_ALWAYS_CODE,
     *("configs/__init__.py", "configs/errors.py", "convert", "runtime/run/held_out.py"),
 )
-_EXPORT_CODE = (*CONVERT_CODE, "export", "runtime/engines/__init__.py", "runtime/engines/longrope.py", "runtime/text")
+_EXPORT_CODE = (
+    *CONVERT_CODE,
+    *(
+        "export",
+        "runtime/engines/__init__.py",
+        "runtime/engines/info.py",
+        "runtime/engines/longrope.py",
+        "runtime/text",
+    ),
+)
 _CONFIGS = (
     *("configs/__init__.py", "configs/devices.py", "configs/errors.py", "configs/files.py"),
     *("configs/tolerances.py", "configs/tolerances.yaml"),
@@ -251,7 +260,7 @@ def report(recipe: Recipe, facts: Facts) -> Stage:
         bodies.report,
         {"recipe": recipe.model_dump()},
         reads=("source", "calibrate", "convert", "export", *_dense(recipe), "evaluate", "verify", "bench"),
-        sources=(*_ALWAYS_CODE, "runtime/report", "runtime/parity", "convert", *_CONFIGS),
+        sources=(*_ALWAYS_CODE, "export/manifest.py", "runtime/report", "runtime/parity", "convert", *_CONFIGS),
         libraries=("jinja2", "matplotlib"),
     )
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from moedge import MoEdgeError
 from moedge.runtime.engines import Engine
+from moedge.runtime.engines.info import EngineModel
 from moedge.runtime.text import generation_config, logits
 from moedge.runtime.text.generation_config import GenerationConfig, Use
 from moedge.runtime.text.tokenizer import Message, StopStrings, Tokenizer
@@ -80,7 +81,7 @@ def generate(
         MoEdgeError: an impossible setting, an empty or too long prompt, or no chat template for messages.
     """
     model = engine.info.model
-    asked = generation if generation is not None else generation_config.of_engine(model)
+    asked = generation if generation is not None else model.generation
     drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     sampled = _samples(sample, drawn)
     if max_new_tokens < 1 or (top_p is not None and not 0 < top_p <= 1):
@@ -151,17 +152,17 @@ class _Shown:
                 self._on_text(text)
 
 
-def _budget(model: dict[str, Any], prompt_tokens: int, max_new_tokens: int) -> int:
+def _budget(model: EngineModel, prompt_tokens: int, max_new_tokens: int) -> int:
     """How many tokens are chosen at most; the last one is never fed back, so one more fits than there is room for."""
-    room = int(model.get("max_length") or model["max_position_embeddings"]) - prompt_tokens
+    room = model.longest - prompt_tokens if model.longest else max_new_tokens
     if room < 0:
         raise MoEdgeError(f"The prompt has {prompt_tokens} tokens, {-room} more than this model can hold; shorten it.")
     return min(max_new_tokens, room + 1)
 
 
-def _ends(model: dict[str, Any], of_turn: int | None) -> list[int]:
+def _ends(model: EngineModel, of_turn: int | None) -> list[int]:
     """Ids that end the text: the model's, and in a chat the one that closes a turn."""
-    return [*(model.get("eos_token_ids") or ()), *([] if of_turn is None else [of_turn])]
+    return [*model.eos_token_ids, *([] if of_turn is None else [of_turn])]
 
 
 def _samples(sample: bool, given: dict[str, Any]) -> bool:

@@ -278,12 +278,6 @@ def shown(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {text if len(text) <= 40 else text[:37] + '...'}" for key, text in texts.items())
 
 
-def of_engine(model: Mapping[str, Any]) -> GenerationConfig:
-    """What ``EngineInfo.model`` says, or nothing."""
-    found = model.get("generation")
-    return found if isinstance(found, GenerationConfig) else GenerationConfig()
-
-
 def table() -> str:
     """The list as a Markdown table, for the page."""
     rows = ["| key | here | remark |", "|---|---|---|"]

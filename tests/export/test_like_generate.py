@@ -214,7 +214,7 @@ def test_an_older_bundle_takes_the_boundary_from_its_config(long: Made, tmp_path
     manifest = json.loads((tmp_path / "old" / "manifest.json").read_text())
     assert manifest["model"].pop(longrope.FACT) == LIMIT
     write_json(tmp_path / "old" / "manifest.json", manifest)
-    assert OrtEngine(tmp_path / "old").info.model[longrope.FACT] == LIMIT
+    assert OrtEngine(tmp_path / "old").info.model.rope_boundary == LIMIT
 
 
 def test_verify_compares_both_sides_of_the_boundary(long: Made) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import io
 import json
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +16,8 @@ from moedge import MoEdgeError
 from moedge.runtime.bench import latency as module
 from moedge.runtime.bench.latency import bench
 from moedge.runtime.bench.stats import bootstrap_ci, percentiles
-from moedge.runtime.engines import EngineInfo, Step, open_engine
+from moedge.runtime.engines import Step, open_engine
+from moedge.runtime.engines.info import EngineInfo, EngineModel
 
 IDS = np.arange(20) % 7
 
@@ -36,7 +36,7 @@ class Scripted:
     def __init__(self, clock: Clock, name: str, prefill: float, steps: list[float], drift: list[float] | None = None):
         self.clock, self.name, self.prefill_ms, self.steps, self.drift = clock, name, prefill, steps, drift or [1.0]
         self.runs, self.fed, self.closed = -1, [], False
-        self.info = EngineInfo(name, "script", "CPU", "float32", 1, {"vocab_size": 7})
+        self.info = EngineInfo(name, "script", "CPU", "float32", 1, EngineModel(vocab_size=7))
 
     def _spend(self, milliseconds: float, token: int) -> Step:
         self.clock.now += milliseconds * self.drift[self.runs % len(self.drift)] / 1e3
@@ -170,7 +170,7 @@ def test_memory_belongs_to_the_engines_own_process(toy_bundles: dict[str, Path])
 
 
 def gpu_engine(runtime: str, **told: Any) -> Any:
-    info = EngineInfo(runtime.split()[0], runtime, "NVIDIA Stand-in (cuda:1)", "bfloat16", 1, {"vocab_size": 7})
+    info = EngineInfo(runtime.split()[0], runtime, "NVIDIA Stand-in (cuda:1)", "bfloat16", 1, EngineModel(vocab_size=7))
     step = Step(np.zeros((1, 1, 7), np.float32), 0)
     return SimpleNamespace(info=info, prefill=lambda ids: step, decode=lambda ids, cache: step, **told)
 
@@ -201,7 +201,7 @@ def test_gpu_memory_is_pytorchs_peak_and_others_say_why_not(
         answer = json.loads(capsys.readouterr().out)
         times = {"p50": 1.0, "ci95": [1.0, 1.0]}
         timed = {"ttft_ms": times, "tpot_ms": times, "decode_tokens_per_s": 1e3}
-        rows.append({"label": engine.info.name, "info": asdict(engine.info), **timed, **answer})
+        rows.append({"label": engine.info.name, "info": engine.info.as_json(), **timed, **answer})
     assert [row["peak_gpu_mib"] for row in rows] == [1536, None]
     assert "gpu_reason" not in rows[0]
     protocol = {"prompt": 2, "decode": 1, "repeats": 1}

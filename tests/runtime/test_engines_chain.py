@@ -50,7 +50,7 @@ def folders(
 
 
 def limits(engine: Engine) -> tolerances.Profile:
-    return tolerances.load().profile(engine.info.dtype, engine.info.model["target"])
+    return tolerances.load().profile(engine.info.dtype, engine.info.model.target)
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -98,7 +98,7 @@ def test_a_padded_batch_equals_its_rows(name: str, folders: dict[str, Path]) -> 
 def test_torch_engine_says_what_it_is_and_refuses_what_it_cannot(folders: dict[str, Path]) -> None:
     engine = open_engine(folders["torch"], threads=1, taps=True)
     assert engine.info.name == "torch moe"
-    assert engine.info.model["eos_token_ids"] == [257]
+    assert engine.info.model.eos_token_ids == [257]
     step = engine.prefill(WINDOWS[:1])
     assert step.routes is not None
     assert {layer: chosen.shape for layer, chosen in step.routes.items()} == {0: (60, TOP_K), 1: (60, TOP_K)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from typer.testing import CliRunner
 
 from moedge import MoEdgeError
 from moedge.runtime.cli import app
-from moedge.runtime.engines import EngineInfo, Step, open_engine
+from moedge.runtime.engines import Step, open_engine
+from moedge.runtime.engines.info import EngineInfo, EngineModel
 from moedge.runtime.text.generate import draw, generate
 from moedge.runtime.text.generation_config import GenerationConfig
 from moedge.runtime.text.logits import warped
@@ -38,8 +40,8 @@ class Script:
     def __init__(self, ids: list[int], eos: list[int] | None = None, max_length: int = 64, **generation: Any) -> None:
         self.ids, self.prompts, self.fed = ids, [], []
         ends = [END] if eos is None else eos
-        model = {"vocab_size": 300, "eos_token_ids": ends, "max_length": max_length}
-        model["generation"] = GenerationConfig(generation)
+        asked = GenerationConfig(generation)
+        model = EngineModel(vocab_size=300, eos_token_ids=ends, max_length=max_length, generation=asked)
         self.info = EngineInfo("script", "script", "CPU", "float32", 1, model)
 
     def _say(self, position: int) -> Step:
@@ -265,7 +267,7 @@ def test_length_and_context_limit_the_text(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize("kind", ["concat", "shared_buffer"])
 def test_a_real_engine_fills_its_context_exactly(kind: str, toy_bundles: dict[str, Path], tokenizer: Tokenizer) -> None:
     engine = open_engine(toy_bundles[kind], threads=1)
-    engine.info.model["eos_token_ids"] = []
+    engine.info = replace(engine.info, model=engine.info.model.model_copy(update={"eos_token_ids": []}))
     result = generate(engine, tokenizer, "The", max_new_tokens=1000, temperature=1.0, seed=1)
     assert len(result.ids) == 64 - 3 + 1 or result.finish_reason == "eos"
     again = generate(engine, tokenizer, "The", max_new_tokens=1000, temperature=1.0, seed=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,19 @@ from scipy import special, stats
 
 from moedge import MoEdgeError
 from moedge.configs import tolerances
-from moedge.runtime.engines import EngineInfo, Step, open_engine
+from moedge.runtime.engines import Step, open_engine
+from moedge.runtime.engines.info import EngineInfo, EngineModel
 from moedge.runtime.parity import verdict
 from moedge.runtime.parity.compare import compare, identity_all
 
 VOCAB, LENGTH, WINDOWS, PREFILL, LAYERS, EXPERTS, TOP_K = 50, 12, 3, 5, 2, 8, 3
 LIMITS = tolerances.load().profile("float32", "ort-cpu")
 Damage = Callable[[np.ndarray, int, str], np.ndarray]
+
+
+def with_facts(info: EngineInfo, **changes: Any) -> EngineInfo:
+    """The same engine with other facts about its model."""
+    return replace(info, model=info.model.model_copy(update=changes))
 
 
 class Scripted:
@@ -38,7 +45,7 @@ class Scripted:
         self.damage = damage or (lambda logits, position, phase: logits)
         self.taps, self.flips = taps, flips or {}
         self.info = EngineInfo(
-            "scripted", "numpy", "CPU", "float32", 1, {"vocab_size": VOCAB, "moe": taps, "routed": taps}
+            "scripted", "numpy", "CPU", "float32", 1, EngineModel(vocab_size=VOCAB, moe=taps, routed=taps)
         )
 
     def _step(self, ids: np.ndarray, start: int, phase: str) -> Step:
@@ -288,7 +295,7 @@ def test_expert_sets_are_compared_as_sets_and_flips_are_counted() -> None:
 
 def test_unseen_routing_of_two_moe_models_is_not_passed() -> None:
     test = Scripted()
-    test.info.model["routed"] = True
+    test.info = with_facts(test.info, routed=True)
     result = compare(Scripted(taps=True), test, IDS, prefill=PREFILL, tolerances=LIMITS)
     assert failed(result) == {"routing.expert_set_agreement"}
     assert "test engine returned no routes" in result["routing"]["reason"]
@@ -298,7 +305,7 @@ def test_unseen_routing_of_two_moe_models_is_not_passed() -> None:
 
 def test_engines_of_different_models_are_refused() -> None:
     other = Scripted()
-    other.info.model["vocab_size"] = VOCAB + 1
+    other.info = with_facts(other.info, vocab_size=VOCAB + 1)
     with pytest.raises(MoEdgeError, match="vocabularies of 50 and 51"):
         compare(Scripted(), other, IDS, prefill=PREFILL, tolerances=LIMITS)
     wide = Scripted(taps=True)
@@ -310,7 +317,7 @@ def test_engines_of_different_models_are_refused() -> None:
 @pytest.mark.parametrize("limit", ["max_length", "max_position_embeddings"])
 def test_windows_beyond_what_an_engine_holds_are_refused_with_the_options(limit: str) -> None:
     short = Scripted()
-    short.info.model[limit] = LENGTH - 1
+    short.info = with_facts(short.info, **{limit: LENGTH - 1})
     with pytest.raises(MoEdgeError, match=r"of 12 tokens do not fit: scripted holds at most 11; .*--window, --prefill"):
         compare(Scripted(), short, IDS, prefill=PREFILL, tolerances=LIMITS)
 

@@ -16,10 +16,10 @@ from moedge import MoEdgeError
 from moedge.configs.recipe import ControlName, EvaluateSection, Recipe, conversion_from, load_recipe, recipe_from
 from moedge.configs.study import load_study
 from moedge.convert import sources
-from moedge.runtime.engines.ref import EngineRef
 from moedge.runtime.run import held_out, run_folder, stages, study
 from moedge.runtime.run.engine import Context, Stage, parts, source_digests
 from moedge.runtime.run.fingerprint import fingerprint
+from moedge.runtime.run.refs import EngineRef
 
 MACHINE = {"processor": "toy"}
 

@@ -1,5 +1,7 @@
 """int8 and int4 bundles: everything is quantised, and the kernels compute what their weights say."""
 
+import json
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -148,9 +150,39 @@ def test_asymmetric_blocks_err_less(bundles):
     assert sum(errors[0].values()) < sum(errors[1].values())
 
 
+def test_zero_points_are_an_option_of_export(bundles, tmp_path, tiny_llama, tiny_tokenizer):
+    from moedge.convert import calibration, methods, modeling
+    from moedge.export import pipeline
+
+    model = tiny_llama(hidden=64, width=320, layers=1)  # experts of 40 neurons: two blocks
+    tokens = np.random.default_rng(0).integers(0, 256, (4, 64))
+    statistics = calibration.collect(model, tokens, k_a=8)
+    plan = methods.convert("cmoe", statistics, model, shared=3, active=2, experts=8, k_a=8)
+    modeling.save(modeling.apply(plan, model), plan, tiny_tokenizer, tmp_path / "moe")
+    error = {}
+    for method, chosen in (("rtn", False), ("rtn-asymmetric", True)):
+        made = pipeline.export(tmp_path / "moe", tmp_path / method, ["ort-cpu-int4"], label="moe", zero_points=chosen)
+        quantised = bundle.open_bundle(made["ort-cpu-int4"])
+        section = json.loads((quantised.path / "manifest.json").read_text(encoding="utf-8"))["quantization"]
+        assert section["method"] == method
+        floats = ir.load(made["portable"] / "model.onnx").graph.initializers
+        error[method] = {
+            name: float(np.square(array - array_of(floats[name])).mean())
+            for name, array in quantize.dequantized_weights(quantised)
+        }
+    assert error["rtn-asymmetric"].keys() == error["rtn"].keys()
+    assert all(value < error["rtn"][name] for name, value in error["rtn-asymmetric"].items())
+    with pytest.raises(MoEdgeError, match="GPTQ has no zero points; give"):
+        pipeline.export(
+            tmp_path / "moe", tmp_path / "no", TARGETS.values(), label="", zero_points=True, calibration=tokens
+        )
+    with pytest.raises(MoEdgeError, match="one block, whose zero points"):
+        pipeline.lower("ort-cpu-int4", bundles["moe/portable"], tmp_path, zero_points=True)
+
+
 def test_verify_judges_the_model_and_the_kernels_apart(bundles, checkpoints):
-    from moedge.runtime.engines.ref import TORCH_DENSE, TORCH_MOE, EngineRef
     from moedge.runtime.parity.suite import verify_run
+    from moedge.runtime.run.refs import TORCH_DENSE, TORCH_MOE, EngineRef
 
     engines = {TORCH_MOE: checkpoints["moe"], TORCH_DENSE: checkpoints["dense"]}
     engines |= {EngineRef(name.split("/")[1], "moe"): path for name, path in bundles.items() if name.startswith("moe")}

@@ -1,0 +1,57 @@
+"""What a number was measured on: the facts that an engine states about itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from pydantic import Field
+
+from moedge.export.manifest import Facts
+from moedge.runtime.text.generation_config import GenerationConfig
+
+
+class EngineModel(Facts):
+    """The model that an engine runs. Facts of its manifest without a field here are kept (``model_extra``)."""
+
+    vocab_size: int
+    target: str = ""
+    """Of its bundle or engine; ``torch`` for a checkpoint."""
+    label: str = ""
+    moe: bool = False
+    routed: bool = False
+    """Whether a layer chooses experts: a pruned MoE may have none."""
+    eos_token_ids: list[int] = Field(default_factory=list)
+    max_position_embeddings: int | None = None
+    max_length: int | None = None
+    """Tokens that a cache can hold."""
+    rope_boundary: int | None = None
+    """Tokens after which the rotary factors change (:mod:`moedge.runtime.engines.longrope`)."""
+    top_k: int | None = None
+    """Experts of each layer that the caller asked for."""
+    generation: GenerationConfig = Field(default_factory=GenerationConfig)
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens that one text can have, where that is known."""
+        return self.max_length or self.max_position_embeddings
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What a number was measured on: printed beside every number."""
+
+    name: str
+    """Short label for tables, e.g. ``"ort-cpu moe"``."""
+    runtime: str
+    """Runtime and version, e.g. ``"onnxruntime 1.31.1"``."""
+    device: str
+    """Device, e.g. ``"CPU"``."""
+    dtype: str
+    """Weight dtype, e.g. ``"float32"``."""
+    threads: int
+    model: EngineModel
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the entry of results."""
+        return {each.name: getattr(self, each.name) for each in fields(self)} | {"model": self.model.document()}
