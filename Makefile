@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: demo test test-slow interop lint clean
+.PHONY: demo test test-slow interop lint docs clean
 
 demo: .venv/cpu.done
 	$(BIN)/moedge run smollm2-135m
@@ -24,8 +24,11 @@ lint: .venv/test.done
 	mkdir -p .typing && ln -sfn .. .typing/moedge
 	MYPYPATH=.typing $(BIN)/mypy -p moedge.configs -p moedge.convert -p moedge.export -p moedge.runtime
 
+docs: .venv/docs.done
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf .venv .venv-interop .typing build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-interop .typing site build *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 .venv/cpu.done: pyproject.toml
 	$(PYTHON) -m venv .venv && $(PIP) 'torch==2.13.0'
@@ -33,3 +36,8 @@ clean:
 
 .venv/test.done: .venv/cpu.done
 	$(PIP) -e '.[cpu,test]' && touch $@
+
+# Needs neither torch nor a model.
+.venv/docs.done: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) -e '.[docs]' && touch $@

@@ -1,4 +1,4 @@
-"""What the routers of a converted model do, layer by layer (methods.md 6-7), and how stable its partition is.
+"""What the routers of a converted model do, layer by layer (docs/methods.md 6.1), and how stable its partition is.
 
 The MoE itself runs on the text, so every layer is judged on the inputs that it really gets. Each layer is worked on
 while it runs and leaves only sums behind: nothing grows with the tokens or holds two layers at once.

@@ -1,6 +1,6 @@
 """Domain affinity mining: which named texts are so alike that one pruned expert serves them (DIVE, stage 1).
 
-For D domains (ACL 2025, 2025.acl-long.951; methods.md 4.1; the mining code was never published):
+For D domains (ACL 2025, 2025.acl-long.951; docs/methods.md 4.1; the mining code was never published):
 
 1. prune the FFNs with FLAP once a domain, calibrated on that domain's text;
 2. measure each pruned model's perplexity on every domain: p [D, D], rows the domain pruned for, columns measured on;

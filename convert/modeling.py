@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 CHECKPOINT_SCHEMA = "moedge.checkpoint/1"
 _FLOAT32 = ("mlp.router", "mlp.selection_bias", "mlp.scale", "mlp.no_bias")
-"""Kept in float32 whatever the model's dtype: bfloat16 rounding flips ranks of experts (methods.md 1.8)."""
+"""Kept in float32 whatever the model's dtype: bfloat16 rounding flips ranks of experts (docs/methods.md 1.4)."""
 
 
 class SparseFFN(nn.Module):

@@ -47,7 +47,7 @@ _SIGNATURES: dict[str, tuple[str, str, dict[str, str]]] = {
         "y:T",
         {},
     ),
-    # Not "Attention": TensorRT's importer takes that name in any domain (peers.md 2.2).
+    # Not "Attention": TensorRT's importer takes that name in any domain (docs/node-forms.md 2).
     "CausalAttention": (
         "query:T key:T value:T attention_mask:tensor(bool)",
         "y:T",

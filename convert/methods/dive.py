@@ -11,10 +11,10 @@ default the router is instead fitted in closed form, a ridge regression from the
 would make, so that a checkpoint is of use before any training.
 
 A selected expert has the weight of a softmax over the selected ones, which is 1 for ``active: 1``. That weight gives a
-top-1 router no gradient (methods.md 4.4); retraining then takes the straight-through one, and ``weights: all`` keeps
-the softmax over all experts instead.
+top-1 router no gradient (docs/methods.md 4.3); retraining then takes the straight-through one, and ``weights: all``
+keeps the softmax over all experts instead.
 
-Released code: yuchenblah/DIVE 3381a93 (details in methods.md 4). Its statistics count a group's data sets alike, as is
+Released code: yuchenblah/DIVE 3381a93 (docs/dive.md). Its statistics count a group's data sets alike, as is
 done here; its threshold on ties and its mean update are not repeated.
 """
 

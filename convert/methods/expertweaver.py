@@ -9,7 +9,7 @@ From the gate profiles a_ij = mean over the tokens of sample j of ``|act(gate x)
 3. routed experts: balanced K-means on the profiles of the rest, squared L2 (sec. 3.3, App. I);
 4. router: a linear map, row e the mean gate row of expert e; the top experts are added with weight 1 (sec. 3.3).
 
-No code is published and v1 leaves points open. The readings taken here, each a parameter (numbers: methods.md 2.4):
+No code is published and v1 leaves points open. The readings taken here, each a parameter (docs/methods.md 2.3):
 D1 the absolute activation (``signal``); D2 variation over samples, or over the means of ``tasks``; D3 population
 standard deviation, ``eps`` 1e-6; D4 "highest absolute average" = |mean of the profile|; D5 profiles clustered as they
 are (``scaling``); D6 all (neuron, centroid) pairs in order of distance (``assignment``); D7 random rows as first

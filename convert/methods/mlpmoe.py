@@ -2,7 +2,7 @@
 
 Only the paper's abstract could be read: "differential branch sparsity" that removes about 20% of the MLP's parameters
 at about 2% of perplexity. Number of branches, fade schedule, pruning criterion and compensation formula below are ours
-(methods.md 3.2), and the plan says so.
+(docs/methods.md 3.2), and the plan says so.
 
 1. slice: the FFN's neurons are cut into B contiguous branches whose outputs are summed; exact by itself;
 2. order: as the model has its neurons, or branches by a data-free score, the mean over neurons of

@@ -150,8 +150,8 @@ class Keys:
 def to_folder(path: Path) -> tuple[Path, str]:
     """De-quantize a GGUF file to float32 once; return the cached folder and a label.
 
-    float32, because a bfloat16 save moves logits by up to 0.16 (assets.md). Of a split file any part may be given; the
-    others are read from the folder that it lies in.
+    float32, because a bfloat16 save moves logits by up to 0.16 (docs/assets.md). Of a split file any part may be given;
+    the others are read from the folder that it lies in.
 
     Raises:
         MoEdgeError: damaged, incomplete, or with something in it that would be lost; nothing is cached then.

@@ -1,11 +1,12 @@
 """DIVE's efficient retraining: first the router alone, then router, norms and low-rank updates of the experts.
 
 Stage 1 runs every expert, weighted by softmax(scores / temperature), so each score gets a gradient; only routers are
-trained. Stage 2 routes as the checkpoint does. The paper (2025.acl-long.951; rates from the released code, methods.md
-4.1): 0.5B and 5.0B tokens, 1e-4 constant and 1e-4 cosine to a tenth, LoRA rank 8 and alpha 16 on the experts'
-projections, temperature 0.05 for one active expert and 0.5 for two. The loop is :mod:`moedge.convert.train.training`.
+trained. Stage 2 routes as the checkpoint does. The paper (2025.acl-long.951; rates from the released code,
+docs/methods.md 4.1): 0.5B and 5.0B tokens, 1e-4 constant and 1e-4 cosine to a tenth, LoRA rank 8 and alpha 16 on the
+experts' projections, temperature 0.05 for one active expert and 0.5 for two. The loop is
+:mod:`moedge.convert.train.training`.
 
-Two readings differ from the released code and are settings (methods.md 4.4):
+Two readings differ from the released code and are settings (docs/methods.md 4.3):
 
 * a top-1 weight is always 1, so its router learns nothing in stage 2; ``gradient: straight_through`` keeps the weight
   and gives it the gradient of a softmax over all experts;

@@ -2,7 +2,7 @@
 
 A plan's ``scale`` (CMoE's u), ``compensation`` and ``output_bias`` are buffers of a :class:`SparseFFN`; while they are
 trained they are parameters of the same name, so a checkpoint looks the same either way. PEFT freezes every parameter
-that is not its own; the groups that were asked for are switched on after wrapping, by identity (methods.md 1.3-8).
+that is not its own; the groups that were asked for are switched on after wrapping, by identity (docs/methods.md 1.3).
 """
 
 from __future__ import annotations
@@ -145,8 +145,8 @@ def finish(trainable: Trainable) -> PreTrainedModel:
 def dense_softmax(model: nn.Module, temperature: float = 1.0) -> Iterator[None]:
     """Run every expert, weighted by ``softmax(scores / temperature)``, while the block runs.
 
-    The router stage of DIVE (methods.md 4.1, stage 4): each expert's output reaches each token, so every score gets a
-    gradient. Selection biases have no effect meanwhile.
+    The router stage of DIVE (docs/methods.md 4.1, step 4): each expert's output reaches each token, so every score gets
+    a gradient. Selection biases have no effect meanwhile.
     """
     handles, before = [], []
     for ffn in model.modules():

@@ -3,7 +3,7 @@
 TensorRT 11 and TensorRT for RTX choose no precision themselves; a graph says where it is float16 or bfloat16 and where
 not. Float32 stays where half precision is known to hurt:
 
-* the router, from the FFN's input to the indices: rounding flips ranks of experts (methods.md 1.8);
+* the router, from the FFN's input to the indices: rounding flips ranks of experts (docs/methods.md 1.4);
 * the sums of a norm: squares of activations overflow float16 above 255;
 * the rotary table: positions above 2048 are not integers in float16;
 * the softmax of attention, inside the body of CausalAttention;

@@ -1,8 +1,8 @@
 """A converted model as a plain Hugging Face checkpoint that stock transformers, vLLM and SGLang load: no custom code.
 
-* A plan with experts becomes ``Glm4MoeForCausalLM`` (methods.md 7.4): sigmoid scores of a linear router, a per-expert
-  correction that is added for the selection only, weights normalised to sum 1 and times ``routed_scaling_factor``, an
-  ungated shared expert.
+* A plan with experts becomes ``Glm4MoeForCausalLM`` (docs/methods.md 7): sigmoid scores of a linear router, a
+  per-expert correction that is added for the selection only, weights normalised to sum 1 and times
+  ``routed_scaling_factor``, an ungated shared expert.
 * A plan without experts becomes a checkpoint of its dense family with a smaller ``intermediate_size``.
 
 **The eps trick.** Our weights are 1; theirs are ``k sigma(z_e) / sum of sigma(z_j) over the selected``. Router rows are

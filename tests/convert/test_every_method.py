@@ -1,4 +1,4 @@
-"""What every registered method promises (methods.md section 8, items 1, 2 and 12): a new one cannot forget it."""
+"""What every registered method promises (tests/README.md, items 1, 2 and 12): a new one cannot forget it."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def test_shared_experts_at_the_ends_and_clipped(experts: int, alphas: tuple[floa
 
 
 def test_the_papers_integers() -> None:
-    """methods.md 2.2: N_e = 64 gives N_se 13..45, and 35 of 51 to 3 of 19 routed picks at k = 48."""
+    """docs/methods.md 2.2: N_e = 64 gives N_se 13..45, and 35 of 51 to 3 of 19 routed picks at k = 48."""
     settings = ExpertWeaverParams()
     sizes = [expertweaver.shared_experts(share, 18944, settings)[0] for share in (1.0, 0.0)]
     assert [(settings.k - n, settings.experts - n) for n in sizes] == [(35, 51), (3, 19)]

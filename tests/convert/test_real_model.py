@@ -1,4 +1,4 @@
-"""The default model and text: known-good numbers and the ordering that methods.md section 8, item 11 asks for."""
+"""The default model and text: known-good numbers and the ordering that tests/README.md, item 11, asks for."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_smollm2_orders_the_controls_and_reports_a_losing_router() -> None:
     controls = {name: baselines.CONTROLS[name](plan, statistics, model, 0) for name in names}
     result = evaluate.evaluate(model, {"cmoe": plan, **controls}, {"wiki": windows}, {})
     ppl = {row["label"]: row["ppl"]["wiki"] for row in result["rows"]}
-    # assets.md: about 23 over the whole held-out text; 2,044 tokens of it vary by a few points.
+    # docs/assets.md: about 23 over the whole held-out text; 2,044 tokens of it vary by a few points.
     assert 17 < ppl["dense"] < 30
     assert ppl["dense"] < ppl["neuron top-k"] < ppl["oracle router"] < ppl["cmoe"] < ppl["random partition"]
     assert ppl["oracle router"] < ppl["static mask"] < ppl["LLaMA-MoE random"]  # a split without shared experts

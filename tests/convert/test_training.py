@@ -96,7 +96,7 @@ def test_exactly_the_chosen_groups_change(group: str, converted: Any, windows: n
 
 
 def test_u_learns_after_lora_wrapping_and_starts_at_weight_one(converted: Any, windows: np.ndarray) -> None:
-    """PEFT freezes what is not its own; CMoE's released code trains no u for that reason (methods.md 1.3-8)."""
+    """PEFT freezes what is not its own; CMoE's released code trains no u for that reason (docs/methods.md 1.3)."""
     model = converted()
     ready = trainable.prepare(model, ("lora", "scale"), LoRASettings(rank=2))
     assert set(ready.groups) == {"lora", "scale"}

@@ -94,7 +94,7 @@ def test_unit_weights_pass_nothing_on() -> None:
 
 
 def test_a_single_softmax_choice_teaches_the_router_nothing_and_a_probability_does() -> None:
-    """Softmax over one selected score is 1 whatever the score (methods.md 4.4)."""
+    """Softmax over one selected score is 1 whatever the score (docs/methods.md 4.3)."""
     sizes = {}
     for rule in ("softmax", "probability"):
         scores = draw(6, 5)

@@ -356,7 +356,7 @@ def test_estimate_counts_the_parameters_of_the_default_model() -> None:
     config |= {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
     recipe = load_recipe("smollm2-135m")
     copies = 2 + 2 * len(recipe.export.targets)
-    # 134.5 M parameters (assets.md), in float32; norms are left out of the estimate.
+    # 134.5 M parameters (docs/assets.md), in float32; norms are left out of the estimate.
     assert estimate(config, recipe)["disk"] == pytest.approx(copies * 4 * 134.5e6, rel=1e-3)
     assert 1.5e9 < estimate(config, recipe)["memory"] < 8 * 2**30
 

@@ -1,8 +1,8 @@
 """Controls at the active width of a plan: what a routed conversion has to beat.
 
-A method that loses to one of these adds nothing (methods.md 1.8: the published router barely beats a static mask, and
-FLAP wins at 50% sparsity). Each function reads the layout from the plan under test, layer by layer, so both run the
-same number of neurons a token. Those that can be deployed are also methods of their own in
+A method that loses to one of these adds nothing (docs/methods.md 1.4: the published router does not beat a static
+mask, and FLAP wins at 50% sparsity). Each function reads the layout from the plan under test, layer by layer, so both
+run the same number of neurons a token. Those that can be deployed are also methods of their own in
 :data:`moedge.convert.methods.METHODS`.
 """
 

@@ -74,7 +74,7 @@ def neuron_top_k(plan: MoEPlan) -> MoEPlan:
     """Keep for each token the k neurons with the largest ``|h_i| |down_i|``, k the active width: a ceiling.
 
     Every neuron is an expert of its own, chosen by the oracle router. It has strictly more freedom than any choice
-    among wider experts (methods.md 5.6), computes every neuron to choose, and is therefore for evaluation only.
+    among wider experts (docs/methods.md 5.5), computes every neuron to choose, and is therefore for evaluation only.
     """
     width = int(plan.model["intermediate_size"])
     alone = np.arange(width, dtype=np.int32)

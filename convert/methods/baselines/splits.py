@@ -1,4 +1,4 @@
-"""Experts from the weights alone: LLaMA-MoE v1 and MoEfication (methods.md 5.1, 5.3, 5.4).
+"""Experts from the weights alone: LLaMA-MoE v1 and MoEfication (docs/methods.md 5.2, 5.3).
 
 Neither has shared experts. D neurons, H hidden, E experts, k active.
 

@@ -6,7 +6,7 @@ as uncorrelated); FLAP (arXiv 2312.11983) ranks neurons by the mean of it. Every
 1. shared block: the neurons with the highest mean energy;
 2. experts: the balanced partition whose top-k experts capture the most energy (:mod:`moedge.convert.energy`), then a
    few rounds with the selections of a fitted router in place of the best ones, so that experts are predictable;
-3. router: ridge regression from the FFN input to each expert's energy or output norm (methods.md 6-3);
+3. router: ridge regression from the FFN input to each expert's energy or output norm (docs/methods.md 6);
 4. compensation: an expert that is left out contributes its mean output over the tokens that leave it out;
 5. refit: new down projections and compensations by least squares under the actual routing, anchored to the old ones.
 

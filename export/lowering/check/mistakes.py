@@ -1,6 +1,6 @@
 """What known mistakes of MoE lowerings would compute, so that a failed self-test names the one that fits.
 
-Every entry is a mistake that some exporter or kernel has made without an error message (peers.md 1, 7 and 10). From one
+Every entry is a mistake that some exporter or kernel has made without an error message (docs/node-forms.md 1). From one
 run of the block before the rewrite come its input, scores, routing and shared part; each mistake is then computed in
 float64 and compared with what the rewritten block returned.
 """

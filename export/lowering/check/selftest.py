@@ -1,7 +1,7 @@
 """Run a rewritten block beside the block it replaced: no lowering is believed because it loads.
 
 Rewrites keep the names of the values at their edges, so a block is cut out of the graph before and after between the
-same names, fed the same random numbers, and run in the target's runtime. Kernels fail silently (peers.md 1, finding 7);
+same names, fed the same random numbers, and run in the target's runtime. Kernels fail silently (docs/node-forms.md 1);
 this is where that shows.
 """
 

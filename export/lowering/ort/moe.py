@@ -1,8 +1,8 @@
 """moedge::Route + moedge::SparseGLU -> com.microsoft.MoE.
 
 The kernel takes logits and applies its own softmax and top-k, so a router is dressed as logits whose softmax over the
-selected experts gives the wanted weights (peers.md 5.1b): log(w_e) for the selected experts, -1e4 elsewhere, and
-``y = sum(w) * MoE``. With unit weights that is zeros scattered at the selected experts and a factor k.
+selected experts gives the wanted weights (docs/node-forms.md 3.1): log(w_e) for the selected experts, -1e4 elsewhere,
+and ``y = sum(w) * MoE``. With unit weights that is zeros scattered at the selected experts and a factor k.
 
 ``normalize_routing_weights=1`` always: the only mode that is right for every dtype of the CPU kernel. Scaling scores
 towards zero instead (softmax of nearly equal logits is 1/k) does not work: the kernel ranks the float32 softmax over

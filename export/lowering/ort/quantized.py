@@ -113,7 +113,7 @@ def _check_zero_points(table: Mapping[str, weights.Weight], target: str) -> None
 
 
 OLDEST_ORT = (1, 31)
-"""QMoE with ``router_weights`` and ``accuracy_level``: 1.23 refuses the first, 1.27 the second (peers.md 5.3)."""
+"""QMoE with ``router_weights`` and ``accuracy_level``: 1.23 refuses the first, 1.27 the second (docs/node-forms.md)."""
 
 
 def refusal(*, dtypes: set[str], hidden_sizes: set[int]) -> str | None:

@@ -1,6 +1,6 @@
 """``TRT_MoE``: TensorRT's own MoE layer, for the GPUs that have it; elsewhere its function body.
 
-The schema is not published; this is what NVIDIA's parser makes of a node (TensorRT for RTX 1.7.1, peers.md 5.4):
+The schema is not published; this is what NVIDIA's parser makes of a node (TensorRT for RTX 1.7, docs/node-forms.md 5):
 
 * inputs x [B, S, H], experts int32 [B, S, k], scores [B, S, k] of x's type, gate and up [E, H, I], down [E, I, H];
 * ``activation_type`` is an integer, 1 for SiLU. Without it, and with the string ``"silu"``, the layer applies no
