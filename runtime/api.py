@@ -167,21 +167,27 @@ def export_model(
     from moedge.export import targets as registry
     from moedge.export.pipeline import export
     from moedge.runtime.engines.given import local
+    from moedge.runtime.run import held_out, run_folder
 
     wanted = list(targets or registry.default())
     registry.check_form(expert_form)
-    if expert_form:
-        registry.check_taken(f"expert_form={expert_form!r}", lambda row: expert_form in row.expert_forms, wanted)
-    if half:
-        registry.check_taken(f"half={half!r}", registry.has_dtypes, wanted)
-    if calibration is not None:
-        registry.check_taken("calibration", lambda row: row.calibrated, wanted)
-    if zero_points:
-        registry.check_taken("zero_points", lambda row: row.zero_points, wanted)
-
+    asked: list[tuple[str, bool, Callable[[registry.Target], bool]]] = [
+        (f"expert_form={expert_form!r}", bool(expert_form), lambda row: expert_form in row.expert_forms),
+        (f"half={half!r}", bool(half), registry.has_dtypes),
+        ("calibration", calibration is not None, lambda row: row.calibrated),
+        ("zero_points", zero_points, lambda row: row.zero_points),
+    ]
+    for words, given, takes in asked:
+        if given:
+            registry.check_taken(words, takes, wanted)
+    if tensorrt:
+        _check_version(tensorrt)
     folder = local(Path(checkpoint))
     if not (folder / "config.json").is_file():
         raise MoEdgeError(f"{folder} is not a checkpoint folder: it has no config.json.")
+    if max_length is not None:
+        config = run_folder.read_json(folder / "config.json", "download or save the model again")
+        held_out.check_positions(config.get("max_position_embeddings"), max_length, "max_length")
     name = str(checkpoint) if folder != Path(checkpoint) else folder.name or folder.resolve().name
     step = progress or _quiet
     return export(
@@ -430,6 +436,17 @@ def _argument(setting: str) -> str:
     key, colon, value = setting.partition(": ")
     name = {"model.source": "model", "text.calibration": "text"}.get(key, key.split(".", 1)[-1])
     return f"{name}={value!r}" if colon else name
+
+
+def _check_version(tensorrt: str) -> None:
+    """Refuse what is no version of TensorRT."""
+    from moedge.runtime.device.moedge_plugins import refusal
+    from moedge.runtime.device.moedge_trt import DeviceError
+
+    try:
+        refusal(tensorrt)
+    except DeviceError as error:
+        raise MoEdgeError(str(error)) from None
 
 
 def _quiet(*_: object) -> None:

@@ -76,6 +76,10 @@ def test_a_name_is_found_whatever_was_imported_before() -> None:
         (lambda: moedge.export_model("nothing", "out", ["tpu"], half="float16"), "Unknown target 'tpu'; known: port"),
         (lambda: moedge.export_model("nothing", "out", half="bfloat16"), "half='bfloat16' is for target tensorrt or"),
         (lambda: moedge.export_model("nothing", "out", expert_form="plugin"), "No form of experts is called 'plugin'"),
+        (
+            lambda: moedge.export_model("nothing", "out", ["tensorrt"], tensorrt="new"),
+            "'new' is no version of TensorRT",
+        ),
         (lambda: moedge.open_engine("nothing"), "No model at nothing: the folder does not exist"),
         (lambda: moedge.generate("nothing", "hi"), "nothing"),
         (lambda: moedge.verify("nothing"), "nothing is not a run folder"),

@@ -15,6 +15,7 @@ from moedge.configs import devices, study, tolerances
 from moedge.configs.errors import checked, matching
 from moedge.configs.files import packaged
 from moedge.configs.recipe import recipe_from
+from moedge.convert import methods
 
 
 def as_recipe(key: str, folder: Path) -> None:
@@ -23,6 +24,11 @@ def as_recipe(key: str, folder: Path) -> None:
 
 def as_parameter(key: str, folder: Path) -> None:
     recipe_from({"name": "x", "model": {"source": "x"}, "convert": {"method": "mlpmoe", key: 1}}, where="r.yaml")
+
+
+def as_argument_of_a_method(key: str, folder: Path) -> None:
+    model: Any = None  # parameters are checked before anything else
+    methods.convert("mlpmoe", None, model, **{key: 1})
 
 
 def changed(kind: Any, folder: Path, change: Callable[[dict[str, Any]], Any]) -> str:
@@ -71,6 +77,7 @@ def as_domains(key: str, folder: Path) -> None:
     [
         (as_recipe, "windw", "r.yaml: verify.windw", "tokens, window", "window"),
         (as_parameter, "branchs", "r.yaml: convert.branchs", "method, branches", "branches"),
+        (as_argument_of_a_method, "branchs", "mlpmoe: branchs", "branches", "branches"),
         (as_study, "held_ot", "mine.yaml: texts[0].held_ot", "source, holdout_every", "held_out"),
         (as_row_of_a_study, "activ", "mine.yaml: rows: ", "method, ", "active"),
         (as_device, "memory_gb", "mine.yaml: memory_gb", "schema, name, label", "memory_gib"),

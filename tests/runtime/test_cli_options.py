@@ -57,6 +57,7 @@ MEANINGS: dict[str, tuple[type, str]] = {
     "--tensorrt": (str, "^TensorRT on the device"),
     "--text": (str, "asset:NAME|[Tt]ext to train on"),
     "--threads": (int, "^CPU threads"),
+    "--tolerances": (str, "^YAML file of limits"),
     "--tokens": (int, "^(Tokens (of each text|to (compare|measure))|Budget in tokens)"),
     "--window": (int, "^Tokens per window"),
 }
