@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from moedge import MoEdgeError
 from moedge.convert import adapters, calibration, methods, modeling
 from moedge.convert.methods import METHODS
 from moedge.convert.plan import MoEPlan
@@ -86,3 +87,14 @@ def test_no_neuron_is_used_twice_and_with_every_expert_the_model_is_dense(
         every = replace(plan, layers=[replace(layer, top_k=layer.num_experts) for layer in plan.layers])
         sparse = modeling.apply(every, model)(ids).logits
     assert float((sparse - dense).abs().max() / dense.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_registry_checks_the_parameters_before_any_work(name: str) -> None:
+    with pytest.raises(MoEdgeError, match=rf"^{name}: nonsense: unknown key; known keys here: "):
+        methods.convert(name, None, None, nonsense=1)
+
+
+def test_a_method_that_does_not_exist_is_refused_with_those_that_do() -> None:
+    with pytest.raises(MoEdgeError, match="Unknown method 'cmoes'; known: cmoe, "):
+        methods.convert("cmoes", None, None)
