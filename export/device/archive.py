@@ -141,7 +141,7 @@ def write(
             report("compiling kernels", 1, 3)
             requests = [Request(kernel.plugin, kernel.options) for kernel in facts.plugins.kernels]
             compile_library(folder / FOLDER, requests, [int(device.compute_capability.replace(".", ""))])
-        scripts = Path(__file__).resolve().parents[1] / "runtime" / "device"
+        scripts = Path(__file__).resolve().parents[2] / "runtime" / "device"
         for name in SCRIPTS:
             shutil.copyfile(scripts / name, folder / name)
         readme = _README.format(label=label, device=device.label)
