@@ -13,7 +13,7 @@ from typing import Any
 from moedge._files import write_json
 from moedge.convert.adapters import MOE_PREFIX
 from moedge.export import targets
-from moedge.export.manifest import Manifest
+from moedge.export.manifest import CacheFacts, Manifest, ModelFacts
 
 GENAI_CONFIG = "genai_config.json"
 
@@ -30,7 +30,7 @@ def describe(folder: Path, manifest: Manifest) -> None:
     """
     _name_the_family(folder / "config.json", manifest.model.model_type)
     if targets.find(manifest.target).genai:
-        write_json(folder / GENAI_CONFIG, genai_config(folder, manifest))
+        write_json(folder / GENAI_CONFIG, genai_config(folder, manifest.model, manifest.cache))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def _name_the_family(path: Path, model_type: str) -> None:
         write_json(path, {**config, "model_type": model_type, "architectures": names})
 
 
-def genai_config(folder: Path, manifest: Manifest) -> dict[str, Any]:
+def genai_config(folder: Path, model: ModelFacts, cache: CacheFacts) -> dict[str, Any]:
     """Return onnxruntime-genai's description of a bundle.
 
     The type is ``decoder``, its generic one: what a family needs of its own (windows, soft caps, rotary scaling) is
@@ -54,7 +54,6 @@ def genai_config(folder: Path, manifest: Manifest) -> dict[str, Any]:
     """
     from moedge.runtime.text.generation_config import GenerationConfig, Use
 
-    model = manifest.model
     tokens = range(model.vocab_size)
     ends = [end for end in model.eos_token_ids if end in tokens]
     asked = GenerationConfig.read(folder).of(Use.ALWAYS, Use.SAMPLING)
@@ -100,7 +99,7 @@ def genai_config(folder: Path, manifest: Manifest) -> dict[str, Any]:
             "do_sample": False,
             "max_length": length,
             "num_beams": 1,
-            "past_present_share_buffer": manifest.cache.kind == "shared_buffer",
+            "past_present_share_buffer": cache.kind == "shared_buffer",
             **{name: asked[name] for name in GENAI_SEARCH if name in asked},
         },
     }

@@ -12,6 +12,7 @@ import pytest
 
 from moedge.export import bundle, loaders
 from moedge.export.graph import shapes
+from moedge.export.manifest import CacheFacts, ModelFacts
 from moedge.export.pipeline import export
 from moedge.runtime.engines.ort import OrtEngine
 from moedge.runtime.text.tokenizer import Tokenizer
@@ -66,13 +67,16 @@ def test_genai_config_describes_the_graph_that_it_lies_beside(bundles, name):
     assert described["search"]["past_present_share_buffer"] == name.endswith("ort-cpu")
 
 
+CONCAT = CacheFacts(kind="concat")
+
+
 @pytest.mark.parametrize("pad", [None, -1])  # Llama 2 says -1
 def test_a_model_without_end_and_padding_still_gets_what_genai_requires(pad, tmp_path):
     facts: dict[str, Any] = {"model_type": "llama", "eos_token_ids": [], "bos_token_id": None, "pad_token_id": None}
     sizes = ("vocab_size", "hidden_size", "head_dim", "num_attention_heads", "num_kv_heads", "num_layers")
     facts |= dict.fromkeys((*sizes, "max_position_embeddings"), 8)
     facts["pad_token_id"] = pad
-    described = loaders.genai_config(tmp_path, {"model": facts, "cache": {"kind": "concat"}})["model"]
+    described = loaders.genai_config(tmp_path, ModelFacts(**facts), CONCAT)["model"]
     assert described["pad_token_id"] == 0
     assert "bos_token_id" not in described
     assert "eos_token_id" not in described
@@ -83,7 +87,7 @@ def genai(folder: Path, generation: dict[str, Any], **facts: Any) -> dict[str, A
     model: dict[str, Any] = {"model_type": "llama", "vocab_size": 300, "max_position_embeddings": 8192} | facts
     model |= {"eos_token_ids": [3, 4, 999], "bos_token_id": 1, "pad_token_id": 0, **dict.fromkeys(sizes, 8)}
     (folder / "generation_config.json").write_text(json.dumps(generation))
-    return loaders.genai_config(folder, {"model": model, "cache": {"kind": "concat"}})
+    return loaders.genai_config(folder, ModelFacts(**model), CONCAT)
 
 
 def test_genai_gets_what_the_model_asks_of_the_search(tmp_path):
