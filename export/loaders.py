@@ -52,7 +52,7 @@ def genai_config(folder: Path, model: ModelFacts, cache: CacheFacts) -> dict[str
     part of the graph. Search is greedy by default; the tokens that end a text and what the model asks of the search are
     those of ``moedge generate``, as far as genai has a name for it.
     """
-    from moedge.runtime.text.generation_config import GenerationConfig, Use
+    from moedge.configs.generation_config import GenerationConfig, Use
 
     tokens = range(model.vocab_size)
     ends = [end for end in model.eos_token_ids if end in tokens]

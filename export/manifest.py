@@ -288,7 +288,7 @@ class BuildFacts(Facts):
 
 
 class FitFacts(Facts):
-    """What an engine needs of one device, see :class:`moedge.runtime.engines.estimate.Fit`; bytes."""
+    """What an engine needs of one device, see :class:`moedge.export.device.estimate.Fit`; bytes."""
 
     weights: int
     cache: int

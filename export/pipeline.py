@@ -91,12 +91,12 @@ def export(
 def _export_portable(checkpoint: Path, partial: Path, label: str, max_length: int | None) -> None:
     import onnx_ir as ir
 
+    from moedge.configs.generation_config import GenerationConfig
     from moedge.convert import modeling, sources
     from moedge.convert.sources import folder_check
+    from moedge.export import rope
     from moedge.export.graph import nodes
     from moedge.export.trace import Architecture, trace
-    from moedge.runtime.engines import longrope
-    from moedge.runtime.text.generation_config import GenerationConfig
 
     converted = str(folder_check.read_config(checkpoint)["model_type"]).startswith(MOE_PREFIX)
     plan_sha256 = None
@@ -119,7 +119,7 @@ def _export_portable(checkpoint: Path, partial: Path, label: str, max_length: in
         eos_token_ids=list(generation.ends),
         bos_token_id=_ids(generation.settings.get("bos_token_id")),
         pad_token_id=_ids(generation.settings.get("pad_token_id")),
-        rope_boundary=longrope.boundary(model.config.to_dict()),
+        rope_boundary=rope.boundary(model.config.to_dict()),
         dtype=str(model.dtype).removeprefix("torch."),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
     )

@@ -16,7 +16,7 @@ from moedge import MoEdgeError
 from moedge._files import check_links, digest, sha256_file
 from moedge.convert import adapters, moe_adapters
 from moedge.convert.errors import quiet, translated
-from moedge.convert.sources import assets, float8, folder_check, gguf_files, tokenizer_files
+from moedge.convert.sources import assets, float8, folder_check, gguf_folder, tokenizer_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -65,11 +65,11 @@ def locate(spec: str, revision: str | None = None) -> tuple[Kind, Path, str]:
     path = Path(spec).expanduser()
     if spec.startswith("asset:"):
         asset = assets.find(spec.removeprefix("asset:"))
-        return "asset", *gguf_files.to_folder(assets.fetch(asset.name))
+        return "asset", *gguf_folder.to_folder(assets.fetch(asset.name))
     if path.is_file():
         if path.suffix != ".gguf":
             raise MoEdgeError(f"{path} is neither a folder nor a .gguf file; give one of these or a hub id org/name.")
-        return "gguf", *gguf_files.to_folder(path)
+        return "gguf", *gguf_folder.to_folder(path)
     if path.is_dir():
         check_folder(path)
         return "folder", path, path.name or str(path.resolve())

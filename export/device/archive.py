@@ -22,10 +22,10 @@ from moedge._progress import Steps
 from moedge.configs import devices, tolerances
 from moedge.configs.devices import Device
 from moedge.export.bundle import MODEL, Bundle, copy_companions, open_bundle
+from moedge.export.device.estimate import fit, too_large
 from moedge.export.device.plugins import Request, compile_library
 from moedge.runtime.device import moedge_trt
 from moedge.runtime.device.moedge_plugins import FOLDER
-from moedge.runtime.engines.estimate import fit, too_large
 
 SCHEMA = "moedge.device-archive/1"
 SCRIPTS = (

@@ -60,7 +60,7 @@ def _draw(affinity: dict[str, Any], folder: Path, title: str) -> None:
     import matplotlib
 
     from moedge.runtime.report.affinity import draw, page
-    from moedge.runtime.report.plots import STYLE
+    from moedge.runtime.report.palette import STYLE
 
     write_text(folder / "affinity.html", page(affinity, title))
     with matplotlib.rc_context(STYLE):

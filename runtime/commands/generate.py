@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
+from moedge.configs.generation_config import shown
 from moedge.export import targets
 from moedge.runtime.commands._options import Device, Dtype, Threads
 from moedge.runtime.engines import open_engine
@@ -19,7 +20,6 @@ from moedge.runtime.engines.info import EngineInfo
 from moedge.runtime.run import run_folder
 from moedge.runtime.run.refs import Role
 from moedge.runtime.text import generate as generation
-from moedge.runtime.text.generation_config import shown
 from moedge.runtime.text.tokenizer import Message, open_tokenizer
 
 MODELS: dict[str, Role] = {"moe": "moe", "dense": "dense"}

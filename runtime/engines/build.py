@@ -17,6 +17,7 @@ from moedge._files import atomic_dir, hash_tree, safe_join, write_bytes, write_j
 from moedge.configs import devices
 from moedge.export import manifest as manifests
 from moedge.export import targets
+from moedge.export.device import estimate
 from moedge.export.manifest import (
     ENGINE_SCHEMA,
     MANIFEST,
@@ -29,7 +30,6 @@ from moedge.export.manifest import (
     Tap,
 )
 from moedge.runtime.device import moedge_cuda, moedge_plugins, moedge_trt
-from moedge.runtime.engines import estimate
 
 if TYPE_CHECKING:
     from moedge.export.bundle import Bundle

@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import Field
 
+from moedge.configs.generation_config import GenerationConfig
 from moedge.export.manifest import Facts
-from moedge.runtime.text.generation_config import GenerationConfig
 
 
 class EngineModel(Facts):

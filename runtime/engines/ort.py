@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from moedge import MoEdgeError
-from moedge.export import targets
+from moedge.configs.generation_config import GenerationConfig
+from moedge.export import rope, targets
 from moedge.export.bundle import Bundle, check_external_data, open_bundle
 from moedge.export.graph import taps as _graph
 from moedge.export.manifest import Tap
@@ -30,7 +31,6 @@ from moedge.runtime.engines import (
 )
 from moedge.runtime.engines.info import EngineInfo, EngineModel
 from moedge.runtime.engines.ort_session import check_cuda, open_session, session_options
-from moedge.runtime.text.generation_config import GenerationConfig
 
 
 @dataclass
@@ -98,7 +98,7 @@ class OrtEngine:
         if self._device == "cuda":
             check_cuda(self._path)
         self._model = manifest.model
-        self._rope_boundary = longrope.of_bundle(self._path, self._model)
+        self._rope_boundary = rope.of_bundle(self._path, self._model)
         self._shared = manifest.cache.kind == "shared_buffer"
         # TensorRT's graphs are executed with the roundings of their half type, which ONNX Runtime would leave out.
         rounded = row.engine is not None
@@ -161,7 +161,7 @@ class OrtEngine:
             model=EngineModel.model_validate(
                 {
                     **self._model.document(),
-                    longrope.FACT: self._rope_boundary,
+                    rope.FACT: self._rope_boundary,
                     "generation": GenerationConfig.read(self._path),
                     "label": manifest.label,
                     "target": manifest.target,

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from moedge import MoEdgeError
+from moedge.configs.generation_config import GenerationConfig
 from moedge.convert.adapters import MOE_PREFIX
+from moedge.export import rope
 from moedge.runtime.engines import (
     Step,
     check_batch,
@@ -22,7 +24,6 @@ from moedge.runtime.engines import (
     position_ids,
 )
 from moedge.runtime.engines.info import EngineInfo, EngineModel
-from moedge.runtime.text.generation_config import GenerationConfig
 
 
 @dataclass
@@ -98,7 +99,7 @@ class TorchEngine:
         config = self._module.config
         self._vocab_size = int(config.vocab_size)
         self._max_length = int(config.max_position_embeddings)
-        self._rope_boundary = longrope.boundary(config.to_dict())
+        self._rope_boundary = rope.boundary(config.to_dict())
         moe = str(config.model_type).startswith(MOE_PREFIX)
         generation = GenerationConfig.read(self._path)
         self.info = EngineInfo(
@@ -117,7 +118,7 @@ class TorchEngine:
                     "max_length": self._max_length,
                     "eos_token_ids": list(generation.ends),
                     "generation": generation,
-                    longrope.FACT: self._rope_boundary,
+                    rope.FACT: self._rope_boundary,
                     "parameters": sum(parameter.numel() for parameter in self._module.parameters()),
                     "label": self._path.name,
                     "target": "torch",

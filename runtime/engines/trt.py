@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from moedge import MoEdgeError
-from moedge.export import targets
+from moedge.configs.generation_config import GenerationConfig
+from moedge.export import rope, targets
 from moedge.runtime.device import moedge_session
 from moedge.runtime.device.moedge_trt import DeviceError
-from moedge.runtime.engines import Step, check_batch, check_length, longrope
+from moedge.runtime.engines import Step, check_batch, check_length
 from moedge.runtime.engines.build import open_file
 from moedge.runtime.engines.info import EngineInfo, EngineModel
-from moedge.runtime.text.generation_config import GenerationConfig
 
 
 @dataclass
@@ -55,8 +55,8 @@ class TensorRTEngine:
         last_logits: bool = False,
     ) -> None:
         file = open_file(Path(engine_path))
-        limit = longrope.of_bundle(Path(engine_path), file.manifest.model)
-        model = file.manifest.model.model_copy(update={longrope.FACT: limit})
+        limit = rope.of_bundle(Path(engine_path), file.manifest.model)
+        model = file.manifest.model.model_copy(update={rope.FACT: limit})
         manifest = file.manifest.model_copy(update={"model": model})
         routed = bool(manifest.routed_layers)
         if top_k is not None:

@@ -30,7 +30,7 @@ def draw(affinity: dict[str, Any]) -> Figure:
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
-    from moedge.runtime.report.plots import INK, MOE, MUTED
+    from moedge.runtime.report.palette import INK, MOE, MUTED
 
     names, tree = affinity["names"], affinity["dendrogram"]
     order, count = tree["order"], len(names)
@@ -76,7 +76,7 @@ def page(affinity: dict[str, Any], title: str) -> str:
     """Return a self-contained HTML page: plot, groups and the numbers."""
     import matplotlib
 
-    from moedge.runtime.report.plots import STYLE, svg
+    from moedge.runtime.report.palette import STYLE, svg
 
     with matplotlib.rc_context(STYLE):
         drawn = svg(draw(affinity), "affinity")

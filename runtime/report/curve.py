@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moedge.runtime.report.plots import CONTROL, MOE, MUTED, STYLE
+from moedge.runtime.report.palette import CONTROL, MOE, MUTED, STYLE
 
 
 def draw(record: dict[str, Any], path: Path) -> None:

@@ -5,20 +5,20 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING, Any
 
-from moedge.runtime.report import plots
+from moedge.runtime.report import palette
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_LINES = {"router": plots.MOE, "oracle": plots.BOUND, "random": plots.CONTROL, "static": plots.INK}
+_LINES = {"router": palette.MOE, "oracle": palette.BOUND, "random": palette.CONTROL, "static": palette.INK}
 
 
 def draw(name: str, text: dict[str, Any], form: str) -> bytes:
     """Return the plot of one entry of ``texts`` as a file of this form, ``svg`` or ``png``."""
     import matplotlib
 
-    with matplotlib.rc_context(plots.STYLE):
+    with matplotlib.rc_context(palette.STYLE):
         figure = _draw(name, text)
         stream = io.BytesIO()
         figure.savefig(stream, format=form, dpi=150, metadata={"Date": None} if form == "svg" else None)
@@ -29,22 +29,22 @@ def draw_inline(name: str, text: dict[str, Any]) -> str:
     """Return the same plot as SVG text that can stand in the report."""
     import matplotlib
 
-    with matplotlib.rc_context(plots.STYLE):
-        return plots.svg(_draw(name, text), "diagnosis")
+    with matplotlib.rc_context(palette.STYLE):
+        return palette.svg(_draw(name, text), "diagnosis")
 
 
 def _draw(name: str, text: dict[str, Any]) -> Figure:
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = plots.figure_of(12.5, 2.9, 3)
+    figure, axes = palette.figure_of(12.5, 2.9, 3)
     layers = text["layers"]
     numbers = [layer["layer"] for layer in layers]
     for who, colour in _LINES.items():
         values = [_or_nan(layer["relative_error"][who]) for layer in layers]
         axes[0].plot(numbers, values, color=colour, marker="o", markersize=2.5, label=who)
     axes[0].set_ylabel("|F - y| / |F|")
-    axes[0].set_title(f"relative error of the FFN on {plots.short(name)}", fontsize=9, loc="left")
-    shares = {"captured": plots.MOE, "agreement": plots.BOUND, "dead_neurons": plots.BAD}
+    axes[0].set_title(f"relative error of the FFN on {palette.short(name)}", fontsize=9, loc="left")
+    shares = {"captured": palette.MOE, "agreement": palette.BOUND, "dead_neurons": palette.BAD}
     for key, colour in shares.items():
         values = [100 * _or_nan(layer[key]) for layer in layers]
         axes[1].plot(numbers, values, color=colour, marker="o", markersize=2.5, label=key.replace("_", " "))

@@ -33,22 +33,18 @@ CONVERT_CODE = (
     *_ALWAYS_CODE,
     *("configs/__init__.py", "configs/errors.py", "convert", "runtime/run/held_out.py"),
 )
+_GENERATION = ("configs/generation_config.py", "runtime/text")
 _EXPORT_CODE = (
     *CONVERT_CODE,
-    *(
-        "export",
-        "runtime/engines/__init__.py",
-        "runtime/engines/info.py",
-        "runtime/engines/longrope.py",
-        "runtime/text",
-    ),
+    *("export", "runtime/engines/__init__.py", "runtime/engines/info.py", "runtime/engines/longrope.py"),
+    *_GENERATION,
 )
 _CONFIGS = (
     *("configs/__init__.py", "configs/devices.py", "configs/errors.py", "configs/files.py"),
     *("configs/tolerances.py", "configs/tolerances.yaml"),
 )
 _STATS = ("runtime/bench/__init__.py", "runtime/bench/stats.py")
-_ENGINE_CODE = (*CONVERT_CODE, "export", "runtime/engines", "runtime/text", *_STATS)
+_ENGINE_CODE = (*CONVERT_CODE, "export", "runtime/engines", *_GENERATION, *_STATS)
 _TORCH = ("torch", "transformers")
 _ONNX = ("onnx", "onnx-ir", "onnxscript", "onnxruntime")
 

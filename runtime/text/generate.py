@@ -1,7 +1,7 @@
 """Generate text with any engine: greedy or sampled, streamed, stopped by ids, strings or length.
 
 What the model's ``generation_config.json`` asks for is done as transformers' ``generate()`` does it, or named among the
-result's notes (:mod:`moedge.runtime.text.generation_config`).
+result's notes (:mod:`moedge.configs.generation_config`).
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Any, Literal
 import numpy as np
 
 from moedge import MoEdgeError
+from moedge.configs import generation_config
+from moedge.configs.generation_config import GenerationConfig, Use
 from moedge.runtime.engines import Engine
 from moedge.runtime.engines.info import EngineModel
-from moedge.runtime.text import generation_config, logits
-from moedge.runtime.text.generation_config import GenerationConfig, Use
+from moedge.runtime.text import logits
 from moedge.runtime.text.tokenizer import Message, StopStrings, Tokenizer
 
 Reason = Literal["eos", "stop", "length"]

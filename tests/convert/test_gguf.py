@@ -13,7 +13,7 @@ import torch
 
 from moedge import MoEdgeError
 from moedge.convert import adapters, sources
-from moedge.convert.sources import gguf_files
+from moedge.convert.sources import gguf_folder
 from moedge.runtime.run.fingerprint import fingerprint
 
 IDS = torch.arange(2, 98)[None]
@@ -239,7 +239,7 @@ def test_a_file_is_read_once_and_a_damaged_copy_is_made_again(
     weights.write_bytes(weights.read_bytes()[:-50])
     assert sources.resolve(str(path)) == source
     assert_same(sources.load_model(source.folder), tiny_llama())
-    monkeypatch.setattr(gguf_files, "READER", gguf_files.READER + 1)  # what another version cached is not trusted
+    monkeypatch.setattr(gguf_folder, "READER", gguf_folder.READER + 1)  # what another version cached is not trusted
     assert sources.resolve(str(path)).folder != source.folder
 
 

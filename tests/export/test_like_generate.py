@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from moedge import MoEdgeError
+from moedge.configs.generation_config import GenerationConfig
+from moedge.export import rope
 from moedge.export.pipeline import export
-from moedge.runtime.engines import longrope, open_engine
+from moedge.runtime.engines import open_engine
 from moedge.runtime.engines.ort import OrtEngine
 from moedge.runtime.parity import compare as parity
 from moedge.runtime.parity.suite import ALL_EXPERTS
 from moedge.runtime.text.generate import generate
-from moedge.runtime.text.generation_config import GenerationConfig
 from moedge.runtime.text.tokenizer import Tokenizer
 
 PROMPT = "river stone light"
@@ -212,7 +213,7 @@ def test_an_older_bundle_takes_the_boundary_from_its_config(long: Made, tmp_path
 
     shutil.copytree(long["moe-ort-cpu"], tmp_path / "old")
     manifest = json.loads((tmp_path / "old" / "manifest.json").read_text())
-    assert manifest["model"].pop(longrope.FACT) == LIMIT
+    assert manifest["model"].pop(rope.FACT) == LIMIT
     write_json(tmp_path / "old" / "manifest.json", manifest)
     assert OrtEngine(tmp_path / "old").info.model.rope_boundary == LIMIT
 

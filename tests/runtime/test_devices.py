@@ -6,8 +6,8 @@ import pytest
 
 from moedge import MoEdgeError
 from moedge.configs import devices, files
+from moedge.export.device import estimate
 from moedge.export.manifest import LayerFacts, ModelFacts, MoEFacts
-from moedge.runtime.engines import estimate
 
 MODEL = ModelFacts(
     model_type="llama",

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from moedge import MoEdgeError
+from moedge.configs.generation_config import GenerationConfig
 from moedge.runtime.cli import app
 from moedge.runtime.engines import Step, open_engine
 from moedge.runtime.engines.info import EngineInfo, EngineModel
 from moedge.runtime.text.generate import draw, generate
-from moedge.runtime.text.generation_config import GenerationConfig
 from moedge.runtime.text.logits import warped
 from moedge.runtime.text.tokenizer import StopStrings, Tokenizer
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import moedge
 from moedge import MoEdgeError
-from moedge.runtime.text import generation_config
-from moedge.runtime.text.generation_config import SETTINGS, GenerationConfig, Use
+from moedge.configs import generation_config
+from moedge.configs.generation_config import SETTINGS, GenerationConfig, Use
 
 ROOT = Path(moedge.__file__).parent
 

@@ -170,7 +170,7 @@ ENGINE_OF_STAGES = {"runtime/__init__.py", "runtime/run/engine.py", "runtime/pro
 """What runs the stages; a change of it says nothing about what a stage wrote."""
 NOT_RUN = {
     *("configs/__init__.py", "configs/devices.py", "configs/errors.py", "configs/files.py"),
-    *("export/device/plugins.py", "runtime/engines/build.py", "runtime/engines/estimate.py"),
+    *("export/device/plugins.py", "runtime/engines/build.py", "export/device/estimate.py"),
 }
 """Behind the engine of TensorRT, which no stage opens, and the device's scripts in ``runtime/device``."""
 
