@@ -57,7 +57,7 @@ def test_a_soft_cap_after_the_projection_stays(tmp_path: Path) -> None:
     path = _model(body, tmp_path / "model.onnx")
     x = np.random.default_rng(1).normal(size=(2, 5, 4)).astype(np.float32)
     (full,) = ReferenceEvaluator(str(path)).run(None, {"x": x})
-    (last,) = ReferenceEvaluator(onnx.load_from_string(edited(path, {}, {}, None, last_logits=True))).run(
+    (last,) = ReferenceEvaluator(onnx.load_from_string(edited(path, {}, {}, None, last_logits=True)[0])).run(
         None, {"x": x}
     )
     np.testing.assert_allclose(last, full[:, -1:], rtol=1e-6)

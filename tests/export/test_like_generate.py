@@ -234,7 +234,7 @@ def test_verify_compares_both_sides_of_the_boundary(long: Made) -> None:
     (note,) = parity.compare(reference, test, windows[:, :LIMIT], prefill=8, tolerances=profile)["verdict"]["notes"]
     assert f"Beyond {LIMIT} tokens" in note
     reference, test = opened(long, "dense"), opened(long, "moe-ort-cpu")
-    assert parity.identity(reference, test, windows, prefill=8, limit=1e-4)["passed"]
+    assert parity.identity_all(reference, {"": (test, 1e-4)}, windows, prefill=8)[""]["passed"]
     test._rope_boundary = None
     real = test.prefill
 
@@ -248,7 +248,7 @@ def test_verify_compares_both_sides_of_the_boundary(long: Made) -> None:
         return late
 
     test.prefill = stale
-    assert not parity.identity(reference, test, windows, prefill=8, limit=1e-4)["passed"]
+    assert not parity.identity_all(reference, {"": (test, 1e-4)}, windows, prefill=8)[""]["passed"]
 
 
 def _profile(**more: Any) -> Any:

@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from moedge._files import write_json
+from moedge.configs import tolerances
 from moedge.configs.recipe import parse_recipe
 from moedge.runtime import report as reports
 from moedge.runtime.commands import run as run_command
@@ -44,7 +45,7 @@ def run(tmp_path: Path, request: pytest.FixtureRequest, sample_runs: Any) -> Pat
     for each in verification["parity"]:
         each["replay"] = None
         each["verdict"].setdefault("notes", [])
-    write_json(root / "verify" / "verify.json", finished(verification))
+    write_json(root / "verify" / "verify.json", finished(verification, tolerances.load()))
     return root
 
 
