@@ -12,7 +12,7 @@ judged, because it is a property of the model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from moedge.export.graph import weights
 from moedge.export.graph.build import remove_unused, size
 from moedge.export.graph.nodes import layer_of, nodes_of, routed_directly
 from moedge.export.lowering import Lowered, Rewrite, capabilities
+from moedge.export.lowering.accounting import account_for
 from moedge.export.lowering.check import mistakes, selftest
 from moedge.export.lowering.ort import cpu as ort_cpu
 from moedge.export.lowering.ort import matmul as ort_matmul
@@ -33,8 +34,8 @@ from moedge.export.lowering.ort.nbits import QuantizeProducts
 from moedge.export.lowering.ort.products import ExpertProducts
 from moedge.export.lowering.ort.qmoe import FuseQMoE
 from moedge.export.lowering.rule import Applied, Block, Rule, Work
-from moedge.export.manifest import ClassSize, Place, Quantization, Rows, RowsPlace, StackPlace
-from moedge.export.quantize.format import BLOCK, QUANTISED, Quantized, account, quantize, stored_bytes
+from moedge.export.manifest import Place, Quantization, Rows, RowsPlace, StackPlace
+from moedge.export.quantize.format import BLOCK, QUANTISED, Quantized, quantize, stored_bytes
 
 INT8_LIMIT = 4e-2
 """Largest relative error of a block that runs with int8 activations. A block of 32 is rounded in steps of max|x| / 127,
@@ -86,7 +87,8 @@ def lower(
             QuantizeProducts("experts", _experts(packed, chosen)).apply(model)
     for rule in _products(packed, chosen):
         pending.append((rule, work.start(rule)))
-    sizes = _account(work.before, model, table, bits, method, padded=not unfit)
+    should = _stored(work.before, table, bits, method, padded=not unfit)
+    sizes = account_for(work.before, model, table, bits, should=should)
     merged, _ = ort_matmul.merge_siblings(model)
     remove_unused(model)
     judge = _Judge(work, packed, table, exact_experts=bits == 4 or bool(unfit))
@@ -217,44 +219,19 @@ class _Judge:
         return selftest.compare_ffn(name, one, two, routed, limit, stacks)
 
 
-def _account(
-    before: ir.Model, model: ir.Model, table: dict[str, weights.Weight], bits: int, method: str, *, padded: bool
-) -> list[ClassSize]:
-    """Account for every initializer of both graphs; ``padded``: experts are as wide as QMoE needs them.
+def _stored(
+    model: ir.Model, table: Mapping[str, weights.Weight], bits: int, method: str, *, padded: bool
+) -> Callable[[str], int]:
+    """Return the bytes that a weight of ``model`` takes in blocks; ``padded``: experts are as wide as QMoE needs."""
 
-    Raises:
-        MoEdgeError: a class that should be quantised is not, or not as it should be.
-    """
+    def should(name: str) -> int:
+        weight = table[name]
+        # QMoE's expert widths are padded to whole blocks: rows of gate and up, inputs of down.
+        grown = padded and _is_gate_or_up(model, name)
+        extra = ort_qmoe.padded_width(weight.shape[1]) / weight.shape[1] if grown else 1
+        return stored_bytes(round(weight.rows * extra), weight.columns, bits, method)
 
-    def kept(name: str) -> str:
-        if name in table:
-            return table[name].tensor_class
-        if ".router" in name or name.endswith("selection_bias"):
-            return "router"
-        return "norms" if "norm" in name else "other"
-
-    rows = []
-    for name, value in before.graph.initializers.items():
-        assert value.const_value is not None
-        size = int(value.const_value.nbytes)
-        count = int(value.const_value.size)
-        should = size
-        if kept(name) in QUANTISED:
-            weight = table[name]
-            # QMoE's expert widths are padded to whole blocks: rows of gate and up, inputs of down.
-            grown = padded and _is_gate_or_up(before, name)
-            extra = ort_qmoe.padded_width(weight.shape[1]) / weight.shape[1] if grown else 1
-            should = stored_bytes(round(weight.rows * extra), weight.columns, bits, method)
-        rows.append((kept(name), count, size, should))
-    after = [
-        (ort_nbits.tensor_class(name) or kept(name), int(value.const_value.nbytes))
-        for name, value in model.graph.initializers.items()
-        if value.const_value is not None
-    ]
-    sizes, wrong = account(rows, after)
-    if wrong:
-        raise MoEdgeError(f"Quantisation to {bits} bits is incomplete: {'; '.join(wrong)}. This is a bug; report it.")
-    return sizes
+    return should
 
 
 def _is_gate_or_up(model: ir.Model, name: str) -> bool:

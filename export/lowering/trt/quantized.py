@@ -12,7 +12,7 @@ model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -23,14 +23,14 @@ from moedge import MoEdgeError
 from moedge.export.graph import weights
 from moedge.export.graph.nodes import nodes_of, routed_directly
 from moedge.export.lowering import Lowered, Rewrite, capabilities
+from moedge.export.lowering.accounting import account_for
 from moedge.export.lowering.check import selftest
-from moedge.export.lowering.ort import nbits as ort_nbits
 from moedge.export.lowering.trt import rtx as tensorrt_rtx
 from moedge.export.lowering.trt import weights as trt_weights
 from moedge.export.lowering.trt.engine import HALF_LIMIT
 from moedge.export.lowering.trt.weights import Matrix
-from moedge.export.manifest import ClassSize, LinearPlace, Quantization
-from moedge.export.quantize.format import QUANTISED, account
+from moedge.export.manifest import LinearPlace, Quantization
+from moedge.export.quantize.format import QUANTISED
 
 
 def lower(
@@ -66,7 +66,8 @@ def lower(
     reference = model.clone()
     lowered = tensorrt_rtx.lower(model, max_length=max_length)
     trt_weights.write(model, matrices)
-    sizes = _account(before, model, table, matrices, bits)
+    should = _stored(table, matrices, bits)
+    sizes = account_for(before, model, table, bits, should=should, base_name=trt_weights.base_name)
     lowered.rewrites += _tested(before, reference, model, matrices)
     blocks = sorted({matrix.block for matrix in matrices.values()}, reverse=True)
     lowered.limits += _limits(blocks) if bits == 4 else []
@@ -169,40 +170,11 @@ def _rewrite(what: str, *matrices: Matrix) -> str:
     return f"{what}: float16 -> {form}"
 
 
-def _account(
-    before: ir.Model,
-    model: ir.Model,
-    table: Mapping[str, weights.Weight],
-    matrices: Mapping[str, Matrix],
-    bits: int,
-) -> list[ClassSize]:
-    """Account for every initializer of both graphs.
+def _stored(table: Mapping[str, weights.Weight], matrices: Mapping[str, Matrix], bits: int) -> Callable[[str], int]:
+    """Return the bytes that a weight takes as ``DequantizeLinear`` of its integers."""
 
-    Raises:
-        MoEdgeError: a class that should be quantised is not, or not as it should be.
-    """
+    def should(name: str) -> int:
+        down = name in matrices and isinstance(matrices[name].rows, trt_weights.MergedDown)
+        return trt_weights.stored_bytes(table[name], bits, down)
 
-    def kept(name: str) -> str:
-        if name in table:
-            return table[name].tensor_class
-        if ".router" in name or name.endswith("selection_bias"):
-            return "router"
-        return "norms" if "norm" in name else "other"
-
-    rows = []
-    for name, value in before.graph.initializers.items():
-        assert value.const_value is not None
-        should = size = int(value.const_value.nbytes)
-        if kept(name) in QUANTISED:
-            down = name in matrices and isinstance(matrices[name].rows, trt_weights.MergedDown)
-            should = trt_weights.stored_bytes(table[name], bits, down)
-        rows.append((kept(name), int(value.const_value.size), size, should))
-    after = [
-        (ort_nbits.tensor_class(name) or kept(trt_weights.base_name(name)), int(value.const_value.nbytes))
-        for name, value in model.graph.initializers.items()
-        if value.const_value is not None
-    ]
-    sizes, wrong = account(rows, after)
-    if wrong:
-        raise MoEdgeError(f"Quantisation to {bits} bits is incomplete: {'; '.join(wrong)}. This is a bug; report it.")
-    return sizes
+    return should
