@@ -12,7 +12,7 @@ import numpy as np
 
 from moedge.configs import tolerances as tolerance_files
 from moedge.export import manifest as manifests
-from moedge.export.manifest import Manifest
+from moedge.export.manifest import EngineManifest, Manifest
 from moedge.runtime.engines import Engine, open_engine
 from moedge.runtime.parity import compare as parity
 from moedge.runtime.parity import outcomes, verdict
@@ -126,9 +126,11 @@ def _related(
 
 
 def graph_dtype(folder: Path) -> str:
-    """Type that a bundle's graph states, or an empty string for a checkpoint."""
+    """Type that a bundle's graph states, or the graph that an engine was built of; empty for a checkpoint."""
     manifest = manifests.read(folder)
-    return manifest.cache.dtype or "" if isinstance(manifest, Manifest) else ""
+    if isinstance(manifest, Manifest):
+        return manifest.cache.dtype or ""
+    return manifest.dtype or "" if isinstance(manifest, EngineManifest) else ""
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,12 @@ import pytest
 
 from moedge import MoEdgeError
 from moedge._files import hash_tree
+from moedge.configs import tolerances
 from moedge.runtime.commands import inspect
 from moedge.runtime.device import moedge_cuda, moedge_trt
 from moedge.runtime.engines import build as builder
 from moedge.runtime.engines import open_engine
+from moedge.runtime.parity.suite import Judging
 
 # The extra [tensorrt-rtx]: NVIDIA publishes its libraries for Linux and Windows on x86-64 only.
 rtx = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx-cu13 has no package for this platform")
@@ -192,6 +194,17 @@ def engine_folder(folder: Path, toy: Path) -> Path:
     more = {"schema": "moedge.engine/1", "profiles": profiles, "compute_capabilities": ["8.9"], "versions": {}}
     (folder / "manifest.json").write_text(json.dumps({**kept, **more, "files": hash_tree(folder)}))
     return folder
+
+
+@pytest.mark.parametrize(("dtype", "profile"), [("bfloat16", "tensorrt-bf16"), ("float16", "tensorrt")])
+def test_an_engine_is_judged_by_the_limits_of_its_own_type(dtype: str, profile: str, toy: Path, tmp_path: Path) -> None:
+    folder = engine_folder(tmp_path / "engine", toy)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "target": "tensorrt", "dtype": dtype}))
+    limits = tolerances.load()
+    assert (
+        Judging.of(folder, limits, "float32", "tensorrt").limits == limits.profiles[f"free/{profile}"]
+    )  # the toy names no reads
 
 
 @pytest.mark.parametrize(
