@@ -31,6 +31,23 @@ class EngineModel(Facts):
     """Experts of each layer that the caller asked for."""
     generation: GenerationConfig = Field(default_factory=GenerationConfig)
 
+    def __getitem__(self, key: str) -> Any:
+        """Return a fact by its name, as programs that knew this as a dictionary ask for it.
+
+        Raises:
+            KeyError: there is no such fact.
+        """
+        if key in type(self).model_fields or key in (self.model_extra or {}):
+            return getattr(self, key)
+        raise KeyError(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return a fact by its name, or ``default`` where there is none."""
+        try:
+            return self[key]
+        except KeyError:
+            return default
+
     @property
     def longest(self) -> int | None:
         """Tokens that one text can have, where that is known."""

@@ -90,3 +90,11 @@ def test_a_fact_that_cannot_be_is_named(
 
 def test_a_folder_without_a_manifest_has_no_facts(checkpoints: dict[str, Path]) -> None:
     assert manifest.read(checkpoints["moe"]) is None
+
+
+def test_programs_may_still_ask_an_engine_for_facts_by_name(bundles: dict[str, Path]) -> None:
+    model = open_engine(bundles["moe/ort-cpu"], threads=1).info.model
+    assert (model["routed"], model["target"], model.get("nothing", 7)) == (True, "ort-cpu", 7)
+    assert model["hidden_size"] == model.document()["hidden_size"], "a fact without a field of its own"
+    with pytest.raises(KeyError):
+        model["nothing"]
