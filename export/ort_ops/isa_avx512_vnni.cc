@@ -45,7 +45,9 @@ struct V {
   static Int high(Int bytes) { return _mm512_and_si512(_mm512_srli_epi16(bytes, 4), _mm512_set1_epi8(15)); }
   template <bool FOUR>
   static Int dot(Int sum, Int weights, Int x) {
-    return _mm512_dpbusd_epi32(sum, weights, x);
+    // Not the intrinsic: GCC 12 copies the sum before each of them, and runs out of registers.
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(x));
+    return sum;
   }
 };
 

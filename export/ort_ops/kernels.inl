@@ -4,6 +4,9 @@
 //
 // V has LANES floats a vector, `Float`, `Int` (LANES int32, or 4 * LANES bytes) and the functions used below.
 
+// Loops over vectors are unrolled, so that arrays of vectors stay in registers.
+#define MOEDGE_UNROLL _Pragma("GCC unroll 16")
+
 namespace moedge {
 namespace {
 
@@ -16,7 +19,10 @@ constexpr size_t CELLS = BLOCK / CELL;    // of a block
 constexpr size_t STRIP = 2 * LANES;       // columns of a packed strip of floats
 
 // Into the second level of the cache: the first is too small for a block of rows.
-inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
+inline void prefetch(const void* address) {
+  __builtin_prefetch(address, 0, 2);
+  asm volatile("");  // or GCC takes a function that only prefetches for one without effect and drops its calls
+}
 
 // ---- float32
 
@@ -24,18 +30,25 @@ template <size_t W, size_t N>
 inline void float_block(const float* weights, size_t stride, const uint32_t* rows, size_t begin, size_t end,
                         const float* x, float* y, size_t y_stride) {
   Float sums[W][N];
+  MOEDGE_UNROLL
   for (size_t t = 0; t < W; ++t)
+    MOEDGE_UNROLL
     for (size_t i = 0; i < N; ++i) sums[t][i] = V::load(y + t * y_stride + i * LANES);
   for (size_t r = begin; r < end; ++r) {
     const float* row = weights + (rows ? rows[r] : r) * stride;
     Float w[N];
+    MOEDGE_UNROLL
     for (size_t i = 0; i < N; ++i) w[i] = V::load(row + i * LANES);
+    MOEDGE_UNROLL
     for (size_t t = 0; t < W; ++t) {
       const Float value = V::set(x[r * W + t]);
+      MOEDGE_UNROLL
       for (size_t i = 0; i < N; ++i) sums[t][i] = V::fma(value, w[i], sums[t][i]);
     }
   }
+  MOEDGE_UNROLL
   for (size_t t = 0; t < W; ++t)
+    MOEDGE_UNROLL
     for (size_t i = 0; i < N; ++i) V::store(y + t * y_stride + i * LANES, sums[t][i]);
 }
 
@@ -46,43 +59,67 @@ template <size_t N, size_t... W>
 constexpr std::array<FloatBlock, sizeof...(W) + 1> float_blocks(std::index_sequence<W...>) {
   return {nullptr, &float_block<W + 1, N>...};
 }
-constexpr auto WIDE = float_blocks<4>(std::make_index_sequence<V::FLOAT_TILE / 2>());
 constexpr auto PAIRS = float_blocks<2>(std::make_index_sequence<V::FLOAT_TILE>());
-constexpr auto SINGLE = float_blocks<1>(std::make_index_sequence<V::FLOAT_TILE>());
 
-inline size_t float_vectors(size_t width) { return width <= V::FLOAT_TILE / 2 ? 4 : 2; }
-inline FloatBlock float_kernel(size_t width, size_t vectors) {
-  return vectors == 4 ? WIDE[width] : vectors == 2 ? PAIRS[width] : SINGLE[width];
+// Rows that are read side by side from left to right. More are more streams than the processor follows; fewer load and
+// store the sums more often.
+constexpr size_t ROWS = 8;
+
+// How far ahead rows are prefetched: some 100 ns of the memory's bandwidth, and at least the next rows.
+constexpr size_t AHEAD_BYTES = 8192;
+
+template <size_t W>
+void float_pass(const FloatProduct& p, size_t begin, size_t count, size_t ahead, size_t end, size_t t) {
+  const float *rows[ROWS], *next[ROWS];
+  const float* x = p.x + t * p.num_rows + begin * W;
+  float* y = p.y + t * p.y_stride;
+  const size_t coming = begin + ahead < end ? std::min(count, end - begin - ahead) : 0;
+  for (size_t r = 0; r < count; ++r) rows[r] = p.weights + (p.rows ? p.rows[begin + r] : begin + r) * p.columns;
+  for (size_t r = 0; r < coming; ++r)
+    next[r] = p.weights + (p.rows ? p.rows[begin + ahead + r] : begin + ahead + r) * p.columns;
+  size_t c = 0;
+  for (; c + LANES <= p.columns; c += LANES) {
+    if (c % (LINE / sizeof(float)) == 0)
+      for (size_t r = 0; r < coming; ++r) prefetch(next[r] + c);
+    Float sums[W];
+    MOEDGE_UNROLL
+    for (size_t w = 0; w < W; ++w) sums[w] = V::load(y + w * p.y_stride + c);
+    const auto add = [&](size_t r) {
+      const Float weights = V::load(rows[r] + c);
+      MOEDGE_UNROLL
+      for (size_t w = 0; w < W; ++w) sums[w] = V::fma(V::set(x[r * W + w]), weights, sums[w]);
+    };
+    if (count == ROWS)
+      for (size_t r = 0; r < ROWS; ++r) add(r);
+    else
+      for (size_t r = 0; r < count; ++r) add(r);
+    MOEDGE_UNROLL
+    for (size_t w = 0; w < W; ++w) V::store(y + w * p.y_stride + c, sums[w]);
+  }
+  for (; c < p.columns; ++c)
+    for (size_t r = 0; r < count; ++r)
+      MOEDGE_UNROLL
+      for (size_t w = 0; w < W; ++w) y[w * p.y_stride + c] += x[r * W + w] * rows[r][c];
+}
+
+using FloatPass = void (*)(const FloatProduct&, size_t, size_t, size_t, size_t, size_t);
+template <size_t... W>
+constexpr std::array<FloatPass, sizeof...(W) + 1> float_passes(std::index_sequence<W...>) {
+  return {nullptr, &float_pass<W + 1>...};
+}
+
+// In whole rows of ROWS bytes each: how many passes of ROWS rows fill AHEAD_BYTES.
+inline size_t rows_ahead(size_t row_bytes) {
+  return (AHEAD_BYTES + ROWS * row_bytes - 1) / (ROWS * row_bytes) * ROWS;
 }
 
 void float_rows(const FloatProduct& p, size_t begin, size_t end) {
+  static constexpr auto PASSES = float_passes(std::make_index_sequence<V::FLOAT_TILE>());
   const Tiles tiles(p.tokens, V::FLOAT_TILE);
-  const size_t vectors = float_vectors(tiles.width(0));
-  const size_t whole = p.columns / LANES * LANES;
-  for (size_t r = begin; r < end; r += BLOCK) {
-    const size_t last = std::min(r + BLOCK, end), ahead = std::min(last + BLOCK, end);
-    for (size_t c = 0; c < whole;) {
-      const size_t step = c + vectors * LANES <= whole ? vectors : 1;
-      for (size_t line = 0; line < step * LANES; line += LINE / sizeof(float))
-        for (size_t next = last; next < ahead; ++next)
-          prefetch(p.weights + (p.rows ? p.rows[next] : next) * p.columns + c + line);
-      for (size_t tile = 0; tile < tiles.count; ++tile) {
-        const size_t t = tiles.begin(tile), width = tiles.width(tile);
-        float_kernel(width, step)(p.weights + c, p.columns, p.rows, r, last, p.x + t * p.num_rows,
-                                  p.y + t * p.y_stride + c, p.y_stride);
-      }
-      c += step * LANES;
-    }
-    for (size_t tile = 0; tile < tiles.count && whole < p.columns; ++tile) {
-      const size_t first = tiles.begin(tile), width = tiles.width(tile);
-      const float* x = p.x + first * p.num_rows;
-      for (size_t row = r; row < last; ++row)
-        for (size_t t = 0; t < width; ++t)
-          for (size_t c = whole; c < p.columns; ++c)
-            p.y[(first + t) * p.y_stride + c] +=
-                x[row * width + t] * p.weights[(p.rows ? p.rows[row] : row) * p.columns + c];
-    }
-  }
+  const size_t ahead = rows_ahead(p.columns * sizeof(float));
+  for (size_t r = begin; r < end; r += ROWS)
+    for (size_t tile = 0; tile < tiles.count; ++tile)
+      PASSES[tiles.width(tile)](p, r, std::min(ROWS, end - r), tile ? end : ahead, end, tiles.begin(tile));
 }
 
 // Rows [begin, end), columns [c, c + width) to [row][STRIP], zeros beyond.
@@ -129,6 +166,7 @@ void float_strips(const FloatProduct& p, size_t begin, size_t end, float* scratc
 template <bool HALF>
 inline void load_scales(const IntProduct& p, size_t row, size_t column, Float out[4]) {
   const size_t at = row * p.columns + column;
+  MOEDGE_UNROLL
   for (size_t i = 0; i < 4; ++i)
     out[i] = HALF ? V::load_half(static_cast<const uint16_t*>(p.scales) + at + 16 * i)
                   : V::load(static_cast<const float*>(p.scales) + at + 16 * i);
@@ -136,40 +174,55 @@ inline void load_scales(const IntProduct& p, size_t row, size_t column, Float ou
 
 inline void add_scaled(const Int sums[4], const Float scales[4], float x_scale, float* y) {
   const Float factor = V::set(x_scale);
+  MOEDGE_UNROLL
   for (size_t i = 0; i < 4; ++i)
     V::store(y + 16 * i, V::fma(V::to_float(sums[i]), V::mul(scales[i], factor), V::load(y + 16 * i)));
 }
 
 inline Int start(int32_t value) { return V::set_int(V::SIGNED ? 0 : value); }
 
-// One line of a block's rows for W tokens, interleaved in registers: the least work for few tokens.
+// The rows of a block, and those that come next.
+struct Rows {
+  const uint8_t* now[BLOCK];
+  const uint8_t* next[BLOCK];
+  size_t coming;            // of `next`
+  const char* next_scales;  // null: none
+};
+
+// One line of the rows of block b for W tokens, interleaved in registers: the least work for few tokens.
 template <bool FOUR, bool HALF, size_t W>
-inline void line_direct(const IntProduct& p, size_t b, const uint8_t* const* rows, size_t line, const int32_t* x,
-                        size_t t) {
-  constexpr size_t NIBBLES = FOUR ? 2 : 1;
-  const Block& block = p.blocks[b];
-  const int32_t* starts = p.starts + b * p.tokens + t;
+inline void line_direct(const IntProduct& p, size_t b, const Rows& rows, size_t line, const int32_t* x) {
+  constexpr size_t NIBBLES = FOUR ? 2 : 1, SUMS = 4 * NIBBLES;
+  const Block block = p.blocks[b];
+  const size_t cells = block.end - block.begin;
+  MOEDGE_UNROLL
   for (size_t part = 0; part < PARTS; ++part) {
-    Int sums[W][NIBBLES * 4];
+    Int sums[W][SUMS];
+    MOEDGE_UNROLL
     for (size_t w = 0; w < W; ++w)
-      for (size_t i = 0; i < NIBBLES * 4; ++i) sums[w][i] = start(starts[w]);
-    for (size_t cell = 0; cell < block.end - block.begin; ++cell) {
+      MOEDGE_UNROLL
+      for (size_t i = 0; i < SUMS; ++i) sums[w][i] = start(p.starts[b * W + w]);
+    for (size_t cell = 0; cell < cells; ++cell) {
       Int bytes[4];
-      V::interleave(rows + 4 * cell, line * LINE + part * BYTES, bytes);
+      V::interleave(rows.now + 4 * cell, line * LINE + part * BYTES, bytes);
+      MOEDGE_UNROLL
       for (size_t w = 0; w < W; ++w) {
         const Int value = V::set_int(x[cell * W + w]);
+        MOEDGE_UNROLL
         for (size_t i = 0; i < 4; ++i) {
           sums[w][i] = V::dot<FOUR>(sums[w][i], FOUR ? V::low(bytes[i]) : V::whole(bytes[i]), value);
-          if (FOUR) sums[w][i + 4 * (NIBBLES - 1)] = V::dot<FOUR>(sums[w][i + 4 * (NIBBLES - 1)], V::high(bytes[i]), value);
+          if (FOUR) sums[w][SUMS - 4 + i] = V::dot<FOUR>(sums[w][SUMS - 4 + i], V::high(bytes[i]), value);
         }
       }
     }
+    MOEDGE_UNROLL
     for (size_t nibble = 0; nibble < NIBBLES; ++nibble) {
       const size_t column = (line * NIBBLES + nibble) * LINE + part * LANES;
       Float scales[4];
       load_scales<HALF>(p, block.scale_row, column, scales);
+      MOEDGE_UNROLL
       for (size_t w = 0; w < W; ++w)
-        add_scaled(sums[w] + 4 * nibble, scales, p.x_scales[b * p.tokens + t + w], p.y + (t + w) * p.y_stride + column);
+        add_scaled(sums[w] + 4 * nibble, scales, p.x_scales[b * W + w], p.y + w * p.y_stride + column);
     }
   }
 }
@@ -178,18 +231,24 @@ inline void line_direct(const IntProduct& p, size_t b, const uint8_t* const* row
 template <bool FOUR, bool HALF, size_t W>
 inline void part_of_tile(const IntProduct& p, size_t b, const Int* bytes, const Float* scales, size_t column,
                          const int32_t* x, size_t t) {
-  const Block& block = p.blocks[b];
+  const size_t cells = p.blocks[b].end - p.blocks[b].begin;
   Int sums[W][4];
+  MOEDGE_UNROLL
   for (size_t w = 0; w < W; ++w)
+    MOEDGE_UNROLL
     for (size_t i = 0; i < 4; ++i) sums[w][i] = start(p.starts[b * p.tokens + t + w]);
-  for (size_t cell = 0; cell < block.end - block.begin; ++cell) {
+  for (size_t cell = 0; cell < cells; ++cell) {
     Int values[4];
+    MOEDGE_UNROLL
     for (size_t i = 0; i < 4; ++i) values[i] = bytes[4 * cell + i];
+    MOEDGE_UNROLL
     for (size_t w = 0; w < W; ++w) {
       const Int value = V::set_int(x[cell * W + w]);
+      MOEDGE_UNROLL
       for (size_t i = 0; i < 4; ++i) sums[w][i] = V::dot<FOUR>(sums[w][i], values[i], value);
     }
   }
+  MOEDGE_UNROLL
   for (size_t w = 0; w < W; ++w)
     add_scaled(sums[w], scales, p.x_scales[b * p.tokens + t + w], p.y + (t + w) * p.y_stride + column);
 }
@@ -202,22 +261,26 @@ constexpr std::array<PartOfTile, sizeof...(W) + 1> parts_of_tile(std::index_sequ
 
 // One line of a block's rows for any number of tokens: interleaved once, then tile after tile.
 template <bool FOUR, bool HALF>
-inline void line_of_tiles(const IntProduct& p, size_t b, const uint8_t* const* rows, size_t line, const Tiles& tiles) {
+inline void line_of_tiles(const IntProduct& p, size_t b, const Rows& rows, size_t line, const Tiles& tiles) {
   static constexpr auto KERNELS = parts_of_tile<FOUR, HALF>(std::make_index_sequence<V::INT_TILE>());
   constexpr size_t NIBBLES = FOUR ? 2 : 1;
   const Block& block = p.blocks[b];
   const size_t cells = block.end - block.begin;
   Int bytes[NIBBLES][PARTS][CELLS * 4];
+  MOEDGE_UNROLL
   for (size_t part = 0; part < PARTS; ++part)
     for (size_t cell = 0; cell < cells; ++cell) {
       Int four[4];
-      V::interleave(rows + 4 * cell, line * LINE + part * BYTES, four);
+      V::interleave(rows.now + 4 * cell, line * LINE + part * BYTES, four);
+      MOEDGE_UNROLL
       for (size_t i = 0; i < 4; ++i) {
         bytes[0][part][4 * cell + i] = FOUR ? V::low(four[i]) : V::whole(four[i]);
         if (FOUR) bytes[NIBBLES - 1][part][4 * cell + i] = V::high(four[i]);
       }
     }
+  MOEDGE_UNROLL
   for (size_t nibble = 0; nibble < NIBBLES; ++nibble)
+    MOEDGE_UNROLL
     for (size_t part = 0; part < PARTS; ++part) {
       const size_t column = (line * NIBBLES + nibble) * LINE + part * LANES;
       Float scales[4];
@@ -229,61 +292,85 @@ inline void line_of_tiles(const IntProduct& p, size_t b, const uint8_t* const* r
     }
 }
 
-template <bool FOUR, bool HALF>
-inline void one_line(const IntProduct& p, size_t b, const uint8_t* const* rows, size_t line, const Tiles& tiles) {
-  if (p.tokens == 1)
-    line_direct<FOUR, HALF, 1>(p, b, rows, line, p.x + p.blocks[b].begin, 0);
-  else if (p.tokens == 2 && V::INT_TILE > 2)
-    line_direct<FOUR, HALF, 2>(p, b, rows, line, p.x + p.blocks[b].begin * 2, 0);
-  else
-    line_of_tiles<FOUR, HALF>(p, b, rows, line, tiles);
-}
-
-inline size_t row_pointers(const IntProduct& p, size_t b, const uint8_t** out) {
+inline void row_pointers(const IntProduct& p, size_t b, const uint8_t** out) {
   const size_t begin = 4 * p.blocks[b].begin, end = 4 * p.blocks[b].end;
   for (size_t r = begin; r < end; ++r) out[r - begin] = p.weights + p.rows[r] * p.row_bytes;
-  return end - begin;
 }
 
 template <bool FOUR, bool HALF>
-inline void prefetch_line(const IntProduct& p, size_t b, const uint8_t* const* rows, size_t count, size_t line) {
-  for (size_t r = 0; r < count; ++r) prefetch(rows[r] + line * LINE);
+inline void prefetch_line(const Rows& rows, size_t line) {
   constexpr size_t SIZE = (HALF ? 2 : 4) * LINE * (FOUR ? 2 : 1);
-  const char* scales = static_cast<const char*>(p.scales) + p.blocks[b].scale_row * p.columns * (HALF ? 2 : 4);
-  for (size_t i = 0; i < SIZE; i += LINE) prefetch(scales + line * SIZE + i);
+  for (size_t r = 0; r < rows.coming; ++r) prefetch(rows.next[r] + line * LINE);
+  for (size_t i = 0; i < SIZE && rows.next_scales; i += LINE) prefetch(rows.next_scales + line * SIZE + i);
+}
+
+// What is prefetched beside block b, of those up to `end`: as many rows as it has, or as are needed for AHEAD_BYTES.
+// `seen` is the first cell that was not prefetched yet.
+template <bool HALF>
+inline void look_ahead(const IntProduct& p, size_t b, size_t end, size_t& seen, Rows& rows) {
+  const size_t ahead = std::max(CELLS, AHEAD_BYTES / (4 * p.row_bytes));
+  const size_t until = std::min<size_t>(p.blocks[b].end + ahead, p.blocks[end - 1].end);
+  rows.coming = 0;
+  for (seen = std::max<size_t>(seen, p.blocks[b].end); seen < until && rows.coming < BLOCK; ++seen)
+    for (size_t r = 0; r < 4; ++r) rows.next[rows.coming++] = p.weights + p.rows[4 * seen + r] * p.row_bytes;
+  rows.next_scales = b + 1 < end ? static_cast<const char*>(p.scales) +
+                                       p.blocks[b + 1].scale_row * p.columns * (HALF ? 2 : 4) : nullptr;
+}
+
+// Line is called for each line of each block, rows from left to right.
+template <bool FOUR, bool HALF, typename Line>
+inline void each_line(const IntProduct& p, size_t begin, size_t end, Line line) {
+  Rows rows;
+  size_t seen = 0;
+  for (size_t b = begin; b < end; ++b) {
+    row_pointers(p, b, rows.now);
+    look_ahead<HALF>(p, b, end, seen, rows);
+    for (size_t i = 0; i < p.row_bytes / LINE; ++i) {
+      prefetch_line<FOUR, HALF>(rows, i);
+      line(b, rows, i);
+    }
+  }
+}
+
+template <bool FOUR, bool HALF, size_t W>
+void int_rows_for(const IntProduct& p, size_t begin, size_t end) {
+  each_line<FOUR, HALF>(p, begin, end, [&p](size_t b, const Rows& rows, size_t line) {
+    line_direct<FOUR, HALF, W>(p, b, rows, line, p.x + p.blocks[b].begin * W);
+  });
+}
+
+using IntRows = void (*)(const IntProduct&, size_t, size_t);
+template <bool FOUR, bool HALF, size_t... W>
+constexpr std::array<IntRows, sizeof...(W) + 1> int_rows_table(std::index_sequence<W...>) {
+  return {nullptr, &int_rows_for<FOUR, HALF, W + 1>...};
 }
 
 template <bool FOUR, bool HALF>
 void int_rows_of(const IntProduct& p, size_t begin, size_t end) {
+  // Four bits have twice the sums: of one token less they still fit into registers.
+  constexpr size_t MOST = FOUR ? V::INT_TILE - 1 : V::INT_TILE;
+  static constexpr auto DIRECT = int_rows_table<FOUR, HALF>(std::make_index_sequence<MOST>());
+  if (p.tokens <= MOST) return DIRECT[p.tokens](p, begin, end);
   const Tiles tiles(p.tokens, V::INT_TILE);
-  const uint8_t* memory[2][BLOCK];
-  const uint8_t **rows = memory[0], **next = memory[1];
-  if (begin < end) row_pointers(p, begin, rows);
-  for (size_t b = begin; b < end; ++b) {
-    const size_t count = b + 1 < end ? row_pointers(p, b + 1, next) : 0;
-    for (size_t line = 0; line < p.row_bytes / LINE; ++line) {
-      if (count) prefetch_line<FOUR, HALF>(p, b + 1, next, count, line);
-      one_line<FOUR, HALF>(p, b, rows, line, tiles);
-    }
-    std::swap(rows, next);
-  }
+  each_line<FOUR, HALF>(p, begin, end, [&p, &tiles](size_t b, const Rows& rows, size_t line) {
+    line_of_tiles<FOUR, HALF>(p, b, rows, line, tiles);
+  });
 }
 
 template <bool FOUR, bool HALF>
 void int_strips_of(const IntProduct& p, size_t begin, size_t end, size_t num_blocks) {
   constexpr size_t COLUMNS = LINE * (FOUR ? 2 : 1);
   const Tiles tiles(p.tokens, V::INT_TILE);
-  const uint8_t* memory[2][BLOCK];
   for (size_t t = 0; t < p.tokens; ++t)
     std::fill(p.y + t * p.y_stride + begin * COLUMNS, p.y + t * p.y_stride + end * COLUMNS, 0.0f);
+  Rows rows;
   for (size_t line = begin; line < end; ++line) {
-    const uint8_t **rows = memory[0], **next = memory[1];
-    if (num_blocks) row_pointers(p, 0, rows);
+    size_t seen = 0;
     for (size_t b = 0; b < num_blocks; ++b) {
-      const size_t count = b + 1 < num_blocks ? row_pointers(p, b + 1, next) : 0;
-      if (count) prefetch_line<FOUR, HALF>(p, b + 1, next, count, line);
+      row_pointers(p, b, rows.now);
+      look_ahead<HALF>(p, b, num_blocks, seen, rows);
+      prefetch_line<FOUR, HALF>(rows, line);
       line_of_tiles<FOUR, HALF>(p, b, rows, line, tiles);
-      std::swap(rows, next);
     }
   }
 }
