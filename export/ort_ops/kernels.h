@@ -61,7 +61,7 @@ struct Kernels {
   void (*int8_rows)(const IntProduct&, size_t begin, size_t end);
   void (*int4_rows)(const IntProduct&, size_t begin, size_t end);
   // Many tokens: one strip of columns after the other. Part [begin, end) of the columns (floats) or lines (integers)
-  // and all rows; `scratch` holds what strip_scratch() says. y is written, not added to.
+  // and all rows; `scratch` has FLOAT_STRIP_SCRATCH floats. y is written, not added to.
   void (*float_strips)(const FloatProduct&, size_t begin, size_t end, float* scratch);
   void (*int8_strips)(const IntProduct&, size_t begin, size_t end, size_t num_blocks);
   void (*int4_strips)(const IntProduct&, size_t begin, size_t end, size_t num_blocks);
@@ -82,7 +82,11 @@ struct Tiles {
   size_t width(size_t tile) const { return base + (tile < more ? 1 : 0); }
 };
 
-constexpr size_t FLOAT_STRIP_ROWS = 256, FLOAT_STRIP_COLUMNS = 64;
+// What float_strips() copies: rows at once, and floats of its scratch.
+constexpr size_t FLOAT_STRIP_ROWS = 512, FLOAT_STRIP_SCRATCH = 2 * FLOAT_STRIP_ROWS * 32;
+
+// Columns that a task of float_strips() has at least, for whole strips in every instruction set.
+constexpr size_t FLOAT_STRIP_COLUMNS = 64;
 
 // The best table that this processor runs, or the one that MOEDGE_CPU_ISA names. Throws Invalid for a name that is
 // unknown or that the processor cannot run.

@@ -26,19 +26,26 @@ inline void prefetch(const void* address) {
 
 // ---- float32
 
-template <size_t W, size_t N>
-inline void float_block(const float* weights, size_t stride, const uint32_t* rows, size_t begin, size_t end,
-                        const float* x, float* y, size_t y_stride) {
+// y [W][STRIP] = or += rows of a strip times x [row][W].
+template <size_t W>
+void strip_block(const float* weights, size_t rows, const float* x, float* y, size_t y_stride, bool add) {
+  constexpr size_t N = STRIP / LANES;
   Float sums[W][N];
-  MOEDGE_UNROLL
-  for (size_t t = 0; t < W; ++t)
+  if (add) {
     MOEDGE_UNROLL
-    for (size_t i = 0; i < N; ++i) sums[t][i] = V::load(y + t * y_stride + i * LANES);
-  for (size_t r = begin; r < end; ++r) {
-    const float* row = weights + (rows ? rows[r] : r) * stride;
+    for (size_t t = 0; t < W; ++t)
+      MOEDGE_UNROLL
+      for (size_t i = 0; i < N; ++i) sums[t][i] = V::load(y + t * y_stride + i * LANES);
+  } else {
+    MOEDGE_UNROLL
+    for (size_t t = 0; t < W; ++t)
+      MOEDGE_UNROLL
+      for (size_t i = 0; i < N; ++i) sums[t][i] = V::set(0.0f);
+  }
+  for (size_t r = 0; r < rows; ++r) {
     Float w[N];
     MOEDGE_UNROLL
-    for (size_t i = 0; i < N; ++i) w[i] = V::load(row + i * LANES);
+    for (size_t i = 0; i < N; ++i) w[i] = V::load(weights + r * STRIP + i * LANES);
     MOEDGE_UNROLL
     for (size_t t = 0; t < W; ++t) {
       const Float value = V::set(x[r * W + t]);
@@ -52,24 +59,24 @@ inline void float_block(const float* weights, size_t stride, const uint32_t* row
     for (size_t i = 0; i < N; ++i) V::store(y + t * y_stride + i * LANES, sums[t][i]);
 }
 
-using FloatBlock = void (*)(const float*, size_t, const uint32_t*, size_t, size_t, const float*, float*, size_t);
+using StripBlock = void (*)(const float*, size_t, const float*, float*, size_t, bool);
 
-// float_block of each width, [0] unused.
-template <size_t N, size_t... W>
-constexpr std::array<FloatBlock, sizeof...(W) + 1> float_blocks(std::index_sequence<W...>) {
-  return {nullptr, &float_block<W + 1, N>...};
+// Of each width, [0] unused.
+template <size_t... W>
+constexpr std::array<StripBlock, sizeof...(W) + 1> strip_blocks(std::index_sequence<W...>) {
+  return {nullptr, &strip_block<W + 1>...};
 }
-constexpr auto PAIRS = float_blocks<2>(std::make_index_sequence<V::FLOAT_TILE>());
 
 // Rows that are read side by side from left to right. More are more streams than the processor follows; fewer load and
 // store the sums more often.
-constexpr size_t ROWS = 8;
+constexpr size_t rows_at_once(size_t width) { return width > 8 ? 16 : 8; }
 
 // How far ahead rows are prefetched: some 100 ns of the memory's bandwidth, and at least the next rows.
 constexpr size_t AHEAD_BYTES = 8192;
 
 template <size_t W>
 void float_pass(const FloatProduct& p, size_t begin, size_t count, size_t ahead, size_t end, size_t t) {
+  constexpr size_t ROWS = rows_at_once(W);
   const float *rows[ROWS], *next[ROWS];
   const float* x = p.x + t * p.num_rows + begin * W;
   float* y = p.y + t * p.y_stride;
@@ -108,55 +115,82 @@ constexpr std::array<FloatPass, sizeof...(W) + 1> float_passes(std::index_sequen
   return {nullptr, &float_pass<W + 1>...};
 }
 
-// In whole rows of ROWS bytes each: how many passes of ROWS rows fill AHEAD_BYTES.
-inline size_t rows_ahead(size_t row_bytes) {
-  return (AHEAD_BYTES + ROWS * row_bytes - 1) / (ROWS * row_bytes) * ROWS;
-}
-
 void float_rows(const FloatProduct& p, size_t begin, size_t end) {
   static constexpr auto PASSES = float_passes(std::make_index_sequence<V::FLOAT_TILE>());
   const Tiles tiles(p.tokens, V::FLOAT_TILE);
-  const size_t ahead = rows_ahead(p.columns * sizeof(float));
-  for (size_t r = begin; r < end; r += ROWS)
-    for (size_t tile = 0; tile < tiles.count; ++tile)
-      PASSES[tiles.width(tile)](p, r, std::min(ROWS, end - r), tile ? end : ahead, end, tiles.begin(tile));
+  const size_t rows = rows_at_once(tiles.width(tiles.count - 1)), pass_bytes = rows * p.columns * sizeof(float);
+  const size_t ahead = (AHEAD_BYTES + pass_bytes - 1) / pass_bytes * rows;
+  for (size_t r = begin; r < end; r += rows)
+    for (size_t tile = 0; tile < tiles.count; ++tile)  // the first of them prefetches
+      PASSES[tiles.width(tile)](p, r, std::min(rows, end - r), tile ? end : ahead, end, tiles.begin(tile));
 }
 
-// Rows [begin, end), columns [c, c + width) to [row][STRIP], zeros beyond.
-inline void pack_strip(const FloatProduct& p, size_t begin, size_t end, size_t c, size_t width, float* strip) {
-  for (size_t r = begin; r < end; ++r, strip += STRIP) {
-    const float* row = p.weights + (p.rows ? p.rows[r] : r) * p.columns + c;
-    for (size_t i = 0; i < STRIP; ++i) strip[i] = i < width ? row[i] : 0.0f;
+// A part of a matrix that is copied to one place, [row][STRIP]: rows of a wide matrix are many pages apart, and where
+// their distance is a power of two, a cache holds few of them.
+struct Strip {
+  size_t begin, end;  // rows
+  size_t column, width;
+
+  // The next one in [first, last) of the columns: to the right, then further down.
+  Strip following(const FloatProduct& p, size_t first, size_t last, size_t height) const {
+    if (column + STRIP < last) return {begin, end, column + STRIP, std::min(STRIP, last - column - STRIP)};
+    return {end, std::min(end + height, p.num_rows), first, std::min(STRIP, last - first)};
   }
+  const float* row(const FloatProduct& p, size_t r) const {
+    return p.weights + (p.rows ? p.rows[begin + r] : begin + r) * p.columns + column;
+  }
+  // Rows of it, counted from its first.
+  void fetch(const FloatProduct& p, size_t from, size_t to) const {
+    for (size_t r = from; r < std::min(to, end - begin); ++r)
+      for (size_t i = 0; i < width; i += LINE / sizeof(float)) prefetch(row(p, r) + i);
+  }
+  void copy(const FloatProduct& p, size_t from, size_t to, float* out) const {
+    for (size_t r = from; r < std::min(to, end - begin); ++r) {
+      const float* values = row(p, r);
+      if (width == STRIP) {
+        V::store(out + r * STRIP, V::load(values));
+        V::store(out + r * STRIP + LANES, V::load(values + LANES));
+      } else {
+        for (size_t i = 0; i < STRIP; ++i) out[r * STRIP + i] = i < width ? values[i] : 0.0f;
+      }
+    }
+  }
+};
+
+inline void strip_of_tile(const FloatProduct& p, const Strip& strip, const float* weights, const Tiles& tiles,
+                          size_t tile) {
+  static constexpr auto BLOCKS = strip_blocks(std::make_index_sequence<V::FLOAT_TILE>());
+  const size_t t = tiles.begin(tile), w = tiles.width(tile), rows = strip.end - strip.begin;
+  const float* x = p.x + t * p.num_rows + strip.begin * w;
+  float* y = p.y + t * p.y_stride + strip.column;
+  const bool add = strip.begin != 0;
+  if (strip.width == STRIP) return BLOCKS[w](weights, rows, x, y, p.y_stride, add);
+  float edge[V::FLOAT_TILE * STRIP] = {};
+  for (size_t i = 0; i < w && add; ++i)
+    std::copy(y + i * p.y_stride, y + i * p.y_stride + strip.width, edge + i * STRIP);
+  BLOCKS[w](weights, rows, x, edge, STRIP, true);
+  for (size_t i = 0; i < w; ++i) std::copy(edge + i * STRIP, edge + i * STRIP + strip.width, y + i * p.y_stride);
 }
 
 void float_strips(const FloatProduct& p, size_t begin, size_t end, float* scratch) {
+  if (begin == end || p.num_rows == 0) return;
   const Tiles tiles(p.tokens, V::FLOAT_TILE);
-  float edge[V::FLOAT_TILE * STRIP];
-  for (size_t t = 0; t < p.tokens; ++t) std::fill(p.y + t * p.y_stride + begin, p.y + t * p.y_stride + end, 0.0f);
-  for (size_t r = 0; r < p.num_rows; r += FLOAT_STRIP_ROWS) {
-    const size_t last = std::min(r + FLOAT_STRIP_ROWS, p.num_rows);
-    const size_t each = (last - r + tiles.count - 1) / tiles.count;
-    for (size_t c = begin; c < end; c += STRIP) {
-      const size_t width = std::min(STRIP, end - c);
-      pack_strip(p, r, last, c, width, scratch);
-      for (size_t tile = 0; tile < tiles.count; ++tile) {
-        // The next strip comes in while this one is computed.
-        for (size_t row = r + tile * each; c + STRIP < end && row < std::min(r + (tile + 1) * each, last); ++row)
-          for (size_t i = 0; i < STRIP; i += LINE / sizeof(float))
-            prefetch(p.weights + (p.rows ? p.rows[row] : row) * p.columns + c + STRIP + i);
-        const size_t t = tiles.begin(tile), w = tiles.width(tile);
-        const float* x = p.x + t * p.num_rows + r * w;
-        float* y = p.y + t * p.y_stride + c;
-        if (width == STRIP) {
-          PAIRS[w](scratch, STRIP, nullptr, 0, last - r, x, y, p.y_stride);
-          continue;
-        }
-        for (size_t i = 0; i < w; ++i) std::copy(y + i * p.y_stride, y + i * p.y_stride + width, edge + i * STRIP);
-        PAIRS[w](scratch, STRIP, nullptr, 0, last - r, x, edge, STRIP);
-        for (size_t i = 0; i < w; ++i) std::copy(edge + i * STRIP, edge + i * STRIP + width, y + i * p.y_stride);
-      }
+  const size_t height = Tiles(p.num_rows, FLOAT_STRIP_ROWS).width(0);
+  float *now = scratch, *next = scratch + FLOAT_STRIP_ROWS * STRIP;
+  Strip strip{0, height, begin, std::min(STRIP, end - begin)};
+  strip.copy(p, 0, height, now);
+  while (strip.begin < strip.end) {
+    const Strip coming = strip.following(p, begin, end, height);
+    // With each tile a slice of the next strip comes in: prefetched with one tile, copied with the one after it.
+    const size_t slice = (height + tiles.count - 1) / tiles.count;
+    coming.fetch(p, 0, slice);
+    for (size_t tile = 0; tile < tiles.count; ++tile) {
+      coming.fetch(p, (tile + 1) * slice, (tile + 2) * slice);
+      strip_of_tile(p, strip, now, tiles, tile);
+      coming.copy(p, tile * slice, (tile + 1) * slice, next);
     }
+    strip = coming;
+    std::swap(now, next);
   }
 }
 

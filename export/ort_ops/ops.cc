@@ -60,7 +60,8 @@ class GatherLinear : public Node {
 
   void compute(const Call& call, const Threads& threads) const override {
     Matrix matrix = matrix_;
-    const size_t inputs = matrix.inputs, outputs = matrix.outputs, stride = Product::stride_of(inputs);
+    const size_t inputs = matrix.inputs, outputs = matrix.outputs;
+    const size_t stride = Product::stride_of(inputs), y_stride = Product::y_stride_of(matrix);
     const Tensor x = call.tokens(inputs);
     const float* threshold = call.floats(1, "threshold", {static_cast<int64_t>(inputs)});
     call.matrix(2, "weight", matrix);
@@ -74,12 +75,12 @@ class GatherLinear : public Node {
       const size_t tokens = std::min(MOST_TOKENS, all - begin);
       const float* from = static_cast<const float*>(x.data) + begin * inputs;
       float* chosen = memory.x.get<float>(tokens * stride);
-      float* sums = memory.y.get<float>(tokens * matrix.columns());
+      float* sums = memory.y.get<float>(tokens * y_stride);
       each_token(threads, tokens, [=](size_t t) {
         product.choose(from + t * inputs, threshold, inputs, chosen + t * stride, stride);
       });
-      product.multiply(matrix, chosen, tokens, sums, matrix.columns());
-      finish(sums, matrix.columns(), bias, tokens, outputs, y + begin * outputs);
+      product.multiply(matrix, chosen, tokens, sums, y_stride);
+      finish(sums, y_stride, bias, tokens, outputs, y + begin * outputs);
     }
   }
 
@@ -125,7 +126,7 @@ class GatherGLU : public Node {
            float* y) const {
     const size_t hidden = hidden_, inner = inner_;
     const size_t x_stride = Product::stride_of(hidden), h_stride = Product::stride_of(inner);
-    const size_t both_stride = layer.gate_up.columns(), y_stride = layer.down.columns();
+    const size_t both_stride = Product::y_stride_of(layer.gate_up), y_stride = Product::y_stride_of(layer.down);
     float* chosen = memory.x.get<float>(tokens * x_stride);
     float* both = memory.both.get<float>(tokens * both_stride);
     float* h = memory.h.get<float>(tokens * h_stride);

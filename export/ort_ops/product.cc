@@ -162,7 +162,7 @@ void Product::choose(const float* x, const float* threshold, size_t size, float*
 }
 
 void Product::multiply(const Matrix& matrix, const float* x, size_t tokens, float* y, size_t y_stride) const {
-  const bool few = tokens <= FEW_TOKENS;
+  const bool few = tokens <= few_tokens(matrix.bits);
   if (matrix.bits == 32)
     few ? few_floats(matrix, x, tokens, y, y_stride) : many_floats(matrix, x, tokens, y, y_stride);
   else
@@ -200,13 +200,12 @@ void Product::many_floats(const Matrix& matrix, const float* x, size_t tokens, f
   const FloatProduct p{static_cast<const float*>(matrix.weights), matrix.outputs, nullptr, count, packed, tokens, y,
                        y_stride};
   const size_t strips = (matrix.outputs + FLOAT_STRIP_COLUMNS - 1) / FLOAT_STRIP_COLUMNS, tasks = tasks_of(strips);
-  constexpr size_t SCRATCH = FLOAT_STRIP_ROWS * FLOAT_STRIP_COLUMNS;
-  float* scratch = memory.parts.get<float>(tasks * SCRATCH);
+  float* scratch = memory.parts.get<float>(tasks * FLOAT_STRIP_SCRATCH);
   const Kernels& kernels = kernels_;
   threads_.run(tasks, [=, &kernels](size_t task) {
     const size_t begin = strips * task / tasks * FLOAT_STRIP_COLUMNS;
     const size_t end = std::min(strips * (task + 1) / tasks * FLOAT_STRIP_COLUMNS, p.columns);
-    kernels.float_strips(p, begin, end, scratch + task * SCRATCH);
+    kernels.float_strips(p, begin, end, scratch + task * FLOAT_STRIP_SCRATCH);
   });
 }
 

@@ -43,7 +43,10 @@ struct Matrix {
   size_t blocks() const { return (inputs + BLOCK - 1) / BLOCK; }
 };
 
-// Up to this many tokens a row is read once for all of them; above, the matrix is read in strips of columns.
+// Up to this many tokens a row is read once for all of them; above, the matrix is read in strips of columns (measured).
+constexpr size_t few_tokens(int bits) { return bits == 32 ? 48 : 16; }
+
+// Up to this many tokens, work on single inputs takes less time than waking a thread.
 constexpr size_t FEW_TOKENS = 16;
 
 // Tokens that go through a layer at once; bounds the memory that a long prompt takes.
@@ -62,10 +65,13 @@ class Product {
   };
   static size_t stride_of(size_t inputs) { return (inputs + BLOCK - 1) / BLOCK * BLOCK; }
 
+  // A distance of rows of y that is no power of two: rows of which all would fall on the same lines of a cache.
+  static size_t y_stride_of(const Matrix& matrix) { return matrix.columns() + 16; }
+
   // Writes x, where not below its threshold (null: all), and zeros beyond `size`, to `out` [stride].
   void choose(const float* x, const float* threshold, size_t size, float* out, size_t stride) const;
 
-  // y [tokens][y_stride], y_stride >= matrix.columns(), = x times matrix. `x` [tokens][stride_of(K)].
+  // y [tokens][y_stride], y_stride at least matrix.columns(), = x times matrix. `x` [tokens][stride_of(K)].
   void multiply(const Matrix& matrix, const float* x, size_t tokens, float* y, size_t y_stride) const;
 
  private:
