@@ -61,7 +61,7 @@ struct Kernels {
   void (*int8_rows)(const IntProduct&, size_t begin, size_t end);
   void (*int4_rows)(const IntProduct&, size_t begin, size_t end);
   // Many tokens: one strip of columns after the other. Part [begin, end) of the columns (floats) or lines (integers)
-  // and all rows; `scratch` has FLOAT_STRIP_SCRATCH floats. y is written, not added to.
+  // and all rows, `rows` null; `scratch` has FLOAT_STRIP_SCRATCH floats. y is written, not added to.
   void (*float_strips)(const FloatProduct&, size_t begin, size_t end, float* scratch);
   void (*int8_strips)(const IntProduct&, size_t begin, size_t end, size_t num_blocks);
   void (*int4_strips)(const IntProduct&, size_t begin, size_t end, size_t num_blocks);

@@ -26,9 +26,23 @@ inline void prefetch(const void* address) {
 
 // ---- float32
 
+// Lines to prefetch, one beside each row of a computation: many at once would hold it up.
+struct Ahead {
+  const float* first;
+  size_t stride;  // of two rows
+  size_t rows;
+
+  void line(size_t number) const {
+    constexpr size_t FLOATS = LINE / sizeof(float), LINES = (STRIP + FLOATS - 1) / FLOATS;
+    prefetch(first + number / LINES * stride + number % LINES * FLOATS);
+  }
+  size_t lines() const { return rows * ((STRIP * sizeof(float) + LINE - 1) / LINE); }
+};
+
 // y [W][STRIP] = or += rows of a strip times x [row][W].
 template <size_t W>
-void strip_block(const float* weights, size_t rows, const float* x, float* y, size_t y_stride, bool add) {
+void strip_block(const float* weights, size_t rows, const float* x, float* y, size_t y_stride, bool add,
+                 const Ahead& ahead) {
   constexpr size_t N = STRIP / LANES;
   Float sums[W][N];
   if (add) {
@@ -42,7 +56,9 @@ void strip_block(const float* weights, size_t rows, const float* x, float* y, si
       MOEDGE_UNROLL
       for (size_t i = 0; i < N; ++i) sums[t][i] = V::set(0.0f);
   }
+  const size_t lines = ahead.lines();
   for (size_t r = 0; r < rows; ++r) {
+    if (r < lines) ahead.line(r);
     Float w[N];
     MOEDGE_UNROLL
     for (size_t i = 0; i < N; ++i) w[i] = V::load(weights + r * STRIP + i * LANES);
@@ -59,7 +75,7 @@ void strip_block(const float* weights, size_t rows, const float* x, float* y, si
     for (size_t i = 0; i < N; ++i) V::store(y + t * y_stride + i * LANES, sums[t][i]);
 }
 
-using StripBlock = void (*)(const float*, size_t, const float*, float*, size_t, bool);
+using StripBlock = void (*)(const float*, size_t, const float*, float*, size_t, bool, const Ahead&);
 
 // Of each width, [0] unused.
 template <size_t... W>
@@ -136,13 +152,11 @@ struct Strip {
     if (column + STRIP < last) return {begin, end, column + STRIP, std::min(STRIP, last - column - STRIP)};
     return {end, std::min(end + height, p.num_rows), first, std::min(STRIP, last - first)};
   }
-  const float* row(const FloatProduct& p, size_t r) const {
-    return p.weights + (p.rows ? p.rows[begin + r] : begin + r) * p.columns + column;
-  }
+  const float* row(const FloatProduct& p, size_t r) const { return p.weights + (begin + r) * p.columns + column; }
   // Rows of it, counted from its first.
-  void fetch(const FloatProduct& p, size_t from, size_t to) const {
-    for (size_t r = from; r < std::min(to, end - begin); ++r)
-      for (size_t i = 0; i < width; i += LINE / sizeof(float)) prefetch(row(p, r) + i);
+  Ahead ahead(const FloatProduct& p, size_t from, size_t to) const {
+    to = std::min(to, end - begin);
+    return {row(p, from), p.columns, from < to ? to - from : 0};
   }
   void copy(const FloatProduct& p, size_t from, size_t to, float* out) const {
     for (size_t r = from; r < std::min(to, end - begin); ++r) {
@@ -158,17 +172,17 @@ struct Strip {
 };
 
 inline void strip_of_tile(const FloatProduct& p, const Strip& strip, const float* weights, const Tiles& tiles,
-                          size_t tile) {
+                          size_t tile, const Ahead& ahead) {
   static constexpr auto BLOCKS = strip_blocks(std::make_index_sequence<V::FLOAT_TILE>());
   const size_t t = tiles.begin(tile), w = tiles.width(tile), rows = strip.end - strip.begin;
   const float* x = p.x + t * p.num_rows + strip.begin * w;
   float* y = p.y + t * p.y_stride + strip.column;
   const bool add = strip.begin != 0;
-  if (strip.width == STRIP) return BLOCKS[w](weights, rows, x, y, p.y_stride, add);
+  if (strip.width == STRIP) return BLOCKS[w](weights, rows, x, y, p.y_stride, add, ahead);
   float edge[V::FLOAT_TILE * STRIP] = {};
   for (size_t i = 0; i < w && add; ++i)
     std::copy(y + i * p.y_stride, y + i * p.y_stride + strip.width, edge + i * STRIP);
-  BLOCKS[w](weights, rows, x, edge, STRIP, true);
+  BLOCKS[w](weights, rows, x, edge, STRIP, true, ahead);
   for (size_t i = 0; i < w; ++i) std::copy(edge + i * STRIP, edge + i * STRIP + strip.width, y + i * p.y_stride);
 }
 
@@ -181,14 +195,13 @@ void float_strips(const FloatProduct& p, size_t begin, size_t end, float* scratc
   strip.copy(p, 0, height, now);
   while (strip.begin < strip.end) {
     const Strip coming = strip.following(p, begin, end, height);
-    // With each tile a slice of the next strip comes in: prefetched with one tile, copied with the one after it.
-    const size_t slice = (height + tiles.count - 1) / tiles.count;
-    coming.fetch(p, 0, slice);
+    // With each tile a slice of the next strip comes in: prefetched beside one tile, copied after the next.
+    const size_t slice = tiles.count > 1 ? (height + tiles.count - 2) / (tiles.count - 1) : height;
     for (size_t tile = 0; tile < tiles.count; ++tile) {
-      coming.fetch(p, (tile + 1) * slice, (tile + 2) * slice);
-      strip_of_tile(p, strip, now, tiles, tile);
-      coming.copy(p, tile * slice, (tile + 1) * slice, next);
+      strip_of_tile(p, strip, now, tiles, tile, coming.ahead(p, tile * slice, (tile + 1) * slice));
+      if (tile) coming.copy(p, (tile - 1) * slice, tile * slice, next);
     }
+    if (tiles.count == 1) coming.copy(p, 0, height, next);
     strip = coming;
     std::swap(now, next);
   }

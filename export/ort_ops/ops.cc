@@ -39,6 +39,7 @@ thread_local Memory memory;
 
 // Adds the bias [outputs], or nothing, to y [tokens][stride] and writes it to out [tokens][outputs].
 void finish(const float* y, size_t stride, const float* bias, size_t tokens, size_t outputs, float* out) {
+  if (y == out && !bias) return;
   for (size_t t = 0; t < tokens; ++t, y += stride, out += outputs)
     if (bias)
       for (size_t i = 0; i < outputs; ++i) out[i] = y[i] + bias[i];
@@ -46,11 +47,33 @@ void finish(const float* y, size_t stride, const float* bias, size_t tokens, siz
       std::copy(y, y + outputs, out);
 }
 
+// Where sums may go: to `out` itself, if nothing is added and its rows do not fall on the same lines of a cache.
+struct Sums {
+  float* at;
+  size_t stride;
+  Sums(const Matrix& matrix, const float* bias, size_t tokens, float* out) {
+    const bool direct = !bias && matrix.columns() == matrix.outputs && (tokens == 1 || matrix.outputs % 512 != 0);
+    stride = direct ? matrix.outputs : Product::y_stride_of(matrix);
+    at = direct ? out : memory.y.get<float>(tokens * stride);
+  }
+};
+
 // One task a token where there are many; one for all of a few, as it takes less time than waking a thread.
 template <typename Work>
 void each_token(const Threads& threads, size_t tokens, Work work) {
   if (tokens > FEW_TOKENS) return threads.run(tokens, work);
   for (size_t t = 0; t < tokens; ++t) work(t);
+}
+
+// The inputs of a product, [tokens][stride_of(size)]: x itself, or a copy without what is below its threshold.
+const float* chosen(const Product& product, const Threads& threads, const float* x, const float* threshold,
+                    size_t tokens, size_t size) {
+  const size_t stride = Product::stride_of(size);
+  if (!threshold && stride == size) return x;
+  float* out = memory.x.get<float>(tokens * stride);
+  each_token(threads, tokens,
+             [=, &product](size_t t) { product.choose(x + t * size, threshold, size, out + t * stride, stride); });
+  return out;
 }
 
 class GatherLinear : public Node {
@@ -61,7 +84,6 @@ class GatherLinear : public Node {
   void compute(const Call& call, const Threads& threads) const override {
     Matrix matrix = matrix_;
     const size_t inputs = matrix.inputs, outputs = matrix.outputs;
-    const size_t stride = Product::stride_of(inputs), y_stride = Product::y_stride_of(matrix);
     const Tensor x = call.tokens(inputs);
     const float* threshold = call.floats(1, "threshold", {static_cast<int64_t>(inputs)});
     call.matrix(2, "weight", matrix);
@@ -74,13 +96,10 @@ class GatherLinear : public Node {
     for (size_t begin = 0; begin < all; begin += MOST_TOKENS) {
       const size_t tokens = std::min(MOST_TOKENS, all - begin);
       const float* from = static_cast<const float*>(x.data) + begin * inputs;
-      float* chosen = memory.x.get<float>(tokens * stride);
-      float* sums = memory.y.get<float>(tokens * y_stride);
-      each_token(threads, tokens, [=](size_t t) {
-        product.choose(from + t * inputs, threshold, inputs, chosen + t * stride, stride);
-      });
-      product.multiply(matrix, chosen, tokens, sums, y_stride);
-      finish(sums, y_stride, bias, tokens, outputs, y + begin * outputs);
+      float* to = y + begin * outputs;
+      const Sums sums(matrix, bias, tokens, to);
+      product.multiply(matrix, chosen(product, threads, from, threshold, tokens, inputs), tokens, sums.at, sums.stride);
+      finish(sums.at, sums.stride, bias, tokens, outputs, to);
     }
   }
 
@@ -125,16 +144,11 @@ class GatherGLU : public Node {
   void run(const Layer& layer, const Product& product, const Threads& threads, const float* x, size_t tokens,
            float* y) const {
     const size_t hidden = hidden_, inner = inner_;
-    const size_t x_stride = Product::stride_of(hidden), h_stride = Product::stride_of(inner);
-    const size_t both_stride = Product::y_stride_of(layer.gate_up), y_stride = Product::y_stride_of(layer.down);
-    float* chosen = memory.x.get<float>(tokens * x_stride);
+    const size_t h_stride = Product::stride_of(inner), both_stride = Product::y_stride_of(layer.gate_up);
     float* both = memory.both.get<float>(tokens * both_stride);
     float* h = memory.h.get<float>(tokens * h_stride);
-    float* sums = memory.y.get<float>(tokens * y_stride);
-    each_token(threads, tokens, [=, &layer](size_t t) {
-      product.choose(x + t * hidden, layer.x_threshold, hidden, chosen + t * x_stride, x_stride);
-    });
-    product.multiply(layer.gate_up, chosen, tokens, both, both_stride);
+    product.multiply(layer.gate_up, chosen(product, threads, x, layer.x_threshold, tokens, hidden), tokens, both,
+                     both_stride);
     const Activation activation = activation_;
     const Kernels& kernels = kernels_;
     each_token(threads, tokens, [=, &layer, &kernels](size_t t) {
@@ -143,8 +157,9 @@ class GatherGLU : public Node {
       kernels.glu(gate, gate + inner, inner, activation, to);
       product.choose(to, layer.h_threshold, inner, to, h_stride);
     });
-    product.multiply(layer.down, h, tokens, sums, y_stride);
-    finish(sums, y_stride, layer.down_bias, tokens, hidden, y);
+    const Sums sums(layer.down, layer.down_bias, tokens, y);
+    product.multiply(layer.down, h, tokens, sums.at, sums.stride);
+    finish(sums.at, sums.stride, layer.down_bias, tokens, hidden, y);
   }
 
   size_t hidden_, inner_;

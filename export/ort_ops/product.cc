@@ -42,7 +42,7 @@ size_t parts_of(size_t bytes, size_t sums_bytes) {
 }
 
 // Tasks of a product that is cut by columns: some more than threads, as one may be held up.
-size_t tasks_of(size_t units) { return std::max<size_t>(1, std::min(units, 4 * std::min(processors(), MOST_PARTS))); }
+size_t tasks_of(size_t units) { return std::max<size_t>(1, std::min(units, 2 * std::min(processors(), MOST_PARTS))); }
 
 // Runs part(p, sums [tokens][columns]) for p < parts, each with zeroed sums of its own, and adds them into y.
 template <typename Part>

@@ -50,7 +50,7 @@ constexpr size_t few_tokens(int bits) { return bits == 32 ? 48 : 16; }
 constexpr size_t FEW_TOKENS = 16;
 
 // Tokens that go through a layer at once; bounds the memory that a long prompt takes.
-constexpr size_t MOST_TOKENS = 256;
+constexpr size_t MOST_TOKENS = 512;
 
 // The inputs of one product, and its result.
 class Product {
