@@ -131,7 +131,55 @@ constexpr std::array<FloatPass, sizeof...(W) + 1> float_passes(std::index_sequen
   return {nullptr, &float_pass<W + 1>...};
 }
 
+// Rows of N vectors, for W tokens: the sums stay in registers.
+template <size_t W, size_t N>
+void float_narrow(const FloatProduct& p, size_t begin, size_t end) {
+  Float sums[W][N];
+  MOEDGE_UNROLL
+  for (size_t w = 0; w < W; ++w)
+    MOEDGE_UNROLL
+    for (size_t i = 0; i < N; ++i) sums[w][i] = V::load(p.y + w * p.y_stride + i * LANES);
+  for (size_t r = begin; r < end; ++r) {
+    const float* row = p.weights + (p.rows ? p.rows[r] : r) * p.columns;
+    Float weights[N];
+    MOEDGE_UNROLL
+    for (size_t i = 0; i < N; ++i) {
+      prefetch(row + i * LANES + AHEAD_BYTES / 2 / sizeof(float));
+      weights[i] = V::load(row + i * LANES);
+    }
+    MOEDGE_UNROLL
+    for (size_t w = 0; w < W; ++w) {
+      const Float value = V::set(p.x[r * W + w]);
+      MOEDGE_UNROLL
+      for (size_t i = 0; i < N; ++i) sums[w][i] = V::fma(value, weights[i], sums[w][i]);
+    }
+  }
+  MOEDGE_UNROLL
+  for (size_t w = 0; w < W; ++w)
+    MOEDGE_UNROLL
+    for (size_t i = 0; i < N; ++i) V::store(p.y + w * p.y_stride + i * LANES, sums[w][i]);
+}
+
+using FloatRows = void (*)(const FloatProduct&, size_t, size_t);
+template <size_t N, size_t... W>
+constexpr std::array<FloatRows, sizeof...(W) + 1> narrow_rows(std::index_sequence<W...>) {
+  return {nullptr, &float_narrow<W + 1, N>...};
+}
+constexpr size_t NARROW_TOKENS = V::FLOAT_TILE / 2;
+
+// Null where rows are not narrow.
+inline FloatRows narrow_kernel(size_t columns, size_t tokens) {
+  static constexpr std::array<std::array<FloatRows, NARROW_TOKENS + 1>, 4> TABLE = {
+      narrow_rows<1>(std::make_index_sequence<NARROW_TOKENS>()),
+      narrow_rows<2>(std::make_index_sequence<NARROW_TOKENS>()),
+      narrow_rows<3>(std::make_index_sequence<NARROW_TOKENS>()),
+      narrow_rows<4>(std::make_index_sequence<NARROW_TOKENS>())};
+  const bool narrow = columns % LANES == 0 && columns / LANES <= TABLE.size() && tokens <= NARROW_TOKENS;
+  return narrow ? TABLE[columns / LANES - 1][tokens] : nullptr;
+}
+
 void float_rows(const FloatProduct& p, size_t begin, size_t end) {
+  if (const FloatRows narrow = narrow_kernel(p.columns, p.tokens)) return narrow(p, begin, end);
   static constexpr auto PASSES = float_passes(std::make_index_sequence<V::FLOAT_TILE>());
   const Tiles tiles(p.tokens, V::FLOAT_TILE);
   const size_t rows = rows_at_once(tiles.width(tiles.count - 1)), pass_bytes = rows * p.columns * sizeof(float);

@@ -76,7 +76,7 @@ struct Segments {
 // The inputs of a few tokens that are not zero, and their rows; for any number of matrices. One of a thread at a time.
 class Few {
  public:
-  // x [tokens][stride]: stride_of(inputs), or of several segments (one token only).
+  // x [tokens][stride]: stride_of(inputs), or that of each segment side by side.
   Few(const Kernels& kernels, int bits, const float* x, size_t tokens, size_t stride, const Segments* segments = nullptr);
 
   // Rows (floats) or blocks (integers) with work.

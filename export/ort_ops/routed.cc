@@ -1,6 +1,7 @@
 // RoutedGLU: the selected experts of each token and their weighted sum, experts of any width.
 #include <algorithm>
 #include <numeric>
+#include <utility>
 
 #include "ops.h"
 
@@ -8,13 +9,13 @@ namespace moedge {
 namespace {
 
 struct Memory {
-  Buffer x, gathered, both, h, y, order, offsets;
+  Buffer x, gathered, both, h, y, order, offsets, list, weights;
 };
 thread_local Memory memory;
 
-// Up to this many tokens are taken one by one, each reading its own experts. More are grouped by expert: its weights
-// are then read once for all of its tokens.
-constexpr size_t SINGLE_TOKENS = 4;
+// Up to this many tokens go together through every expert that one of them has selected: reading weights takes longer
+// than computing what a token does not need. More are grouped by expert.
+constexpr size_t TOGETHER = 16;
 
 struct Experts {
   Matrix gate_up, down;
@@ -84,10 +85,8 @@ class RoutedGLU : public Node {
     float* chosen = memory.x.get<float>(tokens * stride);
     for (size_t t = 0; t < tokens; ++t)
       product.choose(x + t * hidden_, experts.x_threshold, hidden_, chosen + t * stride, stride);
-    if (tokens <= SINGLE_TOKENS)
-      for (size_t t = 0; t < tokens; ++t)
-        one_token(experts, routes.experts + t * routes.top_k, routes.weights + t * routes.top_k, routes.top_k, product,
-                  threads, chosen + t * stride, y + t * hidden_);
+    if (tokens == 1 || (tokens <= TOGETHER && experts_ <= 4 * routes.top_k))
+      together(experts, routes, product, threads, chosen, tokens, y);
     else
       by_expert(experts, routes, product, chosen, tokens, y);
     if (experts.compensation)
@@ -98,42 +97,65 @@ class RoutedGLU : public Node {
   void hidden_units(const Experts& experts, const Product& product, size_t expert, float weight, const float* both,
                     float* h) const {
     const size_t stride = Product::stride_of(width_);
+    if (weight == 0) return std::fill(h, h + stride, 0.0f);  // also where h would not be finite: it is not selected
     kernels_.glu(both, both + width_, width_, activation_, h);
     product.choose(h, experts.h_threshold ? experts.h_threshold + expert * width_ : nullptr, width_, h, stride);
     for (size_t i = 0; i < width_; ++i) h[i] *= weight;
   }
 
-  void one_token(const Experts& experts, const int32_t* chosen, const float* weights, size_t top_k,
-                 const Product& product, const Threads& threads, const float* x, float* y) const {
+  // The experts that are selected, in order, and each one's weight for each token [experts][tokens].
+  size_t selected(const Routes& routes, size_t tokens, int32_t* list, float* weights) const {
+    size_t* place = memory.offsets.get<size_t>(experts_);
+    std::fill(place, place + experts_, size_t{0});
+    for (size_t i = 0; i < tokens * routes.top_k; ++i) place[routes.experts[i]] = 1;
+    size_t count = 0;
+    for (size_t expert = 0; expert < experts_; ++expert) {
+      list[count] = static_cast<int32_t>(expert);
+      count += std::exchange(place[expert], count);
+    }
+    std::fill(weights, weights + count * tokens, 0.0f);
+    for (size_t i = 0; i < tokens * routes.top_k; ++i)  // one that stands twice has the sum of its weights
+      weights[place[routes.experts[i]] * tokens + i / routes.top_k] += routes.weights[i];
+    return count;
+  }
+
+  void together(const Experts& experts, const Routes& routes, const Product& product, const Threads& threads,
+                const float* x, size_t tokens, float* y) const {
+    int32_t* list = memory.list.get<int32_t>(experts_ + 1);
+    float* weights = memory.weights.get<float>(experts_ * tokens);
+    const size_t count = selected(routes, tokens, list, weights);
     const size_t stride = Product::y_stride_of(experts.gate_up), h_stride = Product::stride_of(width_);
-    float* both = memory.both.get<float>(top_k * stride);
-    float* h = memory.h.get<float>(top_k * h_stride);
-    const size_t tasks = tasks_of(top_k, top_k * experts.gate_up.rows() * experts.gate_up.row_bytes());
+    float* both = memory.both.get<float>(count * tokens * stride);
+    float* h = memory.h.get<float>(tokens * count * h_stride);
+    const size_t tasks = tasks_of(count, count * experts.gate_up.rows() * experts.gate_up.row_bytes());
     const auto each = [&](const auto& inputs) {
       threads.run(tasks, [=, &experts, &product, &inputs](size_t task) {
-        for (size_t slot = top_k * task / tasks; slot < top_k * (task + 1) / tasks; ++slot) {
-          const size_t expert = static_cast<size_t>(chosen[slot]);
-          gate_and_up(inputs, experts.gate_up.expert(expert), both + slot * stride, stride);
-          hidden_units(experts, product, expert, weights[slot], both + slot * stride, h + slot * h_stride);
+        for (size_t slot = count * task / tasks; slot < count * (task + 1) / tasks; ++slot) {
+          const size_t expert = static_cast<size_t>(list[slot]);
+          float* mine = both + slot * tokens * stride;
+          gate_and_up(inputs, experts.gate_up.expert(expert), mine, stride, tokens);
+          for (size_t t = 0; t < tokens; ++t)
+            hidden_units(experts, product, expert, weights[slot * tokens + t], mine + t * stride,
+                         h + (t * count + slot) * h_stride);
         }
       });
     };
     if (interleaved_)
-      each(Cells(kernels_, bits_, x, 1, Product::stride_of(hidden_)));
+      each(Cells(kernels_, bits_, x, tokens, Product::stride_of(hidden_)));
     else
-      each(Few(kernels_, bits_, x, 1, Product::stride_of(hidden_)));
-    const Segments segments{chosen, width_};
+      each(Few(kernels_, bits_, x, tokens, Product::stride_of(hidden_)));
+    const Segments segments{list, width_};
     const size_t y_stride = Product::y_stride_of(experts.down);
-    float* sums = memory.y.get<float>(y_stride);
-    product.multiply(experts.down, Few(kernels_, bits_, h, 1, top_k * h_stride, &segments), 1, sums, y_stride);
-    std::copy(sums, sums + hidden_, y);
+    float* sums = memory.y.get<float>(tokens * y_stride);
+    product.multiply(experts.down, Few(kernels_, bits_, h, tokens, count * h_stride, &segments), tokens, sums, y_stride);
+    for (size_t t = 0; t < tokens; ++t) std::copy(sums + t * y_stride, sums + t * y_stride + hidden_, y + t * hidden_);
   }
 
-  static void gate_and_up(const Cells& inputs, const Matrix& matrix, float* both, size_t stride) {
+  static void gate_and_up(const Cells& inputs, const Matrix& matrix, float* both, size_t stride, size_t) {
     inputs.multiply(matrix, both, stride);
   }
-  static void gate_and_up(const Few& inputs, const Matrix& matrix, float* both, size_t stride) {
-    std::fill(both, both + matrix.columns(), 0.0f);
+  static void gate_and_up(const Few& inputs, const Matrix& matrix, float* both, size_t stride, size_t tokens) {
+    for (size_t t = 0; t < tokens; ++t) std::fill(both + t * stride, both + t * stride + matrix.columns(), 0.0f);
     inputs.add(matrix, 0, inputs.size(), both, stride);
     inputs.poison(both, stride, matrix.columns());
   }
