@@ -10,6 +10,7 @@ import ctypes
 import dataclasses
 import math
 import shutil
+import subprocess
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -503,3 +504,19 @@ def test_what_does_not_compile_is_said(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(MoEdgeError, match="compiled with g\\+\\+, which is not here: install it"):
         library.compile_library(tmp_path / "ops.so")
+
+
+@pytest.mark.slow
+def test_the_arm_table_agrees_with_the_portable_one(tmp_path: Path) -> None:
+    """Compiled for 64-bit Arm and run under an emulator (Debian: apt install g++-aarch64-linux-gnu qemu-user)."""
+    compiler, emulator = "aarch64-linux-gnu-g++", "qemu-aarch64"
+    if any(shutil.which(program) is None for program in (compiler, emulator)):
+        pytest.skip(f"needs {compiler} and {emulator}")
+    files = [str(path) for path in library.FOLDER.glob("*.cc") if path.stem.startswith(("isa_", "kernels"))]
+    files.append(str(Path(__file__).with_name("ort_ops_tables.cc")))
+    flags = [flag for flag in library.FLAGS if flag != "-shared" and not flag.startswith("-Wl")]
+    program = str(tmp_path / "tables")
+    subprocess.run([compiler, *flags, "-static", f"-I{library.FOLDER}", *files, "-o", program], check=True, timeout=600)
+    done = subprocess.run([emulator, "-cpu", "max", program], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("neon-dot")
