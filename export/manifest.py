@@ -160,6 +160,15 @@ class RowsPlace(Rows):
     part: str | None = None
 
 
+class PackedPlace(Facts):
+    """A weight among the ``total`` outputs of a tensor in the layout of our own operators (``ort_ops/pack.py``)."""
+
+    tensor: str
+    outputs: tuple[int, int] = Field(strict=False)
+    total: int
+    layout: str
+
+
 class LinearPlace(Facts):
     """A weight that a DequantizeLinear node of the graph makes."""
 
@@ -170,7 +179,7 @@ class LinearPlace(Facts):
     merged: bool
 
 
-Place = StackPlace | RowsPlace | LinearPlace
+Place = StackPlace | RowsPlace | PackedPlace | LinearPlace
 
 
 class Calibration(Facts):
@@ -205,6 +214,18 @@ class Plugins(Facts):
 
     oldest_tensorrt: str
     kernels: list[Kernel]
+
+
+class Operators(Facts):
+    """A library of operators of our own, which ONNX Runtime loads before the graph."""
+
+    domain: str
+    library: str
+    """File in the bundle."""
+    machine: str
+    """Processors that it is compiled for, as ``platform.machine()`` names them."""
+    sources: str
+    """Folder in the bundle with its sources: what another machine compiles."""
 
 
 class FileEntry(Facts):
@@ -254,6 +275,8 @@ class Manifest(Sealed):
     limits: list[str] = []
     quantization: Quantization | None = None
     plugins: Plugins | None = None
+    operators: Operators | None = None
+    """Present where a graph needs them; without, it is ONNX Runtime's own operators alone."""
     experts: str | None = None
     """Of a TensorRT target: the form of the experts (:mod:`moedge.export.lowering.trt.experts`)."""
 

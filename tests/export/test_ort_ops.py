@@ -57,7 +57,12 @@ def isa(request: pytest.FixtureRequest, built: Path, monkeypatch: pytest.MonkeyP
 
 
 def session(
-    built: Path | None, nodes: list[onnx.NodeProto], weights: dict[str, Any], inputs: int, outputs: int, threads: int = 1
+    built: Path | None,
+    nodes: list[onnx.NodeProto],
+    weights: dict[str, Any],
+    inputs: int,
+    outputs: int,
+    threads: int = 1,
 ) -> onnxruntime.InferenceSession:
     graph = helper.make_graph(
         nodes,
