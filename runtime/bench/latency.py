@@ -151,12 +151,14 @@ def _rounds(
     """Open every engine and time them in turn; returns the times and what the engines are."""
     labels = list(engines)
     opened: dict[str, Engine] = {}
+    ours = not gc.get_freeze_count()  # else the calling program has frozen what is there, and keeps it so
     ttft: dict[str, list[list[float]]] = {label: [] for label in labels}
     tpot: dict[str, list[list[float]]] = {label: [] for label in labels}
     try:
         for label in labels:
             opened[label] = engines[label]()
-        gc.freeze()  # what is there stays: the collections before each run then look at that run's objects only
+        if ours:
+            gc.freeze()  # what is there stays: the collections before each run then look at that run's objects only
         for number in range(warmup + repeats):
             shift = number % len(labels)
             for label in labels[shift:] + labels[:shift]:
@@ -168,7 +170,8 @@ def _rounds(
                 advance()
         infos = {label: engine.info.as_json() for label, engine in opened.items()}
     finally:
-        gc.unfreeze()
+        if ours:
+            gc.unfreeze()
         for engine in opened.values():
             engine.close()
     times = {"ttft_ms": ttft, "tpot_ms": tpot}
