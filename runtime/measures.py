@@ -50,7 +50,7 @@ def verify(
     """
     from moedge.runtime.parity.given import verify_given
 
-    return verify_given(
+    found = verify_given(
         Path(reference),
         None if test is None else Path(test),
         text=str(text),
@@ -62,6 +62,7 @@ def verify(
         device=device,
         progress=progress,
     )
+    return dict(found)
 
 
 def bench(

@@ -84,8 +84,7 @@ def finetune(
 
         torch.set_num_threads(threads)
     texts = _Texts(text or ["asset:wiki"], held_out_text, holdout_every, eval_windows)
-    where = state or out.with_name(f".{out.name}.training")
-    _train(checkpoint, out, wanted, dense, texts, where, force=force)
+    _train(checkpoint, out, wanted, dense, texts, state or out.with_name(f".{out.name}.training"), force=force)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ They are dictionaries, for they are written as JSON and read back; a type checke
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import ConfigDict, Field, WithJsonSchema, with_config
 from typing_extensions import NotRequired, TypedDict
@@ -24,6 +24,7 @@ Measured = Annotated[float, WithJsonSchema({"type": ["number", "null"]})]
 """A number that may not exist: NaN while it is worked with, null in JSON."""
 Count = Annotated[int, Field(ge=0)]
 Outcome = Literal["passed", "failed", "not decided"]
+Relation = Literal["<=", ">="]
 
 
 @closed
@@ -114,8 +115,8 @@ class CheckFacts(TypedDict):
     """One figure and its limit, see :class:`moedge.runtime.parity.verdict.Check`."""
 
     name: str
-    value: Measured
-    relation: Literal["<=", ">="]
+    value: float | None
+    relation: Relation
     limit: float
     passed: bool
     decided: NotRequired[bool]
@@ -141,10 +142,41 @@ class Routing(TypedDict):
     decisions: NotRequired[int]
     flips: NotRequired[int]
     agreement: NotRequired[Measured]
+    overlap: NotRequired[Measured]
+    worst_layer: NotRequired[int]
+    worst_agreement: NotRequired[Measured]
+    layers: NotRequired[dict[str, dict[str, float]]]
 
 
 @opened
-class Comparison(TypedDict):
+class RouterFacts(TypedDict):
+    """Whether the routers chose right for what they read, see :class:`moedge.runtime.parity.metrics.RouterChoices`."""
+
+    compared: bool
+    reason: NotRequired[str]
+    decisions: NotRequired[int]
+    flips: NotRequired[int]
+    ties: NotRequired[int]
+    agreement: NotRequired[Measured]
+    worst_layer: NotRequired[int]
+    worst_agreement: NotRequired[Measured]
+    layers: NotRequired[dict[str, dict[str, float]]]
+    own_order: NotRequired[float | None]
+    input_rel_error: NotRequired[float | None]
+
+
+@opened
+class Replayed(TypedDict):
+    """The comparison under the test's own choice of experts (:mod:`moedge.runtime.parity.replay`)."""
+
+    tokens: Count
+    phases: Phases
+    overall: Phase
+    router: RouterFacts
+
+
+@opened
+class Parity(TypedDict):
     """One engine beside its reference, schema ``moedge.parity/1``."""
 
     schema: Literal["moedge.parity/1"]
@@ -154,8 +186,8 @@ class Comparison(TypedDict):
     phases: Phases
     overall: Phase
     routing: Routing
-    replay: NotRequired[dict[str, Any] | None]
-    """The same under the test's own choice of experts (:mod:`moedge.runtime.parity.replay`), where that is judged."""
+    replay: NotRequired[Replayed | None]
+    """Where that is judged; None elsewhere."""
     tolerances: dict[str, float | None]
     verdict: VerdictFacts
 
@@ -174,7 +206,7 @@ class Identity(TypedDict):
 
 
 @opened
-class ComparisonEntry(Comparison):
+class ParityEntry(Parity):
     """A comparison among others: ``name`` says who is compared with whom."""
 
     name: str
@@ -196,8 +228,13 @@ class Verification(TypedDict):
     not_executed: NotRequired[dict[str, str]]
     identity_note: NotRequired[str | None]
     identity: list[IdentityEntry]
-    parity: list[ComparisonEntry]
+    parity: list[ParityEntry]
     tolerances: NotRequired[dict[str, Any]]
     """The user's file of limits, where there is one."""
     passed: bool
     outcome: NotRequired[Outcome]
+
+
+def by_phase(found: Parity | Replayed) -> dict[str, Phase]:
+    """Return the phases by name."""
+    return cast("dict[str, Phase]", found["phases"])
