@@ -19,6 +19,7 @@ from moedge._files import digest, refuse_pointer, safe_join
 MANIFEST = "manifest.json"
 BUNDLE_SCHEMA = "moedge.bundle/1"
 ENGINE_SCHEMA = "moedge.engine/1"
+ARCHIVE_SCHEMA = "moedge.device-archive/1"
 
 Layer = Annotated[int, Field(strict=False, ge=0)]
 """Index of a layer; JSON has it as a string, for it is a key."""
@@ -236,7 +237,7 @@ class FileEntry(Facts):
 
 
 class Sealed(Facts):
-    """What every manifest says, of a bundle and of an engine folder."""
+    """What every manifest says: of a bundle, of an engine folder and of a device archive."""
 
     schema_: str = Field(alias="schema")
     target: str
@@ -338,6 +339,28 @@ class EngineManifest(Sealed):
     build: BuildFacts | None = None
     estimate: dict[str, FitFacts] = {}
     """By device."""
+
+
+class ArchiveManifest(Sealed):
+    """``manifest.json`` of a device archive, which ``moedge pack`` writes and the scripts in it read."""
+
+    target: str = "tensorrt"
+    """Not written: there are archives for no other."""
+    lowering: list[RewriteFacts]
+    plugins: Plugins | None = None
+    experts: str | None
+    """Form of the experts, as in :class:`Manifest`."""
+    dtype: str | None
+    device: dict[str, Any]
+    """The profile, see :class:`moedge.configs.devices.Device`."""
+    tensorrt: str
+    """Version on the device."""
+    profiles: Profiles
+    limits: dict[str, float]
+    """What the device judges by, see :func:`moedge.export.device.archive.limits`."""
+    tolerances: dict[str, Any] | None = None
+    """The user's file of limits, where there is one."""
+    content_sha256: str
 
 
 AnySealed = TypeVar("AnySealed", bound=Sealed)

@@ -62,6 +62,13 @@ def check_cuda(what: Path | str) -> None:
         )
 
 
+def ort_value(array: np.ndarray, device: str = "cpu") -> Any:
+    """Wrap an array for ONNX Runtime without a copy on the CPU; the caller keeps it alive."""
+    import onnxruntime
+
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array, device, 0)
+
+
 def session_options(threads: int) -> Any:
     """Options of every session: all optimisations, ``threads`` threads that do not wait for work by spinning."""
     import onnxruntime
