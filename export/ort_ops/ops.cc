@@ -14,6 +14,11 @@ size_t Attributes::size(const char* name, int64_t least) const {
   return static_cast<size_t>(value);
 }
 
+bool Attributes::flag(const char* name) const {
+  int64_t value = 0;
+  return api_.attribute(info_, name, value) && value != 0;
+}
+
 int Attributes::bits() const {
   const size_t bits = size("bits");
   if (bits != 32 && bits != 8 && bits != 4)
@@ -167,11 +172,6 @@ class GatherGLU : public Node {
   Activation activation_;
   const Kernels& kernels_;
 };
-
-template <typename Op>
-std::unique_ptr<Node> make(const Attributes& attributes) {
-  return std::make_unique<Op>(attributes);
-}
 
 constexpr int LINEAR_TYPES[] = {FLOAT32, FLOAT32, ANY, ANY, FLOAT32};
 constexpr bool LINEAR_REQUIRED[] = {true, false, true, false, false};

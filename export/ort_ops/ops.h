@@ -16,6 +16,8 @@ class Attributes {
 
   // A number of at least `least`. Throws Invalid.
   size_t size(const char* name, int64_t least = 1) const;
+  // Whether an attribute is 1; false where it is left out.
+  bool flag(const char* name) const;
   int bits() const;
   Activation activation() const;
 
@@ -34,6 +36,11 @@ class Node {
   virtual void compute(const Call& call, const Threads& threads) const = 0;
 };
 
+template <typename Op>
+std::unique_ptr<Node> make(const Attributes& attributes) {
+  return std::make_unique<Op>(attributes);
+}
+
 // What ONNX Runtime is told of an operator, and how a node of it is made.
 struct Signature {
   const char* name;
@@ -44,6 +51,6 @@ struct Signature {
   std::unique_ptr<Node> (*make)(const Attributes&);
 };
 
-extern const Signature GATHER_GLU, GATHER_LINEAR;
+extern const Signature GATHER_GLU, GATHER_LINEAR, ROUTED_GLU;
 
 }  // namespace moedge
