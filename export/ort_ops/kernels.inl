@@ -574,7 +574,14 @@ inline float float_of(uint32_t bits) {
   return value;
 }
 
-void mask(const float* x, const float* threshold, size_t size, float* out) {
+void mask(const float* x, const float* threshold, float ramp, size_t size, float* out) {
+  if (ramp > 0) {
+    for (size_t i = 0; i < size; ++i) {
+      const float part = (float_of(bits_of(x[i]) & 0x7fffffffu) - threshold[i]) / (threshold[i] * ramp);
+      out[i] = x[i] * (part < 0.0f ? 0.0f : part > 1.0f ? 1.0f : part);
+    }
+    return;
+  }
   for (size_t i = 0; i < size; ++i) out[i] = float_of(bits_of(x[i]) & 0x7fffffffu) < threshold[i] ? 0.0f : x[i];
 }
 

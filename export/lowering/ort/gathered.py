@@ -1,7 +1,7 @@
 """KeepLarge and the products that read it -> operators of our own that read only the weights of kept values.
 
 ``KeepLarge -> gate, up -> SiLU * up -> KeepLarge -> down`` becomes one ``moedge.cpu::GatherGLU``; any other KeepLarge
-whose every reader is a product by a constant becomes a ``GatherLinear`` (and a Split). What reads a KeepLarge otherwise,
+that only products by constants read becomes a ``GatherLinear`` (and a Split). What reads a KeepLarge otherwise,
 such as routed experts, keeps it: ONNX Runtime's own kernels multiply by zeros then, slower and never wrong.
 
 The operators are in a library that is compiled here and lies in the bundle (:mod:`moedge.export.ort_ops`). Without
