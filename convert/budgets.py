@@ -24,7 +24,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def loss_curves(model: PreTrainedModel, token_windows: np.ndarray, *, seed: int = 0) -> list[np.ndarray]:
+SEED = 0
+"""Of the tokens that :func:`loss_curves` draws from the model's predictions."""
+
+
+def loss_curves(model: PreTrainedModel, token_windows: np.ndarray) -> list[np.ndarray]:
     """Estimate, layer by layer, the KL of the model's predictions when this FFN alone keeps its n best neurons.
 
     Best is FLAP's order (variance times ``|down_i|^2``); the others are replaced by their mean over the windows. The
@@ -32,7 +36,6 @@ def loss_curves(model: PreTrainedModel, token_windows: np.ndarray, *, seed: int 
 
     Args:
         token_windows: int64 [N, L].
-        seed: of the tokens drawn from the model's predictions.
 
     Returns:
         float64 [D + 1] for each layer, nats a token; entry n belongs to n kept neurons, the last one is 0.
@@ -55,13 +58,11 @@ def loss_curves(model: PreTrainedModel, token_windows: np.ndarray, *, seed: int 
         orders.append(score.argsort(descending=False, stable=True))
 
     curves = [torch.zeros(len(block.gate) + 1, dtype=torch.float64, device=model.device) for block in blocks]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(SEED)
     seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for window in ids:
-        with torch.enable_grad(), _with_gradients(model), _watched(blocks, lambda i, x, y: seen.update({i: (x, y)})):
-            logits = model(input_ids=window[None], use_cache=False).logits[0].float()
-            drawn = torch.multinomial(logits.detach().softmax(dim=-1).cpu(), 1, generator=generator).to(logits.device)
-            score = logits.log_softmax(dim=-1).gather(1, drawn).sum()
+        with torch.enable_grad(), with_gradients(model), _watched(blocks, lambda i, x, y: seen.update({i: (x, y)})):
+            score = drawn_score(model, window, generator)
             gradients = torch.autograd.grad(score, [seen[index][1] for index in range(len(blocks))])
         with torch.no_grad():
             for index, (block, gradient) in enumerate(zip(blocks, gradients, strict=True)):
@@ -108,6 +109,13 @@ def spread(curves: list[np.ndarray], shared: int, widths: list[int], active: int
     return [int(least + count) for count in np.bincount(layer[best], minlength=len(curves))]
 
 
+def drawn_score(model: PreTrainedModel, window: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Return the summed log-probability of tokens drawn from the model's own predictions on a window of ids [L]."""
+    logits = model(input_ids=window[None], use_cache=False).logits[0].float()
+    drawn = torch.multinomial(logits.detach().softmax(dim=-1).cpu(), 1, generator=generator).to(logits.device)
+    return logits.log_softmax(dim=-1).gather(1, drawn).sum()
+
+
 @contextmanager
 def _watched(blocks: list[adapters.FFN], see: Callable[[int, torch.Tensor, torch.Tensor], None]) -> Iterator[None]:
     """Call ``see(layer, inputs [T, H], output)`` for every FFN that runs."""
@@ -124,7 +132,7 @@ def _watched(blocks: list[adapters.FFN], see: Callable[[int, torch.Tensor, torch
 
 
 @contextmanager
-def _with_gradients(model: PreTrainedModel) -> Iterator[None]:
+def with_gradients(model: PreTrainedModel) -> Iterator[None]:
     """Let gradients reach the FFNs without those of any parameter: they start at the embeddings."""
     needed = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in needed:

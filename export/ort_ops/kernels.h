@@ -72,8 +72,9 @@ struct Kernels {
   void (*int8_cells)(const IntProduct&, size_t num_blocks);
   void (*int4_cells)(const IntProduct&, size_t num_blocks);
 
-  // out = x where not |x| < threshold, else 0. A NaN is kept.
-  void (*mask)(const float* x, const float* threshold, size_t size, float* out);
+  // out = x * clamp((|x| - threshold) / (threshold * ramp), 0, 1); with a ramp of 0, x where not |x| < threshold, else
+  // 0. A NaN is kept.
+  void (*mask)(const float* x, const float* threshold, float ramp, size_t size, float* out);
   // Rounds whole blocks to signed bytes. scale: largest |x| / 127, NaN if a value is not finite.
   void (*round)(const float* x, size_t blocks, int8_t* q, float* scales, int32_t* sums);
   // out = activation(gate) * up.

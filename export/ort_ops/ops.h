@@ -19,6 +19,8 @@ class Attributes {
   // Whether an attribute is 1; false where it is left out.
   bool flag(const char* name) const;
   int bits() const;
+  // Width of the ramp on which a value grows from nothing at its threshold, in thresholds; 0, a step, where it is missing.
+  float ramp() const;
   Activation activation() const;
 
  private:

@@ -285,7 +285,7 @@ size_t tasks_of(size_t units, size_t bytes) {
 
 void Product::choose(const float* x, const float* threshold, size_t size, float* out, size_t stride) const {
   if (threshold)
-    kernels_.mask(x, threshold, size, out);
+    kernels_.mask(x, threshold, ramp_, size, out);
   else if (x != out)
     std::memcpy(out, x, size * sizeof(float));
   std::fill(out + size, out + stride, 0.0f);

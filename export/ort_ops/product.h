@@ -119,7 +119,9 @@ class Cells {
 // Products of all of a matrix's inputs.
 class Product {
  public:
-  Product(const Kernels& kernels, const Threads& threads) : kernels_(kernels), threads_(threads) {}
+  // `ramp`: of choose(), see Attributes::ramp().
+  Product(const Kernels& kernels, const Threads& threads, float ramp)
+      : kernels_(kernels), threads_(threads), ramp_(ramp) {}
 
   // Inputs of a token, padded to whole blocks; the padding is zero.
   static size_t stride_of(size_t inputs) { return (inputs + BLOCK - 1) / BLOCK * BLOCK; }
@@ -142,6 +144,7 @@ class Product {
 
   const Kernels& kernels_;
   const Threads& threads_;
+  float ramp_;
 };
 
 }  // namespace moedge

@@ -37,6 +37,7 @@ class RoutedGLU : public Node {
         bits_(attributes.bits()),
         interleaved_(bits_ != 32 && attributes.flag("interleaved")),
         activation_(attributes.activation()),
+        ramp_(attributes.ramp()),
         kernels_(kernels()) {}
 
   void compute(const Call& call, const Threads& threads) const override {
@@ -80,7 +81,7 @@ class RoutedGLU : public Node {
 
   void run(const Experts& experts, const Routes& routes, const Threads& threads, const float* x, size_t tokens,
            float* y) const {
-    const Product product(kernels_, threads);
+    const Product product(kernels_, threads, ramp_);
     const size_t stride = Product::stride_of(hidden_);
     float* chosen = memory.x.get<float>(tokens * stride);
     for (size_t t = 0; t < tokens; ++t)
@@ -215,6 +216,7 @@ class RoutedGLU : public Node {
   int bits_;
   bool interleaved_;
   Activation activation_;
+  float ramp_;
   const Kernels& kernels_;
 };
 

@@ -506,6 +506,25 @@ def test_what_does_not_compile_is_said(tmp_path: Path, monkeypatch: pytest.Monke
         library.compile_library(tmp_path / "ops.so")
 
 
+def test_values_grow_over_a_ramp_as_in_pytorch(built: Path) -> None:
+    inputs, outputs = 96, 64
+    weight, threshold = random(1, outputs, inputs), np.abs(random(2, inputs)) * np.float32(0.7) + np.float32(0.01)
+    x = random(3, 5, inputs)
+    x[0], x[1, 0], x[2] = threshold, np.inf, threshold * np.float32(1.05)  # at the foot and in the middle of the ramp
+    made = linear(built, pack.pack_floats(weight), threshold, ramp=0.1)
+    kept = torch.ops.moedge.keep_large(torch.from_numpy(x), torch.from_numpy(threshold), 0.1).numpy()
+    assert not kept[0].any()
+    np.testing.assert_allclose(kept[2], x[2] * 0.5, rtol=1e-4)
+    rows = [0, 2, 3, 4]
+    assert difference(run(made, x)[rows], kept[rows].astype(np.float64) @ weight.T) < SAME
+    for limit, wanted in ((0.0, x[3:]), (np.inf, np.zeros_like(x[3:]))):  # all or none, and never 0 / 0
+        x[4, 7] = 0
+        y = run(linear(built, pack.pack_floats(weight), np.full(inputs, limit, np.float32), ramp=0.1), x[3:])
+        assert np.abs(y - wanted @ weight.T).max() < 1e-4
+    with pytest.raises(Exception, match=r"attribute ramp is -1\.0+; it has to be 0 to 10"):
+        run(linear(built, pack.pack_floats(weight), threshold, ramp=-1.0), x)
+
+
 @pytest.mark.slow
 def test_the_arm_table_agrees_with_the_portable_one(tmp_path: Path) -> None:
     """Compiled for 64-bit Arm and run under an emulator (Debian: apt install g++-aarch64-linux-gnu qemu-user)."""
