@@ -384,6 +384,12 @@ def test_numbers_do_not_depend_on_threads(built: Path) -> None:
     for tokens in (1, 3, 20):
         x = random(tokens, tokens, 512)
         assert np.array_equal(run(one, x), run(two, x))
+    gate_up, down = quantize(random(1, 24, 80, 512), 8), quantize(random(2, 24, 512, 40), 8)
+    weights = pack.pack(gate_up, interleaved=True), pack.pack(down)
+    first, second = (routed(built, *weights, threads=count) for count in (1, 2))
+    for tokens in (1, 3, 40):
+        x, chosen = random(tokens, tokens, 512), routes(tokens, tokens, 12, 24)
+        assert np.array_equal(first(x, *chosen), second(x, *chosen))
 
 
 def test_threads_share_a_session(built: Path) -> None:
