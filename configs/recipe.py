@@ -32,6 +32,7 @@ from moedge.configs import devices, tolerances
 from moedge.configs import files as yaml_files
 from moedge.configs.errors import checked, matching
 from moedge.convert.methods import METHODS, Method
+from moedge.convert.methods.gather import GatherParams
 from moedge.convert.moe_adapters import FAMILIES as MOE_FAMILIES
 from moedge.export import targets as registry
 
@@ -77,6 +78,8 @@ ControlName = Literal[
     "LLaMA-MoE random",
     "LLaMA-MoE clustering",
     "MoEfication, centre router",
+    "TEAL",
+    "WINA",
     "oracle router",
     "neuron top-k",
 ]
@@ -118,12 +121,24 @@ class CalibrationSection(_Section):
     bos: bool = False
 
 
+class GatherSection(GatherParams, _Section):
+    """Thresholds on top of what a method makes: which small values are left out, and how many."""
+
+
 class ConvertSection(_Section):
     """The conversion method; the section of each method, in :data:`CONVERT_SECTIONS`, adds its parameters."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
     method: str = "cmoe"
+    gather: GatherSection | None = None
+    """Small values are left out on top of what the method makes, until so much of the FFN weights is read."""
+
+    @model_validator(mode="after")
+    def _takes_gather(self) -> ConvertSection:
+        if self.gather is not None and (reason := METHODS[self.method].no_gather):
+            raise ValueError(f"gather: {reason}")
+        return self
 
 
 def _convert_section(name: str, method: Method) -> type[ConvertSection]:

@@ -68,7 +68,7 @@ def on_top(
     """
     from moedge.convert import gather
 
-    some = token_windows[: max(1, params.score_tokens // token_windows.shape[1])]
+    some = measured_on(token_windows, params)
     if params.scores == "fisher":
         scores = gather.fisher_scores(model, some, progress)
 
@@ -85,3 +85,8 @@ def on_top(
         start = (1 - params.share) / params.share or 1e-4
     made, found = gather.fit(model, make, some, params.share, start=start)
     return Layers(made, {"gather": {"share": round(found, 4), "tokens": int(some.size)}})
+
+
+def measured_on(token_windows: np.ndarray, params: GatherParams) -> np.ndarray:
+    """Return the windows, of int64 [N, L], on which the scores and what is read are measured."""
+    return token_windows[: max(1, params.score_tokens // token_windows.shape[1])]

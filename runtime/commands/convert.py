@@ -51,6 +51,7 @@ def convert(
       moedge convert ./my-llama build/moe --text my.txt --shared 3 --active 3 --experts 8
       moedge convert ./my-llama build/moe --method moedge --device cuda
       moedge convert ./my-llama build/moe --method expertweaver --set experts=32 --set k=24
+      moedge convert ./my-llama build/moe --method moedge --set gather.share=.6
     """
     named = {"shared": shared, "active": active, "experts": experts, "k_a": k_a, "padding": padding}
     chosen = {"method": method, **parse_settings(settings or [], named)}

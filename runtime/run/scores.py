@@ -45,7 +45,8 @@ def scores(
 
     Returns:
         JSON of schema ``moedge.scores/1``: ``protocol`` and ``rows``, one a model: ``{"model", "perplexity": {text:
-        {"ppl", "nll", "tokens"}}, "tasks": [...]}``, nll in nats a token.
+        {"ppl", "nll", "tokens", "ffn_read_share"}}, "tasks": [...]}``, nll in nats a token; the last one is the share
+        of the dense parent's FFN weights that a token reads, None for experts inside experts.
 
     Raises:
         MoEdgeError: a model, text or task that cannot be had, or windows beyond what a model was made for.
@@ -53,7 +54,7 @@ def scores(
     models = _models(paths)
     if not models:
         raise MoEdgeError("evaluate needs at least one model.")
-    from moedge.convert import scoring
+    from moedge.convert import reads, scoring
     from moedge.convert.plan import MoEPlan
     from moedge.convert.tasks import run
 
@@ -75,7 +76,9 @@ def scores(
         for name, (text, _) in chosen.items():
             say(f"{label}: perplexity on {name}")
             windows = held_out.windows(tokenizer, text, window, count, bos=bos, name="evaluation")
-            row["perplexity"][name] = scoring.perplexity(model, windows, batch_size=batch_size, progress=progress)
+            with reads.counted(model) as counts:
+                found = scoring.perplexity(model, windows, batch_size=batch_size, progress=progress)
+            row["perplexity"][name] = {**found, "ffn_read_share": _read_share(counts, plans.get(label))}
         if tasks:
             say(f"{label}: {', '.join(tasks)}")
             row["tasks"] = run(
@@ -94,6 +97,15 @@ def scores(
         "limit": limit,
     }
     return {"schema": SCHEMA, "protocol": protocol, "rows": rows}
+
+
+def _read_share(counts: Any, plan: Any) -> float | None:
+    """Return what ``reads.counted`` found of a model with this plan; None: it has none, so it is dense."""
+    if plan is None:
+        return 1.0
+    if any(layer.children is not None for layer in plan.layers):
+        return None
+    return float(counts.share(int(plan.model["intermediate_size"])))
 
 
 def _open(folder: Path, *, converted: bool, device: str) -> tuple[Any, Any]:

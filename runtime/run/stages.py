@@ -72,6 +72,11 @@ class Facts:
         return method_needs(self.convert)
 
     @cached_property
+    def calibrated(self) -> bool:
+        """Whether the conversion reads anything of the calibration: its method does, or a gather on top of it."""
+        return bool(self.needs or self.convert["gather"])
+
+    @cached_property
     def device(self) -> dict[str, str]:
         """Where PyTorch computes.
 
@@ -159,7 +164,7 @@ def convert(recipe: Conversion, facts: Facts) -> Stage:
         f"convert every FFN: {notation(facts.convert)}",
         bodies.convert_stage,
         {"convert": facts.convert, **facts.device},
-        reads=("source", "calibrate") if facts.needs else ("source",),
+        reads=("source", "calibrate") if facts.calibrated else ("source",),
         sources=CONVERT_CODE,
         libraries=(*_TORCH, "scipy", "safetensors"),
     )
@@ -355,7 +360,10 @@ def method_needs(convert: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _measured(convert: dict[str, Any]) -> dict[str, Any]:
-    """What calibration keeps. The ATopK marks are always made: the controls of ``evaluate`` read them."""
+    """What calibration keeps. The ATopK marks are always made: the controls of ``evaluate`` read them.
+
+    The windows are kept whoever reads them (methods, a gather, controls): they are small.
+    """
     from moedge.convert.methods import METHODS
 
     needs, marks = method_needs(convert), CONVERT_SECTIONS["cmoe"]().model_dump()
@@ -363,7 +371,6 @@ def _measured(convert: dict[str, Any]) -> dict[str, Any]:
     return {
         **{name: convert.get(name, marks[name]) for name in ("k_a", "profile")},
         "gate_signal": convert["signal"] if "gate_profile" in needs else None,
-        "keep_windows": "tokens" in needs,
         **({"statistics": False} if parents == "moe" else {}),
     }
 

@@ -121,8 +121,9 @@ def _windows(context: Context, which: str) -> dict[str, Any]:
     for entry in context.params["texts"]:
         if not entry[which]:
             continue
-        parts = calibration.split(calibration.read_text(entry["source"]), entry["holdout_every"])
-        text = parts[0 if which == "calibration" else 1]
+        text = calibration.read_text(entry["source"])
+        if entry["calibration"]:  # else all of it is held out
+            text = calibration.split(text, entry["holdout_every"])[0 if which == "calibration" else 1]
         length, bos = context.params["window"], context.params["bos"]
         found[text.name.split(" ")[0]] = held_out.windows(tokenizer, text, length, entry[which], bos=bos, name=which)
     return found
@@ -182,14 +183,15 @@ def method_row(context: Context) -> None:
     params, calibrated = context.params, context.root / "calibrate"
     needs = methods.METHODS[params["method"]].needs
     model = load_model(run_folder.dense(context.root), device=context.params["device"])
+    windows = load_file(calibrated / "windows.safetensors")["windows"]
     data: Any = None
     if "tokens" in needs:
-        data = load_file(calibrated / "windows.safetensors")["windows"]
+        data = windows
     elif "statistics" in needs:
         data = calibration.load(_statistics(calibrated, params["marks"]))
     started = time.perf_counter()
     about = run_folder.read_json(calibrated / "calibration.json")
-    plan = methods.convert(params["method"], data, model, **params["params"], provenance=about)
+    plan = methods.convert(params["method"], data, model, **params["params"], token_windows=windows, provenance=about)
     seconds = time.perf_counter() - started
     if params["keep"]:
         plan.save(context.out)
@@ -198,6 +200,8 @@ def method_row(context: Context) -> None:
 
 def control_row(context: Context) -> None:
     """Make a control of another row's plan, once a seed, and measure."""
+    from safetensors.numpy import load_file
+
     from moedge.convert import calibration
     from moedge.convert.methods import baselines
     from moedge.convert.plan import MoEPlan
@@ -207,9 +211,10 @@ def control_row(context: Context) -> None:
     model = load_model(run_folder.dense(context.root), device=params["device"])
     parent = MoEPlan.load(context.root / params["of"])
     statistics = calibration.load(_statistics(calibrated, params["marks"]))
+    windows = load_file(calibrated / "windows.safetensors")["windows"]
     make = baselines.CONTROLS[params["control"]]
     started = time.perf_counter()
-    plans = [make(parent, statistics, model, seed) for seed in params["seeds"]]
+    plans = [make(parent, statistics, model, seed, windows) for seed in params["seeds"]]
     _measure(context, model, plans, "control", (time.perf_counter() - started) / len(plans))
 
 

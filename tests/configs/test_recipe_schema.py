@@ -61,7 +61,7 @@ def test_a_recipe_without_a_name_takes_its_file_name(tmp_path: Path) -> None:
         (
             "model: {source: x}\nconvert: {method: mlpmoe, shared: 3}",
             "convert.shared",
-            "unknown key; known keys here: method, branches",
+            "unknown key; known keys here: method, gather, br",
         ),
         ("model: {source: x}\nconvert: {method: mlpmoe, p_max: 1.1}", "convert.p_max", "must be at most 1"),
         ("model: {source: x}\nconvert: {method: mlpmoe, p_max: 1, fade: geometric}", "convert.p_max", "leaves nothing"),
@@ -217,7 +217,7 @@ def test_lists_of_choices_match_the_schema() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_makes_a_recipe_of_its_own_parameters(name: str) -> None:
     made = recipe(f"convert: {{method: {name}}}")
-    assert made.convert.model_dump() == {"method": name, **METHODS[name].params().model_dump()}
+    assert made.convert.model_dump() == {"method": name, "gather": None, **METHODS[name].params().model_dump()}
     assert recipe_from(made.model_dump(mode="json"), where="again") == made
 
 

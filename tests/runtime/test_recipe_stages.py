@@ -63,10 +63,11 @@ def test_a_setting_changes_the_key_of_its_own_stages_only(sections: dict[str, An
 @pytest.mark.parametrize(
     ("convert", "reads", "measured"),
     [
-        ({"method": "cmoe", "k_a": 5}, ("source", "calibrate"), (5, None, False)),
-        ({"method": "expertweaver", "signal": "signed"}, ("source", "calibrate"), (10, "signed", False)),
-        ({"method": "mlpmoe"}, ("source",), (10, None, False)),
-        ({"method": "moedge"}, ("source", "calibrate"), (10, None, True)),
+        ({"method": "cmoe", "k_a": 5}, ("source", "calibrate"), (5, None)),
+        ({"method": "expertweaver", "signal": "signed"}, ("source", "calibrate"), (10, "signed")),
+        ({"method": "mlpmoe"}, ("source",), (10, None)),
+        ({"method": "mlpmoe", "gather": {"share": 0.6}}, ("source", "calibrate"), (10, None)),
+        ({"method": "moedge"}, ("source", "calibrate"), (10, None)),
     ],
 )
 def test_calibration_keeps_what_the_method_and_the_controls_read(
@@ -75,7 +76,7 @@ def test_calibration_keeps_what_the_method_and_the_controls_read(
     recipe = recipe_from({"name": "x", "model": {"source": "asset:wiki"}, "convert": convert}, where="test")
     todo = {stage.name: stage for stage in stages.build(recipe, MACHINE)}
     assert todo["convert"].reads == reads
-    assert tuple(todo["calibrate"].params[name] for name in ("k_a", "gate_signal", "keep_windows")) == measured
+    assert tuple(todo["calibrate"].params[name] for name in ("k_a", "gate_signal")) == measured
     assert "calibrate" in todo["evaluate"].reads
 
 
