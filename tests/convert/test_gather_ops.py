@@ -201,13 +201,13 @@ def test_gradients_of_the_routed_ffn_are_those_of_the_masked_reference(tokens: i
 
     want = gradients(lambda **ready: naive(**ready, activation="silu", h_threshold=limit))
     got = gradients(lambda **ready: moedge.sparse_glu(*ready.values(), "silu", limit, RAMP))
-    rows, offsets, inverse = moedge.dispatch(given["x"], given["indices"], 5)
+    _, offsets, inverse = moedge.dispatch(given["x"], given["indices"], 5)
 
     def chain(x, indices, weights, gate, up, down, compensation):  # type: ignore[no-untyped-def]
         hidden = moedge.grouped_glu(moedge.dispatch(x, indices, 5)[0], offsets, gate, up, "silu", limit, RAMP)
         return moedge.combine(moedge.grouped_linear(hidden, offsets, down), inverse, indices, weights, compensation)
 
-    for name, a, b, c in zip(names, got, gradients(chain), want, strict=True):
+    for a, b, c in zip(got, gradients(chain), want, strict=True):
         # float64 but for the weights, which route gives in float32.
         torch.testing.assert_close(a, c, rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(b, c, rtol=1e-6, atol=1e-7)
