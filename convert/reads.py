@@ -33,6 +33,8 @@ class LayerReads:
     """Inputs of gate and up that were kept."""
     h: float = 0.0
     """Hidden values of active neurons that were kept."""
+    active: int = 0
+    """Active neurons: the shared ones, and those of the selected experts without padding."""
 
     def add(self, which: str, values: torch.Tensor, threshold: torch.Tensor | None) -> None:
         """Count values of ``x`` [T, H] (once a token) or ``h``, those above their threshold."""
@@ -42,6 +44,7 @@ class LayerReads:
             self.x += kept
         else:
             self.h += kept
+            self.active += values.numel()
 
 
 @dataclass
@@ -49,7 +52,6 @@ class Reads:
     """What a model's FFNs read, by layer."""
 
     layers: dict[int, LayerReads] = field(default_factory=dict)
-    _active: dict[int, float] = field(default_factory=dict)
     _router: dict[int, int] = field(default_factory=dict)
     _hidden: int = 0
 
@@ -63,21 +65,19 @@ class Reads:
         seen = self.layers[layer]
         if not seen.tokens:
             return 1.0
-        gate_up = 2 * self._active[layer] * seen.x / seen.tokens
+        gate_up = 2 * seen.active / seen.tokens * seen.x / seen.tokens
         down = self._hidden * seen.h / seen.tokens
         return (gate_up + down + self._router[layer]) / (3 * self._hidden * width)
 
     def kept(self, layer: int) -> tuple[float, float]:
         """Return the shares of x, and of the active neurons' h, that a layer kept."""
         seen = self.layers[layer]
-        tokens = seen.tokens or 1
-        return seen.x / tokens / self._hidden, seen.h / tokens / (self._active[layer] or 1)
+        return seen.x / (seen.tokens or 1) / self._hidden, seen.h / (seen.active or 1)
 
     def watch(self, ffn: SparseFFN) -> None:
         """Count what ``ffn`` reads from now on."""
-        layer, widths = ffn.layer_index, ffn.expert_widths
+        layer = ffn.layer_index
         self._hidden = int(ffn.shared_gate.shape[1])
-        self._active[layer] = len(ffn.shared_gate) + (ffn.top_k * sum(widths) / len(widths) if widths else 0.0)
         self._router[layer] = sum(one.numel() for one in ffn.router.parameters()) if ffn.router is not None else 0
         self.layers[layer] = LayerReads()
         ffn.count = self.layers[layer].add
