@@ -14,7 +14,7 @@ from moedge import MoEdgeError
 from moedge.configs.recipe import recipe_from
 from moedge.convert import calibration, diagnostics, forms, gather, methods, modeling, reads
 from moedge.convert.methods import METHODS, baselines
-from moedge.convert.plan import SMALLEST_THRESHOLD, MoEPlan
+from moedge.convert.plan import SMALLEST_RAMP, SMALLEST_THRESHOLD, MoEPlan
 
 TAKING = [name for name, method in METHODS.items() if not method.no_gather]
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -156,7 +156,7 @@ def test_teal_and_wina_keep_one_share_of_every_layer_by_their_own_scores(
         for layer in control.layers:
             assert len(layer.shared) == 64
             assert (np.ptp(layer.x_threshold) < 1e-6) == (np.ptp(layer.h_threshold) < 1e-6) == same
-            assert layer.ramp <= 1e-3, "published thresholds are steps"
+            assert layer.ramp == SMALLEST_RAMP, "published thresholds are steps"
         assert control.params["control_of"] == plan.sha256
 
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from moedge.convert import reads
-from moedge.convert.plan import MoEPlan
+from moedge.convert.plan import SMALLEST_RAMP, MoEPlan
 
 if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedModel
 
-_HARD = 1e-3
+_HARD = SMALLEST_RAMP
 """Width of a ramp that is nearly the published step: one value in thousands stands on it."""
 
 
