@@ -34,7 +34,7 @@ def markdown(
     """The protocol, then one table for each sparsity."""
     names = list(dense["ppl"])
     used = ", ".join(f"{count:,} of {name}" for name, count in calibration["tokens"].items())
-    held = ", ".join(f"{text['held_out'] * (study['window'] - 1):,} of {name}" for name, text in _held(study, names))
+    held = ", ".join(f"{dense['tokens'][name]:,} of {name}" for name in names)
     lines = [
         f"Model: {model}. Calibration: {used} tokens. Measured on held-out documents: {held} predicted tokens, windows "
         f"of {study['window']}{' that start with BOS' if study['bos'] else ''}, each scored on its own, float32.",
@@ -71,10 +71,6 @@ def markdown(
     said = forms.sentences({row["label"]: row for row in rows}.values())
     lines += ["", *(f"- {sentence}" for sentence in said)]
     return "\n".join(lines) + "\n"
-
-
-def _held(study: dict[str, Any], names: list[str]) -> list[tuple[str, dict[str, Any]]]:
-    return list(zip(names, [text for text in study["texts"] if text["held_out"]], strict=True))
 
 
 def _ppl(value: float, spread: float | None) -> str:

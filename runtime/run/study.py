@@ -236,6 +236,7 @@ def _measure(context: Context, model: Any, plans: list[Any], kind: str, seconds:
         progress=context.progress,
     )
     first, row = result["rows"]
+    first |= {"tokens": result["protocol"]["tokens"]}
     row |= {"kind": kind, "sparsity": context.params["sparsity"], "seconds": seconds}
     row |= {"plans": [plan.sha256 for plan in plans], "params": context.params["params"]}
     write_json(context.out / "row.json", {"schema": STUDY_SCHEMA, "dense": first, "row": row})

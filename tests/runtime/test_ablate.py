@@ -182,7 +182,7 @@ rows:
     assert "### 50 % of the FFN weights read for a token" in table
     assert "- mask, FLAP are narrower dense models" in table
     # 40 windows of 64 are more than a split's quarter of the 60 lines holds: nothing is kept back for calibration.
-    assert "2,520 of other predicted tokens" in table
+    assert "2,520 of other, 126 of text predicted tokens" in table
 
 
 @pytest.mark.parametrize(
