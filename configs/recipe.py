@@ -31,8 +31,7 @@ from moedge import MoEdgeError
 from moedge.configs import devices, tolerances
 from moedge.configs import files as yaml_files
 from moedge.configs.errors import checked, matching
-from moedge.convert.methods import METHODS, Method
-from moedge.convert.methods.gather import GatherParams
+from moedge.convert.methods import METHODS, GatherParams, Method
 from moedge.convert.moe_adapters import FAMILIES as MOE_FAMILIES
 from moedge.export import targets as registry
 

@@ -19,6 +19,7 @@ from moedge.convert import adapters, moe_adapters
 from moedge.convert.methods import cmoe, cmoe_hierarchical, dive, expertweaver, mlpmoe, moedge
 from moedge.convert.methods import gather as gathered
 from moedge.convert.methods.baselines import splits, static
+from moedge.convert.methods.gather import GatherParams as GatherParams
 from moedge.convert.methods.layers import Layers
 from moedge.convert.plan import MoEPlan
 
@@ -96,7 +97,7 @@ METHODS: dict[str, Method] = {
     "moedge": Method(moedge.plan, moedge.MoEdgeParams, ("tokens",), "this project", _SHARED_ACTIVE),
     "gather": Method(
         gathered.plan,
-        gathered.GatherParams,
+        GatherParams,
         ("tokens",),
         "this project; as TEAL, arXiv 2408.14690, or WINA, arXiv 2505.19427, by its scores",
         "{share:.4g} of the weights read, by {scores}",
@@ -168,17 +169,17 @@ def convert(
     )
 
 
-def _gather_settings(name: str, method: Method, given: Mapping[str, Any] | None) -> gathered.GatherParams | None:
+def _gather_settings(name: str, method: Method, given: Mapping[str, Any] | None) -> GatherParams | None:
     """Check what ``gather`` asks for, before the method does its work."""
     if given is None:
         return None
     if method.no_gather:
         raise MoEdgeError(f"{name}: gather: {method.no_gather}")
-    return checked(gathered.GatherParams, given, where=f"{name}: gather")
+    return checked(GatherParams, given, where=f"{name}: gather")
 
 
 def _on_top(
-    made: Layers, token_windows: Any, model: PreTrainedModel, wanted: gathered.GatherParams, progress: Progress | None
+    made: Layers, token_windows: Any, model: PreTrainedModel, wanted: GatherParams, progress: Progress | None
 ) -> Layers:
     """Give a method's layers thresholds; the plan then says what was asked for and what was measured."""
     if token_windows is None:
