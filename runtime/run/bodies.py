@@ -59,11 +59,9 @@ def calibrate(context: Context) -> None:
 
     params, folder = context.params, run_folder.dense(context.root)
     tokenizer = load_tokenizer(folder)
-    text, every = held_out.calibration_text(params["text"])
-    windows = calibration.windows(
-        tokenizer, text, params["length"], params["windows"], bos=params["bos"], name="calibration"
+    windows, facts = held_out.calibration_windows(
+        tokenizer, params["text"], params["length"], params["windows"], bos=params["bos"]
     )
-    facts: dict[str, Any] = {}
     if params["domains"]:
         options = {key: value for key, value in params["domains"].items() if key != "texts"}
         found, facts["domains"] = domains.read(tokenizer, params["domains"]["texts"], bos=params["bos"], **options)
@@ -88,10 +86,6 @@ def calibrate(context: Context) -> None:
         context.out / "calibration.json",
         {
             "schema": "moedge.calibration/1",
-            "text": params["text"]["spec"],
-            "text_sha256": text.sha256,
-            "held_out_every": every,
-            "documents": len(text.documents),
             "windows": params["windows"],
             "length": params["length"],
             "bos": params["bos"],

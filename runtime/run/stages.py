@@ -91,9 +91,9 @@ class Facts:
 
     @cached_property
     def calibration(self) -> dict[str, Any]:
-        """The text to calibrate on, and which of its documents are held out."""
-        spec, every = self.recipe.text.calibration, self.recipe.text.holdout_every
-        return {"spec": spec, "is": fingerprint(spec, text=True), "every": every}
+        """The texts to calibrate on, and which of their documents are held out."""
+        found = [{"spec": spec, "is": fingerprint(spec, text=True)} for spec in self.recipe.text.calibration]
+        return {"texts": found, "every": self.recipe.text.holdout_every}
 
     @cached_property
     def held_out(self) -> list[dict[str, Any]]:
@@ -140,14 +140,15 @@ def source(recipe: Conversion, facts: Facts) -> Stage:
 
 def calibrate(recipe: Conversion, facts: Facts) -> Stage:
     """Measure what the method and the controls read."""
-    alone = all(entry["is"] != facts.calibration["is"] for entry in facts.held_out)
+    measured = {entry["is"] for entry in facts.held_out}
+    texts = [{**entry, "alone": entry["is"] not in measured} for entry in facts.calibration["texts"]]
     return Stage(
         "calibrate",
         f"measure activations on {recipe.calibration.windows * recipe.calibration.length:,} tokens",
         bodies.calibrate,
         {
             **recipe.calibration.model_dump(),
-            "text": {**facts.calibration, "alone": alone},
+            "text": {**facts.calibration, "texts": texts},
             **_measured(facts.convert),
             "domains": facts.domains,
             **facts.device,

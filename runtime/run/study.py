@@ -131,7 +131,6 @@ def _windows(context: Context, which: str) -> dict[str, Any]:
 
 def calibrate(context: Context) -> None:
     """Keep the calibration windows, texts interleaved, and the statistics of every FFN on them."""
-    import numpy as np
     from safetensors.numpy import save_file
 
     from moedge.convert import calibration
@@ -139,9 +138,7 @@ def calibrate(context: Context) -> None:
 
     folder = run_folder.dense(context.root)
     each = _windows(context, "calibration")
-    # Texts alternate, so that every fifth window, which some methods hold out, is drawn from all of them.
-    order = np.argsort(np.concatenate([np.arange(len(ids)) / len(ids) for ids in each.values()]), kind="stable")
-    ids = np.concatenate(list(each.values()))[order]
+    ids = held_out.interleaved(list(each.values()))
     token = load_tokenizer(folder).bos_token_id
     model = load_model(folder, device=context.params["device"])
     gate = calibration.GateSampling(exclude=(token,) if context.params["bos"] and token is not None else ())

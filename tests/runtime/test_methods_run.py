@@ -192,3 +192,14 @@ def test_a_key_inside_a_setting_is_given_once_and_by_its_path(home: Path, tmp_pa
         assert result.exit_code == 2, given
         assert words in " ".join(result.output.split()), result.output
     assert not (tmp_path / "moe").exists()
+
+
+def test_several_texts_calibrate_one_conversion(home: Path, tmp_path: Path) -> None:
+    texts = [home / "text.txt", home / "digits.txt"]
+    options = [part for text in texts for part in ("--text", text)]
+    layout = ["--windows", 4, "--length", 64, "--shared", 2, "--active", 4, "--experts", 8]
+    moedge("convert", home / "model", tmp_path / "moe", *options, *layout)
+    provenance = json.loads(moedge("inspect", tmp_path / "moe", "--json").stdout)["provenance"]
+    assert [entry["text"] for entry in provenance["calibration_texts"]] == list(map(str, texts))
+    scores = moedge("evaluate", tmp_path / "moe", "--text", texts[1], "--window", 64, "--tokens", 128).stdout
+    assert "of the calibration text that were held out" in " ".join(scores.split())
