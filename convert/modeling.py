@@ -186,13 +186,18 @@ class SparseFFN(nn.Module):
         return y
 
     def _routed_hidden(self, inputs: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return h of the selected experts, without padding neurons, and their thresholds: for the count alone."""
+        """Return h of the selected experts, without padding neurons, and their thresholds: for the count alone.
+
+        Without thresholds all of them are read: then only the number of values means anything.
+        """
+        widths = torch.tensor(self.expert_widths, device=inputs.device)
+        if self.h_threshold is None:
+            return inputs.new_empty(int(widths[indices.long()].sum())), None
         rows, offsets, _ = torch.ops.moedge.dispatch(inputs, indices, self.num_experts)
         hidden = torch.ops.moedge.grouped_glu(rows, offsets, self.gate, self.up, self.activation)
         owner = torch.repeat_interleave(offsets.diff().long())
-        widths = torch.tensor(self.expert_widths, device=hidden.device)
         real = torch.arange(hidden.shape[1], device=hidden.device) < widths[owner].unsqueeze(1)
-        return hidden[real], None if self.h_threshold is None else self.h_threshold[owner][real]
+        return hidden[real], self.h_threshold[owner][real]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SparseFFN:
         """Move or cast, but never cast the router, the selection bias and the scale (``model.to(torch.bfloat16)``)."""

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from moedge._progress import reported
 from moedge.convert import adapters, partition
-from moedge.convert.methods.baselines.routing import control
+from moedge.convert.methods.baselines.routing import control, with_gather
 from moedge.convert.methods.cmoe import representative_router
 from moedge.convert.methods.layers import Layers
 from moedge.convert.plan import LayerPlan, MoEPlan, RouterPlan
@@ -139,7 +139,7 @@ def llamamoe(plan: MoEPlan, model: PreTrainedModel, seed: int, split: Literal["r
     for (widths, active), block in zip(layouts(plan), adapters.ffns(model), strict=True):
         params = LlamaMoEParams(experts=len(widths), active=active, split=split, seed=seed)
         layers.append(_llamamoe_layer(block, widths, params))
-    return control(plan, f"LLaMA-MoE {split}", layers, seed=seed)
+    return control(plan, f"LLaMA-MoE {split}", with_gather(plan, layers), seed=seed)
 
 
 def moefication(plan: MoEPlan, model: PreTrainedModel, seed: int) -> MoEPlan:
@@ -148,7 +148,7 @@ def moefication(plan: MoEPlan, model: PreTrainedModel, seed: int) -> MoEPlan:
     for (widths, active), block in zip(layouts(plan), adapters.ffns(model), strict=True):
         experts, _, report = _clusters(block.gate, widths, seed, MoEficationParams().max_iters)
         layers.append(_layer(experts, active, _centre_router(block, experts), report=report))
-    return control(plan, "MoEfication, centre router", layers, seed=seed)
+    return control(plan, "MoEfication, centre router", with_gather(plan, layers), seed=seed)
 
 
 def layouts(plan: MoEPlan) -> list[tuple[list[int], int]]:
