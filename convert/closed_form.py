@@ -215,7 +215,7 @@ def relative_error(tokens: LayerTokens, layer: LayerPlan) -> float:
 
 
 @torch.no_grad()
-def refit(tokens: LayerTokens, layer: LayerPlan, ridges: tuple[float, ...] = REFIT_RIDGES) -> LayerPlan:
+def refit(tokens: LayerTokens, layer: LayerPlan) -> LayerPlan:
     """Fit down projections and biases to the tokens' target under the layer's own routing.
 
     The unknown is the change from the present weights, so the ridge anchors to them. The strength, or no change at all,
@@ -235,8 +235,8 @@ def refit(tokens: LayerTokens, layer: LayerPlan, ridges: tuple[float, ...] = REF
             if mask.any():
                 moments.add(z[mask], residual[mask], tokens.weight[part][mask])
     fitted, held_out = sums
-    losses = {ridge: held_out.loss(fitted.solve(ridge, free)) for ridge in ridges}
-    ridge = min(ridges, key=lambda r: losses[r])
+    losses = {ridge: held_out.loss(fitted.solve(ridge, free)) for ridge in REFIT_RIDGES}
+    ridge = min(losses, key=lambda r: losses[r])
     before, after = (six(value / (wanted or 1.0)) for value in (held_out.square, losses[ridge]))
     report: dict[str, Any] = {"ridge": ridge, "held_out_error": {"before": before, "after": after}}
     if losses[ridge] >= held_out.square:
