@@ -196,7 +196,7 @@ def _block_quantizer(bits: int, method: str, block: int) -> Any:
 
 QUANTISED = ("embedding", "head", "attention", "shared", "ffn", "experts")
 """Tensor classes that a quantised export must not leave in float. ``ffn``: FFNs that were not converted."""
-KEPT = ("router", "norms", "other")
+KEPT = ("router", "thresholds", "norms", "other")
 
 
 def stored_bytes(rows: int, columns: int, bits: int, method: str) -> int:
