@@ -8,6 +8,7 @@ left. Here each is one sentence that names the file.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -222,8 +223,21 @@ def check_loaded(folder: Path, model: PreTrainedModel, info: dict[str, Any]) -> 
     _check_tied(folder, model)
     _check_rotary(folder, model)
     for name, tensor in model.named_parameters():
+        if tensor.is_meta:
+            continue  # on disk: checked when it is read (moedge.convert.offload)
         if tensor.numel() and not torch.stack(torch.aminmax(tensor.detach())).isfinite().all():
             raise MoEdgeError(f"{folder}: weight {name} holds NaN or infinity; download or save the model again.")
+
+
+def weight_bytes(folder: Path, itemsize: int) -> int:
+    """Return the bytes that the weights of a folder take with ``itemsize`` bytes a number."""
+    from safetensors import safe_open
+
+    numbers = 0
+    for path in weight_files(folder):
+        with translated(f"{path} is damaged", "Download it again."), safe_open(path, framework="np") as stream:
+            numbers += sum(math.prod(stream.get_slice(name).get_shape()) for name in stream.keys())  # noqa: SIM118
+    return numbers * itemsize
 
 
 def _more(names: Any) -> str:

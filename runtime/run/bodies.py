@@ -55,7 +55,7 @@ def calibrate(context: Context) -> None:
     from safetensors.numpy import save_file
 
     from moedge.convert import calibration, domains
-    from moedge.convert.sources import load_model, load_tokenizer
+    from moedge.convert.sources import load_tokenizer, open_model
 
     params, folder = context.params, run_folder.dense(context.root)
     tokenizer = load_tokenizer(folder)
@@ -74,7 +74,7 @@ def calibrate(context: Context) -> None:
         gate = calibration.GateSampling(signal=params["gate_signal"], exclude=exclude)
     if params.get("statistics", True):  # a Mixture-of-Experts has them for each expert, made when it is split
         statistics = calibration.collect(
-            load_model(folder, device=params["device"]),
+            open_model(folder, params["device"]),
             windows,
             k_a=params["k_a"],
             profile=params["profile"],
@@ -105,17 +105,16 @@ def calibrate(context: Context) -> None:
 
 def convert_stage(context: Context) -> None:
     """Make the plan on float32 weights, apply it and save the MoE checkpoint in the dense model's own dtype."""
-    import torch
     from safetensors.numpy import load_file
 
     from moedge.convert import calibration, domains, methods, modeling
-    from moedge.convert.sources import load_model, load_tokenizer, own_dtype
+    from moedge.convert.sources import load_tokenizer, open_model, own_dtype
 
     folder, calibrated = run_folder.dense(context.root), context.root / "calibrate"
     params = dict(context.params["convert"])
     name = params.pop("method")
     needs = methods.METHODS[name].needs
-    model = load_model(folder, device=context.params["device"])
+    model = open_model(folder, context.params["device"])
     data: Any = None
     if "tokens" in needs:
         data = load_file(calibrated / "windows.safetensors")["windows"]
@@ -132,7 +131,7 @@ def convert_stage(context: Context) -> None:
         provenance=run_folder.read_json(calibrated / "calibration.json") if needs else {},
         progress=context.progress,
     )
-    modeling.apply(plan, model).to(getattr(torch, own_dtype(folder)))
+    modeling.cast(modeling.apply(plan, model), own_dtype(folder))
     modeling.save(model, plan, load_tokenizer(folder), context.out / "checkpoint")
 
 

@@ -191,7 +191,8 @@ def test_loss_about_the_shared_neurons_is_what_they_cannot_predict(tiny_llama: C
 def test_compensation_is_exact_when_experts_are_constant(compensation: str, tiny_llama: Callable[..., Any]) -> None:
     """With one and the same input everywhere, an expert left out is its mean: nothing is lost."""
     tokens = first(tiny_llama(layers=1))
-    tokens.x = tokens.x[:1].expand(tokens.count, -1).contiguous()
+    same = tokens.x[:1].expand(tokens.count, -1).contiguous()
+    tokens = LayerTokens(tokens.block, same, tokens.weight, tokens.held)
     params = {**LAYOUT, "refit": False}
     layer = moedge_layer.make_layer(tokens, moedge.MoEdgeParams(**params, compensation=compensation))
     dense = tokens.target(slice(None))
