@@ -233,7 +233,8 @@ def refit(tokens: LayerTokens, layer: LayerPlan, ridges: tuple[float, ...] = REF
     """Fit down projections and biases to the tokens' target under the layer's own routing.
 
     The unknown is the change from the present weights, so the ridge anchors to them. The strength, or no change at all,
-    is what misses least on the held-out tokens; weaker ones are tried for as long as they miss less. Neurons that the plan prunes keep their columns.
+    is what misses least on the held-out tokens; weaker ones are tried for as long as they miss less. Neurons that the
+    plan prunes keep their columns.
 
     ``report["refit"]`` holds the ridge, or None, and ``held_out_error``: the :func:`relative_error` before, and after a
     fit to the other tokens alone.

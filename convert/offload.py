@@ -52,7 +52,7 @@ def refuse(model: PreTrainedModel, what: str, instead: str) -> None:
 
 def device_of(model: PreTrainedModel) -> torch.device:
     """Return where a model computes."""
-    embedding: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+    embedding: torch.Tensor = model.get_input_embeddings().weight
     return embedding.device
 
 
@@ -65,7 +65,7 @@ def weight(module: torch.nn.Module, name: str) -> torch.Tensor:
     held: torch.Tensor = getattr(module, name)
     if not held.is_meta:
         return held.detach()
-    hook: Any = module._hf_hook
+    hook = _hook(module)
     value = aligned(hook.weights_map[name].to(hook.execution_device))
     _check_finite(hook, name, value)
     return value
@@ -87,8 +87,7 @@ def loaded(module: torch.nn.Module) -> Iterator[None]:
     Raises:
         MoEdgeError: a weight in the file is not finite.
     """
-    hooks = [(part, part._hf_hook) for part in module.modules() if getattr(part, "_hf_hook", None) is not None]
-    hooks = [(part, hook) for part, hook in hooks if getattr(hook, "offload", False)]
+    hooks = [(part, hook) for part in module.modules() if getattr(hook := _hook(part), "offload", False)]
     try:
         for part, hook in hooks:
             hook.pre_forward(part)
@@ -104,6 +103,11 @@ def loaded(module: torch.nn.Module) -> Iterator[None]:
                 hook.post_forward(part, None)
 
 
+def _hook(module: torch.nn.Module) -> Any:
+    """Return the hook of a module, or None."""
+    return getattr(module, "_hf_hook", None)
+
+
 def _check_finite(hook: Any, name: str, value: torch.Tensor) -> None:
     if value.numel() and not torch.stack(torch.aminmax(value.detach())).isfinite().all():
         where = getattr(hook.weights_map, "prefix", "")
@@ -115,7 +119,7 @@ def _check_finite(hook: Any, name: str, value: torch.Tensor) -> None:
 
 def deferred(skeleton: torch.nn.Module, build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
     """Return ``skeleton``, a module without memory, in whose place ``build()`` is written (:func:`ready_to_write`)."""
-    skeleton._hf_hook = SimpleNamespace(build=build)  # type: ignore[assignment]
+    skeleton.__dict__["_hf_hook"] = SimpleNamespace(build=build)
     return skeleton
 
 
@@ -126,11 +130,11 @@ def ready_to_write(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """
     weights = _Weights(model, dtype)
     for module in model.modules():
-        if getattr(module, "_hf_hook", None) is not None:
+        if _hook(module) is not None:
             del module._hf_hook
     model.__dict__.pop("to", None)  # accelerate's, which refuses
     model.to(dtype)
-    model._hf_hook = SimpleNamespace(weights_map=weights)  # type: ignore[assignment]
+    model.__dict__["_hf_hook"] = SimpleNamespace(weights_map=weights)
 
 
 def names(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
@@ -159,7 +163,7 @@ class _Weights(Mapping[str, torch.Tensor]):
     """Name -> weight of a converted model in the dtype that it is saved in; the latest FFN that was built is kept."""
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
-        hooks = [(name, getattr(module, "_hf_hook", None)) for name, module in model.named_modules()]
+        hooks = [(name, _hook(module)) for name, module in model.named_modules()]
         self.builders = {name: hook.build for name, hook in hooks if hasattr(hook, "build")}
         self.files = {name: hook.weights_map for name, hook in hooks if getattr(hook, "weights_map", None) is not None}
         self.names, self.dtype = list(model.state_dict()), dtype

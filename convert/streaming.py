@@ -140,9 +140,7 @@ def walk(
     for block in blocks:
         with offload.loaded(runner.layers[block.index]):
             seen = runner.watch(block, states)
-            tokens = LayerTokens(
-                block, seen.x, _weights(seen.after), held, _hidden=seen.hidden, _output=seen.output
-            )
+            tokens = LayerTokens(block, seen.x, _weights(seen.after), held, _hidden=seen.hidden, _output=seen.output)
             if dense is not None:
                 dense_after = runner.run(block, dense)[1]
                 # after = r + F(x) on this stream, so target = dense_after - r = F(x) + (dense_after - after).

@@ -40,7 +40,6 @@ def measured(model: PreTrainedModel, statistics: list[LayerStatistics]) -> list[
     for block, facts in zip(blocks, statistics, strict=True):
         if facts.width != block.width:
             raise MoEdgeError(
-                f"Statistics of {block.name} have {facts.width} neurons, the model {block.width}; calibrate this "
-                "model."
+                f"Statistics of {block.name} have {facts.width} neurons, the model {block.width}; calibrate this model."
             )
     return list(zip(blocks, statistics, strict=True))

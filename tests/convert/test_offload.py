@@ -139,7 +139,7 @@ def test_what_needs_all_weights_is_refused(
     folder = saved(tiny_model("llama", layers=3), tmp_path / "dense", tiny_tokenizer)
     scarce(True)
     for method, params in (("moedge", LAYOUT), ("flap", {"keep": 0.5})):
-        with pytest.raises(MoEdgeError, match="budget: measured needs the whole model in memory.*use budget: uniform"):
+        with pytest.raises(MoEdgeError, match=r"budget: measured needs the whole model in memory.*use budget: uniform"):
             methods.convert(method, IDS, sources.open_model(folder), budget="measured", **params)
 
 
