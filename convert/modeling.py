@@ -323,15 +323,6 @@ def _later(block: adapters.FFN, layer: LayerPlan) -> nn.Module:
     return offload.deferred(skeleton, lambda: build_ffn(block, layer))
 
 
-def cast(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
-    """Give a converted model the dtype that it is to be saved in, in place; routers stay in float32."""
-    kind = getattr(torch, dtype)
-    if offload.is_offloaded(model):
-        offload.ready_to_write(model, kind)
-        return model
-    return model.to(kind)
-
-
 def check_fits(plan: MoEPlan, model: PreTrainedModel) -> None:
     """Check that a plan was made for a model of this shape.
 

@@ -1,15 +1,15 @@
 """A model whose layers stay in the safetensors files of its folder: one layer is in memory at a time.
 
-transformers opens such a model (``device_map`` with ``disk``) and checks its files; accelerate's hooks know where each
-weight lies. :func:`loaded` brings one layer into memory for as long as its block of code runs. Whatever reads a weight
-of a layer that is not loaded (:func:`weight`) gets it from the file, so no caller has to know which kind of model it
-has.
+accelerate's hooks know where each weight lies. :func:`loaded` brings one layer into memory for as long as its block of
+code runs. Whatever reads a weight of a layer that is not loaded (:func:`weight`) gets it from the file, so no caller
+has to know which kind of model it has.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +21,55 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def device_map(tied: bool, device: str) -> dict[str, str]:
-    """Return transformers' ``device_map``: all on the device, the layers and a head of its own on disk.
+def open_dense(
+    config: Any, found: Mapping[str, tuple[Path, list[int]]], device: str
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Open a dense model in float32 whose layers stay on disk, and its head, where that is not the embedding.
+
+    ``from_pretrained`` with ``device_map`` would do the same, but it maps and reads every file once on the way.
 
     Args:
-        tied: the head is the embedding.
+        config: of transformers, of one of :data:`moedge.convert.adapters.FAMILIES`.
+        found: the file and the shape of each tensor.
+
+    Returns:
+        The model, and what ``from_pretrained(.., output_loading_info=True)`` says of the names and shapes.
     """
-    rest = ("model.embed_tokens", "model.norm", "model.rotary_emb", *(("lm_head",) if tied else ()))
-    return {**dict.fromkeys(rest, device), "model.layers": "disk", **({} if tied else {"lm_head": "disk"})}
+    import accelerate
+    from accelerate.utils import OffloadedWeightsLoader, set_module_tensor_to_device
+    from transformers import AutoModelForCausalLM
+
+    with accelerate.init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    info = _loading_info(model, found)
+    if any(info.values()):
+        return model, info
+    as_file = {"dtype": "float32"}
+    index = {name: {"safetensors_file": str(path), "weight_name": name, **as_file} for name, (path, _) in found.items()}
+    weights = OffloadedWeightsLoader(index=index)
+    tied = bool(config.tie_word_embeddings)
+    here = ("model.embed_tokens", "model.norm", *(("lm_head",) if tied else ()))
+    for name in found:
+        if name.rpartition(".")[0] in here:
+            set_module_tensor_to_device(model, name, device, value=weights[name])
+    if tied and ("lm_head.weight" not in found or torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)):
+        model.lm_head.weight = model.model.embed_tokens.weight
+    places = {**dict.fromkeys((*here, "model.rotary_emb"), device), "model.layers": "disk"}
+    places |= {} if tied else {"lm_head": "disk"}
+    accelerate.dispatch_model(model, places, main_device=device, offload_index=index)
+    return model, info
+
+
+def _loading_info(model: PreTrainedModel, found: Mapping[str, tuple[Path, list[int]]]) -> dict[str, Any]:
+    """Compare the tensors that a model has with those in its files."""
+    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    optional = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    others = [name for name in found.keys() & wanted.keys() if found[name][1] != wanted[name]]
+    return {
+        "missing_keys": wanted.keys() - found.keys() - optional,
+        "unexpected_keys": {name for name in found.keys() - wanted.keys() if not name.endswith("rotary_emb.inv_freq")},
+        "mismatched_keys": {(name, tuple(found[name][1]), tuple(wanted[name])) for name in others},
+    }
 
 
 def is_offloaded(model: PreTrainedModel) -> bool:
@@ -118,16 +159,19 @@ def _check_finite(hook: Any, name: str, value: torch.Tensor) -> None:
 
 
 def deferred(skeleton: torch.nn.Module, build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
-    """Return ``skeleton``, a module without memory, in whose place ``build()`` is written (:func:`ready_to_write`)."""
+    """Return ``skeleton``, a module without memory, in whose place ``build()`` is written (:func:`cast`)."""
     skeleton.__dict__["_hf_hook"] = SimpleNamespace(build=build)
     return skeleton
 
 
-def ready_to_write(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Make a converted model whose layers are on disk one of ``dtype`` that ``save_pretrained`` writes.
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Give a converted model the dtype that it is to be saved in, in place; routers stay in float32.
 
-    ``save_pretrained`` asks the hook of a module for the weights that have no memory, one file of them at a time.
+    If its layers are on disk, it is then only good for ``save_pretrained``, which asks the hook of a module for the
+    weights that have no memory, one file of them at a time.
     """
+    if not is_offloaded(model):
+        return model.to(dtype)
     weights = _Weights(model, dtype)
     for module in model.modules():
         if _hook(module) is not None:
@@ -135,6 +179,7 @@ def ready_to_write(model: PreTrainedModel, dtype: torch.dtype) -> None:
     model.__dict__.pop("to", None)  # accelerate's, which refuses
     model.to(dtype)
     model.__dict__["_hf_hook"] = SimpleNamespace(weights_map=weights)
+    return model
 
 
 def names(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:

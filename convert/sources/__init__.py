@@ -6,6 +6,7 @@ remote code.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -93,46 +94,6 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Pre
             of another shape, without a place in the model, not finite, quantized (but float8 by blocks, which is
             de-quantized) or beside an adapter.
     """
-    return _load(folder, dtype, device, on_disk=False)
-
-
-_MOST = 0.5
-"""Share of the free memory that a whole model may take; the rest is for what is computed with it."""
-
-
-def open_model(folder: Path, device: str = "cpu") -> PreTrainedModel:
-    """Load a causal language model in float32 for a conversion, whole or layer by layer.
-
-    A dense model that takes more than half of the free memory stays on disk, but for its embedding: one layer of it is
-    in memory at a time (:mod:`moedge.convert.offload`). What is made of it is the same, byte for byte.
-
-    Raises:
-        MoEdgeError: see :func:`load_model`. Weights that are not finite are found when their layer is read.
-    """
-    check_device(device)
-    return _load(folder, "float32", device, on_disk=_is_large(folder, device))
-
-
-def _is_large(folder: Path, device: str) -> bool:
-    """Whether a dense model is to stay on disk. Float8 weights are not read as they are, so they do not."""
-    config = folder_check.check(folder)
-    if config["model_type"] not in adapters.FAMILIES or float8.is_fp8(config):
-        return False
-    return folder_check.weight_bytes(folder, 4) > _MOST * _free(device)
-
-
-def _free(device: str) -> int:
-    """Return the free bytes of memory of a device."""
-    import psutil
-
-    if device == "cpu":
-        return int(psutil.virtual_memory().available)
-    import torch
-
-    return int(torch.cuda.mem_get_info(device)[0])
-
-
-def _load(folder: Path, dtype: str, device: str, *, on_disk: bool) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -150,8 +111,6 @@ def _load(folder: Path, dtype: str, device: str, *, on_disk: bool) -> PreTrained
 
         # Elsewhere than here transformers keeps float8 where the device has it.
         options["quantization_config"] = FineGrainedFP8Config(dequantize=True)
-    if on_disk:
-        options["device_map"] = offload.device_map(config.tie_word_embeddings, device)
     with quiet(), translated(f"Cannot load the model in {folder}"):
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -164,12 +123,60 @@ def _load(folder: Path, dtype: str, device: str, *, on_disk: bool) -> PreTrained
             **options,
         )
     folder_check.check_loaded(folder, model, info)
-    if "quantization_config" in options:
+    if options:
         model = model.to(wanted)  # before 5.24 what was float8 has the dtype of its scales
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = offload.aligned(tensor.data)
-    model = model.eval().requires_grad_(False)
-    return model if on_disk else model.to(device)
+    return model.eval().requires_grad_(False).to(device)
+
+
+_MOST = 0.5
+"""Share of the free memory that a whole model may take; the rest is for what is computed with it."""
+
+
+def open_model(folder: Path, device: str = "cpu") -> PreTrainedModel:
+    """Load a causal language model in float32 for a conversion, whole or layer by layer.
+
+    A dense model that takes more than half of the free memory stays on disk, but for its embedding: one layer of it is
+    in memory at a time (:mod:`moedge.convert.offload`). What is made of it is the same, byte for byte.
+
+    Raises:
+        MoEdgeError: see :func:`load_model`. Weights that are not finite are found when their layer is read.
+    """
+    check_device(device)
+    if not _is_large(folder, device):
+        return load_model(folder, device=device)
+    from transformers import GenerationConfig
+
+    from moedge.convert import offload
+
+    config = _config(folder)
+    with quiet(), translated(f"Cannot load the model in {folder}"):
+        model, info = offload.open_dense(config, folder_check.tensors(folder), device)
+    folder_check.check_loaded(folder, model, info)
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model.eval().requires_grad_(False)
+
+
+def _is_large(folder: Path, device: str) -> bool:
+    """Whether a dense model is to stay on disk. Float8 weights are not read as they are, so they do not."""
+    config = folder_check.check(folder)
+    if config["model_type"] not in adapters.FAMILIES or float8.is_fp8(config):
+        return False
+    numbers = sum(math.prod(shape) for _, shape in folder_check.tensors(folder).values())
+    return 4 * numbers > _MOST * _free(device)
+
+
+def _free(device: str) -> int:
+    """Return the free bytes of memory of a device."""
+    import psutil
+
+    if device == "cpu":
+        return int(psutil.virtual_memory().available)
+    import torch
+
+    return int(torch.cuda.mem_get_info(device)[0])
 
 
 def _config(folder: Path) -> Any:

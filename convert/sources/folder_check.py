@@ -8,7 +8,6 @@ left. Here each is one sentence that names the file.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -229,15 +228,19 @@ def check_loaded(folder: Path, model: PreTrainedModel, info: dict[str, Any]) -> 
             raise MoEdgeError(f"{folder}: weight {name} holds NaN or infinity; download or save the model again.")
 
 
-def weight_bytes(folder: Path, itemsize: int) -> int:
-    """Return the bytes that the weights of a folder take with ``itemsize`` bytes a number."""
+def tensors(folder: Path) -> dict[str, tuple[Path, list[int]]]:
+    """Return the file and the shape of every tensor of a folder's weights.
+
+    Raises:
+        MoEdgeError: a damaged file.
+    """
     from safetensors import safe_open
 
-    numbers = 0
+    found: dict[str, tuple[Path, list[int]]] = {}
     for path in weight_files(folder):
         with translated(f"{path} is damaged", "Download it again."), safe_open(path, framework="np") as stream:
-            numbers += sum(math.prod(stream.get_slice(name).get_shape()) for name in stream.keys())  # noqa: SIM118
-    return numbers * itemsize
+            found |= {name: (path, list(stream.get_slice(name).get_shape())) for name in stream.keys()}  # noqa: SIM118
+    return found
 
 
 def _more(names: Any) -> str:

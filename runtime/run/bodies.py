@@ -105,9 +105,10 @@ def calibrate(context: Context) -> None:
 
 def convert_stage(context: Context) -> None:
     """Make the plan on float32 weights, apply it and save the MoE checkpoint in the dense model's own dtype."""
+    import torch
     from safetensors.numpy import load_file
 
-    from moedge.convert import calibration, domains, methods, modeling
+    from moedge.convert import calibration, domains, methods, modeling, offload
     from moedge.convert.sources import load_tokenizer, open_model, own_dtype
 
     folder, calibrated = run_folder.dense(context.root), context.root / "calibrate"
@@ -131,7 +132,7 @@ def convert_stage(context: Context) -> None:
         provenance=run_folder.read_json(calibrated / "calibration.json") if needs else {},
         progress=context.progress,
     )
-    modeling.cast(modeling.apply(plan, model), own_dtype(folder))
+    offload.cast(modeling.apply(plan, model), getattr(torch, own_dtype(folder)))
     modeling.save(model, plan, load_tokenizer(folder), context.out / "checkpoint")
 
 

@@ -43,7 +43,8 @@ def converted(folder: Path, out: Path, tokenizer: Any, method: str, **params: An
         data = calibration.collect(sources.open_model(folder), IDS, k_a=5, batch_size=4, gate=gate)
     model = sources.open_model(folder)
     plan = methods.convert(method, data, model, **params)
-    modeling.save(modeling.cast(modeling.apply(plan, model), sources.own_dtype(folder)), plan, tokenizer, out)
+    offload.cast(modeling.apply(plan, model), getattr(torch, sources.own_dtype(folder)))
+    modeling.save(model, plan, tokenizer, out)
     return {path.name: path.read_bytes() for path in out.iterdir()}
 
 
