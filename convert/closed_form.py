@@ -79,7 +79,9 @@ class Moments:
         slopes = len(diagonal) - intercepts
         penalty = torch.full_like(diagonal, _FREE * self.total)
         penalty[:slopes] = ridge * diagonal[:slopes].mean().clamp_min(1e-30)
-        return torch.cholesky_solve(self.cross, torch.linalg.cholesky(self.gram + penalty.diag()))
+        regular = self.gram.clone()
+        regular.diagonal().add_(penalty)
+        return torch.cholesky_solve(self.cross, torch.linalg.cholesky(regular))
 
     def loss(self, solution: torch.Tensor) -> float:
         """Return the weighted sum of |y - B^T z|^2."""
