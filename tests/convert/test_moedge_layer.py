@@ -76,6 +76,21 @@ def test_groups_that_fire_together_are_found() -> None:
     assert len(set(zip(labels.tolist(), group.tolist(), strict=True))) == 4
 
 
+# --- second moments -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("features", [5, closed_form._TILE, 3 * closed_form._TILE + 7])
+def test_second_moments_are_whole_and_symmetric(features: int) -> None:
+    z = torch.randn(300, features, generator=generator(), dtype=torch.float64)
+    weight = torch.rand(300, generator=generator(1), dtype=torch.float64)
+    moments = closed_form.Moments(features, 2, z.device)
+    for rows in (slice(0, 100), slice(100, 300)):
+        moments.add(z[rows], z[rows, :2], weight[rows])
+    expected = (z * weight[:, None]).T @ z
+    torch.testing.assert_close(moments.gram, expected)
+    torch.testing.assert_close(moments.cross, expected[:, :2])
+
+
 # --- router ---------------------------------------------------------------------------------------------------------
 
 
