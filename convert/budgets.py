@@ -58,10 +58,8 @@ def loss_curves(model: PreTrainedModel, token_windows: np.ndarray, *, seed: int 
     generator = torch.Generator().manual_seed(seed)
     seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for window in ids:
-        with torch.enable_grad(), _with_gradients(model), _watched(blocks, lambda i, x, y: seen.update({i: (x, y)})):
-            logits = model(input_ids=window[None], use_cache=False).logits[0].float()
-            drawn = torch.multinomial(logits.detach().softmax(dim=-1).cpu(), 1, generator=generator).to(logits.device)
-            score = logits.log_softmax(dim=-1).gather(1, drawn).sum()
+        with torch.enable_grad(), with_gradients(model), _watched(blocks, lambda i, x, y: seen.update({i: (x, y)})):
+            score = drawn_score(model, window, generator)
             gradients = torch.autograd.grad(score, [seen[index][1] for index in range(len(blocks))])
         with torch.no_grad():
             for index, (block, gradient) in enumerate(zip(blocks, gradients, strict=True)):
@@ -108,6 +106,13 @@ def spread(curves: list[np.ndarray], shared: int, widths: list[int], active: int
     return [int(least + count) for count in np.bincount(layer[best], minlength=len(curves))]
 
 
+def drawn_score(model: PreTrainedModel, window: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Return the summed log-probability of tokens drawn from the model's own predictions on a window of ids [L]."""
+    logits = model(input_ids=window[None], use_cache=False).logits[0].float()
+    drawn = torch.multinomial(logits.detach().softmax(dim=-1).cpu(), 1, generator=generator).to(logits.device)
+    return logits.log_softmax(dim=-1).gather(1, drawn).sum()
+
+
 @contextmanager
 def _watched(blocks: list[adapters.FFN], see: Callable[[int, torch.Tensor, torch.Tensor], None]) -> Iterator[None]:
     """Call ``see(layer, inputs [T, H], output)`` for every FFN that runs."""
@@ -124,7 +129,7 @@ def _watched(blocks: list[adapters.FFN], see: Callable[[int, torch.Tensor, torch
 
 
 @contextmanager
-def _with_gradients(model: PreTrainedModel) -> Iterator[None]:
+def with_gradients(model: PreTrainedModel) -> Iterator[None]:
     """Let gradients reach the FFNs without those of any parameter: they start at the embeddings."""
     needed = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in needed:

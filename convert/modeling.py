@@ -31,7 +31,7 @@ from moedge._files import atomic_dir
 from moedge.convert import adapters, hierarchical, moe_adapters, offload, routers, sources, zeros
 from moedge.convert.errors import quiet
 from moedge.convert.ops import activate
-from moedge.convert.plan import LayerPlan, MoEPlan
+from moedge.convert.plan import RAMP, LayerPlan, MoEPlan
 from moedge.convert.sources import tokenizer_files
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 CHECKPOINT_SCHEMA = "moedge.checkpoint/1"
 _SHARD = "2GB"
 """Most bytes of one file of weights; two of these are held in memory while a model is written from disk to disk."""
-_FLOAT32 = ("mlp.router", "mlp.selection_bias", "mlp.scale", "mlp.no_bias")
+_THRESHOLDS = ("x_threshold", "shared_h_threshold", "h_threshold")
+_FLOAT32 = ("mlp.router", "mlp.selection_bias", "mlp.scale", "mlp.no_bias", *(f"mlp.{name}" for name in _THRESHOLDS))
 """Kept in float32 whatever the model's dtype: bfloat16 rounding flips ranks of experts (docs/methods.md 1.4)."""
 
 
@@ -49,6 +50,8 @@ class SparseFFN(nn.Module):
 
     ``y = shared(x) + sum over selected e of w_e (E_e(x) + expert_bias_e) + sum over the others of compensation_e +
     output_bias``.
+    With thresholds the experts read x, and the down projections h, without their small values
+    (:mod:`moedge.convert.ops.gather`); the router reads all of x.
 
     It is made from its layer's section of config.json alone (see :func:`layer_config`), with empty weights. Without
     experts (a static plan) only the shared block and the output bias run.
@@ -60,6 +63,8 @@ class SparseFFN(nn.Module):
         straight_through: for training: the weights of selected experts get the gradient of a softmax over all experts,
             and keep their values. A weight that is always 1 (top-1 softmax, unit) would teach the router nothing.
         record_routes: when True, ``last_routes`` holds the selected experts of the latest call, int32 [T, k].
+        count: None, or what counts the values that were kept (:mod:`moedge.convert.reads`).
+        expert_widths: neurons of each routed expert, without padding.
     """
 
     shared_gate: torch.Tensor
@@ -71,6 +76,9 @@ class SparseFFN(nn.Module):
     compensation: torch.Tensor | None
     expert_bias: torch.Tensor | None
     output_bias: torch.Tensor | None
+    x_threshold: torch.Tensor | None
+    shared_h_threshold: torch.Tensor | None
+    h_threshold: torch.Tensor | None
     shared_gate_bias: torch.Tensor | None
     shared_up_bias: torch.Tensor | None
 
@@ -81,9 +89,11 @@ class SparseFFN(nn.Module):
         self.top_k: int = spec["top_k"]
         self.activation: str = spec["activation"]
         self.combine: str = spec["combine"]
+        self.expert_widths: list[int] = spec["expert_widths"]
         self.straight_through = False
         self.record_routes = False
         self.last_routes: torch.Tensor | None = None
+        self.count: Callable[[str, torch.Tensor, torch.Tensor | None], None] | None = None
         experts, inner, shared = self.num_experts, spec["expert_width"], spec["shared_width"]
         if not 0 <= self.top_k <= experts:
             raise MoEdgeError(f"Layer {layer_index}: top_k={self.top_k} of {experts} experts cannot be selected.")
@@ -106,6 +116,12 @@ class SparseFFN(nn.Module):
             # Buffers that are saved: a plain tensor would be lost on save or .to(device), the known CMoE bug.
             dtype = torch.float32 if f"mlp.{name}" in _FLOAT32 else None
             self.register_buffer(name, torch.zeros(shape, dtype=dtype) if name in spec["tensors"] else None)
+        gather = spec.get("gather", {})
+        self.ramp: float = gather.get("ramp", RAMP)
+        thresholds = {"x_threshold": (hidden_size,), "shared_h_threshold": (shared,), "h_threshold": (experts, inner)}
+        for name, shape in thresholds.items():
+            wanted = gather.get("x" if name == "x_threshold" else "h", False) and 0 not in shape
+            self.register_buffer(name, torch.ones(shape, dtype=torch.float32) if wanted else None)
         self.router = None
         if experts:
             options = spec["router"]["options"]
@@ -119,32 +135,40 @@ class SparseFFN(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the FFN output, same shape and dtype as x [..., H]."""
         flat = x.reshape(-1, x.shape[-1])
+        kept = self._kept("x", flat, self.x_threshold)
         if self.router is None:
-            return self._shared(flat).reshape(x.shape)
+            return self._shared(kept).reshape(x.shape)
         if len(self.shared_gate):
-            y = self._shared(flat)
-            y = y + self._routed(flat, y.dtype)
+            y = self._shared(kept)
+            y = y + self._routed(flat, kept, y.dtype)
         else:  # matrices of no rows are nothing that a quantiser or TensorRT should have to know
             kind = flat.device.type
-            y = self._routed(flat, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else flat.dtype)
+            autocast = torch.is_autocast_enabled(kind)
+            y = self._routed(flat, kept, torch.get_autocast_dtype(kind) if autocast else flat.dtype)
             y = y if self.output_bias is None else y + self.output_bias
         return y.reshape(x.shape)
+
+    def _kept(self, which: str, values: torch.Tensor, threshold: torch.Tensor | None) -> torch.Tensor:
+        """Return values [T, K] without the small ones; ``which``: ``x`` or ``h``, for the count."""
+        if self.count is not None:
+            self.count(which, values, threshold)
+        return values if threshold is None else torch.ops.moedge.keep_large(values, threshold, self.ramp)
 
     def _shared(self, flat: torch.Tensor) -> torch.Tensor:
         """Return what the shared block gives for tokens [T, H], output bias included."""
         gate = F.linear(flat, self.shared_gate, self.shared_gate_bias)
         hidden = activate(gate, self.activation) * F.linear(flat, self.shared_up, self.shared_up_bias)
-        return F.linear(hidden, self.shared_down, self.output_bias)
+        return F.linear(self._kept("h", hidden, self.shared_h_threshold), self.shared_down, self.output_bias)
 
-    def _routed(self, flat: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return what the selected experts add for tokens [T, H]."""
+    def _routed(self, flat: torch.Tensor, kept: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return what the selected experts add for tokens [T, H]: the router reads ``flat``, the experts ``kept``."""
         assert self.router is not None
         kind = flat.device.type
         experts = (self.gate, self.up, self.down, self.compensation)
         if torch.is_autocast_enabled(kind):  # it does not see into the operators, and must not round the router
             with torch.autocast(kind, enabled=False):
                 scores = self.router(flat.float())
-            flat, *experts = (None if t is None else t.to(dtype) for t in (flat, *experts))  # type: ignore[assignment]
+            kept, *experts = (None if t is None else t.to(dtype) for t in (kept, *experts))  # type: ignore[assignment]
         else:
             scores = self.router(flat.float())
         indices, weights = torch.ops.moedge.route(scores, self.selection_bias, self.scale, self.top_k, self.combine)
@@ -153,16 +177,29 @@ class SparseFFN(nn.Module):
             weights = weights + (p - p.detach())
         if self.record_routes:
             self.last_routes = indices
-        inputs = F.pad(flat, (0, 1), value=1.0) if self.biased else flat
-        y = torch.ops.moedge.sparse_glu(inputs, indices, weights, *experts, self.activation)
+        inputs = F.pad(kept, (0, 1), value=1.0) if self.biased else kept
+        gather = () if self.h_threshold is None else (self.h_threshold, self.ramp)
+        if self.count is not None:
+            self.count("h", *self._routed_hidden(inputs, indices))
+        y = torch.ops.moedge.sparse_glu(inputs, indices, weights, *experts, self.activation, *gather)
         if self.expert_bias is not None:
             # Standard operators and no reshape by k: it exports to every target, and k may be changed there.
             y = y + torch.zeros_like(scores).scatter(1, indices.long(), weights).to(y.dtype) @ self.expert_bias
         return y
 
+    def _routed_hidden(self, inputs: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return h of the selected experts, without padding neurons, and their thresholds: for the count alone."""
+        rows, offsets, _ = torch.ops.moedge.dispatch(inputs, indices, self.num_experts)
+        hidden = torch.ops.moedge.grouped_glu(rows, offsets, self.gate, self.up, self.activation)
+        owner = torch.repeat_interleave(offsets.diff().long())
+        widths = torch.tensor(self.expert_widths, device=hidden.device)
+        real = torch.arange(hidden.shape[1], device=hidden.device) < widths[owner].unsqueeze(1)
+        return hidden[real], None if self.h_threshold is None else self.h_threshold[owner][real]
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SparseFFN:
         """Move or cast, but never cast the router, the selection bias and the scale (``model.to(torch.bfloat16)``)."""
-        kept = {id(tensor) for tensor in (self.selection_bias, self.scale) if tensor is not None}
+        own = (self.selection_bias, self.scale, *(getattr(self, name) for name in _THRESHOLDS))
+        kept = {id(tensor) for tensor in own if tensor is not None}
         kept |= {id(parameter) for parameter in self.router.parameters()} if self.router is not None else set()
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
@@ -203,7 +240,13 @@ def _facts(layer: LayerPlan) -> dict[str, Any]:
         "expert_width": layer.expert_width,
         "expert_widths": [len(expert) for expert in layer.experts],
         "combine": layer.combine,
+        **({"gather": _gather(layer)} if layer.gathers else {}),
     }
+
+
+def _gather(layer: LayerPlan) -> dict[str, Any]:
+    """Return what of a layer is left out where it is small."""
+    return {"x": layer.x_threshold is not None, "h": layer.h_threshold is not None, "ramp": layer.ramp}
 
 
 def block_config(block: adapters.FFN, layer: LayerPlan) -> dict[str, Any]:
@@ -260,6 +303,7 @@ def build_ffn(block: adapters.FFN, layer: LayerPlan) -> SparseFFN:
         router = routers.from_plan(layer.router, layer.num_experts, weight.shape[0], block.hidden_act)
         ffn.router = router.to(weight.device).requires_grad_(False)
         ffn._bind_router()
+    _set_thresholds(ffn, layer, weight.device)
     for name in spec["tensors"]:
         dtype = torch.float32 if f"mlp.{name}" in _FLOAT32 else weight.dtype
         value = getattr(layer, name)
@@ -270,6 +314,21 @@ def build_ffn(block: adapters.FFN, layer: LayerPlan) -> SparseFFN:
         assert tensor is not None
         setattr(ffn, name, tensor.to(dtype, copy=True))
     return ffn.train(block.module.training)
+
+
+def _set_thresholds(ffn: SparseFFN, layer: LayerPlan, device: torch.device) -> None:
+    """Give a layer's thresholds to the inputs, the shared neurons and the experts, [H], [S] and [E, I]."""
+    if layer.x_threshold is not None:
+        ffn.x_threshold = torch.from_numpy(layer.x_threshold).to(device, copy=True)
+    if layer.h_threshold is None:
+        return
+    if len(layer.shared):
+        ffn.shared_h_threshold = torch.from_numpy(layer.h_threshold[layer.shared]).to(device)
+    if layer.experts:
+        each = np.ones((layer.num_experts, layer.expert_width), np.float32)  # of a neuron that only pads: h is 0 there
+        for row, expert in zip(each, layer.experts, strict=True):
+            row[: len(expert)] = layer.h_threshold[expert]
+        ffn.h_threshold = torch.from_numpy(each).to(device)
 
 
 def apply(plan: MoEPlan, model: PreTrainedModel) -> PreTrainedModel:

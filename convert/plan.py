@@ -29,6 +29,10 @@ from moedge.convert.errors import translated
 from moedge.convert.sources.folder_check import read_object
 
 PLAN_SCHEMA = "moedge.plan/1"
+RAMP = 0.1
+"""Width of a threshold's ramp, in units of the threshold (:mod:`moedge.convert.ops.gather`; docs/gather.md)."""
+SMALLEST_THRESHOLD = 1e-30
+"""Leaves nothing out but 0; a threshold of 0 would divide by it."""
 
 CombineRule = Literal["unit", "scaled", "softmax", "probability", "normalised"]
 """Weight of a selected expert: ``unit`` 1; ``scaled`` 1 + scale_e * softmax(scores)_e (CMoE sec. 3.3); ``softmax``
@@ -59,6 +63,10 @@ class LayerPlan:
     ``overlapping`` allows a neuron in several experts (each keeps its own copy), but not twice in one of them.
     ``report`` is plain JSON for people (dead-neuron share, iterations); it is part of the content hash.
 
+    ``x_threshold`` float32 [H] and ``h_threshold`` float32 [D], in the dense neuron order, leave out small inputs of
+    gate and up and small hidden values, token by token (:mod:`moedge.convert.ops.gather`); the router reads all of x.
+    ``ramp`` is the width of their ramps.
+
     ``children`` nests: one plan for each expert of a parent that is a Mixture-of-Experts already, against the width of
     that expert. Such a layer has nothing else; a child without experts that shares every neuron stays dense, and
     ``children=[]`` leaves the whole layer as it is.
@@ -76,9 +84,17 @@ class LayerPlan:
     output_bias: np.ndarray | None = None
     down: np.ndarray | None = None
     zeros: np.ndarray | None = None
+    x_threshold: np.ndarray | None = None
+    h_threshold: np.ndarray | None = None
+    ramp: float = RAMP
     report: dict[str, Any] = field(default_factory=dict)
     overlapping: bool = False
     children: list[LayerPlan] | None = None
+
+    @property
+    def gathers(self) -> bool:
+        """Whether small values are left out, of x or of h."""
+        return self.x_threshold is not None or self.h_threshold is not None
 
     @property
     def num_experts(self) -> int:
@@ -111,6 +127,8 @@ class LayerPlan:
         """Say why this layer is not the dense FFN even with every expert selected, or return None when it is."""
         if self.children is not None:
             return next(filter(None, (child.differs_from_dense(width) for child in self.children)), None)
+        if self.gathers:
+            return "small inputs are left out"
         if self.overlapping:
             return "experts share neurons"
         if len(self.shared) + sum(map(len, self.experts)) < width:
@@ -133,10 +151,7 @@ class LayerPlan:
         if self.zeros is not None:
             zero_bits.check(self.zeros, width, hidden, where)
         if self.children is not None:
-            if self.experts or self.shared.size:
-                raise MoEdgeError(f"{where}: a layer with children has no neurons of its own.")
-            for number, child in enumerate(self.children):
-                child.validate(width, f"{where}, expert {number}", hidden)
+            self._validate_children(width, where, hidden)
             return
         neurons = np.concatenate([self.shared, *self.experts]) if self.experts else self.shared
         if neurons.size and (neurons.min() < 0 or neurons.max() >= width):
@@ -157,6 +172,28 @@ class LayerPlan:
             raise MoEdgeError(f"{where}: {len(self.expert_bias)} expert biases for {self.num_experts} experts.")
         if not neurons.size:
             raise MoEdgeError(f"{where}: no neuron is kept.")
+        _check_thresholds(self, width, hidden, where)
+
+    def _validate_children(self, width: int, where: str, hidden: int | None) -> None:
+        assert self.children is not None
+        if self.experts or self.shared.size:
+            raise MoEdgeError(f"{where}: a layer with children has no neurons of its own.")
+        if self.gathers or any(child.gathers for child in self.children):
+            raise MoEdgeError(f"{where}: small values cannot be left out of experts inside experts.")
+        for number, child in enumerate(self.children):
+            child.validate(width, f"{where}, expert {number}", hidden)
+
+
+def _check_thresholds(layer: LayerPlan, width: int, hidden: int | None, where: str) -> None:
+    for name, value, size in (("x_threshold", layer.x_threshold, hidden), ("h_threshold", layer.h_threshold, width)):
+        if value is None:
+            continue
+        if value.ndim != 1 or (size is not None and len(value) != size):
+            raise MoEdgeError(f"{where}: {name} has shape {value.shape}, not one value for each of {size} inputs.")
+        if not (np.isfinite(value).all() and (value >= SMALLEST_THRESHOLD).all()):
+            raise MoEdgeError(f"{where}: {name} must be finite and at least {SMALLEST_THRESHOLD:g}.")
+    if layer.gathers and not 0 < layer.ramp <= 10:
+        raise MoEdgeError(f"{where}: ramp={layer.ramp:g} must be more than 0 and at most 10.")
 
 
 def zero_share(layers: list[LayerPlan], hidden_size: int) -> float:
@@ -272,7 +309,16 @@ class MoEPlan:
         return cls(head["method"], head["params"], head["model"], layers, head["provenance"])
 
 
-_OPTIONAL = ("selection_bias", "scale", "compensation", "expert_bias", "output_bias", "down")
+_OPTIONAL = (
+    "selection_bias",
+    "scale",
+    "compensation",
+    "expert_bias",
+    "output_bias",
+    "down",
+    "x_threshold",
+    "h_threshold",
+)
 
 
 def _split_layer(layer: LayerPlan, prefix: str, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -302,6 +348,7 @@ def _split_layer(layer: LayerPlan, prefix: str, tensors: dict[str, np.ndarray]) 
         "report": layer.report,
         # Only when set, so that plans without it keep their hash.
         **({"overlapping": True} if layer.overlapping else {}),
+        **({"ramp": layer.ramp} if layer.gathers else {}),
     }
 
 
@@ -338,5 +385,8 @@ def _join_layer(
         output_bias=tensors.get(f"{prefix}output_bias"),
         down=tensors.get(f"{prefix}down"),
         zeros=tensors.get(f"{prefix}zeros"),
+        x_threshold=tensors.get(f"{prefix}x_threshold"),
+        h_threshold=tensors.get(f"{prefix}h_threshold"),
+        ramp=entry.get("ramp", RAMP),
         overlapping=entry.get("overlapping", False),
     )

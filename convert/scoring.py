@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from moedge._progress import Progress
-    from moedge.convert.plan import MoEPlan
+    from moedge.convert.plan import LayerPlan, MoEPlan
 
 _CHUNK = 256
 """Positions whose logits [256, V] exist at a time."""
@@ -74,11 +74,18 @@ def last_hidden_states(
 def swapped(model: PreTrainedModel, plan: MoEPlan) -> Iterator[PreTrainedModel]:
     """Run a block with the plan's FFNs in the dense model; its own FFNs come back afterwards."""
     modeling.check_fits(plan, model)
+    with in_place(model, plan.layers):
+        yield model
+
+
+@contextmanager
+def in_place(model: PreTrainedModel, layers: list[LayerPlan]) -> Iterator[None]:
+    """Run a block with the FFNs of some layers, one for each of the dense model; its own come back afterwards."""
     blocks = adapters.ffns(model)
     try:
-        for block, layer in zip(blocks, plan.layers, strict=True):
+        for block, layer in zip(blocks, layers, strict=True):
             model.set_submodule(block.name, modeling.build_ffn(block, layer))
-        yield model
+        yield
     finally:
         for block in blocks:
             model.set_submodule(block.name, block.module)

@@ -31,7 +31,7 @@ _SIGNATURES: dict[str, tuple[str, str, dict[str, str]]] = {
         {"top_k": "INT", "rule": "STRING"},
     ),
     "SparseGLU": (
-        "x:T indices:tensor(int32) weights:tensor(float) gate:T up:T down:T compensation:T?",
+        "x:T indices:tensor(int32) weights:tensor(float) gate:T up:T down:T compensation:T? h_threshold:tensor(float)?",
         "y:T",
         {"activation": "STRING", "num_experts": "INT"},
     ),
@@ -40,13 +40,18 @@ _SIGNATURES: dict[str, tuple[str, str, dict[str, str]]] = {
         "rows:T offsets:tensor(int32) inverse:tensor(int32)",
         {"num_experts": "INT"},
     ),
-    "GroupedGLU": ("rows:T offsets:tensor(int32) gate:T up:T", "y:T", {"activation": "STRING"}),
+    "GroupedGLU": (
+        "rows:T offsets:tensor(int32) gate:T up:T h_threshold:tensor(float)?",
+        "y:T",
+        {"activation": "STRING"},
+    ),
     "GroupedLinear": ("rows:T offsets:tensor(int32) weight:T", "y:T", {}),
     "Combine": (
         "rows:T inverse:tensor(int32) indices:tensor(int32) weights:tensor(float) compensation:T?",
         "y:T",
         {},
     ),
+    "KeepLarge": ("x:T threshold:tensor(float)", "y:T", {"ramp": "FLOAT"}),
     # Not "Attention": TensorRT's importer takes that name in any domain (docs/node-forms.md 2).
     "CausalAttention": (
         "query:T key:T value:T attention_mask:tensor(bool)",
@@ -55,6 +60,9 @@ _SIGNATURES: dict[str, tuple[str, str, dict[str, str]]] = {
     ),
 }
 
+
+_OPTIONAL = {"SparseGLU": {"ramp": "FLOAT"}, "GroupedGLU": {"ramp": "FLOAT"}}
+"""Attributes of nodes with ``h_threshold`` alone."""
 
 _PLUGIN_ATTRIBUTES = ("plugin_namespace", "plugin_version")
 """What a parser of TensorRT reads to find a node's plugin (``lowering/trt_plugins.py``); nobody else looks."""
@@ -78,6 +86,10 @@ def register_schemas() -> None:
             + [
                 onnx.defs.OpSchema.Attribute(key, onnx.defs.OpSchema.AttrType.STRING, required=False)
                 for key in _PLUGIN_ATTRIBUTES
+            ]
+            + [
+                onnx.defs.OpSchema.Attribute(key, getattr(onnx.defs.OpSchema.AttrType, kind), required=False)
+                for key, kind in _OPTIONAL.get(name, {}).items()
             ],
         )
         onnx.defs.register_schema(schema)
@@ -188,9 +200,24 @@ _OWNER = """
     owner = ReduceSum <keepdims = 0> (past64, first)
     rowv = Unsqueeze (rows, minus1)"""
 
+# What is left of a value: 0 below its threshold, growing to all of it at (1 + ramp) times the threshold.
+_KEEP = """
+    size = Abs ({x})  over = Sub (size, {threshold})
+    ramp = Constant <value_float: float = @ramp> ()  ramp_end = Mul ({threshold}, ramp)  part = Div (over, ramp_end)
+    nothing = Constant <value_float = 0.0> ()  everything = Constant <value_float = 1.0> ()
+    factor_kept = Clip (part, nothing, everything)  {y} = Mul ({x}, factor_kept)"""
+
+_KEEP_LARGE = """
+<domain: "moedge", opset_import: ["" : 18]>
+KeepLarge <ramp> (x, threshold) => (y) {{
+    x32 = Cast <to = 1> (x)
+    {keep}
+    y = CastLike (y32, x)
+}}"""
+
 _GROUPED_GLU = """
 <domain: "moedge", opset_import: ["" : 18]>
-GroupedGLU <activation> (rows, offsets, gate, up) => (y) {{
+GroupedGLU <activation{ramp}> (rows, offsets, gate, up{h_threshold}) => (y) {{
     {owner}
     {constants}
     gate_r = Gather <axis = 0> (gate, owner)
@@ -200,7 +227,7 @@ GroupedGLU <activation> (rows, offsets, gate, up) => (y) {{
     g = Squeeze (gv, minus1)
     u = Squeeze (uv, minus1)
     {activate}
-    y = Mul (a, u)
+    {chain_h}
 }}"""
 
 _GROUPED_LINEAR = """
@@ -241,9 +268,9 @@ Combine (rows, inverse, indices, weights{compensation}) => (y) {{
 
 _SPARSE_GLU_CHAIN = """
 <domain: "moedge", opset_import: ["" : 18, "moedge" : 1]>
-SparseGLU <activation, num_experts> (x, indices, weights, gate, up, down{compensation}) => (y) {{
+SparseGLU <activation, num_experts{ramp}> (x, indices, weights, gate, up, down{sparse_inputs}) => (y) {{
     rows, offsets, inverse = moedge.Dispatch <num_experts: int = @num_experts> (x, indices)
-    hidden = moedge.GroupedGLU <activation: string = @activation> (rows, offsets, gate, up)
+    hidden = moedge.GroupedGLU <activation: string = @activation{ramp_of}> (rows, offsets, gate, up{h_threshold})
     out = moedge.GroupedLinear (hidden, offsets, down)
     y = moedge.Combine (out, inverse, indices, weights{compensation})
 }}"""
@@ -251,7 +278,7 @@ SparseGLU <activation, num_experts> (x, indices, weights, gate, up, down{compens
 # Every expert on every token, the unselected ones times zero: T*E*I*H work but no gathered weights.
 _SPARSE_GLU_DENSE = """
 <domain: "moedge", opset_import: ["" : 18]>
-SparseGLU <activation, num_experts> (x, indices, weights, gate, up, down{compensation}) => (y) {{
+SparseGLU <activation, num_experts{ramp}> (x, indices, weights, gate, up, down{sparse_inputs}) => (y) {{
     {constants}
     first = Constant <value_ints = [0]> ()  minus1 = Constant <value_ints = [-1]> ()
     idx = Cast <to = 7> (indices)
@@ -270,7 +297,7 @@ SparseGLU <activation, num_experts> (x, indices, weights, gate, up, down{compens
     g = MatMul (xe, gate_t)
     u = MatMul (xe, up_t)
     {activate}
-    h = Mul (a, u)
+    {dense_h}
     hw = Mul (h, factor)
     each = MatMul (hw, down_t)
     summed = ReduceSum <keepdims = 0> (each, first)
@@ -335,6 +362,17 @@ _LOCAL = """
     causal = And (until_own, near)"""
 
 
+_CHAIN_KEPT = f"""
+    all = Mul (a, u)  all32 = Cast <to = 1> (all)  limit = Gather <axis = 0> (h_threshold, owner)
+    {_KEEP.format(x="all32", threshold="limit", y="kept32")}
+    y = CastLike (kept32, all)"""
+_DENSE_KEPT = f"""
+    all = Mul (a, u)  all32 = Cast <to = 1> (all)
+    second = Constant <value_ints = [1]> ()  limit = Unsqueeze (h_threshold, second)
+    {_KEEP.format(x="all32", threshold="limit", y="kept32")}
+    h = CastLike (kept32, all)"""
+
+
 def bodies(
     *,
     activation: str = "silu",
@@ -344,6 +382,7 @@ def bodies(
     softcap: bool = False,
     form: str = "chain",
     repeats: bool = False,
+    gather: bool = False,
 ) -> dict[str, onnx.FunctionProto]:
     """Return the function body of every operator for one model, by operator name.
 
@@ -358,7 +397,10 @@ def bodies(
             OpenVINO 2026.4 loads the other and refuses to run it, "Can not clone with new dims").
         repeats: whether a token's indices may name an expert twice (hierarchical layers; their weights then add up).
             Not always on: not every runtime knows the attribute that it needs.
+        gather: whether SparseGLU nodes have ``h_threshold`` and leave out small hidden values.
     """
+    # Without compensation that input is left empty before the one that follows it; a body then has a name for it.
+    inputs = (", compensation" if compensation else ", _" if gather else "") + (", h_threshold" if gather else "")
     fill = {
         "scatter": ', reduction = "add"' if repeats else "",
         "owner": _OWNER,
@@ -370,9 +412,16 @@ def bodies(
         "cap": _CAP if softcap else "scores = Identity (scaled)",
         "local": _LOCAL if window else "causal = Identity (until_own)",
         "by_expert": _TILED if form == "tiled" else "xe = Unsqueeze (x, first)",
+        "keep": _KEEP.format(x="x32", threshold="threshold", y="y32"),
+        "ramp": ", ramp" if gather else "",
+        "ramp_of": ", ramp: float = @ramp" if gather else "",
+        "h_threshold": ", h_threshold" if gather else "",
+        "sparse_inputs": inputs,
+        "chain_h": _CHAIN_KEPT if gather else "y = Mul (a, u)",
+        "dense_h": _DENSE_KEPT if gather else "h = Mul (a, u)",
         "finish": _OMITTED.format() if compensation else "y = Identity (summed)",
     }
-    texts = [_ROUTE.format(**fill), _CAUSAL_ATTENTION.format(**fill)]
+    texts = [_ROUTE.format(**fill), _CAUSAL_ATTENTION.format(**fill), _KEEP_LARGE.format(**fill)]
     if form == "chain":
         texts += [_DISPATCH, _GROUPED_LINEAR.format(**fill), _GROUPED_GLU.format(**fill), _COMBINE.format(**fill)]
         texts.append(_SPARSE_GLU_CHAIN.format(**fill))

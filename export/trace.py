@@ -141,10 +141,18 @@ def _translations() -> dict[Any, Any]:
         inputs = [scores, selection_bias] if scale is None else [scores, selection_bias, scale]
         return moedge.Route(*inputs, top_k=top_k, rule=rule)
 
-    def sparse_glu(x, indices, weights, gate, up, down, compensation, activation):  # type: ignore[no-untyped-def]
-        inputs = [x, indices, weights, gate, up, down, *([] if compensation is None else [compensation])]
+    def sparse_glu(  # type: ignore[no-untyped-def]
+        x, indices, weights, gate, up, down, compensation, activation, h_threshold=None, ramp=0.0
+    ):
         # Layers differ in E, which a body cannot read from gate's shape into the attribute that Dispatch takes.
-        return moedge.SparseGLU(*inputs, activation=activation, num_experts=int(gate.shape[0]))
+        facts = {"activation": activation, "num_experts": int(gate.shape[0])}
+        inputs = [x, indices, weights, gate, up, down]
+        if h_threshold is not None:
+            return moedge.SparseGLU(*inputs, compensation, h_threshold, **facts, ramp=ramp)
+        return moedge.SparseGLU(*inputs, *([] if compensation is None else [compensation]), **facts)
+
+    def keep_large(x, threshold, ramp):  # type: ignore[no-untyped-def]
+        return moedge.KeepLarge(x, threshold, ramp=ramp)
 
     def causal_attention(query, key, value, attention_mask, scale, window, softcap):  # type: ignore[no-untyped-def]
         return moedge.CausalAttention(query, key, value, attention_mask, scale=scale, window=window, softcap=softcap)
@@ -153,6 +161,7 @@ def _translations() -> dict[Any, Any]:
         torch.ops.moedge.route.default: route,
         torch.ops.moedge.sparse_glu.default: sparse_glu,
         torch.ops.moedge.attention.default: causal_attention,
+        torch.ops.moedge.keep_large.default: keep_large,
     }
 
 

@@ -13,7 +13,7 @@ import pytest
 import moedge
 
 ROOT = Path(moedge.__file__).resolve().parent
-DATA = (".cpp", ".j2", ".json", ".typed", ".yaml")
+DATA = (".cc", ".cpp", ".h", ".inl", ".j2", ".json", ".typed", ".yaml")
 """Endings of the files that are read at run time and are no code."""
 
 OUTSIDE = ("docs/", "tests/", "runtime/optimum_register/")

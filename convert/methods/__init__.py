@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from moedge import MoEdgeError
 from moedge.configs.errors import checked
 from moedge.convert import adapters, moe_adapters
-from moedge.convert.methods import cmoe, cmoe_hierarchical, dive, expertweaver, mlpmoe, moedge
+from moedge.convert.methods import cmoe, cmoe_hierarchical, dive, expertweaver, gather, mlpmoe, moedge
 from moedge.convert.methods.baselines import splits, static
 from moedge.convert.methods.layers import Layers
 from moedge.convert.plan import MoEPlan
@@ -87,6 +87,13 @@ METHODS: dict[str, Method] = {
         "{active} of {experts} domain experts of {keep:.0%}",
     ),
     "moedge": Method(moedge.plan, moedge.MoEdgeParams, ("tokens",), "this project", _SHARED_ACTIVE),
+    "gather": Method(
+        gather.plan,
+        gather.GatherParams,
+        ("tokens",),
+        "this project; as TEAL, arXiv 2408.14690, or WINA, arXiv 2505.19427, by its scores",
+        "{share:.4g} of the weights read, by {scores}",
+    ),
     "llamamoe": Method(
         splits.llamamoe_plan, splits.LlamaMoEParams, (), "LLaMA-MoE, arXiv 2406.16554, before training", _ALL_ROUTED
     ),

@@ -20,6 +20,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from moedge.convert.ops.gather import factors, keep_large
+
+__all__ = ["ACTIVATIONS", "RULES", "activate", "combine", "dispatch", "grouped_glu", "grouped_linear", "keep_large",
+           "route", "sparse_glu"]  # fmt: skip
+
 RULES = ("unit", "scaled", "softmax", "probability", "normalised")
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 
@@ -175,24 +180,36 @@ def _groups(offsets: torch.Tensor) -> list[tuple[int, int, int]]:
 
 @torch.library.custom_op("moedge::grouped_glu", mutates_args=())
 def grouped_glu(
-    rows: torch.Tensor, offsets: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str
+    rows: torch.Tensor,
+    offsets: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    activation: str,
+    h_threshold: torch.Tensor | None = None,
+    ramp: float = 0.0,
 ) -> torch.Tensor:
-    """``act(gate_e row) * (up_e row)`` with the expert e that owns the row: [R, H] x [E, I, H] -> [R, I]."""
+    """``act(gate_e row) * (up_e row)`` with the expert e that owns the row: [R, H] x [E, I, H] -> [R, I].
+
+    With ``h_threshold`` float32 [E, I] small values are left out, as by :func:`keep_large` with ``ramp``.
+    """
     out = rows.new_empty((rows.shape[0], gate.shape[1]))
     for e, start, end in _groups(offsets):
         part = rows[start:end]
         torch.mul(activate(F.linear(part, gate[e]), activation), F.linear(part, up[e]), out=out[start:end])
+        if h_threshold is not None:
+            out[start:end] *= factors(out[start:end], h_threshold[e], ramp).to(out.dtype)
     return out
 
 
 @grouped_glu.register_fake
-def _(rows, offsets, gate, up, activation):  # type: ignore[no-untyped-def]
+def _(rows, offsets, gate, up, activation, h_threshold=None, ramp=0.0):  # type: ignore[no-untyped-def]
     return rows.new_empty((rows.shape[0], gate.shape[1]))
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """Save the tensors among the inputs for the backward pass, and the activation (a last input, if there is one)."""
-    ctx.activation = inputs[-1] if isinstance(inputs[-1], str) else None
+    """Save the tensors among the inputs for the backward pass, the activation and the ramp where there are such."""
+    ctx.activation = next((value for value in inputs if isinstance(value, str)), None)
+    ctx.ramp = inputs[-1] if isinstance(inputs[-1], float) else 0.0
     ctx.save_for_backward(*(value for value in inputs if value is None or isinstance(value, torch.Tensor)))
 
 
@@ -210,8 +227,8 @@ def _outer(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None, e: int) -
 
 
 def _grouped_glu_backward(ctx: Any, d_hidden: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    rows, offsets, gate, up = ctx.saved_tensors
-    need_rows, _, need_gate, need_up, _ = ctx.needs_input_grad
+    rows, offsets, gate, up, h_threshold = ctx.saved_tensors
+    need_rows, _, need_gate, need_up, *_ = ctx.needs_input_grad
     # An expert without a row has a zero gradient.
     d_rows = torch.empty_like(rows) if need_rows else None
     d_gate = torch.zeros_like(gate) if need_gate else None
@@ -219,13 +236,15 @@ def _grouped_glu_backward(ctx: Any, d_hidden: torch.Tensor) -> tuple[torch.Tenso
     for e, start, end in _groups(offsets):
         part = rows[start:end]
         g, u = F.linear(part, gate[e]), F.linear(part, up[e])
-        d_g = _activate_backward(d_hidden[start:end] * u, g, ctx.activation)
-        d_u = d_hidden[start:end] * activate(g, ctx.activation)
+        a, d_part = activate(g, ctx.activation), d_hidden[start:end]
+        if h_threshold is not None:
+            d_part = d_part * factors(a * u, h_threshold[e], ctx.ramp).to(d_part.dtype)
+        d_g, d_u = _activate_backward(d_part * u, g, ctx.activation), d_part * a
         if d_rows is not None:
             torch.addmm(d_g @ gate[e], d_u, up[e], out=d_rows[start:end])
         _outer(d_g, part, d_gate, e)
         _outer(d_u, part, d_up, e)
-    return d_rows, None, d_gate, d_up, None
+    return d_rows, None, d_gate, d_up, None, None, None
 
 
 grouped_glu.register_autograd(_grouped_glu_backward, setup_context=_keep_inputs)
@@ -325,6 +344,8 @@ def sparse_glu(
     down: torch.Tensor,
     compensation: torch.Tensor | None,
     activation: str,
+    h_threshold: torch.Tensor | None = None,
+    ramp: float = 0.0,
 ) -> torch.Tensor:
     """Run the selected experts of each token and sum them: the whole routed FFN.
 
@@ -334,15 +355,17 @@ def sparse_glu(
             input that is always 1: x is then [T, H + 1] and gate and up [E, I, H + 1].
         compensation: [E, H] or None, see :func:`combine`.
         activation: a name in :data:`ACTIVATIONS`.
+        h_threshold: float32 [E, I] or None: hidden values that are small are left out, as by :func:`keep_large` with
+            ``ramp``, before they are weighted.
 
     Returns:
         [T, H] in the dtype of ``x``.
     """
     if _all_at_once(x, gate, indices.shape[1]):
-        return _masked(x, indices, weights, gate, up, down, compensation, activation)
+        return _masked(x, indices, weights, gate, up, down, compensation, activation, h_threshold, ramp)
     # The eager bodies are called directly: dispatching five operators costs more than a small expert at T = 1.
     rows, offsets, inverse = dispatch._init_fn(x, indices, gate.shape[0])
-    hidden = grouped_glu._init_fn(rows, offsets, gate, up, activation)
+    hidden = grouped_glu._init_fn(rows, offsets, gate, up, activation, h_threshold, ramp)
     return combine._init_fn(grouped_linear._init_fn(hidden, offsets, down), inverse, indices, weights, compensation)
 
 
@@ -369,10 +392,14 @@ def _masked(
     down: torch.Tensor,
     compensation: torch.Tensor | None,
     activation: str,
+    h_threshold: torch.Tensor | None,
+    ramp: float,
 ) -> torch.Tensor:
     """``sparse_glu`` as one wide FFN, its hidden units times the weight of their expert (0: not selected)."""
     experts, width = gate.shape[:2]
     hidden = activate(F.linear(x, gate.flatten(0, 1)), activation).mul_(F.linear(x, up.flatten(0, 1)))
+    if h_threshold is not None:
+        hidden *= factors(hidden, h_threshold.flatten(), ramp).to(hidden.dtype)
     # An index may stand twice in a row (with weight 0, where an expert has no parts): the weights add up.
     chosen = x.new_zeros((x.shape[0], experts)).scatter_add_(1, indices.long(), weights.to(x.dtype))
     hidden.view(-1, experts, width).mul_(chosen.unsqueeze(2))
@@ -383,7 +410,7 @@ def _masked(
 
 
 @sparse_glu.register_fake
-def _(x, indices, weights, gate, up, down, compensation, activation):  # type: ignore[no-untyped-def]
+def _(x, indices, weights, gate, up, down, compensation, activation, h_threshold=None, ramp=0.0):  # type: ignore[no-untyped-def]
     return x.new_empty((x.shape[0], down.shape[1]))
 
 
@@ -392,8 +419,8 @@ def _sparse_glu_backward(ctx: Any, d_y: torch.Tensor) -> tuple[torch.Tensor | No
 
     With q = d_y down_e, the gradient of a weight is <hidden, q>: the expert's output itself is not needed again.
     """
-    x, indices, weights, gate, up, down, compensation = ctx.saved_tensors
-    need_x, _, need_weights, need_gate, need_up, need_down, need_compensation, _ = ctx.needs_input_grad
+    x, indices, weights, gate, up, down, compensation, h_threshold = ctx.saved_tensors
+    need_x, _, need_weights, need_gate, need_up, need_down, need_compensation, *_ = ctx.needs_input_grad
     tokens, top_k = weights.shape
     rows, offsets, inverse = dispatch._init_fn(x, indices, gate.shape[0])
     position = torch.empty_like(inverse, dtype=torch.long)  # token * k + choice of each row
@@ -411,6 +438,9 @@ def _sparse_glu_backward(ctx: Any, d_y: torch.Tensor) -> tuple[torch.Tensor | No
         g, u = F.linear(part, gate[e]), F.linear(part, up[e])
         a = activate(g, ctx.activation)
         hidden, d_hidden = a * u, d_part @ down[e]
+        if h_threshold is not None:
+            kept = factors(hidden, h_threshold[e], ctx.ramp).to(hidden.dtype)
+            hidden, d_hidden = hidden * kept, d_hidden * kept
         if d_row_weights is not None:
             torch.sum(hidden * d_hidden, dim=1, out=d_row_weights[start:end])
         _outer(d_part, hidden * weight, d_down, e)
@@ -429,7 +459,7 @@ def _sparse_glu_backward(ctx: Any, d_y: torch.Tensor) -> tuple[torch.Tensor | No
     d_compensation = None
     if need_compensation:
         d_compensation = (_omitted(indices, len(compensation), d_y).T @ d_y).to(compensation.dtype)
-    return d_x, None, d_weights, d_gate, d_up, d_down, d_compensation, None
+    return d_x, None, d_weights, d_gate, d_up, d_down, d_compensation, None, None, None
 
 
 sparse_glu.register_autograd(_sparse_glu_backward, setup_context=_keep_inputs)

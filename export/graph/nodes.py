@@ -96,6 +96,25 @@ def has_biases(sparse_glu: ir.Node) -> bool:
     return bool(gate.shape[2] != down.shape[1])
 
 
+def compensation_of(sparse_glu: ir.Node) -> ir.Value | None:
+    """Return what a SparseGLU adds for experts that are not selected [E, H], or None."""
+    return sparse_glu.inputs[6] if len(sparse_glu.inputs) > 6 else None
+
+
+def h_threshold_of(sparse_glu: ir.Node) -> ir.Value | None:
+    """Return the thresholds [E, I] below which a SparseGLU leaves hidden values out, or None."""
+    return sparse_glu.inputs[7] if len(sparse_glu.inputs) > 7 else None
+
+
+KEEPS = "hidden values of the experts that are small are left out, for which the kernel has no place"
+"""Why a kernel of whole experts cannot take a SparseGLU with :func:`h_threshold_of`."""
+
+
+def keeps_large(model: ir.Model) -> bool:
+    """Whether a SparseGLU of the graph leaves out small hidden values."""
+    return any(h_threshold_of(node) is not None for node in nodes_of(model, "SparseGLU"))
+
+
 def active_of(sparse_glu: ir.Node) -> int:
     """Return how many experts a SparseGLU runs for one token."""
     indices = sparse_glu.inputs[1]
@@ -108,15 +127,17 @@ def active_of(sparse_glu: ir.Node) -> int:
 def router_inputs(model: ir.Model) -> dict[int, str]:
     """Name by layer of a portable graph what the layer's router reads; hierarchical layers are left out.
 
-    That is what the experts read, before experts with biases get their further column of ones.
+    That is what the experts read, before small values are left out and experts with biases get a further column of
+    ones.
     """
     found: dict[int, str] = {}
     for node in nodes_of(model, "SparseGLU"):
         x, indices = node.inputs[:2]
         if x is None or indices is None or not (holds_experts(node) and routed_directly(node)):
             continue
-        before = x.producer()
-        sources = [x, *(before.inputs[:1] if before is not None else ())]
+        sources: list[ir.Value | None] = [x]
+        while (before := sources[-1].producer() if sources[-1] is not None else None) is not None and len(sources) < 3:
+            sources.append(before.inputs[0] if before.inputs else None)
         names = [str(value.name) for value in sources if value is not None]
         found |= {layer_of(node): name for name in reversed(names) if depends_only_on(indices, name)}
     return found
@@ -166,12 +187,17 @@ def attach(model: ir.Model, *, form: str) -> None:
     protos = bodies(
         activation=only("activations", {node.attributes["activation"].as_string() for node in experts}, "silu"),
         rule=only("weight rules", {n.attributes["rule"].as_string() for n in nodes_of(model, "Route")}, "unit"),
-        compensation=only("layers with and without compensation", {len(node.inputs) == 7 for node in experts}, False),
+        compensation=only(
+            "layers with and without compensation", {compensation_of(node) is not None for node in experts}, False
+        ),
         window=any(node.attributes["window"].as_int() for node in attention),
         softcap=only(
             "capped and uncapped attention", {n.attributes["softcap"].as_float() > 0 for n in attention}, False
         ),
         form=form,
+        gather=only(
+            "experts with and without thresholds", {h_threshold_of(node) is not None for node in experts}, False
+        ),
         repeats=any(not routed_directly(node) for node in experts),
     )
     model.functions.clear()

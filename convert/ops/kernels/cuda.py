@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from moedge.convert.ops.gather import factors
 from moedge.convert.ops.kernels import combine as _combine
 from moedge.convert.ops.kernels import dispatch as _dispatch
 from moedge.convert.ops.kernels import grouped_glu as _glu
@@ -108,6 +109,8 @@ def grouped_glu(
     gate: torch.Tensor,
     up: torch.Tensor,
     activation: str,
+    h_threshold: torch.Tensor | None = None,
+    ramp: float = 0.0,
     *,
     tokens: int | None = None,
 ) -> torch.Tensor:
@@ -123,6 +126,9 @@ def grouped_glu(
     )
     y = rows.new_empty((rows.shape[0], width))
     run(launch, [rows.contiguous(), offsets, gate.contiguous(), up.contiguous()], [y], rows.shape[0])
+    if h_threshold is not None:  # the expert that owns row r is the number of experts that end at or before r
+        owner = torch.searchsorted(offsets[1:], torch.arange(len(y), device=y.device, dtype=offsets.dtype), right=True)
+        y *= factors(y, h_threshold[owner], ramp).to(y.dtype)
     return y
 
 
@@ -174,9 +180,11 @@ def sparse_glu(
     down: torch.Tensor,
     compensation: torch.Tensor | None,
     activation: str,
+    h_threshold: torch.Tensor | None = None,
+    ramp: float = 0.0,
 ) -> torch.Tensor:
     """See :func:`moedge.convert.ops.sparse_glu`: four launches, no synchronisation with the host."""
     tokens = x.shape[0]
     rows, offsets, inverse = dispatch(x, indices, gate.shape[0])
-    hidden = grouped_glu(rows, offsets, gate, up, activation, tokens=tokens)
+    hidden = grouped_glu(rows, offsets, gate, up, activation, h_threshold, ramp, tokens=tokens)
     return combine(grouped_linear(hidden, offsets, down, tokens=tokens), inverse, indices, weights, compensation)

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from moedge import MoEdgeError
 from moedge.export.graph.build import array_of, cut, values_by_name
-from moedge.export.graph.nodes import has_biases, nodes_of
+from moedge.export.graph.nodes import compensation_of, has_biases, nodes_of
 from moedge.export.quantize.format import Quantized
 
 MATCH = 0.1
@@ -47,6 +47,9 @@ class FFN:
                 pad = x.producer()
                 if has_biases(node) and pad is not None:
                     x = pad.inputs[0]  # experts with biases read a further input, 1; the router does not
+                kept = x.producer() if x is not None else None
+                if kept is not None and kept.op_type == "KeepLarge":
+                    x = kept.inputs[0]  # the experts read x without its small values, the router all of it
                 assert x is not None
                 return cls(node, str(x.name), str(output.name))
         raise MoEdgeError(f"The graph has no SparseGLU with output {routed!r}.")
@@ -363,7 +366,8 @@ def _observe(before: ir.Model, ffn: FFN, x: np.ndarray) -> _Run:
     score, index, weight, expert, whole, *padded = (np.asarray(value, np.float64) for value in values)
     x = padded[0] if padded else x
     gate, up, down = (array_of(node.inputs[position]).astype(np.float64) for position in (3, 4, 5))
-    compensation = array_of(node.inputs[6]).astype(np.float64) if len(node.inputs) > 6 else None
+    added = compensation_of(node)
+    compensation = None if added is None else array_of(added).astype(np.float64)
     shared = whole.reshape(expert.shape) - expert if ffn.output != str(routed.name) else np.zeros_like(expert)
     return _Run(
         x.reshape(-1, x.shape[-1]).astype(np.float64), score, array_of(route.inputs[1]).astype(np.float64),

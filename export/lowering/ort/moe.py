@@ -20,10 +20,12 @@ import onnx_ir as ir
 
 from moedge.export.graph.build import Builder, array_of, constant_of, remove_unused, values_by_name, weights_dtype
 from moedge.export.graph.nodes import (
+    KEEPS,
     activations,
     active_of,
     has_biases,
     holds_experts,
+    keeps_large,
     layer_of,
     nodes_of,
     routed_directly,
@@ -92,7 +94,7 @@ class FuseMoE:
         reason = cuda_refusal(**facts) if cuda else cpu_refusal(dtype=weights_dtype(graph), **facts)
         if reason is None and self.slower:
             reason = "products of each expert are faster where experts are few and wide"
-        return reason or (BIASED if any(map(has_biases, nodes)) else None)
+        return reason or (BIASED if any(map(has_biases, nodes)) else KEEPS if keeps_large(graph) else None)
 
     def apply(self, graph: ir.Model) -> Applied:
         """Replace every node; the first and the last whole FFN are tested."""

@@ -17,7 +17,8 @@ import numpy as np
 import onnx_ir as ir
 
 from moedge.export.graph.build import Builder, array_of, constant_of, remove_unused, sizes
-from moedge.export.graph.nodes import layer_of, nodes_of, routed_directly
+from moedge.export.graph.nodes import h_threshold_of, layer_of, nodes_of, routed_directly
+from moedge.export.lowering.gather import keep_large
 from moedge.export.lowering.ort import moe as ort_moe
 from moedge.export.lowering.rule import Applied, ends
 from moedge.export.manifest import Tap
@@ -88,14 +89,18 @@ def _replace(model: ir.Model, node: ir.Node) -> Tap:
         tokens = builder.node("Gather", [where, constant_of(builder, 0)], attributes={"axis": 0})
         rows = builder.node("Gather", [x, tokens], attributes={"axis": 0})
         g, u = (builder.node("MatMul", [rows, _matrix(builder, stack, expert)]) for stack in (gate, up))
-        out = builder.node("MatMul", [_glu(builder, g, u, activation), _matrix(builder, down, expert)])
+        h = _glu(builder, g, u, activation)
+        if (limits := h_threshold_of(node)) is not None:
+            threshold = builder.initializer(f"{limits.name}.{expert}", array_of(limits)[expert])
+            h = keep_large(builder, h, threshold, node.attributes["ramp"].as_float())
+        out = builder.node("MatMul", [h, _matrix(builder, down, expert)])
         if weights is not None:
             place = builder.node("Transpose", [where], attributes={"perm": [1, 0]})
             weight = builder.node("GatherND", [weights, place])
             out = builder.node("Mul", [out, builder.node("Unsqueeze", [weight, constant_of(builder, [1])])])
         target = builder.node("Unsqueeze", [tokens, constant_of(builder, [1])])
         y = builder.node("ScatterND", [y, target, out], attributes={"reduction": "add"})
-    if rest and rest[0] is not None:
+    if rest and rest[0] is not None:  # compensation
         y = builder.node("Add", [y, _compensation(builder, chosen, rest[0], experts)])
     builder.replace_output(node.outputs[0], y)
     return Tap(output=str((chosen if rule == "unit" else indices).name), kind="indices", top_k=top_k)

@@ -31,7 +31,7 @@ import numpy as np
 import onnx_ir as ir
 
 from moedge.export.graph.build import Builder, array_of, constant_of, remove_unused
-from moedge.export.graph.nodes import activations, has_biases, layer_of, nodes_of, smallest_weight
+from moedge.export.graph.nodes import KEEPS, activations, has_biases, keeps_large, layer_of, nodes_of, smallest_weight
 from moedge.export.lowering.ort import moe as ort_moe
 from moedge.export.lowering.ort.nbits import INT8_ACTIVATIONS, initializers
 from moedge.export.lowering.rule import Applied, ends
@@ -92,6 +92,8 @@ class FuseQMoE:
     def refuse(self, graph: ir.Model) -> str | None:
         """See :func:`refusal`."""
         nodes = nodes_of(graph, "SparseGLU")
+        if keeps_large(graph):
+            return KEEPS
         return refusal(
             activations=activations(graph), smallest_weight=smallest_weight(graph), biased=any(map(has_biases, nodes))
         )

@@ -22,6 +22,7 @@ from moedge.export.graph.build import remove_unused
 from moedge.export.graph.nodes import layer_of, nodes_of, routed_directly
 from moedge.export.lowering import Lowered, Rewrite, capabilities
 from moedge.export.lowering.check import selftest
+from moedge.export.lowering.gather import ExpandKeepLarge
 from moedge.export.lowering.rule import Applied, Rule, Work
 from moedge.export.lowering.trt import attention as trt_attention
 from moedge.export.lowering.trt import experts as trt_experts
@@ -85,8 +86,11 @@ def lower_half(
     rules: list[Rule] = [TurnRotary(attention), RewriteAttention(attention, dtype), RewriteExperts(form, why)]
     done = [work.start(rule) for rule in (rules[:2] if plugins else rules)]
     typed = half.convert(model, ir.DataType[dtype.upper()])
+    if nodes_of(model, "KeepLarge"):
+        rules.append(ExpandKeepLarge())
+        done.append(work.start(rules[-1]))
     if plugins:  # they need a graph whose types are known
-        done.append(work.start(rules[2]))
+        done.insert(2, work.start(rules[2]))
     else:
         _inline(model)
         if form == "native" and sparse:

@@ -20,7 +20,7 @@ import onnx_ir as ir
 from moedge import MoEdgeError
 from moedge.export.functions import DOMAIN
 from moedge.export.graph.build import Builder, array_of, constant_of, remove_unused, required, size, sizes
-from moedge.export.graph.nodes import active_of, nodes_of
+from moedge.export.graph.nodes import active_of, compensation_of, h_threshold_of, nodes_of
 from moedge.export.lowering.rule import Applied, Block
 from moedge.export.lowering.trt import native as trt_native
 from moedge.export.lowering.trt import plugins as trt_plugins
@@ -119,7 +119,7 @@ class _Layer:
         self.builder = Builder(model, before=node)
         self.node = node
         self.x, self.indices, self.weights, self.gate, self.up, self.down = node.inputs[:6]
-        self.compensation = node.inputs[6] if len(node.inputs) > 6 else None
+        self.compensation, self.h_threshold = compensation_of(node), h_threshold_of(node)
         self.experts, self.width, self.inputs = sizes(self.gate)
         self.hidden = size(self.down, 1)
         self._tokens = (required(self.x).shape or [None])[0]
@@ -169,9 +169,18 @@ class _Layer:
         g, u = (self.float("Gemm", [self.x, matrix], transB=1) for matrix in (gate, up))
         h = self.float("Mul", [self._activate(g), u])
         by_expert = self.float("Reshape", [h, constant_of(b, [-1, self.experts, self.width])])
+        if self.h_threshold is not None:
+            by_expert = self._keep_large(by_expert, self.h_threshold)
         weighted = self.float("Mul", [by_expert, factor])
         flat = self.float("Reshape", [weighted, constant_of(b, [-1, self.experts * self.width])])
         return self.float("MatMul", [flat, down])
+
+    def _keep_large(self, h: ir.Value, threshold: ir.Value) -> ir.Value:
+        """Leave small hidden values out; the node is expanded when the graph is typed (``lowering/gather.py``)."""
+        facts = {"ramp": self.node.attributes["ramp"].as_float()}
+        kept: ir.Value = self.builder.node("KeepLarge", [h, threshold], domain=DOMAIN, attributes=facts)
+        kept.type = ir.TensorType(ir.DataType.FLOAT)
+        return kept
 
     def _native(self) -> ir.Value:
         b, first = self.builder, constant_of(self.builder, [0])

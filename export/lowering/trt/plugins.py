@@ -20,7 +20,7 @@ from moedge.export import functions
 from moedge.export.device import plugins
 from moedge.export.functions import DOMAIN
 from moedge.export.graph.build import Builder, remove_unused, required, size, sizes
-from moedge.export.graph.nodes import active_of, nodes_of
+from moedge.export.graph.nodes import KEEPS, active_of, compensation_of, keeps_large, nodes_of
 from moedge.runtime.device.moedge_plugins import PLUGINS, node_type
 
 MOST_EXPERTS = 512
@@ -29,6 +29,8 @@ MOST_EXPERTS = 512
 
 def refusal(model: ir.Model) -> str | None:
     """Return why the kernels cannot take a layer of the model, or None. Types are not known yet: half follows."""
+    if keeps_large(model):
+        return KEEPS
     for node in nodes_of(model, "SparseGLU"):
         count, width, _ = sizes(node.inputs[3])
         if count > MOST_EXPERTS:
@@ -42,7 +44,7 @@ def rewrite(model: ir.Model) -> int:
     """Replace every SparseGLU of a typed graph in place and attach the bodies; return how many were replaced."""
     nodes = nodes_of(model, "SparseGLU")
     rule = {node.attributes["rule"].as_string() for node in nodes_of(model, "Route")}
-    facts = {(node.attributes["activation"].as_string(), len(node.inputs) == 7) for node in nodes}
+    facts = {(node.attributes["activation"].as_string(), compensation_of(node) is not None) for node in nodes}
     for node in nodes:
         _chain(model, node)
     remove_unused(model)

@@ -1,0 +1,88 @@
+"""No experts: every layer reads the weights of large inputs and large hidden values alone, token by token.
+
+What the published training-free methods do (TEAL, WINA), with one choice of our own: by default a value's worth is the
+KL that it costs to leave it out, and one price for the whole model decides (:mod:`moedge.convert.gather`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from moedge.convert import adapters
+from moedge.convert.methods.layers import Layers
+from moedge.convert.plan import RAMP, LayerPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from moedge._progress import Progress
+
+
+class GatherParams(BaseModel):
+    """Which values are left out, and how many."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    share: float = Field(default=0.75, gt=0, le=1, allow_inf_nan=False)
+    """Share of the dense FFN weights that a token reads on average over the calibration text."""
+    scores: Literal["fisher", "norms", "magnitude"] = "fisher"
+    """What a value is worth: the KL that it costs to leave it out (one price for all layers), its size times the norm
+    of the weights that read it (WINA), or its size (TEAL); the last two keep the same share in every layer."""
+    score_tokens: int = Field(default=4096, ge=1)
+    """Tokens of the calibration text on which the scores, and how much is read, are measured, in whole windows."""
+    ramp: float = Field(default=RAMP, gt=0, le=10, allow_inf_nan=False)
+    """A value grows from 0 at its threshold t to its own at (1 + ramp) t, so that rounding turns no decision."""
+
+
+def plan(
+    token_windows: np.ndarray, model: PreTrainedModel, params: GatherParams, progress: Progress | None = None
+) -> Layers:
+    """Plan every FFN: all neurons are shared, and thresholds say what is read.
+
+    Args:
+        token_windows: calibration ids, int64 [N, L].
+        model: the dense parent; it is not changed.
+        progress: called with (steps done, steps).
+
+    Raises:
+        MoEdgeError: no thresholds read the share that was asked for, or a model without GLU FFNs.
+    """
+    everything = [LayerPlan(np.arange(block.width, dtype=np.int32), [], 0) for block in adapters.ffns(model)]
+    return on_top(everything, token_windows, model, params, progress)
+
+
+def on_top(
+    layers: list[LayerPlan],
+    token_windows: np.ndarray,
+    model: PreTrainedModel,
+    params: GatherParams,
+    progress: Progress | None = None,
+) -> Layers:
+    """Give converted layers thresholds, so that the whole model reads ``params.share`` of its dense parent's FFNs.
+
+    Raises:
+        MoEdgeError: the layers read less than that already.
+    """
+    from moedge.convert import gather, offload
+
+    offload.refuse(model, "Leaving out small inputs", "convert without it")
+    some = token_windows[: max(1, params.score_tokens // token_windows.shape[1])]
+    if params.scores == "fisher":
+        scores = gather.fisher_scores(model, some, progress)
+
+        def make(level: float) -> list[LayerPlan]:
+            return gather.with_thresholds(layers, scores, level, params.ramp)
+
+        start = 1e-4
+    else:
+        ladders = gather.ladders(model, gather.static_scores(model, params.scores), some)
+
+        def make(level: float) -> list[LayerPlan]:
+            return gather.with_shares(layers, ladders, 1 / (1 + level), params.ramp)
+
+        start = (1 - params.share) / params.share or 1e-4
+    made, found = gather.fit(model, make, some, params.share, start=start)
+    return Layers(made, {"gather": {"share": round(found, 4), "tokens": int(some.size)}})

@@ -1,0 +1,58 @@
+"""``moedge::keep_large``: leave out the inputs of a linear layer that are small, token by token.
+
+A linear layer reads the weights of an input only to multiply them by it. Where the input is small the product is, and
+leaving it out is an error of known size; a kernel that multiplies one token then need not read those weights (TEAL,
+arXiv 2408.14690; WINA, arXiv 2505.19427, counts an input by the norm of its weights too). What is small says a
+calibrated threshold for each input, so a token with more large inputs keeps more.
+
+A hard threshold would be a decision: rounding turns it, and two runtimes then differ by a whole input. So the value
+grows from 0 at the threshold t to its own at (1 + ramp) t, and the model stays a continuous function of its inputs::
+
+    y_i = x_i * clamp((|x_i| - t_i) / (ramp * t_i), 0, 1)
+
+What is below its threshold is exactly 0 and need not be read; parity needs no replay of choices (docs/gather.md).
+
+Shapes: T tokens, K inputs. Importing this module registers the operator; it needs torch only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def factors(x: torch.Tensor, threshold: torch.Tensor, ramp: float) -> torch.Tensor:
+    """Return what each value is multiplied by, 0 to 1, float32 in the shape of x."""
+    return ((x.float().abs() - threshold) / (threshold * ramp)).clamp(0.0, 1.0)
+
+
+@torch.library.custom_op("moedge::keep_large", mutates_args=())
+def keep_large(x: torch.Tensor, threshold: torch.Tensor, ramp: float) -> torch.Tensor:
+    """Return x with its small values left out; NaN stays NaN.
+
+    Args:
+        x: [..., K].
+        threshold: float32, positive, in a shape that broadcasts against x: [K].
+        ramp: width of the ramp, more than 0.
+    """
+    return (x.float() * factors(x, threshold, ramp)).to(x.dtype)
+
+
+@keep_large.register_fake
+def _(x, threshold, ramp):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x)
+
+
+def _context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, threshold, ctx.ramp = inputs
+    ctx.save_for_backward(x, threshold)
+
+
+def _backward(ctx: Any, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    # Plain masking: the slope of the ramp itself, up to (1 + ramp) / ramp, would only add noise to training.
+    x, threshold = ctx.saved_tensors
+    return (d_y.float() * factors(x, threshold, ctx.ramp)).to(d_y.dtype), None, None
+
+
+keep_large.register_autograd(_backward, setup_context=_context)

@@ -1,0 +1,93 @@
+"""How many weights of its FFNs a converted model reads for a token: the honest axis of every comparison.
+
+At batch 1 a decode step takes as long as it takes to read the weights, and a converted FFN is faster by those that it
+does not read. Counted are gate and up of the kept inputs and active neurons, down of the kept neurons, and all of the
+router, in units of the dense FFN's 3 H D weights. (Compensation, biases and thresholds are vectors, and left out.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from moedge.convert.modeling import SparseFFN
+
+
+@dataclass
+class LayerReads:
+    """Counts of one FFN, over all tokens that it was called with."""
+
+    tokens: int = 0
+    x: float = 0.0
+    """Inputs of gate and up that were kept."""
+    h: float = 0.0
+    """Hidden values of active neurons that were kept."""
+
+    def add(self, which: str, values: torch.Tensor, threshold: torch.Tensor | None) -> None:
+        """Count values of ``x`` [T, H] (once a token) or ``h``, those above their threshold."""
+        kept = values.numel() if threshold is None else int((values.float().abs() > threshold).sum())
+        if which == "x":
+            self.tokens += len(values)
+            self.x += kept
+        else:
+            self.h += kept
+
+
+@dataclass
+class Reads:
+    """What a model's FFNs read, by layer."""
+
+    layers: dict[int, LayerReads] = field(default_factory=dict)
+    _active: dict[int, float] = field(default_factory=dict)
+    _router: dict[int, int] = field(default_factory=dict)
+    _hidden: int = 0
+
+    def share(self, width: int) -> float:
+        """Return the share of the FFN weights that a token reads, against dense FFNs of ``width`` neurons."""
+        shares = [self.of_layer(layer, width) for layer in self.layers]
+        return sum(shares) / len(shares) if shares else 1.0
+
+    def of_layer(self, layer: int, width: int) -> float:
+        """Return :meth:`share` of one layer; 1 where nothing ran."""
+        seen = self.layers[layer]
+        if not seen.tokens:
+            return 1.0
+        gate_up = 2 * self._active[layer] * seen.x / seen.tokens
+        down = self._hidden * seen.h / seen.tokens
+        return (gate_up + down + self._router[layer]) / (3 * self._hidden * width)
+
+    def kept(self, layer: int) -> tuple[float, float]:
+        """Return the shares of x, and of the active neurons' h, that a layer kept."""
+        seen = self.layers[layer]
+        tokens = seen.tokens or 1
+        return seen.x / tokens / self._hidden, seen.h / tokens / (self._active[layer] or 1)
+
+    def watch(self, ffn: SparseFFN) -> None:
+        """Count what ``ffn`` reads from now on."""
+        layer, widths = ffn.layer_index, ffn.expert_widths
+        self._hidden = int(ffn.shared_gate.shape[1])
+        self._active[layer] = len(ffn.shared_gate) + (ffn.top_k * sum(widths) / len(widths) if widths else 0.0)
+        self._router[layer] = sum(one.numel() for one in ffn.router.parameters()) if ffn.router is not None else 0
+        self.layers[layer] = LayerReads()
+        ffn.count = self.layers[layer].add
+
+
+@contextmanager
+def counted(model: torch.nn.Module) -> Iterator[Reads]:
+    """Count what the converted FFNs of ``model`` read while the block runs."""
+    from moedge.convert.modeling import SparseFFN
+
+    ffns = [module for module in model.modules() if isinstance(module, SparseFFN)]
+    reads = Reads()
+    for ffn in ffns:
+        reads.watch(ffn)
+    try:
+        yield reads
+    finally:
+        for ffn in ffns:
+            ffn.count = None

@@ -1,0 +1,58 @@
+"""KeepLarge, which leaves out small values, in standard operators for runtimes that know no functions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from moedge.export.graph.build import Builder, constant_of, required
+from moedge.export.graph.nodes import nodes_of
+from moedge.export.lowering.rule import Applied, Block
+
+
+def keep_large(builder: Builder, x: ir.Value, threshold: ir.Value, ramp: float) -> ir.Value:
+    """Insert what :func:`moedge.convert.ops.gather.keep_large` computes of a float32 ``x``; return it in float32."""
+
+    def node(op_type: str, *inputs: ir.Value) -> ir.Value:
+        made: ir.Value = builder.node(op_type, list(inputs))
+        made.type = ir.TensorType(ir.DataType.FLOAT)
+        made.shape = threshold.shape if op_type == "Mul" and x not in inputs else x.shape
+        return made
+
+    zero, one, width = (constant_of(builder, value, np.float32) for value in (0.0, 1.0, ramp))
+    part = node("Div", node("Sub", node("Abs", x), threshold), node("Mul", threshold, width))
+    return node("Mul", x, node("Clip", part, zero, one))
+
+
+@dataclass(frozen=True)
+class ExpandKeepLarge:
+    """Rule for every KeepLarge of a graph, typed or not: it computes in float32, between two casts if need be."""
+
+    name: str = "KeepLarge -> Abs, Sub, Div, Clip, Mul"
+
+    def refuse(self, graph: ir.Model) -> str | None:
+        """Nothing to refuse where there is one."""
+        return None if nodes_of(graph, "KeepLarge") else "no values are left out"
+
+    def apply(self, graph: ir.Model) -> Applied:
+        """Replace every node; the first and the last are tested."""
+        nodes = nodes_of(graph, "KeepLarge")
+        ends = dict.fromkeys(str(node.outputs[0].name) for node in (nodes[0], nodes[-1]))
+        for node in nodes:
+            _expand(graph, node)
+        return Applied(len(nodes), [Block(tuple(ends))])
+
+
+def _expand(graph: ir.Model, node: ir.Node) -> None:
+    builder, (x, threshold) = Builder(graph, before=node), map(required, node.inputs)
+    kind, wide = x.dtype, x
+    if kind != ir.DataType.FLOAT:
+        wide = builder.node("Cast", [x], attributes={"to": int(ir.DataType.FLOAT)})
+        wide.type, wide.shape = ir.TensorType(ir.DataType.FLOAT), x.shape
+    kept = keep_large(builder, wide, threshold, node.attributes["ramp"].as_float())
+    if kind is not None and kind != ir.DataType.FLOAT:
+        kept = builder.node("Cast", [kept], attributes={"to": int(kind)})
+        kept.type, kept.shape = x.type, x.shape
+    builder.replace_output(node.outputs[0], kept)

@@ -1,0 +1,102 @@
+// What one instruction set offers. A table of functions is chosen once, in kernels.cc; the operators call nothing else.
+//
+// Products read chosen rows of a matrix that is stored with one row for each *input*, so that an input that is zero
+// costs nothing. Tokens that are computed together are cut into tiles; the inputs of a tile of w tokens that begins at
+// token t lie at `x + t * rows`, element [row][token in tile].
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace moedge {
+
+constexpr size_t BLOCK = 32;  // inputs that share a scale
+constexpr size_t CELL = 4;    // inputs that one dot product instruction sums
+constexpr size_t LINE = 64;   // bytes of a row that are taken at once: 64 columns of 8 bits, 128 of 4 bits
+
+enum Activation : int { SILU = 0, GELU_TANH = 1, GELU = 2 };
+
+// y[t][n] += sum over rows of x[row][t] * weights[row][n], float32.
+struct FloatProduct {
+  const float* weights;
+  size_t columns;        // also the distance of two rows
+  const uint32_t* rows;  // which rows of `weights`; null: all, in order
+  size_t num_rows;
+  const float* x;
+  size_t tokens;
+  float* y;
+  size_t y_stride;
+};
+
+// One block of 32 inputs of an integer product.
+struct Block {
+  uint32_t scale_row;
+  uint32_t begin, end;  // its cells: each 4 rows that are read
+};
+
+// y[t][n] += sum over blocks of x_scale * scale[n] * sum over the block's rows of x[row][t] * (weight[row][n] - zero).
+struct IntProduct {
+  const uint8_t* weights;  // unsigned; columns permuted inside 64 bytes, see pack.py
+  size_t row_bytes;        // a multiple of LINE
+  size_t columns;          // what row_bytes hold
+  const void* scales;      // [blocks of the matrix][columns], float32 or float16
+  bool half;
+  const Block* blocks;
+  size_t num_cells;
+  const uint32_t* rows;   // 4 a cell
+  const int32_t* x;       // 4 signed bytes a cell and token
+  const float* x_scales;  // [block][token]
+  const int32_t* starts;  // [block][token]: -zero * sum of x
+  size_t tokens;
+  float* y;
+  size_t y_stride;
+};
+
+struct Kernels {
+  const char* name;
+  size_t float_tile, int_tile;  // most tokens of a tile
+
+  // Few tokens: each row once, from left to right, for all of them. Part [begin, end) of the rows or blocks.
+  void (*float_rows)(const FloatProduct&, size_t begin, size_t end);
+  void (*int8_rows)(const IntProduct&, size_t begin, size_t end);
+  void (*int4_rows)(const IntProduct&, size_t begin, size_t end);
+  // Many tokens: one strip of columns after the other. Part [begin, end) of the columns (floats) or lines (integers)
+  // and all rows, `rows` null; `scratch` has FLOAT_STRIP_SCRATCH floats. y is written, not added to.
+  void (*float_strips)(const FloatProduct&, size_t begin, size_t end, float* scratch);
+  void (*int8_strips)(const IntProduct&, size_t begin, size_t end, size_t num_blocks);
+  void (*int4_strips)(const IntProduct&, size_t begin, size_t end, size_t num_blocks);
+
+  // out = x where not |x| < threshold, else 0. A NaN is kept.
+  void (*mask)(const float* x, const float* threshold, size_t size, float* out);
+  // Rounds whole blocks to signed bytes. scale: largest |x| / 127, NaN if a value is not finite.
+  void (*round)(const float* x, size_t blocks, int8_t* q, float* scales, int32_t* sums);
+  // out = activation(gate) * up.
+  void (*glu)(const float* gate, const float* up, size_t size, int activation, float* out);
+};
+
+// Tokens are cut into the fewest tiles of at most `most`, as even as can be.
+struct Tiles {
+  size_t count, base, more;  // the first `more` tiles have base + 1 tokens
+  Tiles(size_t tokens, size_t most) : count((tokens + most - 1) / most), base(tokens / count), more(tokens % count) {}
+  size_t begin(size_t tile) const { return tile * base + (tile < more ? tile : more); }
+  size_t width(size_t tile) const { return base + (tile < more ? 1 : 0); }
+};
+
+// What float_strips() copies: rows at once, and floats of its scratch.
+constexpr size_t FLOAT_STRIP_ROWS = 512, FLOAT_STRIP_SCRATCH = 2 * FLOAT_STRIP_ROWS * 32;
+
+// Columns that a task of float_strips() has at least, for whole strips in every instruction set.
+constexpr size_t FLOAT_STRIP_COLUMNS = 64;
+
+// The best table that this processor runs, or the one that MOEDGE_CPU_ISA names. Throws Invalid for a name that is
+// unknown or that the processor cannot run.
+const Kernels& kernels();
+
+extern const Kernels PORTABLE;
+#if defined(__x86_64__)
+extern const Kernels AVX2, AVX_VNNI, AVX512_VNNI;
+#elif defined(__aarch64__)
+extern const Kernels NEON_DOT;
+#endif
+
+}  // namespace moedge

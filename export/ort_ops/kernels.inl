@@ -1,0 +1,525 @@
+// The kernels, once for every instruction set: an isa_*.cc includes this file after it has defined `struct V`, its
+// vector type. All is in an anonymous namespace, so that no function compiled for one set is linked in place of
+// another's. See docs/kernels-cpu.md for the order of the loops.
+//
+// V has LANES floats a vector, `Float`, `Int` (LANES int32, or 4 * LANES bytes) and the functions used below.
+
+// Loops over vectors are unrolled, so that arrays of vectors stay in registers.
+#define MOEDGE_UNROLL _Pragma("GCC unroll 16")
+
+namespace moedge {
+namespace {
+
+using Float = V::Float;
+using Int = V::Int;
+constexpr size_t LANES = V::LANES;
+constexpr size_t BYTES = 4 * LANES;       // of a vector
+constexpr size_t PARTS = LINE / BYTES;    // vectors a line
+constexpr size_t CELLS = BLOCK / CELL;    // of a block
+constexpr size_t STRIP = 2 * LANES;       // columns of a packed strip of floats
+
+// Into the second level of the cache: the first is too small for a block of rows.
+inline void prefetch(const void* address) {
+  __builtin_prefetch(address, 0, 2);
+  asm volatile("");  // or GCC takes a function that only prefetches for one without effect and drops its calls
+}
+
+// ---- float32
+
+// Lines to prefetch, one beside each row of a computation: many at once would hold it up.
+struct Ahead {
+  const float* first;
+  size_t stride;  // of two rows
+  size_t rows;
+
+  void line(size_t number) const {
+    constexpr size_t FLOATS = LINE / sizeof(float), LINES = (STRIP + FLOATS - 1) / FLOATS;
+    prefetch(first + number / LINES * stride + number % LINES * FLOATS);
+  }
+  size_t lines() const { return rows * ((STRIP * sizeof(float) + LINE - 1) / LINE); }
+};
+
+// y [W][STRIP] = or += rows of a strip times x [row][W].
+template <size_t W>
+void strip_block(const float* weights, size_t rows, const float* x, float* y, size_t y_stride, bool add,
+                 const Ahead& ahead) {
+  constexpr size_t N = STRIP / LANES;
+  Float sums[W][N];
+  if (add) {
+    MOEDGE_UNROLL
+    for (size_t t = 0; t < W; ++t)
+      MOEDGE_UNROLL
+      for (size_t i = 0; i < N; ++i) sums[t][i] = V::load(y + t * y_stride + i * LANES);
+  } else {
+    MOEDGE_UNROLL
+    for (size_t t = 0; t < W; ++t)
+      MOEDGE_UNROLL
+      for (size_t i = 0; i < N; ++i) sums[t][i] = V::set(0.0f);
+  }
+  const size_t lines = ahead.lines();
+  for (size_t r = 0; r < rows; ++r) {
+    if (r < lines) ahead.line(r);
+    Float w[N];
+    MOEDGE_UNROLL
+    for (size_t i = 0; i < N; ++i) w[i] = V::load(weights + r * STRIP + i * LANES);
+    MOEDGE_UNROLL
+    for (size_t t = 0; t < W; ++t) {
+      const Float value = V::set(x[r * W + t]);
+      MOEDGE_UNROLL
+      for (size_t i = 0; i < N; ++i) sums[t][i] = V::fma(value, w[i], sums[t][i]);
+    }
+  }
+  MOEDGE_UNROLL
+  for (size_t t = 0; t < W; ++t)
+    MOEDGE_UNROLL
+    for (size_t i = 0; i < N; ++i) V::store(y + t * y_stride + i * LANES, sums[t][i]);
+}
+
+using StripBlock = void (*)(const float*, size_t, const float*, float*, size_t, bool, const Ahead&);
+
+// Of each width, [0] unused.
+template <size_t... W>
+constexpr std::array<StripBlock, sizeof...(W) + 1> strip_blocks(std::index_sequence<W...>) {
+  return {nullptr, &strip_block<W + 1>...};
+}
+
+// Rows that are read side by side from left to right. More are more streams than the processor follows; fewer load and
+// store the sums more often.
+constexpr size_t rows_at_once(size_t width) { return width > 8 ? 16 : 8; }
+
+// How far ahead rows are prefetched: some 100 ns of the memory's bandwidth, and at least the next rows.
+constexpr size_t AHEAD_BYTES = 8192;
+
+template <size_t W>
+void float_pass(const FloatProduct& p, size_t begin, size_t count, size_t ahead, size_t end, size_t t) {
+  constexpr size_t ROWS = rows_at_once(W);
+  const float *rows[ROWS], *next[ROWS];
+  const float* x = p.x + t * p.num_rows + begin * W;
+  float* y = p.y + t * p.y_stride;
+  const size_t coming = begin + ahead < end ? std::min(count, end - begin - ahead) : 0;
+  for (size_t r = 0; r < count; ++r) rows[r] = p.weights + (p.rows ? p.rows[begin + r] : begin + r) * p.columns;
+  for (size_t r = 0; r < coming; ++r)
+    next[r] = p.weights + (p.rows ? p.rows[begin + ahead + r] : begin + ahead + r) * p.columns;
+  size_t c = 0;
+  for (; c + LANES <= p.columns; c += LANES) {
+    if (c % (LINE / sizeof(float)) == 0)
+      for (size_t r = 0; r < coming; ++r) prefetch(next[r] + c);
+    Float sums[W];
+    MOEDGE_UNROLL
+    for (size_t w = 0; w < W; ++w) sums[w] = V::load(y + w * p.y_stride + c);
+    const auto add = [&](size_t r) {
+      const Float weights = V::load(rows[r] + c);
+      MOEDGE_UNROLL
+      for (size_t w = 0; w < W; ++w) sums[w] = V::fma(V::set(x[r * W + w]), weights, sums[w]);
+    };
+    if (count == ROWS)
+      for (size_t r = 0; r < ROWS; ++r) add(r);
+    else
+      for (size_t r = 0; r < count; ++r) add(r);
+    MOEDGE_UNROLL
+    for (size_t w = 0; w < W; ++w) V::store(y + w * p.y_stride + c, sums[w]);
+  }
+  for (; c < p.columns; ++c)
+    for (size_t r = 0; r < count; ++r)
+      MOEDGE_UNROLL
+      for (size_t w = 0; w < W; ++w) y[w * p.y_stride + c] += x[r * W + w] * rows[r][c];
+}
+
+using FloatPass = void (*)(const FloatProduct&, size_t, size_t, size_t, size_t, size_t);
+template <size_t... W>
+constexpr std::array<FloatPass, sizeof...(W) + 1> float_passes(std::index_sequence<W...>) {
+  return {nullptr, &float_pass<W + 1>...};
+}
+
+void float_rows(const FloatProduct& p, size_t begin, size_t end) {
+  static constexpr auto PASSES = float_passes(std::make_index_sequence<V::FLOAT_TILE>());
+  const Tiles tiles(p.tokens, V::FLOAT_TILE);
+  const size_t rows = rows_at_once(tiles.width(tiles.count - 1)), pass_bytes = rows * p.columns * sizeof(float);
+  const size_t ahead = (AHEAD_BYTES + pass_bytes - 1) / pass_bytes * rows;
+  for (size_t r = begin; r < end; r += rows)
+    for (size_t tile = 0; tile < tiles.count; ++tile)  // the first of them prefetches
+      PASSES[tiles.width(tile)](p, r, std::min(rows, end - r), tile ? end : ahead, end, tiles.begin(tile));
+}
+
+// A part of a matrix that is copied to one place, [row][STRIP]: rows of a wide matrix are many pages apart, and where
+// their distance is a power of two, a cache holds few of them.
+struct Strip {
+  size_t begin, end;  // rows
+  size_t column, width;
+
+  // The next one in [first, last) of the columns: to the right, then further down.
+  Strip following(const FloatProduct& p, size_t first, size_t last, size_t height) const {
+    if (column + STRIP < last) return {begin, end, column + STRIP, std::min(STRIP, last - column - STRIP)};
+    return {end, std::min(end + height, p.num_rows), first, std::min(STRIP, last - first)};
+  }
+  const float* row(const FloatProduct& p, size_t r) const { return p.weights + (begin + r) * p.columns + column; }
+  // Rows of it, counted from its first.
+  Ahead ahead(const FloatProduct& p, size_t from, size_t to) const {
+    to = std::min(to, end - begin);
+    return {row(p, from), p.columns, from < to ? to - from : 0};
+  }
+  void copy(const FloatProduct& p, size_t from, size_t to, float* out) const {
+    for (size_t r = from; r < std::min(to, end - begin); ++r) {
+      const float* values = row(p, r);
+      if (width == STRIP) {
+        V::store(out + r * STRIP, V::load(values));
+        V::store(out + r * STRIP + LANES, V::load(values + LANES));
+      } else {
+        for (size_t i = 0; i < STRIP; ++i) out[r * STRIP + i] = i < width ? values[i] : 0.0f;
+      }
+    }
+  }
+};
+
+inline void strip_of_tile(const FloatProduct& p, const Strip& strip, const float* weights, const Tiles& tiles,
+                          size_t tile, const Ahead& ahead) {
+  static constexpr auto BLOCKS = strip_blocks(std::make_index_sequence<V::FLOAT_TILE>());
+  const size_t t = tiles.begin(tile), w = tiles.width(tile), rows = strip.end - strip.begin;
+  const float* x = p.x + t * p.num_rows + strip.begin * w;
+  float* y = p.y + t * p.y_stride + strip.column;
+  const bool add = strip.begin != 0;
+  if (strip.width == STRIP) return BLOCKS[w](weights, rows, x, y, p.y_stride, add, ahead);
+  float edge[V::FLOAT_TILE * STRIP] = {};
+  for (size_t i = 0; i < w && add; ++i)
+    std::copy(y + i * p.y_stride, y + i * p.y_stride + strip.width, edge + i * STRIP);
+  BLOCKS[w](weights, rows, x, edge, STRIP, true, ahead);
+  for (size_t i = 0; i < w; ++i) std::copy(edge + i * STRIP, edge + i * STRIP + strip.width, y + i * p.y_stride);
+}
+
+void float_strips(const FloatProduct& p, size_t begin, size_t end, float* scratch) {
+  if (begin == end || p.num_rows == 0) return;
+  const Tiles tiles(p.tokens, V::FLOAT_TILE);
+  const size_t height = Tiles(p.num_rows, FLOAT_STRIP_ROWS).width(0);
+  float *now = scratch, *next = scratch + FLOAT_STRIP_ROWS * STRIP;
+  Strip strip{0, height, begin, std::min(STRIP, end - begin)};
+  strip.copy(p, 0, height, now);
+  while (strip.begin < strip.end) {
+    const Strip coming = strip.following(p, begin, end, height);
+    // With each tile a slice of the next strip comes in: prefetched beside one tile, copied after the next.
+    const size_t slice = tiles.count > 1 ? (height + tiles.count - 2) / (tiles.count - 1) : height;
+    for (size_t tile = 0; tile < tiles.count; ++tile) {
+      strip_of_tile(p, strip, now, tiles, tile, coming.ahead(p, tile * slice, (tile + 1) * slice));
+      if (tile) coming.copy(p, (tile - 1) * slice, tile * slice, next);
+    }
+    if (tiles.count == 1) coming.copy(p, 0, height, next);
+    strip = coming;
+    std::swap(now, next);
+  }
+}
+
+// ---- integers
+
+// Four float scales, of the columns that the four vectors of a part have.
+template <bool HALF>
+inline void load_scales(const IntProduct& p, size_t row, size_t column, Float out[4]) {
+  const size_t at = row * p.columns + column;
+  MOEDGE_UNROLL
+  for (size_t i = 0; i < 4; ++i)
+    out[i] = HALF ? V::load_half(static_cast<const uint16_t*>(p.scales) + at + 16 * i)
+                  : V::load(static_cast<const float*>(p.scales) + at + 16 * i);
+}
+
+inline void add_scaled(const Int sums[4], const Float scales[4], float x_scale, float* y) {
+  const Float factor = V::set(x_scale);
+  MOEDGE_UNROLL
+  for (size_t i = 0; i < 4; ++i)
+    V::store(y + 16 * i, V::fma(V::to_float(sums[i]), V::mul(scales[i], factor), V::load(y + 16 * i)));
+}
+
+inline Int start(int32_t value) { return V::set_int(V::SIGNED ? 0 : value); }
+
+// The rows of a block, and those that come next.
+struct Rows {
+  const uint8_t* now[BLOCK];
+  const uint8_t* next[BLOCK];
+  size_t coming;            // of `next`
+  const char* next_scales;  // null: none
+};
+
+// One line of the rows of block b for W tokens, interleaved in registers: the least work for few tokens.
+template <bool FOUR, bool HALF, size_t W>
+inline void line_direct(const IntProduct& p, size_t b, const Rows& rows, size_t line, const int32_t* x) {
+  constexpr size_t NIBBLES = FOUR ? 2 : 1, SUMS = 4 * NIBBLES;
+  const Block block = p.blocks[b];
+  const size_t cells = block.end - block.begin;
+  MOEDGE_UNROLL
+  for (size_t part = 0; part < PARTS; ++part) {
+    Int sums[W][SUMS];
+    MOEDGE_UNROLL
+    for (size_t w = 0; w < W; ++w)
+      MOEDGE_UNROLL
+      for (size_t i = 0; i < SUMS; ++i) sums[w][i] = start(p.starts[b * W + w]);
+    for (size_t cell = 0; cell < cells; ++cell) {
+      Int bytes[4];
+      V::interleave(rows.now + 4 * cell, line * LINE + part * BYTES, bytes);
+      MOEDGE_UNROLL
+      for (size_t w = 0; w < W; ++w) {
+        const Int value = V::set_int(x[cell * W + w]);
+        MOEDGE_UNROLL
+        for (size_t i = 0; i < 4; ++i) {
+          sums[w][i] = V::dot<FOUR>(sums[w][i], FOUR ? V::low(bytes[i]) : V::whole(bytes[i]), value);
+          if (FOUR) sums[w][SUMS - 4 + i] = V::dot<FOUR>(sums[w][SUMS - 4 + i], V::high(bytes[i]), value);
+        }
+      }
+    }
+    MOEDGE_UNROLL
+    for (size_t nibble = 0; nibble < NIBBLES; ++nibble) {
+      const size_t column = (line * NIBBLES + nibble) * LINE + part * LANES;
+      Float scales[4];
+      load_scales<HALF>(p, block.scale_row, column, scales);
+      MOEDGE_UNROLL
+      for (size_t w = 0; w < W; ++w)
+        add_scaled(sums[w] + 4 * nibble, scales, p.x_scales[b * W + w], p.y + w * p.y_stride + column);
+    }
+  }
+}
+
+// The same from bytes that are interleaved already, [cell][4].
+template <bool FOUR, bool HALF, size_t W>
+inline void part_of_tile(const IntProduct& p, size_t b, const Int* bytes, const Float* scales, size_t column,
+                         const int32_t* x, size_t t) {
+  const size_t cells = p.blocks[b].end - p.blocks[b].begin;
+  Int sums[W][4];
+  MOEDGE_UNROLL
+  for (size_t w = 0; w < W; ++w)
+    MOEDGE_UNROLL
+    for (size_t i = 0; i < 4; ++i) sums[w][i] = start(p.starts[b * p.tokens + t + w]);
+  for (size_t cell = 0; cell < cells; ++cell) {
+    Int values[4];
+    MOEDGE_UNROLL
+    for (size_t i = 0; i < 4; ++i) values[i] = bytes[4 * cell + i];
+    MOEDGE_UNROLL
+    for (size_t w = 0; w < W; ++w) {
+      const Int value = V::set_int(x[cell * W + w]);
+      MOEDGE_UNROLL
+      for (size_t i = 0; i < 4; ++i) sums[w][i] = V::dot<FOUR>(sums[w][i], values[i], value);
+    }
+  }
+  MOEDGE_UNROLL
+  for (size_t w = 0; w < W; ++w)
+    add_scaled(sums[w], scales, p.x_scales[b * p.tokens + t + w], p.y + (t + w) * p.y_stride + column);
+}
+
+using PartOfTile = void (*)(const IntProduct&, size_t, const Int*, const Float*, size_t, const int32_t*, size_t);
+template <bool FOUR, bool HALF, size_t... W>
+constexpr std::array<PartOfTile, sizeof...(W) + 1> parts_of_tile(std::index_sequence<W...>) {
+  return {nullptr, &part_of_tile<FOUR, HALF, W + 1>...};
+}
+
+// One line of a block's rows for any number of tokens: interleaved once, then tile after tile.
+template <bool FOUR, bool HALF>
+inline void line_of_tiles(const IntProduct& p, size_t b, const Rows& rows, size_t line, const Tiles& tiles) {
+  static constexpr auto KERNELS = parts_of_tile<FOUR, HALF>(std::make_index_sequence<V::INT_TILE>());
+  constexpr size_t NIBBLES = FOUR ? 2 : 1;
+  const Block& block = p.blocks[b];
+  const size_t cells = block.end - block.begin;
+  Int bytes[NIBBLES][PARTS][CELLS * 4];
+  MOEDGE_UNROLL
+  for (size_t part = 0; part < PARTS; ++part)
+    for (size_t cell = 0; cell < cells; ++cell) {
+      Int four[4];
+      V::interleave(rows.now + 4 * cell, line * LINE + part * BYTES, four);
+      MOEDGE_UNROLL
+      for (size_t i = 0; i < 4; ++i) {
+        bytes[0][part][4 * cell + i] = FOUR ? V::low(four[i]) : V::whole(four[i]);
+        if (FOUR) bytes[NIBBLES - 1][part][4 * cell + i] = V::high(four[i]);
+      }
+    }
+  MOEDGE_UNROLL
+  for (size_t nibble = 0; nibble < NIBBLES; ++nibble)
+    MOEDGE_UNROLL
+    for (size_t part = 0; part < PARTS; ++part) {
+      const size_t column = (line * NIBBLES + nibble) * LINE + part * LANES;
+      Float scales[4];
+      load_scales<HALF>(p, block.scale_row, column, scales);
+      for (size_t tile = 0; tile < tiles.count; ++tile) {
+        const size_t t = tiles.begin(tile), width = tiles.width(tile);
+        KERNELS[width](p, b, bytes[nibble][part], scales, column, p.x + t * p.num_cells + block.begin * width, t);
+      }
+    }
+}
+
+inline void row_pointers(const IntProduct& p, size_t b, const uint8_t** out) {
+  const size_t begin = 4 * p.blocks[b].begin, end = 4 * p.blocks[b].end;
+  for (size_t r = begin; r < end; ++r) out[r - begin] = p.weights + p.rows[r] * p.row_bytes;
+}
+
+template <bool FOUR, bool HALF>
+inline void prefetch_line(const Rows& rows, size_t line) {
+  constexpr size_t SIZE = (HALF ? 2 : 4) * LINE * (FOUR ? 2 : 1);
+  for (size_t r = 0; r < rows.coming; ++r) prefetch(rows.next[r] + line * LINE);
+  for (size_t i = 0; i < SIZE && rows.next_scales; i += LINE) prefetch(rows.next_scales + line * SIZE + i);
+}
+
+// What is prefetched beside block b, of those up to `end`: as many rows as it has, or as are needed for AHEAD_BYTES.
+// `seen` is the first cell that was not prefetched yet.
+template <bool HALF>
+inline void look_ahead(const IntProduct& p, size_t b, size_t end, size_t& seen, Rows& rows) {
+  const size_t ahead = std::max(CELLS, AHEAD_BYTES / (4 * p.row_bytes));
+  const size_t until = std::min<size_t>(p.blocks[b].end + ahead, p.blocks[end - 1].end);
+  rows.coming = 0;
+  for (seen = std::max<size_t>(seen, p.blocks[b].end); seen < until && rows.coming < BLOCK; ++seen)
+    for (size_t r = 0; r < 4; ++r) rows.next[rows.coming++] = p.weights + p.rows[4 * seen + r] * p.row_bytes;
+  rows.next_scales = b + 1 < end ? static_cast<const char*>(p.scales) +
+                                       p.blocks[b + 1].scale_row * p.columns * (HALF ? 2 : 4) : nullptr;
+}
+
+// Line is called for each line of each block, rows from left to right.
+template <bool FOUR, bool HALF, typename Line>
+inline void each_line(const IntProduct& p, size_t begin, size_t end, Line line) {
+  Rows rows;
+  size_t seen = 0;
+  for (size_t b = begin; b < end; ++b) {
+    row_pointers(p, b, rows.now);
+    look_ahead<HALF>(p, b, end, seen, rows);
+    for (size_t i = 0; i < p.row_bytes / LINE; ++i) {
+      prefetch_line<FOUR, HALF>(rows, i);
+      line(b, rows, i);
+    }
+  }
+}
+
+template <bool FOUR, bool HALF, size_t W>
+void int_rows_for(const IntProduct& p, size_t begin, size_t end) {
+  each_line<FOUR, HALF>(p, begin, end, [&p](size_t b, const Rows& rows, size_t line) {
+    line_direct<FOUR, HALF, W>(p, b, rows, line, p.x + p.blocks[b].begin * W);
+  });
+}
+
+using IntRows = void (*)(const IntProduct&, size_t, size_t);
+template <bool FOUR, bool HALF, size_t... W>
+constexpr std::array<IntRows, sizeof...(W) + 1> int_rows_table(std::index_sequence<W...>) {
+  return {nullptr, &int_rows_for<FOUR, HALF, W + 1>...};
+}
+
+template <bool FOUR, bool HALF>
+void int_rows_of(const IntProduct& p, size_t begin, size_t end) {
+  // Four bits have twice the sums: of one token less they still fit into registers.
+  constexpr size_t MOST = FOUR ? V::INT_TILE - 1 : V::INT_TILE;
+  static constexpr auto DIRECT = int_rows_table<FOUR, HALF>(std::make_index_sequence<MOST>());
+  if (p.tokens <= MOST) return DIRECT[p.tokens](p, begin, end);
+  const Tiles tiles(p.tokens, V::INT_TILE);
+  each_line<FOUR, HALF>(p, begin, end, [&p, &tiles](size_t b, const Rows& rows, size_t line) {
+    line_of_tiles<FOUR, HALF>(p, b, rows, line, tiles);
+  });
+}
+
+template <bool FOUR, bool HALF>
+void int_strips_of(const IntProduct& p, size_t begin, size_t end, size_t num_blocks) {
+  constexpr size_t COLUMNS = LINE * (FOUR ? 2 : 1);
+  const Tiles tiles(p.tokens, V::INT_TILE);
+  for (size_t t = 0; t < p.tokens; ++t)
+    std::fill(p.y + t * p.y_stride + begin * COLUMNS, p.y + t * p.y_stride + end * COLUMNS, 0.0f);
+  Rows rows;
+  for (size_t line = begin; line < end; ++line) {
+    size_t seen = 0;
+    for (size_t b = 0; b < num_blocks; ++b) {
+      row_pointers(p, b, rows.now);
+      look_ahead<HALF>(p, b, num_blocks, seen, rows);
+      prefetch_line<FOUR, HALF>(rows, line);
+      line_of_tiles<FOUR, HALF>(p, b, rows, line, tiles);
+    }
+  }
+}
+
+template <bool FOUR>
+void int_rows(const IntProduct& p, size_t begin, size_t end) {
+  p.half ? int_rows_of<FOUR, true>(p, begin, end) : int_rows_of<FOUR, false>(p, begin, end);
+}
+
+template <bool FOUR>
+void int_strips(const IntProduct& p, size_t begin, size_t end, size_t num_blocks) {
+  p.half ? int_strips_of<FOUR, true>(p, begin, end, num_blocks) : int_strips_of<FOUR, false>(p, begin, end, num_blocks);
+}
+
+// ---- by element; plain loops that the compiler vectorises
+
+inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline float float_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+void mask(const float* x, const float* threshold, size_t size, float* out) {
+  for (size_t i = 0; i < size; ++i) out[i] = float_of(bits_of(x[i]) & 0x7fffffffu) < threshold[i] ? 0.0f : x[i];
+}
+
+void round_blocks(const float* x, size_t blocks, int8_t* q, float* scales, int32_t* sums) {
+  constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: added, it leaves an integer in the low bits, ties to even
+  for (size_t b = 0; b < blocks; ++b, x += BLOCK, q += BLOCK) {
+    int32_t most = 0;  // non-negative floats are ordered as their bits
+    for (size_t i = 0; i < BLOCK; ++i) most = std::max(most, static_cast<int32_t>(bits_of(x[i]) & 0x7fffffffu));
+    const bool finite = most < 0x7f800000;
+    const float peak = float_of(most);
+    const float inverse = finite && peak > 0 ? 127.0f / peak : 0.0f;
+    const float factor = inverse <= 3.402823466e38f ? inverse : 0.0f;  // below 4e-37 nothing is left
+    scales[b] = finite ? peak / 127.0f : float_of(0x7fc00000u);
+    int32_t sum = 0;
+    for (size_t i = 0; i < BLOCK; ++i) {
+      const float value = finite ? x[i] * factor : 0.0f;
+      const int32_t level = static_cast<int32_t>(bits_of(value + MAGIC)) - static_cast<int32_t>(bits_of(MAGIC));
+      q[i] = static_cast<int8_t>(level);
+      sum += level;
+    }
+    sums[b] = sum;
+  }
+}
+
+// e^x to 2 units in the last place, x clamped to what has a normal result; NaN stays NaN. (Cephes' polynomial.)
+inline float exponential(float x) {
+  constexpr float MAGIC = 12582912.0f;
+  x = x > 88.0f ? 88.0f : x;
+  x = x < -87.0f ? -87.0f : x;
+  const float shifted = x * 1.44269504f + MAGIC;
+  const float n = shifted - MAGIC;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  return float_of(bits_of(p) + (bits_of(shifted) << 23));
+}
+
+inline float silu(float g) { return g / (1.0f + exponential(-g)); }
+
+inline float gelu_tanh(float g) {
+  return g / (1.0f + exponential(-1.5957691216f * (g + 0.044715f * g * g * g)));
+}
+
+// 1.5e-7 from the exact one (Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26).
+inline float gelu(float g) {
+  const float z = float_of(bits_of(g) & 0x7fffffffu) * 0.70710678118f;
+  const float t = 1.0f / (1.0f + 0.3275911f * z);
+  float p = 1.061405429f;
+  p = p * t - 1.453152027f;
+  p = p * t + 1.421413741f;
+  p = p * t - 0.284496736f;
+  p = p * t + 0.254829592f;
+  const float tail = 0.5f * p * t * exponential(-z * z);
+  return g * (g < 0 ? tail : 1.0f - tail);
+}
+
+void glu(const float* gate, const float* up, size_t size, int activation, float* out) {
+  if (activation == SILU)
+    for (size_t i = 0; i < size; ++i) out[i] = silu(gate[i]) * up[i];
+  else if (activation == GELU_TANH)
+    for (size_t i = 0; i < size; ++i) out[i] = gelu_tanh(gate[i]) * up[i];
+  else
+    for (size_t i = 0; i < size; ++i) out[i] = gelu(gate[i]) * up[i];
+}
+
+}  // namespace
+}  // namespace moedge
+
+#define MOEDGE_KERNELS(NAME)                                                                          \
+  {NAME, V::FLOAT_TILE, V::INT_TILE, &float_rows, &int_rows<false>, &int_rows<true>, &float_strips,    \
+   &int_strips<false>, &int_strips<true>, &mask, &round_blocks, &glu}

@@ -1,0 +1,94 @@
+"""The library of CPU operators, compiled from the sources beside this file with g++.
+
+``onnxruntime.SessionOptions().register_custom_ops_library(path)`` is all that it takes to use it. It needs no header of
+ONNX Runtime (``abi.h`` declares what is used) and holds a table of kernels for each instruction set, so one file serves
+every processor of an architecture.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from moedge import MoEdgeError
+from moedge._files import digest, sha256_file
+
+FOLDER = Path(__file__).parent
+DOMAIN = "moedge.cpu"
+"""The domain of the operators, version 1."""
+
+FLAGS = (
+    *("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-Wl,-Bsymbolic", "-pthread"),
+    # Errors of libm are not asked for, and no exception of a float is: loops vectorise. A product and a sum are fused
+    # only where the source says so: rounding to integers has to agree with ONNX Runtime's.
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
+)
+
+
+def sources(folder: Path = FOLDER) -> dict[str, Path]:
+    """Return the files of C++ by their names: what a bundle carries so that another machine can compile it."""
+    return {path.name: path for path in sorted(folder.iterdir()) if path.suffix in (".cc", ".h", ".inl")}
+
+
+def compile_library(target: Path, folder: Path = FOLDER) -> Path:
+    """Compile the library from the sources in ``folder`` to the file ``target``; return its path.
+
+    Raises:
+        MoEdgeError: no g++, or it does not compile.
+    """
+    names = [str(path) for name, path in sources(folder).items() if name.endswith(".cc")]
+    done = subprocess.run(
+        [_compiler(), *FLAGS, *names, "-o", str(target)], capture_output=True, text=True, timeout=600, check=False
+    )
+    if done.returncode:
+        reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
+        raise MoEdgeError(f"g++ cannot compile the library of CPU operators in {folder}: {reason}")
+    return target
+
+
+def cached_library(cache: Path, folder: Path = FOLDER) -> Path:
+    """Return the library compiled from ``folder``, from ``cache`` if these sources were compiled before.
+
+    The key holds the sources, the flags and the version of g++. Processes that compile at the same time do no harm.
+
+    Raises:
+        MoEdgeError: no g++, it does not compile, or ``cache`` cannot be written.
+    """
+    target = cache / f"moedge-cpu-{key(sources(folder))[:32]}.so"
+    if target.is_file():
+        return target
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            os.replace(compile_library(Path(scratch) / target.name, folder), target)
+    except OSError as error:
+        raise MoEdgeError(
+            f"Cannot write to the cache {cache}: {error.strerror}; set MOEDGE_CACHE to a writable folder."
+        ) from error
+    return target
+
+
+def key(files: Mapping[str, Path]) -> str:
+    """Return the hash of what a compiled library depends on: its sources, the flags, g++ and the architecture.
+
+    Raises:
+        MoEdgeError: no g++.
+    """
+    version = subprocess.run([_compiler(), "--version"], capture_output=True, text=True, check=False).stdout
+    hashes = {name: sha256_file(path) for name, path in files.items()}
+    return digest([hashes, list(FLAGS), version, platform.machine()])
+
+
+def _compiler() -> str:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        raise MoEdgeError(
+            "The library of CPU operators is compiled with g++, which is not here: install it (Debian, Ubuntu: "
+            "apt install g++)."
+        )
+    return compiler

@@ -1,0 +1,118 @@
+"""Weights as the CPU operators read them: one row for each *input*, so that an input that is zero costs nothing.
+
+Float32 [N, K] becomes [K, N]: the bytes of a ``MatMul``'s weight. Integers of 8 and 4 bits keep the numbers of
+:class:`~moedge.export.quantize.format.Quantized` (unsigned, zero point 2**(bits-1), a scale for 32 inputs of one
+output) in rows of one input each, columns padded to whole lines of 64 bytes:
+
+- 8 bits: 64 columns a line; byte ``16 l + 4 i + e`` holds column ``16 i + 4 l + e`` (l, i, e in 0..3). The kernels
+  interleave four rows with instructions that work inside 16 bytes; with this order the sums come out in order.
+- 4 bits: 128 columns a line; the low halves of its bytes are columns 0 to 63 in that order, the high halves 64 to 127.
+
+Scales are [ceil(K / 32), columns], float32 or float16, 0 in the padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moedge import MoEdgeError
+from moedge.export.quantize.format import BLOCK, Quantized, unpack
+
+LINE = 64
+"""Bytes of a row that a kernel takes at once."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight [N, K], or a stack of them, in the layout of the operators.
+
+    ``weights`` float32 [..., K, N] or uint8 [..., K, columns * bits / 8]; ``scales`` float32 or float16
+    [..., ceil(K / 32), columns] or None (float32 weights).
+    """
+
+    weights: np.ndarray
+    scales: np.ndarray | None
+    bits: int
+    outputs: int
+    """N, without padding."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return self.weights.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    def dequantized(self) -> np.ndarray:
+        """Return the weight, float32 [..., N, K], read back from the stored bytes."""
+        if self.scales is None:
+            return np.ascontiguousarray(np.swapaxes(self.weights, -1, -2))
+        inputs = self.weights.shape[-2]
+        values = _in_order(self.weights, self.bits).astype(np.float32) - np.float32(2 ** (self.bits - 1))
+        values *= np.repeat(self.scales.astype(np.float32), BLOCK, axis=-2)[..., :inputs, :]
+        return np.ascontiguousarray(np.swapaxes(values[..., : self.outputs], -1, -2))
+
+
+def pack_floats(weight: np.ndarray) -> Packed:
+    """Pack float32 [..., N, K]."""
+    rows = np.ascontiguousarray(np.swapaxes(weight, -1, -2), np.float32)
+    return Packed(rows, None, 32, weight.shape[-2])
+
+
+def pack(value: Quantized, half_scales: bool = False) -> Packed:
+    """Pack a quantised matrix or stack.
+
+    Args:
+        value: symmetric, blocks of 32.
+        half_scales: store scales as float16; they must be ones that float16 holds, see :func:`round_scales`.
+
+    Raises:
+        MoEdgeError: blocks of another size, zero points, or a scale that float16 changes.
+    """
+    if value.zero_points is not None:
+        raise MoEdgeError("The CPU operators take symmetric weights; quantise with method rtn or gptq.")
+    levels = unpack(value.packed, value.bits)
+    if levels.shape[-1] != BLOCK:
+        raise MoEdgeError(f"The CPU operators take blocks of {BLOCK} inputs; these are {levels.shape[-1]}.")
+    outputs = levels.shape[-3]
+    rows = np.swapaxes(levels.reshape(*levels.shape[:-2], -1)[..., : value.columns], -1, -2)
+    padding = [(0, 0)] * (rows.ndim - 1) + [(0, -outputs % (LINE * 8 // value.bits))]
+    rows = np.pad(rows, padding, constant_values=2 ** (value.bits - 1))
+    scales = np.pad(np.swapaxes(value.scales, -1, -2), padding)
+    if half_scales:
+        halves = scales.astype(np.float16)
+        if not np.array_equal(halves.astype(np.float32), scales):
+            raise MoEdgeError("A scale is none that float16 holds; round the scales first (round_scales).")
+        scales = halves
+    return Packed(_permuted(rows, value.bits), np.ascontiguousarray(scales), value.bits, outputs)
+
+
+def round_scales(value: Quantized) -> Quantized:
+    """Return the same levels with the nearest scales of float16: the weights that ``half_scales`` stores.
+
+    Raises:
+        MoEdgeError: a scale is too large for float16.
+    """
+    with np.errstate(over="ignore"):
+        scales = value.scales.astype(np.float16).astype(np.float32)
+    if not np.isfinite(scales).all():
+        raise MoEdgeError("A scale is above 65504 and float16 does not hold it; keep float32 scales.")
+    return Quantized(value.packed, scales, value.zero_points, value.bits, value.columns)
+
+
+def _permuted(rows: np.ndarray, bits: int) -> np.ndarray:
+    """Levels [..., columns] to stored bytes."""
+    cells = np.swapaxes(rows.reshape(*rows.shape[:-1], -1, 4, 4, 4), -2, -3)
+    lines = cells.reshape(*rows.shape[:-1], -1, LINE)
+    if bits == 4:
+        lines = lines[..., ::2, :] | (lines[..., 1::2, :] << 4)
+    return np.ascontiguousarray(lines.reshape(*rows.shape[:-1], -1))
+
+
+def _in_order(stored: np.ndarray, bits: int) -> np.ndarray:
+    """Stored bytes to levels [..., columns]."""
+    lines = stored.reshape(*stored.shape[:-1], -1, LINE)
+    if bits == 4:
+        lines = np.stack([lines & 15, lines >> 4], axis=-2)
+    cells = lines.reshape(*stored.shape[:-1], -1, 4, 4, 4)
+    return np.swapaxes(cells, -2, -3).reshape(*stored.shape[:-1], -1)

@@ -1,0 +1,386 @@
+"""The CPU operators of domain moedge.cpu: their numbers, on every instruction set this machine has, and what they refuse.
+
+Integers are compared with ONNX Runtime's own ``MatMulNBits`` (accuracy level 4) on the masked input: the same levels,
+the same rounding of inputs in blocks of 32, exact sums inside a block; only the order of the sums of blocks differs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import psutil
+import pytest
+from onnx import helper, numpy_helper
+
+from moedge import MoEdgeError
+from moedge.convert.sources import assets
+from moedge.export.ort_ops import library, pack
+from moedge.export.quantize.format import Quantized, quantize
+
+ISAS = ("avx512-vnni", "avx-vnni", "avx2", "neon-dot", "portable")
+TOKENS = (1, 2, 3, 5, 16, 17, 49)
+"""Each way through the kernels: one token, few, more than a tile, many."""
+
+SAME = 5e-6
+"""Of the largest result: float32 sums of up to a hundred blocks in another order."""
+
+
+@pytest.fixture(scope="module")
+def built() -> Path:
+    """The library, compiled once for this machine."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    return library.cached_library(assets.cache_dir() / "ort-ops")
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest, built: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every instruction set of this processor, in use for the nodes that are made while it is set."""
+    monkeypatch.setenv("MOEDGE_CPU_ISA", request.param)
+    try:
+        linear(built, pack.pack_floats(np.ones((2, 2), np.float32)), None)
+    except Exception as error:
+        if "this processor runs" not in str(error):
+            raise
+        pytest.skip(f"this processor has no {request.param}")
+    return str(request.param)
+
+
+def session(
+    built: Path | None, nodes: list[onnx.NodeProto], weights: dict[str, Any], inputs: int, outputs: int, threads: int = 1
+) -> onnxruntime.InferenceSession:
+    graph = helper.make_graph(
+        nodes,
+        "test",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, None)],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(value, name) for name, value in weights.items() if value is not None],
+    )
+    opsets = [helper.make_opsetid(*pair) for pair in (("", 21), (library.DOMAIN, 1), ("com.microsoft", 1))]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 4
+    if built is not None:
+        options.register_custom_ops_library(str(built))
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+
+
+def run(made: onnxruntime.InferenceSession, x: np.ndarray) -> np.ndarray:
+    return np.asarray(made.run(None, {"x": x})[0])
+
+
+def names(weights: dict[str, Any], *wanted: str) -> list[str]:
+    """Names of inputs, empty where there is none."""
+    return [name if name == "x" or weights.get(name) is not None else "" for name in wanted]
+
+
+def linear(
+    built: Path, weight: pack.Packed, threshold: np.ndarray | None, bias: np.ndarray | None = None, **changes: Any
+) -> onnxruntime.InferenceSession:
+    weights = {"t": threshold, "w": weight.weights, "s": weight.scales, "b": bias, **changes.pop("weights", {})}
+    inputs = weight.weights.shape[0]
+    attributes = {"K": inputs, "N": weight.outputs, "bits": weight.bits, **changes}
+    attributes = {name: value for name, value in attributes.items() if value is not None}
+    node = helper.make_node(
+        "GatherLinear", names(weights, "x", "t", "w", "s", "b"), ["y"], domain=library.DOMAIN, **attributes
+    )
+    return session(built, [node], weights, inputs, weight.outputs)
+
+
+def glu(
+    built: Path,
+    gate_up: pack.Packed,
+    down: pack.Packed,
+    x_threshold: np.ndarray | None,
+    h_threshold: np.ndarray | None,
+    activation: str = "silu",
+    threads: int = 1,
+    gate_up_bias: np.ndarray | None = None,
+    down_bias: np.ndarray | None = None,
+) -> onnxruntime.InferenceSession:
+    weights = {"xt": x_threshold, "gu": gate_up.weights, "gs": gate_up.scales, "ht": h_threshold}
+    weights |= {"d": down.weights, "ds": down.scales, "gb": gate_up_bias, "db": down_bias}
+    sizes = {"hidden": down.outputs, "inner": gate_up.outputs // 2, "bits": down.bits}
+    inputs = names(weights, "x", "xt", "gu", "gs", "ht", "d", "ds", "gb", "db")
+    node = helper.make_node("GatherGLU", inputs, ["y"], domain=library.DOMAIN, activation=activation, **sizes)
+    return session(built, [node], weights, down.outputs, down.outputs, threads)
+
+
+def nbits(value: Quantized) -> Callable[[np.ndarray], np.ndarray]:
+    """ONNX Runtime's own product."""
+    rows = value.packed.shape[0]
+    sizes = {"K": value.columns, "N": rows, "bits": value.bits, "block_size": 32, "accuracy_level": 4}
+    node = helper.make_node("MatMulNBits", ["x", "q", "s"], ["y"], domain="com.microsoft", **sizes)
+    made = session(None, [node], {"q": value.packed, "s": value.scales}, value.columns, rows)
+    return lambda x: run(made, x)
+
+
+def mask(x: np.ndarray, threshold: np.ndarray) -> np.ndarray:
+    return np.where(np.abs(x) < threshold, np.float32(0), x)
+
+
+def activate(gate: np.ndarray, activation: str) -> np.ndarray:
+    if activation == "silu":
+        return gate / (1 + np.exp(-gate))
+    if activation == "gelu_tanh":
+        return 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
+    return 0.5 * gate * (1 + np.vectorize(math.erf)(gate / np.sqrt(2)))
+
+
+def random(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def difference(y: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.abs(y - wanted).max() / np.abs(wanted).max())
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(70, 50), (160, 192)])
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_integers_are_those_of_onnx_runtime(
+    built: Path, isa: str, bits: int, half: bool, inputs: int, outputs: int
+) -> None:
+    value = quantize(random(1, outputs, inputs), bits)
+    value = pack.round_scales(value) if half else value
+    threshold = np.abs(random(2, inputs)) * np.float32(0.7)
+    ours, theirs = linear(built, pack.pack(value, half), threshold), nbits(value)
+    for tokens in TOKENS:
+        x = random(tokens, tokens, inputs)
+        assert difference(run(ours, x), theirs(mask(x, threshold))) < SAME, tokens
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(70, 50), (600, 130)])
+def test_floats_are_right_to_their_rounding(built: Path, isa: str, inputs: int, outputs: int) -> None:
+    weight, bias = random(1, outputs, inputs), random(3, outputs)
+    threshold = np.abs(random(2, inputs)) * np.float32(0.7)
+    ours = linear(built, pack.pack_floats(weight), threshold, bias)
+    for tokens in TOKENS:
+        x = random(tokens, tokens, inputs)
+        kept = mask(x, threshold).astype(np.float64)
+        # Each of K additions and products rounds to 2**-24 of what was summed so far.
+        bound = (inputs + 2) * 2.0**-24 * (np.abs(kept) @ np.abs(weight.T) + np.abs(bias))
+        assert (np.abs(run(ours, x) - (kept @ weight.T + bias)) <= bound).all(), tokens
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu"])
+def test_the_whole_ffn_in_float32(built: Path, isa: str, activation: str) -> None:
+    hidden, inner = 48, 90
+    gate_up, down = random(1, 2 * inner, hidden) / 7, random(2, hidden, inner) / 9
+    thresholds = np.abs(random(3, hidden)) / 2, np.abs(random(4, inner)) / 20
+    biases = random(5, 2 * inner) / 10, random(6, hidden)
+    made = glu(built, pack.pack_floats(gate_up), pack.pack_floats(down), *thresholds, activation, 1, *biases)
+    for tokens in TOKENS:
+        x = random(tokens, tokens, hidden) * 2
+        both = mask(x, thresholds[0]).astype(np.float64) @ gate_up.T + biases[0]
+        h = activate(both[:, :inner], activation) * both[:, inner:]
+        near = np.abs(np.abs(h) - thresholds[1]) < 1e-6  # kept or not by rounding alone: either is right
+        wanted = np.where(np.abs(h) < thresholds[1], 0, h) @ down.T + biases[1]
+        slack = (near * np.abs(h)) @ np.abs(down.T)
+        assert (np.abs(run(made, x) - wanted) <= 3e-6 * np.abs(wanted).max() + slack).all(), tokens
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_whole_ffn_in_integers(built: Path, isa: str, bits: int) -> None:
+    hidden, inner = 96, 150
+    gate_up, down = (quantize(random(n, *shape) / 10, bits) for n, shape in enumerate(((300, 96), (96, 150))))
+    thresholds = np.abs(random(3, hidden)) / 2, np.abs(random(4, inner)) / 20
+    made = glu(built, pack.pack(gate_up), pack.pack(down), *thresholds)
+    first, second = nbits(gate_up), nbits(down)
+    for tokens in TOKENS:
+        x = random(tokens, tokens, hidden)
+        both = first(mask(x, thresholds[0]))
+        h = mask(activate(both[:, :inner], "silu") * both[:, inner:], thresholds[1])
+        y, wanted = run(made, x), second(h)
+        # Where h lies between two levels, the last bit of a float32 decides: one level of one input of the product.
+        level = np.abs(h).max() / 127 * np.abs(down.dequantized()).max()
+        assert np.abs(y - wanted).max() <= 2 * level, tokens
+        assert np.median(np.abs(y - wanted)) < SAME * np.abs(wanted).max(), tokens
+
+
+def test_three_dimensions_and_none(built: Path) -> None:
+    weight = pack.pack_floats(random(1, 12, 20))
+    made, x = linear(built, weight, None), random(2, 6, 20)
+    assert np.array_equal(run(made, x.reshape(2, 3, 20)), run(made, x).reshape(2, 3, 12))
+    assert run(made, x[:0]).shape == (0, 12)
+
+
+def test_mistakes_are_seen(built: Path) -> None:
+    """A wrong order of channels, a threshold that is ignored, one on the wrong input: each far outside the limits."""
+    hidden = inner = 64
+    gate_up, down = (quantize(random(n, *shape), 8) for n, shape in enumerate(((128, 64), (64, 64))))
+    a, b = pack.pack(gate_up), pack.pack(down)
+    x_threshold, h_threshold = np.abs(random(3, hidden)), np.abs(random(4, inner)) * 30
+    x = random(5, 3, hidden)
+    right = run(glu(built, a, b, x_threshold, h_threshold), x)
+    shuffled = pack.Packed(a.weights[::-1].copy(), a.scales, a.bits, a.outputs)
+    for wrong in (
+        glu(built, shuffled, b, x_threshold, h_threshold),
+        glu(built, a, b, x_threshold[::-1].copy(), h_threshold),
+        glu(built, a, b, None, h_threshold),
+        glu(built, a, b, x_threshold, None),
+        glu(built, a, b, h_threshold, x_threshold),
+    ):
+        assert difference(run(wrong, x), right) > 1e-2
+
+
+@pytest.mark.parametrize("bits", [32, 8, 4])
+def test_hostile_values(built: Path, isa: str, bits: int) -> None:
+    weight = random(1, 40, 64)
+    packed = pack.pack_floats(weight) if bits == 32 else pack.pack(quantize(weight, bits))
+    everything = run(linear(built, packed, None), random(2, 4, 64))
+    assert np.array_equal(run(linear(built, packed, np.zeros(64, np.float32)), random(2, 4, 64)), everything)
+    nothing = np.full(64, np.inf, np.float32)
+    for tokens in (1, 4, 20, 60):
+        x = random(2, tokens, 64)
+        assert not run(linear(built, packed, nothing), x).any()
+        made = linear(built, packed, None)
+        assert not run(made, np.zeros_like(x)).any()
+        clean = run(made, x)
+        for value in (np.nan, np.inf, -np.inf):
+            x[0, 33] = value
+            y = run(made, x)
+            assert not np.isfinite(y[0]).any(), "what is not finite stays so"
+            assert np.array_equal(y[1:], clean[1:]), "and in its own token"
+        x[0, 33] = np.nan
+        assert np.isnan(run(linear(built, packed, nothing), x)[0]).all(), "a NaN is below no threshold"
+        tiny = np.full_like(x, 1e-42)
+        assert np.isfinite(run(made, tiny)).all()
+
+
+def test_numbers_do_not_depend_on_threads(built: Path) -> None:
+    gate_up, down = (quantize(random(n, *shape), 8) for n, shape in enumerate(((2048, 512), (512, 1024))))
+    one, two = (glu(built, pack.pack(gate_up), pack.pack(down), None, None, threads=count) for count in (1, 2))
+    for tokens in (1, 3, 20):
+        x = random(tokens, tokens, 512)
+        assert np.array_equal(run(one, x), run(two, x))
+
+
+def test_threads_share_a_session(built: Path) -> None:
+    made = linear(built, pack.pack(quantize(random(1, 96, 256), 4)), np.full(256, 0.5, np.float32))
+    inputs = [random(n, 1 + n % 3, 256) for n in range(4)]
+    wanted = [run(made, x) for x in inputs]
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        for _ in range(50):
+            if not np.array_equal(run(made, inputs[number]), wanted[number]):
+                wrong.append(number)
+
+    workers = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert wrong == []
+
+
+def test_sessions_leave_nothing_behind(built: Path) -> None:
+    packed, x = pack.pack_floats(random(1, 512, 1024)), random(2, 1, 1024)  # 2 MiB
+    memory: list[int] = []
+    for _ in range(24):
+        run(linear(built, packed, None), x)
+        memory.append(psutil.Process().memory_info().rss)
+    assert memory[-1] - memory[8] < 8 << 20
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"K": None}, "attribute K is missing"),
+        ({"K": 0}, "attribute K is 0; it has to be 1 to"),
+        ({"bits": 3}, "attribute bits is 3; it has to be 32"),
+        ({"weights": {"t": np.zeros(7, np.float32)}}, r"input threshold is float32 \[7\]; it has to be float32 \[64\]"),
+        ({"weights": {"w": np.zeros((64, 64), np.int8)}}, r"input weight is .*; it has to be uint8 \[64, 64\]"),
+        ({"weights": {"w": np.zeros((64, 63), np.uint8)}}, r"input weight is uint8 \[64, 63\]; it has to be uint8"),
+        ({"weights": {"s": None}}, r"input weight_scales is missing; it has to be float32 \[2, 64\]"),
+        ({"weights": {"s": np.zeros((2, 40), np.float32)}}, r"input weight_scales is float32 \[2, 40\]"),
+        ({"weights": {"s": np.zeros((2, 64), np.int32)}}, r"input weight_scales is int32 \[2, 64\]"),
+        ({"weights": {"b": np.zeros(41, np.float32)}}, r"input bias is float32 \[41\]; it has to be float32 \[40\]"),
+        ({"bits": 32}, "input weight is uint8 .*; it has to be float32"),
+    ],
+)
+def test_what_is_wrong_is_said(built: Path, changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(Exception, match=f"moedge::GatherLinear: {sentence}"):
+        run(linear(built, pack.pack(quantize(random(1, 40, 64), 8)), None, **changes), random(2, 1, 64))
+
+
+def test_an_input_of_another_shape_is_refused(built: Path) -> None:
+    made = linear(built, pack.pack_floats(random(1, 12, 20)), None)
+    for shape in ((20,), (3, 19), (1, 2, 3, 20)):
+        with pytest.raises(Exception, match=r"input x is float32 .*; it has to be float32 \[T, 20\] or \[B, S, 20\]"):
+            run(made, np.zeros(shape, np.float32))
+
+
+def test_an_unknown_activation_or_instruction_set_is_refused(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = pack.pack_floats(random(1, 8, 4)), pack.pack_floats(random(2, 4, 4))
+    with pytest.raises(Exception, match="attribute activation is 'relu'; it has to be silu"):
+        glu(built, *packed, None, None, "relu")
+    monkeypatch.setenv("MOEDGE_CPU_ISA", "z80")
+    with pytest.raises(Exception, match="MOEDGE_CPU_ISA is 'z80'; this processor runs .*portable"):
+        glu(built, *packed, None, None)
+
+
+def test_the_interface_is_the_one_that_was_declared(built: Path) -> None:
+    """``abi.h`` is right for this release of ONNX Runtime: version 17 of the table is there, and a small model runs."""
+    for name in os.listdir(Path(onnxruntime.__file__).parent / "capi"):
+        if name.startswith("onnxruntime_pybind11_state"):
+            loaded = ctypes.CDLL(str(Path(onnxruntime.__file__).parent / "capi" / name))
+    if hasattr(loaded, "OrtGetApiBase"):
+        loaded.OrtGetApiBase.restype = ctypes.POINTER(ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint32))
+        assert loaded.OrtGetApiBase()[0](17)
+    made = linear(built, pack.pack_floats(np.array([[1, 2], [3, 4]], np.float32)), np.array([0, 2], np.float32))
+    assert run(made, np.array([[1, 1], [1, 2]], np.float32)).tolist() == [[1, 3], [5, 11]]
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("shape", [(50, 70), (3, 48, 33)])
+def test_packed_bytes_are_read_back(bits: int, half: bool, shape: tuple[int, ...]) -> None:
+    value = pack.round_scales(quantize(random(1, *shape), bits))
+    packed = pack.pack(value, half)
+    assert np.array_equal(packed.dequantized(), value.dequantized())
+    assert packed.scales is not None
+    assert packed.scales.dtype == (np.float16 if half else np.float32)
+
+
+def test_what_cannot_be_packed_is_refused() -> None:
+    weight = random(1, 8, 64)
+    with pytest.raises(MoEdgeError, match="symmetric"):
+        pack.pack(quantize(weight, 4, "rtn-asymmetric"))
+    with pytest.raises(MoEdgeError, match="blocks of 32 inputs; these are 64"):
+        pack.pack(quantize(weight, 4, block=64))
+    with pytest.raises(MoEdgeError, match="round the scales first"):
+        pack.pack(quantize(weight, 4), half_scales=True)
+    with pytest.raises(MoEdgeError, match="above 65504"):
+        pack.round_scales(quantize(weight * 1e8, 4))
+
+
+def test_a_library_is_compiled_once(built: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(library, "compile_library", lambda *_: pytest.fail("compiled again"))
+    assert library.cached_library(built.parent) == built
+    for name, path in library.sources().items():
+        shutil.copy(path, tmp_path / name)
+    assert library.key(library.sources(tmp_path)) in (key := library.key(library.sources()))
+    (tmp_path / "ops.cc").write_text("// another\n", encoding="utf-8")
+    assert library.key(library.sources(tmp_path)) != key
+
+
+def test_what_does_not_compile_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ops.cc").write_text("int nothing = ;\n", encoding="utf-8")
+    if shutil.which("g++"):
+        with pytest.raises(MoEdgeError, match="cannot compile the library of CPU operators in .*error"):
+            library.compile_library(tmp_path / "ops.so", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(MoEdgeError, match="compiled with g\\+\\+, which is not here: install it"):
+        library.compile_library(tmp_path / "ops.so")
