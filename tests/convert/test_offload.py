@@ -142,6 +142,8 @@ def test_what_needs_all_weights_is_refused(
     for method, params in (("moedge", LAYOUT), ("flap", {"keep": 0.5})):
         with pytest.raises(MoEdgeError, match=r"budget: measured needs the whole model in memory.*use budget: uniform"):
             methods.convert(method, IDS, sources.open_model(folder), budget="measured", **params)
+    with pytest.raises(MoEdgeError, match=r"small inputs needs the whole model in memory.*convert without it"):
+        methods.convert("gather", IDS, sources.open_model(folder))
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.layers.2.self_attn.q_proj.weight"])
