@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import moedge
 from moedge import MoEdgeError
 from moedge.convert import adapters, calibration, methods, modeling, offload, sources, streaming
 
@@ -157,3 +158,19 @@ def test_weights_that_are_not_finite_are_named(
     with pytest.raises(MoEdgeError, match=f"Weight {name} holds NaN or infinity"):
         converted(folder, tmp_path / "out", tiny_tokenizer, "cmoe", **METHODS["cmoe"])
     assert not (tmp_path / "out").exists()
+
+
+def test_the_public_function_gives_the_same_folder(
+    scarce: Callable[[bool], None], tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    folder = saved(tiny_model("llama", layers=3), tmp_path / "dense", tiny_tokenizer)
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"line {i} of {i * i % 97}" for i in range(200)), encoding="utf-8")
+    files = []
+    for on_disk in (False, True):
+        scarce(on_disk)
+        out = tmp_path / str(on_disk)
+        moedge.convert_model(folder, out, method="cmoe", text=text, windows=3, length=32, batch_size=2, k_a=5, **LAYOUT)
+        files.append({path.name: path.read_bytes() for path in out.iterdir()})
+    assert files[0] == files[1]
+    assert "model.safetensors" in files[0]
