@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import moedge
 from moedge import MoEdgeError
@@ -174,3 +175,32 @@ def test_the_public_function_gives_the_same_folder(
         files.append({path.name: path.read_bytes() for path in out.iterdir()})
     assert files[0] == files[1]
     assert "model.safetensors" in files[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"), "layers.1.mlp.up_proj.weight is missing"),
+        (lambda tensors: tensors.update({"extra.weight": torch.ones(2)}), "extra.weight has no place in the model"),
+        (lambda tensors: tensors.update({"model.norm.weight": torch.ones(3)}), r"model.norm.weight has shape \[3\]"),
+        (
+            lambda tensors: tensors.update({"lm_head.weight": torch.ones(260, 32)}),
+            "lm_head.weight differs from",
+        ),
+    ],
+)
+def test_files_of_another_model_are_refused(
+    change: Callable[[dict[str, torch.Tensor]], Any],
+    message: str,
+    scarce: Callable[[bool], None],
+    tiny_model: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    tiny_model("llama", layers=3, tie_word_embeddings=True).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    for on_disk in (False, True):
+        scarce(on_disk)
+        with pytest.raises(MoEdgeError, match=message):
+            sources.open_model(tmp_path)
