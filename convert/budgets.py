@@ -24,7 +24,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def loss_curves(model: PreTrainedModel, token_windows: np.ndarray, *, seed: int = 0) -> list[np.ndarray]:
+SEED = 0
+"""Of the tokens that :func:`loss_curves` draws from the model's predictions."""
+
+
+def loss_curves(model: PreTrainedModel, token_windows: np.ndarray) -> list[np.ndarray]:
     """Estimate, layer by layer, the KL of the model's predictions when this FFN alone keeps its n best neurons.
 
     Best is FLAP's order (variance times ``|down_i|^2``); the others are replaced by their mean over the windows. The
@@ -32,7 +36,6 @@ def loss_curves(model: PreTrainedModel, token_windows: np.ndarray, *, seed: int 
 
     Args:
         token_windows: int64 [N, L].
-        seed: of the tokens drawn from the model's predictions.
 
     Returns:
         float64 [D + 1] for each layer, nats a token; entry n belongs to n kept neurons, the last one is 0.
@@ -55,7 +58,7 @@ def loss_curves(model: PreTrainedModel, token_windows: np.ndarray, *, seed: int 
         orders.append(score.argsort(descending=False, stable=True))
 
     curves = [torch.zeros(len(block.gate) + 1, dtype=torch.float64, device=model.device) for block in blocks]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(SEED)
     seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for window in ids:
         with torch.enable_grad(), with_gradients(model), _watched(blocks, lambda i, x, y: seen.update({i: (x, y)})):

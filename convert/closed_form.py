@@ -231,7 +231,7 @@ def relative_error(tokens: LayerTokens, layer: LayerPlan) -> float:
 
 
 @torch.no_grad()
-def refit(tokens: LayerTokens, layer: LayerPlan, ridges: tuple[float, ...] = REFIT_RIDGES) -> LayerPlan:
+def refit(tokens: LayerTokens, layer: LayerPlan) -> LayerPlan:
     """Fit down projections and biases to the tokens' target under the layer's own routing.
 
     The unknown is the change from the present weights, so the ridge anchors to them. The strength, or no change at all,
@@ -252,7 +252,7 @@ def refit(tokens: LayerTokens, layer: LayerPlan, ridges: tuple[float, ...] = REF
             if mask.any():
                 moments.add(z[mask], residual[mask], tokens.weight[part][mask])
     fitted, held_out = sums
-    ridge, lost = _best_ridge(fitted, held_out, free, ridges)
+    ridge, lost = _best_ridge(fitted, held_out, free)
     before, after = (six(value / (wanted or 1.0)) for value in (held_out.square, lost))
     report: dict[str, Any] = {"ridge": ridge, "held_out_error": {"before": before, "after": after}}
     if lost >= held_out.square:
@@ -270,13 +270,13 @@ def refit(tokens: LayerTokens, layer: LayerPlan, ridges: tuple[float, ...] = REF
     return result
 
 
-def _best_ridge(fitted: Moments, held_out: Moments, free: int, ridges: tuple[float, ...]) -> tuple[float, float]:
+def _best_ridge(fitted: Moments, held_out: Moments, free: int) -> tuple[float, float]:
     """Return (ridge, its held-out loss): the first from the strongest on whose weaker neighbour misses more.
 
     What is missed falls and then rises with the ridge, and each one costs a factorisation.
     """
-    best = (max(ridges), float("inf"))
-    for ridge in sorted(ridges, reverse=True):
+    best = (max(REFIT_RIDGES), float("inf"))
+    for ridge in sorted(REFIT_RIDGES, reverse=True):
         lost = held_out.loss(fitted.solve(ridge, free))
         if lost > best[1]:
             break

@@ -43,23 +43,22 @@ class Ascent:
     objective: list[float]
 
 
-def ascend(
-    energy: torch.Tensor, labels: np.ndarray, widths: list[int], top_k: int, iterations: int, tolerance: float = 1e-4
-) -> Ascent:
+TOLERANCE = 1e-4
+""":func:`ascend` stops when an iteration gains less than this share."""
+
+
+def ascend(energy: torch.Tensor, labels: np.ndarray, widths: list[int], top_k: int, iterations: int) -> Ascent:
     """Coordinate ascent on the captured energy, ``sum over tokens of the energy in the k selected experts``.
 
     Each iteration selects the top-k experts of every token by energy (best selection for this partition), then assigns
     the neurons again (best balanced partition for this selection); neither step can lower the objective.
-
-    Args:
-        tolerance: stop when an iteration gains less than this share.
     """
     objective: list[float] = []
     for _ in range(iterations + 1):
         energies = by_expert(energy, labels, len(widths))
         mask = select(energies, top_k)
         objective.append(float((mask * energies).sum(dtype=torch.float64)))
-        if len(objective) > iterations * 2 or (len(objective) > 2 and objective[-1] < objective[-3] * (1 + tolerance)):
+        if len(objective) > iterations * 2 or (len(objective) > 2 and objective[-1] < objective[-3] * (1 + TOLERANCE)):
             break
         labels, captured = reassign(energy, mask, widths)
         objective.append(captured)

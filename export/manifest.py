@@ -19,6 +19,7 @@ from moedge._files import digest, refuse_pointer, safe_join
 MANIFEST = "manifest.json"
 BUNDLE_SCHEMA = "moedge.bundle/1"
 ENGINE_SCHEMA = "moedge.engine/1"
+ARCHIVE_SCHEMA = "moedge.device-archive/1"
 
 Layer = Annotated[int, Field(strict=False, ge=0)]
 """Index of a layer; JSON has it as a string, for it is a key."""
@@ -160,6 +161,15 @@ class RowsPlace(Rows):
     part: str | None = None
 
 
+class PackedPlace(Facts):
+    """A weight among the ``total`` outputs of a tensor in the layout of our own operators (``ort_ops/pack.py``)."""
+
+    tensor: str
+    outputs: tuple[int, int] = Field(strict=False)
+    total: int
+    layout: str
+
+
 class LinearPlace(Facts):
     """A weight that a DequantizeLinear node of the graph makes."""
 
@@ -170,7 +180,7 @@ class LinearPlace(Facts):
     merged: bool
 
 
-Place = StackPlace | RowsPlace | LinearPlace
+Place = StackPlace | RowsPlace | PackedPlace | LinearPlace
 
 
 class Calibration(Facts):
@@ -207,6 +217,18 @@ class Plugins(Facts):
     kernels: list[Kernel]
 
 
+class Operators(Facts):
+    """A library of operators of our own, which ONNX Runtime loads before the graph."""
+
+    domain: str
+    library: str
+    """File in the bundle."""
+    machine: str
+    """Processors that it is compiled for, as ``platform.machine()`` names them."""
+    sources: str
+    """Folder in the bundle with its sources: what another machine compiles."""
+
+
 class FileEntry(Facts):
     """One file of a folder."""
 
@@ -215,7 +237,7 @@ class FileEntry(Facts):
 
 
 class Sealed(Facts):
-    """What every manifest says, of a bundle and of an engine folder."""
+    """What every manifest says: of a bundle, of an engine folder and of a device archive."""
 
     schema_: str = Field(alias="schema")
     target: str
@@ -254,6 +276,8 @@ class Manifest(Sealed):
     limits: list[str] = []
     quantization: Quantization | None = None
     plugins: Plugins | None = None
+    operators: Operators | None = None
+    """Present where a graph needs them; without, it is ONNX Runtime's own operators alone."""
     experts: str | None = None
     """Of a TensorRT target: the form of the experts (:mod:`moedge.export.lowering.trt.experts`)."""
 
@@ -315,6 +339,28 @@ class EngineManifest(Sealed):
     build: BuildFacts | None = None
     estimate: dict[str, FitFacts] = {}
     """By device."""
+
+
+class ArchiveManifest(Sealed):
+    """``manifest.json`` of a device archive, which ``moedge pack`` writes and the scripts in it read."""
+
+    target: str = "tensorrt"
+    """Not written: there are archives for no other."""
+    lowering: list[RewriteFacts]
+    plugins: Plugins | None = None
+    experts: str | None
+    """Form of the experts, as in :class:`Manifest`."""
+    dtype: str | None
+    device: dict[str, Any]
+    """The profile, see :class:`moedge.configs.devices.Device`."""
+    tensorrt: str
+    """Version on the device."""
+    profiles: Profiles
+    limits: dict[str, float]
+    """What the device judges by, see :func:`moedge.export.device.archive.limits`."""
+    tolerances: dict[str, Any] | None = None
+    """The user's file of limits, where there is one."""
+    content_sha256: str
 
 
 AnySealed = TypeVar("AnySealed", bound=Sealed)

@@ -178,6 +178,7 @@ def lower(
     import onnx_ir as ir
 
     from moedge.export.graph import nodes, shapes
+    from moedge.export.ort_ops import library as ort_ops
 
     source = bundle.open_bundle(portable)
     bundle.check_external_data(source.model_path, set(source.manifest.files))
@@ -203,6 +204,8 @@ def lower(
     shapes.complete(graph)
     ir.save(graph, partial / bundle.MODEL, external_data=bundle.WEIGHTS)
     bundle.copy_companions(portable, partial)
+    if ort_ops.DOMAIN in graph.opset_imports:
+        lowered.operators = ort_ops.write(partial)
     facts = source.manifest
     _seal(partial, graph, lowered, _Origin(target, facts.label, facts.model, facts.moe, parent=source.sha256))
 
@@ -245,7 +248,7 @@ def _seal(partial: Path, graph: Any, lowered: Lowered, origin: _Origin) -> None:
     bundle.seal(partial, manifest)
 
 
-_OPTIONAL = ("quantization", "plugins", "experts")
+_OPTIONAL = ("quantization", "plugins", "operators", "experts")
 """Entries of a manifest that only some bundles have."""
 
 

@@ -10,8 +10,7 @@ a ``.txt``, ``.utf8`` or ``.jsonl`` file. ``progress`` is called with (steps don
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +19,9 @@ from moedge._progress import Progress
 from moedge.convert.plan import MoEPlan as MoEPlan
 from moedge.runtime.engines import Engine
 from moedge.runtime.engines import open_engine as open_engine
+from moedge.runtime.measures import bench as bench
+from moedge.runtime.measures import evaluate as evaluate
+from moedge.runtime.measures import verify as verify
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -71,30 +73,14 @@ def convert_model(
         MoEdgeError: an unknown method or parameter, an impossible value, a model that cannot be opened or is not of a
             family that is known, too little text, or ``out`` is in use. Nothing is left in ``out`` then.
     """
-    from moedge.configs.recipe import conversion_from
-    from moedge.runtime.run.conversion import write_checkpoint
-
-    where = "convert_model"
-    recipe = conversion_from(
-        {
-            "name": "convert",
-            "model": {"source": str(model), "revision": revision, "device": device},
-            "text": {"calibration": str(text)},
-            "calibration": {"windows": windows, "length": length, "batch_size": batch_size, "bos": bos},
-            "convert": {"method": method, **params},
-        },
-        where=where,
-        called=_argument,
-    )
-    write_checkpoint(
-        recipe,
-        Path(out),
-        force=force,
-        check=lambda config: recipe.check_model(config, where, called=_argument),
-        progress=progress or _quiet,
-        note=_quiet,
-    )
-    return MoEPlan.load(Path(out))
+    document = {
+        "name": "convert",
+        "model": {"source": str(model), "revision": revision, "device": device},
+        "text": {"calibration": str(text)},
+        "calibration": {"windows": windows, "length": length, "batch_size": batch_size, "bos": bos},
+        "convert": {"method": method, **params},
+    }
+    return _converted(document, Path(out), force=force, progress=progress or _quiet)
 
 
 def load(
@@ -164,43 +150,25 @@ def export_model(
         MoEdgeError: an unknown target, a model without a tokenizer or that cannot be traced, a bundle that is there
             already, or a lowering that fails its own test. Each bundle is whole or absent.
     """
-    from moedge.export import targets as registry
     from moedge.export.pipeline import export
     from moedge.runtime.engines.given import local
-    from moedge.runtime.run import held_out, run_folder
+    from moedge.runtime.run import exporting
 
-    wanted = list(targets or registry.default())
-    registry.check_form(expert_form)
-    asked: list[tuple[str, bool, Callable[[registry.Target], bool]]] = [
-        (f"expert_form={expert_form!r}", bool(expert_form), lambda row: expert_form in row.expert_forms),
-        (f"half={half!r}", bool(half), registry.has_dtypes),
-        ("calibration", calibration is not None, lambda row: row.calibrated),
-        ("zero_points", zero_points, lambda row: row.zero_points),
-    ]
-    for words, given, takes in asked:
-        if given:
-            registry.check_taken(words, takes, wanted)
-    if tensorrt:
-        _check_version(tensorrt)
+    asked = exporting.Asked(tensorrt, expert_form, half, calibration is not None, zero_points)
+    wanted = exporting.check(targets, asked, asked.in_python())
     folder = local(Path(checkpoint))
-    if not (folder / "config.json").is_file():
-        raise MoEdgeError(f"{folder} is not a checkpoint folder: it has no config.json.")
-    if max_length is not None:
-        config = run_folder.read_json(folder / "config.json", "download or save the model again")
-        held_out.check_positions(config.get("max_position_embeddings"), max_length, "max_length")
-    name = str(checkpoint) if folder != Path(checkpoint) else folder.name or folder.resolve().name
-    step = progress or _quiet
+    exporting.check_checkpoint(folder, max_length, "max_length")
     return export(
         folder,
         Path(out),
         wanted,
-        label=label or name,
+        label=label or exporting.label(Path(checkpoint), folder),
         max_length=max_length,
         tensorrt=tensorrt,
         experts=expert_form,
         dtype=half,
         force=force,
-        progress=lambda _, done, total: step(done, total),
+        progress=lambda _, done, total: (progress or _quiet)(done, total),
         calibration=calibration,
         zero_points=zero_points,
     )
@@ -229,15 +197,17 @@ def generate(
     Args:
         model: a bundle, engine or checkpoint, opened for this call; or what :func:`open_engine` returned, which is
             faster for many prompts and needs ``tokenizer``.
-        prompt: text, or chat messages ``{"role", "content"}`` for the model's chat template.
+        prompt: text, or chat messages ``{"role", "content"}`` for the model's chat template. A chat also ends at the
+            tokenizer's end-of-text token, which templates close turns with.
         tokenizer: of the model: its folder, or what ``moedge.runtime.text.tokenizer.open_tokenizer`` returned.
         max_new_tokens: at most this many; fewer where the model's context ends.
-        sample: draw tokens as the model's file says. Greedy by default, unless one of the next four is given.
-        temperature: 0 is greedy. top_k: of so many likeliest tokens. top_p: of the smallest set with this probability.
-            min_p: of the tokens with at least this share of the likeliest one's probability.
-        seed: of the draws.
-        stop: texts that end the answer, besides the model's own.
-        on_text: called with each new piece of text.
+        sample: draw tokens as the model's file says, with transformers' defaults. Greedy by default (ties to the lower
+            id), unless one of the next four is given.
+        temperature: 0 is greedy. top_k: of so many likeliest tokens, 0: of all. top_p: of the smallest set with this
+            probability, 0 < top_p <= 1. min_p: of the tokens with at least this share of the likeliest one's.
+        seed: of the draws; equal seeds give equal text on one engine.
+        stop: texts that end the answer, besides the model's own; they are not part of it.
+        on_text: called with each new piece of text: whole characters, nothing that is later taken back.
         threads, device, dtype: of an engine that is opened here; the last two are for checkpoints, which PyTorch runs.
 
     Returns:
@@ -248,187 +218,15 @@ def generate(
         MoEdgeError: the model cannot be opened, an impossible setting, an empty or too long prompt, or no chat
             template.
     """
-    from moedge.runtime.engines.given import local
     from moedge.runtime.text import generate as text
-    from moedge.runtime.text.tokenizer import Tokenizer, open_tokenizer
 
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sample": sample, "temperature": temperature}
     options |= {"top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed, "stop": stop, "on_text": on_text}
     if isinstance(model, str | Path):
-        folder = local(Path(model))
-        given = tokenizer if isinstance(tokenizer, Tokenizer) else open_tokenizer(Path(tokenizer or folder))
-        pytorch = {"device": device, "dtype": dtype}
-        engine = open_engine(folder, threads=threads, pytorch=pytorch, last_logits=True)
-        try:
-            return text.generate(engine, given, prompt, **options)
-        finally:
-            engine.close()
+        return _generated(model, prompt, tokenizer, options, threads=threads, device=device, dtype=dtype)
     if tokenizer is None:
         raise MoEdgeError("An open engine does not know its tokenizer; pass tokenizer, for example the model's folder.")
-    given = tokenizer if isinstance(tokenizer, Tokenizer) else open_tokenizer(Path(tokenizer))
-    return text.generate(model, given, prompt, **options)
-
-
-def verify(
-    reference: PathLike,
-    test: PathLike | None = None,
-    *,
-    text: PathLike = "asset:wiki",
-    tokens: int = 2048,
-    window: int = 256,
-    prefill: int = 224,
-    tolerances: PathLike = "float32",
-    threads: int | None = None,
-    device: str = "cpu",
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Compare two engines on real text: logits, distributions, best tokens, chosen experts.
-
-    Args:
-        reference: a checkpoint or bundle; or a run folder of ``moedge run``, all of whose pairs are compared.
-        test: a bundle, engine or checkpoint; None for a run folder.
-        text: to compare on.
-        tokens: how many, in windows of ``window`` tokens; the first ``prefill`` of each are fed at once, the rest one
-            by one.
-        tolerances: YAML file of limits over the packaged ones; by default the packaged ones for float32 weights.
-        threads: on the CPU. device: where PyTorch computes.
-        progress: in tokens.
-
-    Returns:
-        JSON of schema ``moedge.verify/1``. ``outcome`` is ``passed``, ``failed`` or ``not decided``; ``parity`` holds
-        one entry a comparison, with every check, its value and its limit in ``verdict.checks``.
-
-    Raises:
-        MoEdgeError: something named is not there or cannot be compared, or there is too little text. An engine that is
-            wrong is an outcome, not an error.
-    """
-    from moedge.runtime.parity.given import verify_given
-
-    return verify_given(
-        Path(reference),
-        None if test is None else Path(test),
-        text=str(text),
-        tokens=tokens,
-        window=window,
-        prefill=prefill,
-        tolerances=tolerances,
-        threads=threads,
-        device=device,
-        progress=progress,
-    )
-
-
-def bench(
-    models: Sequence[PathLike] | Mapping[str, PathLike],
-    *,
-    text: PathLike = "asset:wiki",
-    prompt: int = 512,
-    decode: int = 64,
-    repeats: int = 10,
-    warmup: int = 1,
-    memory: bool = True,
-    threads: int | None = None,
-    device: str = "cpu",
-    dtype: Dtype = "float32",
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Time engines side by side at batch 1, greedy, in rounds whose order rotates.
-
-    Args:
-        models: bundles, engines and checkpoints, labelled by their paths or by the keys of a mapping.
-        text: whose first ``prompt`` tokens are the prompt, by the first model's tokenizer.
-        decode: tokens generated after the first one.
-        repeats: rounds that count, ``warmup``: rounds before them that do not.
-        memory: also measure peak memory and load time, each in a process of its own.
-        threads: on the CPU. device, dtype: of checkpoints, which PyTorch runs.
-        progress: in runs of an engine.
-
-    Returns:
-        JSON of schema ``moedge.bench/1``. ``rows`` hold, per model, ``ttft_ms`` (time to first token) and ``tpot_ms``
-        (time per token), milliseconds with percentiles and a 95% interval, ``decode_tokens_per_s``, ``peak_rss_mib``
-        and ``load_s``; ``ratios`` hold the speed-ups.
-
-    Raises:
-        MoEdgeError: no model or one that cannot be opened, too little text, or an engine that fails.
-    """
-    from moedge.runtime.bench import latency
-    from moedge.runtime.engines.given import local
-    from moedge.runtime.text.windows import token_windows
-
-    named = models if isinstance(models, Mapping) else {str(path): path for path in models}
-    if not named or len(named) < len(models):
-        raise MoEdgeError("bench needs at least one model, and each one once.")
-    folders = {label: local(Path(path)) for label, path in named.items()}
-    name, windows = token_windows(next(iter(folders.values())), str(text), prompt, 1)
-    opening: dict[str, Any] = {"threads": threads, "pytorch": {"device": device, "dtype": dtype}, "last_logits": True}
-    result = latency.bench(
-        {label: partial(open_engine, folder, **opening) for label, folder in folders.items()},
-        windows[0],
-        prompt=prompt,
-        decode=decode,
-        repeats=repeats,
-        warmup=warmup,
-        memory=memory,
-        progress=progress,
-    )
-    return {**result, "text": name}
-
-
-def evaluate(
-    models: PathLike | Sequence[PathLike],
-    texts: Sequence[PathLike] = ("asset:wiki",),
-    *,
-    tasks: Sequence[str] = (),
-    task_data: Mapping[str, PathLike] | None = None,
-    shots: int = 0,
-    limit: int | None = None,
-    tokens: int = 8192,
-    window: int = 512,
-    bos: bool = False,
-    holdout_every: int = 10,
-    batch_size: int = 4,
-    device: str = "cpu",
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Measure perplexity on held-out text, and accuracy on lm-eval tasks (needs ``moedge[eval]``).
-
-    Of a text that one of the models was calibrated or trained on, only documents that it has not seen are scored.
-
-    Args:
-        models: checkpoints, dense models or run folders; all are scored on the same documents.
-        texts: to score.
-        tasks: of lm-eval, ``task_data``: their local data, ``shots``: solved examples in front of a question,
-            ``limit``: only so many questions.
-        tokens: of each text, ``window``: tokens scored together, ``bos``: start each window with the BOS token.
-        holdout_every: of a text that a model has seen, every so manyth document is taken.
-        batch_size: windows or questions in a forward pass.
-        device: where PyTorch computes.
-        progress: in windows.
-
-    Returns:
-        JSON of schema ``moedge.scores/1``: ``rows`` with ``model``, ``perplexity`` by text (``ppl``; ``nll`` in nats a
-        token; ``tokens``) and ``tasks``; ``protocol`` says what was measured.
-
-    Raises:
-        MoEdgeError: a model, text or task that cannot be had, or windows beyond what a model was made for.
-    """
-    from moedge.runtime.run.scores import scores
-
-    return scores(
-        [models] if isinstance(models, str | Path) else models,
-        texts=[str(text) for text in texts],
-        tasks=tasks,
-        task_data={name: Path(path).expanduser() for name, path in (task_data or {}).items()},
-        shots=shots,
-        limit=limit,
-        tokens=tokens,
-        window=window,
-        bos=bos,
-        every=holdout_every,
-        batch_size=batch_size,
-        device=device,
-        progress=progress,
-    )
+    return text.generate(model, _tokenizer(tokenizer), prompt, **options)
 
 
 def _argument(setting: str) -> str:
@@ -438,15 +236,51 @@ def _argument(setting: str) -> str:
     return f"{name}={value!r}" if colon else name
 
 
-def _check_version(tensorrt: str) -> None:
-    """Refuse what is no version of TensorRT."""
-    from moedge.runtime.device.moedge_plugins import refusal
-    from moedge.runtime.device.moedge_trt import DeviceError
+def _converted(document: dict[str, Any], out: Path, *, force: bool, progress: Progress) -> MoEPlan:
+    """Write the checkpoint that the sections of a recipe describe, and read its plan."""
+    from moedge.configs.recipe import conversion_from
+    from moedge.runtime.run.conversion import write_checkpoint
 
+    where = "convert_model"
+    recipe = conversion_from(document, where=where, called=_argument)
+    write_checkpoint(
+        recipe,
+        out,
+        force=force,
+        check=lambda config: recipe.check_model(config, where, called=_argument),
+        progress=progress,
+        note=_quiet,
+    )
+    return MoEPlan.load(out)
+
+
+def _generated(
+    model: PathLike,
+    prompt: str | Sequence[Message],
+    tokenizer: Tokenizer | PathLike | None,
+    options: dict[str, Any],
+    *,
+    threads: int | None,
+    device: str,
+    dtype: str,
+) -> GenerationResult:
+    """Open an engine for one text."""
+    from moedge.runtime.engines.given import local
+    from moedge.runtime.text import generate as text
+
+    folder = local(Path(model))
+    given = _tokenizer(tokenizer or folder)
+    engine = open_engine(folder, threads=threads, pytorch={"device": device, "dtype": dtype}, last_logits=True)
     try:
-        refusal(tensorrt)
-    except DeviceError as error:
-        raise MoEdgeError(str(error)) from None
+        return text.generate(engine, given, prompt, **options)
+    finally:
+        engine.close()
+
+
+def _tokenizer(given: Tokenizer | PathLike) -> Tokenizer:
+    from moedge.runtime.text.tokenizer import Tokenizer, open_tokenizer
+
+    return given if isinstance(given, Tokenizer) else open_tokenizer(Path(given))
 
 
 def _quiet(*_: object) -> None:

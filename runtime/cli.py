@@ -63,7 +63,7 @@ COMMANDS = {
     "finetune": Command(
         "Convert",
         "Train a converted checkpoint to get quality back; the result is a checkpoint again, with its curve.",
-        {"batch": "batch-size"},
+        {"batch": "batch-size", "parent": "dense"},
     ),
     "export": Command(
         "Export",

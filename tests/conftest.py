@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,22 @@ def pytest_configure(config: pytest.Config) -> None:
     selected = " ".join(config.option.markexpr.split())
     if "gpu" not in selected.replace("not gpu", ""):
         os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+_modules_frozen = 0
+
+
+def pytest_runtest_call() -> None:
+    """Keep what libraries hold out of garbage collection.
+
+    torch, transformers and onnx bring a million objects, over which every full collection goes (``modeling.apply``, the
+    benchmark and ``torch.export`` ask for one each): without this they take almost half of the suite's time.
+    """
+    global _modules_frozen
+    if len(sys.modules) > _modules_frozen + 20:
+        gc.collect()
+        gc.freeze()
+        _modules_frozen = len(sys.modules)
 
 
 VOCAB = 260
@@ -148,6 +166,37 @@ def convert_tiny() -> Callable[..., Any]:
         return methods.convert(method, given, model, **settings)
 
     return convert
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any, tiny_tokenizer: Any) -> dict[str, Path]:
+    """A dense tiny Llama and its CMoE conversion (2 shared, 3 of 6 routed), saved."""
+    import numpy as np
+
+    from moedge.convert import calibration, methods, modeling
+
+    root = tmp_path_factory.mktemp("checkpoints")
+    model = tiny_llama()
+    model.save_pretrained(root / "dense")
+    tiny_tokenizer.save_pretrained(root / "dense")
+    tokens = np.random.default_rng(0).integers(0, 256, (4, 64))
+    statistics = calibration.collect(model, tokens, k_a=8)
+    plan = methods.convert("cmoe", statistics, model, shared=2, active=3, experts=8, k_a=8)
+    modeling.save(modeling.apply(plan, model), plan, tiny_tokenizer, root / "moe")
+    return {"dense": root / "dense", "moe": root / "moe"}
+
+
+@pytest.fixture(scope="session")
+def bundles(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """``{kind}/{target}`` folders for both models and both targets; tracing takes seconds, so tests only read them."""
+    from moedge.export.pipeline import export
+
+    root = tmp_path_factory.mktemp("bundles")
+    made = {}
+    for kind, checkpoint in checkpoints.items():
+        for target, path in export(checkpoint, root / kind, ["portable", "ort-cpu"], label=kind).items():
+            made[f"{kind}/{target}"] = path
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import shutil
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,10 @@ from moedge.configs.devices import Device
 from moedge.export.bundle import MODEL, Bundle, copy_companions, open_bundle
 from moedge.export.device.estimate import fit, too_large
 from moedge.export.device.plugins import Request, compile_library
+from moedge.export.manifest import ARCHIVE_SCHEMA, MANIFEST, ArchiveManifest, FileEntry, Profiles
 from moedge.runtime.device import moedge_trt
 from moedge.runtime.device.moedge_plugins import FOLDER
 
-SCHEMA = "moedge.device-archive/1"
 SCRIPTS = (
     *("build_engine.py", "verify.py", "bench.py", "moedge_archive.py", "moedge_compare.py", "moedge_cuda.py"),
     *("moedge_plugins.py", "moedge_session.py", "moedge_trt.py"),
@@ -82,7 +83,7 @@ def write(
     given: str | tolerances.Given = "float32",
     force: bool = False,
     progress: Steps | None = None,
-) -> dict[str, Any]:
+) -> ArchiveManifest:
     """Write the archive.
 
     Args:
@@ -110,36 +111,37 @@ def write(
     """
     _check_device(device, dtype, experts)
     _check_output(out, source, force=force)
-    out.parent.mkdir(parents=True, exist_ok=True)
     report = progress or (lambda *_: None)
-    work = partial_of(out)
-    try:
-        work.mkdir()
+    version = _version(device, tensorrt)
+    with _archived(out, f"moedge-{device.name}") as (work, folder):
         report("exporting", 0, 3)
-        version = tensorrt or device.tensorrt
-        assert version is not None, "a profile with the target tensorrt names its version"
         name = label or source.name or source.resolve().name
         graph, reference = _bundles(source, work / "bundles", name, version, experts, dtype)
         label = label or graph.manifest.label
-        longest = max_length or min(2048, graph.manifest.model.max_position_embeddings)
-        profiles = {"max_length": longest, "max_prompt": max_prompt or max(2, longest // 2), "batch": batch}
-        _check(graph, device, profiles)
-        folder = work / "content" / f"moedge-{device.name}"
-        folder.mkdir(parents=True)
+        profiles = _profiles(graph, device, max_length, max_prompt, batch)
         report("recording answers", 1, 3)
-        _record(reference, folder, prompts, longest)
-        if graph.manifest.plugins:
-            report("compiling kernels", 1, 3)
-        _fill(graph, device, label, folder)
+        _record(reference, folder, prompts, profiles.max_length)
+        _fill(graph, device, label, folder, report)
         manifest = _manifest(graph, device, label, version, profiles, given, hash_tree(folder))
-        write_json(folder / "manifest.json", manifest)
+        write_json(folder / MANIFEST, manifest.document())
         report("packing", 2, 3)
+    report("done", 3, 3)
+    return manifest
+
+
+@contextmanager
+def _archived(out: Path, name: str) -> Iterator[tuple[Path, Path]]:
+    """Give a scratch folder and a folder called ``name``, which is packed to ``out`` if the block ends well."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = partial_of(out)
+    folder = work / "content" / name
+    try:
+        folder.mkdir(parents=True)
+        yield work, folder
         _pack(folder, work / "archive.tar")
         os.replace(work / "archive.tar", out)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    report("done", 3, 3)
-    return manifest
 
 
 def _check_device(device: Device, dtype: str | None, experts: str | None) -> None:
@@ -153,6 +155,12 @@ def _check_device(device: Device, dtype: str | None, experts: str | None) -> Non
         raise MoEdgeError(reason)
 
 
+def _version(device: Device, tensorrt: str | None) -> str:
+    version = tensorrt or device.tensorrt
+    assert version is not None, "a profile with the target tensorrt names its version"
+    return version
+
+
 def _check_output(out: Path, source: Path, *, force: bool) -> None:
     if out.is_symlink() or (out.exists() and not out.is_file()):
         raise MoEdgeError(f"Output {out} exists and is not a plain file; name the archive, such as moe.tar.")
@@ -162,12 +170,13 @@ def _check_output(out: Path, source: Path, *, force: bool) -> None:
         raise MoEdgeError(f"Output {out} is a file of {source}, which would be lost; choose another output path.")
 
 
-def _fill(graph: Bundle, device: Device, label: str, folder: Path) -> None:
+def _fill(graph: Bundle, device: Device, label: str, folder: Path, report: Steps) -> None:
     """Put in the graph, the tokenizer, compiled kernels where the graph has plugins, the scripts and a README."""
     for name in (MODEL, *graph.manifest.weight_files):
         link_or_copy(graph.path / name, folder / name)
     copy_companions(graph.path, folder)
     if graph.manifest.plugins:
+        report("compiling kernels", 1, 3)
         requests = [Request(kernel.plugin, kernel.options) for kernel in graph.manifest.plugins.kernels]
         compile_library(folder / FOLDER, requests, [int(device.compute_capability.replace(".", ""))])
     scripts = Path(moedge_trt.__file__).parent
@@ -181,47 +190,53 @@ def _manifest(
     device: Device,
     label: str,
     tensorrt: str,
-    profiles: dict[str, int],
+    profiles: Profiles,
     given: str | tolerances.Given,
     files: dict[str, dict[str, Any]],
-) -> dict[str, Any]:
-    facts, document = graph.manifest, graph.manifest.document()
-    origin = tolerances.chosen(given)[1].origin
-    return {
-        "schema": SCHEMA,
-        "label": label,
-        **{key: document[key] for key in ("kind", "model", "moe", "taps", "lowering")},
-        **({"plugins": document["plugins"]} if facts.plugins else {}),
-        "experts": facts.experts,
-        "dtype": facts.cache.dtype,
-        "device": device.model_dump(mode="json", by_alias=True),
-        "tensorrt": tensorrt,
-        "profiles": profiles,
-        "limits": limits(facts.cache.dtype or "float16", given),
-        **({"tolerances": origin.model_dump()} if origin else {}),
-        "parent": graph.sha256,
-        "versions": {"moedge": __version__},
-        "content_sha256": digest(files),
-        "files": files,
+) -> ArchiveManifest:
+    facts = graph.manifest
+    taken: dict[str, Any] = {
+        name: getattr(facts, name) for name in ("kind", "model", "moe", "taps", "lowering", "experts")
     }
+    if facts.plugins:
+        taken["plugins"] = facts.plugins
+    if origin := tolerances.chosen(given)[1].origin:
+        taken["tolerances"] = origin.model_dump()
+    return ArchiveManifest(
+        schema=ARCHIVE_SCHEMA,
+        label=label,
+        **taken,
+        dtype=facts.cache.dtype,
+        device=device.model_dump(mode="json", by_alias=True),
+        tensorrt=tensorrt,
+        profiles=profiles,
+        limits=limits(facts.cache.dtype or "float16", given),
+        parent=graph.sha256,
+        versions={"moedge": __version__},
+        content_sha256=digest(files),
+        files={name: FileEntry(**entry) for name, entry in files.items()},
+    )
 
 
-def _check(graph: Bundle, device: Device, profiles: dict[str, int]) -> None:
-    """Refuse here what would fail on the device: impossible lengths, too little memory.
+def _profiles(graph: Bundle, device: Device, max_length: int | None, max_prompt: int | None, batch: int) -> Profiles:
+    """The sizes of the engine; refuses here what would fail on the device: impossible lengths, too little memory.
 
     Raises:
         MoEdgeError: what is wrong.
     """
     facts = graph.manifest
+    longest = max_length or min(2048, facts.model.max_position_embeddings)
+    sizes = {"max_length": longest, "max_prompt": max_prompt or max(2, longest // 2), "batch": batch}
     try:
-        moedge_trt.profile_shapes(facts.model.document(), **profiles)
+        moedge_trt.profile_shapes(facts.model.document(), **sizes)
     except moedge_trt.DeviceError as error:
         raise MoEdgeError(str(error)) from None
-    if profiles["max_length"] <= NEW_TOKENS:
+    if longest <= NEW_TOKENS:
         raise MoEdgeError(f"--max-length must be above {NEW_TOKENS}, the tokens of each answer that is recorded.")
     dtype = facts.cache.dtype or "float16"
-    if reason := too_large(fit(facts.model, facts.weight_bytes, device, **profiles, dtype=dtype), device):
+    if reason := too_large(fit(facts.model, facts.weight_bytes, device, **sizes, dtype=dtype), device):
         raise MoEdgeError(reason)
+    return Profiles(**sizes)
 
 
 def _bundles(

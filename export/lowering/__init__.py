@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from moedge.export.manifest import CacheFacts, Plugins, Quantization, Tap
+from moedge.export.manifest import CacheFacts, Operators, Plugins, Quantization, Tap
 
 
 @dataclass(frozen=True)
@@ -33,5 +33,7 @@ class Lowered:
     quantization: Quantization | None = None
     plugins: Plugins | None = None
     """For ``tensorrt``: the kernels that its nodes need, and the oldest TensorRT."""
+    operators: Operators | None = None
+    """The library of our own operators that the graph needs; set when the bundle is written."""
     experts: str | None = None
     """For TensorRT targets: the form of the experts, see ``trt_experts``."""

@@ -41,6 +41,8 @@ class Applied:
     reason: str = ""
     """Why there was nothing to do, or, where there was a choice, why this form was taken."""
     cases: Sequence[selftest.Case] = selftest.CASES
+    rounds: bool = False
+    """Whether activations are rounded to int8 in any case: there is no run with float32 activations to compare."""
     inside: frozenset[str] = frozenset()
     """Values that are no edge of a block although both graphs know them."""
 

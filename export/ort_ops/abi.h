@@ -114,6 +114,9 @@ class Api {
     out.resize(size - 1);  // the size counts the final zero
     return true;
   }
+  bool attribute(const OrtKernelInfo* info, const char* name, float& out) const {
+    return found(call<85, OrtStatus*>(info, name, &out));
+  }
   size_t input_count(const OrtKernelContext* context) const {
     size_t out = 0;
     check(call<88, OrtStatus*>(context, &out));

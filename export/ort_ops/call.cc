@@ -48,7 +48,7 @@ Tensor Call::tokens(size_t inputs) const {
 }
 
 void Call::matrix(size_t index, const char* name, Matrix& matrix, int64_t count) const {
-  std::vector<int64_t> rows{static_cast<int64_t>(matrix.inputs), static_cast<int64_t>(matrix.outputs)};
+  std::vector<int64_t> rows{static_cast<int64_t>(matrix.rows()), static_cast<int64_t>(matrix.outputs)};
   std::vector<int64_t> scales{static_cast<int64_t>(matrix.blocks()), static_cast<int64_t>(matrix.columns())};
   if (matrix.bits != 32) rows[1] = static_cast<int64_t>(matrix.row_bytes());
   if (count) {

@@ -26,6 +26,7 @@ struct V {
   static Float fma(Float a, Float b, Float c) { return vfmaq_f32(c, a, b); }
   static Float mul(Float a, Float b) { return vmulq_f32(a, b); }
   static Float to_float(Int value) { return vcvtq_f32_s32(value); }
+  static Int bytes(const uint8_t* from) { return vreinterpretq_s32_u8(vld1q_u8(from)); }
   static Int set_int(int32_t value) { return vdupq_n_s32(value); }
 
   static void interleave(const uint8_t* const* rows, size_t at, Int out[4]) {

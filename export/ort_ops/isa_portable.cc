@@ -40,6 +40,11 @@ struct V {
   static Float fma(Float a, Float b, Float c) { return a * b + c; }
   static Float mul(Float a, Float b) { return a * b; }
   static Float to_float(Int value) { return __builtin_convertvector(value, Float); }
+  static Int bytes(const uint8_t* from) {
+    Int value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+  }
   static Int set_int(int32_t value) { return Int{value, value, value, value}; }
 
   static void interleave(const uint8_t* const* rows, size_t at, Int out[4]) {

@@ -12,6 +12,7 @@ namespace moedge {
 
 constexpr size_t BLOCK = 32;  // inputs that share a scale
 constexpr size_t CELL = 4;    // inputs that one dot product instruction sums
+constexpr size_t CELL_TILE = 2;
 constexpr size_t LINE = 64;   // bytes of a row that are taken at once: 64 columns of 8 bits, 128 of 4 bits
 
 enum Activation : int { SILU = 0, GELU_TANH = 1, GELU = 2 };
@@ -66,8 +67,14 @@ struct Kernels {
   void (*int8_strips)(const IntProduct&, size_t begin, size_t end, size_t num_blocks);
   void (*int4_strips)(const IntProduct&, size_t begin, size_t end, size_t num_blocks);
 
-  // out = x where not |x| < threshold, else 0. A NaN is kept.
-  void (*mask)(const float* x, const float* threshold, size_t size, float* out);
+  // Narrow matrices, stored interleaved: [cell][column][4 bytes]; 4 bits have cell 2 c in the low halves and 2 c + 1 in
+  // the high ones. All cells of all blocks; `row_bytes` is that of a stored cell, tiles are CELL_TILE. y is written.
+  void (*int8_cells)(const IntProduct&, size_t num_blocks);
+  void (*int4_cells)(const IntProduct&, size_t num_blocks);
+
+  // out = x * clamp((|x| - threshold) / (threshold * ramp), 0, 1); with a ramp of 0, x where not |x| < threshold, else
+  // 0. A NaN is kept.
+  void (*mask)(const float* x, const float* threshold, float ramp, size_t size, float* out);
   // Rounds whole blocks to signed bytes. scale: largest |x| / 127, NaN if a value is not finite.
   void (*round)(const float* x, size_t blocks, int8_t* q, float* scales, int32_t* sums);
   // out = activation(gate) * up.

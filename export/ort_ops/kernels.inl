@@ -131,7 +131,55 @@ constexpr std::array<FloatPass, sizeof...(W) + 1> float_passes(std::index_sequen
   return {nullptr, &float_pass<W + 1>...};
 }
 
+// Rows of N vectors, for W tokens: the sums stay in registers.
+template <size_t W, size_t N>
+void float_narrow(const FloatProduct& p, size_t begin, size_t end) {
+  Float sums[W][N];
+  MOEDGE_UNROLL
+  for (size_t w = 0; w < W; ++w)
+    MOEDGE_UNROLL
+    for (size_t i = 0; i < N; ++i) sums[w][i] = V::load(p.y + w * p.y_stride + i * LANES);
+  for (size_t r = begin; r < end; ++r) {
+    const float* row = p.weights + (p.rows ? p.rows[r] : r) * p.columns;
+    Float weights[N];
+    MOEDGE_UNROLL
+    for (size_t i = 0; i < N; ++i) {
+      prefetch(row + i * LANES + AHEAD_BYTES / 2 / sizeof(float));
+      weights[i] = V::load(row + i * LANES);
+    }
+    MOEDGE_UNROLL
+    for (size_t w = 0; w < W; ++w) {
+      const Float value = V::set(p.x[r * W + w]);
+      MOEDGE_UNROLL
+      for (size_t i = 0; i < N; ++i) sums[w][i] = V::fma(value, weights[i], sums[w][i]);
+    }
+  }
+  MOEDGE_UNROLL
+  for (size_t w = 0; w < W; ++w)
+    MOEDGE_UNROLL
+    for (size_t i = 0; i < N; ++i) V::store(p.y + w * p.y_stride + i * LANES, sums[w][i]);
+}
+
+using FloatRows = void (*)(const FloatProduct&, size_t, size_t);
+template <size_t N, size_t... W>
+constexpr std::array<FloatRows, sizeof...(W) + 1> narrow_rows(std::index_sequence<W...>) {
+  return {nullptr, &float_narrow<W + 1, N>...};
+}
+constexpr size_t NARROW_TOKENS = V::FLOAT_TILE / 2;
+
+// Null where rows are not narrow.
+inline FloatRows narrow_kernel(size_t columns, size_t tokens) {
+  static constexpr std::array<std::array<FloatRows, NARROW_TOKENS + 1>, 4> TABLE = {
+      narrow_rows<1>(std::make_index_sequence<NARROW_TOKENS>()),
+      narrow_rows<2>(std::make_index_sequence<NARROW_TOKENS>()),
+      narrow_rows<3>(std::make_index_sequence<NARROW_TOKENS>()),
+      narrow_rows<4>(std::make_index_sequence<NARROW_TOKENS>())};
+  const bool narrow = columns % LANES == 0 && columns / LANES <= TABLE.size() && tokens <= NARROW_TOKENS;
+  return narrow ? TABLE[columns / LANES - 1][tokens] : nullptr;
+}
+
 void float_rows(const FloatProduct& p, size_t begin, size_t end) {
+  if (const FloatRows narrow = narrow_kernel(p.columns, p.tokens)) return narrow(p, begin, end);
   static constexpr auto PASSES = float_passes(std::make_index_sequence<V::FLOAT_TILE>());
   const Tiles tiles(p.tokens, V::FLOAT_TILE);
   const size_t rows = rows_at_once(tiles.width(tiles.count - 1)), pass_bytes = rows * p.columns * sizeof(float);
@@ -432,6 +480,86 @@ void int_strips(const IntProduct& p, size_t begin, size_t end, size_t num_blocks
   p.half ? int_strips_of<FOUR, true>(p, begin, end, num_blocks) : int_strips_of<FOUR, false>(p, begin, end, num_blocks);
 }
 
+// ---- integers of narrow matrices, interleaved when they were stored
+
+// y [W][N vectors] of columns from `column` on, all blocks.
+template <bool FOUR, bool HALF, size_t W, size_t N>
+inline void cells_of_tile(const IntProduct& p, size_t num_blocks, size_t column, size_t t) {
+  constexpr size_t NIBBLES = FOUR ? 2 : 1;
+  const int32_t* x = p.x + t * p.num_cells;
+  const uint8_t* weights = p.weights + column * CELL;
+  Float y[W][N];
+  MOEDGE_UNROLL
+  for (size_t w = 0; w < W; ++w)
+    MOEDGE_UNROLL
+    for (size_t i = 0; i < N; ++i) y[w][i] = V::set(0.0f);
+  for (size_t b = 0; b < num_blocks; ++b) {
+    Int sums[W][N];
+    MOEDGE_UNROLL
+    for (size_t w = 0; w < W; ++w)
+      MOEDGE_UNROLL
+      for (size_t i = 0; i < N; ++i) sums[w][i] = start(p.starts[b * p.tokens + t + w]);
+    for (size_t stored = 0; stored < CELLS / NIBBLES; ++stored, weights += p.row_bytes) {
+      MOEDGE_UNROLL
+      for (size_t i = 0; i < N; ++i) {
+        prefetch(weights + i * BYTES + AHEAD_BYTES / 2);
+        const Int bytes = V::bytes(weights + i * BYTES);
+        MOEDGE_UNROLL
+        for (size_t w = 0; w < W; ++w) {
+          const Int first = V::set_int(x[stored * NIBBLES * W + w]);
+          sums[w][i] = V::dot<FOUR>(sums[w][i], FOUR ? V::low(bytes) : V::whole(bytes), first);
+          if (!FOUR) continue;
+          sums[w][i] = V::dot<FOUR>(sums[w][i], V::high(bytes), V::set_int(x[(stored * NIBBLES + NIBBLES - 1) * W + w]));
+        }
+      }
+    }
+    x += CELLS * W;
+    const size_t at = b * p.columns + column;
+    MOEDGE_UNROLL
+    for (size_t i = 0; i < N; ++i) {
+      const Float scale = HALF ? V::load_half(static_cast<const uint16_t*>(p.scales) + at + i * LANES)
+                               : V::load(static_cast<const float*>(p.scales) + at + i * LANES);
+      MOEDGE_UNROLL
+      for (size_t w = 0; w < W; ++w)
+        y[w][i] = V::fma(V::to_float(sums[w][i]), V::mul(scale, V::set(p.x_scales[b * p.tokens + t + w])), y[w][i]);
+    }
+  }
+  MOEDGE_UNROLL
+  for (size_t w = 0; w < W; ++w)
+    MOEDGE_UNROLL
+    for (size_t i = 0; i < N; ++i) V::store(p.y + (t + w) * p.y_stride + column + i * LANES, y[w][i]);
+}
+
+template <bool FOUR, bool HALF, size_t W>
+inline void cells_of_tokens(const IntProduct& p, size_t num_blocks, size_t t) {
+  for (size_t column = 0; column < p.columns;) {
+    const size_t left = (p.columns - column) / LANES;
+    if (left >= 4)
+      cells_of_tile<FOUR, HALF, W, 4>(p, num_blocks, column, t), column += 4 * LANES;
+    else if (left == 3)
+      cells_of_tile<FOUR, HALF, W, 3>(p, num_blocks, column, t), column += 3 * LANES;
+    else if (left == 2)
+      cells_of_tile<FOUR, HALF, W, 2>(p, num_blocks, column, t), column += 2 * LANES;
+    else
+      cells_of_tile<FOUR, HALF, W, 1>(p, num_blocks, column, t), column += LANES;
+  }
+}
+
+template <bool FOUR, bool HALF>
+inline void int_cells_of(const IntProduct& p, size_t num_blocks) {
+  const Tiles tiles(p.tokens, CELL_TILE);
+  for (size_t tile = 0; tile < tiles.count; ++tile)
+    if (tiles.width(tile) == 2)
+      cells_of_tokens<FOUR, HALF, 2>(p, num_blocks, tiles.begin(tile));
+    else
+      cells_of_tokens<FOUR, HALF, 1>(p, num_blocks, tiles.begin(tile));
+}
+
+template <bool FOUR>
+void int_cells(const IntProduct& p, size_t num_blocks) {
+  p.half ? int_cells_of<FOUR, true>(p, num_blocks) : int_cells_of<FOUR, false>(p, num_blocks);
+}
+
 // ---- by element; plain loops that the compiler vectorises
 
 inline uint32_t bits_of(float value) {
@@ -446,7 +574,14 @@ inline float float_of(uint32_t bits) {
   return value;
 }
 
-void mask(const float* x, const float* threshold, size_t size, float* out) {
+void mask(const float* x, const float* threshold, float ramp, size_t size, float* out) {
+  if (ramp > 0) {
+    for (size_t i = 0; i < size; ++i) {
+      const float part = (float_of(bits_of(x[i]) & 0x7fffffffu) - threshold[i]) / (threshold[i] * ramp);
+      out[i] = x[i] * (part < 0.0f ? 0.0f : part > 1.0f ? 1.0f : part);
+    }
+    return;
+  }
   for (size_t i = 0; i < size; ++i) out[i] = float_of(bits_of(x[i]) & 0x7fffffffu) < threshold[i] ? 0.0f : x[i];
 }
 
@@ -522,4 +657,4 @@ void glu(const float* gate, const float* up, size_t size, int activation, float*
 
 #define MOEDGE_KERNELS(NAME)                                                                          \
   {NAME, V::FLOAT_TILE, V::INT_TILE, &float_rows, &int_rows<false>, &int_rows<true>, &float_strips,    \
-   &int_strips<false>, &int_strips<true>, &mask, &round_blocks, &glu}
+   &int_strips<false>, &int_strips<true>, &int_cells<false>, &int_cells<true>, &mask, &round_blocks, &glu}

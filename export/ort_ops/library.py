@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from moedge import MoEdgeError
-from moedge._files import digest, sha256_file
+from moedge._files import digest, safe_join, sha256_file
+from moedge.export.manifest import Operators
 
 FOLDER = Path(__file__).parent
 DOMAIN = "moedge.cpu"
@@ -71,6 +72,43 @@ def cached_library(cache: Path, folder: Path = FOLDER) -> Path:
             f"Cannot write to the cache {cache}: {error.strerror}; set MOEDGE_CACHE to a writable folder."
         ) from error
     return target
+
+
+def compiled() -> Path:
+    """Return this machine's library, compiled once into the cache of MoEdge.
+
+    Raises:
+        MoEdgeError: as :func:`cached_library`.
+    """
+    from moedge.convert.sources.assets import cache_dir
+
+    return cached_library(cache_dir() / "ort_ops")
+
+
+def write(folder: Path) -> Operators:
+    """Put the compiled library and its sources into a bundle; return its entry in the manifest."""
+    machine = platform.machine()
+    facts = Operators(
+        domain=DOMAIN, library=f"operators/libmoedge_cpu.{machine}.so", machine=machine, sources="operators/sources"
+    )
+    (folder / facts.sources).mkdir(parents=True)
+    for name, path in sources().items():
+        shutil.copyfile(path, folder / facts.sources / name)
+    shutil.copyfile(compiled(), folder / facts.library)
+    return facts
+
+
+def of_bundle(folder: Path, facts: Operators) -> Path:
+    """Return the library of a verified bundle for this machine: the bundle's own, or compiled here from its sources.
+
+    Raises:
+        MoEdgeError: it is for other processors and cannot be compiled here.
+    """
+    from moedge.convert.sources.assets import cache_dir
+
+    if facts.machine == platform.machine():
+        return safe_join(folder, facts.library)
+    return cached_library(cache_dir() / "ort_ops", safe_join(folder, facts.sources))
 
 
 def key(files: Mapping[str, Path]) -> str:

@@ -14,11 +14,23 @@ size_t Attributes::size(const char* name, int64_t least) const {
   return static_cast<size_t>(value);
 }
 
+bool Attributes::flag(const char* name) const {
+  int64_t value = 0;
+  return api_.attribute(info_, name, value) && value != 0;
+}
+
 int Attributes::bits() const {
   const size_t bits = size("bits");
   if (bits != 32 && bits != 8 && bits != 4)
     refuse("attribute bits is " + std::to_string(bits) + "; it has to be 32 (float32), 8 or 4.");
   return static_cast<int>(bits);
+}
+
+float Attributes::ramp() const {
+  float ramp = 0;
+  if (!api_.attribute(info_, "ramp", ramp)) return 0;
+  if (!(ramp >= 0 && ramp <= 10)) refuse("attribute ramp is " + std::to_string(ramp) + "; it has to be 0 to 10.");
+  return ramp;
 }
 
 Activation Attributes::activation() const {
@@ -79,7 +91,9 @@ const float* chosen(const Product& product, const Threads& threads, const float*
 class GatherLinear : public Node {
  public:
   explicit GatherLinear(const Attributes& attributes)
-      : matrix_{attributes.bits(), attributes.size("K"), attributes.size("N")}, kernels_(kernels()) {}
+      : matrix_{attributes.bits(), attributes.size("K"), attributes.size("N")},
+        ramp_(attributes.ramp()),
+        kernels_(kernels()) {}
 
   void compute(const Call& call, const Threads& threads) const override {
     Matrix matrix = matrix_;
@@ -92,7 +106,7 @@ class GatherLinear : public Node {
     dims.back() = static_cast<int64_t>(outputs);
     float* y = call.output(dims);
     const size_t all = rows_of(x.dims);
-    const Product product(kernels_, threads);
+    const Product product(kernels_, threads, ramp_);
     for (size_t begin = 0; begin < all; begin += MOST_TOKENS) {
       const size_t tokens = std::min(MOST_TOKENS, all - begin);
       const float* from = static_cast<const float*>(x.data) + begin * inputs;
@@ -105,6 +119,7 @@ class GatherLinear : public Node {
 
  private:
   Matrix matrix_;
+  float ramp_;
   const Kernels& kernels_;
 };
 
@@ -115,6 +130,7 @@ class GatherGLU : public Node {
         inner_(attributes.size("inner")),
         bits_(attributes.bits()),
         activation_(attributes.activation()),
+        ramp_(attributes.ramp()),
         kernels_(kernels()) {}
 
   void compute(const Call& call, const Threads& threads) const override {
@@ -129,7 +145,7 @@ class GatherGLU : public Node {
     layer.down_bias = call.floats(8, "down_bias", {hidden});
     float* y = call.output(x.dims);
     const size_t all = rows_of(x.dims);
-    const Product product(kernels_, threads);
+    const Product product(kernels_, threads, ramp_);
     for (size_t begin = 0; begin < all; begin += MOST_TOKENS)
       run(layer, product, threads, static_cast<const float*>(x.data) + begin * hidden_,
           std::min(MOST_TOKENS, all - begin), y + begin * hidden_);
@@ -165,13 +181,9 @@ class GatherGLU : public Node {
   size_t hidden_, inner_;
   int bits_;
   Activation activation_;
+  float ramp_;
   const Kernels& kernels_;
 };
-
-template <typename Op>
-std::unique_ptr<Node> make(const Attributes& attributes) {
-  return std::make_unique<Op>(attributes);
-}
 
 constexpr int LINEAR_TYPES[] = {FLOAT32, FLOAT32, ANY, ANY, FLOAT32};
 constexpr bool LINEAR_REQUIRED[] = {true, false, true, false, false};

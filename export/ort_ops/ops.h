@@ -16,7 +16,11 @@ class Attributes {
 
   // A number of at least `least`. Throws Invalid.
   size_t size(const char* name, int64_t least = 1) const;
+  // Whether an attribute is 1; false where it is left out.
+  bool flag(const char* name) const;
   int bits() const;
+  // Width of the ramp on which a value grows from nothing at its threshold, in thresholds; 0, a step, where it is missing.
+  float ramp() const;
   Activation activation() const;
 
  private:
@@ -34,6 +38,11 @@ class Node {
   virtual void compute(const Call& call, const Threads& threads) const = 0;
 };
 
+template <typename Op>
+std::unique_ptr<Node> make(const Attributes& attributes) {
+  return std::make_unique<Op>(attributes);
+}
+
 // What ONNX Runtime is told of an operator, and how a node of it is made.
 struct Signature {
   const char* name;
@@ -44,6 +53,6 @@ struct Signature {
   std::unique_ptr<Node> (*make)(const Attributes&);
 };
 
-extern const Signature GATHER_GLU, GATHER_LINEAR;
+extern const Signature GATHER_GLU, GATHER_LINEAR, ROUTED_GLU;
 
 }  // namespace moedge

@@ -9,6 +9,11 @@ output) in rows of one input each, columns padded to whole lines of 64 bytes:
 - 4 bits: 128 columns a line; the low halves of its bytes are columns 0 to 63 in that order, the high halves 64 to 127.
 
 Scales are [ceil(K / 32), columns], float32 or float16, 0 in the padding.
+
+Experts that are too narrow for rows of whole lines are stored *interleaved*, the way the kernels interleave rows
+themselves: a cell has 4 inputs of every column side by side, [ceil(K / 32) * bits, columns * 4] with columns padded to
+16. Its bytes are one input each (8 bits), or that of cell 2c in the low and of cell 2c + 1 in the high half (4 bits).
+No input can then be left out; of a narrow row no cache line could be either.
 """
 
 from __future__ import annotations
@@ -22,6 +27,8 @@ from moedge.export.quantize.format import BLOCK, Quantized, unpack
 
 LINE = 64
 """Bytes of a row that a kernel takes at once."""
+CELL_COLUMNS = 16
+"""Columns of interleaved weights are padded to a multiple of this."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,9 @@ class Packed:
     bits: int
     outputs: int
     """N, without padding."""
+    inputs: int
+    """K."""
+    interleaved: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -47,23 +57,24 @@ class Packed:
         """Return the weight, float32 [..., N, K], read back from the stored bytes."""
         if self.scales is None:
             return np.ascontiguousarray(np.swapaxes(self.weights, -1, -2))
-        inputs = self.weights.shape[-2]
-        values = _in_order(self.weights, self.bits).astype(np.float32) - np.float32(2 ** (self.bits - 1))
-        values *= np.repeat(self.scales.astype(np.float32), BLOCK, axis=-2)[..., :inputs, :]
+        levels = (_from_cells if self.interleaved else _in_order)(self.weights, self.bits)[..., : self.inputs, :]
+        values = levels.astype(np.float32) - np.float32(2 ** (self.bits - 1))
+        values *= np.repeat(self.scales.astype(np.float32), BLOCK, axis=-2)[..., : self.inputs, :]
         return np.ascontiguousarray(np.swapaxes(values[..., : self.outputs], -1, -2))
 
 
 def pack_floats(weight: np.ndarray) -> Packed:
     """Pack float32 [..., N, K]."""
     rows = np.ascontiguousarray(np.swapaxes(weight, -1, -2), np.float32)
-    return Packed(rows, None, 32, weight.shape[-2])
+    return Packed(rows, None, 32, weight.shape[-2], weight.shape[-1])
 
 
-def pack(value: Quantized, half_scales: bool = False) -> Packed:
+def pack(value: Quantized, half_scales: bool = False, interleaved: bool = False) -> Packed:
     """Pack a quantised matrix or stack.
 
     Args:
         value: symmetric, blocks of 32.
+        interleaved: see above; gate and up of narrow experts (:func:`narrow`).
         half_scales: store scales as float16; they must be ones that float16 holds, see :func:`round_scales`.
 
     Raises:
@@ -75,8 +86,8 @@ def pack(value: Quantized, half_scales: bool = False) -> Packed:
     if levels.shape[-1] != BLOCK:
         raise MoEdgeError(f"The CPU operators take blocks of {BLOCK} inputs; these are {levels.shape[-1]}.")
     outputs = levels.shape[-3]
-    rows = np.swapaxes(levels.reshape(*levels.shape[:-2], -1)[..., : value.columns], -1, -2)
-    padding = [(0, 0)] * (rows.ndim - 1) + [(0, -outputs % (LINE * 8 // value.bits))]
+    rows = np.swapaxes(levels.reshape(*levels.shape[:-2], -1), -1, -2)
+    padding = [(0, 0)] * (rows.ndim - 1) + [(0, -outputs % (CELL_COLUMNS if interleaved else LINE * 8 // value.bits))]
     rows = np.pad(rows, padding, constant_values=2 ** (value.bits - 1))
     scales = np.pad(np.swapaxes(value.scales, -1, -2), padding)
     if half_scales:
@@ -84,7 +95,13 @@ def pack(value: Quantized, half_scales: bool = False) -> Packed:
         if not np.array_equal(halves.astype(np.float32), scales):
             raise MoEdgeError("A scale is none that float16 holds; round the scales first (round_scales).")
         scales = halves
-    return Packed(_permuted(rows, value.bits), np.ascontiguousarray(scales), value.bits, outputs)
+    stored = _cells(rows, value.bits) if interleaved else _permuted(rows[..., : value.columns, :], value.bits)
+    return Packed(stored, np.ascontiguousarray(scales), value.bits, outputs, value.columns, interleaved)
+
+
+def narrow(outputs: int, bits: int) -> bool:
+    """Whether rows of ``outputs`` columns are better stored interleaved: under four lines, where padding costs most."""
+    return bits != 32 and outputs * bits // 8 < 4 * LINE
 
 
 def round_scales(value: Quantized) -> Quantized:
@@ -116,3 +133,21 @@ def _in_order(stored: np.ndarray, bits: int) -> np.ndarray:
         lines = np.stack([lines & 15, lines >> 4], axis=-2)
     cells = lines.reshape(*stored.shape[:-1], -1, 4, 4, 4)
     return np.swapaxes(cells, -2, -3).reshape(*stored.shape[:-1], -1)
+
+
+def _cells(rows: np.ndarray, bits: int) -> np.ndarray:
+    """Levels [..., K padded to blocks, columns] to interleaved bytes."""
+    *stack, inputs, columns = rows.shape
+    cells = np.swapaxes(rows.reshape(*stack, inputs // 4, 4, columns), -1, -2).reshape(*stack, inputs // 4, -1)
+    if bits == 4:
+        cells = cells[..., ::2, :] | (cells[..., 1::2, :] << 4)
+    return np.ascontiguousarray(cells)
+
+
+def _from_cells(stored: np.ndarray, bits: int) -> np.ndarray:
+    """Interleaved bytes to levels [..., K padded to blocks, columns]."""
+    *stack, cells, size = stored.shape
+    if bits == 4:
+        stored = np.stack([stored & 15, stored >> 4], axis=-2).reshape(*stack, 2 * cells, size)
+    rows = np.swapaxes(stored.reshape(*stack, -1, size // 4, 4), -1, -2)
+    return rows.reshape(*stack, -1, size // 4)

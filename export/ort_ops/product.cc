@@ -42,7 +42,7 @@ size_t parts_of(size_t bytes, size_t sums_bytes) {
 }
 
 // Tasks of a product that is cut by columns: some more than threads, as one may be held up.
-size_t tasks_of(size_t units) { return std::max<size_t>(1, std::min(units, 2 * std::min(processors(), MOST_PARTS))); }
+size_t strip_tasks(size_t units) { return std::max<size_t>(1, std::min(units, 2 * std::min(processors(), MOST_PARTS))); }
 
 // Runs part(p, sums [tokens][columns]) for p < parts, each with zeroed sums of its own, and adds them into y.
 template <typename Part>
@@ -110,7 +110,7 @@ void round_token(const Kernels& kernels, const Rounded& to, const float* x, size
 }
 
 // A token with an input that is not finite has no finite result: rounding cannot tell infinite from not a number.
-void poison(const float* scales, size_t blocks, float* y, size_t columns) {
+void poison_token(const float* scales, size_t blocks, float* y, size_t columns) {
   for (size_t b = 0; b < blocks; ++b)
     if (!std::isfinite(scales[b])) {
       std::fill(y, y + columns, std::numeric_limits<float>::quiet_NaN());
@@ -118,8 +118,7 @@ void poison(const float* scales, size_t blocks, float* y, size_t columns) {
     }
 }
 
-IntProduct integers(const Matrix& matrix, size_t tokens, float* y, size_t y_stride) {
-  IntProduct p{};
+IntProduct with_matrix(IntProduct p, const Matrix& matrix, size_t tokens, float* y, size_t y_stride) {
   p.weights = static_cast<const uint8_t*>(matrix.weights);
   p.row_bytes = matrix.row_bytes();
   p.columns = matrix.columns();
@@ -131,19 +130,19 @@ IntProduct integers(const Matrix& matrix, size_t tokens, float* y, size_t y_stri
   return p;
 }
 
-// Which rows of one block any token needs: writes their cells, returns how many.
-size_t cells_of(const Rounded& x, size_t tokens, size_t block, uint32_t* rows, uint32_t* source) {
+// Which inputs of one block any token needs: writes their cells, returns how many. `row` is that of the first input.
+size_t cells_of(const Rounded& x, size_t tokens, size_t block, size_t row, uint32_t* rows, uint32_t* source) {
   uint8_t any[BLOCK];
   std::memcpy(any, x.q + block * BLOCK, BLOCK);
   for (size_t t = 1; t < tokens; ++t)
     for (size_t i = 0; i < BLOCK; ++i) any[i] |= static_cast<uint8_t>(x.q[t * x.stride + block * BLOCK + i]);
   size_t count = 0;
   for (size_t i = 0; i < BLOCK; ++i) {
-    rows[count] = static_cast<uint32_t>(block * BLOCK + i);
+    rows[count] = static_cast<uint32_t>(row + i);
+    source[count] = static_cast<uint32_t>(block * BLOCK + i);
     count += any[i] != 0;
   }
   const size_t padded = (count + CELL - 1) / CELL * CELL;
-  for (size_t i = 0; i < count; ++i) source[i] = rows[i];
   for (size_t i = count; i < padded; ++i) {
     rows[i] = rows[0];
     source[i] = static_cast<uint32_t>(x.stride - ZEROS);
@@ -153,43 +152,160 @@ size_t cells_of(const Rounded& x, size_t tokens, size_t block, uint32_t* rows, u
 
 }  // namespace
 
+Few::Few(const Kernels& kernels, int bits, const float* x, size_t tokens, size_t stride, const Segments* segments)
+    : kernels_(kernels), bits_(bits), tokens_(tokens) {
+  bits == 32 ? find_floats(x, stride, segments) : find_integers(x, stride, segments);
+}
+
+void Few::find_floats(const float* x, size_t stride, const Segments* segments) {
+  uint32_t* rows = memory.rows.get<uint32_t>(stride + 1);
+  uint32_t* source = memory.source.get<uint32_t>(stride + 1);
+  size_t count = 0;
+  for (size_t i = 0; i < stride; ++i) {
+    bool any = false;
+    for (size_t t = 0; t < tokens_; ++t) any |= x[t * stride + i] != 0;  // also not a number
+    source[count] = static_cast<uint32_t>(i);
+    count += any;
+  }
+  const size_t each = segments ? Product::stride_of(segments->width) : stride;
+  for (size_t r = 0; r < count; ++r)
+    rows[r] = segments ? segments->experts[source[r] / each] * static_cast<uint32_t>(segments->width) + source[r] % each
+                       : source[r];
+  const Tiles tiles(tokens_, kernels_.float_tile);
+  float* packed = memory.x.get<float>(tokens_ * count);
+  for (size_t tile = 0; tile < tiles.count; ++tile) into_tiles(x, stride, source, count, tiles, tile, packed);
+  size_ = count;
+  floats_ = {nullptr, 0, rows, count, packed, tokens_, nullptr, 0};
+}
+
+void Few::find_integers(const float* x, size_t stride, const Segments* segments) {
+  const size_t all = stride / BLOCK;
+  const Rounded round = rounded(tokens_, all);
+  for (size_t t = 0; t < tokens_; ++t) round_token(kernels_, round, x, all, t);
+  uint32_t* rows = memory.rows.get<uint32_t>(all * BLOCK + 1);
+  uint32_t* source = memory.source.get<uint32_t>(all * BLOCK + 1);
+  Block* blocks = memory.blocks.get<Block>(all);
+  float* x_scales = memory.x_scales.get<float>(all * tokens_);
+  int32_t* starts = memory.starts.get<int32_t>(all * tokens_);
+  const int32_t zero = bits_ == 4 ? 8 : 128;
+  const size_t each = segments ? Product::stride_of(segments->width) / BLOCK : all;
+  size_t cells = 0;
+  for (size_t b = 0; b < all; ++b) {
+    const size_t expert = segments ? static_cast<size_t>(segments->experts[b / each]) : 0;
+    const size_t row = (segments ? expert * segments->width : 0) + b % each * BLOCK;
+    const size_t more = cells_of(round, tokens_, b, row, rows + 4 * cells, source + 4 * cells);
+    if (!more) continue;
+    const size_t scale_row = expert * each + b % each;
+    blocks[size_] = {static_cast<uint32_t>(scale_row), static_cast<uint32_t>(cells), static_cast<uint32_t>(cells + more)};
+    for (size_t t = 0; t < tokens_; ++t) {
+      x_scales[size_ * tokens_ + t] = round.scales[t * all + b];
+      starts[size_ * tokens_ + t] = -zero * round.sums[t * all + b];
+    }
+    cells += more;
+    ++size_;
+  }
+  const Tiles tiles(tokens_, kernels_.int_tile);
+  int32_t* packed = memory.x.get<int32_t>(tokens_ * cells);
+  for (size_t tile = 0; tile < tiles.count; ++tile)
+    into_tiles(round.q, round.stride, source, cells, tiles, tile, packed);
+  integers_.blocks = blocks;
+  integers_.num_cells = cells;
+  integers_.rows = rows;
+  integers_.x = packed;
+  integers_.x_scales = x_scales;
+  integers_.starts = starts;
+  all_blocks_ = all;
+  all_scales_ = round.scales;
+}
+
+size_t Few::bytes(const Matrix& matrix) const {
+  return (bits_ == 32 ? size_ : CELL * integers_.num_cells) * matrix.row_bytes();
+}
+
+size_t Few::border(size_t p, size_t parts) const {
+  if (bits_ == 32) return size_ * p / parts;
+  if (p == parts) return size_;
+  // Blocks have unlike numbers of cells.
+  const Block *first = integers_.blocks, *end = first + size_;
+  const auto before = [](const Block& block, size_t cell) { return block.begin < cell; };
+  return static_cast<size_t>(std::lower_bound(first, end, integers_.num_cells * p / parts, before) - first);
+}
+
+void Few::add(const Matrix& matrix, size_t begin, size_t end, float* sums, size_t y_stride) const {
+  if (bits_ == 32) {
+    FloatProduct p = floats_;
+    p.weights = static_cast<const float*>(matrix.weights);
+    p.columns = matrix.outputs;
+    p.y = sums;
+    p.y_stride = y_stride;
+    return kernels_.float_rows(p, begin, end);
+  }
+  const IntProduct p = with_matrix(integers_, matrix, tokens_, sums, y_stride);
+  bits_ == 4 ? kernels_.int4_rows(p, begin, end) : kernels_.int8_rows(p, begin, end);
+}
+
+void Few::poison(float* y, size_t y_stride, size_t columns) const {
+  for (size_t t = 0; t < tokens_ && bits_ != 32; ++t)
+    poison_token(all_scales_ + t * all_blocks_, all_blocks_, y + t * y_stride, columns);
+}
+
+Cells::Cells(const Kernels& kernels, int bits, const float* x, size_t tokens, size_t stride)
+    : kernels_(kernels), tokens_(tokens), blocks_(stride / BLOCK) {
+  const Rounded round = rounded(tokens, blocks_);
+  float* x_scales = memory.x_scales.get<float>(blocks_ * tokens);
+  int32_t* starts = memory.starts.get<int32_t>(blocks_ * tokens);
+  const int32_t zero = bits == 4 ? 8 : 128;
+  for (size_t t = 0; t < tokens; ++t) {
+    round_token(kernels, round, x, blocks_, t);
+    for (size_t b = 0; b < blocks_; ++b) {
+      x_scales[b * tokens + t] = round.scales[t * blocks_ + b];
+      starts[b * tokens + t] = -zero * round.sums[t * blocks_ + b];
+    }
+  }
+  product_.num_cells = blocks_ * (BLOCK / CELL);
+  const Tiles tiles(tokens, CELL_TILE);
+  int32_t* packed = memory.x.get<int32_t>(tokens * product_.num_cells);
+  for (size_t tile = 0; tile < tiles.count; ++tile)
+    into_tiles(round.q, round.stride, nullptr, product_.num_cells, tiles, tile, packed);
+  product_.x = packed;
+  product_.x_scales = x_scales;
+  product_.starts = starts;
+  all_scales_ = round.scales;
+}
+
+void Cells::multiply(const Matrix& matrix, float* y, size_t y_stride) const {
+  const IntProduct p = with_matrix(product_, matrix, tokens_, y, y_stride);
+  matrix.bits == 4 ? kernels_.int4_cells(p, blocks_) : kernels_.int8_cells(p, blocks_);
+  for (size_t t = 0; t < tokens_; ++t) poison_token(all_scales_ + t * blocks_, blocks_, y + t * y_stride, p.columns);
+}
+
+size_t tasks_of(size_t units, size_t bytes) {
+  return std::max<size_t>(1, std::min({units, 2 * std::min(processors(), MOST_PARTS), bytes / LEAST_BYTES}));
+}
+
 void Product::choose(const float* x, const float* threshold, size_t size, float* out, size_t stride) const {
   if (threshold)
-    kernels_.mask(x, threshold, size, out);
+    kernels_.mask(x, threshold, ramp_, size, out);
   else if (x != out)
     std::memcpy(out, x, size * sizeof(float));
   std::fill(out + size, out + stride, 0.0f);
 }
 
 void Product::multiply(const Matrix& matrix, const float* x, size_t tokens, float* y, size_t y_stride) const {
-  const bool few = tokens <= few_tokens(matrix.bits);
-  if (matrix.bits == 32)
-    few ? few_floats(matrix, x, tokens, y, y_stride) : many_floats(matrix, x, tokens, y, y_stride);
+  if (tokens <= few_tokens(matrix.bits))
+    multiply(matrix, Few(kernels_, matrix.bits, x, tokens, stride_of(matrix.inputs)), tokens, y, y_stride);
+  else if (matrix.bits == 32)
+    many_floats(matrix, x, tokens, y, y_stride);
   else
-    few ? few_integers(matrix, x, tokens, y, y_stride) : many_integers(matrix, x, tokens, y, y_stride);
+    many_integers(matrix, x, tokens, y, y_stride);
 }
 
-void Product::few_floats(const Matrix& matrix, const float* x, size_t tokens, float* y, size_t y_stride) const {
-  const size_t stride = stride_of(matrix.inputs);
-  uint32_t* rows = memory.rows.get<uint32_t>(matrix.inputs + 1);
-  size_t count = 0;
-  for (size_t i = 0; i < matrix.inputs; ++i) {
-    bool any = false;
-    for (size_t t = 0; t < tokens; ++t) any |= x[t * stride + i] != 0;  // also not a number
-    rows[count] = static_cast<uint32_t>(i);
-    count += any;
-  }
-  const Tiles tiles(tokens, kernels_.float_tile);
-  float* packed = memory.x.get<float>(tokens * count);
-  for (size_t tile = 0; tile < tiles.count; ++tile) into_tiles(x, stride, rows, count, tiles, tile, packed);
-  FloatProduct p{static_cast<const float*>(matrix.weights), matrix.outputs, rows, count, packed, tokens, y, y_stride};
-  const size_t parts = parts_of(count * matrix.row_bytes(), tokens * matrix.row_bytes());
-  const Kernels& kernels = kernels_;
-  sum_of_parts(threads_, parts, tokens, matrix.outputs, y, y_stride, [=, &kernels](size_t part, float* sums) {
-    FloatProduct mine = p;
-    mine.y = sums;
-    kernels.float_rows(mine, count * part / parts, count * (part + 1) / parts);
+void Product::multiply(const Matrix& matrix, const Few& few, size_t tokens, float* y, size_t y_stride) const {
+  const size_t parts = parts_of(few.bytes(matrix), tokens * matrix.columns() * sizeof(float));
+  sum_of_parts(threads_, parts, tokens, matrix.columns(), y, y_stride, [&few, &matrix, parts, y_stride](size_t p, float* sums) {
+    few.add(matrix, few.border(p, parts), few.border(p + 1, parts), sums, y_stride);
   });
+  few.poison(y, y_stride, matrix.columns());
 }
 
 void Product::many_floats(const Matrix& matrix, const float* x, size_t tokens, float* y, size_t y_stride) const {
@@ -199,7 +315,7 @@ void Product::many_floats(const Matrix& matrix, const float* x, size_t tokens, f
   threads_.run(tiles.count, [=](size_t tile) { into_tiles(x, stride, nullptr, count, tiles, tile, packed); });
   const FloatProduct p{static_cast<const float*>(matrix.weights), matrix.outputs, nullptr, count, packed, tokens, y,
                        y_stride};
-  const size_t strips = (matrix.outputs + FLOAT_STRIP_COLUMNS - 1) / FLOAT_STRIP_COLUMNS, tasks = tasks_of(strips);
+  const size_t strips = (matrix.outputs + FLOAT_STRIP_COLUMNS - 1) / FLOAT_STRIP_COLUMNS, tasks = strip_tasks(strips);
   float* scratch = memory.parts.get<float>(tasks * FLOAT_STRIP_SCRATCH);
   const Kernels& kernels = kernels_;
   threads_.run(tasks, [=, &kernels](size_t task) {
@@ -207,54 +323,6 @@ void Product::many_floats(const Matrix& matrix, const float* x, size_t tokens, f
     const size_t end = std::min(strips * (task + 1) / tasks * FLOAT_STRIP_COLUMNS, p.columns);
     kernels.float_strips(p, begin, end, scratch + task * FLOAT_STRIP_SCRATCH);
   });
-}
-
-void Product::few_integers(const Matrix& matrix, const float* x, size_t tokens, float* y, size_t y_stride) const {
-  const size_t all = matrix.blocks();
-  const Rounded round = rounded(tokens, all);
-  for (size_t t = 0; t < tokens; ++t) round_token(kernels_, round, x, all, t);
-  uint32_t* rows = memory.rows.get<uint32_t>(all * BLOCK + 1);
-  uint32_t* source = memory.source.get<uint32_t>(all * BLOCK + 1);
-  Block* blocks = memory.blocks.get<Block>(all);
-  float* x_scales = memory.x_scales.get<float>(all * tokens);
-  int32_t* starts = memory.starts.get<int32_t>(all * tokens);
-  const int32_t zero = matrix.bits == 4 ? 8 : 128;
-  size_t count = 0, cells = 0;
-  for (size_t b = 0; b < all; ++b) {
-    const size_t more = cells_of(round, tokens, b, rows + 4 * cells, source + 4 * cells);
-    if (!more) continue;
-    blocks[count] = {static_cast<uint32_t>(b), static_cast<uint32_t>(cells), static_cast<uint32_t>(cells + more)};
-    for (size_t t = 0; t < tokens; ++t) {
-      x_scales[count * tokens + t] = round.scales[t * all + b];
-      starts[count * tokens + t] = -zero * round.sums[t * all + b];
-    }
-    cells += more;
-    ++count;
-  }
-  const Tiles tiles(tokens, kernels_.int_tile);
-  int32_t* packed = memory.x.get<int32_t>(tokens * cells);
-  for (size_t tile = 0; tile < tiles.count; ++tile)
-    into_tiles(round.q, round.stride, source, cells, tiles, tile, packed);
-  IntProduct p = integers(matrix, tokens, y, y_stride);
-  p.blocks = blocks;
-  p.num_cells = cells;
-  p.rows = rows;
-  p.x = packed;
-  p.x_scales = x_scales;
-  p.starts = starts;
-  const size_t parts = parts_of(4 * cells * p.row_bytes, tokens * p.columns * sizeof(float));
-  const auto kernel = matrix.bits == 4 ? kernels_.int4_rows : kernels_.int8_rows;
-  const auto border = [=](size_t part) {  // blocks have unlike numbers of cells
-    const Block *first = blocks, *end = blocks + count;
-    const auto before = [](const Block& block, size_t cell) { return block.begin < cell; };
-    return static_cast<size_t>(std::lower_bound(first, end, cells * part / parts, before) - first);
-  };
-  sum_of_parts(threads_, parts, tokens, p.columns, y, y_stride, [=](size_t part, float* sums) {
-    IntProduct mine = p;
-    mine.y = sums;
-    kernel(mine, border(part), part + 1 == parts ? count : border(part + 1));
-  });
-  for (size_t t = 0; t < tokens; ++t) poison(round.scales + t * all, all, y + t * y_stride, p.columns);
 }
 
 void Product::many_integers(const Matrix& matrix, const float* x, size_t tokens, float* y, size_t y_stride) const {
@@ -282,17 +350,17 @@ void Product::many_integers(const Matrix& matrix, const float* x, size_t tokens,
     }
     into_tiles(round.q, round.stride, nullptr, cells, tiles, tile, packed);
   });
-  IntProduct p = integers(matrix, tokens, y, y_stride);
+  IntProduct p = with_matrix({}, matrix, tokens, y, y_stride);
   p.blocks = blocks;
   p.num_cells = cells;
   p.rows = rows;
   p.x = packed;
   p.x_scales = x_scales;
   p.starts = starts;
-  const size_t lines = p.row_bytes / LINE, tasks = tasks_of(lines);
+  const size_t lines = p.row_bytes / LINE, tasks = strip_tasks(lines);
   const auto kernel = matrix.bits == 4 ? kernels_.int4_strips : kernels_.int8_strips;
   threads_.run(tasks, [=](size_t task) { kernel(p, lines * task / tasks, lines * (task + 1) / tasks, all); });
-  for (size_t t = 0; t < tokens; ++t) poison(round.scales + t * all, all, y + t * y_stride, p.columns);
+  for (size_t t = 0; t < tokens; ++t) poison_token(round.scales + t * all, all, y + t * y_stride, p.columns);
 }
 
 }  // namespace moedge

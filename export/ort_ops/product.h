@@ -26,6 +26,9 @@ class Threads {
   const OrtKernelContext* context_;
 };
 
+// How many tasks `units` of work are cut into that read so many bytes of weights together.
+size_t tasks_of(size_t units, size_t bytes);
+
 // A weight [N, K] as pack.py stores it: one row for each of the K inputs.
 struct Matrix {
   int bits;
@@ -33,13 +36,24 @@ struct Matrix {
   const void* weights = nullptr;
   const void* scales = nullptr;
   bool half = false;
+  bool interleaved = false;  // stored for Cells
 
   size_t line_columns() const { return bits == 4 ? 2 * LINE : LINE; }
   // N with padding.
   size_t columns() const {
-    return bits == 32 ? outputs : (outputs + line_columns() - 1) / line_columns() * line_columns();
+    const size_t unit = bits == 32 ? 1 : interleaved ? 16 : line_columns();
+    return (outputs + unit - 1) / unit * unit;
   }
-  size_t row_bytes() const { return columns() * bits / 8; }
+  // Rows as they are stored, and their bytes: an input each, or a cell of four (8 bits), of eight (4 bits).
+  size_t rows() const { return interleaved ? blocks() * bits : inputs; }
+  size_t row_bytes() const { return interleaved ? columns() * CELL : columns() * bits / 8; }
+  // One of a stack.
+  Matrix expert(size_t number) const {
+    Matrix one = *this;
+    one.weights = static_cast<const char*>(weights) + number * rows() * row_bytes();
+    if (scales) one.scales = static_cast<const char*>(scales) + number * blocks() * columns() * (half ? 2 : 4);
+    return one;
+  }
   size_t blocks() const { return (inputs + BLOCK - 1) / BLOCK; }
 };
 
@@ -52,17 +66,64 @@ constexpr size_t FEW_TOKENS = 16;
 // Tokens that go through a layer at once; bounds the memory that a long prompt takes.
 constexpr size_t MOST_TOKENS = 512;
 
-// The inputs of one product, and its result.
+// Which experts the inputs of a product belong to, where they are the hidden units of several: `width` of each, padded
+// to whole blocks, expert after expert.
+struct Segments {
+  const int32_t* experts;
+  size_t width;
+};
+
+// The inputs of a few tokens that are not zero, and their rows; for any number of matrices. One of a thread at a time.
+class Few {
+ public:
+  // x [tokens][stride]: stride_of(inputs), or that of each segment side by side.
+  Few(const Kernels& kernels, int bits, const float* x, size_t tokens, size_t stride, const Segments* segments = nullptr);
+
+  // Rows (floats) or blocks (integers) with work.
+  size_t size() const { return size_; }
+  // Bytes of weights that a product reads.
+  size_t bytes(const Matrix& matrix) const;
+  // Where part p of `parts` begins, in size().
+  size_t border(size_t p, size_t parts) const;
+  // sums [tokens][y_stride] += part [begin, end) of the product; weights and scales are those of `matrix`.
+  void add(const Matrix& matrix, size_t begin, size_t end, float* sums, size_t y_stride) const;
+  // A token of which an input is not finite has no finite result, if rounding hid that.
+  void poison(float* y, size_t y_stride, size_t columns) const;
+
+ private:
+  void find_floats(const float* x, size_t stride, const Segments* segments);
+  void find_integers(const float* x, size_t stride, const Segments* segments);
+
+  const Kernels& kernels_;
+  int bits_;
+  size_t tokens_, size_ = 0, all_blocks_ = 0;
+  FloatProduct floats_{};
+  IntProduct integers_{};
+  const float* all_scales_ = nullptr;
+};
+
+// All inputs of tokens for matrices that are stored interleaved (narrow ones). One of a thread at a time.
+class Cells {
+ public:
+  Cells(const Kernels& kernels, int bits, const float* x, size_t tokens, size_t stride);
+  // y [tokens][y_stride] = the product.
+  void multiply(const Matrix& matrix, float* y, size_t y_stride) const;
+
+ private:
+  const Kernels& kernels_;
+  size_t tokens_, blocks_;
+  IntProduct product_{};
+  const float* all_scales_;
+};
+
+// Products of all of a matrix's inputs.
 class Product {
  public:
-  Product(const Kernels& kernels, const Threads& threads) : kernels_(kernels), threads_(threads) {}
+  // `ramp`: of choose(), see Attributes::ramp().
+  Product(const Kernels& kernels, const Threads& threads, float ramp)
+      : kernels_(kernels), threads_(threads), ramp_(ramp) {}
 
-  // [tokens][stride] of the inputs of `matrix`, which the caller fills: `stride` is K padded to whole blocks, the
-  // padding zero. One instance at a time is in use on a thread.
-  struct Inputs {
-    float* values;
-    size_t stride;
-  };
+  // Inputs of a token, padded to whole blocks; the padding is zero.
   static size_t stride_of(size_t inputs) { return (inputs + BLOCK - 1) / BLOCK * BLOCK; }
 
   // A distance of rows of y that is no power of two: rows of which all would fall on the same lines of a cache.
@@ -71,17 +132,19 @@ class Product {
   // Writes x, where not below its threshold (null: all), and zeros beyond `size`, to `out` [stride].
   void choose(const float* x, const float* threshold, size_t size, float* out, size_t stride) const;
 
+  // y [tokens][y_stride] = what `few` stands for times matrix.
+  void multiply(const Matrix& matrix, const Few& few, size_t tokens, float* y, size_t y_stride) const;
+
   // y [tokens][y_stride], y_stride at least matrix.columns(), = x times matrix. `x` [tokens][stride_of(K)].
   void multiply(const Matrix& matrix, const float* x, size_t tokens, float* y, size_t y_stride) const;
 
  private:
-  void few_floats(const Matrix&, const float* x, size_t tokens, float* y, size_t y_stride) const;
   void many_floats(const Matrix&, const float* x, size_t tokens, float* y, size_t y_stride) const;
-  void few_integers(const Matrix&, const float* x, size_t tokens, float* y, size_t y_stride) const;
   void many_integers(const Matrix&, const float* x, size_t tokens, float* y, size_t y_stride) const;
 
   const Kernels& kernels_;
   const Threads& threads_;
+  float ramp_;
 };
 
 }  // namespace moedge

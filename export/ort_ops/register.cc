@@ -81,7 +81,7 @@ void fill(Op& op, const Signature& signature, const Api& api) {
   op.end_version = [](const OrtCustomOp*) { return 0x7fffffff; };
 }
 
-constexpr const Signature* SIGNATURES[] = {&GATHER_LINEAR, &GATHER_GLU};
+constexpr const Signature* SIGNATURES[] = {&GATHER_LINEAR, &GATHER_GLU, &ROUTED_GLU};
 constexpr size_t COUNT = sizeof SIGNATURES / sizeof SIGNATURES[0];
 
 // The operators and their domain outlive every session: made once, never released.

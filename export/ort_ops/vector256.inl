@@ -18,6 +18,7 @@ struct V {
   static Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
   static Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
   static Float to_float(Int value) { return _mm256_cvtepi32_ps(value); }
+  static Int bytes(const uint8_t* from) { return _mm256_loadu_si256(reinterpret_cast<const Int*>(from)); }
   static Int set_int(int32_t value) { return _mm256_set1_epi32(value); }
 
   static void interleave(const uint8_t* const* rows, size_t at, Int out[4]) {

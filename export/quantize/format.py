@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moedge import MoEdgeError
-from moedge.export.manifest import ClassSize, LinearPlace, Rows, StackPlace
+from moedge.export.manifest import ClassSize, LinearPlace, PackedPlace, Rows, StackPlace
 
 if TYPE_CHECKING:
     from moedge.export.bundle import Bundle
@@ -258,6 +258,8 @@ def dequantized_weights(bundle: Bundle) -> Iterator[tuple[str, np.ndarray]]:
     """
     import onnx
 
+    from moedge.export.ort_ops.pack import Packed
+
     section = bundle.manifest.quantization
     if section is None:
         raise MoEdgeError(f"{bundle.path} holds float weights; there is nothing to de-quantise.")
@@ -283,7 +285,11 @@ def dequantized_weights(bundle: Bundle) -> Iterator[tuple[str, np.ndarray]]:
         return Quantized(values_part, scales_part, zeros_part, section.bits, columns).dequantized()
 
     for name, place in section.tensors.items():
-        if isinstance(place, LinearPlace):
+        if isinstance(place, PackedPlace):  # in the layout of our own operators
+            stored_rows = Packed(read(f"{place.tensor}.q"), read(f"{place.tensor}.scales"), section.bits, place.total)
+            values = stored_rows.dequantized()[slice(*place.outputs)]
+            yield name, np.ascontiguousarray(values.T if place.layout == "KN" else values)
+        elif isinstance(place, LinearPlace):
             yield name, _dequantize_linear(read(f"{place.tensor}.q"), read(f"{place.tensor}.scales"), place)
         elif isinstance(place, StackPlace):  # each in a matrix of its own (lowering/ort/products.py)
             yield name, np.stack([blocks(part, place.columns) for part in place.experts])

@@ -151,11 +151,14 @@ def _rounds(
     """Open every engine and time them in turn; returns the times and what the engines are."""
     labels = list(engines)
     opened: dict[str, Engine] = {}
+    ours = not gc.get_freeze_count()  # else the calling program has frozen what is there, and keeps it so
     ttft: dict[str, list[list[float]]] = {label: [] for label in labels}
     tpot: dict[str, list[list[float]]] = {label: [] for label in labels}
     try:
         for label in labels:
             opened[label] = engines[label]()
+        if ours:
+            gc.freeze()  # what is there stays: the collections before each run then look at that run's objects only
         for number in range(warmup + repeats):
             shift = number % len(labels)
             for label in labels[shift:] + labels[:shift]:
@@ -167,6 +170,8 @@ def _rounds(
                 advance()
         infos = {label: engine.info.as_json() for label, engine in opened.items()}
     finally:
+        if ours:
+            gc.unfreeze()
         for engine in opened.values():
             engine.close()
     times = {"ttft_ms": ttft, "tpot_ms": tpot}
@@ -205,8 +210,13 @@ def _timed_run(engine: Engine, ids: np.ndarray, decode: int) -> tuple[float, lis
 
 def _summary(rounds: np.ndarray, seed: int) -> dict[str, Any]:
     """Percentiles of all samples of ``rounds`` [rounds, samples] and the interval of their median."""
-    interval = bootstrap_ci(len(rounds), lambda drawn: float(np.median(rounds[drawn])), seed=seed)
+    interval = bootstrap_ci(len(rounds), functools.partial(_medians, rounds), seed=seed)
     return {**percentiles(rounds.reshape(-1), (50, 90, 99)), "mean": float(rounds.mean()), "ci95": interval}
+
+
+def _medians(rounds: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    """Median of all samples [rounds, samples] of each drawing of rounds int64 [N, rounds]."""
+    return np.asarray(np.median(rounds[drawn], axis=(-2, -1)))
 
 
 def _ratios(labels: list[str], times: dict[str, dict[str, np.ndarray]], seed: int) -> list[dict[str, Any]]:
@@ -219,8 +229,8 @@ def _ratios(labels: list[str], times: dict[str, dict[str, np.ndarray]], seed: in
                     continue
                 slow, fast = samples[baseline], samples[label]
 
-                def speedup(drawn: np.ndarray, slow: np.ndarray = slow, fast: np.ndarray = fast) -> float:
-                    return float(np.median(slow[drawn]) / np.median(fast[drawn]))
+                def speedup(drawn: np.ndarray, slow: np.ndarray = slow, fast: np.ndarray = fast) -> np.ndarray:
+                    return _medians(slow, drawn) / _medians(fast, drawn)
 
                 low, high = bootstrap_ci(len(slow), speedup, seed=seed)
                 ratios.append(
@@ -228,7 +238,7 @@ def _ratios(labels: list[str], times: dict[str, dict[str, np.ndarray]], seed: in
                         "metric": metric,
                         "label": label,
                         "baseline": baseline,
-                        "speedup": speedup(np.arange(len(slow))),
+                        "speedup": float(np.median(slow) / np.median(fast)),
                         "ci95": [low, high],
                         # What the interval allows to say: nothing when it holds 1.
                         "verdict": "faster" if low > 1 else "slower" if high < 1 else "no difference shown",

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 RESAMPLES = 2000
+_BLOCK = 100  # drawings at a time: few megabytes, however many samples a round has
 
 
 def percentiles(values: np.ndarray, at: Sequence[float]) -> dict[str, float]:
@@ -17,7 +18,7 @@ def percentiles(values: np.ndarray, at: Sequence[float]) -> dict[str, float]:
 
 
 def bootstrap_ci(
-    rounds: int, statistic: Callable[[np.ndarray], float], *, seed: int = 0, resamples: int = RESAMPLES
+    rounds: int, statistic: Callable[[np.ndarray], np.ndarray], *, seed: int = 0, resamples: int = RESAMPLES
 ) -> list[float]:
     """95% percentile-bootstrap interval of a statistic of ``rounds`` independent rounds.
 
@@ -27,7 +28,7 @@ def bootstrap_ci(
 
     Args:
         rounds: how many rounds were measured.
-        statistic: int64 [rounds] round numbers -> value.
+        statistic: int64 [N, rounds] round numbers, one drawing a row -> float64 [N], a value of each drawing.
         seed: of the drawing; equal data give equal intervals.
         resamples: number of drawings.
 
@@ -35,5 +36,5 @@ def bootstrap_ci(
         ``[low, high]``; both are the plain statistic when there is one round only (no interval can be known).
     """
     draws = np.random.default_rng(seed).integers(0, rounds, (resamples, rounds))
-    values = [statistic(draw) for draw in draws]
-    return [float(value) for value in np.percentile(values, [2.5, 97.5])]
+    values = [statistic(draws[start : start + _BLOCK]) for start in range(0, resamples, _BLOCK)]
+    return [float(value) for value in np.percentile(np.concatenate(values), [2.5, 97.5])]

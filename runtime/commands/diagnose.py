@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,8 +56,6 @@ def diagnose(
       moedge diagnose runs/smollm2-135m
       moedge diagnose build/moe --dense ./my-llama --text my.txt --text other.txt --stability --plot routing.svg
     """
-    from moedge.convert import diagnostics, modeling
-
     folder = run_folder.checkpoint(path) if run_folder.is_run(path) else path
     if plot is not None and plot.suffix not in (".svg", ".png"):
         raise MoEdgeError(f"--plot {plot}: write a .svg or .png file.")
@@ -64,40 +63,69 @@ def diagnose(
         raise MoEdgeError("--stability converts again, which needs the dense parent: give it with --dense.")
     if not (folder / "plan.json").is_file():
         raise MoEdgeError(f"{path} is neither a run folder nor a MoE checkpoint; `moedge convert` makes one.")
+    texts = _Texts(text or ["asset:wiki"], tokens, window, holdout_every)
     with single("diagnose", str(path)) as reporter:
-        model, plan, tokenizer = modeling.load(folder, device=device)
-        parent = _parent(path, dense, plan, device, reporter)
-        count = -(-tokens // window)
-        found: dict[str, Any] = {}
-        windows = {}
-        for spec in text or ["asset:wiki"]:
-            read, how = held_out.beside([plan], spec, holdout_every)
-            held_out.check_window(model, window, "--window")
-            windows[read.name] = held_out.windows(tokenizer, read, window, count, bos=False, name="diagnosed")
-            reporter.note(f"{read.name}: {how}")
-            result = diagnostics.diagnose(
-                model, windows[read.name], dense_model=parent, k_a=k_a, progress=reporter.progress
-            )
-            found[read.name] = {"documents": how, **result}
-        result = {
-            "schema": diagnostics.DIAGNOSTICS_SCHEMA,
-            "plan_sha256": plan.sha256,
-            "method": plan.method,
-            "protocol": {"window": window, "bos": False, "k_a": k_a, "dtype": str(model.dtype).removeprefix("torch.")},
-            "texts": found,
-            "stability": None,
-        }
-        if stability:
-            assert parent is not None
-            result["stability"] = _stability(parent, plan, windows, reporter)
+        result = _diagnose(path, folder, dense, texts, k_a, device, reporter, stability=stability)
     if save is not None:
         write_json(save, result)
     if plot is not None:
-        _draw(found, plot)
+        _draw(result["texts"], plot)
     if as_json:
         print(json.dumps(result, indent=2, allow_nan=False))
     else:
         _print(result)
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """What is read: ``tokens`` of each text in windows of ``window``, of a known text every ``every``th document."""
+
+    specs: list[str]
+    tokens: int
+    window: int
+    every: int
+
+
+def _diagnose(
+    path: Path,
+    folder: Path,
+    dense: str | None,
+    texts: _Texts,
+    k_a: int,
+    device: str,
+    reporter: Reporter,
+    *,
+    stability: bool,
+) -> dict[str, Any]:
+    """Diagnose the checkpoint ``folder`` of ``path`` on each text; JSON of the diagnostics' schema."""
+    from moedge.convert import diagnostics, modeling
+
+    model, plan, tokenizer = modeling.load(folder, device=device)
+    parent = _parent(path, dense, plan, device, reporter)
+    window, count = texts.window, -(-texts.tokens // texts.window)
+    found: dict[str, Any] = {}
+    windows = {}
+    for spec in texts.specs:
+        read, how = held_out.beside([plan], spec, texts.every)
+        held_out.check_window(model, window, "--window")
+        windows[read.name] = held_out.windows(tokenizer, read, window, count, bos=False, name="diagnosed")
+        reporter.note(f"{read.name}: {how}")
+        result = diagnostics.diagnose(
+            model, windows[read.name], dense_model=parent, k_a=k_a, progress=reporter.progress
+        )
+        found[read.name] = {"documents": how, **result}
+    again = None
+    if stability:
+        assert parent is not None
+        again = _stability(parent, plan, windows, reporter)
+    return {
+        "schema": diagnostics.DIAGNOSTICS_SCHEMA,
+        "plan_sha256": plan.sha256,
+        "method": plan.method,
+        "protocol": {"window": window, "bos": False, "k_a": k_a, "dtype": str(model.dtype).removeprefix("torch.")},
+        "texts": found,
+        "stability": again,
+    }
 
 
 def _parent(path: Path, dense: str | None, plan: MoEPlan, device: str, reporter: Reporter) -> PreTrainedModel | None:

@@ -17,12 +17,10 @@ from moedge.export import manifest as manifests
 from moedge.export import targets
 from moedge.export.manifest import Manifest
 from moedge.runtime.commands._options import ExpertForm, Force, Half, TensorRT
-from moedge.runtime.device.moedge_plugins import refusal
-from moedge.runtime.device.moedge_trt import DeviceError
 from moedge.runtime.engines.given import local
 from moedge.runtime.progress import single
 from moedge.runtime.report.sizes import size_table
-from moedge.runtime.run import held_out, run_folder
+from moedge.runtime.run import exporting
 from moedge.runtime.text.windows import token_windows
 
 
@@ -69,33 +67,52 @@ def export(
       moedge export build/moe build/bundles --target ort-cpu-int4 --gptq my.txt
       moedge export build/moe build/bundles --target tensorrt-rtx --half bfloat16
     """
-    wanted = target or list(targets.default())
-    _check_options(wanted, tensorrt, expert_form, half, gptq, zero_points=zero_points)
-    given, checkpoint = checkpoint, local(checkpoint)
-    _check_checkpoint(checkpoint, max_length)
+    asked = exporting.Asked(tensorrt, expert_form, half, gptq is not None, zero_points)
+    wanted = exporting.check(target, asked, asked.in_command())
+    if zero_points and gptq is not None:
+        raise MoEdgeError("--gptq has no zero points; give either --gptq TEXT or --zero-points.")
+    folder = local(checkpoint)
+    exporting.check_checkpoint(folder, max_length, "--max-length")
+    name = label or exporting.label(checkpoint, folder)
+    _export(folder, out, wanted, asked, name, max_length, (gptq, gptq_tokens), force=force)
+
+
+def _export(
+    checkpoint: Path,
+    out: Path,
+    wanted: list[str],
+    asked: exporting.Asked,
+    label: str,
+    max_length: int | None,
+    gptq: tuple[str | None, int],
+    *,
+    force: bool,
+) -> None:
+    """Write all bundles or none; ``gptq`` is a text and how many of its tokens are read."""
+    from moedge.export.pipeline import export as run
+
     there = _bundles(out)
     if not force and (taken := sorted(set(there) & set(wanted))):
         raise MoEdgeError(f"Output folder {out / taken[0]} already exists; pass --force to replace it.")
+    text, tokens = gptq
     calibration = None
-    if gptq is not None:
-        window = min(256, gptq_tokens)
-        calibration = token_windows(checkpoint, gptq, window, -(-gptq_tokens // window))[1]
-    opened = atomic_dir(out, force=force or bool(there), inputs=[checkpoint, *([gptq] if gptq else [])])
+    if text is not None:
+        window = min(256, tokens)
+        calibration = token_windows(checkpoint, text, window, -(-tokens // window))[1]
+    opened = atomic_dir(out, force=force or bool(there), inputs=[checkpoint, *([text] if text else [])])
     with opened as partial, single("export", f"{checkpoint} -> {out}") as reporter:
-        from moedge.export.pipeline import export as run
-
         run(
             checkpoint,
             partial,
             wanted,
-            label=label or _label(given, checkpoint),
+            label=label,
             max_length=max_length,
-            tensorrt=tensorrt,
-            experts=expert_form,
-            dtype=half,
+            tensorrt=asked.tensorrt,
+            experts=asked.expert_form,
+            dtype=asked.half,
             progress=named(reporter.progress, reporter.note),
             calibration=calibration,
-            zero_points=zero_points,
+            zero_points=asked.zero_points,
         )
         _keep(there, partial, force=force)
     _print(out)
@@ -109,49 +126,6 @@ def _print(out: Path) -> None:
         facts = manifests.read(folder)
         if isinstance(facts, Manifest) and facts.quantization:
             console.print(size_table(facts.quantization))
-
-
-def _label(given: Path, checkpoint: Path) -> str:
-    """The folder's name (a path without one is the working folder), or the hub id, asset or GGUF that was given."""
-    return str(given) if checkpoint != given else given.name or given.resolve().name
-
-
-def _check_options(
-    wanted: list[str],
-    tensorrt: str | None,
-    expert_form: str | None,
-    half: str | None,
-    gptq: str | None,
-    *,
-    zero_points: bool,
-) -> None:
-    """Refuse options that no target takes, and versions of TensorRT that are none."""
-    targets.check(wanted)
-    targets.check_form(expert_form)
-    if tensorrt is not None:
-        try:
-            refusal(tensorrt)
-        except DeviceError as error:
-            raise MoEdgeError(str(error)) from None
-    if expert_form:
-        targets.check_taken(f"--expert-form {expert_form}", lambda row: expert_form in row.expert_forms, wanted)
-    if half:
-        targets.check_taken("--half", targets.has_dtypes, wanted)
-    if gptq is not None:
-        targets.check_taken("--gptq", lambda row: row.calibrated, wanted)
-    if zero_points:
-        targets.check_taken("--zero-points", lambda row: row.zero_points, wanted)
-        if gptq is not None:
-            raise MoEdgeError("--gptq has no zero points; give either --gptq TEXT or --zero-points.")
-
-
-def _check_checkpoint(checkpoint: Path, max_length: int | None) -> None:
-    """Refuse what is no checkpoint, and a length beyond its positions."""
-    if not (checkpoint / "config.json").is_file():
-        raise MoEdgeError(f"{checkpoint} is not a checkpoint folder: it has no config.json.")
-    if max_length is not None:
-        config = run_folder.read_json(checkpoint / "config.json", "download or save the model again")
-        held_out.check_positions(config.get("max_position_embeddings"), max_length, "--max-length")
 
 
 def _bundles(out: Path) -> dict[str, Path]:

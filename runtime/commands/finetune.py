@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,7 +49,7 @@ def finetune(
         int | None, typer.Option(min=1, help="Windows per forward pass of one process; 4 by default.")
     ] = None,
     distill: Annotated[str | None, typer.Option(help="Learn from the dense parent too: logits or hidden.")] = None,
-    parent: Annotated[str | None, typer.Option(help="The dense parent, for --distill: folder, hub id, asset:.")] = None,
+    dense: Annotated[str | None, typer.Option(help="The dense parent, for --distill: folder, hub id, asset:.")] = None,
     balance: Annotated[str | None, typer.Option(help="Even the experts' load: bias (CMoE's rule) or loss.")] = None,
     precision: Annotated[str | None, typer.Option(help="no, bf16 or fp16; routers stay in float32.")] = None,
     settings: Annotated[
@@ -68,32 +69,48 @@ def finetune(
     \b
     Examples:
       moedge finetune build/moe build/tuned --minutes 10
-      moedge finetune build/moe build/tuned --tokens 200000 --distill logits --parent asset:smollm2-135m-instruct
+      moedge finetune build/moe build/tuned --tokens 200000 --distill logits --dense asset:smollm2-135m-instruct
       moedge finetune build/moe build/tuned --tokens 50000 --train router+norms+lora --balance bias --set lora_alpha=16
     """
-    from moedge.convert.plan import MoEPlan
-    from moedge.convert.train.finetune import recommended
-
     if not (checkpoint / "plan.json").is_file():
         raise MoEdgeError(f"{checkpoint} is not a checkpoint of `moedge convert`: it has no plan.json.")
     named = {"tokens": tokens, "minutes": minutes, "trainable": train, "lora_rank": lora_rank, "lr": lr}
     named |= {"length": length, "batch": batch_size, "distill": distill, "balance": balance}
-    given = parse_settings(settings or [], named | {"mixed_precision": precision})
-    given = {key: value for key, value in given.items() if value is not None}
-    wanted = settings_from({**recommended(MoEPlan.load(checkpoint)), **given})
-    text = text or ["asset:wiki"]
-    if wanted.distill != "none" and parent is None:
-        raise MoEdgeError(f"--distill {wanted.distill} needs --parent: the dense model that was converted.")
-    config = run_folder.read_json(checkpoint / "config.json", "convert again")
-    held_out.check_positions(config.get("max_position_embeddings"), wanted.length, "--length")
+    wanted = _settings(checkpoint, parse_settings(settings or [], named | {"mixed_precision": precision}), dense)
     if out.exists() and not force and any(out.iterdir()):
         raise MoEdgeError(f"Output folder {out} already exists and is not empty; pass --force to replace it.")
     if threads:
         import torch
 
         torch.set_num_threads(threads)
-    where = state or out.with_name(f".{out.name}.training")
-    _train(checkpoint, out, wanted, parent, text, held_out_text, holdout_every, eval_windows, where, force=force)
+    texts = _Texts(text or ["asset:wiki"], held_out_text, holdout_every, eval_windows)
+    _train(checkpoint, out, wanted, dense, texts, state or out.with_name(f".{out.name}.training"), force=force)
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """What is trained on, and what is measured: texts of its own, or held-out documents of the same ones."""
+
+    trained: list[str]
+    measured: list[str] | None
+    every: int
+    """Of the documents of a text that is trained on, every so manyth is held out."""
+    windows: int
+    """Of each text that is measured."""
+
+
+def _settings(checkpoint: Path, given: dict[str, Any], dense: str | None) -> TrainSettings:
+    """What was asked for, over what is recommended for the checkpoint; refused where it cannot work."""
+    from moedge.convert.plan import MoEPlan
+    from moedge.convert.train.finetune import recommended
+
+    asked = {key: value for key, value in given.items() if value is not None}
+    wanted: TrainSettings = settings_from({**recommended(MoEPlan.load(checkpoint)), **asked})
+    if wanted.distill != "none" and dense is None:
+        raise MoEdgeError(f"--distill {wanted.distill} needs --dense: the dense model that was converted.")
+    config = run_folder.read_json(checkpoint / "config.json", "convert again")
+    held_out.check_positions(config.get("max_position_embeddings"), wanted.length, "--length")
+    return wanted
 
 
 def _train(
@@ -101,10 +118,7 @@ def _train(
     out: Path,
     wanted: TrainSettings,
     parent: str | None,
-    text: list[str],
-    held_out_text: list[str] | None,
-    holdout_every: int,
-    eval_windows: int,
+    texts: _Texts,
     where: Path,
     *,
     force: bool,
@@ -116,12 +130,13 @@ def _train(
 
     folder = None if parent is None else sources.resolve(parent).folder
     tokenizer = sources.load_tokenizer(checkpoint)
-    windows, measured, about = _texts(tokenizer, text, held_out_text, holdout_every, eval_windows, wanted)
+    windows, measured, about = _texts(tokenizer, texts, wanted)
     accelerator = training.make(wanted)
     main = accelerator.is_main_process
     if where.is_dir() and any(where.iterdir()) and not (where / "state.json").is_file():
         raise MoEdgeError(f"--state {where} holds other files, which saved training would replace; name a new folder.")
-    inputs: list[Path | str] = [checkpoint, *([] if parent is None else [parent]), *text, *(held_out_text or ())]
+    inputs: list[Path | str] = [checkpoint, *([] if parent is None else [parent]), *texts.trained]
+    inputs += texts.measured or []
     with ExitStack() as stack:
         reporter = stack.enter_context(single("finetune", f"{checkpoint} -> {out}")) if main else None
         if reporter and where.is_dir():
@@ -179,9 +194,7 @@ def _option(path: str) -> str:
     return _OPTIONS.get(name, f"--set {name}")
 
 
-def _texts(
-    tokenizer: Any, text: list[str], held_out_texts: list[str] | None, every: int, count: int, settings: Any
-) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+def _texts(tokenizer: Any, texts: _Texts, settings: TrainSettings) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """Return windows to train on, windows to measure on by text name, and JSON about both."""
     import numpy as np
 
@@ -189,26 +202,28 @@ def _texts(
     from moedge.convert.train import finetune
 
     parts, limit, trained = [], settings.tokens, []
-    for spec in text:
-        documents, _ = held_out.calibration_text({"spec": spec, "every": every})
+    for spec in texts.trained:
+        documents, _ = held_out.calibration_text({"spec": spec, "every": texts.every})
         trained.append(documents.sha256)
         parts.append(finetune.all_windows(tokenizer, documents, settings.length, limit=limit))
     measured: dict[str, Any] = {}
     named: dict[str, str] = {}
-    for spec in held_out_texts if held_out_texts is not None else text:
+    for spec in texts.measured if texts.measured is not None else texts.trained:
         found = calibration.read_text(spec)
         # A text that is trained on gives its held-out documents, any other one all of them.
-        found = calibration.split(found, every)[1] if found.sha256 in trained else found
+        found = calibration.split(found, texts.every)[1] if found.sha256 in trained else found
         name = f"{found.name} ({len(measured) + 1})" if found.name in measured else found.name
-        measured[name] = calibration.windows(tokenizer, found, settings.length, count, bos=False, name="held-out")
+        measured[name] = calibration.windows(
+            tokenizer, found, settings.length, texts.windows, bos=False, name="held-out"
+        )
         named[name] = spec
     windows = np.concatenate(parts)
     about = {
-        "text": text,
+        "text": texts.trained,
         "text_sha256": trained,
         "train_windows": len(windows),
         "held_out": named,
-        "held_out_every": every,
+        "held_out_every": texts.every,
         "held_out_tokens": {name: int(ids[:, 1:].size) for name, ids in measured.items()},
         "window": settings.length,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -82,10 +82,17 @@ def generate(
         if value not in known:
             raise MoEdgeError(f"{option} {value}: unknown; choose {' or '.join(known)}.")
     folder = run_folder.pick(model, model=MODELS[which], target=engine) if run_folder.is_run(model) else local(model)
-    text = _given(prompt)
+    sampling = {"sample": sample, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    options = sampling | {"max_new_tokens": max_new_tokens, "seed": seed, "stop": stop or []}
+    opening = {"threads": threads, "pytorch": {"device": device, "dtype": dtype}}
+    _generate(folder, _given(prompt), chat, options, opening)
+
+
+def _generate(folder: Path, text: str, chat: bool, options: dict[str, Any], opening: dict[str, Any]) -> None:
+    """Print the answer as it comes, and then what ran."""
     tokenizer = open_tokenizer(folder)
     request: str | list[Message] = [{"role": "user", "content": text}] if chat else text
-    opened = open_engine(folder, threads=threads, pytorch={"device": device, "dtype": dtype}, last_logits=True)
+    opened = open_engine(folder, last_logits=True, **opening)
     before = [] if chat else [text]  # printed once the prompt is known to fit
 
     def show(piece: str) -> None:
@@ -93,20 +100,7 @@ def generate(
         before.clear()
 
     try:
-        result = generation.generate(
-            opened,
-            tokenizer,
-            request,
-            max_new_tokens=max_new_tokens,
-            sample=sample,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            seed=seed,
-            stop=stop or [],
-            on_text=show,
-        )
+        result = generation.generate(opened, tokenizer, request, on_text=show, **options)
         show("\n")
         info = opened.info
     finally:

@@ -39,13 +39,44 @@ def inspect(
         return
     console = Console()
     table = Sheet(show_header=False, title=escape(f"{facts['kind']} {path}"))
-    for key, value in facts.items():
+    shown = _with_layers(facts)
+    for key, value in shown.items():
         if not isinstance(value, list):
-            table.add_row(f"[bold]{key}[/bold]", escape(value if isinstance(value, str) else json.dumps(value)))
+            table.add_row(f"[bold]{key}[/bold]", escape(_words(value)))
     console.print(table)
-    for key, rows in facts.items():
+    for key, rows in shown.items():
         if isinstance(rows, list) and rows:
             console.print(_table(key, rows))
+
+
+def _with_layers(facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts of a bundle or an engine with its layers as rows; neighbours that are alike share one."""
+    moe = facts.get("moe")
+    if not moe:
+        return facts
+    rows: list[dict[str, Any]] = []
+    for layer, shape in sorted((int(index), shape) for index, shape in moe["layers"].items()):
+        if rows and rows[-1]["shape"] == shape and rows[-1]["last"] == layer - 1:
+            rows[-1]["last"] = layer
+        else:
+            rows.append({"first": layer, "last": layer, "shape": shape})
+    layers = [
+        {"layer": str(row["first"]) if row["first"] == row["last"] else f"{row['first']}-{row['last']}", **row["shape"]}
+        for row in rows
+    ]
+    named = {**facts, "moe": {name: value for name, value in moe.items() if name != "layers"}}
+    return {"kind": named.pop("kind"), "layers": layers, **named}
+
+
+def _words(value: Any) -> str:
+    """A fact for people: names and values with commas between, without what is not known."""
+    if isinstance(value, dict):
+        inner = {name: each for name, each in value.items() if each not in (None, "", {})}
+        said = [f"{name} ({_words(v)})" if isinstance(v, dict) else f"{name} {_words(v)}" for name, v in inner.items()]
+        return ", ".join(said) or "none"
+    if value is None:
+        return "none"
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> Sheet:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -14,6 +14,7 @@ from moedge._files import sha256_file
 from moedge._progress import named
 from moedge.configs import devices
 from moedge.configs.tolerances import given_as
+from moedge.export.manifest import ArchiveManifest
 from moedge.runtime.commands._options import Batch, ExpertForm, Force, Half, MaxLength, TensorRT, Tolerances
 from moedge.runtime.engines.given import local
 from moedge.runtime.progress import single
@@ -69,17 +70,17 @@ def pack(
     _print(out, manifest)
 
 
-def _print(out: Path, manifest: dict[str, Any]) -> None:
+def _print(out: Path, manifest: ArchiveManifest) -> None:
     """Say what the archive holds and what to do with it."""
     console = Console()
     size = out.stat().st_size / 2**20
     console.print(
-        escape(f"{out}: {size:.0f} MiB, {len(manifest['files'])} files, sha256 {sha256_file(out)}"), soft_wrap=True
+        escape(f"{out}: {size:.0f} MiB, {len(manifest.files)} files, sha256 {sha256_file(out)}"), soft_wrap=True
     )
     forms = {"plugins": "plugins", "native": "TensorRT's own MoE layer"}
-    form = forms.get(manifest["experts"], "standard operators")
-    made = f"For TensorRT {manifest['tensorrt']}, {manifest['dtype']}: experts as {form}"
+    form = forms.get(manifest.experts or "", "standard operators")
+    made = f"For TensorRT {manifest.tensorrt}, {manifest.dtype}: experts as {form}"
     console.print(escape(made), soft_wrap=True)
-    unpack = f"tar xf {shlex.quote(out.name)} && cd moedge-{manifest['device']['name']}"
+    unpack = f"tar xf {shlex.quote(out.name)} && cd moedge-{manifest.device['name']}"
     said = f"On the device: {unpack} && python3 build_engine.py && python3 verify.py"
     console.print(escape(said), soft_wrap=True)

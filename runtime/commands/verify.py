@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 from xml.etree import ElementTree
 
 import typer
@@ -18,6 +18,7 @@ from moedge.runtime.commands._options import Device, Json, Text, Threads, Tolera
 from moedge.runtime.parity import verdict
 from moedge.runtime.parity.given import verify_given
 from moedge.runtime.parity.outcomes import mark
+from moedge.runtime.parity.results import ParityEntry, Replayed, Verification
 from moedge.runtime.progress import single
 from moedge.runtime.tables import Sheet
 
@@ -75,12 +76,12 @@ def verify(
     return mark(result["outcome"]).exit_code
 
 
-def checks(result: dict[str, Any]) -> list[tuple[str, str, float | None, str, float, verdict.Outcome]]:
+def checks(result: Verification) -> list[tuple[str, str, float | None, str, float, verdict.Outcome]]:
     """Every check of a verify result: (comparison, check, value, relation, limit, outcome)."""
     rows: list[tuple[str, str, float | None, str, float, verdict.Outcome]] = []
-    for entry in result["identity"]:
-        value, outcome = entry["max_rel_error"], verdict.entry_outcome(entry)
-        rows.append((entry["name"], "identity.max_rel_error", value, "<=", entry["limit"], outcome))
+    for same in result["identity"]:
+        value, outcome = same["max_rel_error"], verdict.entry_outcome(same)
+        rows.append((same["name"], "identity.max_rel_error", value, "<=", same["limit"], outcome))
     for entry in result["parity"]:
         for check in entry["verdict"]["checks"]:
             values = (check["name"], check["value"], check["relation"], check["limit"], verdict.outcome_of(check))
@@ -88,7 +89,7 @@ def checks(result: dict[str, Any]) -> list[tuple[str, str, float | None, str, fl
     return rows
 
 
-def junit_xml(result: dict[str, Any]) -> str:
+def junit_xml(result: Verification) -> str:
     """The checks as JUnit XML, one test case each, for a CI server; what is not decided is a failure that says so."""
     rows = checks(result)
     suite = ElementTree.Element(
@@ -106,7 +107,7 @@ def junit_xml(result: dict[str, Any]) -> str:
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"
 
 
-def explained(entry: dict[str, Any], replay: dict[str, Any]) -> str:
+def explained(entry: ParityEntry, replay: Replayed) -> str:
     """One sentence: the error of the arithmetic, the router, and what changed choices cost."""
 
     def shown(value: float | None, form: str) -> str:
@@ -122,16 +123,17 @@ def explained(entry: dict[str, Any], replay: dict[str, Any]) -> str:
     )
 
 
-def _parts(entry: dict[str, Any]) -> str:
+def _parts(entry: ParityEntry) -> str:
     said = []
     for name, passed in entry["verdict"]["parts"].items():
         checked = [check for check in entry["verdict"]["checks"] if check["name"].startswith(f"{name}.")]
-        outcome = verdict.Outcome.over(map(verdict.outcome_of, checked or [{"passed": passed}]))
+        outcomes = [verdict.outcome_of(check) for check in checked] or [verdict.outcome_of({"passed": passed})]
+        outcome = verdict.Outcome.over(outcomes)
         said.append(f"{name} {mark(outcome).word}")
     return f"{entry['name']}: {', '.join(said)}"
 
 
-def _print(result: dict[str, Any]) -> None:
+def _print(result: Verification) -> None:
     rows = checks(result)
     console = Console()
     for comparison, group in itertools.groupby(rows, key=lambda row: row[0]):

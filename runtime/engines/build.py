@@ -103,17 +103,13 @@ def build(
     bundle = open_bundle(bundle_path)
     model = bundle.manifest.model
     profiles = _suitable(bundle.manifest, device_names)
-    longest = max_length or min(2048, model.max_position_embeddings)
-    limits = {"max_length": longest, "max_prompt": max_prompt or max(2, longest // 2), "batch": batch}
+    limits = _limits(model.max_position_embeddings, max_length, max_prompt, batch)
     fits = _fits(bundle.manifest, profiles, limits)
-    document = bundle.manifest.document()
-    outputs, named = moedge_trt.tap_outputs(document["taps"] if taps else {})
+    outputs, named = moedge_trt.tap_outputs(bundle.manifest.document()["taps"] if taps else {})
     inputs: list[Path | str] = [bundle.path, *device_names, *([timing_cache] if timing_cache else [])]
     try:
-        trt = _tensorrt(bundle.manifest.target, profiles[0])
-        if bundle.manifest.plugins and not _for_rtx(bundle.manifest):
-            _register_plugins(profiles[0])
-        shapes = moedge_trt.profile_shapes(document["model"], **limits)
+        trt = _tensorrt(bundle.manifest, profiles[0])
+        shapes = moedge_trt.profile_shapes(model.document(), **limits)
         with atomic_dir(out, force=force, inputs=inputs) as partial:
             plan, facts = _built(trt, bundle, partial, shapes, profiles, outputs, timing_cache)
             write_bytes(partial / PLAN, plan)
@@ -121,16 +117,19 @@ def build(
             engine = EngineManifest(
                 **_of_bundle(bundle),
                 **_shown_profiles(profiles, limits, shapes),
-                taps={int(layer): Tap(**tap) for layer, tap in named.items()},
+                **_made(trt, partial, named),
                 build=facts,
                 estimate=fits,
-                versions={"moedge": __version__, trt.__name__: trt.__version__},
-                files={name: FileEntry(**entry) for name, entry in hash_tree(partial).items()},
             )
             write_json(partial / MANIFEST, engine.document())
     except moedge_trt.DeviceError as error:
         raise MoEdgeError(str(error)) from error
     return engine
+
+
+def _limits(positions: int, max_length: int | None, max_prompt: int | None, batch: int) -> dict[str, int]:
+    longest = max_length or min(2048, positions)
+    return {"max_length": longest, "max_prompt": max_prompt or max(2, longest // 2), "batch": batch}
 
 
 def _for_rtx(manifest: Manifest) -> bool:
@@ -217,6 +216,15 @@ def _of_bundle(bundle: Bundle) -> dict[str, Any]:
     return {"schema": ENGINE_SCHEMA, **kept, "dtype": manifest.cache.dtype, "parent": bundle.sha256}
 
 
+def _made(trt: Any, folder: Path, taps: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What an engine's manifest says of the outputs, the versions and the files of ``folder``."""
+    return {
+        "taps": {int(layer): Tap(**tap) for layer, tap in taps.items()},
+        "versions": {"moedge": __version__, trt.__name__: trt.__version__},
+        "files": {name: FileEntry(**entry) for name, entry in hash_tree(folder).items()},
+    }
+
+
 def _shown_profiles(
     profiles: list[devices.Device], limits: dict[str, int], shapes: list[dict[str, Any]]
 ) -> dict[str, Any]:
@@ -233,18 +241,22 @@ def _shown_profiles(
     }
 
 
-def _tensorrt(target: str, device: devices.Device) -> Any:
+def _tensorrt(manifest: Manifest, device: devices.Device) -> Any:
+    """TensorRT's module, which knows the plugins of a bundle for ``tensorrt``."""
+    target = manifest.target
     try:
         trt = moedge_trt.load_tensorrt(target)
     except moedge_trt.DeviceError as error:
         instead = (
             "install it with: pip install 'moedge[tensorrt-rtx]'"
-            if targets.find(target).engine == "tensorrt-rtx"
+            if _for_rtx(manifest)
             else f"build on the device: `moedge pack CHECKPOINT OUT.tar --for {device.name}` makes its archive"
         )
         raise MoEdgeError(f"{str(error).rstrip('.')}; {instead}.") from error
     if target == "tensorrt":
         _check_local(device)
+    if manifest.plugins and not _for_rtx(manifest):
+        _register_plugins(device)
     return trt
 
 

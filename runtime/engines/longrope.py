@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from moedge import MoEdgeError
-from moedge.runtime.engines import Step
+from moedge.runtime.engines.protocol import Step
 
 
 def crosses(limit: int | None, mask: np.ndarray, new: int) -> bool:

@@ -8,29 +8,19 @@ bound as both, and the runtime writes the new keys and values in place. Only ids
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moedge import MoEdgeError
-from moedge.configs.generation_config import GenerationConfig
-from moedge.export import rope, targets
-from moedge.export.bundle import Bundle, check_external_data, open_bundle
 from moedge.export.graph import taps as _graph
 from moedge.export.manifest import Tap
-from moedge.runtime.engines import (
-    Step,
-    check_batch,
-    check_length,
-    default_threads,
-    forcing,
-    longrope,
-    position_ids,
-)
-from moedge.runtime.engines.info import EngineInfo, EngineModel
-from moedge.runtime.engines.ort_session import check_cuda, open_session, session_options
+from moedge.runtime.engines import longrope
+from moedge.runtime.engines.calls import check_batch, check_length, default_threads, forcing, position_ids
+from moedge.runtime.engines.ort_loader import Loaded, Options, load
+from moedge.runtime.engines.ort_session import ort_value, session_options
+from moedge.runtime.engines.protocol import Step
 
 
 @dataclass
@@ -87,91 +77,22 @@ class OrtEngine:
         last_logits: bool = False,
         trace: str | Path | None = None,
     ) -> None:
-        bundle = open_bundle(Path(bundle_path))
-        manifest = bundle.manifest
-        if find_spec("onnx"):  # without it ONNX Runtime's own check that data stays in the folder remains
-            check_external_data(bundle.model_path, set(manifest.files))
-        self._path = Path(bundle_path)
-        row = targets.find(manifest.target)
-        self._provider = row.provider
-        self._device = "cuda" if row.provider == targets.CUDA else "cpu"
-        if self._device == "cuda":
-            check_cuda(self._path)
-        self._model = manifest.model
-        self._rope_boundary = rope.of_bundle(self._path, self._model)
-        self._shared = manifest.cache.kind == "shared_buffer"
-        # TensorRT's graphs are executed with the roundings of their half type, which ONNX Runtime would leave out.
-        rounded = row.engine is not None
-        # Of the cache and the logits.
-        self._dtype = np.dtype("float32" if rounded else manifest.cache.dtype or "float32")
-        self._taps = manifest.taps if taps else {}
-        routed = bool(manifest.routed_layers)  # a pruned model has layers without experts
-        if taps and routed and not self._taps:
-            raise MoEdgeError(f"Bundle {bundle_path} names no routing taps; export it again or open it without taps.")
-        limits = [self._model.max_position_embeddings, manifest.cache.max_length, max_length]
-        self._max_length = min(int(limit) for limit in limits if limit)
-        threads = threads or default_threads()
-        graph = None
-        self._router_inputs: dict[int, str] = {}
-        self._scores: dict[int, str] = {}
-        self._forced: dict[int, tuple[int, int]] = {}  # layer -> number of experts, how many of them run
-        self._model_path = bundle.model_path
-        self._routers: Any = None
-        self._last_logits = last_logits and find_spec("onnx") is not None
-        if self._taps or top_k is not None or float32_activations or router_inputs or replay or self._last_logits:
-            if router_inputs:
-                self._router_inputs = _graph.router_inputs(bundle.model_path, manifest)
-            if replay:
-                self._router_inputs = _graph.own_router_inputs(bundle.model_path) if self._taps else {}
-                for layer in manifest.routed_layers:
-                    self._forced[layer] = (manifest.layers[layer].num_experts, manifest.layers[layer].top_k)
-            graph, self._scores = _graph.edited(
-                bundle.model_path,
-                manifest,
-                self._taps,
-                top_k,
-                float32_activations,
-                self._router_inputs,
-                replay,
-                self._last_logits,
-            )
-        if rounded:
-            graph = _graph.emulated(bundle.model_path, graph)
-        # The session reads this memory as long as it lives.
-        self._weights = _dequantized(bundle, weights_of) if weights_of is not None else {}
-        self._session, version = open_session(bundle.path, manifest, threads, graph, self._weights, trace)
-        if top_k is not None:
-            self._taps = {
-                layer: tap.model_copy(update={"top_k": min(top_k, manifest.layers[layer].num_experts)})
-                for layer, tap in self._taps.items()
-            }
-        self._past = [name for name in manifest.io.inputs if name.startswith("past_key_values.")]
-        self._present = [name.replace("past_key_values.", "present.") for name in self._past]
-        given = {value.name for value in self._session.get_inputs()}
-        missing = [name for name in ("input_ids", "attention_mask", "position_ids", *self._past) if name not in given]
-        if missing:
-            raise MoEdgeError(f"Bundle {bundle_path}: the graph has no input {missing[0]!r}; export it again.")
-        quantization = manifest.quantization
-        self.info = EngineInfo(
-            name=f"{manifest.target} {manifest.kind}",
-            runtime=f"onnxruntime {version}",
-            device="CPU" if self._device == "cpu" else "CUDA device 0",
-            dtype=f"int{quantization.bits} weights" if quantization else manifest.cache.dtype or self._model.dtype,
-            threads=threads,
-            model=EngineModel.model_validate(
-                {
-                    **self._model.document(),
-                    rope.FACT: self._rope_boundary,
-                    "generation": GenerationConfig.read(self._path),
-                    "label": manifest.label,
-                    "target": manifest.target,
-                    "moe": manifest.kind == "moe",
-                    "routed": routed,
-                    "max_length": self._max_length,
-                    "top_k": top_k,
-                }
-            ),
+        options = Options(
+            threads=threads or default_threads(),
+            taps=taps,
+            top_k=top_k,
+            max_length=max_length,
+            weights_of=weights_of,
+            float32_activations=float32_activations,
+            router_inputs=router_inputs,
+            replay=replay,
+            last_logits=last_logits,
+            trace=trace,
         )
+        self._path = Path(bundle_path)
+        self._loaded: Loaded | None = load(self._path, options)
+        self._routers: Any = None
+        self.info = self._loaded.info
 
     def prefill(
         self,
@@ -181,38 +102,41 @@ class OrtEngine:
         experts: dict[int, np.ndarray] | None = None,
     ) -> Step:
         """Run ``ids`` int64 [B, S] from an empty cache; see :class:`moedge.runtime.engines.Engine`."""
-        mask = check_batch(ids, attention_mask, self._model.vocab_size)
-        if self._device == "cuda" and not mask.all():
+        loaded = self._open()
+        mask = check_batch(ids, attention_mask, loaded.model.vocab_size)
+        if loaded.device == "cuda" and not mask.all():
             raise MoEdgeError("An ort-cuda bundle takes no padding: give rows of equal length, or one row at a time.")
-        length = self._max_length if self._shared else 0
-        shape = (len(ids), self._model.num_kv_heads, length, self._model.head_dim)
+        length = loaded.max_length if loaded.shared else 0
+        shape = (len(ids), loaded.model.num_kv_heads, length, loaded.model.head_dim)
         # np.zeros maps pages on first touch: a long buffer costs memory only for the tokens that were written.
-        empty = [np.zeros(shape, dtype=self._dtype) for _ in self._past]
-        cache = _Cache(ids[:, :0], mask[:, :0], [self._ort_value(array, self._device) for array in empty])
+        empty = [np.zeros(shape, dtype=loaded.dtype) for _ in loaded.past]
+        cache = _Cache(ids[:, :0], mask[:, :0], [ort_value(array, loaded.device) for array in empty])
         return self._run(ids, mask, cache, experts)
 
     def decode(self, ids: np.ndarray, cache: Any, *, experts: dict[int, np.ndarray] | None = None) -> Step:
         """Run ``ids`` int64 [B, S] after what ``cache`` holds; the cache is used up."""
-        mask = check_batch(ids, None, self._model.vocab_size)
+        loaded = self._open()
+        mask = check_batch(ids, None, loaded.model.vocab_size)
         if not isinstance(cache, _Cache) or cache.used or len(cache.mask) != len(ids):
             raise MoEdgeError("This cache was used before or belongs to another engine or batch; prefill again.")
         mask = np.concatenate([cache.mask, mask], axis=1)
-        if longrope.crosses(self._rope_boundary, mask, ids.shape[1]):
+        if longrope.crosses(loaded.rope_boundary, mask, ids.shape[1]):
             if experts is not None:
-                longrope.refuse_forced(self._rope_boundary)
+                longrope.refuse_forced(loaded.rope_boundary)
             cache.used = True
             return longrope.last(self.prefill(np.concatenate([cache.ids, ids], axis=1), mask), ids.shape[1])
         return self._run(ids, mask, cache, experts)
 
     def scores(self, router_inputs: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
         """Return what each layer ranks experts by, float32 [T, E], for float32 [T, H]; needs ``replay``, ``taps``."""
-        if not self._forced or not self._taps:
+        loaded = self._open()
+        if not loaded.forced or not loaded.shown.taps:
             raise MoEdgeError(f"{self._path} was not opened with replay and taps, so its routers cannot be asked.")
         if self._routers is None:
             import onnxruntime
 
-            part, names, outputs = _graph.routers(self._model_path, list(self._taps))
-            session = onnxruntime.InferenceSession(part, session_options(self.info.threads), [self._provider])
+            part, names, outputs = _graph.routers(loaded.model_path, list(loaded.shown.taps))
+            session = onnxruntime.InferenceSession(part, session_options(self.info.threads), [loaded.provider])
             self._routers = (session, names, outputs)
         session, names, outputs = self._routers
         found = session.run(outputs, {name: router_inputs[layer] for layer, name in names.items()})
@@ -220,70 +144,75 @@ class OrtEngine:
 
     def end_trace(self) -> Path:
         """Stop recording and return the profiler's JSON file; only for an engine opened with ``trace``."""
-        return Path(self._session.end_profiling())
+        return Path(self._open().session.end_profiling())
 
     def close(self) -> None:
         """Free the session. The engine cannot be used afterwards."""
-        self._session = None
+        self._loaded = None
         self._routers = None
-        self._weights = {}
 
-    @staticmethod
-    def _ort_value(array: np.ndarray, device: str = "cpu") -> Any:
-        import onnxruntime
-
-        return onnxruntime.OrtValue.ortvalue_from_numpy(array, device, 0)
+    def _open(self) -> Loaded:
+        if self._loaded is None:
+            raise MoEdgeError(f"The engine for {self._path} is closed; open it again.")
+        return self._loaded
 
     def _run(self, ids: np.ndarray, mask: np.ndarray, cache: _Cache, experts: dict[int, np.ndarray] | None) -> Step:
         """One session run; ``mask`` int64 [B, P + S] covers the cache and ``ids``."""
-        if self._session is None:
-            raise MoEdgeError(f"The engine for {self._path} is closed; open it again.")
+        loaded = self._open()
         batch, new = ids.shape
-        check_length(mask.shape[1], self._max_length)
-        binding = cache.binding or self._session.io_binding()
-        feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids(mask, new)}
-        for name, array in feeds.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(array, dtype=np.int64))
-        if experts is not None and not self._forced:
-            raise MoEdgeError(f"{self._path} was not opened with replay, so its experts cannot be forced.")
-        for layer, (count, top_k) in self._forced.items():
-            chosen = None if experts is None else experts[layer]
-            binding.bind_cpu_input(_graph.forced_input(layer), forcing(chosen, batch * new, count, top_k))
-        rows = 1 if self._last_logits else new
-        logits = np.empty((batch, rows, self._model.vocab_size), dtype=self._dtype)
+        check_length(mask.shape[1], loaded.max_length)
+        binding = cache.binding or loaded.session.io_binding()
+        self._bind_inputs(binding, ids, mask, experts)
+        rows = 1 if loaded.last_logits else new
+        logits = np.empty((batch, rows, loaded.model.vocab_size), dtype=loaded.dtype)
         # Outputs come back in the order in which they were first bound: logits, taps, cache.
-        binding.bind_output("logits", "cpu", 0, self._dtype, logits.shape, logits.ctypes.data)
-        shown = list(
-            dict.fromkeys(
-                [*(tap.output for tap in self._taps.values()), *self._router_inputs.values(), *self._scores.values()]
-            )
-        )
+        binding.bind_output("logits", "cpu", 0, loaded.dtype, logits.shape, logits.ctypes.data)
+        shown = loaded.shown.outputs
         for name in shown:
             binding.bind_output(name, "cpu")
-        if not (self._shared and cache.binding):
-            for past, present, value in zip(self._past, self._present, cache.values, strict=True):
-                binding.bind_ortvalue_input(past, value)
-                if self._shared:
-                    binding.bind_ortvalue_output(present, value)
-                else:
-                    binding.bind_output(present, "cpu")
+        if not (loaded.shared and cache.binding):
+            _bind_cache(binding, loaded, cache.values)
         cache.used = True
         try:
-            self._session.run_with_iobinding(binding)
+            loaded.session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime raises one class per status code, without a base class of its own
             raise MoEdgeError(f"ONNX Runtime failed on {self._path}: {str(error).splitlines()[0]}") from error
-        outputs = binding.get_outputs() if shown or not self._shared else []
-        values = cache.values if self._shared else outputs[1 + len(shown) :]
+        outputs = binding.get_outputs() if shown or not loaded.shared else []
+        values = cache.values if loaded.shared else outputs[1 + len(shown) :]
         seen = {name: value.numpy() for name, value in zip(shown, outputs[1:], strict=False)}
-        routes = {layer: selected(seen[tap.output], tap) for layer, tap in self._taps.items()} or None
+        routes = {layer: selected(seen[tap.output], tap) for layer, tap in loaded.shown.taps.items()} or None
         # Float32 holds every half-precision number, so a router that casts what it reads gets the same.
         read, scores = (
             {layer: seen[name].astype(np.float32, copy=False) for layer, name in names.items()} or None
-            for names in (self._router_inputs, self._scores)
+            for names in (loaded.shown.router_inputs, loaded.shown.scores)
         )
         text = np.concatenate([cache.ids, ids], axis=1)
-        logits = logits.astype(np.float32, copy=False)
-        return Step(logits, _Cache(text, mask, values, binding), routes, read, scores)
+        return Step(logits.astype(np.float32, copy=False), _Cache(text, mask, values, binding), routes, read, scores)
+
+    def _bind_inputs(
+        self, binding: Any, ids: np.ndarray, mask: np.ndarray, experts: dict[int, np.ndarray] | None
+    ) -> None:
+        """Bind everything that a step feeds beside the cache."""
+        loaded = self._open()
+        feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids(mask, ids.shape[1])}
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array, dtype=np.int64))
+        if experts is not None and not loaded.forced:
+            raise MoEdgeError(f"{self._path} was not opened with replay, so its experts cannot be forced.")
+        for layer, (count, top_k) in loaded.forced.items():
+            chosen = None if experts is None else experts[layer]
+            binding.bind_cpu_input(_graph.forced_input(layer), forcing(chosen, ids.size, count, top_k))
+
+
+def _bind_cache(binding: Any, loaded: Loaded, values: list[Any]) -> None:
+    """Bind the cache as input, and what takes its place as output: the same buffers, or new ones."""
+    for past, value in zip(loaded.past, values, strict=True):
+        present = past.replace("past_key_values.", "present.")
+        binding.bind_ortvalue_input(past, value)
+        if loaded.shared:
+            binding.bind_ortvalue_output(present, value)
+        else:
+            binding.bind_output(present, "cpu")
 
 
 def selected(values: np.ndarray, tap: Tap) -> np.ndarray:
@@ -291,17 +220,3 @@ def selected(values: np.ndarray, tap: Tap) -> np.ndarray:
     if tap.kind == "indices":
         return values.astype(np.int32, copy=False)
     return np.argsort(-values, axis=1, kind="stable")[:, : tap.top_k].astype(np.int32)
-
-
-def _dequantized(bundle: Bundle, other: str | Path) -> dict[str, tuple[np.ndarray, Any]]:
-    """De-quantised weights of the bundle ``other`` for the graph of ``bundle``: arrays and the OrtValues over them.
-
-    Raises:
-        MoEdgeError: ``bundle`` is not portable, or the two are not exports of the same model.
-    """
-    from moedge.export.quantize.format import dequantized_weights
-
-    quantised = open_bundle(Path(other))
-    if bundle.manifest.target != "portable" or quantised.manifest.parent != bundle.sha256:
-        raise MoEdgeError(f"{other} was not lowered from {bundle.path}; give the portable bundle of the same export.")
-    return {name: (array, OrtEngine._ort_value(array)) for name, array in dequantized_weights(quantised)}

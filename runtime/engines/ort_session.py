@@ -12,7 +12,8 @@ import numpy as np
 
 from moedge import MoEdgeError
 from moedge.export import targets
-from moedge.export.manifest import Manifest
+from moedge.export.manifest import Manifest, Operators
+from moedge.export.ort_ops import library as ort_ops
 
 _OLDEST_CUDA = (1, 28)
 """The first whose CUDA kernel of ``MoE`` reads its SwiGLU attributes (onnxruntime-genai #2062, onnxruntime #28467)."""
@@ -61,6 +62,13 @@ def check_cuda(what: Path | str) -> None:
         )
 
 
+def ort_value(array: np.ndarray, device: str = "cpu") -> Any:
+    """Wrap an array for ONNX Runtime without a copy on the CPU; the caller keeps it alive."""
+    import onnxruntime
+
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array, device, 0)
+
+
 def session_options(threads: int) -> Any:
     """Options of every session: all optimisations, ``threads`` threads that do not wait for work by spinning."""
     import onnxruntime
@@ -107,6 +115,8 @@ def open_session(
         # Fold the weights when the graph is loaded. Otherwise each call unpacks all of them, or ONNX Runtime takes a
         # product of its own that rounds activations to int8, which the engine of this graph does not.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if manifest.operators is not None:
+        _register(options, folder, manifest.operators)
     if weights:  # not add_initializer: it leaves some of the file's own values in use (1.31.1, no error)
         options.add_external_initializers(list(weights), [value for _, value in weights.values()])
     if graph is not None:
@@ -129,6 +139,18 @@ def open_session(
         raise MoEdgeError(f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]}") from error
     _check_placed(session, provider, path)
     return session, onnxruntime.__version__
+
+
+def _register(options: Any, folder: Path, operators: Operators) -> None:
+    """Let a session load the library of operators that a bundle carries; its hash was checked with all the others."""
+    library = ort_ops.of_bundle(folder, operators)
+    try:
+        options.register_custom_ops_library(str(library))
+    except Exception as error:
+        raise MoEdgeError(
+            f"ONNX Runtime cannot load the operators of {folder} ({str(error).splitlines()[0]}); export the bundle "
+            "again on this machine."
+        ) from error
 
 
 def _trace_to(folder: Path, options: Any) -> None:

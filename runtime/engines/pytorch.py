@@ -11,19 +11,10 @@ from typing import Any
 import numpy as np
 
 from moedge import MoEdgeError
-from moedge.configs.generation_config import GenerationConfig
-from moedge.convert.adapters import MOE_PREFIX
-from moedge.export import rope
-from moedge.runtime.engines import (
-    Step,
-    check_batch,
-    check_length,
-    default_threads,
-    forcing,
-    longrope,
-    position_ids,
-)
-from moedge.runtime.engines.info import EngineInfo, EngineModel
+from moedge.convert.compat import cache_argument
+from moedge.runtime.engines import longrope, pytorch_loader
+from moedge.runtime.engines.calls import check_batch, check_length, default_threads, forcing, position_ids
+from moedge.runtime.engines.protocol import Step
 
 
 @dataclass
@@ -74,18 +65,11 @@ class TorchEngine:
         self._threads = threads or default_threads()
         self._path = Path(checkpoint_folder)
         self._last_logits = last_logits
-        self._module = _load(self._path, dtype, device)
-        self._cache_argument = _cache_argument(self._module)
-        self._sparse = {
-            module.layer_index: module
-            for module in self._module.modules()
-            if hasattr(module, "record_routes") and module.num_experts
-        }
+        self._module = pytorch_loader.load(self._path, dtype, device)
+        self._cache_argument = cache_argument(self._module)
+        self._sparse = pytorch_loader.routed_layers(self._module)
         if top_k is not None:
-            if top_k < 1 or not self._sparse:
-                raise MoEdgeError(f"top_k={top_k} cannot be set on {self._path}: it needs k >= 1 and a routed model.")
-            for module in self._sparse.values():
-                module.top_k = min(top_k, module.num_experts)
+            pytorch_loader.set_top_k(self._sparse, top_k, self._path)
         self._taps = taps
         nested = [module for module in self._sparse.values() if not hasattr(module, "selection_bias")]
         if replay and nested:
@@ -96,38 +80,11 @@ class TorchEngine:
             module.record_routes = taps
             if replay and taps:
                 module.router.register_forward_pre_hook(self._recorder(layer))
-        config = self._module.config
-        self._vocab_size = int(config.vocab_size)
-        self._max_length = int(config.max_position_embeddings)
-        self._rope_boundary = rope.boundary(config.to_dict())
-        moe = str(config.model_type).startswith(MOE_PREFIX)
-        generation = GenerationConfig.read(self._path)
-        self.info = EngineInfo(
-            name=f"torch {'moe' if moe else 'dense'}",
-            runtime=f"torch {torch.__version__}",
-            device=_device_name(self._module.device),
-            dtype=dtype,
-            threads=self._threads,
-            model=EngineModel.model_validate(
-                {
-                    "model_type": config.model_type,
-                    "vocab_size": self._vocab_size,
-                    "hidden_size": config.hidden_size,
-                    "num_layers": config.num_hidden_layers,
-                    "max_position_embeddings": self._max_length,
-                    "max_length": self._max_length,
-                    "eos_token_ids": list(generation.ends),
-                    "generation": generation,
-                    rope.FACT: self._rope_boundary,
-                    "parameters": sum(parameter.numel() for parameter in self._module.parameters()),
-                    "label": self._path.name,
-                    "target": "torch",
-                    "moe": moe,
-                    "routed": bool(self._sparse),
-                    "top_k": top_k,
-                }
-            ),
-        )
+        routed = bool(self._sparse)
+        self.info = pytorch_loader.describe(self._module, self._path, dtype, self._threads, routed=routed, top_k=top_k)
+        self._vocab_size = self.info.model.vocab_size
+        self._max_length = int(self._module.config.max_position_embeddings)
+        self._rope_boundary = self.info.model.rope_boundary
 
     def prefill(
         self,
@@ -238,30 +195,3 @@ class TorchEngine:
 def _indices(routes: Any) -> np.ndarray:
     """Recorded routes -> int32 [T, k]."""
     return np.asarray(routes.cpu().numpy(), dtype=np.int32)
-
-
-def _device_name(device: Any) -> str:
-    if device.type == "cuda":
-        import torch
-
-        return f"{torch.cuda.get_device_name(device)} ({device})"
-    return str(device).upper()
-
-
-def _cache_argument(model: Any) -> str:
-    from moedge.convert.compat import cache_argument
-
-    return cache_argument(model)
-
-
-def _load(folder: Path, dtype: str, device: str) -> Any:
-    from moedge.convert import sources
-    from moedge.convert.sources import folder_check
-
-    if not (folder / "config.json").exists():
-        raise MoEdgeError(f"{folder} is not a checkpoint folder: config.json is missing.")
-    if str(folder_check.read_object(folder / "config.json").get("model_type")).startswith(MOE_PREFIX):
-        from moedge.convert import modeling
-
-        return modeling.load(folder, dtype, device)[0].eval()
-    return sources.load_model(folder, dtype, device).eval()

@@ -17,9 +17,10 @@ from moedge.configs.generation_config import GenerationConfig
 from moedge.export import rope, targets
 from moedge.runtime.device import moedge_session
 from moedge.runtime.device.moedge_trt import DeviceError
-from moedge.runtime.engines import Step, check_batch, check_length
 from moedge.runtime.engines.build import open_file
+from moedge.runtime.engines.calls import check_batch, check_length
 from moedge.runtime.engines.info import EngineInfo, EngineModel
+from moedge.runtime.engines.protocol import Step
 
 
 @dataclass

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterator, Mapping
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from moedge.runtime.engines.info import EngineInfo
 from moedge.runtime.parity import verdict
 from moedge.runtime.parity.metrics import RouteAgreement, TokenErrors
 from moedge.runtime.parity.replay import Replay
+from moedge.runtime.parity.results import Identity, Parity, Phase
 
 SCHEMA = "moedge.parity/1"
 Name = TypeVar("Name", bound=Hashable)
@@ -38,7 +39,7 @@ def compare(
     tolerances: Mapping[str, Any] | Profile,
     routing: bool = True,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> Parity:
     """Compare ``test`` with ``reference`` and judge the difference.
 
     Args:
@@ -77,7 +78,7 @@ def compare_all(
     prefill: int,
     routing: bool = True,
     progress: Progress | None = None,
-) -> dict[Name, dict[str, Any]]:
+) -> dict[Name, Parity]:
     """Compare several engines with one reference, which runs once; see :func:`compare`.
 
     Args:
@@ -191,29 +192,33 @@ def judged(
     limits: Profile,
     routing: bool,
     replay: Replay | None,
-) -> dict[str, Any]:
+) -> Parity:
     """Return the result of a comparison, as :func:`compare` describes it; ``windows`` is their shape [N, L]."""
     summaries = {name: tokens.summary() for name, tokens in phases.items()}
-    result: dict[str, Any] = {
-        "schema": SCHEMA,
-        "reference": reference.info.as_json(),
-        "test": test.info.as_json(),
-        "tokens": {
-            "windows": windows[0],
-            "window": windows[1],
-            "prefill": prefill,
-            **{name: summary["tokens"] for name, summary in summaries.items()},
+    result = cast(
+        "Parity",
+        {
+            "schema": SCHEMA,
+            "reference": reference.info.as_json(),
+            "test": test.info.as_json(),
+            "tokens": {
+                "windows": windows[0],
+                "window": windows[1],
+                "prefill": prefill,
+                **{name: summary["tokens"] for name, summary in summaries.items()},
+            },
+            "phases": summaries,
+            "overall": TokenErrors.merged(list(phases.values())).summary(),
+            "routing": routes.summary(),
+            "replay": replay.summary() if replay else None,
+            "tolerances": limits.model_dump(),
         },
-        "phases": summaries,
-        "overall": TokenErrors.merged(list(phases.values())).summary(),
-        "routing": routes.summary(),
-        "replay": replay.summary() if replay else None,
-        "tolerances": limits.model_dump(),
-    }
+    )
     compared = _both_routed(reference, test) or result["routing"]["compared"]
     found = verdict.judge(result, limits, routing=routing and compared)
     result["verdict"] = found.as_json(verdict.explain(result, found, limits))
-    return _json_ready(result)
+    ready: Parity = _json_ready(result)
+    return ready
 
 
 def identity_all(
@@ -223,7 +228,7 @@ def identity_all(
     *,
     prefill: int | None = None,
     progress: Progress | None = None,
-) -> dict[Name, dict[str, Any]]:
+) -> dict[Name, Identity]:
     """Check that models with every expert selected are their dense parent, which runs once.
 
     Args:
@@ -252,7 +257,7 @@ def identity_all(
     }
 
 
-def _identical(reference: Engine, test: Engine, summary: dict[str, Any], limit: float) -> dict[str, Any]:
+def _identical(reference: Engine, test: Engine, summary: Phase, limit: float) -> Identity:
     clean = summary["non_finite"] == 0 and summary["constant"] == 0
     worst = summary["rel_error"]["max"] if clean else float("nan")
     return _json_ready(

@@ -15,6 +15,7 @@ from moedge.runtime.engines import open_engine
 from moedge.runtime.engines.given import local
 from moedge.runtime.parity import compare as parity
 from moedge.runtime.parity import verdict
+from moedge.runtime.parity.results import ParityEntry, Verification
 from moedge.runtime.parity.suite import (
     DEQUANTIZED,
     SCHEMA,
@@ -41,7 +42,7 @@ def verify_given(
     device: str = "cpu",
     progress: Progress | None = None,
     note: Callable[[str], None] | None = None,
-) -> dict[str, Any]:
+) -> Verification:
     """Compare two engines on text and judge what was found.
 
     Args:
@@ -97,7 +98,7 @@ def pair(
     opening: dict[str, Any],
     progress: Progress,
     limits: tolerance_files.Tolerances | None = None,
-) -> dict[str, Any]:
+) -> Verification:
     """Compare two engines; a quantised one also with float32 on its own de-quantised weights, if it has the bundle.
 
     The arguments are those of :func:`moedge.runtime.parity.suite.verify_run`; ``opening`` goes to both engines.
@@ -109,7 +110,7 @@ def pair(
         found = [path for path in (reference, test.parent / "portable") if _target(path) == "portable"]
         if found:
             jobs.append((found[0], f"{test} vs its de-quantised weights", DEQUANTIZED, {"weights_of": test}))
-    entries = []
+    entries: list[ParityEntry] = []
     for number, (folder, name, dtype, options) in enumerate(jobs):
         how = Judging.of(test, limits, dtype, target or "torch")
         one = open_engine(folder, **opening, **_reference_options(folder, how, target), **options)
@@ -136,7 +137,7 @@ def answers_of_device(
     opening: dict[str, Any],
     progress: Progress,
     limits: tolerance_files.Tolerances | None = None,
-) -> dict[str, Any]:
+) -> Verification:
     """Judge what an engine gave on its device; the archive's prompts are the text. Arguments as in :func:`pair`."""
     from moedge.runtime.parity import recorded
 
@@ -149,7 +150,7 @@ def answers_of_device(
         entry = recorded.compare(one, found, judged, progress)
     finally:
         one.close()
-    parity_entries = [{"name": f"{answers} vs {reference}", **entry}]
+    parity_entries: list[ParityEntry] = [{"name": f"{answers} vs {reference}", **entry}]
     text = f"the prompts of {answers.name}"
     return finished({"schema": SCHEMA, "text": text, "identity": [], "parity": parity_entries}, limits)
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import cast
 
 import numpy as np
 
 from moedge import MoEdgeError
 from moedge.configs.tolerances import Profile
 from moedge.runtime.bench.stats import percentiles
+from moedge.runtime.parity.results import Agreement, Distribution, Phase, RouterFacts, Routing
 
 _ROWS = 16  # tokens reduced at once: 16 x 49152 float64 is 6 MB per temporary
 _PERCENTILES = (50, 90, 99, 99.9)
@@ -116,7 +117,7 @@ class TokenErrors:
         for name, values in other.columns.items():
             self.columns[name].extend(values)
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Phase:
         """The phase as plain numbers; NaN where nothing could be measured."""
         v = {name: np.concatenate(parts) if parts else np.zeros(0) for name, parts in self.columns.items()}
         known = ~np.isnan(v["nll"])
@@ -129,7 +130,10 @@ class TokenErrors:
             "non_finite": self.non_finite,
             "constant": self.constant,
             "abs_error": {"max": _max(v["abs_max"]), "mean": _mean(v["abs_mean"])},
-            "rel_error": {"mean": _mean(v["rel"]), **percentiles(v["rel"], _PERCENTILES), "max": _max(v["rel"])},
+            "rel_error": cast(
+                "Distribution",
+                {"mean": _mean(v["rel"]), **percentiles(v["rel"], _PERCENTILES), "max": _max(v["rel"])},
+            ),
             "cosine": {"mean": _mean(v["cosine"]), "min": -_max(-v["cosine"])},
             "kl_ref_test": _distribution(v["kl"]),
             "kl_test_ref": _distribution(v["kl_back"]),
@@ -171,17 +175,13 @@ def _max(values: np.ndarray) -> float:
     return float(values.max()) if len(values) else float("nan")
 
 
-def _distribution(values: np.ndarray) -> dict[str, float]:
+def _distribution(values: np.ndarray) -> Distribution:
     error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else float("nan")
-    return {
-        "mean": _mean(values),
-        "standard_error": error,
-        **percentiles(values, _PERCENTILES),
-        "max": _max(values),
-    }
+    found = {"mean": _mean(values), "standard_error": error, **percentiles(values, _PERCENTILES), "max": _max(values)}
+    return cast("Distribution", found)
 
 
-def _agreement(same: np.ndarray, gap: np.ndarray, margin: np.ndarray) -> dict[str, Any]:
+def _agreement(same: np.ndarray, gap: np.ndarray, margin: np.ndarray) -> Agreement:
     clear = gap >= margin
     return {
         "agreement": _mean(same[clear]),
@@ -222,7 +222,7 @@ class RouteAgreement:
             self.counts[layer] = self.counts.get(layer, np.zeros(4, dtype=np.int64)) + counted
         return changed
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Routing:
         """Agreement as sets: overall, the worst layer, and every layer."""
         if not self.counts or self.reason:
             return {"compared": False, "reason": self.reason or "nothing was run"}
@@ -302,7 +302,7 @@ class RouterChoices:
             norms = np.maximum(np.linalg.norm(a, axis=1), np.finfo(np.float64).tiny)
             self.errors.setdefault(layer, []).append(np.linalg.norm(a - test[layer], axis=1) / norms)
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> RouterFacts:
         """``flips``: other sets than the reference's router selects; ``ties`` of them tie with it, which is right."""
         if not self.gaps:
             return {"compared": False, "reason": "nothing was run"}

@@ -23,6 +23,7 @@ from moedge.runtime.engines.info import EngineInfo, EngineModel
 from moedge.runtime.parity import compare as parity
 from moedge.runtime.parity.metrics import RouteAgreement, TokenErrors
 from moedge.runtime.parity.replay import Replay
+from moedge.runtime.parity.results import Parity
 
 
 class Recorded:
@@ -85,7 +86,7 @@ def _layers(case: dict[str, Any], part: str) -> dict[int, np.ndarray]:
     return {int(name.split(".")[1]): array for name, array in case.items() if name.startswith(f"{part}.")}
 
 
-def compare(reference: Engine, recorded: Recorded, limits: Profile, progress: Progress | None = None) -> dict[str, Any]:
+def compare(reference: Engine, recorded: Recorded, limits: Profile, progress: Progress | None = None) -> Parity:
     """Compare recorded answers with ``reference``; see :func:`moedge.runtime.parity.compare`.
 
     Raises:

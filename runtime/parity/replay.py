@@ -30,7 +30,7 @@ experts are summed.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 import numpy as np
 
@@ -38,6 +38,7 @@ from moedge import MoEdgeError
 from moedge.configs.tolerances import Profile
 from moedge.runtime.engines import ReplayEngine, Step
 from moedge.runtime.parity.metrics import RouterChoices, TokenErrors
+from moedge.runtime.parity.results import Phases, Replayed
 
 
 class Replay:
@@ -85,11 +86,11 @@ class Replay:
         for name, tokens in phases.items():
             self._phases[name].extend(tokens)
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Replayed:
         """``phases`` and ``overall`` as in :func:`moedge.runtime.parity.compare`, ``router``, ``tokens``."""
         return {
             "tokens": self.tokens,
-            "phases": {name: tokens.summary() for name, tokens in self._phases.items()},
+            "phases": cast("Phases", {name: tokens.summary() for name, tokens in self._phases.items()}),
             "overall": TokenErrors.merged(list(self._phases.values())).summary(),
             "router": self._router.summary(),
         }

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from moedge.runtime.engines import Engine, open_engine
 from moedge.runtime.parity import compare as parity
 from moedge.runtime.parity import outcomes, verdict
 from moedge.runtime.parity.comparisons import Comparison, Group, comparisons, grouped, identity_reference
+from moedge.runtime.parity.results import Identity, Parity, Verification
 from moedge.runtime.run.refs import TORCH_DENSE, TORCH_MOE, EngineRef
 
 SCHEMA = "moedge.verify/1"
@@ -40,7 +41,7 @@ def verify_run(
     pytorch: dict[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] | None = None,
-) -> dict[str, Any]:
+) -> Verification:
     """Check every engine of a run.
 
     Args:
@@ -71,7 +72,7 @@ def verify_run(
         if progress:
             progress(done + local, total)
 
-    found: dict[Comparison, dict[str, Any]] = {}
+    found: dict[Comparison, Any] = {}  # a ParityEntry or, where the kind is identity, an IdentityEntry
     for group, tests in groups.items():
         entries = _compare(group, tests, engines, windows[: group.windows], limits, tolerances, prefill, opening, step)
         done += per_window * group.windows
@@ -87,7 +88,7 @@ def verify_run(
     return finished(result, limits)
 
 
-def finished(result: dict[str, Any], limits: tolerance_files.Tolerances) -> dict[str, Any]:
+def finished(result: dict[str, Any], limits: tolerance_files.Tolerances) -> Verification:
     """Return a verify result with its outcome: ``passed`` for programs that ask only that, ``outcome`` of three.
 
     A user's tolerances file stands in it with its hash and the limits that it names.
@@ -95,16 +96,17 @@ def finished(result: dict[str, Any], limits: tolerance_files.Tolerances) -> dict
     outcome = verdict.run_outcome(result)
     if limits.origin:
         result = {**result, "tolerances": limits.origin.model_dump()}
-    return {**result, "passed": outcome is verdict.Outcome.PASSED, "outcome": outcome.value}
+    passed = outcome is verdict.Outcome.PASSED
+    return cast("Verification", {**result, "passed": passed, "outcome": outcome.value})
 
 
 def _related(
-    entries: Mapping[Comparison, dict[str, Any]],
+    entries: Mapping[Comparison, Any],
     engines: Mapping[EngineRef, Path],
     limits: tolerance_files.Tolerances,
     tolerances: str,
     note: Callable[[str], None] | None,
-) -> dict[Comparison, dict[str, Any]]:
+) -> dict[Comparison, Any]:
     """Judge what takes two comparisons: a quantised MoE beside its quantised parent, its weights beside its kernels."""
     found = dict(entries)
     for ref in engines:
@@ -163,7 +165,7 @@ class Judging:
         """How to open the engine: what it must show of its routing."""
         return {"taps": moe, "router_inputs": True} if self.replayed else {"taps": moe}
 
-    def explained(self, entry: dict[str, Any]) -> dict[str, Any]:
+    def explained(self, entry: Parity) -> Parity:
         """Return a finished comparison with the reason among its notes."""
         return verdict.with_notes(entry, [self.reason] if self.reason else [])
 
@@ -183,7 +185,7 @@ def _compare(
     prefill: int,
     opening: dict[str, Any],
     progress: Callable[[int, int], None],
-) -> dict[EngineRef, dict[str, Any]]:
+) -> Mapping[EngineRef, Parity | Identity]:
     """Open the engines of one group, compare, and close them."""
     moe = group.reference.role == "moe"
     every: dict[str, Any] = {"top_k": ALL_EXPERTS}
@@ -205,7 +207,7 @@ def _compare(
         return {test: judged[test].explained(entry) for test, entry in found.items()}
 
 
-def _said(entry: dict[str, Any]) -> str:
+def _said(entry: Mapping[str, Any]) -> str:
     word = outcomes.mark(verdict.entry_outcome(entry)).word
     if "verdict" not in entry:
         return f"{word}, max relative logit error {_shown(entry['max_rel_error'])}"

@@ -11,10 +11,11 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from moedge.configs.tolerances import Profile
 from moedge.export import targets
+from moedge.runtime.parity.results import CheckFacts, Parity, Phase, Relation, Replayed, VerdictFacts, by_phase
 
 
 class Outcome(str, Enum):
@@ -31,14 +32,16 @@ class Outcome(str, Enum):
         return next((outcome for outcome in (cls.FAILED, cls.NOT_DECIDED) if outcome in found), cls.PASSED)
 
 
+AnyParity = TypeVar("AnyParity", bound=Parity)
+
+
 @dataclass(frozen=True)
 class Check:
     """One figure against its limit. ``decided`` is False where a value beyond the limit is no fault of the engine."""
 
     name: str
     value: float | None
-    relation: str
-    """``<=`` or ``>=``."""
+    relation: Relation
     limit: float
     decided: bool = True
 
@@ -54,11 +57,15 @@ class Check:
         """Whether the outcome is a pass."""
         return self.outcome is Outcome.PASSED
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> CheckFacts:
         """The check as results and report.json hold it."""
         return {
-            **{"name": self.name, "value": self.value, "relation": self.relation, "limit": self.limit},
-            **{"passed": self.passed, "decided": self.passed or self.decided},
+            "name": self.name,
+            "value": self.value,
+            "relation": self.relation,
+            "limit": self.limit,
+            "passed": self.passed,
+            "decided": self.passed or self.decided,
         }
 
 
@@ -92,7 +99,7 @@ class Verdict:
         }
         return Verdict(parts)
 
-    def as_json(self, notes: list[str]) -> dict[str, Any]:
+    def as_json(self, notes: list[str]) -> VerdictFacts:
         """The verdict as results and report.json hold it."""
         return {
             "passed": self.outcome is Outcome.PASSED,
@@ -103,7 +110,7 @@ class Verdict:
         }
 
 
-def judge(result: dict[str, Any], limits: Profile, *, routing: bool) -> Verdict:
+def judge(result: Parity, limits: Profile, *, routing: bool) -> Verdict:
     """Hold the figures of one comparison to their limits.
 
     Args:
@@ -111,8 +118,8 @@ def judge(result: dict[str, Any], limits: Profile, *, routing: bool) -> Verdict:
         routing: judge the expert sets of a free-running comparison.
     """
     if result["replay"]:
-        return Verdict(_replay_parts(result, limits))
-    whole = [check for name, summary in result["phases"].items() for check in _phase_checks(name, summary, limits)]
+        return Verdict(_replay_parts(result, result["replay"], limits))
+    whole = [check for name, summary in by_phase(result).items() for check in _phase_checks(name, summary, limits)]
     if routing and limits.expert_set_agreement is not None:
         agreement = result["routing"].get("agreement")
         whole.append(Check("routing.expert_set_agreement", agreement, ">=", limits.expert_set_agreement))
@@ -122,8 +129,8 @@ def judge(result: dict[str, Any], limits: Profile, *, routing: bool) -> Verdict:
     return verdict
 
 
-def _replay_parts(result: dict[str, Any], limits: Profile) -> dict[str, tuple[Check, ...]]:
-    replayed, router = result["replay"]["phases"], result["replay"]["router"]
+def _replay_parts(result: Parity, replay: Replayed, limits: Profile) -> dict[str, tuple[Check, ...]]:
+    replayed, router = by_phase(replay), replay["router"]
     arithmetic = [
         check for name, summary in replayed.items() for check in _phase_checks(f"arithmetic.{name}", summary, limits)
     ]
@@ -139,9 +146,9 @@ def _replay_parts(result: dict[str, Any], limits: Profile) -> dict[str, tuple[Ch
     # Free-running, the engine and the reference may run different experts, and every later layer and token sees that.
     # Only what no choice of experts explains is judged: broken rows, and a loss of quality beyond chance.
     free = [
-        Check(f"free.{name}.{kind}_tokens", summary[kind], "<=", 0)
-        for name, summary in result["phases"].items()
-        for kind in ("non_finite", "constant")
+        Check(f"free.{name}.{kind}_tokens", count, "<=", 0)
+        for name, summary in by_phase(result).items()
+        for kind, count in (("non_finite", summary["non_finite"]), ("constant", summary["constant"]))
     ]
     perplexity = result["overall"]["perplexity"]
     ratio, error = perplexity["ratio"], perplexity["standard_error"]
@@ -152,10 +159,10 @@ def _replay_parts(result: dict[str, Any], limits: Profile) -> dict[str, tuple[Ch
     return {"arithmetic": tuple(arithmetic), "router": tuple(selection), "free": tuple(free)}
 
 
-def _phase_checks(phase: str, summary: dict[str, Any], limits: Profile) -> list[Check]:
+def _phase_checks(phase: str, summary: Phase, limits: Profile) -> list[Check]:
     """Checks of one phase's summary (:meth:`moedge.runtime.parity.metrics.TokenErrors.summary`)."""
     top1, top5, ratio = summary["top1"], summary["top5"], summary["perplexity"]["ratio"]
-    rows: list[tuple[str, float, str, float]] = [
+    rows: list[tuple[str, float, Relation, float]] = [
         ("non_finite_tokens", summary["non_finite"], "<=", 0),
         ("constant_tokens", summary["constant"], "<=", 0),
         ("rel_error.median", summary["rel_error"]["p50"], "<=", limits.median_rel_error),
@@ -181,7 +188,7 @@ def _phase_checks(phase: str, summary: dict[str, Any], limits: Profile) -> list[
     ]
 
 
-def with_ratio(result: dict[str, Any], baseline: dict[str, Any], limit: float) -> dict[str, Any]:
+def with_ratio(result: AnyParity, baseline: Parity, limit: float) -> AnyParity:
     """Return ``result`` with the check that its mean KL is at most ``limit`` times that of ``baseline``.
 
     Both are results of :func:`compare`, each against the float32 model that it was made from: quantising a converted
@@ -192,18 +199,23 @@ def with_ratio(result: dict[str, Any], baseline: dict[str, Any], limit: float) -
     ratio = values[0] / values[1] if values[0] is not None and values[1] else None
     check, before = Check("kl_ratio_to_dense", ratio, "<=", limit), result["verdict"]
     outcome = Outcome.over([Outcome(before["outcome"]), check.outcome])
-    judged = {
+    judged: VerdictFacts = {
         **before,
-        **{"passed": outcome is Outcome.PASSED, "outcome": outcome.value},
+        "passed": outcome is Outcome.PASSED,
+        "outcome": outcome.value,
         "parts": {**before["parts"], "ratio": check.passed},
         "checks": [*before["checks"], check.as_json()],
     }
-    return {**result, "verdict": judged}
+    return _with_verdict(result, judged)
 
 
-def with_notes(result: dict[str, Any], notes: Iterable[str]) -> dict[str, Any]:
+def with_notes(result: AnyParity, notes: Iterable[str]) -> AnyParity:
     """Return ``result`` with further sentences for people."""
-    return {**result, "verdict": {**result["verdict"], "notes": [*result["verdict"]["notes"], *notes]}}
+    return _with_verdict(result, {**result["verdict"], "notes": [*result["verdict"]["notes"], *notes]})
+
+
+def _with_verdict(result: AnyParity, judged: VerdictFacts) -> AnyParity:
+    return cast("AnyParity", {**result, "verdict": judged})
 
 
 def outcome_of(check: Mapping[str, Any]) -> Outcome:
@@ -225,7 +237,7 @@ def run_outcome(verification: Mapping[str, Any]) -> Outcome:
     return Outcome.over(map(entry_outcome, [*verification["identity"], *verification["parity"]]))
 
 
-def explain(result: dict[str, Any], verdict: Verdict, limits: Profile) -> list[str]:
+def explain(result: Parity, verdict: Verdict, limits: Profile) -> list[str]:
     """Say in sentences what the checks that did not pass mean; empty where the figures say it themselves."""
     said = []
     limit, longest = (result["test"]["model"].get(key) for key in ("rope_boundary", "max_length"))
@@ -255,12 +267,12 @@ def explain(result: dict[str, Any], verdict: Verdict, limits: Profile) -> list[s
     elif any(check.decided for check in missed) and not result["replay"] and result["routing"].get("flips"):
         said.append(_changed_choices_said(result, limits))
     if result["replay"] and limits.expert_set_agreement is not None:
-        said.append(_replayed_said(result, limits))
+        said.append(_replayed_said(result, result["replay"], limits))
     return said
 
 
-def _near_ties_said(result: dict[str, Any], limits: Profile) -> str:
-    phases = (result["replay"] or result)["phases"]
+def _near_ties_said(result: Parity, limits: Profile) -> str:
+    phases = by_phase(result["replay"] or result)
     share = max(phase["top1"]["near_tie_share"] for phase in phases.values() if phase["top1"]["near_ties_excluded"])
     return (
         f"Not decided: for {share:.0%} of the tokens the reference's best two logits are closer than this target's "
@@ -270,7 +282,7 @@ def _near_ties_said(result: dict[str, Any], limits: Profile) -> str:
     )
 
 
-def _changed_choices_said(result: dict[str, Any], limits: Profile) -> str:
+def _changed_choices_said(result: Parity, limits: Profile) -> str:
     routing, same = result["routing"], result["overall"]["same_choices"]
     differ = f"{routing['flips']:,} of {routing['decisions']:,} choices of experts differ"
     if not same["tokens"]:
@@ -287,12 +299,12 @@ def _changed_choices_said(result: dict[str, Any], limits: Profile) -> str:
     )
 
 
-def _replayed_said(result: dict[str, Any], limits: Profile) -> str:
+def _replayed_said(result: Parity, replay: Replayed, limits: Profile) -> str:
     """What happened where a float32 engine chose other experts than the reference."""
-    routing, router = result["routing"], result["replay"]["router"]
+    routing, router = result["routing"], replay["router"]
     wrong = router["flips"] - router["ties"]
     differ = f"{routing['flips']:,} of {routing['decisions']:,} choices of experts differ from the reference's"
-    again = f"The texts that hold one ({result['replay']['tokens']:,} tokens) were compared again"
+    again = f"The texts that hold one ({replay['tokens']:,} tokens) were compared again"
     if router["own_order"] is None or router["own_order"] < 1:
         return (
             f"{differ}. {again}: the engine does not choose the best of its own scores, with ties to the lower index, "
@@ -310,7 +322,7 @@ def _replayed_said(result: dict[str, Any], limits: Profile) -> str:
     )
 
 
-def quantised_notes(result: dict[str, Any], kernels: dict[str, Any], target: str) -> list[str]:
+def quantised_notes(result: Parity, kernels: Parity, target: str) -> list[str]:
     """Say of ``result``, a quantised bundle against its checkpoint, whether the weights or the kernels are at fault.
 
     ``kernels`` is the same bundle against its own de-quantised weights. Nothing is said where neither is.
@@ -346,7 +358,7 @@ def _bare(check: Check) -> str:
     return check.name.partition(".")[2]
 
 
-def _changed_choices_explain(result: dict[str, Any], verdict: Verdict, limits: Profile) -> bool:
+def _changed_choices_explain(result: Parity, verdict: Verdict, limits: Profile) -> bool:
     """Whether every check that failed is one of :data:`_WORST` and holds on the tokens whose experts are the same."""
     missed = [check for check in verdict.missed if check.decided]
     if not missed or not result["routing"].get("flips"):
@@ -356,7 +368,7 @@ def _changed_choices_explain(result: dict[str, Any], verdict: Verdict, limits: P
         if name not in _WORST or phase not in result["phases"]:
             return False
         key, limit = _WORST[name]
-        same = result["phases"][phase]["same_choices"]
+        same = cast("dict[str, float]", by_phase(result)[phase]["same_choices"])
         allowed = getattr(limits, limit)
         if not same["tokens"] or not (same[key] >= allowed if check.relation == ">=" else same[key] <= allowed):
             return False

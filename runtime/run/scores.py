@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moedge import MoEdgeError
 from moedge._progress import Progress
 from moedge.runtime.run import held_out, run_folder
+
+if TYPE_CHECKING:
+    from moedge.convert.calibration import TextSet
 
 SCHEMA = "moedge.scores/1"
 
@@ -33,14 +37,8 @@ def scores(
     """Score each model on each text and task; the models are loaded one after the other.
 
     Args:
-        paths: MoE checkpoints, dense models, or run folders, which stand for their dense parent and their checkpoint.
-        texts: ``asset:NAME`` or files; of a text that a model has seen the held-out documents are taken.
-        tasks: of lm-eval; ``task_data`` is the local data of some of them.
-        shots: solved examples in front of a question; ``limit``: only the first so many questions of each task.
-        tokens: of each text, in windows of ``window`` tokens, which ``bos`` starts with the BOS token.
+        paths: and all that is not named here: see :func:`moedge.runtime.measures.evaluate`.
         every: of a text that a model has seen, the documents with id modulo this = 0.
-        batch_size: windows or questions in a forward pass.
-        device: where PyTorch computes.
         progress: called with (windows done, windows in all) of each text; ``note`` with what is measured.
 
     Returns:
@@ -51,49 +49,77 @@ def scores(
         MoEdgeError: a model, text or task that cannot be had, or windows beyond what a model was made for.
     """
     models = _models(paths)
-    if not models:
-        raise MoEdgeError("evaluate needs at least one model.")
-    from moedge.convert import scoring
     from moedge.convert.plan import MoEPlan
-    from moedge.convert.tasks import run
 
-    data, say = dict(task_data or {}), note or (lambda _: None)
-    if unused := set(data) - set(tasks):
+    if unused := set(task_data or {}) - set(tasks):
         raise MoEdgeError(f"--task-data names {', '.join(sorted(unused))}, which --tasks does not.")
     plans = {label: MoEPlan.load(folder) for label, folder in models.items() if (folder / "plan.json").is_file()}
-    chosen = {}
-    for spec in texts:
-        text, how = held_out.beside(plans.values(), spec, every)
-        chosen[text.name] = (text, how)
-    rows: list[dict[str, Any]] = []
-    count = -(-tokens // window)
+    read = [held_out.beside(plans.values(), spec, every) for spec in texts]
+    measure = _Measure(
+        texts=list({text.name: text for text, _ in read}.values()),
+        tasks=list(tasks),
+        task_data=dict(task_data or {}),
+        shots=shots,
+        limit=limit,
+        windows=-(-tokens // window),
+        window=window,
+        bos=bos,
+        batch_size=batch_size,
+        progress=progress,
+        note=note or (lambda _: None),
+    )
+    rows = []
     for label, folder in models.items():
         model, tokenizer = _open(folder, converted=label in plans, device=device)
-        if chosen:
-            held_out.check_window(model, window, "--window")
-        row: dict[str, Any] = {"model": label, "perplexity": {}, "tasks": []}
-        for name, (text, _) in chosen.items():
-            say(f"{label}: perplexity on {name}")
-            windows = held_out.windows(tokenizer, text, window, count, bos=bos, name="evaluation")
-            row["perplexity"][name] = scoring.perplexity(model, windows, batch_size=batch_size, progress=progress)
-        if tasks:
-            say(f"{label}: {', '.join(tasks)}")
-            row["tasks"] = run(
-                model, tokenizer, list(tasks), data=data, shots=shots, limit=limit, batch_size=batch_size
-            )
+        rows.append(measure.row(label, model, tokenizer))
         dtype = str(model.dtype).removeprefix("torch.")
-        rows.append(row)
         del model
-    protocol = {
-        "window": window,
-        "bos": bos,
-        "dtype": dtype,
-        "device": device,
-        "documents": {name: how for name, (_, how) in chosen.items()},
-        "shots": shots,
-        "limit": limit,
-    }
+    protocol = {"window": window, "bos": bos, "dtype": dtype, "device": device}
+    protocol |= {"documents": {text.name: how for text, how in read}, "shots": shots, "limit": limit}
     return {"schema": SCHEMA, "protocol": protocol, "rows": rows}
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """What is measured of every model; see :func:`scores`."""
+
+    texts: list[TextSet]
+    tasks: list[str]
+    task_data: dict[str, Path]
+    shots: int
+    limit: int | None
+    windows: int
+    window: int
+    bos: bool
+    batch_size: int
+    progress: Progress | None
+    note: Callable[[str], None]
+
+    def row(self, label: str, model: Any, tokenizer: Any) -> dict[str, Any]:
+        """Score one model."""
+        from moedge.convert import scoring, tasks
+
+        found: dict[str, Any] = {"model": label, "perplexity": {}, "tasks": []}
+        if self.texts:
+            held_out.check_window(model, self.window, "--window")
+        for text in self.texts:
+            self.note(f"{label}: perplexity on {text.name}")
+            windows = held_out.windows(tokenizer, text, self.window, self.windows, bos=self.bos, name="evaluation")
+            found["perplexity"][text.name] = scoring.perplexity(
+                model, windows, batch_size=self.batch_size, progress=self.progress
+            )
+        if self.tasks:
+            self.note(f"{label}: {', '.join(self.tasks)}")
+            found["tasks"] = tasks.run(
+                model,
+                tokenizer,
+                self.tasks,
+                data=self.task_data,
+                shots=self.shots,
+                limit=self.limit,
+                batch_size=self.batch_size,
+            )
+        return found
 
 
 def _open(folder: Path, *, converted: bool, device: str) -> tuple[Any, Any]:
@@ -116,4 +142,6 @@ def _models(paths: Sequence[str | Path]) -> dict[str, Path]:
             found |= {f"{path} dense": run_folder.dense(path), f"{path} moe": run_folder.checkpoint(path)}
         else:
             found[str(given)] = path
+    if not found:
+        raise MoEdgeError("evaluate needs at least one model.")
     return found

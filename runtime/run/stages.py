@@ -37,7 +37,8 @@ CONVERT_CODE = (
 _GENERATION = ("configs/generation_config.py", "runtime/text")
 _EXPORT_CODE = (
     *CONVERT_CODE,
-    *("export", "runtime/engines/__init__.py", "runtime/engines/info.py", "runtime/engines/longrope.py"),
+    "export",
+    *(f"runtime/engines/{name}.py" for name in ("__init__", "calls", "info", "longrope", "protocol")),
     *_GENERATION,
 )
 _CONFIGS = (

@@ -59,24 +59,13 @@ def generate(
     generation: GenerationConfig | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> GenerationResult:
-    """Continue a prompt or answer a chat.
+    """Continue a prompt or answer a chat; the body of :func:`moedge.runtime.api.generate`, whose words these are.
 
     Args:
         engine: any engine.
         tokenizer: of the same model.
-        prompt: text, or chat messages (``role``, ``content``) for the model's chat template. A chat also ends at the
-            tokenizer's end-of-text token, which templates close turns with.
-        max_new_tokens: at most this many tokens; fewer when the model's context ends before (reason ``length``).
-        sample: sample as the model's ``generation_config.json`` says, with transformers' defaults. False is greedy
-            (ties to the lower id) unless one of the next four is given.
-        temperature: sample with this temperature; 0 is greedy.
-        top_k: sample from this many most likely tokens, 0 for all.
-        top_p: sample from the smallest set of tokens whose probability reaches this much, 0 < top_p <= 1.
-        min_p: sample from tokens with at least this share of the most likely one's probability.
-        seed: of the sampling; equal seeds give equal text on one engine.
-        stop: strings that end the text, besides the model's ``stop_strings``; they are not part of it.
+        prompt: and all below but ``generation``: see :func:`moedge.runtime.api.generate`.
         generation: what to obey instead of the model's own file; ``GenerationConfig()`` for nothing.
-        on_text: called with each new piece of text: whole characters, nothing that is later taken back.
 
     Raises:
         MoEdgeError: an impossible setting, an empty or too long prompt, or no chat template for messages.

@@ -171,10 +171,11 @@ def summarise(samples: dict[str, list[Any]], ratios: list[str], prompt: int, clo
         for name, values in (("prefill", first), ("decode", steps)):
             fast, slow = values[label], values[baseline]
 
-            def speedup(drawn: Any, fast: Any = fast, slow: Any = slow) -> float:
-                return float(np.median(slow[drawn]) / np.median(fast[drawn]))
+            def speedup(drawn: Any, fast: Any = fast, slow: Any = slow) -> Any:
+                one, two = (np.median(values[drawn].reshape(len(drawn), -1), axis=1) for values in (slow, fast))
+                return one / two
 
-            entry[name] = speedup(np.arange(len(slow)))
+            entry[name] = float(np.median(slow) / np.median(fast))
             entry[f"{name}_ci95"] = bootstrap_ci(len(slow), speedup, seed=0)
         found.append(entry)
     return {"rows": rows, "ratios": found}

@@ -99,10 +99,10 @@ def test_a_run_that_trains_what_the_plan_holds_leaves_a_plan_for_the_dense_model
 
 
 def test_a_text_is_not_measured_on_what_was_trained_however_it_is_spelled(text: Path, tiny_tokenizer: Any) -> None:
-    from moedge.runtime.commands.finetune import _texts, settings_from
+    from moedge.runtime.commands.finetune import _Texts, _texts, settings_from
 
     settings, other = settings_from({"tokens": 64, "length": 16}), f"{text.parent}/../{text.parent.name}/{text.name}"
-    one, two = (_texts(tiny_tokenizer, [str(text)], given, 10, 2, settings) for given in (None, [other]))
+    one, two = (_texts(tiny_tokenizer, _Texts([str(text)], given, 10, 2), settings) for given in (None, [other]))
     assert (one[1]["text"] == two[1]["text"]).all()
     assert one[2]["text_sha256"] == [sha256_file(text)]
 
@@ -121,7 +121,7 @@ def test_two_runs_of_one_seed_are_one_checkpoint(checkpoint: Path, text: Path, t
 def test_the_command_writes_checkpoint_record_and_picture(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "tuned"
     options = ["--length", "16", "--batch-size", "2", "--eval-windows", "2", "--set", "eval_every=2"]
-    options += ["--set", "lr=0.01", "--tokens", "128", "--distill", "logits", "--parent", str(tmp_path / "dense")]
+    options += ["--set", "lr=0.01", "--tokens", "128", "--distill", "logits", "--dense", str(tmp_path / "dense")]
     result = CliRunner().invoke(app, ["finetune", str(checkpoint), str(out), "--text", str(text), *options])
     assert result.exit_code == 0, result.output
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
@@ -139,7 +139,7 @@ def test_the_command_writes_checkpoint_record_and_picture(checkpoint: Path, text
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--tokens", "64", "--distill", "logits"], "--parent"),
+        (["--tokens", "64", "--distill", "logits"], "--dense"),
         ([], "either tokens or minutes"),
         (["--tokens", "64", "--train", "everything"], "--train: unknown group"),
         (["--tokens", "64", "--precision", "fp8"], "--precision: unknown value 'fp8'; choose 'no',"),

@@ -33,13 +33,14 @@ def first(model: Any, windows: np.ndarray = WINDOWS) -> LayerTokens:
 # --- partition ------------------------------------------------------------------------------------------------------
 
 
-def test_every_half_step_of_the_ascent_captures_more() -> None:
+def test_every_half_step_of_the_ascent_captures_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(energy, "TOLERANCE", 0.0)
     for seed in range(5):
         # Low-rank, so that neurons have something in common (independent ones stay where they are).
         factors = [torch.rand(300, 5, generator=generator(seed)), torch.rand(5, 24, generator=generator(9 + seed))]
         energies = (factors[0] ** 4 @ factors[1] ** 4).square()
         start = np.random.default_rng(seed).permutation(np.repeat(np.arange(6), 4)).astype(np.int32)
-        ascent = energy.ascend(energies, start, [4] * 6, 2, iterations=8, tolerance=0)
+        ascent = energy.ascend(energies, start, [4] * 6, 2, iterations=8)
         assert len(ascent.objective) >= 5
         # float32 sums of 300 * 8 positive terms in different orders: relative error below 2400 * 2^-24 = 1.5e-4.
         assert all(b >= a * (1 - 1.5e-4) for a, b in itertools.pairwise(ascent.objective))
@@ -49,10 +50,13 @@ def test_every_half_step_of_the_ascent_captures_more() -> None:
         assert ascent.objective[-1] == pytest.approx(float(best), rel=1e-5)
 
 
-def test_an_iteration_that_gains_too_little_is_the_last() -> None:
+def test_an_iteration_that_gains_too_little_is_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     energies = torch.rand(60, 12, generator=generator()) ** 4
     start = np.repeat(np.arange(4), 3).astype(np.int32)
-    steps = [len(energy.ascend(energies, start, [3] * 4, 1, 8, tolerance).objective) for tolerance in (0.0, 10.0)]
+    steps = []
+    for tolerance in (0.0, 10.0):
+        monkeypatch.setattr(energy, "TOLERANCE", tolerance)
+        steps.append(len(energy.ascend(energies, start, [3] * 4, 1, 8).objective))
     assert steps[0] > 3
     assert steps[1] == 3, "selection, assignment, selection"
 
@@ -235,14 +239,17 @@ def weighted_loss(tokens: LayerTokens, layer: LayerPlan, rows: torch.Tensor) -> 
 
 
 @pytest.mark.parametrize("compensation", ["none", "unselected"])
-def test_refit_is_never_worse_on_what_it_was_fitted_to(compensation: str, tiny_llama: Callable[..., Any]) -> None:
+def test_refit_is_never_worse_on_what_it_was_fitted_to(
+    compensation: str, tiny_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     everything = torch.ones(MANY.size, dtype=torch.bool)
     for seed in range(3):
         tokens = first(tiny_llama(layers=1, seed=seed), MANY)
         plain = moedge_layer.make_layer(tokens, moedge.MoEdgeParams(**LAYOUT, refit=False, compensation=compensation))
         before = weighted_loss(tokens, plain, everything)
         for ridge in (1e-5, 1e-2, 100.0):
-            layer = closed_form.refit(tokens, plain, ridges=(ridge,))
+            monkeypatch.setattr(closed_form, "REFIT_RIDGES", (ridge,))
+            layer = closed_form.refit(tokens, plain)
             assert layer.report["refit"]["ridge"] == ridge
             assert weighted_loss(tokens, layer, everything) < before
         moved = np.abs(layer.down - tokens.block.down.numpy()).max()
@@ -251,10 +258,13 @@ def test_refit_is_never_worse_on_what_it_was_fitted_to(compensation: str, tiny_l
         assert all(np.array_equal(a, b) for a, b in zip(layer.experts, plain.experts, strict=True))
 
 
-def test_refit_is_the_ridge_regression_on_the_routed_activations(tiny_llama: Callable[..., Any]) -> None:
+def test_refit_is_the_ridge_regression_on_the_routed_activations(
+    tiny_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokens = first(tiny_llama(layers=1), MANY)
     plain = moedge_layer.make_layer(tokens, moedge.MoEdgeParams(**LAYOUT, refit=False))
-    layer = closed_form.refit(tokens, plain, ridges=(0.1,))
+    monkeypatch.setattr(closed_form, "REFIT_RIDGES", (0.1,))
+    layer = closed_form.refit(tokens, plain)
     _, omitted = closed_form.gates(tokens.x, plain, "silu")
     assert (omitted.sum(1) == 3).all()
     h = tokens.hidden(slice(None)).clone()

@@ -401,7 +401,7 @@ def test_what_a_killed_process_left_is_deleted(source, tmp_path):
 def test_what_the_device_would_refuse_is_refused_here(bundles, profiles, memory, message):
     device = devices.load("jetson-agx-orin").model_copy(update={"memory_gib": memory})
     with pytest.raises(MoEdgeError, match=message):
-        device_archive._check(open_bundle(bundles["moe/portable"]), device, profiles)
+        device_archive._profiles(open_bundle(bundles["moe/portable"]), device, **profiles)
 
 
 def test_weights_of_more_than_8_gib_fit_into_an_archive():

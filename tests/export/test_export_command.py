@@ -15,6 +15,7 @@ from moedge._files import hash_tree
 from moedge.configs import tolerances
 from moedge.export.bundle import open_bundle
 from moedge.runtime.cli import app
+from moedge.runtime.commands import inspect
 
 
 def moedge(*arguments: object) -> Any:
@@ -57,6 +58,22 @@ def test_inspect_shows_the_self_tests_and_files_of_a_bundle(bundles: dict[str, P
         name: entry["sha256"] for name, entry in manifest["files"].items()
     }
     assert (facts["kind"], facts["holds"], facts["target"]) == ("bundle", "moe", "ort-cpu")
+
+
+def test_inspect_prints_layers_as_rows_and_facts_as_words(bundles: dict[str, Path]) -> None:
+    said = moedge("inspect", bundles["moe/ort-cpu"]).stdout
+    assert "{" not in said
+    layers = open_bundle(bundles["moe/ort-cpu"]).manifest.layers
+    header, row = said.partition("\nlayers\n")[2].splitlines()[:2]
+    shown = dict(zip(header.split(), row.split(), strict=True))
+    assert shown == {"layer": f"0-{len(layers) - 1}", **{k: str(v) for k, v in layers[0].document().items()}}
+    assert len({str(layer) for layer in layers.values()}) == 1, "else there are more rows"
+
+
+def test_inspect_gives_layers_that_differ_rows_of_their_own() -> None:
+    shapes = {"10": {"top_k": 3}, "8": {"top_k": 2}, "9": {"top_k": 2}, "12": {"top_k": 3}}
+    rows = inspect._with_layers({"kind": "bundle", "moe": {"layers": shapes}})["layers"]
+    assert [(row["layer"], row["top_k"]) for row in rows] == [("8-9", 2), ("10", 3), ("12", 3)]
 
 
 def test_a_bundle_that_is_there_is_replaced_only_by_force(out: Path, checkpoints: dict[str, Path]) -> None:

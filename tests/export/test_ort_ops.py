@@ -1,4 +1,4 @@
-"""The CPU operators of domain moedge.cpu: their numbers, on every instruction set this machine has, and what they refuse.
+"""The CPU operators of domain moedge.cpu: their numbers, on every instruction set at hand, and what they refuse.
 
 Integers are compared with ONNX Runtime's own ``MatMulNBits`` (accuracy level 4) on the masked input: the same levels,
 the same rounding of inputs in blocks of 32, exact sums inside a block; only the order of the sums of blocks differs.
@@ -7,11 +7,11 @@ the same rounding of inputs in blocks of 32, exact sums inside a block; only the
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import math
-import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ import onnx
 import onnxruntime
 import psutil
 import pytest
+import torch
 from onnx import helper, numpy_helper
 
 from moedge import MoEdgeError
+from moedge.convert import ops
 from moedge.convert.sources import assets
 from moedge.export.ort_ops import library, pack
 from moedge.export.quantize.format import Quantized, quantize
@@ -57,12 +59,18 @@ def isa(request: pytest.FixtureRequest, built: Path, monkeypatch: pytest.MonkeyP
 
 
 def session(
-    built: Path | None, nodes: list[onnx.NodeProto], weights: dict[str, Any], inputs: int, outputs: int, threads: int = 1
+    built: Path | None,
+    nodes: list[onnx.NodeProto],
+    weights: dict[str, Any],
+    inputs: int,
+    outputs: int,
+    threads: int = 1,
+    more: Sequence[onnx.ValueInfoProto] = (),
 ) -> onnxruntime.InferenceSession:
     graph = helper.make_graph(
         nodes,
         "test",
-        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, None)],
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, None), *more],
         [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)],
         [numpy_helper.from_array(value, name) for name, value in weights.items() if value is not None],
     )
@@ -114,6 +122,36 @@ def glu(
     inputs = names(weights, "x", "xt", "gu", "gs", "ht", "d", "ds", "gb", "db")
     node = helper.make_node("GatherGLU", inputs, ["y"], domain=library.DOMAIN, activation=activation, **sizes)
     return session(built, [node], weights, down.outputs, down.outputs, threads)
+
+
+def routed(
+    built: Path,
+    gate_up: pack.Packed,
+    down: pack.Packed,
+    x_threshold: np.ndarray | None = None,
+    h_threshold: np.ndarray | None = None,
+    compensation: np.ndarray | None = None,
+    threads: int = 1,
+    **changes: Any,
+) -> Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
+    weights = {"xt": x_threshold, "gu": gate_up.weights, "gs": gate_up.scales, "ht": h_threshold}
+    weights |= {"d": down.weights, "ds": down.scales, "c": compensation}
+    sizes = {"hidden": down.outputs, "width": down.inputs, "num_experts": len(down.weights), "bits": down.bits}
+    sizes |= {"interleaved": int(gate_up.interleaved), **changes}
+    inputs = ["x", "indices", "weights", *names(weights, "xt", "gu", "gs", "ht", "d", "ds", "c")]
+    node = helper.make_node("RoutedGLU", inputs, ["y"], domain=library.DOMAIN, activation="silu", **sizes)
+    more = [
+        helper.make_tensor_value_info("indices", onnx.TensorProto.INT32, None),
+        helper.make_tensor_value_info("weights", onnx.TensorProto.FLOAT, None),
+    ]
+    made = session(built, [node], weights, down.outputs, down.outputs, threads, more)
+    return lambda x, indices, weights: np.asarray(made.run(None, {"x": x, "indices": indices, "weights": weights})[0])
+
+
+def routes(seed: int, tokens: int, top_k: int, experts: int) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    indices = np.stack([generator.permutation(experts)[:top_k] for _ in range(tokens)]).astype(np.int32)
+    return indices, generator.random((tokens, top_k), np.float32) + np.float32(0.5)
 
 
 def nbits(value: Quantized) -> Callable[[np.ndarray], np.ndarray]:
@@ -208,6 +246,87 @@ def test_the_whole_ffn_in_integers(built: Path, isa: str, bits: int) -> None:
         assert np.median(np.abs(y - wanted)) < SAME * np.abs(wanted).max(), tokens
 
 
+@pytest.mark.parametrize("width", [24, 150])
+def test_routed_experts_in_float32(built: Path, isa: str, width: int) -> None:
+    """The operator that the checkpoint computes, with thresholds of channels and of hidden units."""
+    experts, hidden, top_k = 6, 48, 4
+    gate, up = (random(n, experts, width, hidden) / 7 for n in (1, 2))
+    down, compensation = random(3, experts, hidden, width) / 9, random(4, experts, hidden)
+    x_threshold, h_threshold = np.abs(random(5, hidden)) / 2, np.abs(random(6, experts * width)) / 20
+    weights = pack.pack_floats(np.concatenate([gate, up], 1)), pack.pack_floats(down)
+    plain = routed(built, *weights, compensation=compensation)
+    gathered = routed(built, *weights, x_threshold, h_threshold)
+    for tokens in (1, 3, 7, 90):
+        x = random(tokens, tokens, hidden)
+        indices, scales = routes(tokens, tokens, top_k, experts)
+        arguments = [torch.from_numpy(each) for each in (x, indices, scales, gate, up, down, compensation)]
+        assert difference(plain(x, indices, scales), ops.sparse_glu(*arguments, "silu").numpy()) < 2e-6, tokens
+        wanted = np.zeros((tokens, hidden))
+        slack = np.zeros((tokens, hidden))
+        for t, k in np.ndindex(tokens, top_k):
+            e, kept = indices[t, k], mask(x[t], x_threshold).astype(np.float64)
+            h = activate(gate[e] @ kept, "silu") * (up[e] @ kept)
+            limit = h_threshold[e * width : (e + 1) * width]
+            wanted[t] += scales[t, k] * (down[e] @ np.where(np.abs(h) < limit, 0, h))
+            slack[t] += scales[t, k] * (np.abs(down[e]) @ (np.abs(h) * (np.abs(np.abs(h) - limit) < 1e-6)))
+        assert (np.abs(gathered(x, indices, scales) - wanted) <= 3e-6 * np.abs(wanted).max() + slack).all(), tokens
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("width", "interleaved"), [(24, True), (40, True), (40, False), (150, False)])
+def test_routed_experts_in_integers(
+    built: Path, isa: str, width: int, interleaved: bool, bits: int, half: bool
+) -> None:
+    """Each expert is ONNX Runtime's products of its own weights."""
+    experts, hidden, top_k = 5, 70, 3
+    gate_up = pack.round_scales(quantize(random(1, experts, 2 * width, hidden) / 7, bits))
+    down = pack.round_scales(quantize(random(2, experts, hidden, width) / 9, bits))
+    x_threshold, h_threshold = np.abs(random(5, hidden)) / 2, np.abs(random(6, experts * width)) / 20
+    weights = pack.pack(gate_up, half, interleaved), pack.pack(down, half)
+    assert np.array_equal(weights[0].dequantized(), gate_up.dequantized())
+    made = routed(built, *weights, x_threshold, h_threshold)
+    first, second = ([nbits(value.expert(e)) for e in range(experts)] for value in (gate_up, down))
+    for tokens in (1, 3, 7, 60):
+        x = random(tokens, tokens, hidden)
+        indices, scales = routes(tokens, tokens, top_k, experts)
+        wanted, level = np.zeros((tokens, hidden)), 0.0
+        for t, k in np.ndindex(tokens, top_k):
+            e = indices[t, k]
+            both = first[e](mask(x[t : t + 1], x_threshold))
+            h = mask(activate(both[:, :width], "silu") * both[:, width:], h_threshold[e * width : (e + 1) * width])
+            wanted[t] += second[e](h * scales[t, k])[0]
+            level = max(level, float(np.abs(h).max() * 1.5 / 127 * np.abs(down.dequantized()).max()))
+        y = made(x, indices, scales)
+        assert np.abs(y - wanted).max() <= 2 * level, tokens
+        assert np.median(np.abs(y - wanted)) < SAME * np.abs(wanted).max(), tokens
+
+
+def test_routed_mistakes_are_seen_and_said(built: Path) -> None:
+    experts, hidden, width = 4, 64, 24
+    gate_up, down = quantize(random(1, experts, 2 * width, hidden), 8), quantize(random(2, experts, hidden, width), 8)
+    weights = pack.pack(gate_up, interleaved=True), pack.pack(down)
+    x, (indices, scales) = random(3, 2, hidden), routes(4, 2, 2, experts)
+    threshold = np.abs(random(5, hidden))
+    made = routed(built, *weights, threshold)
+    right = made(x, indices, scales)
+    assert difference(routed(built, *weights)(x, indices, scales), right) > 1e-2
+    assert difference(made(x, indices[:, ::-1].copy(), scales), right) > 1e-2
+    twice = np.repeat(indices[:, :1], 2, 1)
+    assert np.isfinite(made(x, twice, scales)).all(), "an expert may stand twice"
+    assert np.isnan(made(np.full_like(x, np.nan), indices, scales)).all()
+    for wrong, sentence in (
+        ((x, indices + experts, scales), "an index is [4-7]; experts are 0 to 3"),
+        ((x, indices - experts, scales), "an index is -[1-4]; experts are 0 to 3"),
+        ((x, indices[:1], scales), r"input indices is int32 \[1, 2\]; it has to be int32 \[T, k\], T 2"),
+        ((x, indices, scales[:, :1]), r"input weights is float32 \[2, 1\]; it has to be float32 \[2, 2\]"),
+    ):
+        with pytest.raises(Exception, match=f"moedge::RoutedGLU: {sentence}"):
+            made(*wrong)
+    with pytest.raises(Exception, match=r"input gate_up is uint8 .*; it has to be uint8 \[4, 64, 64\]"):
+        routed(built, *weights, interleaved=0)(x, indices, scales)
+
+
 def test_three_dimensions_and_none(built: Path) -> None:
     weight = pack.pack_floats(random(1, 12, 20))
     made, x = linear(built, weight, None), random(2, 6, 20)
@@ -223,7 +342,7 @@ def test_mistakes_are_seen(built: Path) -> None:
     x_threshold, h_threshold = np.abs(random(3, hidden)), np.abs(random(4, inner)) * 30
     x = random(5, 3, hidden)
     right = run(glu(built, a, b, x_threshold, h_threshold), x)
-    shuffled = pack.Packed(a.weights[::-1].copy(), a.scales, a.bits, a.outputs)
+    shuffled = dataclasses.replace(a, weights=a.weights[::-1].copy())
     for wrong in (
         glu(built, shuffled, b, x_threshold, h_threshold),
         glu(built, a, b, x_threshold[::-1].copy(), h_threshold),
@@ -327,15 +446,14 @@ def test_an_unknown_activation_or_instruction_set_is_refused(built: Path, monkey
     with pytest.raises(Exception, match="attribute activation is 'relu'; it has to be silu"):
         glu(built, *packed, None, None, "relu")
     monkeypatch.setenv("MOEDGE_CPU_ISA", "z80")
-    with pytest.raises(Exception, match="MOEDGE_CPU_ISA is 'z80'; this processor runs .*portable"):
+    with pytest.raises(Exception, match=r"MOEDGE_CPU_ISA is 'z80'; this processor runs .*portable"):
         glu(built, *packed, None, None)
 
 
 def test_the_interface_is_the_one_that_was_declared(built: Path) -> None:
     """``abi.h`` is right for this release of ONNX Runtime: version 17 of the table is there, and a small model runs."""
-    for name in os.listdir(Path(onnxruntime.__file__).parent / "capi"):
-        if name.startswith("onnxruntime_pybind11_state"):
-            loaded = ctypes.CDLL(str(Path(onnxruntime.__file__).parent / "capi" / name))
+    (extension,) = (Path(onnxruntime.__file__).parent / "capi").glob("onnxruntime_pybind11_state*")
+    loaded = ctypes.CDLL(str(extension))
     if hasattr(loaded, "OrtGetApiBase"):
         loaded.OrtGetApiBase.restype = ctypes.POINTER(ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint32))
         assert loaded.OrtGetApiBase()[0](17)
@@ -345,10 +463,11 @@ def test_the_interface_is_the_one_that_was_declared(built: Path) -> None:
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("shape", [(50, 70), (3, 48, 33)])
-def test_packed_bytes_are_read_back(bits: int, half: bool, shape: tuple[int, ...]) -> None:
+def test_packed_bytes_are_read_back(shape: tuple[int, ...], interleaved: bool, bits: int, half: bool) -> None:
     value = pack.round_scales(quantize(random(1, *shape), bits))
-    packed = pack.pack(value, half)
+    packed = pack.pack(value, half, interleaved)
     assert np.array_equal(packed.dequantized(), value.dequantized())
     assert packed.scales is not None
     assert packed.scales.dtype == (np.float16 if half else np.float32)
@@ -379,8 +498,23 @@ def test_a_library_is_compiled_once(built: Path, monkeypatch: pytest.MonkeyPatch
 def test_what_does_not_compile_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "ops.cc").write_text("int nothing = ;\n", encoding="utf-8")
     if shutil.which("g++"):
-        with pytest.raises(MoEdgeError, match="cannot compile the library of CPU operators in .*error"):
+        with pytest.raises(MoEdgeError, match=r"cannot compile the library of CPU operators in .*error"):
             library.compile_library(tmp_path / "ops.so", tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(MoEdgeError, match="compiled with g\\+\\+, which is not here: install it"):
         library.compile_library(tmp_path / "ops.so")
+
+
+def test_values_grow_over_a_ramp_as_in_pytorch(built: Path) -> None:
+    inputs, outputs = 96, 64
+    weight, threshold = random(1, outputs, inputs), np.abs(random(2, inputs)) * np.float32(0.7) + np.float32(0.01)
+    x = random(3, 5, inputs)
+    x[0], x[1, 0], x[2] = threshold, np.inf, threshold * np.float32(1.05)  # at the foot and in the middle of the ramp
+    made = linear(built, pack.pack_floats(weight), threshold, ramp=0.1)
+    kept = torch.ops.moedge.keep_large(torch.from_numpy(x), torch.from_numpy(threshold), 0.1).numpy()
+    assert not kept[0].any()
+    np.testing.assert_allclose(kept[2], x[2] * 0.5, rtol=1e-4)
+    rows = [0, 2, 3, 4]
+    assert difference(run(made, x)[rows], kept[rows].astype(np.float64) @ weight.T) < SAME
+    with pytest.raises(Exception, match=r"attribute ramp is -1\.0+; it has to be 0 to 10"):
+        run(linear(built, pack.pack_floats(weight), threshold, ramp=-1.0), x)

@@ -24,7 +24,7 @@ from moedge.configs.tolerances import load
 from moedge.convert import adapters
 from moedge.export.bundle import open_bundle
 from moedge.runtime.engines import ort as engines
-from moedge.runtime.engines import position_ids
+from moedge.runtime.engines.calls import position_ids
 from moedge.runtime.engines.ort import OrtEngine
 from moedge.runtime.text.generate import generate
 from moedge.runtime.text.tokenizer import Tokenizer

@@ -236,7 +236,7 @@ def test_bootstrap_interval_covers_the_truth_at_its_rate() -> None:
     hits = 0
     for i in range(200):
         rounds = generator.normal(5, 1, 20)
-        low, high = bootstrap_ci(20, lambda drawn, rounds=rounds: float(rounds[drawn].mean()), seed=i, resamples=400)
+        low, high = bootstrap_ci(20, lambda drawn, rounds=rounds: rounds[drawn].mean(axis=-1), seed=i, resamples=400)
         hits += low <= 5 <= high
     # Three standard deviations of a binomial(200, 0.93) around 186.
     assert 175 <= hits <= 197

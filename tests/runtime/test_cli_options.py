@@ -24,6 +24,7 @@ FORMER = [
     ("run", "force", "redo"),
     ("generate", "target", "engine"),
     ("finetune", "batch", "batch-size"),
+    ("finetune", "parent", "dense"),
     ("export", "experts", "expert-form"),
     ("export", "dtype", "half"),
     ("build", "device", "for"),
@@ -37,6 +38,7 @@ FORMER = [
 MEANINGS: dict[str, tuple[type, str]] = {
     "--batch": (int, "^Most rows of a call"),
     "--batch-size": (int, "per forward pass"),
+    "--dense": (str, "^[Tt]he dense parent|^Dense parent"),
     "--device": (str, "^Where PyTorch computes"),
     "--dry-run": (bool, "(do|write) nothing"),
     "--dtype": (str, "^Of checkpoints in PyTorch"),

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from moedge import MoEdgeError
-from moedge.runtime.engines import open_engine, position_ids
+from moedge.runtime.engines import open_engine
+from moedge.runtime.engines.calls import position_ids
 from moedge.runtime.engines.ort import OrtEngine
 
 # float32 arithmetic over sums of <= 16 terms of size ~1 against float64: a few ulp of the largest logit (~10).

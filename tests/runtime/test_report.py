@@ -16,6 +16,7 @@ from rich.console import Console
 from moedge import MoEdgeError
 from moedge.configs.recipe import parse_recipe
 from moedge.runtime import report as reports
+from moedge.runtime.report import schema as report_schema
 from moedge.runtime.report.build import build
 from moedge.runtime.report.summary import show
 
@@ -65,6 +66,15 @@ def parse(page: str) -> _Elements:
 
 def schema() -> dict[str, Any]:
     return dict(json.loads(reports.SCHEMA_FILE.read_text(encoding="utf-8")))
+
+
+def test_the_stored_schema_is_that_of_the_types() -> None:
+    assert schema() == report_schema.generate(), "write it again: python -m moedge.runtime.report.schema"
+
+
+def test_a_users_limits_have_a_place_in_the_report(report: dict[str, Any]) -> None:
+    report["verification"]["tolerances"] = {"file": "my.yaml", "sha256": "0" * 64}
+    jsonschema.validate(report, schema())
 
 
 def test_the_report_matches_its_schema(report: dict[str, Any]) -> None:

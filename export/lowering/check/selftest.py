@@ -19,6 +19,7 @@ from moedge import MoEdgeError
 from moedge.export.graph.build import cut, size, upstream, values_by_name
 from moedge.export.graph.nodes import attention_kinds
 from moedge.export.lowering.check import mistakes
+from moedge.export.ort_ops import library
 from moedge.export.quantize.format import Quantized
 
 
@@ -177,6 +178,8 @@ def _cut_both(
     options.log_severity_level = 4
     # De-quantised weights are constants. ONNX Runtime would run products with them on int8 activations instead.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if library.DOMAIN in {node.domain for node in after.graph}:
+        options.register_custom_ops_library(str(library.compiled()))
     one, two = (
         onnxruntime.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
         for part in parts

@@ -14,6 +14,7 @@ from moedge.export.graph.build import remove_unused
 from moedge.export.graph.nodes import nodes_of
 from moedge.export.lowering import Lowered, capabilities, portable
 from moedge.export.lowering.ort.attention import FuseAttention
+from moedge.export.lowering.ort.gathered import FuseGather
 from moedge.export.lowering.ort.matmul import FuseTransposed, MergeSiblings
 from moedge.export.lowering.ort.moe import FuseMoE
 from moedge.export.lowering.ort.norms import FuseNorms, mark_rotary
@@ -47,6 +48,8 @@ def lower(model: ir.Model, *, max_length: int) -> Lowered:
     if nodes_of(model, "SparseGLU"):
         work.first(FuseMoE(slower=preferred(model)), ExpertProducts())
         work.taps = work.taps or portable.taps(model)
+    if nodes_of(model, "KeepLarge"):
+        work.run(FuseGather())
     work.run(FuseTransposed())
     work.run(MergeSiblings())
     remove_unused(model)

@@ -30,11 +30,14 @@ from moedge.export.lowering.ort import matmul as ort_matmul
 from moedge.export.lowering.ort import nbits as ort_nbits
 from moedge.export.lowering.ort import products as ort_products
 from moedge.export.lowering.ort import qmoe as ort_qmoe
+from moedge.export.lowering.ort.gathered import FuseGather, gathered_weights
+from moedge.export.lowering.ort.gathered import stored_bytes as gathered_bytes
 from moedge.export.lowering.ort.nbits import QuantizeProducts
 from moedge.export.lowering.ort.products import ExpertProducts
 from moedge.export.lowering.ort.qmoe import FuseQMoE
 from moedge.export.lowering.rule import Applied, Block, Rule, Work
-from moedge.export.manifest import Place, Quantization, Rows, RowsPlace, StackPlace
+from moedge.export.manifest import PackedPlace, Place, Quantization, Rows, RowsPlace, StackPlace
+from moedge.export.ort_ops import pack
 from moedge.export.quantize.format import BLOCK, QUANTISED, Quantized, quantize, stored_bytes
 
 INT8_LIMIT = 4e-2
@@ -75,6 +78,8 @@ def lower(
         name: quantize(weights.array(values[name], weight), bits, method, known.get(name))
         for name, weight in chosen.items()
     }
+    if method != "rtn-asymmetric" and FuseGather().refuse(model) is None:
+        packed |= {name: pack.round_scales(packed[name]) for name in gathered_weights(model)}
     cache = ort_cpu.norms_and_attention(work, max_length)
     qmoe = FuseQMoE(packed)
     pending: list[tuple[Rule, Applied | str]] = []
@@ -85,9 +90,12 @@ def lower(
         pending.append((rule, work.start(rule)))
         if unfit:  # inside of an FFN, which is tested whole
             QuantizeProducts("experts", _experts(packed, chosen)).apply(model)
-    for rule in _products(packed, chosen):
+    gather = FuseGather(packed, class_of=lambda name: chosen[name].tensor_class)
+    if nodes_of(model, "KeepLarge"):
+        pending.append((gather, work.start(gather)))
+    for rule in _products(packed, {name: weight for name, weight in chosen.items() if name not in gather.stored}):
         pending.append((rule, work.start(rule)))
-    should = _stored(work.before, table, bits, method, padded=not unfit)
+    should = _stored(work.before, table, bits, method, padded=not unfit, gathered=gather.stored)
     sizes = account_for(work.before, model, table, bits, should=should)
     merged, _ = ort_matmul.merge_siblings(model)
     remove_unused(model)
@@ -100,7 +108,7 @@ def lower(
     if work.taps and not unfit:
         limits.append("equal router scores go to the higher expert index, in PyTorch to the lower (QMoE)")
     quantization = Quantization(
-        bits=bits, block=BLOCK, method=method, classes=sizes, tensors=_where(model, chosen, work.before)
+        bits=bits, block=BLOCK, method=method, classes=sizes, tensors=_where(model, chosen, work.before, gather.stored)
     )
     return Lowered(work.rewrites, work.taps, cache, limits, quantization)
 
@@ -198,7 +206,7 @@ class _Judge:
                 ("quantisation", work.before, self._reference, float("inf")),
             ):
                 # 8-bit experts have no kernel with float32 activations (docs/quantization.md); products have.
-                if kind == "exact" and block.ffn and not self._exact_experts:
+                if kind == "exact" and (done.rounds or (block.ffn and not self._exact_experts)):
                     continue
                 test = self._compared(label, block, one, two, limit)
                 if not test.passed:
@@ -220,12 +228,20 @@ class _Judge:
 
 
 def _stored(
-    model: ir.Model, table: Mapping[str, weights.Weight], bits: int, method: str, *, padded: bool
+    model: ir.Model,
+    table: Mapping[str, weights.Weight],
+    bits: int,
+    method: str,
+    *,
+    padded: bool,
+    gathered: Mapping[str, PackedPlace],
 ) -> Callable[[str], int]:
     """Return the bytes that a weight of ``model`` takes in blocks; ``padded``: experts are as wide as QMoE needs."""
 
     def should(name: str) -> int:
         weight = table[name]
+        if name in gathered:
+            return gathered_bytes(gathered[name], weight.columns, bits)
         # QMoE's expert widths are padded to whole blocks: rows of gate and up, inputs of down.
         grown = padded and _is_gate_or_up(model, name)
         extra = ort_qmoe.padded_width(weight.shape[1]) / weight.shape[1] if grown else 1
@@ -239,10 +255,12 @@ def _is_gate_or_up(model: ir.Model, name: str) -> bool:
     return any(use.node.op_type == "SparseGLU" and use.idx in (3, 4) for use in value.uses())
 
 
-def _where(model: ir.Model, chosen: dict[str, weights.Weight], before: ir.Model) -> dict[str, Place]:
+def _where(
+    model: ir.Model, chosen: dict[str, weights.Weight], before: ir.Model, gathered: Mapping[str, PackedPlace]
+) -> dict[str, Place]:
     """Say for each weight of the portable graph where its quantised rows lie, so that a reader can de-quantise it."""
     made = [name.removesuffix(".q") for name in model.graph.initializers if name.endswith(".q")]
-    places: dict[str, Place] = {}
+    places: dict[str, Place] = dict(gathered)
     stacks: dict[str, StackPlace] = {}
     divided = {  # matrix of one expert -> its stack
         ort_products.matrix_name(name, expert): name
@@ -261,7 +279,7 @@ def _where(model: ir.Model, chosen: dict[str, weights.Weight], before: ir.Model)
                 stack = places[experts.name] = stacks.setdefault(experts.name, new)
                 stack.experts.append(Rows(tensor=tensor, rows=(row, row + rows)))
                 row += rows
-            elif name in chosen:
+            elif name in chosen and name not in gathered:
                 weight = chosen[name]
                 places[name] = RowsPlace(
                     tensor=tensor, rows=(row, row + weight.rows), layout=weight.layout, columns=weight.columns

@@ -14,7 +14,8 @@ from moedge import MoEdgeError
 from moedge.export import bundle
 from moedge.export.pipeline import export
 from moedge.runtime.commands.verify import explained
-from moedge.runtime.engines import FORCED, forcing, open_engine
+from moedge.runtime.engines import open_engine
+from moedge.runtime.engines.calls import FORCED, forcing
 from moedge.runtime.parity.given import pair
 
 HIDDEN, WIDTH, EXPERTS, TOP_K, LAYERS = 64, 256, 6, 2, 2

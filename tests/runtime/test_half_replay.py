@@ -18,7 +18,7 @@ from moedge._files import atomic_dir
 from moedge.configs import tolerances
 from moedge.export import bundle, targets
 from moedge.export.pipeline import export, lower
-from moedge.runtime.engines import open_engine
+from moedge.runtime.engines import open_engine, ort_loader
 from moedge.runtime.engines import ort as ort_engine
 from moedge.runtime.engines import ort_session as _session
 from moedge.runtime.parity.given import pair
@@ -63,10 +63,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any, tiny_toke
 def cuda_graphs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """An ort-cuda bundle runs on the CPU provider: the same file, other kernels."""
     place = onnxruntime.OrtValue.ortvalue_from_numpy
-    monkeypatch.setattr(ort_engine, "check_cuda", lambda what: None)
+    monkeypatch.setattr(ort_loader, "check_cuda", lambda what: None)
     rows = SimpleNamespace(find=lambda name: SimpleNamespace(provider=targets.CPU), CUDA=targets.CUDA)
     monkeypatch.setattr(_session, "targets", rows)
-    monkeypatch.setattr(ort_engine.OrtEngine, "_ort_value", staticmethod(lambda array, device="cpu": place(array)))
+    monkeypatch.setattr(ort_engine, "ort_value", lambda array, device="cpu": place(array))
 
 
 def verified(reference: Path, test: Path) -> dict[str, Any]:

@@ -1,0 +1,235 @@
+"""KeepLarge and the products that read it -> operators of our own that read only the weights of kept values.
+
+``KeepLarge -> gate, up -> SiLU * up -> KeepLarge -> down`` becomes one ``moedge.cpu::GatherGLU``; any other KeepLarge
+that only products by constants read becomes a ``GatherLinear`` (and a Split). What reads a KeepLarge otherwise,
+such as routed experts, keeps it: ONNX Runtime's own kernels multiply by zeros then, slower and never wrong.
+
+The operators are in a library that is compiled here and lies in the bundle (:mod:`moedge.export.ort_ops`). Without
+a compiler the rule is refused and everything keeps ONNX Runtime's kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from moedge import MoEdgeError
+from moedge.export.graph import weights
+from moedge.export.graph.build import Builder, array_of, constant_of, remove_unused, required, sizes
+from moedge.export.graph.nodes import nodes_of
+from moedge.export.lowering.rule import Applied, Block
+from moedge.export.manifest import PackedPlace
+from moedge.export.ort_ops import library, pack
+from moedge.export.quantize.format import BLOCK, Quantized
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A product by a constant: its node, its weight, and its bias or None."""
+
+    node: ir.Node
+    weight: weights.Weight
+    value: ir.Value
+    bias: ir.Value | None
+
+    @classmethod
+    def of(cls, node: ir.Node) -> _Product | None:
+        found = weights.product_weight(node)
+        if found is None:
+            return None
+        value, layout = found
+        bias = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
+        return cls(node, weights.Weight(str(value.name), "", layout, sizes(value.const_value)), value, bias)
+
+    def rows(self) -> np.ndarray:
+        """The weight float32 [N, K]."""
+        return weights.array(self.value, self.weight)
+
+
+@dataclass
+class FuseGather:
+    """Rule for every KeepLarge; with ``packed`` (quantised rows by the weight's name) the operators read integers.
+
+    ``half_scales``: scales of integers are stored as float16, which must hold them. After :meth:`apply`, ``stored``
+    says where each weight went.
+    """
+
+    packed: Mapping[str, Quantized] | None = None
+    half_scales: bool = True
+    class_of: Callable[[str], str] = lambda name: "shared"
+    stored: dict[str, PackedPlace] = field(default_factory=dict)
+    name: str = "KeepLarge, products -> operators that read only kept inputs"
+
+    def refuse(self, graph: ir.Model) -> str | None:
+        """Refuse a graph without a KeepLarge, and where the library cannot be compiled."""
+        if not nodes_of(graph, "KeepLarge"):
+            return "no values are left out"
+        try:
+            library.compiled()
+        except MoEdgeError as error:
+            return str(error)
+        return None
+
+    def apply(self, graph: ir.Model) -> Applied:
+        """Replace whole FFNs first, then what is left; the first and the last of either kind are tested."""
+        blocks: list[list[Block]] = [[], []]
+        for kind, replace in enumerate((self._glu, self._linear)):
+            for node in nodes_of(graph, "KeepLarge"):
+                if node.graph is not None and (block := replace(graph, node)):
+                    blocks[kind].append(block)
+                    remove_unused(graph)
+        ends = [block for found in blocks for block in dict.fromkeys((*found[:1], *found[-1:]))]
+        reason = "" if ends else "no value that is left out is multiplied by constants alone"
+        return Applied(sum(map(len, blocks)), ends, reason=reason, rounds=self.packed is not None)
+
+    def _glu(self, graph: ir.Model, second: ir.Node) -> Block | None:
+        """Replace the FFN whose hidden values ``second`` chooses."""
+        down, product = _products(second), required(second.inputs[0]).producer()
+        if down is None or len(down) != 1 or product is None or product.op_type != "Mul":
+            return None
+        found = _gate_and_up(product)
+        if found is None:
+            return None
+        gate, up = found
+        first = required(gate.node.inputs[0]).producer()
+        if first is None or first.op_type != "KeepLarge" or up.node.inputs[0] is not gate.node.inputs[0]:
+            return None
+        ramps = {node.attributes["ramp"].as_float() for node in (first, second)}
+        if len(ramps) > 1:
+            return None
+        builder, x = Builder(graph, before=product), required(first.inputs[0])
+        inner, hidden = gate.weight.rows, gate.weight.columns
+        bias = _joined_bias(builder, [gate, up])
+        inputs = [
+            *(x, first.inputs[1], *self._weight(builder, [gate, up])),
+            *(second.inputs[1], *self._weight(builder, down), bias, down[0].bias),
+        ]
+        facts = {"activation": "silu", "bits": self._bits(), "hidden": hidden, "inner": inner, "ramp": ramps.pop()}
+        return _replace(builder, "GatherGLU", inputs, facts, x, down)
+
+    def _linear(self, graph: ir.Model, node: ir.Node) -> Block | None:
+        """Replace a KeepLarge and the products that read it."""
+        group = _products(node)
+        if not group:
+            return None
+        builder, x = Builder(graph, before=group[0].node), required(node.inputs[0])
+        inputs = [x, node.inputs[1], *self._weight(builder, group), _joined_bias(builder, group)]
+        outputs = sum(product.weight.rows for product in group)
+        ramp = node.attributes["ramp"].as_float()
+        facts = {"bits": self._bits(), "K": group[0].weight.columns, "N": outputs, "ramp": ramp}
+        return _replace(builder, "GatherLinear", inputs, facts, x, group)
+
+    def _bits(self) -> int:
+        return 32 if self.packed is None else next(iter(self.packed.values())).bits
+
+    def _weight(self, builder: Builder, group: Sequence[_Product]) -> list[ir.Value | None]:
+        """Add the packed weight of products of one value, side by side; return it and its scales (None: floats)."""
+        names = [product.weight.name for product in group]
+        joined = f"{self.class_of(names[0])}.{'+'.join(names)}"
+        total, start = sum(product.weight.rows for product in group), 0
+        for product in group:
+            end = start + product.weight.rows
+            self.stored[product.weight.name] = PackedPlace(
+                tensor=joined, outputs=(start, end), total=total, layout=product.weight.layout
+            )
+            start = end
+        if self.packed is None:
+            shape = (group[0].weight.columns, total)
+
+            def floats() -> np.ndarray:
+                return pack.pack_floats(np.concatenate([product.rows() for product in group])).weights
+
+            return [_lazy(builder, f"{joined}.rows", shape, np.dtype(np.float32), floats), None]
+        parts = [self.packed[name] for name in names]
+        made = pack.pack(parts[0].rows(*parts[1:]), self.half_scales)
+        scales = None if made.scales is None else builder.initializer(f"{joined}.scales", made.scales)
+        return [builder.initializer(f"{joined}.q", made.weights), scales]
+
+
+def gathered_weights(graph: ir.Model) -> set[str]:
+    """Name the weights that the operators will read: their scales are rounded to float16 before anything is judged."""
+    groups = (_products(node) or [] for node in nodes_of(graph, "KeepLarge"))
+    return {product.weight.name for group in groups for product in group}
+
+
+def stored_bytes(place: PackedPlace, inputs: int, bits: int, *, half_scales: bool = True) -> int:
+    """Bytes of the stored tensor and its scales, padding included, for the first of the weights in it; else 0."""
+    if place.outputs[0]:
+        return 0
+    line = pack.LINE * 8 // bits
+    columns = -(-place.total // line) * line
+    return columns * (inputs * bits // 8 + -(-inputs // BLOCK) * (2 if half_scales else 4))
+
+
+def _products(node: ir.Node) -> list[_Product] | None:
+    """Return the products that read a KeepLarge, or None when something else reads it too."""
+    found = [_Product.of(use.node) if use.idx == 0 else None for use in node.outputs[0].uses()]
+    known = [product for product in found if product is not None]
+    return known if known and len(known) == len(found) else None
+
+
+def _gate_and_up(product: ir.Node) -> tuple[_Product, _Product] | None:
+    """Return gate and up of ``SiLU(gate) * up``, the producer of a hidden value."""
+    for active, other in (product.inputs[:2], product.inputs[1::-1]):
+        silu, up = required(active).producer(), required(other).producer()
+        if silu is None or up is None or silu.op_type != "Mul":
+            continue
+        for value, factor in (silu.inputs[:2], silu.inputs[1::-1]):
+            sigmoid, gate = required(factor).producer(), required(value).producer()
+            if sigmoid is None or gate is None or sigmoid.op_type != "Sigmoid" or sigmoid.inputs[0] is not value:
+                continue
+            pair = _Product.of(gate), _Product.of(up)
+            if pair[0] is not None and pair[1] is not None:
+                return pair[0], pair[1]
+    return None
+
+
+def _joined_bias(builder: Builder, group: Sequence[_Product]) -> ir.Value | None:
+    if all(product.bias is None for product in group):
+        return None
+    parts = [
+        np.zeros(product.weight.rows, np.float32) if product.bias is None else array_of(product.bias)
+        for product in group
+    ]
+    return builder.initializer("+".join(f"{product.weight.name}.bias" for product in group), np.concatenate(parts))
+
+
+def _replace(
+    builder: Builder,
+    op_type: str,
+    inputs: Sequence[ir.Value | None],
+    facts: Mapping[str, object],
+    x: ir.Value,
+    group: Sequence[_Product],
+) -> Block:
+    """Insert the operator for the outputs of ``group``; return the block that shows that it is right."""
+    given = list(inputs)
+    while given[-1] is None:
+        given.pop()
+    y = builder.node(op_type, given, domain=library.DOMAIN, attributes=dict(facts))
+    outputs = [product.node.outputs[0] for product in group]
+    names = tuple(str(output.name) for output in outputs)
+    if len(group) == 1:
+        builder.replace_output(outputs[0], y)
+    else:
+        widths = constant_of(builder, [product.weight.rows for product in group])
+        pieces = builder.node("Split", [y, widths], outputs=len(group), attributes={"axis": -1})
+        for output, piece in zip(outputs, pieces, strict=True):
+            builder.replace_output(output, piece)
+    return Block(names, inputs=(str(x.name),))
+
+
+def _lazy(
+    builder: Builder, name: str, shape: tuple[int, ...], dtype: np.dtype, make: Callable[[], np.ndarray]
+) -> ir.Value:
+    """Return an initializer whose array is made when it is written, one at a time."""
+    kind = ir.DataType.from_numpy(dtype)
+    tensor = ir.LazyTensor(
+        lambda: ir.tensor(np.ascontiguousarray(make()), name=name), dtype=kind, shape=ir.Shape(shape), name=name
+    )
+    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(kind), const_value=tensor)
+    builder.graph.register_initializer(value)
+    return value

@@ -1,0 +1,87 @@
+"""What parity, benchmark and generation know of an engine: what it does, and what one call returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from moedge.runtime.engines.info import EngineInfo
+
+
+@dataclass
+class Step:
+    """Result of one forward call.
+
+    ``logits`` float32 [B, S, V] for the S positions that were fed, or [B, 1, V] for the last of them when opened with
+    ``last_logits=True``; ``cache`` to pass on; ``routes`` per layer the
+    selected experts, int32 [B*S, k] sorted by decreasing score, when the engine was opened with ``taps=True``;
+    ``router_inputs`` per layer what its router read, float32 [B*S, H], when opened with ``router_inputs=True``;
+    ``scores`` with them, per layer, what the engine ranked its experts by (selection bias included), float32 [B*S, E],
+    or None where the runtime does not show it.
+    """
+
+    logits: np.ndarray
+    cache: Any
+    routes: dict[int, np.ndarray] | None = None
+    router_inputs: dict[int, np.ndarray] | None = None
+    scores: dict[int, np.ndarray] | None = None
+
+
+class Engine(Protocol):
+    """A loaded model that runs prefill and decode. A cache belongs to the engine that made it and is used once."""
+
+    info: EngineInfo
+
+    def prefill(self, ids: np.ndarray, attention_mask: np.ndarray | None = None) -> Step:
+        """Run ``ids`` int64 [B, S] from an empty cache. ``attention_mask`` int64 [B, S], 0 for (left) padding."""
+        ...
+
+    def decode(self, ids: np.ndarray, cache: Any) -> Step:
+        """Run ``ids`` int64 [B, S] (S is 1 when generating) after what ``cache`` holds.
+
+        The result is that of one reading of the whole text, also where longrope changes its factors: that step then
+        takes as long as a prefill.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the runtime's memory."""
+        ...
+
+
+@runtime_checkable
+class ReplayEngine(Protocol):
+    """An engine, opened with ``replay=True``, that can be told which experts to run: the reference of route replay.
+
+    The weight of a forced expert follows the layer's rule from the engine's own scores. With ``taps=True`` its steps
+    hold ``router_inputs``, too.
+    """
+
+    info: EngineInfo
+
+    def prefill(
+        self,
+        ids: np.ndarray,
+        attention_mask: np.ndarray | None = None,
+        *,
+        experts: dict[int, np.ndarray] | None = None,
+    ) -> Step:
+        """As :meth:`Engine.prefill` with ``experts`` int [B*S, k] per layer instead of the router's choice."""
+        ...
+
+    def decode(self, ids: np.ndarray, cache: Any, *, experts: dict[int, np.ndarray] | None = None) -> Step:
+        """As :meth:`Engine.decode`, with ``experts`` as in :meth:`prefill`."""
+        ...
+
+    def scores(self, router_inputs: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
+        """What each layer ranks its experts by, float32 [T, E], when its router reads float32 [T, H].
+
+        The selection bias is included: the k best are selected, ties to the lower index.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the runtime's memory."""
+        ...

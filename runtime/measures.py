@@ -1,0 +1,178 @@
+"""The public functions that measure: verify, bench, evaluate. :mod:`moedge.runtime.api` offers them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from moedge import MoEdgeError
+from moedge._progress import Progress
+from moedge.runtime.engines import open_engine
+
+PathLike = str | Path
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def verify(
+    reference: PathLike,
+    test: PathLike | None = None,
+    *,
+    text: PathLike = "asset:wiki",
+    tokens: int = 2048,
+    window: int = 256,
+    prefill: int = 224,
+    tolerances: PathLike = "float32",
+    threads: int | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Compare two engines on real text: logits, distributions, best tokens, chosen experts.
+
+    Args:
+        reference: a checkpoint or bundle; or a run folder of ``moedge run``, all of whose pairs are compared.
+        test: a bundle, engine or checkpoint; None for a run folder.
+        text: to compare on.
+        tokens: how many, in windows of ``window`` tokens; the first ``prefill`` of each are fed at once, the rest one
+            by one.
+        tolerances: YAML file of limits over the packaged ones; by default the packaged ones for float32 weights.
+        threads: on the CPU. device: where PyTorch computes.
+        progress: in tokens.
+
+    Returns:
+        JSON of schema ``moedge.verify/1``. ``outcome`` is ``passed``, ``failed`` or ``not decided``; ``parity`` holds
+        one entry a comparison, with every check, its value and its limit in ``verdict.checks``.
+
+    Raises:
+        MoEdgeError: something named is not there or cannot be compared, or there is too little text. An engine that is
+            wrong is an outcome, not an error.
+    """
+    from moedge.runtime.parity.given import verify_given
+
+    found = verify_given(
+        Path(reference),
+        None if test is None else Path(test),
+        text=str(text),
+        tokens=tokens,
+        window=window,
+        prefill=prefill,
+        tolerances=tolerances,
+        threads=threads,
+        device=device,
+        progress=progress,
+    )
+    return dict(found)
+
+
+def bench(
+    models: Sequence[PathLike] | Mapping[str, PathLike],
+    *,
+    text: PathLike = "asset:wiki",
+    prompt: int = 512,
+    decode: int = 64,
+    repeats: int = 10,
+    warmup: int = 1,
+    memory: bool = True,
+    threads: int | None = None,
+    device: str = "cpu",
+    dtype: Dtype = "float32",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Time engines side by side at batch 1, greedy, in rounds whose order rotates.
+
+    Args:
+        models: bundles, engines and checkpoints, labelled by their paths or by the keys of a mapping.
+        text: whose first ``prompt`` tokens are the prompt, by the first model's tokenizer.
+        decode: tokens generated after the first one.
+        repeats: rounds that count, ``warmup``: rounds before them that do not.
+        memory: also measure peak memory and load time, each in a process of its own.
+        threads: on the CPU. device, dtype: of checkpoints, which PyTorch runs.
+        progress: in runs of an engine.
+
+    Returns:
+        JSON of schema ``moedge.bench/1``. ``rows`` hold, per model, ``ttft_ms`` (time to first token) and ``tpot_ms``
+        (time per token), milliseconds with percentiles and a 95% interval, ``decode_tokens_per_s``, ``peak_rss_mib``
+        and ``load_s``; ``ratios`` hold the speed-ups.
+
+    Raises:
+        MoEdgeError: no model or one that cannot be opened, too little text, or an engine that fails.
+    """
+    from moedge.runtime.bench import latency
+    from moedge.runtime.engines.given import local
+    from moedge.runtime.text.windows import token_windows
+
+    named = models if isinstance(models, Mapping) else {str(path): path for path in models}
+    if not named or len(named) < len(models):
+        raise MoEdgeError("bench needs at least one model, and each one once.")
+    folders = {label: local(Path(path)) for label, path in named.items()}
+    name, windows = token_windows(next(iter(folders.values())), str(text), prompt, 1)
+    opening: dict[str, Any] = {"threads": threads, "pytorch": {"device": device, "dtype": dtype}, "last_logits": True}
+    result = latency.bench(
+        {label: partial(open_engine, folder, **opening) for label, folder in folders.items()},
+        windows[0],
+        prompt=prompt,
+        decode=decode,
+        repeats=repeats,
+        warmup=warmup,
+        memory=memory,
+        progress=progress,
+    )
+    return {**result, "text": name}
+
+
+def evaluate(
+    models: PathLike | Sequence[PathLike],
+    texts: Sequence[PathLike] = ("asset:wiki",),
+    *,
+    tasks: Sequence[str] = (),
+    task_data: Mapping[str, PathLike] | None = None,
+    shots: int = 0,
+    limit: int | None = None,
+    tokens: int = 8192,
+    window: int = 512,
+    bos: bool = False,
+    holdout_every: int = 10,
+    batch_size: int = 4,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure perplexity on held-out text, and accuracy on lm-eval tasks (needs ``moedge[eval]``).
+
+    Of a text that one of the models was calibrated or trained on, only documents that it has not seen are scored.
+
+    Args:
+        models: checkpoints, dense models or run folders; all are scored on the same documents.
+        texts: to score.
+        tasks: of lm-eval, ``task_data``: their local data, ``shots``: solved examples in front of a question,
+            ``limit``: only so many questions.
+        tokens: of each text, ``window``: tokens scored together, ``bos``: start each window with the BOS token.
+        holdout_every: of a text that a model has seen, every so manyth document is taken.
+        batch_size: windows or questions in a forward pass.
+        device: where PyTorch computes.
+        progress: in windows.
+
+    Returns:
+        JSON of schema ``moedge.scores/1``: ``rows`` with ``model``, ``perplexity`` by text (``ppl``; ``nll`` in nats a
+        token; ``tokens``) and ``tasks``; ``protocol`` says what was measured.
+
+    Raises:
+        MoEdgeError: a model, text or task that cannot be had, or windows beyond what a model was made for.
+    """
+    from moedge.runtime.run.scores import scores
+
+    return scores(
+        [models] if isinstance(models, str | Path) else models,
+        texts=[str(text) for text in texts],
+        tasks=tasks,
+        task_data={name: Path(path).expanduser() for name, path in (task_data or {}).items()},
+        shots=shots,
+        limit=limit,
+        tokens=tokens,
+        window=window,
+        bos=bos,
+        every=holdout_every,
+        batch_size=batch_size,
+        device=device,
+        progress=progress,
+    )

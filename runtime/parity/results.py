@@ -1,0 +1,240 @@
+"""The results of comparisons as types: what ``moedge verify --json``, verify.json and report.json hold.
+
+They are dictionaries, for they are written as JSON and read back; a type checker knows their keys, and
+:mod:`moedge.runtime.report.schema` makes the JSON schema of a report from them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import ConfigDict, Field, WithJsonSchema, with_config
+from typing_extensions import NotRequired, TypedDict
+
+closed = with_config(ConfigDict(extra="forbid"))
+"""For an object whose keys are all known."""
+opened = with_config(ConfigDict(extra="allow"))
+"""For one that holds more than what is promised."""
+figures = with_config(
+    ConfigDict(extra="allow", json_schema_extra={"additionalProperties": {"type": ["number", "null"]}})
+)
+"""For one that may hold more figures."""
+
+Measured = Annotated[float, WithJsonSchema({"type": ["number", "null"]})]
+"""A number that may not exist: NaN while it is worked with, null in JSON."""
+Count = Annotated[int, Field(ge=0)]
+Outcome = Literal["passed", "failed", "not decided"]
+Relation = Literal["<=", ">="]
+
+
+@closed
+class EngineFacts(TypedDict):
+    """What a number was measured on, see :class:`moedge.runtime.engines.info.EngineInfo`."""
+
+    name: str
+    runtime: str
+    device: str
+    dtype: str
+    threads: Count
+    model: dict[str, Any]
+
+
+@figures
+class Distribution(TypedDict):
+    """Of one figure over the tokens."""
+
+    mean: Measured
+    standard_error: NotRequired[Measured]
+    p50: NotRequired[Measured]
+    p90: NotRequired[Measured]
+    p99: NotRequired[Measured]
+    max: Measured
+
+
+@figures
+class SameChoices(TypedDict):
+    """The tokens for which every layer chose the same experts: not judged, but they explain."""
+
+    tokens: Count
+    rel_error_mean: Measured
+    kl_max: Measured
+    cosine_min: Measured
+
+
+@figures
+class Agreement(TypedDict):
+    """How often the best token is the same, outside near-ties of the reference."""
+
+    agreement: NotRequired[Measured]
+    compared: NotRequired[Count]
+    disagreements: NotRequired[Count]
+    near_ties_excluded: NotRequired[Count]
+    near_tie_share: NotRequired[Measured]
+    agreement_with_near_ties: NotRequired[Measured]
+
+
+@figures
+class Perplexity(TypedDict):
+    """Of both engines on the tokens that follow; ``standard_error`` is that of log(ratio)."""
+
+    tokens: NotRequired[Count]
+    reference: NotRequired[Measured]
+    test: NotRequired[Measured]
+    ratio: NotRequired[Measured]
+    standard_error: NotRequired[Measured]
+
+
+@opened
+class Phase(TypedDict):
+    """The errors of one phase, see :meth:`moedge.runtime.parity.metrics.TokenErrors.summary`."""
+
+    tokens: Count
+    non_finite: Count
+    constant: Count
+    abs_error: dict[str, Measured]
+    rel_error: Distribution
+    cosine: dict[str, Measured]
+    same_choices: NotRequired[SameChoices]
+    kl_ref_test: Distribution
+    kl_test_ref: Distribution
+    top1: Agreement
+    top5: Agreement
+    perplexity: Perplexity
+
+
+@closed
+class Phases(TypedDict):
+    """Both ways in which tokens are read."""
+
+    prefill: Phase
+    decode: Phase
+
+
+@closed
+class CheckFacts(TypedDict):
+    """One figure and its limit, see :class:`moedge.runtime.parity.verdict.Check`."""
+
+    name: str
+    value: float | None
+    relation: Relation
+    limit: float
+    passed: bool
+    decided: NotRequired[bool]
+
+
+@closed
+class VerdictFacts(TypedDict):
+    """The judgement of one comparison; older results lack what is not required."""
+
+    passed: bool
+    checks: Annotated[list[CheckFacts], Field(min_length=1)]
+    parts: NotRequired[Annotated[dict[str, bool], Field(min_length=1)]]
+    outcome: NotRequired[Outcome]
+    notes: NotRequired[list[str]]
+
+
+@opened
+class Routing(TypedDict):
+    """How often both chose the same experts, or why that was not compared."""
+
+    compared: bool
+    reason: NotRequired[str]
+    decisions: NotRequired[int]
+    flips: NotRequired[int]
+    agreement: NotRequired[Measured]
+    overlap: NotRequired[Measured]
+    worst_layer: NotRequired[int]
+    worst_agreement: NotRequired[Measured]
+    layers: NotRequired[dict[str, dict[str, float]]]
+
+
+@opened
+class RouterFacts(TypedDict):
+    """Whether the routers chose right for what they read, see :class:`moedge.runtime.parity.metrics.RouterChoices`."""
+
+    compared: bool
+    reason: NotRequired[str]
+    decisions: NotRequired[int]
+    flips: NotRequired[int]
+    ties: NotRequired[int]
+    agreement: NotRequired[Measured]
+    worst_layer: NotRequired[int]
+    worst_agreement: NotRequired[Measured]
+    layers: NotRequired[dict[str, dict[str, float]]]
+    own_order: NotRequired[float | None]
+    input_rel_error: NotRequired[float | None]
+
+
+@opened
+class Replayed(TypedDict):
+    """The comparison under the test's own choice of experts (:mod:`moedge.runtime.parity.replay`)."""
+
+    tokens: Count
+    phases: Phases
+    overall: Phase
+    router: RouterFacts
+
+
+@opened
+class Parity(TypedDict):
+    """One engine beside its reference, schema ``moedge.parity/1``."""
+
+    schema: Literal["moedge.parity/1"]
+    reference: EngineFacts
+    test: EngineFacts
+    tokens: dict[str, Count]
+    phases: Phases
+    overall: Phase
+    routing: Routing
+    replay: NotRequired[Replayed | None]
+    """Where that is judged; None elsewhere."""
+    tolerances: dict[str, float | None]
+    verdict: VerdictFacts
+
+
+@opened
+class Identity(TypedDict):
+    """One MoE with every expert selected beside its dense parent, schema ``moedge.identity/1``."""
+
+    schema: Literal["moedge.identity/1"]
+    reference: EngineFacts
+    test: EngineFacts
+    tokens: Count
+    max_rel_error: Measured
+    limit: float
+    passed: bool
+
+
+@opened
+class ParityEntry(Parity):
+    """A comparison among others: ``name`` says who is compared with whom."""
+
+    name: str
+
+
+@opened
+class IdentityEntry(Identity):
+    """An identity check among others."""
+
+    name: str
+
+
+@closed
+class Verification(TypedDict):
+    """All comparisons of one verification, schema ``moedge.verify/1``."""
+
+    schema: Literal["moedge.verify/1"]
+    text: str
+    not_executed: NotRequired[dict[str, str]]
+    identity_note: NotRequired[str | None]
+    identity: list[IdentityEntry]
+    parity: list[ParityEntry]
+    tolerances: NotRequired[dict[str, Any]]
+    """The user's file of limits, where there is one."""
+    passed: bool
+    outcome: NotRequired[Outcome]
+
+
+def by_phase(found: Parity | Replayed) -> dict[str, Phase]:
+    """Return the phases by name."""
+    return cast("dict[str, Phase]", found["phases"])
