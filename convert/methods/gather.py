@@ -50,7 +50,7 @@ def plan(
     Raises:
         MoEdgeError: no thresholds read the share that was asked for, or a model without GLU FFNs.
     """
-    everything = [LayerPlan(np.arange(len(block.gate), dtype=np.int32), [], 0) for block in adapters.ffns(model)]
+    everything = [LayerPlan(np.arange(block.width, dtype=np.int32), [], 0) for block in adapters.ffns(model)]
     return on_top(everything, token_windows, model, params, progress)
 
 
@@ -66,8 +66,9 @@ def on_top(
     Raises:
         MoEdgeError: the layers read less than that already.
     """
-    from moedge.convert import gather
+    from moedge.convert import gather, offload
 
+    offload.refuse(model, "Leaving out small inputs", "convert without it")
     some = measured_on(token_windows, params)
     if params.scores == "fisher":
         scores = gather.fisher_scores(model, some, progress)

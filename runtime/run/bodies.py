@@ -7,13 +7,16 @@ nothing else. What comes after what, and when a result is used again, is in :mod
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moedge._files import digest, read_json, write_json
 from moedge._progress import named
 from moedge.runtime.run import held_out, run_folder
 from moedge.runtime.run.engine import Context
 from moedge.runtime.run.fingerprint import top_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # --- source ---------------------------------------------------------------------------------------------------------
 
@@ -55,7 +58,7 @@ def calibrate(context: Context) -> None:
     from safetensors.numpy import save_file
 
     from moedge.convert import calibration, domains
-    from moedge.convert.sources import load_model, load_tokenizer
+    from moedge.convert.sources import load_tokenizer
 
     params, folder = context.params, run_folder.dense(context.root)
     tokenizer = load_tokenizer(folder)
@@ -72,7 +75,7 @@ def calibrate(context: Context) -> None:
         gate = calibration.GateSampling(signal=params["gate_signal"], exclude=exclude)
     if params.get("statistics", True):  # a Mixture-of-Experts has them for each expert, made when it is split
         statistics = calibration.collect(
-            load_model(folder, device=params["device"]),
+            _opened(folder, params["device"], context),
             windows,
             k_a=params["k_a"],
             profile=params["profile"],
@@ -96,19 +99,30 @@ def calibrate(context: Context) -> None:
     )
 
 
+def _opened(folder: Path, device: str, context: Context) -> PreTrainedModel:
+    """Open the dense model, whole or layer by layer; say so in the second case."""
+    from moedge.convert import offload
+    from moedge.convert.sources import open_model
+
+    model = open_model(folder, device)
+    if offload.is_offloaded(model):
+        context.note("the model is larger than half of the free memory: one layer is read at a time")
+    return model
+
+
 def convert_stage(context: Context) -> None:
     """Make the plan on float32 weights, apply it and save the MoE checkpoint in the dense model's own dtype."""
     import torch
     from safetensors.numpy import load_file
 
-    from moedge.convert import calibration, domains, methods, modeling
-    from moedge.convert.sources import load_model, load_tokenizer, own_dtype
+    from moedge.convert import calibration, domains, methods, modeling, offload
+    from moedge.convert.sources import load_tokenizer, own_dtype
 
     folder, calibrated = run_folder.dense(context.root), context.root / "calibrate"
     params = dict(context.params["convert"])
     name = params.pop("method")
     needs = methods.METHODS[name].needs
-    model = load_model(folder, device=context.params["device"])
+    model = _opened(folder, context.params["device"], context)
     windows = load_file(calibrated / "windows.safetensors")["windows"] if needs or params["gather"] else None
     data: Any = None
     if "tokens" in needs:
@@ -127,7 +141,7 @@ def convert_stage(context: Context) -> None:
         provenance={} if windows is None else run_folder.read_json(calibrated / "calibration.json"),
         progress=context.progress,
     )
-    modeling.apply(plan, model).to(getattr(torch, own_dtype(folder)))
+    offload.cast(modeling.apply(plan, model), getattr(torch, own_dtype(folder)))
     modeling.save(model, plan, load_tokenizer(folder), context.out / "checkpoint")
 
 

@@ -27,6 +27,7 @@ _ALWAYS_CODE = (
 SOURCE_CODE = (
     *_ALWAYS_CODE,
     *("convert/__init__.py", "convert/adapters.py", "convert/errors.py", "convert/moe_adapters.py", "convert/sources"),
+    "convert/offload.py",
     "runtime/run/fingerprint.py",
 )
 CONVERT_CODE = (

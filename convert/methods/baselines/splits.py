@@ -96,7 +96,7 @@ def llamamoe_plan(
     """
     layers = []
     for block in reported(adapters.ffns(model), progress):
-        widths = partition.group_widths(len(block.gate), 0, params.experts, params.padding)[1]
+        widths = partition.group_widths(block.width, 0, params.experts, params.padding)[1]
         layers.append(_llamamoe_layer(block, widths, params))
     return Layers(layers)
 
@@ -116,7 +116,7 @@ def moefication_plan(
 
     layers = []
     for tokens in streaming.walk(model, token_windows, progress=progress):
-        widths = partition.group_widths(len(tokens.block.gate), 0, params.experts, params.padding)[1]
+        widths = partition.group_widths(tokens.block.width, 0, params.experts, params.padding)[1]
         experts, nearest, report = _clusters(tokens.block.gate, widths, params.seed, params.max_iters)
         mean = _mean_hidden(tokens)
         if params.router == "mlp":
@@ -174,7 +174,7 @@ def _llamamoe_layer(block: adapters.FFN, widths: list[int], params: LlamaMoEPara
     generator = np.random.default_rng([params.seed, block.index])
     report: dict[str, Any] = {}
     if params.split == "random":
-        neurons = generator.permutation(len(block.gate)).astype(np.int32)
+        neurons = generator.permutation(block.width).astype(np.int32)
         experts = [np.sort(part) for part in np.split(neurons, np.cumsum(widths)[:-1])]
     else:
         experts, _, report = _clusters(block.up, widths, params.seed, params.max_iters, block.index)
