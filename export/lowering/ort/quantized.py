@@ -96,8 +96,8 @@ def lower(
     if nodes_of(model, "KeepLarge"):
         pending.append((gather, work.start(gather)))
     own = routed.stored | gather.stored
-    for rule in _products(packed, {name: weight for name, weight in chosen.items() if name not in own}):
-        pending.append((rule, work.start(rule)))
+    for products in _products(packed, {name: weight for name, weight in chosen.items() if name not in own}):
+        pending.append((products, work.start(products)))
     should = _stored(work.before, table, bits, method, padded=isinstance(experts, FuseQMoE), own=own)
     sizes = account_for(work.before, model, table, bits, should=should)
     merged, _ = ort_matmul.merge_siblings(model)

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from moedge import MoEdgeError
-from moedge.export.graph.build import Builder, array_of, constant_of, remove_unused, required, sizes
+from moedge.export.graph.build import Builder, array_of, constant_of, required, sizes
 from moedge.export.graph.nodes import (
     active_of,
     compensation_of,
@@ -73,7 +73,7 @@ class FuseRouted:
             indices = self._replace(graph, node)
             if holds_experts(node):
                 taps[layer_of(node)] = Tap(output=str(indices.name), kind="indices", top_k=active_of(node))
-        remove_unused(graph)
+        ort_moe.replace_unit_routes(graph)
         return Applied(len(nodes), blocks, taps, rounds=self.packed is not None)
 
     def _replace(self, graph: ir.Model, node: ir.Node) -> ir.Value:
