@@ -22,7 +22,7 @@ from moedge.export.bundle import open_bundle
 from moedge.export.graph.build import array_of
 from moedge.export.graph.nodes import KEEPS
 from moedge.export.lowering import gather
-from moedge.export.lowering.ort import products
+from moedge.export.lowering.ort import products, quantized
 from moedge.export.lowering.trt import engine as tensorrt
 from moedge.export.pipeline import export, lower
 from moedge.export.quantize import moments
@@ -38,6 +38,8 @@ GROWTH = (1 + 0.1 * (2 + 1 / 0.1) ** 2) ** 0.5
 FLOAT = 6e-5 * GROWTH
 # Four blocks, each within HALF_LIMIT of its own output, added to one residual stream.
 HALF = 4 * tensorrt.HALF_LIMIT * GROWTH
+# Two blocks with thresholds, within INT8_LIMIT of their own output as a rule, added to one residual stream.
+INT8 = 2 * quantized.INT8_LIMIT
 KINDS = [
     "gather only",
     "routed",
@@ -139,8 +141,11 @@ def test_quantised_targets_are_the_model_of_their_weights(folders: Folders, kind
         return
     path = folders.bundle(kind, target)
     stored = OrtEngine(folders.portable(kind), taps=True, weights_of=path)
-    if target.startswith("ort"):
-        check(OrtEngine(path, taps=True, float32_activations=True), stored, FLOAT)
+    if target.startswith("ort"):  # operators of ours round activations in any case, which may turn a choice
+        engine = OrtEngine(path, taps=True, float32_activations=True)
+        got, want = engine.prefill(IDS).logits[0], stored.prefill(IDS).logits[0]
+        errors = [relative(one, other) for one, other in zip(got, want, strict=True)]
+        assert 0 < np.median(errors) < INT8
     else:
         check(OrtEngine(path, taps=True), stored, HALF)
     classes = {
