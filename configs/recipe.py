@@ -380,11 +380,10 @@ class Recipe(Conversion):
                 "tokens (verify.window); make it smaller."
             )
             problems.append(("verify.prefill", said))
-        for key, length in (
-            ("verify.window", self.verify.window),
-            ("bench.prompt", self.bench.prompt + self.bench.decode),
-            ("frontier.prompt", sum(self.frontier_lengths())),
-        ):
+        lengths = {"verify.window": self.verify.window, "bench.prompt": self.bench.prompt + self.bench.decode}
+        if self.frontier.prompt or self.frontier.decode:
+            lengths["frontier.prompt"] = sum(self.frontier_lengths())
+        for key, length in lengths.items():
             if length > self.export.max_length:
                 said = f"needs {length} cache positions, but export.max_length is {self.export.max_length}."
                 problems.append((key, said))

@@ -18,14 +18,14 @@ from moedge.export import manifest as manifests
 from moedge.export.manifest import Manifest
 from moedge.runtime.bench.stats import bootstrap_ci
 from moedge.runtime.frontier.schema import (
-    SCHEMA,
     Estimate,
     Frontier,
     Measured,
-    QualityProtocol,
+    FrontierProtocol,
     Row,
     TextQuality,
     VariantFacts,
+    Verdict,
 )
 from moedge.runtime.frontier.verdict import judge
 from moedge.runtime.run import run_folder
@@ -51,7 +51,7 @@ def join(root: Path, params: dict[str, Any]) -> Frontier:
         sizes |= {label: _bytes(root / place) for label, place in params["places"]["dense"].items()}
         for result in one["results"]:
             measured.append(_measured(target, result, sizes, quality, params))
-    protocol: QualityProtocol = {
+    protocol: FrontierProtocol = {
         "window": params["window"],
         "bos": params["bos"],
         "dtype": dense["dtype"],
@@ -59,7 +59,7 @@ def join(root: Path, params: dict[str, Any]) -> Frontier:
     }
     first = next(iter(benches.values()))
     return {
-        "schema": SCHEMA,
+        "schema": "moedge.frontier/1",
         "name": params["name"],
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": run_folder.source(root)["label"],
@@ -162,7 +162,8 @@ def _measured(
                 "target": target if own else label.removeprefix("dense "),
                 "bits": params["bits"][target if own else label.removeprefix("dense ")],
                 "bytes": sizes[label],
-                **{name: {"value": row[name]["p50"], "ci95": row[name]["ci95"]} for name in ("ttft_ms", "tpot_ms")},
+                "ttft_ms": {"value": row["ttft_ms"]["p50"], "ci95": row["ttft_ms"]["ci95"]},
+                "tpot_ms": {"value": row["tpot_ms"]["p50"], "ci95": row["tpot_ms"]["ci95"]},
                 "prompt_speedup": speedup("ttft_ms", label),
                 "decode_speedup": speedup("tpot_ms", label),
                 "dominated_by": [other for other in quality if own and other != label and dominates(other, label)],
@@ -171,7 +172,10 @@ def _measured(
     protocol = result["protocol"]
     return {
         "target": target,
-        **{name: protocol[name] for name in ("batch", "prompt", "decode", "repeats")},
+        "batch": protocol["batch"],
+        "prompt": protocol["prompt"],
+        "decode": protocol["decode"],
+        "repeats": protocol["repeats"],
         "threads": result["rows"][0]["info"]["threads"],
         "load_average_before": result["machine"].get("load_average_before"),
         "rows": rows,
@@ -186,7 +190,7 @@ def _verdict(
     ratios: dict[tuple[str, str, str], Any],
     quality: dict[str, Quality],
     level: float,
-) -> Any:
+) -> Verdict:
     kl = {label: estimate(list(one.kl.values())) for label, one in quality.items()}
     speed = {row["label"]: row["decode_speedup"] for row in rows if row["variant"]}
 

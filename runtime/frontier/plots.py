@@ -45,8 +45,14 @@ def _points(axis: Axes, frontier: Frontier, measured: Measured, metric: str) -> 
             continue
         x, y = row[metric], kl[label]
         colour = DENSE if row["dominated_by"] else MOE
-        bars = {"xerr": _bars(x), "yerr": _bars(y)}
-        axis.errorbar(x["value"], y["value"], **bars, fmt="o", markersize=5, color=colour, elinewidth=0.8, zorder=2)
+        axis.errorbar(
+            *(x["value"], y["value"], _bars(y), _bars(x)),
+            fmt="o",
+            markersize=5,
+            color=colour,
+            elinewidth=0.8,
+            zorder=2,
+        )
         axis.annotate(
             short(label), (x["value"], y["value"]), (5, 5), textcoords="offset points", fontsize=7.5, color=INK
         )

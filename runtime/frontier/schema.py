@@ -101,7 +101,7 @@ class Measured(TypedDict):
 
 
 @closed
-class QualityProtocol(TypedDict):
+class FrontierProtocol(TypedDict):
     """On what quality was measured; ``tokens`` predicted tokens by text."""
 
     window: Count
@@ -122,7 +122,7 @@ class Frontier(TypedDict):
     name: str
     created: Annotated[str, Field(json_schema_extra={"format": "date-time"})]
     model: str
-    protocol: QualityProtocol
+    protocol: FrontierProtocol
     dense_ppl: dict[str, float]
     variants: Annotated[list[VariantFacts], Field(min_length=1)]
     measured: Annotated[list[Measured], Field(min_length=1)]

@@ -137,7 +137,7 @@ class _Frontier:
 
     def _exported(self, shared: Stage, folder: str, called: dict[str, str], label: str) -> dict[str, str]:
         """Target -> bundle of what ``moedge run`` exports too: its own stage, and one more for further targets."""
-        places = {}
+        places: dict[str, str] = {}
         if here := [target for target in self.targets if target in self.recipe.export.targets]:
             name = self._add(shared)
             places |= {target: f"{name}/{target}" for target in here}
@@ -234,7 +234,10 @@ class _Frontier:
 
 CODE = ("runtime/frontier/__init__.py", "runtime/run/held_out.py", "configs/__init__.py", "configs/errors.py")
 """What every body of the frontier runs besides the packages."""
-_TABLE_CODE = ("runtime/frontier", "runtime/report", "runtime/bench", "export/manifest.py", "convert", "configs")
+_TABLE_CODE = (
+    *("runtime/frontier", "runtime/report", "runtime/bench", "runtime/parity", "convert", "configs"),
+    "export/manifest.py",
+)
 
 
 def _kind(stage: Stage) -> dict[str, Any]:
