@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 Kind = Literal["fisher", "norms", "magnitude"]
 _PRECISION = 0.002
 """The measured share of weights is this close to what was asked for."""
-_ROUNDS = 12
+_ROUNDS = 16
 
 
 @dataclass(frozen=True)
@@ -193,15 +193,22 @@ def fit(
         layers = make(math.exp(log_level))
         return layers, read_share(model, layers, token_windows)
 
-    low, high, at = None, None, math.log(start)
+    at, step = math.log(start), 1.0
+    low: tuple[float, float] | None = None  # (log level, share) that reads too much, and one that reads too little
+    high: tuple[float, float] | None = None
     for number in range(_ROUNDS):
         layers, found = measured(at)
         if progress:
             progress(number + 1, _ROUNDS)
         if abs(found - share) <= _PRECISION:
             break
-        low, high = (at, high) if found > share else (low, at)
-        at = (low + high) / 2 if low is not None and high is not None else at + (1 if high is None else -1)
+        low, high = ((at, found), high) if found > share else (low, (at, found))
+        if low and high:  # on the line between them, but not so near an end that the other would never move
+            part = min(max((low[1] - share) / (low[1] - high[1]), 0.1), 0.9)
+            at = low[0] + part * (high[0] - low[0])
+        else:
+            at += step if low else -step
+            step *= 2
     if abs(found - share) > 10 * _PRECISION:
         raise MoEdgeError(f"No thresholds read {share:.3g} of the FFN weights: the nearest found read {found:.3g}.")
     return layers, found

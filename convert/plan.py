@@ -31,6 +31,8 @@ from moedge.convert.sources.folder_check import read_object
 PLAN_SCHEMA = "moedge.plan/1"
 RAMP = 0.1
 """Width of a threshold's ramp, in units of the threshold (:mod:`moedge.convert.ops.gather`; docs/gather.md)."""
+SMALLEST_RAMP = 1e-3
+"""A rounding of x may count 2 + 1 / ramp times; and the smallest threshold times it is still a normal float32."""
 SMALLEST_THRESHOLD = 1e-30
 """Leaves nothing out but 0; a threshold of 0 would divide by it."""
 
@@ -185,15 +187,16 @@ class LayerPlan:
 
 
 def _check_thresholds(layer: LayerPlan, width: int, hidden: int | None, where: str) -> None:
-    for name, value, size in (("x_threshold", layer.x_threshold, hidden), ("h_threshold", layer.h_threshold, width)):
+    kinds = (("x_threshold", layer.x_threshold, hidden, "inputs"), ("h_threshold", layer.h_threshold, width, "neurons"))
+    for name, value, size, what in kinds:
         if value is None:
             continue
         if value.ndim != 1 or (size is not None and len(value) != size):
-            raise MoEdgeError(f"{where}: {name} has shape {value.shape}, not one value for each of {size} inputs.")
+            raise MoEdgeError(f"{where}: {name} has shape {value.shape}, not one value for each of {size} {what}.")
         if not (np.isfinite(value).all() and (value >= SMALLEST_THRESHOLD).all()):
             raise MoEdgeError(f"{where}: {name} must be finite and at least {SMALLEST_THRESHOLD:g}.")
-    if layer.gathers and not 0 < layer.ramp <= 10:
-        raise MoEdgeError(f"{where}: ramp={layer.ramp:g} must be more than 0 and at most 10.")
+    if layer.gathers and not SMALLEST_RAMP <= layer.ramp <= 10:
+        raise MoEdgeError(f"{where}: ramp={layer.ramp:g} must be at least {SMALLEST_RAMP:g} and at most 10.")
 
 
 def zero_share(layers: list[LayerPlan], hidden_size: int) -> float:

@@ -3,6 +3,11 @@
 At batch 1 a decode step takes as long as it takes to read the weights, and a converted FFN is faster by those that it
 does not read. Counted are gate and up of the kept inputs and active neurons, down of the kept neurons, and all of the
 router, in units of the dense FFN's 3 H D weights. (Compensation, biases and thresholds are vectors, and left out.)
+Weights that are zero are stored and read like any other. A router that computes every expert to choose (the oracle)
+counts as if the choice cost nothing.
+
+Without thresholds the count follows from the plan alone (:func:`of_plan`); with them it is measured, text by text
+(:func:`counted`).
 """
 
 from __future__ import annotations
@@ -12,10 +17,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import torch
-
 if TYPE_CHECKING:
+    import torch
+
     from moedge.convert.modeling import SparseFFN
+    from moedge.convert.plan import LayerPlan, MoEPlan
 
 
 @dataclass
@@ -27,6 +33,8 @@ class LayerReads:
     """Inputs of gate and up that were kept."""
     h: float = 0.0
     """Hidden values of active neurons that were kept."""
+    active: int = 0
+    """Active neurons: the shared ones, and those of the selected experts without padding."""
 
     def add(self, which: str, values: torch.Tensor, threshold: torch.Tensor | None) -> None:
         """Count values of ``x`` [T, H] (once a token) or ``h``, those above their threshold."""
@@ -36,6 +44,7 @@ class LayerReads:
             self.x += kept
         else:
             self.h += kept
+            self.active += values.numel()
 
 
 @dataclass
@@ -43,7 +52,6 @@ class Reads:
     """What a model's FFNs read, by layer."""
 
     layers: dict[int, LayerReads] = field(default_factory=dict)
-    _active: dict[int, float] = field(default_factory=dict)
     _router: dict[int, int] = field(default_factory=dict)
     _hidden: int = 0
 
@@ -57,24 +65,43 @@ class Reads:
         seen = self.layers[layer]
         if not seen.tokens:
             return 1.0
-        gate_up = 2 * self._active[layer] * seen.x / seen.tokens
+        gate_up = 2 * seen.active / seen.tokens * seen.x / seen.tokens
         down = self._hidden * seen.h / seen.tokens
         return (gate_up + down + self._router[layer]) / (3 * self._hidden * width)
 
     def kept(self, layer: int) -> tuple[float, float]:
         """Return the shares of x, and of the active neurons' h, that a layer kept."""
         seen = self.layers[layer]
-        tokens = seen.tokens or 1
-        return seen.x / tokens / self._hidden, seen.h / tokens / (self._active[layer] or 1)
+        return seen.x / (seen.tokens or 1) / self._hidden, seen.h / (seen.active or 1)
 
     def watch(self, ffn: SparseFFN) -> None:
         """Count what ``ffn`` reads from now on."""
-        layer, widths = ffn.layer_index, ffn.expert_widths
+        layer = ffn.layer_index
         self._hidden = int(ffn.shared_gate.shape[1])
-        self._active[layer] = len(ffn.shared_gate) + (ffn.top_k * sum(widths) / len(widths) if widths else 0.0)
         self._router[layer] = sum(one.numel() for one in ffn.router.parameters()) if ffn.router is not None else 0
         self.layers[layer] = LayerReads()
         ffn.count = self.layers[layer].add
+
+
+def of_plan(plan: MoEPlan) -> float | None:
+    """Return the share of the dense parent's FFN weights that a token reads, or None where it is not known.
+
+    With thresholds it is what was measured on the calibration text when they were made. Not known are thresholds from
+    elsewhere, and experts inside experts.
+    """
+    if any(layer.children is not None for layer in plan.layers):
+        return None
+    if any(layer.gathers for layer in plan.layers):
+        measured = plan.provenance.get("gather", {}).get("share")
+        return None if measured is None else float(measured)
+    hidden, width = int(plan.model["hidden_size"]), int(plan.model["intermediate_size"])
+    shares = [_of_layer_plan(layer, hidden, width) for layer in plan.layers]
+    return sum(shares) / len(shares)
+
+
+def _of_layer_plan(layer: LayerPlan, hidden: int, width: int) -> float:
+    tensors = layer.router.tensors.values() if layer.router and layer.experts else ()
+    return (3 * hidden * layer.active_width + sum(tensor.size for tensor in tensors)) / (3 * hidden * width)
 
 
 @contextmanager

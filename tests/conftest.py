@@ -231,3 +231,53 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     for name in ("route", "sparse_glu"):
         monkeypatch.setattr(torch.ops.moedge, name, getattr(ops, name)._init_fn)
     return "lazy"
+
+
+@pytest.fixture(scope="session")
+def gathered() -> Callable[..., Any]:
+    """Return a function (plan, dense model, share=0.6, ramp=..., x=True, h=True) -> the plan with thresholds.
+
+    ``share`` of the inputs and of the hidden values are kept, about: thresholds of neighbours differ by up to 4, so
+    that another order of channels, or the threshold of another, is another model.
+    """
+
+    def make(plan: Any, model: Any, share: float = 0.6, *, ramp: float = 0.1, x: bool = True, h: bool = True) -> Any:
+        from dataclasses import replace
+
+        import numpy as np
+
+        from moedge.convert import gather
+
+        tokens, generator = np.random.default_rng(0).integers(0, 256, size=(2, 48)), np.random.default_rng(1)
+        steps = gather.ladders(model, gather.static_scores(model, "norms"), tokens)
+
+        def spread(threshold: Any) -> Any:
+            return (threshold * generator.choice([0.5, 1, 2], threshold.shape)).astype(np.float32)
+
+        layers = [
+            replace(
+                layer,
+                x_threshold=spread(layer.x_threshold) if x else None,
+                h_threshold=spread(layer.h_threshold) if h else None,
+            )
+            for layer in gather.with_shares(plan.layers, steps, share, ramp)
+        ]
+        return replace(plan, layers=layers)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def gather_only(gathered: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function (dense model, **as ``gathered``) -> a plan without experts, with thresholds alone."""
+
+    def make(model: Any, **more: Any) -> Any:
+        import numpy as np
+
+        from moedge.convert import adapters
+        from moedge.convert.plan import LayerPlan, MoEPlan
+
+        every = [LayerPlan(np.arange(len(block.gate), dtype=np.int32), [], 0) for block in adapters.ffns(model)]
+        return gathered(MoEPlan("gather", {}, adapters.describe(model), every), model, **more)
+
+    return make

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from moedge.convert.ops.gather import factors, keep_large
+from moedge.convert.ops.gather import factors, keep_large, kept
 
 __all__ = ["ACTIVATIONS", "RULES", "activate", "combine", "dispatch", "grouped_glu", "grouped_linear", "keep_large",
            "route", "sparse_glu"]  # fmt: skip
@@ -197,7 +197,7 @@ def grouped_glu(
         part = rows[start:end]
         torch.mul(activate(F.linear(part, gate[e]), activation), F.linear(part, up[e]), out=out[start:end])
         if h_threshold is not None:
-            out[start:end] *= factors(out[start:end], h_threshold[e], ramp).to(out.dtype)
+            out[start:end] = kept(out[start:end], h_threshold[e], ramp)
     return out
 
 
@@ -399,7 +399,7 @@ def _masked(
     experts, width = gate.shape[:2]
     hidden = activate(F.linear(x, gate.flatten(0, 1)), activation).mul_(F.linear(x, up.flatten(0, 1)))
     if h_threshold is not None:
-        hidden *= factors(hidden, h_threshold.flatten(), ramp).to(hidden.dtype)
+        hidden = kept(hidden, h_threshold.flatten(), ramp)
     # An index may stand twice in a row (with weight 0, where an expert has no parts): the weights add up.
     chosen = x.new_zeros((x.shape[0], experts)).scatter_add_(1, indices.long(), weights.to(x.dtype))
     hidden.view(-1, experts, width).mul_(chosen.unsqueeze(2))
@@ -438,15 +438,15 @@ def _sparse_glu_backward(ctx: Any, d_y: torch.Tensor) -> tuple[torch.Tensor | No
         g, u = F.linear(part, gate[e]), F.linear(part, up[e])
         a = activate(g, ctx.activation)
         hidden, d_hidden = a * u, d_part @ down[e]
+        factor = None if h_threshold is None else factors(hidden, h_threshold[e], ctx.ramp).to(hidden.dtype)
         if h_threshold is not None:
-            kept = factors(hidden, h_threshold[e], ctx.ramp).to(hidden.dtype)
-            hidden, d_hidden = hidden * kept, d_hidden * kept
-        if d_row_weights is not None:
+            hidden = kept(hidden, h_threshold[e], ctx.ramp)
+        if d_row_weights is not None:  # before the mask: it is in hidden already
             torch.sum(hidden * d_hidden, dim=1, out=d_row_weights[start:end])
         _outer(d_part, hidden * weight, d_down, e)
         if d_rows is None and d_gate is None and d_up is None:
             continue
-        d_hidden = d_hidden * weight
+        d_hidden = d_hidden * weight if factor is None else d_hidden * weight * factor
         d_g, d_u = _activate_backward(d_hidden * u, g, ctx.activation), d_hidden * a
         if d_rows is not None:
             torch.addmm(d_g @ gate[e], d_u, up[e], out=d_rows[start:end])

@@ -10,7 +10,8 @@ grows from 0 at the threshold t to its own at (1 + ramp) t, and the model stays 
 
     y_i = x_i * clamp((|x_i| - t_i) / (ramp * t_i), 0, 1)
 
-What is below its threshold is exactly 0 and need not be read; parity needs no replay of choices (docs/gather.md).
+What is below its threshold is exactly 0 and need not be read; parity needs no replay of choices (docs/gather.md): a
+change of x moves y by at most 2 + 1 / ramp times as much.
 
 Shapes: T tokens, K inputs. Importing this module registers the operator; it needs torch only.
 """
@@ -23,8 +24,19 @@ import torch
 
 
 def factors(x: torch.Tensor, threshold: torch.Tensor, ramp: float) -> torch.Tensor:
-    """Return what each value is multiplied by, 0 to 1, float32 in the shape of x."""
-    return ((x.float().abs() - threshold) / (threshold * ramp)).clamp(0.0, 1.0)
+    """Return what each value is multiplied by, 0 to 1, in the shape of x: float32, float64 where x is."""
+    wide = _wide(x)
+    limit = threshold.to(wide.dtype)
+    return ((wide.abs() - limit) / (limit * ramp)).clamp(0.0, 1.0)
+
+
+def kept(x: torch.Tensor, threshold: torch.Tensor, ramp: float) -> torch.Tensor:
+    """Return what :func:`keep_large` does, for code that is inside an operator already: one rounding to x's type."""
+    return (_wide(x) * factors(x, threshold, ramp)).to(x.dtype)
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 @torch.library.custom_op("moedge::keep_large", mutates_args=())
@@ -36,7 +48,7 @@ def keep_large(x: torch.Tensor, threshold: torch.Tensor, ramp: float) -> torch.T
         threshold: float32, positive, in a shape that broadcasts against x: [K].
         ramp: width of the ramp, more than 0.
     """
-    return (x.float() * factors(x, threshold, ramp)).to(x.dtype)
+    return kept(x, threshold, ramp)
 
 
 @keep_large.register_fake
@@ -50,9 +62,9 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 
 
 def _backward(ctx: Any, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    # Plain masking: the slope of the ramp itself, up to (1 + ramp) / ramp, would only add noise to training.
+    # Plain masking: the slope of the ramp itself, up to 2 + 1 / ramp, would only add noise to training.
     x, threshold = ctx.saved_tensors
-    return (d_y.float() * factors(x, threshold, ctx.ramp)).to(d_y.dtype), None, None
+    return (_wide(d_y) * factors(x, threshold, ctx.ramp)).to(d_y.dtype), None, None
 
 
 keep_large.register_autograd(_backward, setup_context=_context)

@@ -41,6 +41,8 @@ def account_for(
             return table[name].tensor_class
         if ".router" in name or name.endswith("selection_bias"):
             return "router"
+        if "_threshold" in name:
+            return "thresholds"
         return "norms" if "norm" in name else "other"
 
     rows = []

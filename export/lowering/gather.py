@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from moedge.export.graph.build import Builder, constant_of, required
-from moedge.export.graph.nodes import nodes_of
+from moedge.export.graph.nodes import h_threshold_of, nodes_of
 from moedge.export.lowering.rule import Applied, Block
 
 
@@ -26,10 +27,33 @@ def keep_large(builder: Builder, x: ir.Value, threshold: ir.Value, ramp: float) 
     return node("Mul", x, node("Clip", part, zero, one))
 
 
+def outputs(graph: ir.Model) -> tuple[str, ...]:
+    """Name what the first and the last KeepLarge of a graph give: the ends of blocks to execute."""
+    names = [str(node.outputs[0].name) for node in nodes_of(graph, "KeepLarge")]
+    return tuple(dict.fromkeys((*names[:1], *names[-1:])))
+
+
+def growth(graph: ir.Model) -> float:
+    """Return how much larger an error of hidden values may be behind the thresholds of a graph's SparseGLUs, 1 or more.
+
+    For independent errors, as a root of squares. Values on a ramp carry theirs on ``2 + 1 / ramp`` times (the slope at
+    its end), all others once or not at all. The share of values on the ramp is at most ``ramp``: where large values are
+    rarer than small ones, ``ramp * t`` wide behind ``t`` lie at most ``ramp`` times as many as before ``t``.
+    """
+    nodes = [node for node in nodes_of(graph, "SparseGLU") if h_threshold_of(node) is not None]
+    ramps = [node.attributes["ramp"].as_float() for node in nodes]
+    return max((math.sqrt(1 + min(ramp, 1.0) * (2 + 1 / ramp) ** 2) for ramp in ramps), default=1.0)
+
+
 @dataclass(frozen=True)
 class ExpandKeepLarge:
-    """Rule for every KeepLarge of a graph, typed or not: it computes in float32, between two casts if need be."""
+    """Rule for every KeepLarge of a graph, typed or not: it computes in float32, between two casts if need be.
 
+    ``ends`` are the values that end blocks to execute, see :func:`outputs`: of the graph before any other rule, because
+    experts as one FFN bring nodes of their own.
+    """
+
+    ends: tuple[str, ...]
     name: str = "KeepLarge -> Abs, Sub, Div, Clip, Mul"
 
     def refuse(self, graph: ir.Model) -> str | None:
@@ -37,12 +61,11 @@ class ExpandKeepLarge:
         return None if nodes_of(graph, "KeepLarge") else "no values are left out"
 
     def apply(self, graph: ir.Model) -> Applied:
-        """Replace every node; the first and the last are tested."""
+        """Replace every node; the blocks at the ends are tested."""
         nodes = nodes_of(graph, "KeepLarge")
-        ends = dict.fromkeys(str(node.outputs[0].name) for node in (nodes[0], nodes[-1]))
         for node in nodes:
             _expand(graph, node)
-        return Applied(len(nodes), [Block(tuple(ends))])
+        return Applied(len(nodes), [Block(self.ends)] if self.ends else [])
 
 
 def _expand(graph: ir.Model, node: ir.Node) -> None:

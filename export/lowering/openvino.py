@@ -11,7 +11,7 @@ import onnx_ir as ir
 from moedge import MoEdgeError
 from moedge.export.functions import DOMAIN
 from moedge.export.graph.nodes import attach, attention_kinds, nodes_of
-from moedge.export.lowering import Lowered, Rewrite, portable
+from moedge.export.lowering import Lowered, Rewrite, gather, portable
 from moedge.export.lowering.check import selftest
 from moedge.export.lowering.ort.cpu import block_limit
 from moedge.export.manifest import CacheFacts
@@ -38,6 +38,8 @@ def lower(model: ir.Model, *, max_length: int) -> Lowered:
     routed = [str(node.outputs[0].name) for node in nodes_of(before, "SparseGLU")]
     limit = block_limit(before)
     tests = [selftest.compare(name, before, model, attention, limit, selftest.attention_cases(before))]
+    if kept := gather.outputs(before):
+        tests.append(selftest.compare(name, before, model, kept, limit))
     ends = dict.fromkeys(routed[:1] + routed[-1:])
     tests += [selftest.compare_ffn(name, before, model, ffn, limit) for ffn in ends]
     worst = max(tests, key=lambda test: (not test.passed, test.max_rel_error))

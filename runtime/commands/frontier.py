@@ -43,7 +43,7 @@ def frontier(
     check_early(wanted, root)
     todo = stages.build(wanted, machine())
     for stage in todo:
-        spare(root / stage.name, [recipe, wanted.model.source, wanted.text.calibration, *wanted.text.held_out])
+        spare(root / stage.name, [recipe, wanted.model.source, *wanted.text.calibration, *wanted.text.held_out])
     forced = forced_stages(todo, redo or [], None)
     console = Console(stderr=True)
     if dry_run:

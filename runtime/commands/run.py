@@ -54,7 +54,7 @@ def run(
     check_early(wanted, root)
     todo = with_run(wanted, machine())
     for stage in todo:
-        spare(root / stage.name, [recipe, wanted.model.source, wanted.text.calibration, *wanted.text.held_out])
+        spare(root / stage.name, [recipe, wanted.model.source, *wanted.text.calibration, *wanted.text.held_out])
     forced = forced_stages(todo, redo or [], start)
     console = Console(stderr=True)
     if dry_run:

@@ -20,8 +20,8 @@ from moedge.runtime.bench.stats import bootstrap_ci
 from moedge.runtime.frontier.schema import (
     Estimate,
     Frontier,
-    Measured,
     FrontierProtocol,
+    Measured,
     Row,
     TextQuality,
     VariantFacts,

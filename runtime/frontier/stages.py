@@ -92,20 +92,19 @@ class _Frontier:
         return replace(first, check=check)
 
     def _calibrated(self, facts: Facts) -> str | None:
-        """Name of the stage that holds what a conversion reads; methods that read tokens alone need no statistics."""
-        if not facts.needs:
+        """Name of the stage that holds what a conversion reads: that of the recipe wherever it holds this."""
+        if not facts.calibrated:
             return None
-        own = stages.calibrate(self.recipe, self.facts)
-        stage = stages.calibrate(self.recipe, facts)
-        if stage.params == own.params or (facts.needs == ("tokens",) and own.params["keep_windows"]):
+        own, stage = stages.calibrate(self.recipe, self.facts), stages.calibrate(self.recipe, facts)
+        windows_alone = set(facts.needs) <= {"tokens"}  # every calibration keeps them
+        if windows_alone or stage.params == own.params:
             return self._add(own)
-        params = {**stage.params, "statistics": False} if facts.needs == ("tokens",) else stage.params
-        return self._add(replace(stage, name=f"{ROOM}/calibrate-{digest(params)[:6]}", params=params))
+        return self._add(replace(stage, name=f"{ROOM}/calibrate-{digest(stage.params)[:6]}"))
 
     def _converted(self, variant: Variant) -> str:
         """Name of the stage that holds a variant's checkpoint."""
         if variant.recipe.convert == self.recipe.convert:
-            if self.facts.needs:
+            if self.facts.calibrated:
                 self._add(stages.calibrate(self.recipe, self.facts))
             return self._add(stages.convert(self.recipe, self.facts))
         facts = Facts(variant.recipe, self.machine)

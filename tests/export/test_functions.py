@@ -18,13 +18,17 @@ RELATIVE = 6e-6
 
 
 def run(name, arrays, outputs, attributes, functions):
-    """Run one moedge node with all function bodies attached; return ORT's and onnx.reference's outputs."""
-    names = [f"i{n}" for n in range(len(arrays))], [f"o{n}" for n in range(outputs)]
+    """Run one moedge node with all function bodies attached; return ORT's and onnx.reference's outputs.
+
+    An array that is None is an input left out; there is one more result, of the node with its body in its place.
+    """
+    names = ["" if a is None else f"i{n}" for n, a in enumerate(arrays)], [f"o{n}" for n in range(outputs)]
     node = helper.make_node(name, *names, domain=DOMAIN)
     node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
     inputs = [
         helper.make_tensor_value_info(f"i{n}", helper.np_dtype_to_tensor_dtype(a.dtype), [None] * a.ndim)
         for n, a in enumerate(arrays)
+        if a is not None
     ]
     graph = helper.make_graph([node], "g", inputs, [helper.make_empty_tensor_value_info(n) for n in names[1]])
     model = helper.make_model(
@@ -39,31 +43,41 @@ def run(name, arrays, outputs, attributes, functions):
     del model.graph.output[:]
     model.graph.output.extend(typed.graph.output)
     onnx.checker.check_model(model, full_check=True)
-    feeds = {f"i{n}": a for n, a in enumerate(arrays)}
+    feeds = {f"i{n}": a for n, a in enumerate(arrays) if a is not None}
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return session.run(None, feeds), ReferenceEvaluator(model).run(None, feeds)
+    inlined = ReferenceEvaluator(onnx.inliner.inline_local_functions(model))
+    return session.run(None, feeds), ReferenceEvaluator(model).run(None, feeds), inlined.run(None, feeds)
 
 
-def close(actual, expected):
+def close(actual, expected, factor=1):
     if expected.dtype.kind in "iu":
         np.testing.assert_array_equal(actual, expected)
     else:
-        assert np.abs(actual - expected).max() <= RELATIVE * max(np.abs(expected).max(), 1e-30)
+        assert np.abs(actual - expected).max() <= factor * RELATIVE * max(np.abs(expected).max(), 1e-30)
 
 
-def check(name, op, tensors, attributes, functions):
+def check(name, op, tensors, attributes, functions, factor=1):
+    """``factor``: how often a rounding counts."""
     expected = op(*tensors, *attributes.values())
     expected = expected if isinstance(expected, tuple) else (expected,)
-    arrays = [t.numpy() for t in tensors if t is not None]
+    arrays = [None if t is None else t.numpy() for t in tensors]
+    while arrays[-1] is None:  # only an input before another has to be left empty
+        arrays.pop()
     for results in run(name, arrays, len(expected), attributes, functions):
         for actual, want in zip(results, expected, strict=True):
             assert actual.dtype == want.numpy().dtype
-            close(actual, want.numpy())
+            close(actual, want.numpy(), factor)
 
 
 def sparse_glu(*arguments):
     """The torch operator reads the number of experts, last here, from the shape of gate."""
     return torch.ops.moedge.sparse_glu(*arguments[:-1])
+
+
+def gathered_glu(*arguments):
+    """The same with thresholds: they are the last tensor, and in torch stand behind the activation."""
+    *tensors, h_threshold, activation, _, ramp = arguments
+    return torch.ops.moedge.sparse_glu(*tensors, activation, h_threshold, ramp)
 
 
 def problem(tokens, experts, top_k, hidden=24, width=10, seed=0):
@@ -113,6 +127,71 @@ def test_sparse_glu(form, activation, compensated):
     tensors.append(compensation if compensated else None)
     functions = bodies(activation=activation, compensation=compensated, form=form)
     check("SparseGLU", sparse_glu, tensors, {"activation": activation, "num_experts": 5}, functions)
+
+
+def limits(*shape):
+    return 0.2 + torch.rand(*shape, generator=torch.Generator().manual_seed(8))
+
+
+STEEP = 2 + 1 / 0.1  # with a ramp of 0.1 a rounding of a value that is masked counts so often
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16])
+def test_keep_large(kind):
+    x = torch.randn(9, 24, generator=torch.Generator().manual_seed(1))
+    x[0], x[1, :4] = 0.0, torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0])
+    threshold = limits(24)
+    x[2], x[3] = threshold, threshold * 1.1
+    results = run("KeepLarge", [x.to(kind).numpy(), threshold.numpy()], 1, {"ramp": 0.1}, bodies())
+    want = torch.ops.moedge.keep_large(x.to(kind), threshold, 0.1).numpy()
+    for (got,) in results:
+        assert got.dtype == want.dtype
+        np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
+        np.testing.assert_array_equal(got == 0, want == 0)
+        np.testing.assert_array_equal(np.isinf(got), np.isinf(want))
+        # One more rounding than torch, if at all: threshold * ramp, in float32.
+        unit = np.finfo(want.dtype).eps
+        np.testing.assert_allclose(got, want, rtol=2 * unit, atol=STEEP * 2.0**-24)
+
+
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 4, 2), (9, 5, 2), (5, 1, 1)])
+def test_grouped_glu_with_thresholds(tokens, experts, top_k):
+    x, indices, _, gate, up, *_ = problem(tokens, experts, top_k)
+    rows, offsets, _ = torch.ops.moedge.dispatch(x, indices, experts)
+    tensors = [rows, offsets, gate, up, limits(experts, 10)]
+
+    def op(rows, offsets, gate, up, h_threshold, activation, ramp):
+        return torch.ops.moedge.grouped_glu(rows, offsets, gate, up, activation, h_threshold, ramp)
+
+    check("GroupedGLU", op, tensors, {"activation": "silu", "ramp": 0.1}, bodies(gather=True), STEEP)
+
+
+@pytest.mark.parametrize("form", ["chain", "dense", "tiled"])
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+@pytest.mark.parametrize("compensated", [False, True])
+def test_sparse_glu_with_thresholds(form, activation, compensated):
+    """Without compensation its input is left empty before the thresholds: every runtime has to take that."""
+    *tensors, compensation = problem(tokens=11, experts=5, top_k=2)
+    tensors += [compensation if compensated else None, limits(5, 10)]
+    functions = bodies(activation=activation, compensation=compensated, form=form, gather=True)
+    attributes = {"activation": activation, "num_experts": 5, "ramp": 0.1}
+    check("SparseGLU", gathered_glu, tensors, attributes, functions, STEEP)
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [lambda t: t.flip(1), lambda t: t.roll(1, 1), lambda t: t.roll(1, 0), lambda t: torch.full_like(t, 1e-30)],
+    ids=["wrong channel order", "threshold of the neighbour", "threshold of another expert", "thresholds ignored"],
+)
+def test_mutation_of_thresholds_is_seen(mistake):
+    *tensors, _ = problem(tokens=11, experts=5, top_k=2)
+    limit, functions = limits(5, 10), bodies(gather=True)
+    attributes = {"activation": "silu", "num_experts": 5, "ramp": 0.1}
+    expected = gathered_glu(*tensors, None, limit, *attributes.values()).numpy()
+    arrays = [*(t.numpy() for t in tensors), None, mistake(limit).numpy()]
+    for (got,) in run("SparseGLU", arrays, 1, attributes, functions):
+        with pytest.raises(AssertionError):
+            close(got, expected, STEEP)
 
 
 @pytest.mark.parametrize("compensated", [False, True])

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from moedge.convert.ops.gather import factors
+from moedge.convert.ops.gather import kept
 from moedge.convert.ops.kernels import combine as _combine
 from moedge.convert.ops.kernels import dispatch as _dispatch
 from moedge.convert.ops.kernels import grouped_glu as _glu
@@ -128,7 +128,7 @@ def grouped_glu(
     run(launch, [rows.contiguous(), offsets, gate.contiguous(), up.contiguous()], [y], rows.shape[0])
     if h_threshold is not None:  # the expert that owns row r is the number of experts that end at or before r
         owner = torch.searchsorted(offsets[1:], torch.arange(len(y), device=y.device, dtype=offsets.dtype), right=True)
-        y *= factors(y, h_threshold[owner], ramp).to(y.dtype)
+        y = kept(y, h_threshold[owner], ramp)
     return y
 
 

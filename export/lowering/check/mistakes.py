@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from moedge import MoEdgeError
 from moedge.export.graph.build import array_of, cut, values_by_name
-from moedge.export.graph.nodes import compensation_of, has_biases, nodes_of
+from moedge.export.graph.nodes import compensation_of, h_threshold_of, has_biases, nodes_of
 from moedge.export.quantize.format import Quantized
 
 MATCH = 0.1
@@ -71,6 +71,11 @@ class _Run:
     compensation: np.ndarray | None
     rule: str
     activation: Callable[[np.ndarray], np.ndarray]
+    everything: np.ndarray
+    """x before its small values were left out."""
+    h_threshold: np.ndarray | None = None
+    """[E, I], with the width of its ramps."""
+    ramp: float = 0.0
 
     def output(self) -> np.ndarray:
         """The FFN's output [T, H] by the definition."""
@@ -79,7 +84,11 @@ class _Run:
         np.put_along_axis(omitted, self.indices, 0, 1)
         for expert, (gate, up, down) in enumerate(zip(self.gate, self.up, self.down, strict=True)):
             weight = np.where(self.indices == expert, self.weights, 0).sum(1, keepdims=True)
-            y += weight * ((self.activation(self.x @ gate.T) * (self.x @ up.T)) @ down.T)
+            h = self.activation(self.x @ gate.T) * (self.x @ up.T)
+            if self.h_threshold is not None:
+                limit = self.h_threshold[expert]
+                h = h * np.clip((np.abs(h) - limit) / (limit * self.ramp), 0, 1)
+            y += weight * (h @ down.T)
         return y if self.compensation is None else y + omitted @ self.compensation
 
 
@@ -127,6 +136,7 @@ def _known(run: _Run, weights: Sequence[Quantized] | None) -> Known:
     """Each known mistake that changes anything in this block."""
     yield from _of_activation(run)
     yield from _of_parts(run)
+    yield from _of_gather(run)
     yield from _of_combination(run)
     yield from _of_selection(run)
     yield from _of_layout(run)
@@ -147,6 +157,21 @@ def _of_parts(run: _Run) -> Known:
     yield "the block returns zeros", lambda: np.zeros_like(run.shared)
     if run.compensation is not None:
         yield "the compensation of unselected experts is dropped", lambda: replace(run, compensation=None)
+
+
+def _of_gather(run: _Run) -> Known:
+    if not np.array_equal(run.x, run.everything):
+        yield "the experts read the small inputs too", lambda: replace(run, x=run.everything)
+    if run.h_threshold is None:
+        return
+    yield "the small hidden values are kept", lambda: replace(run, h_threshold=None)
+    for what, wrong in (
+        ("the thresholds of hidden values are in another order", run.h_threshold[:, ::-1]),
+        ("each hidden value has the threshold of its neighbour", np.roll(run.h_threshold, 1, axis=1)),
+        ("each hidden value has the threshold of its other neighbour", np.roll(run.h_threshold, -1, axis=1)),
+        ("each expert has the thresholds of another", np.roll(run.h_threshold, 1, axis=0)),
+    ):
+        yield what, lambda wrong=wrong: replace(run, h_threshold=wrong)  # type: ignore[misc]
 
 
 def _of_combination(run: _Run) -> Known:
@@ -364,13 +389,19 @@ def _observe(before: ir.Model, ffn: FFN, x: np.ndarray) -> _Run:
     session = onnxruntime.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
     values = session.run(None, {ffn.x: x})
     score, index, weight, expert, whole, *padded = (np.asarray(value, np.float64) for value in values)
+    ones = [(0, 0)] * (x.ndim - 1) + [(0, int(has_biases(node)))]
+    everything = np.pad(x, ones, constant_values=1)
     x = padded[0] if padded else x
     gate, up, down = (array_of(node.inputs[position]).astype(np.float64) for position in (3, 4, 5))
     added = compensation_of(node)
     compensation = None if added is None else array_of(added).astype(np.float64)
+    limits = h_threshold_of(node)
     shared = whole.reshape(expert.shape) - expert if ffn.output != str(routed.name) else np.zeros_like(expert)
     return _Run(
         x.reshape(-1, x.shape[-1]).astype(np.float64), score, array_of(route.inputs[1]).astype(np.float64),
         index.astype(np.int64), weight, shared, gate, up, down, compensation,
         route.attributes["rule"].as_string(), _ACTIVATIONS[node.attributes["activation"].as_string()],
+        everything.reshape(-1, everything.shape[-1]).astype(np.float64),
+        None if limits is None else array_of(limits).astype(np.float64),
+        0.0 if limits is None else node.attributes["ramp"].as_float(),
     )  # fmt: skip

@@ -22,7 +22,7 @@ from moedge import MoEdgeError
 from moedge.export.graph import half
 from moedge.export.graph.build import remove_unused
 from moedge.export.graph.nodes import attention_kinds, nodes_of
-from moedge.export.lowering import Lowered, capabilities, portable
+from moedge.export.lowering import Lowered, capabilities, gather, portable
 from moedge.export.lowering.check import selftest
 from moedge.export.lowering.ort import cpu as onnxruntime
 from moedge.export.lowering.ort.attention import edges
@@ -53,6 +53,7 @@ def lower(model: ir.Model, *, max_length: int) -> Lowered:
     remove_unused(model)
     work.limit, work.advice = HALF_LIMIT, "The float16 graph does not compute what it replaced."
     outputs = [*(str(node.outputs[0].name) for node in experts[:1]), *edges(attention_kinds(work.before))]
+    outputs += gather.outputs(work.before)
     work.run(ToHalf(outputs, [case for case in selftest.attention_cases(work.before) if not case.padding]))
     cache = cache.model_copy(update={"dtype": "float16"})
     limits = [

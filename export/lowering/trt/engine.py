@@ -20,9 +20,8 @@ from moedge.export.functions import DOMAIN
 from moedge.export.graph import half
 from moedge.export.graph.build import remove_unused
 from moedge.export.graph.nodes import layer_of, nodes_of, routed_directly
-from moedge.export.lowering import Lowered, Rewrite, capabilities
+from moedge.export.lowering import Lowered, Rewrite, capabilities, gather
 from moedge.export.lowering.check import selftest
-from moedge.export.lowering.gather import ExpandKeepLarge
 from moedge.export.lowering.rule import Applied, Rule, Work
 from moedge.export.lowering.trt import attention as trt_attention
 from moedge.export.lowering.trt import experts as trt_experts
@@ -79,7 +78,7 @@ def lower_half(
             one of them fails.
     """
     _check(model, dtype)
-    sparse, taps = nodes_of(model, "SparseGLU"), _taps(model)
+    sparse, taps, kept = nodes_of(model, "SparseGLU"), _taps(model), gather.outputs(model)
     form, why = trt_experts.choose(model, tensorrt, experts)
     plugins = form == "plugins" and bool(sparse)
     work = Work(model, block_limit(dtype), f"The {dtype} graph does not compute what it replaced.")
@@ -87,7 +86,7 @@ def lower_half(
     done = [work.start(rule) for rule in (rules[:2] if plugins else rules)]
     typed = half.convert(model, ir.DataType[dtype.upper()])
     if nodes_of(model, "KeepLarge"):
-        rules.append(ExpandKeepLarge())
+        rules.append(gather.ExpandKeepLarge(kept))
         done.append(work.start(rules[-1]))
     if plugins:  # they need a graph whose types are known
         done.insert(2, work.start(rules[2]))
@@ -146,12 +145,14 @@ class _Judge:
     def __init__(self, work: Work, dtype: str, *, experts: bool) -> None:
         self._work, self._dtype, self._experts = work, dtype, experts
 
-    def __call__(self, name: str, done: Applied) -> dict[str, object]:
+    def __call__(self, name: str, done: Applied) -> dict[str, object] | None:
         """Return the manifest's entry.
 
         Raises:
             MoEdgeError: a block is not within the limit; known mistakes of a whole FFN are named.
         """
+        if not done.blocks:  # a step inside of the blocks of another rule
+            return None
         work, (block,) = self._work, done.blocks
         test = selftest.compare(
             name, work.before, work.model, block.outputs, work.limit, done.cases, inside=done.inside

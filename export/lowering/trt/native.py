@@ -20,7 +20,7 @@ import onnx
 import onnx_ir as ir
 
 from moedge.export.functions import DOMAIN, OPSET
-from moedge.export.graph.nodes import nodes_of
+from moedge.export.graph.nodes import KEEPS, keeps_large, nodes_of
 from moedge.runtime.device.moedge_trt import MOE_CAPABILITIES
 
 OPERATOR = "TRT_MoE"
@@ -81,6 +81,8 @@ def refusal(model: ir.Model, tensorrt: tuple[int, int] | None) -> str | None:
     activations = {node.attributes["activation"].as_string() for node in nodes_of(model, "SparseGLU")}
     if activations - {"silu"}:
         return f"TensorRT's MoE layer gates with SiLU only, the model uses {', '.join(sorted(activations))}"
+    if keeps_large(model):
+        return f"TensorRT's MoE layer has no thresholds: {KEEPS}"
     stacks = [
         (node.inputs[3], node.inputs[5]) for node in nodes_of(model, "SparseGLU")
     ]  # gate [E, I, H], down [E, H, I]
