@@ -23,7 +23,7 @@ from moedge.runtime.run.engine import execute, plan
 def frontier(
     recipe: Annotated[str, typer.Argument(help="Name of a packaged recipe, or path of a YAML file.")],
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/<name> by default, as of `moedge run`.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the stages and what is cached.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the stages and what is there; do nothing.")] = False,
     redo: Annotated[list[str] | None, typer.Option(metavar="STAGE", help="Redo this stage (may be repeated).")] = None,
 ) -> None:
     """Compare conversions on several targets: perplexity and KL beside measured speed and size, and who wins.
