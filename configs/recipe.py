@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
+    PlainSerializer,
     Tag,
     create_model,
     field_validator,
@@ -31,7 +33,7 @@ from moedge import MoEdgeError
 from moedge.configs import devices, tolerances
 from moedge.configs import files as yaml_files
 from moedge.configs.errors import checked, matching
-from moedge.convert.methods import METHODS, Method
+from moedge.convert.methods import METHODS, GatherParams, Method
 from moedge.convert.moe_adapters import FAMILIES as MOE_FAMILIES
 from moedge.export import targets as registry
 
@@ -77,6 +79,8 @@ ControlName = Literal[
     "LLaMA-MoE random",
     "LLaMA-MoE clustering",
     "MoEfication, centre router",
+    "TEAL",
+    "WINA",
     "oracle router",
     "neuron top-k",
 ]
@@ -94,14 +98,24 @@ class ModelSection(_Section):
     device: Device = "cpu"
 
 
-class TextSection(_Section):
-    """Which text to calibrate on and which to hold out."""
+Specs = Annotated[
+    list[Spec],
+    Field(min_length=1),
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    PlainSerializer(lambda value: value[0] if len(value) == 1 else value),
+]
+"""One or several; one alone is written without a list."""
 
-    calibration: Spec = "asset:wiki"
+
+class TextSection(_Section):
+    """Which texts to calibrate on and which to hold out."""
+
+    calibration: Specs = ["asset:wiki"]
+    """The calibration windows are dealt out to the texts in turn."""
     held_out: Annotated[list[Spec], Field(min_length=1)] = ["asset:wiki", "asset:c4"]
     holdout_every: Annotated[int, Field(ge=2)] = 10
 
-    @field_validator("held_out")
+    @field_validator("calibration", "held_out")
     @classmethod
     def _no_repeats(cls, value: list[str]) -> list[str]:
         if len(set(value)) != len(value):
@@ -118,12 +132,24 @@ class CalibrationSection(_Section):
     bos: bool = False
 
 
+class GatherSection(GatherParams, _Section):
+    """Thresholds on top of what a method makes: which small values are left out, and how many."""
+
+
 class ConvertSection(_Section):
     """The conversion method; the section of each method, in :data:`CONVERT_SECTIONS`, adds its parameters."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
     method: str = "cmoe"
+    gather: GatherSection | None = None
+    """Small values are left out on top of what the method makes, until so much of the FFN weights is read."""
+
+    @model_validator(mode="after")
+    def _takes_gather(self) -> ConvertSection:
+        if self.gather is not None and (reason := METHODS[self.method].no_gather):
+            raise ValueError(f"gather: {reason}")
+        return self
 
 
 def _convert_section(name: str, method: Method) -> type[ConvertSection]:
@@ -253,10 +279,13 @@ class Conversion(_Section):
         return self
 
     def _disagreements(self) -> Problems:
-        method = self.convert.method
-        if self.calibration.windows >= 2 or {"tokens", "gate_profile"}.isdisjoint(METHODS[method].needs):
-            return []
-        return [("calibration.windows", f"{method} compares windows; it needs at least 2.")]
+        method, windows, texts = self.convert.method, self.calibration.windows, len(self.text.calibration)
+        if windows < 2 and not {"tokens", "gate_profile"}.isdisjoint(METHODS[method].needs):
+            return [("calibration.windows", f"{method} compares windows; it needs at least 2.")]
+        if windows < texts:
+            said = f"{windows} windows cannot be dealt out to {texts} texts (text.calibration); give one a text."
+            return [("calibration.windows", said)]
+        return []
 
     def check_model(self, config: dict[str, Any], where: str, *, called: Callable[[str], str] = str) -> None:
         """Check what can only be checked once the model's ``config.json`` is known.

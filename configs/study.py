@@ -7,7 +7,7 @@ at every sparsity on the same held-out windows. ``studies/*.yaml`` document ever
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -22,7 +22,10 @@ class _Section(BaseModel):
 
 
 class Text(_Section):
-    """Windows of one text: ``calibration`` of its first documents and ``held_out`` of those kept back."""
+    """Windows of one text: ``calibration`` of its first documents and ``held_out`` of those kept back.
+
+    A text without calibration windows is held out whole.
+    """
 
     source: Spec
     holdout_every: Annotated[int, Field(ge=2)] = 10
@@ -51,7 +54,7 @@ class Row(_Section):
 
 
 class Sparsity(_Section):
-    """A share of the FFN that is skipped: parameters of each method that reach it."""
+    """A share of the FFN that is skipped, or read: parameters of each method that reach it."""
 
     name: Annotated[str, Field(min_length=1)]
     methods: dict[str, dict[str, Any]]
@@ -66,6 +69,8 @@ class Study(_Section):
     window: Annotated[int, Field(ge=8)] = 512
     bos: bool = True
     batch_size: Positive = 4
+    axis: Literal["skipped", "read"] = "skipped"
+    """What the names of ``sparsities`` count: neurons that are skipped, or weights that are read."""
     seeds: Annotated[list[NonNegative], Field(min_length=1)] = [0, 1, 2]
     sparsities: Annotated[list[Sparsity], Field(min_length=1)]
     rows: Annotated[list[Row], Field(min_length=1)]

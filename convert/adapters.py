@@ -55,7 +55,10 @@ MOE_PREFIX = "moedge_"
 
 @dataclass
 class FFN:
-    """One GLU block: D neurons, H hidden. The weights are views of the model's own parameters, not copies."""
+    """One GLU block: D neurons, H hidden. The weights are views of the model's own parameters, not copies.
+
+    Of a layer that is on disk they are read anew each time (:mod:`moedge.convert.offload`).
+    """
 
     index: int
     name: str
@@ -65,6 +68,18 @@ class FFN:
     """Activation of the gate: ``silu``, ``gelu_tanh`` or ``gelu``."""
 
     family: Family = Family()
+
+    @property
+    def width(self) -> int:
+        """D; it is known without reading a weight."""
+        down: torch.Tensor = self.module.get_submodule("down_proj").weight  # type: ignore[assignment]
+        return int(down.shape[1])
+
+    @property
+    def hidden_size(self) -> int:
+        """H, likewise."""
+        down: torch.Tensor = self.module.get_submodule("down_proj").weight  # type: ignore[assignment]
+        return int(down.shape[0])
 
     @property
     def gate(self) -> torch.Tensor:
@@ -97,14 +112,17 @@ class FFN:
         return self._bias("down_proj")
 
     def _weight(self, name: str) -> torch.Tensor:
-        weight: torch.Tensor = self.module.get_submodule(name).weight.detach()  # type: ignore[operator]
-        return weight
+        from moedge.convert import offload
+
+        return offload.weight(self.module.get_submodule(name), "weight")
 
     def _bias(self, name: str) -> torch.Tensor | None:
         if self.family.fused:
             return None  # ffns() refuses a fused projection with a bias
-        bias: torch.Tensor | None = self.module.get_submodule(name).bias  # type: ignore[assignment]
-        return None if bias is None else bias.detach()
+        from moedge.convert import offload
+
+        linear = self.module.get_submodule(name)
+        return None if linear.bias is None else offload.weight(linear, "bias")
 
     def gate_of(self, output: torch.Tensor) -> torch.Tensor:
         """Return the gate part of what the module :attr:`gate_module` puts out."""

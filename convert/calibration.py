@@ -1,6 +1,7 @@
 """Text -> token windows -> streamed activation statistics of every FFN.
 
-q tokens, H hidden, D neurons, M samples. The matrix of activations [q, D] is never kept: what a layer leaves behind is
+q tokens, H hidden, D neurons, M samples. The model runs layer by layer, so hidden states [q, H] of all tokens are held
+before and behind one layer. The matrix of activations [q, D] is never kept: what a layer leaves behind is
 the indices of the K_a largest ``|h|`` of each token, the running mean and variance of h and, when asked for, one mean
 gate activation for each sample and neuron.
 """
@@ -223,42 +224,45 @@ def collect(
         profile: what is marked: ``raw`` the true h (the paper), or ``normalised`` h of L2-normalised x and
             L2-normalised rows of gate and up (CMoE's released code). Mean and variance are always of the raw h.
         gate: also make gate profiles, in this way.
-        progress: called with (windows done, windows in all).
+        batch_size: windows in one call of a layer.
+        progress: called with (layers done, layers).
 
     Raises:
         MoEdgeError: the model has no GLU FFN, ``k_a`` exceeds the FFN width, or the windows cannot be cut into samples.
     """
     import torch
 
-    from moedge.convert import adapters
+    from moedge.convert import adapters, offload, streaming
 
     blocks = adapters.ffns(model)
-    adapters.check_ids(model, token_windows)
-    tokens = int(token_windows.size)
-    streams = [_Stream(block, tokens, k_a, profile) for block in blocks]
-    gates = [_GateStream(block, gate, _sample_weights(token_windows, gate)) for block in blocks] if gate else []
-    handles: list[Any] = []
-    for watched in gates:
-        handles.append(watched.block.gate_module.register_forward_hook(watched.on_gate))
-    for stream in streams:
-        down = stream.block.module.get_submodule("down_proj")
-        handles.append(down.register_forward_pre_hook(stream.on_hidden))
-        if profile == "normalised":
-            handles.append(stream.block.module.register_forward_pre_hook(stream.on_input))
-    try:
-        with torch.inference_mode():
-            for start in range(0, len(token_windows), batch_size):
-                batch = torch.from_numpy(token_windows[start : start + batch_size])
-                model.base_model(input_ids=batch.to(model.device), use_cache=False)
-                if progress:
-                    progress(min(start + batch_size, len(token_windows)), len(token_windows))
-    finally:
-        for handle in handles:
-            handle.remove()
-    results = [stream.result() for stream in streams]
-    for result, watched in zip(results, gates, strict=bool(gates)):
-        result.gate_profile, result.gate_sampling = np.concatenate(watched.means), gate
+    weights = _sample_weights(token_windows, gate) if gate else None
+    results = []
+    with torch.inference_mode():
+        runner = streaming.Runner(model, token_windows)
+        states = runner.embed()
+        for block in blocks:
+            stream = _Stream(block, int(token_windows.size), k_a, profile)
+            watched = _GateStream(block, gate, weights) if gate and weights is not None else None
+            after = torch.empty_like(states)
+            with offload.loaded(runner.layers[block.index]), streaming.hooked(*_hooks(stream, watched)):
+                runner.forward(block, states, after, batch_size)
+            states = after
+            results.append(stream.result())
+            if watched:
+                results[-1].gate_profile, results[-1].gate_sampling = np.concatenate(watched.means), gate
+            if progress:
+                progress(len(results), len(blocks))
     return results
+
+
+def _hooks(stream: _Stream, watched: _GateStream | None) -> list[Any]:
+    """Let the FFN of one layer tell what it does; return the handles that end it."""
+    module = stream.block.module
+    handles = [watched.block.gate_module.register_forward_hook(watched.on_gate)] if watched else []
+    handles.append(module.get_submodule("down_proj").register_forward_pre_hook(stream.on_hidden))
+    if stream.profile == "normalised":
+        handles.append(module.register_forward_pre_hook(stream.on_input))
+    return handles
 
 
 def _sample_weights(token_windows: np.ndarray, gate: GateSampling) -> np.ndarray:
@@ -304,7 +308,7 @@ class _Stream:
     """Accumulates one layer's statistics from forward pre-hooks."""
 
     def __init__(self, block: Any, tokens: int, k_a: int, profile: Profile) -> None:
-        width = block.gate.shape[0]
+        width = block.width
         if not 1 <= k_a <= width:
             raise MoEdgeError(f"k_a={k_a} must be between 1 and the FFN width {width}.")
         self.block, self.k_a, self.profile = block, k_a, profile

@@ -27,6 +27,10 @@ _FREE = 1e-4
 """Ridge of intercepts, whose feature is 0 or 1: next to none, but an expert that is never left out stays solvable."""
 
 
+_TILE = 192
+"""Least rows of a block of a second moment: narrower products are slow."""
+
+
 class Moments:
     """Weighted second moments of features z [n] and targets y [m] over tokens, float64 accumulators.
 
@@ -43,10 +47,20 @@ class Moments:
         """Add rows z [T, n], y [T, m] of the same dtype with weights [T]; ``gram=False`` leaves z'z as it is."""
         weighted = z * weight.to(z)[:, None]
         if gram:
-            self.gram += (weighted.T @ z).double()
+            self._add_gram(weighted, z)
         self.cross += (weighted.T @ y).double()
         self.square += float((y.double().square().sum(dim=1) * weight.double()).sum())
         self.total += float(weight.double().sum())
+
+    def _add_gram(self, weighted: torch.Tensor, z: torch.Tensor) -> None:
+        """Add weighted'z, which is symmetric: blocks on and below the diagonal are computed, the others copied."""
+        n = z.shape[1]
+        step = max(_TILE, -(-n // 8))
+        for start in range(0, n, step):
+            rows = slice(start, min(start + step, n))
+            block = (weighted[:, rows].T @ z[:, : rows.stop]).double()
+            self.gram[rows, : rows.stop] += block
+            self.gram[:start, rows] += block[:, :start].T
 
     def __add__(self, other: Moments) -> Moments:
         both = Moments(self.cross.shape[0], self.cross.shape[1], self.gram.device)
@@ -65,7 +79,9 @@ class Moments:
         slopes = len(diagonal) - intercepts
         penalty = torch.full_like(diagonal, _FREE * self.total)
         penalty[:slopes] = ridge * diagonal[:slopes].mean().clamp_min(1e-30)
-        return torch.cholesky_solve(self.cross, torch.linalg.cholesky(self.gram + penalty.diag()))
+        regular = self.gram.clone()
+        regular.diagonal().add_(penalty)
+        return torch.cholesky_solve(self.cross, torch.linalg.cholesky(regular))
 
     def loss(self, solution: torch.Tensor) -> float:
         """Return the weighted sum of |y - B^T z|^2."""
@@ -219,7 +235,8 @@ def refit(tokens: LayerTokens, layer: LayerPlan) -> LayerPlan:
     """Fit down projections and biases to the tokens' target under the layer's own routing.
 
     The unknown is the change from the present weights, so the ridge anchors to them. The strength, or no change at all,
-    is what misses least on the held-out tokens. Neurons that the plan prunes keep their columns.
+    is what misses least on the held-out tokens; weaker ones are tried for as long as they miss less. Neurons that the
+    plan prunes keep their columns.
 
     ``report["refit"]`` holds the ridge, or None, and ``held_out_error``: the :func:`relative_error` before, and after a
     fit to the other tokens alone.
@@ -235,11 +252,10 @@ def refit(tokens: LayerTokens, layer: LayerPlan) -> LayerPlan:
             if mask.any():
                 moments.add(z[mask], residual[mask], tokens.weight[part][mask])
     fitted, held_out = sums
-    losses = {ridge: held_out.loss(fitted.solve(ridge, free)) for ridge in REFIT_RIDGES}
-    ridge = min(losses, key=lambda r: losses[r])
-    before, after = (six(value / (wanted or 1.0)) for value in (held_out.square, losses[ridge]))
+    ridge, lost = _best_ridge(fitted, held_out, free)
+    before, after = (six(value / (wanted or 1.0)) for value in (held_out.square, lost))
     report: dict[str, Any] = {"ridge": ridge, "held_out_error": {"before": before, "after": after}}
-    if losses[ridge] >= held_out.square:
+    if lost >= held_out.square:
         report = {"ridge": None, "held_out_error": {"before": before, "after": before}}
         return replace(layer, report={**layer.report, "refit": report})
     change = (fitted + held_out).solve(ridge, free).float()
@@ -252,3 +268,17 @@ def refit(tokens: LayerTokens, layer: LayerPlan) -> LayerPlan:
     else:
         result.output_bias = moved[0].cpu().numpy()
     return result
+
+
+def _best_ridge(fitted: Moments, held_out: Moments, free: int) -> tuple[float, float]:
+    """Return (ridge, its held-out loss): the first from the strongest on whose weaker neighbour misses more.
+
+    What is missed falls and then rises with the ridge, and each one costs a factorisation.
+    """
+    best = (max(REFIT_RIDGES), float("inf"))
+    for ridge in sorted(REFIT_RIDGES, reverse=True):
+        lost = held_out.loss(fitted.solve(ridge, free))
+        if lost > best[1]:
+            break
+        best = (ridge, lost)
+    return best

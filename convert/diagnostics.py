@@ -292,7 +292,15 @@ def replan(dense_model: PreTrainedModel, plan: MoEPlan, token_windows: np.ndarra
         gate = calibration.GateSampling(signal=settings["signal"]) if "gate_profile" in method.needs else None
         marks = {"k_a": settings.get("k_a", 10), "profile": settings.get("profile", "raw")}
         data = calibration.collect(dense_model, token_windows, **marks, gate=gate)
-    return methods.convert(plan.method, data, dense_model, **settings, source_sha256=plan.model.get("sha256", ""))
+    return methods.convert(
+        plan.method,
+        data,
+        dense_model,
+        source_sha256=plan.model.get("sha256", ""),
+        gather=plan.params.get("gather"),
+        token_windows=token_windows,
+        **settings,
+    )
 
 
 def stability(plans: Mapping[str, MoEPlan]) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging as standard
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,17 +12,24 @@ from moedge import MoEdgeError
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Switch transformers' own progress bars and warnings off: the caller shows progress and checks what it loads."""
+    """Switch transformers' and accelerate's own progress bars and warnings off.
+
+    The caller shows progress and checks what it loads.
+    """
     from transformers.utils import logging
 
     shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity(max(level, logging.ERROR))
+    accelerate = standard.getLogger("accelerate")
+    own = accelerate.level
+    accelerate.setLevel(standard.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        accelerate.setLevel(own)
         logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()

@@ -28,7 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 import moedge.convert.ops  # noqa: F401  registers torch.ops.moedge
 from moedge import MoEdgeError
 from moedge._files import atomic_dir
-from moedge.convert import adapters, hierarchical, moe_adapters, routers, sources, zeros
+from moedge.convert import adapters, hierarchical, moe_adapters, offload, routers, sources, zeros
 from moedge.convert.errors import quiet
 from moedge.convert.ops import activate
 from moedge.convert.plan import RAMP, LayerPlan, MoEPlan
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CHECKPOINT_SCHEMA = "moedge.checkpoint/1"
+_SHARD = "2GB"
+"""Most bytes of one file of weights; two of these are held in memory while a model is written from disk to disk."""
 _THRESHOLDS = ("x_threshold", "shared_h_threshold", "h_threshold")
 _FLOAT32 = ("mlp.router", "mlp.selection_bias", "mlp.scale", "mlp.no_bias", *(f"mlp.{name}" for name in _THRESHOLDS))
 """Kept in float32 whatever the model's dtype: bfloat16 rounding flips ranks of experts (docs/methods.md 1.4)."""
@@ -186,13 +188,18 @@ class SparseFFN(nn.Module):
         return y
 
     def _routed_hidden(self, inputs: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return h of the selected experts, without padding neurons, and their thresholds: for the count alone."""
+        """Return h of the selected experts, without padding neurons, and their thresholds: for the count alone.
+
+        Without thresholds all of them are read: then only the number of values means anything.
+        """
+        widths = torch.tensor(self.expert_widths, device=inputs.device)
+        if self.h_threshold is None:
+            return inputs.new_empty(int(widths[indices.long()].sum())), None
         rows, offsets, _ = torch.ops.moedge.dispatch(inputs, indices, self.num_experts)
         hidden = torch.ops.moedge.grouped_glu(rows, offsets, self.gate, self.up, self.activation)
         owner = torch.repeat_interleave(offsets.diff().long())
-        widths = torch.tensor(self.expert_widths, device=hidden.device)
         real = torch.arange(hidden.shape[1], device=hidden.device) < widths[owner].unsqueeze(1)
-        return hidden[real], None if self.h_threshold is None else self.h_threshold[owner][real]
+        return hidden[real], self.h_threshold[owner][real]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SparseFFN:
         """Move or cast, but never cast the router, the selection bias and the scale (``model.to(torch.bfloat16)``)."""
@@ -332,7 +339,8 @@ def _set_thresholds(ffn: SparseFFN, layer: LayerPlan, device: torch.device) -> N
 def apply(plan: MoEPlan, model: PreTrainedModel) -> PreTrainedModel:
     """Turn a dense model into the Mixture-of-Experts of a plan, in place.
 
-    Works layer by layer and frees each dense FFN before the next one, so the model is never held twice. The model
+    Works layer by layer and frees each dense FFN before the next one, so the model is never held twice. Of a model
+    whose layers are on disk (:mod:`moedge.convert.offload`) nothing is read before :func:`save`. The model
     becomes one of this module's registered classes, so ``save_pretrained`` and ``generate`` work on it.
 
     Raises:
@@ -344,6 +352,8 @@ def apply(plan: MoEPlan, model: PreTrainedModel) -> PreTrainedModel:
     pending: deque[Any] = deque(moe_adapters.blocks(model) if nested else adapters.ffns(model))
     config_of: Callable[[Any, LayerPlan], Any] = hierarchical.block_config if nested else block_config
     build: Callable[[Any, LayerPlan], nn.Module] = hierarchical.build_ffn if nested else build_ffn
+    if offload.is_offloaded(model):
+        build = _later
     # Made first: what cannot be built is refused before anything is changed.
     specs = [config_of(block, layer) for block, layer in zip(pending, plan.layers, strict=True)]
     while pending:
@@ -368,6 +378,13 @@ def apply(plan: MoEPlan, model: PreTrainedModel) -> PreTrainedModel:
             module.config = config
     model.__class__ = MODELS[base]  # the same attributes; only __init__ and the config class differ
     return model
+
+
+def _later(block: adapters.FFN, layer: LayerPlan) -> nn.Module:
+    """Return a converted FFN without memory: it is built when it is written."""
+    with torch.device("meta"):
+        skeleton = SparseFFN(block.index, block.hidden_size, block_config(block, layer))
+    return offload.deferred(skeleton, lambda: build_ffn(block, layer))
 
 
 def check_fits(plan: MoEPlan, model: PreTrainedModel) -> None:
@@ -412,7 +429,7 @@ def save(
     if not moedge_config or moedge_config["plan_sha256"] != plan.sha256:
         raise MoEdgeError("The model to save was not made by this plan; call apply(plan, model) first.")
     with atomic_dir(folder, force=force, inputs=[model.name_or_path]) as partial, quiet():
-        model.save_pretrained(partial)
+        model.save_pretrained(partial, state_dict=offload.names(model), max_shard_size=_SHARD)
         tokenizer_files.save(tokenizer, partial)
         plan.save(partial)
 

@@ -3,6 +3,11 @@
 At batch 1 a decode step takes as long as it takes to read the weights, and a converted FFN is faster by those that it
 does not read. Counted are gate and up of the kept inputs and active neurons, down of the kept neurons, and all of the
 router, in units of the dense FFN's 3 H D weights. (Compensation, biases and thresholds are vectors, and left out.)
+Weights that are zero are stored and read like any other. A router that computes every expert to choose (the oracle)
+counts as if the choice cost nothing.
+
+Without thresholds the count follows from the plan alone (:func:`of_plan`); with them it is measured, text by text
+(:func:`counted`).
 """
 
 from __future__ import annotations
@@ -12,10 +17,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import torch
-
 if TYPE_CHECKING:
+    import torch
+
     from moedge.convert.modeling import SparseFFN
+    from moedge.convert.plan import LayerPlan, MoEPlan
 
 
 @dataclass
@@ -75,6 +81,27 @@ class Reads:
         self._router[layer] = sum(one.numel() for one in ffn.router.parameters()) if ffn.router is not None else 0
         self.layers[layer] = LayerReads()
         ffn.count = self.layers[layer].add
+
+
+def of_plan(plan: MoEPlan) -> float | None:
+    """Return the share of the dense parent's FFN weights that a token reads, or None where it is not known.
+
+    With thresholds it is what was measured on the calibration text when they were made. Not known are thresholds from
+    elsewhere, and experts inside experts.
+    """
+    if any(layer.children is not None for layer in plan.layers):
+        return None
+    if any(layer.gathers for layer in plan.layers):
+        measured = plan.provenance.get("gather", {}).get("share")
+        return None if measured is None else float(measured)
+    hidden, width = int(plan.model["hidden_size"]), int(plan.model["intermediate_size"])
+    shares = [_of_layer_plan(layer, hidden, width) for layer in plan.layers]
+    return sum(shares) / len(shares)
+
+
+def _of_layer_plan(layer: LayerPlan, hidden: int, width: int) -> float:
+    tensors = layer.router.tensors.values() if layer.router and layer.experts else ()
+    return (3 * hidden * layer.active_width + sum(tensor.size for tensor in tensors)) / (3 * hidden * width)
 
 
 @contextmanager

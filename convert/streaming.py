@@ -3,14 +3,17 @@
 Some methods need the inputs x and activations h of one FFN over all tokens at once (a regression, a partition by
 energy), not a summary collected in one pass. This walk gives them one layer at a time.
 
-Memory, q tokens in N windows, H hidden, D neurons: three buffers [q, H] in the model's dtype (hidden states before and
-after the layer, x), two more with ``dense_stream``, and h [q, D] float32 of the current layer only while it fits in
-:data:`KEEP_BYTES` (otherwise it is computed again for each block of rows). Nothing grows with the number of layers.
+Memory, q tokens in N windows, H hidden, D neurons: five buffers [q, H] in the model's dtype (hidden states before and
+after the layer, what attention and the FFN put out, x), two more with ``dense_stream``, and h [q, D] float32 of the
+current layer only while it fits in :data:`KEEP_BYTES` (otherwise it is computed again for each block of rows). Nothing
+grows with the number of layers, and of a model whose layers are on disk (:mod:`moedge.convert.offload`) one is in
+memory at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -19,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from moedge import MoEdgeError
-from moedge.convert import adapters
+from moedge.convert import adapters, offload
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,6 +77,7 @@ class LayerTokens:
     shift: torch.Tensor | None = None
     replacement: torch.nn.Module | None = None
     _hidden: torch.Tensor | None = field(default=None, repr=False)
+    _output: torch.Tensor | None = field(default=None, repr=False)
 
     @property
     def count(self) -> int:
@@ -87,7 +91,7 @@ class LayerTokens:
 
     def hidden(self, part: slice) -> torch.Tensor:
         """Return h = act(gate x) * (up x) of some rows, float32 [n, D]."""
-        if self._hidden is None and self.count * self.block.gate.shape[0] * 4 <= KEEP_BYTES:
+        if self._hidden is None and self.count * self.block.width * 4 <= KEEP_BYTES:
             self._hidden = torch.cat([self._compute(rows) for rows in self.parts()])
         return self._compute(part) if self._hidden is None else self._hidden[part]
 
@@ -96,7 +100,7 @@ class LayerTokens:
 
     def target(self, part: slice) -> torch.Tensor:
         """Return what the FFN should output, float32 [n, H]: the dense FFN on x, plus ``shift``."""
-        y = F.linear(self.hidden(part), self.block.down.float())
+        y = F.linear(self.hidden(part), self.block.down.float()) if self._output is None else self._output[part]
         return y if self.shift is None else y + self.shift[part].float()
 
 
@@ -129,30 +133,25 @@ def walk(
             f"fit_to: stream cannot be used for {model.config.model_type}: it normalises the FFN's output, so no FFN "
             "output brings the stream back; use fit_to: ffn."
         )
-    runner = _Runner(model, token_windows)
+    runner = Runner(model, token_windows)
     states = runner.embed()
     dense = states.clone() if dense_stream else None
     held = torch.from_numpy(held_out(count)).to(states.device).repeat_interleave(length)
     for block in blocks:
-        x, after = runner.run(block, states)
-        shift = None
-        if dense is not None:
-            dense_x, dense_after = runner.run(block, dense)
-            # after = r + F(x) on this stream, so target = dense_after - r = F(x) + (dense_after - after).
-            shift = (dense_after - after).flatten(0, 1)
-            dense = dense_after
-            del dense_x
-        tokens = LayerTokens(block, x, _weights(after), held, shift)
-        if block.family.post_norm:
-            tokens.weight = _post_norm_weights(tokens)
-        yield tokens
-        if tokens.replacement is not None:
-            model.set_submodule(block.name, tokens.replacement)
-            try:
-                after = runner.run(block, states)[1]
-            finally:
-                model.set_submodule(block.name, block.module)
-        states = after
+        with offload.loaded(runner.layers[block.index]):
+            seen = runner.watch(block, states)
+            tokens = LayerTokens(block, seen.x, _weights(seen.after), held, _hidden=seen.hidden, _output=seen.output)
+            if dense is not None:
+                dense_after = runner.run(block, dense)[1]
+                # after = r + F(x) on this stream, so target = dense_after - r = F(x) + (dense_after - after).
+                tokens.shift = (dense_after - seen.after).flatten(0, 1)
+                dense = dense_after
+            if block.family.post_norm:
+                tokens.weight = _post_norm_weights(tokens)
+            yield tokens
+            states = seen.after
+            if tokens.replacement is not None:
+                states = runner.replay(block, seen, tokens.replacement)
         if progress:
             progress(block.index + 1, len(blocks))
 
@@ -173,11 +172,12 @@ def inputs(
         token_windows: int64 [N, L].
         blocks: one for each layer of the model, with its ``index`` and module ``name``.
     """
-    runner = _Runner(model, token_windows)
+    runner = Runner(model, token_windows)
     states = runner.embed()
     for block in blocks:
-        x, states = runner.run(block, states)
-        yield block, x
+        with offload.loaded(runner.layers[block.index]):
+            x, states = runner.run(block, states)
+            yield block, x
 
 
 def _weights(after: torch.Tensor) -> torch.Tensor:
@@ -192,63 +192,169 @@ def _post_norm_weights(tokens: LayerTokens) -> torch.Tensor:
     return weight / weight.mean()
 
 
-class _Stop(Exception):
-    """Ends a forward pass in front of the first layer."""
+@dataclass
+class Seen:
+    """What :meth:`Runner.watch` saw of one layer: N windows of L tokens, q = N L.
+
+    Attributes:
+        before: hidden states [N, L, H] in front of the layer; ``after``: behind it.
+        attention: what the attention put out, [N, L, H].
+        x: inputs of the FFN [q, H].
+        hidden: h [q, D], output: of the FFN [q, H], in float32; None where they would be of another dtype than what is
+            fitted to them, or h larger than :data:`KEEP_BYTES`.
+    """
+
+    before: torch.Tensor
+    after: torch.Tensor
+    attention: torch.Tensor
+    x: torch.Tensor
+    hidden: torch.Tensor | None
+    output: torch.Tensor | None
 
 
-class _Runner:
-    """Runs parts of a model on all windows, one window at a time."""
+class Runner:
+    """Runs the layers of a model on all windows, layer by layer.
+
+    Its layers are called with the arguments that the model itself gives to them: one pass in which they do nothing
+    but to record them.
+    """
 
     def __init__(self, model: PreTrainedModel, token_windows: np.ndarray) -> None:
         adapters.check_ids(model, token_windows)
         self.model = model
         self.layers = model.base_model.layers
-        self.ids = torch.from_numpy(token_windows).to(model.device)
+        self.ids = torch.from_numpy(token_windows).to(offload.device_of(model))
         self.arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        handles = [layer.register_forward_pre_hook(self._record, with_kwargs=True) for layer in self.layers]
-        try:
+        with _idle(self.layers, lambda states, *rest: self.arguments.append(rest)):
             model.base_model(input_ids=self.ids[:1], use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _record(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        self.arguments.append((args[1:], rest))
 
     def embed(self) -> torch.Tensor:
         """Return the hidden states in front of the first layer, [N, L, H]."""
         seen: list[torch.Tensor] = []
-
-        def stop(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen.append(args[0] if args else kwargs["hidden_states"])
-            raise _Stop
-
-        handle = self.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
-        try:
+        with _idle(self.layers, lambda states, *rest: seen.append(states)):
             for window in self.ids:
-                try:
-                    self.model.base_model(input_ids=window[None], use_cache=False)
-                except _Stop:
-                    continue
-        finally:
-            handle.remove()
-        return torch.cat(seen)
+                self.model.base_model(input_ids=window[None], use_cache=False)
+        return torch.cat(seen[:: len(self.layers)])
 
     def run(self, block: Block, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (FFN inputs [q, H], hidden states behind the layer [N, L, H])."""
-        layer, (args, kwargs) = self.layers[block.index], self.arguments[block.index]
         inputs, after = torch.empty_like(states), torch.empty_like(states)
-        row = 0
-
-        def keep(module: torch.nn.Module, given: tuple[Any, ...]) -> None:
-            inputs[row] = given[0][0]
-
-        handle = layer.get_submodule(block.name.rpartition(".")[2]).register_forward_pre_hook(keep)
-        try:
-            for row in range(len(states)):
-                out = layer(states[row : row + 1], *args, **kwargs)
-                after[row] = (out[0] if isinstance(out, tuple) else out)[0]
-        finally:
-            handle.remove()
+        with hooked(self._ffn(block).register_forward_pre_hook(_kept_input(inputs))):
+            self.forward(block, states, after)
         return inputs.flatten(0, 1), after
+
+    def watch(self, block: adapters.FFN, states: torch.Tensor) -> Seen:
+        """Run a dense layer and keep what its parts put out."""
+        x, after, attention = (torch.empty_like(states) for _ in range(3))
+        ffn, width = self._ffn(block), block.width
+        own = self.layers[block.index].self_attn
+        hooks = [
+            ffn.register_forward_pre_hook(_kept_input(x)),
+            own.register_forward_hook(_kept_output(attention)),
+        ]
+        hidden = output = None
+        if states.dtype == torch.float32 and block.down_bias is None:
+            output = torch.empty_like(states)
+            hooks.append(ffn.register_forward_hook(_kept_output(output)))
+        if states.dtype == torch.float32 and states.shape[0] * states.shape[1] * width * 4 <= KEEP_BYTES:
+            hidden = states.new_empty(*states.shape[:2], width)
+            hooks.append(ffn.get_submodule("down_proj").register_forward_pre_hook(_kept_input(hidden)))
+        with hooked(*hooks):
+            self.forward(block, states, after)
+        flat = (None if value is None else value.flatten(0, 1) for value in (hidden, output))
+        return Seen(states, after, attention, x.flatten(0, 1), *flat)
+
+    def replay(self, block: Block, seen: Seen, ffn: torch.nn.Module) -> torch.Tensor:
+        """Return the hidden states behind a layer with another FFN, [N, L, H]; its attention is not computed again."""
+        layer, after = self.layers[block.index], torch.empty_like(seen.before)
+        with _swapped(layer, "self_attn", _Recorded(seen.attention)), _swapped(layer, _last(block.name), ffn):
+            self.forward(block, seen.before, after)
+        return after
+
+    def forward(self, block: Block, states: torch.Tensor, after: torch.Tensor, windows: int = 1) -> None:
+        """Run a layer on ``states`` [N, L, H], some windows at a time, and write what it puts out to ``after``."""
+        layer, (args, kwargs) = self.layers[block.index], self.arguments[block.index]
+        for start in range(0, len(states), windows):
+            rows = slice(start, start + windows)
+            out = layer(states[rows], *args, **kwargs)
+            after[rows] = out[0] if isinstance(out, tuple) else out
+
+    def _ffn(self, block: Block) -> torch.nn.Module:
+        module: torch.nn.Module = self.layers[block.index].get_submodule(_last(block.name))
+        return module
+
+
+class _Recorded(torch.nn.Module):
+    """Attention that puts out what it was seen to put out, one window a call."""
+
+    def __init__(self, outputs: torch.Tensor) -> None:
+        super().__init__()
+        self.rows = iter(outputs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        return next(self.rows)[None], None
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _kept_input(rows: torch.Tensor) -> Callable[..., None]:
+    """Return a hook that writes the inputs of one window a call to ``rows`` [N, L, n]."""
+    left = iter(rows)
+
+    def keep(module: torch.nn.Module, given: tuple[Any, ...]) -> None:
+        next(left).copy_(given[0][0])
+
+    return keep
+
+
+def _kept_output(rows: torch.Tensor) -> Callable[..., None]:
+    """Return a hook that writes the (first) output of one window a call to ``rows`` [N, L, n]."""
+    left = iter(rows)
+
+    def keep(module: torch.nn.Module, given: tuple[Any, ...], out: Any) -> None:
+        next(left).copy_((out[0] if isinstance(out, tuple) else out)[0])
+
+    return keep
+
+
+@contextmanager
+def hooked(*handles: Any) -> Iterator[None]:
+    """Remove hooks when the block ends."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _swapped(parent: torch.nn.Module, name: str, module: torch.nn.Module) -> Iterator[None]:
+    """Have another module in place of a child."""
+    own = parent.get_submodule(name)
+    parent.set_submodule(name, module)
+    try:
+        yield
+    finally:
+        parent.set_submodule(name, own)
+
+
+@contextmanager
+def _idle(layers: torch.nn.ModuleList, see: Callable[..., None]) -> Iterator[None]:
+    """Let every layer hand on its hidden states as they are, after ``see(hidden states, other args, kwargs)``."""
+    own = [layer.__dict__.get("forward") for layer in layers]  # accelerate's, or None: that of the class
+
+    def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        see(hidden_states, args, kwargs)
+        return hidden_states
+
+    try:
+        for layer in layers:
+            layer.forward = forward
+        yield
+    finally:
+        for layer, before in zip(layers, own, strict=True):
+            del layer.forward
+            if before is not None:
+                layer.forward = before

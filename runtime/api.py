@@ -38,7 +38,7 @@ def convert_model(
     out: PathLike,
     *,
     method: str = "cmoe",
-    text: PathLike = "asset:wiki",
+    text: PathLike | Sequence[PathLike] = "asset:wiki",
     windows: int = 8,
     length: int = 2048,
     batch_size: int = 1,
@@ -57,7 +57,7 @@ def convert_model(
         model: the dense model; it is read, not changed.
         out: folder for the checkpoint.
         method: a name that ``moedge methods`` lists.
-        text: to calibrate on.
+        text: to calibrate on; several share the windows.
         windows: how many token windows are read, ``length``: tokens in a window, ``batch_size``: windows in a forward
             pass. ``bos``: start each with the BOS token.
         revision: branch, tag or commit of a hub id.
@@ -76,7 +76,7 @@ def convert_model(
     document = {
         "name": "convert",
         "model": {"source": str(model), "revision": revision, "device": device},
-        "text": {"calibration": str(text)},
+        "text": {"calibration": [str(text)] if isinstance(text, str | Path) else list(map(str, text))},
         "calibration": {"windows": windows, "length": length, "batch_size": batch_size, "bos": bos},
         "convert": {"method": method, **params},
     }

@@ -154,7 +154,8 @@ def evaluate(
 
     Returns:
         JSON of schema ``moedge.scores/1``: ``rows`` with ``model``, ``perplexity`` by text (``ppl``; ``nll`` in nats a
-        token; ``tokens``) and ``tasks``; ``protocol`` says what was measured.
+        token; ``tokens``; ``ffn_read_share``, see :mod:`moedge.convert.reads`) and ``tasks``; ``protocol`` says what
+        was measured.
 
     Raises:
         MoEdgeError: a model, text or task that cannot be had, or windows beyond what a model was made for.

@@ -16,12 +16,15 @@ from pydantic import BaseModel
 from moedge import MoEdgeError
 from moedge.configs.errors import checked
 from moedge.convert import adapters, moe_adapters
-from moedge.convert.methods import cmoe, cmoe_hierarchical, dive, expertweaver, gather, mlpmoe, moedge
+from moedge.convert.methods import cmoe, cmoe_hierarchical, dive, expertweaver, mlpmoe, moedge
+from moedge.convert.methods import gather as gathered
 from moedge.convert.methods.baselines import splits, static
+from moedge.convert.methods.gather import GatherParams as GatherParams
 from moedge.convert.methods.layers import Layers
 from moedge.convert.plan import MoEPlan
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedModel
 
     from moedge._progress import Progress
@@ -45,10 +48,13 @@ class Method:
     """Format string over the parameters: the layout in a few words."""
     parents: Literal["dense", "moe"] = "dense"
     """What it converts: dense models, or the experts of a Mixture-of-Experts (``moe_adapters.FAMILIES``)."""
+    no_gather: str = ""
+    """Why its layers take no thresholds on top (``gather``); empty where they do."""
 
     def layout(self, params: dict[str, Any]) -> str:
-        """Return the layout of a conversion for people, e.g. ``S6A6E16``."""
-        return self.label.format(**params)
+        """Return the layout of a conversion for people, e.g. ``S6A6E16`` or ``S6A6E16, gather 0.6``."""
+        gathered = params.get("gather")
+        return self.label.format(**params) + (f", gather {gathered['share']:.4g}" if gathered else "")
 
 
 _SHARED_ACTIVE = "S{shared}A{active}E{experts}"
@@ -64,6 +70,7 @@ METHODS: dict[str, Method] = {
         "CMoE on the experts of a Mixture-of-Experts, arXiv 2502.04416v3",
         _SHARED_ACTIVE,
         parents="moe",
+        no_gather="cmoe-hierarchical has experts inside experts, whose small values cannot be left out.",
     ),
     "expertweaver": Method(
         expertweaver.plan,
@@ -85,14 +92,16 @@ METHODS: dict[str, Method] = {
         ("domains",),
         "DIVE, ACL 2025, 2025.acl-long.951",
         "{active} of {experts} domain experts of {keep:.0%}",
+        no_gather="dive is trained after it is converted, which moves the values that thresholds are measured on.",
     ),
     "moedge": Method(moedge.plan, moedge.MoEdgeParams, ("tokens",), "this project", _SHARED_ACTIVE),
     "gather": Method(
-        gather.plan,
-        gather.GatherParams,
+        gathered.plan,
+        GatherParams,
         ("tokens",),
         "this project; as TEAL, arXiv 2408.14690, or WINA, arXiv 2505.19427, by its scores",
         "{share:.4g} of the weights read, by {scores}",
+        no_gather="gather leaves out small values already; give share and scores to the method itself.",
     ),
     "llamamoe": Method(
         splits.llamamoe_plan, splits.LlamaMoEParams, (), "LLaMA-MoE, arXiv 2406.16554, before training", _ALL_ROUTED
@@ -119,9 +128,14 @@ def convert(
     source_sha256: str = "",
     provenance: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    gather: Mapping[str, Any] | None = None,
+    token_windows: np.ndarray | None = None,
     **params: Any,
 ) -> MoEPlan:
     """Make a plan by a method.
+
+    With ``gather`` its layers then leave out small values too, so that the whole model reads the share of the dense
+    parent's FFN weights that ``gather`` asks for (:func:`moedge.convert.methods.gather.on_top`).
 
     Args:
         name: a key of :data:`METHODS`.
@@ -130,6 +144,9 @@ def convert(
         params: the fields of ``METHODS[name].params``; the others have their defaults.
         source_sha256: identity of the parent; ``provenance``: JSON about the calibration. Both are stored in the plan.
         progress: called with (done, in all), in layers or windows.
+        gather: fields of :class:`moedge.convert.methods.gather.GatherParams`, or None: all values are read.
+        token_windows: calibration ids, int64 [N, L], that ``gather`` measures on; what the method reads, if that is
+            token windows.
 
     Raises:
         MoEdgeError: an unknown method, parameters that it does not take, or what the method itself refuses.
@@ -138,7 +155,10 @@ def convert(
     if method is None:
         raise MoEdgeError(f"Unknown method {name!r}; known: {', '.join(METHODS)}.")
     settings = checked(method.params, params, where=name)
+    wanted = _gather_settings(name, method, gather)
     made = method.plan(data, model, settings, progress)
+    if wanted is not None:
+        made = _on_top(made, data if "tokens" in method.needs else token_windows, model, wanted, progress)
     describe = moe_adapters.describe if method.parents == "moe" else adapters.describe
     return MoEPlan(
         name,
@@ -147,3 +167,23 @@ def convert(
         made.layers,
         {**(provenance or {}), **made.provenance},
     )
+
+
+def _gather_settings(name: str, method: Method, given: Mapping[str, Any] | None) -> GatherParams | None:
+    """Check what ``gather`` asks for, before the method does its work."""
+    if given is None:
+        return None
+    if method.no_gather:
+        raise MoEdgeError(f"{name}: gather: {method.no_gather}")
+    return checked(GatherParams, given, where=f"{name}: gather")
+
+
+def _on_top(
+    made: Layers, token_windows: Any, model: PreTrainedModel, wanted: GatherParams, progress: Progress | None
+) -> Layers:
+    """Give a method's layers thresholds; the plan then says what was asked for and what was measured."""
+    if token_windows is None:
+        raise MoEdgeError("gather measures how large values are; pass token_windows, the calibration windows.")
+    done = gathered.on_top(made.layers, token_windows, model, wanted, progress)
+    params = {**made.params, "gather": wanted.model_dump(mode="json")}
+    return Layers(done.layers, {**made.provenance, **done.provenance}, params)

@@ -50,7 +50,7 @@ def plan(
     Raises:
         MoEdgeError: no thresholds read the share that was asked for, or a model without GLU FFNs.
     """
-    everything = [LayerPlan(np.arange(len(block.gate), dtype=np.int32), [], 0) for block in adapters.ffns(model)]
+    everything = [LayerPlan(np.arange(block.width, dtype=np.int32), [], 0) for block in adapters.ffns(model)]
     return on_top(everything, token_windows, model, params, progress)
 
 
@@ -66,9 +66,10 @@ def on_top(
     Raises:
         MoEdgeError: the layers read less than that already.
     """
-    from moedge.convert import gather
+    from moedge.convert import gather, offload
 
-    some = token_windows[: max(1, params.score_tokens // token_windows.shape[1])]
+    offload.refuse(model, "Leaving out small inputs", "convert without it")
+    some = measured_on(token_windows, params)
     if params.scores == "fisher":
         scores = gather.fisher_scores(model, some, progress)
 
@@ -85,3 +86,8 @@ def on_top(
         start = (1 - params.share) / params.share or 1e-4
     made, found = gather.fit(model, make, some, params.share, start=start)
     return Layers(made, {"gather": {"share": round(found, 4), "tokens": int(some.size)}})
+
+
+def measured_on(token_windows: np.ndarray, params: GatherParams) -> np.ndarray:
+    """Return the windows, of int64 [N, L], on which the scores and what is read are measured."""
+    return token_windows[: max(1, params.score_tokens // token_windows.shape[1])]

@@ -38,9 +38,8 @@ def measured(model: PreTrainedModel, statistics: list[LayerStatistics]) -> list[
     if len(blocks) != len(statistics):
         raise MoEdgeError(f"Statistics have {len(statistics)} layers, the model {len(blocks)}; calibrate this model.")
     for block, facts in zip(blocks, statistics, strict=True):
-        if facts.width != len(block.gate):
+        if facts.width != block.width:
             raise MoEdgeError(
-                f"Statistics of {block.name} have {facts.width} neurons, the model {len(block.gate)}; calibrate this "
-                "model."
+                f"Statistics of {block.name} have {facts.width} neurons, the model {block.width}; calibrate this model."
             )
     return list(zip(blocks, statistics, strict=True))

@@ -108,7 +108,7 @@ def plan(data: None, model: PreTrainedModel, params: MLPMoEParams, progress: Pro
     layers = [_layer(block, params) for block in reported(blocks, progress)]
     # A neuron is three vectors of H weights; a multiplication and an addition for each weight and token.
     hidden = int(model.config.hidden_size)
-    before = 3 * hidden * sum(len(block.gate) for block in blocks)
+    before = 3 * hidden * sum(block.width for block in blocks)
     after = 3 * hidden * sum(len(layer.shared) for layer in layers)
     saved: dict[str, Any] = {"ffn_parameters": [before, after], "ffn_flops_per_token": [2 * before, 2 * after]}
     saved |= {"saved_share": round(1 - after / before, 6), "zero_share": round(zero_share(layers, hidden), 6)}

@@ -6,6 +6,7 @@ remote code.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -96,6 +97,8 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Pre
     import torch
     from transformers import AutoModelForCausalLM
 
+    from moedge.convert import offload
+
     check_device(device)
     if dtype not in (*DTYPES, "auto"):
         raise MoEdgeError(f"Dtype {dtype!r} is not supported; supported: {', '.join(DTYPES)}.")
@@ -122,8 +125,58 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Pre
     folder_check.check_loaded(folder, model, info)
     if options:
         model = model.to(wanted)  # before 5.24 what was float8 has the dtype of its scales
-    _align(model)
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = offload.aligned(tensor.data)
     return model.eval().requires_grad_(False).to(device)
+
+
+_MOST = 0.5
+"""Share of the free memory that a whole model may take; the rest is for what is computed with it."""
+
+
+def open_model(folder: Path, device: str = "cpu") -> PreTrainedModel:
+    """Load a causal language model in float32 for a conversion, whole or layer by layer.
+
+    A dense model that takes more than half of the free memory stays on disk, but for its embedding: one layer of it is
+    in memory at a time (:mod:`moedge.convert.offload`). What is made of it is the same, byte for byte.
+
+    Raises:
+        MoEdgeError: see :func:`load_model`. Weights that are not finite are found when their layer is read.
+    """
+    check_device(device)
+    if not _is_large(folder, device):
+        return load_model(folder, device=device)
+    from transformers import GenerationConfig
+
+    from moedge.convert import offload
+
+    config = _config(folder)
+    with quiet(), translated(f"Cannot load the model in {folder}"):
+        model, info = offload.open_dense(config, folder_check.tensors(folder), device)
+    folder_check.check_loaded(folder, model, info)
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model.eval().requires_grad_(False)
+
+
+def _is_large(folder: Path, device: str) -> bool:
+    """Whether a dense model is to stay on disk. Float8 weights are not read as they are, so they do not."""
+    config = folder_check.check(folder)
+    if config["model_type"] not in adapters.FAMILIES or float8.is_fp8(config):
+        return False
+    numbers = sum(math.prod(shape) for _, shape in folder_check.tensors(folder).values())
+    return 4 * numbers > _MOST * _free(device)
+
+
+def _free(device: str) -> int:
+    """Return the free bytes of memory of a device."""
+    import psutil
+
+    if device == "cpu":
+        return int(psutil.virtual_memory().available)
+    import torch
+
+    return int(torch.cuda.mem_get_info(device)[0])
 
 
 def _config(folder: Path) -> Any:
@@ -179,17 +232,6 @@ def own_dtype(folder: Path) -> str:
     if found not in DTYPES:
         raise MoEdgeError(f"{folder}: weights of dtype {found!r} are not supported; supported: {', '.join(DTYPES)}.")
     return str(found)
-
-
-def _align(model: PreTrainedModel) -> None:
-    """Copy tensors that lie in the mapped file at odd addresses to aligned memory.
-
-    Matrix products pick another kernel, and other last bits, for unaligned weights: without this a checkpoint's logits
-    would depend on the length of its file header.
-    """
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
-            tensor.data = tensor.data.clone()
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -222,8 +222,25 @@ def check_loaded(folder: Path, model: PreTrainedModel, info: dict[str, Any]) -> 
     _check_tied(folder, model)
     _check_rotary(folder, model)
     for name, tensor in model.named_parameters():
+        if tensor.is_meta:
+            continue  # on disk: checked when it is read (moedge.convert.offload)
         if tensor.numel() and not torch.stack(torch.aminmax(tensor.detach())).isfinite().all():
             raise MoEdgeError(f"{folder}: weight {name} holds NaN or infinity; download or save the model again.")
+
+
+def tensors(folder: Path) -> dict[str, tuple[Path, list[int]]]:
+    """Return the file and the shape of every tensor of a folder's weights.
+
+    Raises:
+        MoEdgeError: a damaged file.
+    """
+    from safetensors import safe_open
+
+    found: dict[str, tuple[Path, list[int]]] = {}
+    for path in weight_files(folder):
+        with translated(f"{path} is damaged", "Download it again."), safe_open(path, framework="np") as stream:
+            found |= {name: (path, list(stream.get_slice(name).get_shape())) for name in stream.keys()}  # noqa: SIM118
+    return found
 
 
 def _more(names: Any) -> str:

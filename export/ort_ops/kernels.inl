@@ -577,8 +577,10 @@ inline float float_of(uint32_t bits) {
 void mask(const float* x, const float* threshold, float ramp, size_t size, float* out) {
   if (ramp > 0) {
     for (size_t i = 0; i < size; ++i) {
-      const float part = (float_of(bits_of(x[i]) & 0x7fffffffu) - threshold[i]) / (threshold[i] * ramp);
-      out[i] = x[i] * (part < 0.0f ? 0.0f : part > 1.0f ? 1.0f : part);
+      // In this order 0 / 0 and infinite / infinite, at a threshold of 0 or without end, decide nothing.
+      const float size_of = float_of(bits_of(x[i]) & 0x7fffffffu);
+      const float part = (size_of - threshold[i]) / (threshold[i] * ramp);
+      out[i] = x[i] * (size_of < threshold[i] ? 0.0f : part < 1.0f ? part : 1.0f);
     }
     return;
   }

@@ -44,9 +44,18 @@ class Packed:
     bits: int
     outputs: int
     """N, without padding."""
-    inputs: int
-    """K."""
-    interleaved: bool = False
+    interleaved_inputs: int = 0
+    """K of interleaved weights, which have padding along it too; 0: rows."""
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether the weights are interleaved."""
+        return self.interleaved_inputs > 0
+
+    @property
+    def inputs(self) -> int:
+        """K."""
+        return self.interleaved_inputs or self.weights.shape[-2]
 
     @property
     def nbytes(self) -> int:
@@ -66,7 +75,7 @@ class Packed:
 def pack_floats(weight: np.ndarray) -> Packed:
     """Pack float32 [..., N, K]."""
     rows = np.ascontiguousarray(np.swapaxes(weight, -1, -2), np.float32)
-    return Packed(rows, None, 32, weight.shape[-2], weight.shape[-1])
+    return Packed(rows, None, 32, weight.shape[-2])
 
 
 def pack(value: Quantized, half_scales: bool = False, interleaved: bool = False) -> Packed:
@@ -96,7 +105,7 @@ def pack(value: Quantized, half_scales: bool = False, interleaved: bool = False)
             raise MoEdgeError("A scale is none that float16 holds; round the scales first (round_scales).")
         scales = halves
     stored = _cells(rows, value.bits) if interleaved else _permuted(rows[..., : value.columns, :], value.bits)
-    return Packed(stored, np.ascontiguousarray(scales), value.bits, outputs, value.columns, interleaved)
+    return Packed(stored, np.ascontiguousarray(scales), value.bits, outputs, value.columns if interleaved else 0)
 
 
 def narrow(outputs: int, bits: int) -> bool:

@@ -12,17 +12,14 @@ formula above, from the packed bytes: they are what a kernel is judged against, 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from moedge import MoEdgeError
-from moedge.export.manifest import ClassSize, LinearPlace, PackedPlace, Rows, StackPlace
-
-if TYPE_CHECKING:
-    from moedge.export.bundle import Bundle
+from moedge.export.manifest import ClassSize
 
 BLOCK = 32
 BITS = (4, 8)
@@ -246,66 +243,3 @@ def account(
 def _size(name: str, parameters: int, floats: int, stored: int) -> ClassSize:
     bits = 8 * stored / parameters if parameters else 0.0
     return ClassSize(tensor_class=name, parameters=parameters, float_bytes=floats, bytes=stored, bits_per_weight=bits)
-
-
-def dequantized_weights(bundle: Bundle) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (name in the portable graph, float32 array in that graph's layout) for every quantised weight of a bundle.
-
-    Read from the stored bytes by the formula at the top of this module, so that a mistake in packing shows.
-
-    Raises:
-        MoEdgeError: the bundle is not quantised.
-    """
-    import onnx
-
-    from moedge.export.ort_ops.pack import Packed
-
-    section = bundle.manifest.quantization
-    if section is None:
-        raise MoEdgeError(f"{bundle.path} holds float weights; there is nothing to de-quantise.")
-    model = onnx.load(bundle.model_path, load_external_data=False)
-    stored = {tensor.name: tensor for tensor in model.graph.initializer}
-
-    def read(name: str) -> np.ndarray:
-        return onnx.numpy_helper.to_array(stored[name], base_dir=str(bundle.path))
-
-    def blocks(place: Rows, columns: int, layout: str = "", part: str | None = None) -> np.ndarray:
-        scales = read(f"{place.tensor}.scales")
-        packed = read(f"{place.tensor}.q").reshape(*scales.shape, -1)
-        zero_points = read(f"{place.tensor}.zero_points") if f"{place.tensor}.zero_points" in stored else None
-        whole: list[np.ndarray | None] = [packed, scales, zero_points]
-        if part in ("gate", "up"):  # row pairs gate, up
-            first = 0 if part == "gate" else 1
-            whole = [None if array is None else array[:, first::2] for array in whole]
-        rows = slice(*place.rows)
-        axis = (slice(None), rows) if layout == "ENK" else (rows,)
-        values_part, scales_part, zeros_part = (None if array is None else array[axis] for array in whole)
-        assert values_part is not None
-        assert scales_part is not None
-        return Quantized(values_part, scales_part, zeros_part, section.bits, columns).dequantized()
-
-    for name, place in section.tensors.items():
-        if isinstance(place, PackedPlace):  # in the layout of our own operators
-            stored_rows = Packed(read(f"{place.tensor}.q"), read(f"{place.tensor}.scales"), section.bits, place.total)
-            values = stored_rows.dequantized()[slice(*place.outputs)]
-            yield name, np.ascontiguousarray(values.T if place.layout == "KN" else values)
-        elif isinstance(place, LinearPlace):
-            yield name, _dequantize_linear(read(f"{place.tensor}.q"), read(f"{place.tensor}.scales"), place)
-        elif isinstance(place, StackPlace):  # each in a matrix of its own (lowering/ort/products.py)
-            yield name, np.stack([blocks(part, place.columns) for part in place.experts])
-        else:
-            values = blocks(place, place.columns, place.layout, place.part)
-            yield name, np.ascontiguousarray(values.T if place.layout == "KN" else values)
-
-
-def _dequantize_linear(q: np.ndarray, scales: np.ndarray, place: LinearPlace) -> np.ndarray:
-    """What DequantizeLinear makes of q [N, K] or [K, N], in float32 and in the shape of the portable graph's weight."""
-    if scales.ndim == 1:  # one a row
-        scales = scales[:, None] if place.axis else scales
-    else:
-        scales = np.repeat(scales, place.block, axis=place.axis)
-    values = q.astype(np.float32) * scales.astype(np.float32)
-    shape = place.shape
-    if place.merged:  # [E*I, H] of a stack [E, H, I]
-        return np.ascontiguousarray(values.reshape(shape[0], shape[2], shape[1]).swapaxes(1, 2))
-    return values.reshape(shape)

@@ -13,21 +13,33 @@ from moedge import MoEdgeError
 def parse_settings(assignments: list[str], named: dict[str, Any]) -> dict[str, Any]:
     """Join the options of their own (``named``, None: not given) and ``KEY=VALUE`` texts, whose values are YAML.
 
+    ``gather.share=.6`` sets the key ``share`` of the mapping ``gather``.
+
     Raises:
         MoEdgeError: a text without ``=``, a value that is not YAML, or a parameter that is given twice.
     """
     found = {key: value for key, value in named.items() if value is not None}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
-        if not equals or not key:
+        if not equals or not all(key.split(".")):
             raise MoEdgeError(f"--set {assignment}: write KEY=VALUE, for example --set experts=8.")
-        if key in found or key == "method":
+        *path, last = key.split(".")
+        inner: Any = found
+        for part in path:
+            inner = inner.setdefault(part, {})
+            if not isinstance(inner, dict):
+                raise MoEdgeError(f"--set {assignment}: {part} has a value of its own; give {part} or {key}.")
+        if last in inner or key == "method":
             raise MoEdgeError(f"--set {assignment}: {key} is given twice, or has an option of its own; give it once.")
-        try:
-            found[key] = json.loads(text)  # YAML 1.1 takes 1e-6 for text, JSON does not
-        except ValueError:
-            try:
-                found[key] = yaml.safe_load(text)
-            except yaml.YAMLError:
-                raise MoEdgeError(f"--set {assignment}: the value is not readable as YAML.") from None
+        inner[last] = _value(text, assignment)
     return found
+
+
+def _value(text: str, assignment: str) -> Any:
+    try:
+        return json.loads(text)  # YAML 1.1 takes 1e-6 for text, JSON does not
+    except ValueError:
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise MoEdgeError(f"--set {assignment}: the value is not readable as YAML.") from None

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from moedge.configs.recipe import conversion_from
-from moedge.runtime.commands._options import Device, Force, Model, Settings, Text
+from moedge.runtime.commands._options import Device, Force, Model, Settings
 from moedge.runtime.commands._settings import parse_settings
 from moedge.runtime.progress import single
 from moedge.runtime.run import run_folder, stages
@@ -21,7 +21,13 @@ def convert(
     model: Model,
     out: Annotated[Path, typer.Argument(help="Folder for the MoE checkpoint.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
-    text: Text = "asset:wiki",
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="asset:NAME or a path to a .txt, .utf8 or .jsonl file (UTF-8), asset:wiki by default; several texts "
+            "(may be repeated) share the windows."
+        ),
+    ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 8,
     length: Annotated[int, typer.Option(min=8, help="Tokens per calibration window.")] = 2048,
     method: Annotated[str, typer.Option(help="Conversion method; `moedge methods` lists them.")] = "cmoe",
@@ -51,6 +57,7 @@ def convert(
       moedge convert ./my-llama build/moe --text my.txt --shared 3 --active 3 --experts 8
       moedge convert ./my-llama build/moe --method moedge --device cuda
       moedge convert ./my-llama build/moe --method expertweaver --set experts=32 --set k=24
+      moedge convert ./my-llama build/moe --method moedge --set gather.share=.6
     """
     named = {"shared": shared, "active": active, "experts": experts, "k_a": k_a, "padding": padding}
     chosen = {"method": method, **parse_settings(settings or [], named)}
@@ -58,7 +65,7 @@ def convert(
         {
             "name": "convert",
             "model": {"source": model, "revision": revision, "device": device},
-            "text": {"calibration": text},  # nothing is measured here
+            "text": {"calibration": text or ["asset:wiki"]},  # nothing is measured here
             "calibration": {"windows": windows, "length": length},
             "convert": chosen,
         },
@@ -91,6 +98,7 @@ _OPTIONS = {
 def _option(setting: str) -> str:
     """Return what the user of this command writes for a recipe's key, or for ``key: value``."""
     key, colon, value = setting.partition(": ")
+    key = key.partition("[")[0] if key.startswith("text.calibration[") else key  # one of several texts
     if key in _OPTIONS:
         return f"{_OPTIONS[key]} {value}" if colon else _OPTIONS[key]
     name = key.removeprefix("convert.")

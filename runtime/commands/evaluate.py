@@ -88,8 +88,12 @@ def _print(result: dict[str, Any]) -> None:
         table.add_column("model")
         for name in names:
             table.add_column(escape(name), justify="right")
+        table.add_column("FFN weights read", justify="right")
         for row in rows:
-            table.add_row(escape(row["model"]), *(f"{row['perplexity'][name]['ppl']:.4g}" for name in names))
+            found = [row["perplexity"][name] for name in names]
+            shares = [one["ffn_read_share"] for one in found if one["ffn_read_share"] is not None]
+            read = f"{sum(shares) / len(shares):.1%}" if shares else "not counted"
+            table.add_row(escape(row["model"]), *(f"{one['ppl']:.4g}" for one in found), read)
         console.print(table)
         for name, documents in protocol["documents"].items():
             scored = rows[0]["perplexity"][name]["tokens"]

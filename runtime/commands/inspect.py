@@ -153,6 +153,7 @@ def _run(path: Path) -> dict[str, Any]:
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:
+    from moedge.convert import reads
     from moedge.convert.plan import MoEPlan
 
     plan = MoEPlan.load(path)
@@ -172,6 +173,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
                 "top_k": layer.top_k,
                 "active": layer.active_width / width,
                 **({"zeros": zero / stored} if zero else {}),
+                **({"thresholds of": ", ".join(_thresholds(layer))} if layer.gathers else {}),
                 "router": layer.router.kind if layer.router else None,
                 "dead neurons": layer.report.get("dead_share"),
             }
@@ -183,9 +185,15 @@ def _checkpoint(path: Path) -> dict[str, Any]:
         "params": plan.params,
         "parent": plan.model,
         "provenance": plan.provenance,
+        "ffn_read_share": reads.of_plan(plan),
         **({"zeros": zeros_sentence(plan.zero_share)} if plan.zero_share else {}),
         "layers": layers,
     }
+
+
+def _thresholds(layer: Any) -> list[str]:
+    """Of what a layer leaves out small values: its inputs x, its hidden values h."""
+    return [name for name in ("x", "h") if getattr(layer, f"{name}_threshold") is not None]
 
 
 def _nested(index: int, children: list[Any], width: int) -> dict[str, Any]:

@@ -54,6 +54,11 @@ def methods(
             cells = (row["name"], default, row["values"], row["meaning"])
             table.add_row(*(escape(text) for text in cells[: len(columns)]))
         console.print(table)
+    tops = [key for key in listed if not METHODS[key].no_gather]
+    if tops:
+        said = "`--set gather.share=.6` leaves out small values on top"
+        only = "" if name else f" of {', '.join(tops)}"
+        console.print(f"{said}{only}; its keys are those of the method gather.", highlight=False, soft_wrap=True)
     if name is None:
         console.print("`moedge methods NAME` explains the parameters of one.", highlight=False)
 

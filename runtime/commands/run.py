@@ -53,7 +53,7 @@ def run(
     check_early(wanted, root)
     todo = stages.build(wanted, machine())
     for stage in todo:
-        spare(root / stage.name, [recipe, wanted.model.source, wanted.text.calibration, *wanted.text.held_out])
+        spare(root / stage.name, [recipe, wanted.model.source, *wanted.text.calibration, *wanted.text.held_out])
     forced = _forced(todo, redo or [], start)
     console = Console(stderr=True)
     if dry_run:

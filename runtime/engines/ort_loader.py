@@ -206,7 +206,7 @@ def _dequantized(bundle: Bundle, other: str | Path) -> dict[str, tuple[np.ndarra
     Raises:
         MoEdgeError: ``bundle`` is not portable, or the two are not exports of the same model.
     """
-    from moedge.export.quantize.format import dequantized_weights
+    from moedge.export.quantize.stored import dequantized_weights
 
     quantised = open_bundle(Path(other))
     if bundle.manifest.target != "portable" or quantised.manifest.parent != bundle.sha256:

@@ -38,7 +38,7 @@ def build(run: Path, recipe: dict[str, Any]) -> dict[str, Any]:
             **{name: source[name] for name in ("label", "spec", "kind", "sha256")},
             "config": {name: source["config"].get(name) for name in _CONFIG},
         },
-        "conversion": _conversion(run),
+        "conversion": _conversion(run) | {"ffn_read_share": _method_row(evaluation)["ffn_read_share"]},
         "quality": evaluation,
         "verification": verification,
         "speed": speed,
@@ -118,6 +118,10 @@ def _conversion(run: Path) -> dict[str, Any]:
     }
 
 
+def _method_row(evaluation: dict[str, Any]) -> dict[str, Any]:
+    return next(dict(row) for row in evaluation["rows"] if row["kind"] == "method")
+
+
 def _zeros(run: Path, layers: list[dict[str, Any]]) -> dict[str, float]:
     """``zero_fraction`` of the FFN weights, if the plan sets any to zero; only then its tensors are read."""
     if not any("zero_share" in layer["report"] for layer in layers):
@@ -166,7 +170,7 @@ def sentences(report: dict[str, Any]) -> list[str]:
     if verification.get("identity_note"):
         said.append(verification["identity_note"])
     said += [f"{label}: {why}." for label, why in sorted(verification.get("not_executed", {}).items())]
-    said += list(quality["verdict"]["sentences"])
+    said += [*quality["verdict"]["sentences"], *quality.get("where", [])]
     said += [f"The control '{name}' was left out: {why}." for name, why in quality.get("skipped", {}).items()]
     for metric, words in (("tpot_ms", "Decoding"), ("ttft_ms", "Reading the prompt")):
         for baseline in ("ort-cpu dense", "torch dense"):

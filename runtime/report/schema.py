@@ -11,6 +11,7 @@ from pydantic import Field, TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
 from moedge._files import write_json
+from moedge.convert.forms import Form
 from moedge.runtime.parity.results import Count, EngineFacts, Outcome, Verification, closed, figures, opened
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -53,6 +54,7 @@ class Conversion(TypedDict):
     affinity: NotRequired[dict[str, Any]]
     plan_sha256: Sha256
     active_fraction: Share
+    ffn_read_share: Annotated[float, Field(ge=0)]
     zero_fraction: NotRequired[Share]
     calibration: dict[str, Any]
     layers: Annotated[list[ConvertedLayer], Field(min_length=1)]
@@ -75,7 +77,10 @@ class QualityRow(TypedDict):
 
     label: str
     kind: Literal["dense", "method", "control"]
+    form: Form
     active_width_fraction: float
+    ffn_read_share: Annotated[float, Field(ge=0)]
+    ffn_read_shares: NotRequired[ByText]
     zero_weight_fraction: NotRequired[float]
     ppl: ByText
     ppl_std: NotRequired[ByText | None]
@@ -99,6 +104,7 @@ class Quality(TypedDict):
     protocol: QualityProtocol
     rows: Annotated[list[QualityRow], Field(min_length=2)]
     verdict: QualityVerdict
+    where: list[str]
 
 
 @opened

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from moedge._files import write_json, write_text
+from moedge.convert import forms
 
 STUDY_RESULTS_SCHEMA = "moedge.study-results/1"
+_AXES = {"skipped": "each FFN skipped", "read": "the FFN weights read for a token"}
 
 
 def write(
@@ -32,29 +34,30 @@ def markdown(
     """The protocol, then one table for each sparsity."""
     names = list(dense["ppl"])
     used = ", ".join(f"{count:,} of {name}" for name, count in calibration["tokens"].items())
-    held = ", ".join(f"{text['held_out'] * (study['window'] - 1):,} of {name}" for name, text in _held(study, names))
+    held = ", ".join(f"{dense['tokens'][name]:,} of {name}" for name in names)
     lines = [
         f"Model: {model}. Calibration: {used} tokens. Measured on held-out documents: {held} predicted tokens, windows "
         f"of {study['window']}{' that start with BOS' if study['bos'] else ''}, each scored on its own, float32.",
         "",
         f"Seeds of random controls: {', '.join(map(str, study['seeds']))} (mean ± standard deviation). `active` is the "
         "share of the FFN's neurons that run for a token, and where weights are zero the share of these (dense storage "
-        "saves nothing by them); `seconds` is the time to make the plan.",
+        "saves nothing by them); `read` is the share of the FFN weights that a token reads, router included, counted "
+        "on these texts; `seconds` is the time to make the plan.",
     ]
     for sparsity in study["sparsities"]:
         name = sparsity["name"]
-        header = ["", *(f"{text} ppl" for text in names), *(f"{text} KL" for text in names), "active", "seconds"]
+        texts = [*(f"{text} ppl" for text in names), *(f"{text} KL" for text in names)]
+        header = ["", *texts, "active", "read", "seconds"]
         lines += [
             "",
-            f"### {name} of each FFN skipped",
+            f"### {name} of {_AXES[study['axis']]}",
             "",
             _line(header),
             _line(["---", *["---:"] * (len(header) - 1)]),
         ]
         here = [row for row in rows if row["sparsity"] == name]
-        lines.append(
-            _line(["dense", *(f"{dense['ppl'][text]:.2f}" for text in names), *["0"] * len(names), "100 %", ""])
-        )
+        ppl = [f"{dense['ppl'][text]:.2f}" for text in names]
+        lines.append(_line(["dense", *ppl, *["0"] * len(names), "100 %", "100 %", ""]))
         for row in here:
             label = f"**{row['label']}**" if row["kind"] == "method" else row["label"]
             spread = row["ppl_std"]
@@ -63,12 +66,11 @@ def markdown(
             active = f"{100 * row['active_width_fraction']:.1f} %"
             if zero := row.get("zero_weight_fraction"):
                 active += f", {100 * zero:.1f} % zeros"
-            lines.append(_line([label, *ppl, *kl, active, f"{row['seconds']:.0f}"]))
+            read = f"{100 * row['ffn_read_share']:.1f} %"
+            lines.append(_line([label, *ppl, *kl, active, read, f"{row['seconds']:.0f}"]))
+    said = forms.sentences({row["label"]: row for row in rows}.values())
+    lines += ["", *(f"- {sentence}" for sentence in said)]
     return "\n".join(lines) + "\n"
-
-
-def _held(study: dict[str, Any], names: list[str]) -> list[tuple[str, dict[str, Any]]]:
-    return list(zip(names, [text for text in study["texts"] if text["held_out"]], strict=True))
 
 
 def _ppl(value: float, spread: float | None) -> str:

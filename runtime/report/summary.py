@@ -20,7 +20,8 @@ def show(report: dict[str, Any], console: Console) -> None:
     console.print(
         escape(
             f"{report['model']['label']}: {conversion['method']} {conversion['notation']}, "
-            f"{conversion['active_fraction']:.1%} of each FFN active{zeros_note(conversion.get('zero_fraction'))}"
+            f"{conversion['active_fraction']:.1%} of each FFN active{zeros_note(conversion.get('zero_fraction'))}, "
+            f"{conversion['ffn_read_share']:.1%} of the FFN weights read for a token"
         ),
         style="bold",
         highlight=False,
@@ -46,6 +47,7 @@ def _quality(quality: dict[str, Any]) -> tuple[str, Sheet]:
     table = Sheet()
     table.add_column("")
     table.add_column("active", justify="right")
+    table.add_column("read", justify="right")
     for name in names:
         table.add_column(escape(f"ppl {name}"), justify="right")
     for name in names:
@@ -55,6 +57,7 @@ def _quality(quality: dict[str, Any]) -> tuple[str, Sheet]:
         table.add_row(
             escape(row["label"]),
             f"{row['active_width_fraction']:.0%}{zeros_note(row.get('zero_weight_fraction'))}",
+            f"{row['ffn_read_share']:.0%}",
             *(f"{row['ppl'][name]:.4g}" for name in names),
             *(f"{kl[name]:.3g}" if name in kl else "-" for name in names),
             style="bold" if row["kind"] == "method" else "",

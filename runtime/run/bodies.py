@@ -7,13 +7,16 @@ nothing else. What comes after what, and when a result is used again, is in :mod
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moedge._files import digest, read_json, write_json
 from moedge._progress import named
 from moedge.runtime.run import held_out, run_folder
 from moedge.runtime.run.engine import Context
 from moedge.runtime.run.fingerprint import top_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # --- source ---------------------------------------------------------------------------------------------------------
 
@@ -51,19 +54,17 @@ def source_identity(folder: Path) -> str | None:
 
 
 def calibrate(context: Context) -> None:
-    """Run calibration text through the dense model; keep each layer's statistics, and the token windows if asked to."""
+    """Run calibration text through the dense model; keep the token windows and each layer's statistics."""
     from safetensors.numpy import save_file
 
     from moedge.convert import calibration, domains
-    from moedge.convert.sources import load_model, load_tokenizer
+    from moedge.convert.sources import load_tokenizer
 
     params, folder = context.params, run_folder.dense(context.root)
     tokenizer = load_tokenizer(folder)
-    text, every = held_out.calibration_text(params["text"])
-    windows = calibration.windows(
-        tokenizer, text, params["length"], params["windows"], bos=params["bos"], name="calibration"
+    windows, facts = held_out.calibration_windows(
+        tokenizer, params["text"], params["length"], params["windows"], bos=params["bos"]
     )
-    facts: dict[str, Any] = {}
     if params["domains"]:
         options = {key: value for key, value in params["domains"].items() if key != "texts"}
         found, facts["domains"] = domains.read(tokenizer, params["domains"]["texts"], bos=params["bos"], **options)
@@ -74,7 +75,7 @@ def calibrate(context: Context) -> None:
         gate = calibration.GateSampling(signal=params["gate_signal"], exclude=exclude)
     if params.get("statistics", True):  # a Mixture-of-Experts has them for each expert, made when it is split
         statistics = calibration.collect(
-            load_model(folder, device=params["device"]),
+            _opened(folder, params["device"], context),
             windows,
             k_a=params["k_a"],
             profile=params["profile"],
@@ -83,16 +84,11 @@ def calibrate(context: Context) -> None:
             progress=context.progress,
         )
         calibration.save(statistics, context.out / "statistics.safetensors")
-    if params["keep_windows"]:
-        save_file({"windows": windows}, context.out / "windows.safetensors")
+    save_file({"windows": windows}, context.out / "windows.safetensors")
     write_json(
         context.out / "calibration.json",
         {
             "schema": "moedge.calibration/1",
-            "text": params["text"]["spec"],
-            "text_sha256": text.sha256,
-            "held_out_every": every,
-            "documents": len(text.documents),
             "windows": params["windows"],
             "length": params["length"],
             "bos": params["bos"],
@@ -103,22 +99,34 @@ def calibrate(context: Context) -> None:
     )
 
 
+def _opened(folder: Path, device: str, context: Context) -> PreTrainedModel:
+    """Open the dense model, whole or layer by layer; say so in the second case."""
+    from moedge.convert import offload
+    from moedge.convert.sources import open_model
+
+    model = open_model(folder, device)
+    if offload.is_offloaded(model):
+        context.note("the model is larger than half of the free memory: one layer is read at a time")
+    return model
+
+
 def convert_stage(context: Context) -> None:
     """Make the plan on float32 weights, apply it and save the MoE checkpoint in the dense model's own dtype."""
     import torch
     from safetensors.numpy import load_file
 
-    from moedge.convert import calibration, domains, methods, modeling
-    from moedge.convert.sources import load_model, load_tokenizer, own_dtype
+    from moedge.convert import calibration, domains, methods, modeling, offload
+    from moedge.convert.sources import load_tokenizer, own_dtype
 
     folder, calibrated = run_folder.dense(context.root), context.root / "calibrate"
     params = dict(context.params["convert"])
     name = params.pop("method")
     needs = methods.METHODS[name].needs
-    model = load_model(folder, device=context.params["device"])
+    model = _opened(folder, context.params["device"], context)
+    windows = load_file(calibrated / "windows.safetensors")["windows"] if needs or params["gather"] else None
     data: Any = None
     if "tokens" in needs:
-        data = load_file(calibrated / "windows.safetensors")["windows"]
+        data = windows
     elif "domains" in needs:
         data = domains.load(calibrated / "domains.safetensors")
     elif "statistics" in needs:
@@ -128,11 +136,12 @@ def convert_stage(context: Context) -> None:
         data,
         model,
         **params,
+        token_windows=windows,
         source_sha256=run_folder.source(context.root)["sha256"],
-        provenance=run_folder.read_json(calibrated / "calibration.json") if needs else {},
+        provenance={} if windows is None else run_folder.read_json(calibrated / "calibration.json"),
         progress=context.progress,
     )
-    modeling.apply(plan, model).to(getattr(torch, own_dtype(folder)))
+    offload.cast(modeling.apply(plan, model), getattr(torch, own_dtype(folder)))
     modeling.save(model, plan, load_tokenizer(folder), context.out / "checkpoint")
 
 
@@ -166,6 +175,8 @@ def build_engine(context: Context) -> None:
 
 def evaluate(context: Context) -> None:
     """Measure perplexity and divergence from the parent, of the MoE and of its controls, on held-out text."""
+    from safetensors.numpy import load_file
+
     from moedge.convert import calibration
     from moedge.convert import evaluate as quality
     from moedge.convert.methods.baselines import CONTROLS, SEEDED, refusal
@@ -181,6 +192,7 @@ def evaluate(context: Context) -> None:
         for name, text in texts.items()
     }
     plan = MoEPlan.load(run_folder.checkpoint(context.root))
+    calibrated = load_file(context.root / "calibrate" / "windows.safetensors")["windows"]
     statistics = calibration.load(context.root / "calibrate" / "statistics.safetensors")
     plans: dict[str, MoEPlan | list[MoEPlan]] = {plan.method: plan}
     skipped = {name: reason for name in params["controls"] if (reason := refusal(name, plan))}
@@ -188,7 +200,7 @@ def evaluate(context: Context) -> None:
         if name in skipped:
             continue
         seeds = params["seeds"] if name in SEEDED else [0]
-        plans[name] = [CONTROLS[name](plan, statistics, model, seed) for seed in seeds]
+        plans[name] = [CONTROLS[name](plan, statistics, model, seed, calibrated) for seed in seeds]
     documents = {name: f"{len(text.documents)} held-out documents" for name, text in texts.items()}
     result = quality.evaluate(
         model,

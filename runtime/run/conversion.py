@@ -36,7 +36,7 @@ def write_checkpoint(
     local = Path(recipe.model.source).expanduser() / "config.json"
     if local.is_file():
         check(run_folder.read_json(local, "download or save the model again"))
-    with atomic_dir(out, force=force, inputs=(recipe.model.source, recipe.text.calibration)) as partial:
+    with atomic_dir(out, force=force, inputs=(recipe.model.source, *recipe.text.calibration)) as partial:
         work = partial / ".stages"
         for stage in stages.to_convert(recipe):
             note(stage.what)

@@ -39,18 +39,57 @@ def calibration_text(entry: dict[str, Any]) -> tuple[TextSet, int]:
     return text, entry["every"]
 
 
+def calibration_windows(
+    tokenizer: PreTrainedTokenizerBase, entries: dict[str, Any], length: int, count: int, *, bos: bool
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Windows int64 [count, length] of ``{"texts": [{"spec", "alone"}, ...], "every"}``, and where they are from.
+
+    Several texts get equally many, the first ones one more where it does not come out even, and take turns.
+
+    Raises:
+        MoEdgeError: no document is left of a text, or too little text.
+    """
+    from moedge.convert import calibration
+
+    parts, used = [], []
+    number = len(entries["texts"])
+    for position, entry in enumerate(entries["texts"]):
+        text, every = calibration_text({**entry, "every": entries["every"]})
+        share = count // number + (position < count % number)
+        parts.append(calibration.windows(tokenizer, text, length, share, bos=bos, name="calibration"))
+        facts = {"text": entry["spec"], "text_sha256": text.sha256, "held_out_every": every}
+        used.append({**facts, "documents": len(text.documents)})
+    if number == 1:
+        return parts[0], used[0]
+    names = ", ".join(entry["text"] for entry in used)
+    documents = sum(entry["documents"] for entry in used)
+    return interleaved(parts), {"text": names, "calibration_texts": used, "documents": documents}
+
+
+def interleaved(parts: list[np.ndarray]) -> np.ndarray:
+    """Return the windows of several texts so that they take turns, evenly where one has more than another.
+
+    Every fifth window, which some methods hold out, is then drawn from all of them.
+    """
+    import numpy as np
+
+    order = np.argsort(np.concatenate([np.arange(len(ids)) / len(ids) for ids in parts]), kind="stable")
+    mixed: np.ndarray = np.concatenate(parts)[order]
+    return mixed
+
+
 def texts(entries: dict[str, Any]) -> list[TextSet]:
     """Held-out documents of each text: those the split keeps back, or all of a text that calibration never saw.
 
     Args:
-        entries: ``{"calibration": {"spec", "is", "every"}, "held_out": [{"spec", "is"}, ...]}`` and, where a method
-            calibrates on more texts, ``"domains": [{"is", ...}, ...]``; ``is`` tells whether two specs
+        entries: ``{"calibration": {"texts": [{"is", ...}, ...], "every"}, "held_out": [{"spec", "is"}, ...]}`` and,
+            where a method calibrates on more texts, ``"domains": [{"is", ...}, ...]``; ``is`` tells whether two specs
             mean the same file.
     """
     from moedge.convert import calibration
 
     found: list[TextSet] = []
-    seen = {entry["is"] for entry in (entries["calibration"], *entries.get("domains", ()))}
+    seen = {entry["is"] for entry in (*entries["calibration"]["texts"], *entries.get("domains", ()))}
     for entry in entries["held_out"]:
         text = calibration.read_text(entry["spec"])
         if entry["is"] in seen:
@@ -107,10 +146,11 @@ def beside(plans: Iterable[MoEPlan], spec: str, every: int) -> tuple[TextSet, st
 def _seen(plan: MoEPlan) -> list[dict[str, Any]]:
     """Return ``{"text_sha256", "every"}`` of each text that made a plan; older plans do not say the calibration's."""
     found: list[dict[str, Any]] = []
-    if "text_sha256" in plan.provenance:
-        every = plan.provenance.get("held_out_every")
-        used = {"text_sha256": plan.provenance["text_sha256"], "calibration": True}
-        found.append(used if every is None else {**used, "every": every})
+    for entry in plan.provenance.get("calibration_texts", [plan.provenance]):
+        if "text_sha256" in entry:
+            every = entry.get("held_out_every")
+            used = {"text_sha256": entry["text_sha256"], "calibration": True}
+            found.append(used if every is None else {**used, "every": every})
     found += plan.provenance.get("domains", [])
     note = plan.provenance.get("finetune")
     while note:

@@ -13,6 +13,8 @@ from moedge.runtime.run import held_out, run_folder
 
 if TYPE_CHECKING:
     from moedge.convert.calibration import TextSet
+    from moedge.convert.plan import MoEPlan
+    from moedge.convert.reads import Reads
 
 SCHEMA = "moedge.scores/1"
 
@@ -43,7 +45,8 @@ def scores(
 
     Returns:
         JSON of schema ``moedge.scores/1``: ``protocol`` and ``rows``, one a model: ``{"model", "perplexity": {text:
-        {"ppl", "nll", "tokens"}}, "tasks": [...]}``, nll in nats a token.
+        {"ppl", "nll", "tokens", "ffn_read_share"}}, "tasks": [...]}``, nll in nats a token; the last one is the share
+        of the dense parent's FFN weights that a token reads, None for experts inside experts.
 
     Raises:
         MoEdgeError: a model, text or task that cannot be had, or windows beyond what a model was made for.
@@ -71,7 +74,7 @@ def scores(
     rows = []
     for label, folder in models.items():
         model, tokenizer = _open(folder, converted=label in plans, device=device)
-        rows.append(measure.row(label, model, tokenizer))
+        rows.append(measure.row(label, model, tokenizer, plans.get(label)))
         dtype = str(model.dtype).removeprefix("torch.")
         del model
     protocol = {"window": window, "bos": bos, "dtype": dtype, "device": device}
@@ -95,9 +98,9 @@ class _Measure:
     progress: Progress | None
     note: Callable[[str], None]
 
-    def row(self, label: str, model: Any, tokenizer: Any) -> dict[str, Any]:
-        """Score one model."""
-        from moedge.convert import scoring, tasks
+    def row(self, label: str, model: Any, tokenizer: Any, plan: MoEPlan | None) -> dict[str, Any]:
+        """Score one model; without a plan it is dense."""
+        from moedge.convert import reads, scoring, tasks
 
         found: dict[str, Any] = {"model": label, "perplexity": {}, "tasks": []}
         if self.texts:
@@ -105,9 +108,9 @@ class _Measure:
         for text in self.texts:
             self.note(f"{label}: perplexity on {text.name}")
             windows = held_out.windows(tokenizer, text, self.window, self.windows, bos=self.bos, name="evaluation")
-            found["perplexity"][text.name] = scoring.perplexity(
-                model, windows, batch_size=self.batch_size, progress=self.progress
-            )
+            with reads.counted(model) as counts:
+                scored = scoring.perplexity(model, windows, batch_size=self.batch_size, progress=self.progress)
+            found["perplexity"][text.name] = {**scored, "ffn_read_share": _read_share(counts, plan)}
         if self.tasks:
             self.note(f"{label}: {', '.join(self.tasks)}")
             found["tasks"] = tasks.run(
@@ -120,6 +123,15 @@ class _Measure:
                 batch_size=self.batch_size,
             )
         return found
+
+
+def _read_share(counts: Reads, plan: MoEPlan | None) -> float | None:
+    """Return what was counted of a model with this plan, or None for experts inside experts."""
+    if plan is None:
+        return 1.0
+    if any(layer.children is not None for layer in plan.layers):
+        return None
+    return counts.share(int(plan.model["intermediate_size"]))
 
 
 def _open(folder: Path, *, converted: bool, device: str) -> tuple[Any, Any]:

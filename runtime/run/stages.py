@@ -27,6 +27,7 @@ _ALWAYS_CODE = (
 SOURCE_CODE = (
     *_ALWAYS_CODE,
     *("convert/__init__.py", "convert/adapters.py", "convert/errors.py", "convert/moe_adapters.py", "convert/sources"),
+    "convert/offload.py",
     "runtime/run/fingerprint.py",
 )
 CONVERT_CODE = (
@@ -73,6 +74,11 @@ class Facts:
         return method_needs(self.convert)
 
     @cached_property
+    def calibrated(self) -> bool:
+        """Whether the conversion reads anything of the calibration: its method does, or a gather on top of it."""
+        return bool(self.needs or self.convert["gather"])
+
+    @cached_property
     def device(self) -> dict[str, str]:
         """Where PyTorch computes.
 
@@ -86,9 +92,9 @@ class Facts:
 
     @cached_property
     def calibration(self) -> dict[str, Any]:
-        """The text to calibrate on, and which of its documents are held out."""
-        spec, every = self.recipe.text.calibration, self.recipe.text.holdout_every
-        return {"spec": spec, "is": fingerprint(spec, text=True), "every": every}
+        """The texts to calibrate on, and which of their documents are held out."""
+        found = [{"spec": spec, "is": fingerprint(spec, text=True)} for spec in self.recipe.text.calibration]
+        return {"texts": found, "every": self.recipe.text.holdout_every}
 
     @cached_property
     def held_out(self) -> list[dict[str, Any]]:
@@ -135,14 +141,15 @@ def source(recipe: Conversion, facts: Facts) -> Stage:
 
 def calibrate(recipe: Conversion, facts: Facts) -> Stage:
     """Measure what the method and the controls read."""
-    alone = all(entry["is"] != facts.calibration["is"] for entry in facts.held_out)
+    measured = {entry["is"] for entry in facts.held_out}
+    texts = [{**entry, "alone": entry["is"] not in measured} for entry in facts.calibration["texts"]]
     return Stage(
         "calibrate",
         f"measure activations on {recipe.calibration.windows * recipe.calibration.length:,} tokens",
         bodies.calibrate,
         {
             **recipe.calibration.model_dump(),
-            "text": {**facts.calibration, "alone": alone},
+            "text": {**facts.calibration, "texts": texts},
             **_measured(facts.convert),
             "domains": facts.domains,
             **facts.device,
@@ -160,7 +167,7 @@ def convert(recipe: Conversion, facts: Facts) -> Stage:
         f"convert every FFN: {notation(facts.convert)}",
         bodies.convert_stage,
         {"convert": facts.convert, **facts.device},
-        reads=("source", "calibrate") if facts.needs else ("source",),
+        reads=("source", "calibrate") if facts.calibrated else ("source",),
         sources=CONVERT_CODE,
         libraries=(*_TORCH, "scipy", "safetensors"),
     )
@@ -356,7 +363,10 @@ def method_needs(convert: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _measured(convert: dict[str, Any]) -> dict[str, Any]:
-    """What calibration keeps. The ATopK marks are always made: the controls of ``evaluate`` read them."""
+    """What calibration keeps. The ATopK marks are always made: the controls of ``evaluate`` read them.
+
+    The windows are kept whoever reads them (methods, a gather, controls): they are small.
+    """
     from moedge.convert.methods import METHODS
 
     needs, marks = method_needs(convert), CONVERT_SECTIONS["cmoe"]().model_dump()
@@ -364,7 +374,6 @@ def _measured(convert: dict[str, Any]) -> dict[str, Any]:
     return {
         **{name: convert.get(name, marks[name]) for name in ("k_a", "profile")},
         "gate_signal": convert["signal"] if "gate_profile" in needs else None,
-        "keep_windows": "tokens" in needs,
         **({"statistics": False} if parents == "moe" else {}),
     }
 

@@ -121,8 +121,9 @@ def _windows(context: Context, which: str) -> dict[str, Any]:
     for entry in context.params["texts"]:
         if not entry[which]:
             continue
-        parts = calibration.split(calibration.read_text(entry["source"]), entry["holdout_every"])
-        text = parts[0 if which == "calibration" else 1]
+        text = calibration.read_text(entry["source"])
+        if entry["calibration"]:  # else all of it is held out
+            text = calibration.split(text, entry["holdout_every"])[0 if which == "calibration" else 1]
         length, bos = context.params["window"], context.params["bos"]
         found[text.name.split(" ")[0]] = held_out.windows(tokenizer, text, length, entry[which], bos=bos, name=which)
     return found
@@ -130,7 +131,6 @@ def _windows(context: Context, which: str) -> dict[str, Any]:
 
 def calibrate(context: Context) -> None:
     """Keep the calibration windows, texts interleaved, and the statistics of every FFN on them."""
-    import numpy as np
     from safetensors.numpy import save_file
 
     from moedge.convert import calibration
@@ -138,9 +138,7 @@ def calibrate(context: Context) -> None:
 
     folder = run_folder.dense(context.root)
     each = _windows(context, "calibration")
-    # Texts alternate, so that every fifth window, which some methods hold out, is drawn from all of them.
-    order = np.argsort(np.concatenate([np.arange(len(ids)) / len(ids) for ids in each.values()]), kind="stable")
-    ids = np.concatenate(list(each.values()))[order]
+    ids = held_out.interleaved(list(each.values()))
     token = load_tokenizer(folder).bos_token_id
     model = load_model(folder, device=context.params["device"])
     gate = calibration.GateSampling(exclude=(token,) if context.params["bos"] and token is not None else ())
@@ -182,14 +180,15 @@ def method_row(context: Context) -> None:
     params, calibrated = context.params, context.root / "calibrate"
     needs = methods.METHODS[params["method"]].needs
     model = load_model(run_folder.dense(context.root), device=context.params["device"])
+    windows = load_file(calibrated / "windows.safetensors")["windows"]
     data: Any = None
     if "tokens" in needs:
-        data = load_file(calibrated / "windows.safetensors")["windows"]
+        data = windows
     elif "statistics" in needs:
         data = calibration.load(_statistics(calibrated, params["marks"]))
     started = time.perf_counter()
     about = run_folder.read_json(calibrated / "calibration.json")
-    plan = methods.convert(params["method"], data, model, **params["params"], provenance=about)
+    plan = methods.convert(params["method"], data, model, **params["params"], token_windows=windows, provenance=about)
     seconds = time.perf_counter() - started
     if params["keep"]:
         plan.save(context.out)
@@ -198,6 +197,8 @@ def method_row(context: Context) -> None:
 
 def control_row(context: Context) -> None:
     """Make a control of another row's plan, once a seed, and measure."""
+    from safetensors.numpy import load_file
+
     from moedge.convert import calibration
     from moedge.convert.methods import baselines
     from moedge.convert.plan import MoEPlan
@@ -207,9 +208,10 @@ def control_row(context: Context) -> None:
     model = load_model(run_folder.dense(context.root), device=params["device"])
     parent = MoEPlan.load(context.root / params["of"])
     statistics = calibration.load(_statistics(calibrated, params["marks"]))
+    windows = load_file(calibrated / "windows.safetensors")["windows"]
     make = baselines.CONTROLS[params["control"]]
     started = time.perf_counter()
-    plans = [make(parent, statistics, model, seed) for seed in params["seeds"]]
+    plans = [make(parent, statistics, model, seed, windows) for seed in params["seeds"]]
     _measure(context, model, plans, "control", (time.perf_counter() - started) / len(plans))
 
 
@@ -231,6 +233,7 @@ def _measure(context: Context, model: Any, plans: list[Any], kind: str, seconds:
         progress=context.progress,
     )
     first, row = result["rows"]
+    first |= {"tokens": result["protocol"]["tokens"]}
     row |= {"kind": kind, "sparsity": context.params["sparsity"], "seconds": seconds}
     row |= {"plans": [plan.sha256 for plan in plans], "params": context.params["params"]}
     write_json(context.out / "row.json", {"schema": STUDY_SCHEMA, "dense": first, "row": row})

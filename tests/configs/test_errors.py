@@ -76,7 +76,7 @@ def as_domains(key: str, folder: Path) -> None:
     ("refuse", "key", "path", "known", "near"),
     [
         (as_recipe, "windw", "r.yaml: verify.windw", "tokens, window", "window"),
-        (as_parameter, "branchs", "r.yaml: convert.branchs", "method, branches", "branches"),
+        (as_parameter, "branchs", "r.yaml: convert.branchs", "method, gather, branches", "branches"),
         (as_argument_of_a_method, "branchs", "mlpmoe: branchs", "branches", "branches"),
         (as_study, "held_ot", "mine.yaml: texts[0].held_ot", "source, holdout_every", "held_out"),
         (as_row_of_a_study, "activ", "mine.yaml: rows: ", "method, ", "active"),

@@ -61,7 +61,7 @@ def test_a_recipe_without_a_name_takes_its_file_name(tmp_path: Path) -> None:
         (
             "model: {source: x}\nconvert: {method: mlpmoe, shared: 3}",
             "convert.shared",
-            "unknown key; known keys here: method, branches",
+            "unknown key; known keys here: method, gather, br",
         ),
         ("model: {source: x}\nconvert: {method: mlpmoe, p_max: 1.1}", "convert.p_max", "must be at most 1"),
         ("model: {source: x}\nconvert: {method: mlpmoe, p_max: 1, fade: geometric}", "convert.p_max", "leaves nothing"),
@@ -107,6 +107,13 @@ def test_a_recipe_without_a_name_takes_its_file_name(tmp_path: Path) -> None:
         ("model: {source: x}\nevaluate: {seeds: []}", "evaluate.seeds", "must not be empty"),
         ("model: {source: x}\nevaluate: {seeds: [0, -1]}", "evaluate.seeds[1]", "must be at least 0, got -1"),
         ("model: {source: x}\ntext: {held_out: [a, a]}", "text.held_out", "names a text twice"),
+        ("model: {source: x}\ntext: {calibration: [a, a]}", "text.calibration", "names a text twice"),
+        ("model: {source: x}\ntext: {calibration: []}", "text.calibration", "must not be empty"),
+        (
+            "model: {source: x}\ntext: {calibration: [a, b, c]}\ncalibration: {windows: 2}",
+            "calibration.windows",
+            "3 texts",
+        ),
         ("name: ../../etc\nmodel: {source: x}", "name", "is not a plain name"),
         ("name: ''\nmodel: {source: x}", "name", "must not be empty"),
         ("model: {source: x, device: gpu}", "model.device", "'gpu' is not a device of PyTorch; give cpu, cuda or"),
@@ -217,7 +224,7 @@ def test_lists_of_choices_match_the_schema() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_makes_a_recipe_of_its_own_parameters(name: str) -> None:
     made = recipe(f"convert: {{method: {name}}}")
-    assert made.convert.model_dump() == {"method": name, **METHODS[name].params().model_dump()}
+    assert made.convert.model_dump() == {"method": name, "gather": None, **METHODS[name].params().model_dump()}
     assert recipe_from(made.model_dump(mode="json"), where="again") == made
 
 
@@ -238,3 +245,11 @@ def test_a_surface_names_the_keys_in_a_refusal_as_its_users_write_them() -> None
     value |= {"convert": {"method": "moedge"}, "calibration": {"windows": 1}}
     with pytest.raises(MoEdgeError, match=r"^here: <calibration\.windows>: moedge compares windows"):
         conversion_from(value, where="here", called=lambda key: f"<{key}>")
+
+
+def test_one_calibration_text_or_several_may_be_named() -> None:
+    one, two = recipe("text: {calibration: a.txt}"), recipe("text: {calibration: [a.txt, b.txt]}")
+    assert (one.text.calibration, two.text.calibration) == (["a.txt"], ["a.txt", "b.txt"])
+    assert one.text.model_dump()["calibration"] == "a.txt", "keys of stages and old files stay as they are"
+    for made in (one, two):
+        assert recipe_from(made.model_dump(mode="json"), where="again") == made

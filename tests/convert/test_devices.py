@@ -64,7 +64,7 @@ def test_every_control_is_made_where_the_model_is(device: str, tiny_llama: Calla
     plan = methods.convert("cmoe", statistics, model, **LAYOUT)
     for name, make in baselines.CONTROLS.items():
         if baselines.refusal(name, plan) is None:
-            with scoring.swapped(model, make(plan, statistics, model, 0)):
+            with scoring.swapped(model, make(plan, statistics, model, 0, WINDOWS)):
                 assert np.isfinite(scoring.perplexity(model, WINDOWS[:1])["ppl"]), name
 
 

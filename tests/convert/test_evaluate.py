@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from moedge.convert import adapters, evaluate, modeling, scoring
+from moedge.convert import adapters, evaluate, modeling, reads, scoring
 from moedge.convert.calibration import LayerStatistics
 from moedge.convert.methods import baselines
 from moedge.convert.plan import LayerPlan, MoEPlan
@@ -51,7 +51,7 @@ def test_evaluation_compares_every_variant_and_restores_the_model(case: Case) ->
     variants: dict[str, Any] = {"cmoe": plan}
     for name in baselines.STANDARD:
         seeds = (0, 1, 2) if name in baselines.SEEDED else (0,)
-        variants[name] = [baselines.CONTROLS[name](plan, statistics, model, seed) for seed in seeds]
+        variants[name] = [baselines.CONTROLS[name](plan, statistics, model, seed, WINDOWS) for seed in seeds]
     result = evaluate.evaluate(
         model,
         variants,
@@ -112,8 +112,8 @@ def test_the_model_is_restored_after_an_interruption(case: Case) -> None:
     assert [block.module for block in adapters.ffns(model)] == before
 
 
-def row(label: str, kind: str, wiki: float, c4: float) -> dict[str, Any]:
-    return {"label": label, "kind": kind, "ppl": {"wiki": wiki, "c4": c4}}
+def row(label: str, kind: str, wiki: float, c4: float, read: float = 0.75) -> dict[str, Any]:
+    return {"label": label, "kind": kind, "ppl": {"wiki": wiki, "c4": c4}, "ffn_read_share": read}
 
 
 def test_verdict_says_when_the_router_loses() -> None:
@@ -128,20 +128,38 @@ def test_verdict_says_when_the_router_loses() -> None:
     assert verdict["router_beats"] == {"static mask": False, "FLAP-MLP": True}
     assert verdict["sentences"] == ["cmoe loses to the control 'static mask' on c4 (25.00 against 24.00)."]
     verdict = evaluate.verdict([rows[1], rows[3]])
-    assert verdict["sentences"] == ["cmoe beats every control of equal active width: FLAP-MLP."]
+    assert verdict["sentences"] == [
+        "cmoe beats every control that reads as many FFN weights for a token, within 2% of the dense FFN's: FLAP-MLP."
+    ]
     assert evaluate.verdict([rows[0]]) == {"router_beats": {}, "sentences": []}
+
+
+def test_rows_that_read_another_share_of_the_weights_are_not_compared() -> None:
+    rows = [
+        row("cmoe", "method", 12, 25, 0.6),
+        row("a little more", "control", 14, 26, 0.6 + 0.99 * evaluate.READ_TOLERANCE),
+        row("too much", "control", 11, 24, 0.6 + 1.01 * evaluate.READ_TOLERANCE),
+    ]
+    verdict = evaluate.verdict(rows)
+    assert verdict["router_beats"] == {"a little more": True}
+    assert verdict["sentences"][1] == (
+        "Not compared with cmoe (60.0%), as they read another share of the FFN weights: too much (62.0%)."
+    )
 
 
 @pytest.mark.parametrize("name", baselines.CONTROLS)
 def test_every_control_is_a_valid_plan_of_equal_width_and_repeats(name: str, case: Case) -> None:
     model, plan, statistics = case
     make = baselines.CONTROLS[name]
-    control = make(plan, statistics, model, 3)
+    control = make(plan, statistics, model, 3, WINDOWS)
     control.validate()
-    assert [layer.active_width for layer in control.layers] == [layer.active_width for layer in plan.layers]
-    assert control.sha256 == make(plan, statistics, model, 3).sha256
+    if name in ("TEAL", "WINA"):  # every neuron runs, and as many weights are read
+        assert reads.of_plan(control) == pytest.approx(reads.of_plan(plan), abs=0.005)
+    else:
+        assert [layer.active_width for layer in control.layers] == [layer.active_width for layer in plan.layers]
+    assert control.sha256 == make(plan, statistics, model, 3, WINDOWS).sha256
     if name in baselines.SEEDED:
-        assert control.sha256 != make(plan, statistics, model, 4).sha256
+        assert control.sha256 != make(plan, statistics, model, 4, WINDOWS).sha256
 
 
 def test_flap_is_exact_when_the_dropped_neurons_are_constant(tiny_llama: Callable[..., Any]) -> None:

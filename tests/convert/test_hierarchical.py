@@ -197,7 +197,7 @@ def test_hashes_of_plans_without_children_are_what_they_were() -> None:
 def test_memory_is_one_layer_at_a_time(tiny_moe: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each layer is planned before the next one's inputs exist."""
     events: list[tuple[str, int]] = []
-    run, layer = streaming._Runner.run, cmoe_hierarchical._layer
+    run, layer = streaming.Runner.run, cmoe_hierarchical._layer
 
     def ran(self: Any, block: Any, states: Any) -> Any:
         events.append(("run", block.index))
@@ -207,7 +207,7 @@ def test_memory_is_one_layer_at_a_time(tiny_moe: Callable[..., Any], monkeypatch
         events.append(("plan", block.index))
         return layer(block, x, params)
 
-    monkeypatch.setattr(streaming._Runner, "run", ran)
+    monkeypatch.setattr(streaming.Runner, "run", ran)
     monkeypatch.setattr(cmoe_hierarchical, "_layer", planned)
     methods.convert("cmoe-hierarchical", CALIBRATION, tiny_moe("olmoe"), **SMALL)
     assert events == [(what, index) for index in range(3) for what in ("run", "plan")]

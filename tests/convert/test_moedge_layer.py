@@ -80,6 +80,21 @@ def test_groups_that_fire_together_are_found() -> None:
     assert len(set(zip(labels.tolist(), group.tolist(), strict=True))) == 4
 
 
+# --- second moments -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("features", [5, closed_form._TILE, 3 * closed_form._TILE + 7])
+def test_second_moments_are_whole_and_symmetric(features: int) -> None:
+    z = torch.randn(300, features, generator=generator(), dtype=torch.float64)
+    weight = torch.rand(300, generator=generator(1), dtype=torch.float64)
+    moments = closed_form.Moments(features, 2, z.device)
+    for rows in (slice(0, 100), slice(100, 300)):
+        moments.add(z[rows], z[rows, :2], weight[rows])
+    expected = (z * weight[:, None]).T @ z
+    torch.testing.assert_close(moments.gram, expected)
+    torch.testing.assert_close(moments.cross, expected[:, :2])
+
+
 # --- router ---------------------------------------------------------------------------------------------------------
 
 
@@ -195,7 +210,8 @@ def test_loss_about_the_shared_neurons_is_what_they_cannot_predict(tiny_llama: C
 def test_compensation_is_exact_when_experts_are_constant(compensation: str, tiny_llama: Callable[..., Any]) -> None:
     """With one and the same input everywhere, an expert left out is its mean: nothing is lost."""
     tokens = first(tiny_llama(layers=1))
-    tokens.x = tokens.x[:1].expand(tokens.count, -1).contiguous()
+    same = tokens.x[:1].expand(tokens.count, -1).contiguous()
+    tokens = LayerTokens(tokens.block, same, tokens.weight, tokens.held)
     params = {**LAYOUT, "refit": False}
     layer = moedge_layer.make_layer(tokens, moedge.MoEdgeParams(**params, compensation=compensation))
     dense = tokens.target(slice(None))

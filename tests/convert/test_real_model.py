@@ -22,7 +22,7 @@ def test_smollm2_orders_the_controls_and_reports_a_losing_router() -> None:
     plan = methods.convert("cmoe", statistics, model, shared=6, active=6, experts=16)
     windows = calibration.windows(tokenizer, held, 512, 4, bos=True, name="evaluation")
     names = (*baselines.STANDARD, "LLaMA-MoE random", "neuron top-k")
-    controls = {name: baselines.CONTROLS[name](plan, statistics, model, 0) for name in names}
+    controls = {name: baselines.CONTROLS[name](plan, statistics, model, 0, calibration_ids) for name in names}
     result = evaluate.evaluate(model, {"cmoe": plan, **controls}, {"wiki": windows}, {})
     ppl = {row["label"]: row["ppl"]["wiki"] for row in result["rows"]}
     # docs/assets.md: about 23 over the whole held-out text; 2,044 tokens of it vary by a few points.

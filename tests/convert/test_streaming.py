@@ -78,18 +78,35 @@ def test_hidden_is_the_glu_whether_kept_or_not(
         assert (tokens._hidden is None) == (keep == 0)
 
 
+@pytest.mark.parametrize("family", adapters.FAMILIES)
 def test_replacement_changes_the_following_layers_only(
-    tiny_llama: Callable[..., Any], make_plan: Callable[..., Any], token_windows: np.ndarray
+    family: str, tiny_model: Callable[..., Any], make_plan: Callable[..., Any], token_windows: np.ndarray
 ) -> None:
-    model = tiny_llama(layers=3)
+    model = tiny_model(family, layers=3)
     plan, _ = make_plan(model)
     with scoring.swapped(model, plan):
         inputs, _ = hooked(model, token_windows)
     before = [block.module for block in adapters.ffns(model)]
+    attention = [layer.self_attn for layer in model.model.layers]
     for tokens, x in zip(streaming.walk(model, token_windows), inputs, strict=True):
         torch.testing.assert_close(tokens.x, x)
         tokens.replacement = modeling.build_ffn(tokens.block, plan.layers[tokens.block.index])
     assert [block.module for block in adapters.ffns(model)] == before
+    assert [layer.self_attn for layer in model.model.layers] == attention
+    assert not torch.allclose(x, hooked(model, token_windows)[0][2]), "a replacement must have an effect"
+
+
+def test_attention_is_computed_once_a_layer(
+    tiny_llama: Callable[..., Any], make_plan: Callable[..., Any], token_windows: np.ndarray
+) -> None:
+    model = tiny_llama(layers=3)
+    plan, _ = make_plan(model)
+    calls: list[int] = []
+    for index, layer in enumerate(model.model.layers):
+        layer.self_attn.register_forward_hook(lambda module, args, out, index=index: calls.append(index))
+    for tokens in streaming.walk(model, token_windows):
+        tokens.replacement = modeling.build_ffn(tokens.block, plan.layers[tokens.block.index])
+    assert calls == [index for index in range(3) for _ in token_windows]
 
 
 class Dead(torch.nn.Module):

@@ -11,6 +11,7 @@ from moedge.export import bundle
 from moedge.export.pipeline import export
 from moedge.export.quantize import format as quantize
 from moedge.export.quantize import moments as calibrate
+from moedge.export.quantize.stored import dequantized_weights
 
 EXPERTS, TOP_K = 5, 2
 WINDOWS = np.random.default_rng(3).integers(0, 256, (8, 32))
@@ -115,7 +116,7 @@ def test_an_export_on_a_text_is_a_bundle_of_the_same_size_with_less_error(made):
     portable = bundle.open_bundle(made["portable"])
     graph = ir.load(portable.model_path)
     table, moments = weights.collect(graph), calibrate.moments(portable, WINDOWS)
-    stored = dict(quantize.dequantized_weights(opened))
+    stored = dict(dequantized_weights(opened))
     assert set(stored) - set(moments) == {n for n, w in table.items() if w.tensor_class == "embedding"}
     for name, inputs in moments.items():
         weight = table[name]

@@ -10,6 +10,7 @@ import ctypes
 import dataclasses
 import math
 import shutil
+import subprocess
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -383,6 +384,12 @@ def test_numbers_do_not_depend_on_threads(built: Path) -> None:
     for tokens in (1, 3, 20):
         x = random(tokens, tokens, 512)
         assert np.array_equal(run(one, x), run(two, x))
+    gate_up, down = quantize(random(1, 24, 80, 512), 8), quantize(random(2, 24, 512, 40), 8)
+    weights = pack.pack(gate_up, interleaved=True), pack.pack(down)
+    first, second = (routed(built, *weights, threads=count) for count in (1, 2))
+    for tokens in (1, 3, 40):
+        x, chosen = random(tokens, tokens, 512), routes(tokens, tokens, 12, 24)
+        assert np.array_equal(first(x, *chosen), second(x, *chosen))
 
 
 def test_threads_share_a_session(built: Path) -> None:
@@ -516,5 +523,25 @@ def test_values_grow_over_a_ramp_as_in_pytorch(built: Path) -> None:
     np.testing.assert_allclose(kept[2], x[2] * 0.5, rtol=1e-4)
     rows = [0, 2, 3, 4]
     assert difference(run(made, x)[rows], kept[rows].astype(np.float64) @ weight.T) < SAME
+    for limit, wanted in ((0.0, x[3:]), (np.inf, np.zeros_like(x[3:]))):  # all or none, and never 0 / 0
+        x[4, 7] = 0
+        y = run(linear(built, pack.pack_floats(weight), np.full(inputs, limit, np.float32), ramp=0.1), x[3:])
+        assert np.abs(y - wanted @ weight.T).max() < 1e-4
     with pytest.raises(Exception, match=r"attribute ramp is -1\.0+; it has to be 0 to 10"):
         run(linear(built, pack.pack_floats(weight), threshold, ramp=-1.0), x)
+
+
+@pytest.mark.slow
+def test_the_arm_table_agrees_with_the_portable_one(tmp_path: Path) -> None:
+    """Compiled for 64-bit Arm and run under an emulator (Debian: apt install g++-aarch64-linux-gnu qemu-user)."""
+    compiler, emulator = "aarch64-linux-gnu-g++", "qemu-aarch64"
+    if any(shutil.which(program) is None for program in (compiler, emulator)):
+        pytest.skip(f"needs {compiler} and {emulator}")
+    files = [str(path) for path in library.FOLDER.glob("*.cc") if path.stem.startswith(("isa_", "kernels"))]
+    files.append(str(Path(__file__).with_name("ort_ops_tables.cc")))
+    flags = [flag for flag in library.FLAGS if flag != "-shared" and not flag.startswith("-Wl")]
+    program = str(tmp_path / "tables")
+    subprocess.run([compiler, *flags, "-static", f"-I{library.FOLDER}", *files, "-o", program], check=True, timeout=600)
+    done = subprocess.run([emulator, "-cpu", "max", program], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("neon-dot")

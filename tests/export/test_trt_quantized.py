@@ -26,6 +26,7 @@ from moedge.export.lowering.trt import weights as trt_weights
 from moedge.export.pipeline import export
 from moedge.export.quantize import format as quantize
 from moedge.export.quantize import moments as calibrate
+from moedge.export.quantize.stored import dequantized_weights
 from moedge.runtime.engines import build
 from moedge.runtime.engines.ort import OrtEngine
 from moedge.runtime.parity.given import pair
@@ -108,7 +109,7 @@ def test_stored_weights_are_the_originals_to_one_step(bundles, name):
     portable = ir.load(bundles[f"{name.split('/')[0]}/portable"] / "model.onnx")
     opened = bundle.open_bundle(bundles[name])
     bits, seen = opened.manifest.document()["quantization"]["bits"], 0
-    for weight, values in quantize.dequantized_weights(opened):
+    for weight, values in dequantized_weights(opened):
         want = array_of(portable.graph.initializers[weight])
         assert values.shape == want.shape
         assert 0 < np.abs(values - want).max() <= np.abs(want).max() / 2 ** (bits - 1) * 1.002

@@ -396,7 +396,9 @@ class SampleRun:
             values = {
                 "label": label,
                 "kind": kind,
+                "form": "dense" if kind == "dense" else "routed",
                 "active_width_fraction": 0.75,
+                "ffn_read_share": 1.0 if kind == "dense" else 0.754,
                 "ppl": {"wiki": ppl, self.text: 2 * ppl},
             }
             return {**values, "ppl_std": None, "kl_to_dense": kl, "seeds": None, **more}
@@ -417,6 +419,7 @@ class SampleRun:
                 row("random partition", "control", 9e5, ppl_std={"wiki": 1.0, self.text: 2.0}, seeds=[0, 1]),
             ],
             "verdict": {"router_beats": {"static mask": False}, "sentences": [f"cmoe loses {self.text}."]},
+            "where": [f"cmoe, {self.text} gain in decoding."],
         }
 
     def make(self, folder: Path) -> Path:

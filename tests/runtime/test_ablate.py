@@ -144,6 +144,47 @@ def test_the_packaged_study_runs_on_another_family(
         assert all(value > 1 for value in row["ppl"].values()), row["label"]
 
 
+def test_rows_of_a_study_at_equal_weights_read(home: Path, tmp_path: Path) -> None:
+    study = f"""
+name: reads
+model: {{source: {home}/model}}
+texts:
+  - {{source: {home}/text.txt, holdout_every: 4, calibration: 4, held_out: 2}}
+  - {{source: {home}/other.txt, calibration: 0, held_out: 40}}
+window: 64
+bos: false
+axis: read
+sparsities:
+  - name: 50 %
+    methods:
+      gather: {{share: .5}}
+      cmoe: {{shared: 2, active: 4, experts: 8, gather: {{share: .5}}}}
+      flap: {{keep: .5}}
+rows:
+  - {{label: gather, method: gather}}
+  - {{label: both, method: cmoe, set: {{k_a: 6}}}}
+  - {{label: TEAL, control: TEAL}}
+  - {{label: WINA, control: WINA, of: both}}
+  - {{label: mask, control: static mask}}
+  - {{label: FLAP, method: flap}}
+"""
+    (tmp_path / "study.yaml").write_text(study, encoding="utf-8")
+    result = CliRunner().invoke(app, ["ablate", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "run")])
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "run/table/results.json").read_text())["rows"]
+    rows = {row["label"]: row for row in found}
+    for row in found:
+        assert row["ffn_read_shares"]["text"] == pytest.approx(0.5, abs=0.05), row["label"]
+        assert set(row["ffn_read_shares"]) == {"text", "other"}
+    assert rows["both"]["form"] == "routed and gathered"
+    assert rows["FLAP"]["ffn_read_share"] == rows["mask"]["ffn_read_share"] == 0.5
+    table = (tmp_path / "run/table/results.md").read_text()
+    assert "### 50 % of the FFN weights read for a token" in table
+    assert "- mask, FLAP are narrower dense models" in table
+    # 40 windows of 64 are more than a split's quarter of the 60 lines holds: nothing is kept back for calibration.
+    assert "2,520 of other, 126 of text predicted tokens" in table
+
+
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [

@@ -195,7 +195,7 @@ def folder_with(path: Path, **config: Any) -> Path:
         (["convert", "asset:smollm2-135m-instruct", "{tmp}/out", "--method", "magic"], "unknown value 'magic'"),
         (
             ["convert", "{tmp}/model", "{tmp}/out", "--set", "kA=3"],
-            "--set kA: unknown key; known keys here: method, s",
+            "--set kA: unknown key; known keys here: method, gather, s",
         ),
         (
             ["convert", "{tmp}/model", "{tmp}/out", "--set", "k_a=x"],

@@ -1,5 +1,8 @@
 """Text that cannot serve is named before any model runs."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from moedge import MoEdgeError
@@ -89,3 +92,32 @@ def test_windows_beyond_the_models_positions_are_refused(tiny_llama):
     held_out.check_window(tiny_llama(), 256, "--window")
     with pytest.raises(MoEdgeError, match="--window 257 is beyond the model's 256 positions"):
         held_out.check_window(tiny_llama(), 257, "--window")
+
+
+def test_several_calibration_texts_share_the_windows_and_take_turns(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    paths = [tmp_path / f"{letter}.txt" for letter in "abc"]
+    for path in paths:
+        path.write_text("\n".join(path.stem * 40 for _ in range(40)), encoding="utf-8")
+    entries = {"texts": [{"spec": str(path)} for path in paths], "every": 4}
+    ids, facts = held_out.calibration_windows(tiny_tokenizer, entries, 32, 8, bos=False)
+    texts = [tiny_tokenizer.decode(window).strip("\n")[0] for window in ids]
+    assert "".join(texts) == "abcabcab"
+    assert facts["text"] == ", ".join(map(str, paths))
+    assert facts["documents"] == 90
+    alone, own = held_out.calibration_windows(
+        tiny_tokenizer, {**entries, "texts": entries["texts"][1:2]}, 32, 8, bos=False
+    )
+    assert len(alone) == 8
+    assert (own["text"], own["text_sha256"]) == (str(paths[1]), sha256_file(paths[1]))
+    assert "calibration_texts" not in own
+
+    # Each of them is known to have been seen, and none of its calibration documents is measured on.
+    made = plan(**facts)
+    for path in paths:
+        kept, words = held_out.beside([made], str(path), 4)
+        assert len(kept.documents) == 10
+        assert "of the calibration text" in words
+    held = [{"spec": str(path), "is": str(path)} for path in paths]
+    calibration = {"texts": [{"is": str(paths[0])}, {"is": str(paths[2])}], "every": 4}
+    found = held_out.texts({"calibration": calibration, "held_out": held})
+    assert [len(text.documents) for text in found] == [10, 40, 10]

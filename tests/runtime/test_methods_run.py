@@ -38,8 +38,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "wanda": {"keep": 0.8},
     "flap": {"keep": 0.8, "refit": True},
     "dive": {"experts": 3, "samples": 8, "score_samples": 2, "length": 32},
+    "gather": {"share": 0.6},
 }
-STATIC = ("mlpmoe", "atopk", "wanda", "flap")
+STATIC = ("mlpmoe", "atopk", "wanda", "flap", "gather")
 DOMAINS = ("letters", "digits", "signs", "vowels")
 EXPORTED = ("portable moe", "ort-cpu moe")
 """A lowered bundle is made from the portable one, which is kept."""
@@ -108,9 +109,13 @@ def test_a_run_of_every_method_passes_and_its_report_is_complete(
     assert {entry["name"] for entry in verification["parity"]} == {f"{label} vs torch moe" for label in EXPORTED}
     rows = {row["label"]: row for row in report["quality"]["rows"]}
     # Each layer keeps a whole number of neurons, so a control's width is within half a neuron of 64 of the method's.
+    kept = 0.6 if name == "gather" else rows[name]["active_width_fraction"]
     for row in rows.values():
         if row["kind"] == "control":
-            assert row["active_width_fraction"] == pytest.approx(rows[name]["active_width_fraction"], abs=0.5 / 64)
+            assert row["active_width_fraction"] == pytest.approx(kept, abs=0.002 + 0.5 / 64)
+    assert conversion["ffn_read_share"] == rows[name]["ffn_read_share"]
+    assert f"{conversion['ffn_read_share']:.1%} of the FFN weights read for a token" in printed
+    assert set(report["quality"]["where"]) <= set(report["sentences"])
 
     static = not any(layer["experts"] for layer in conversion["layers"])
     assert static == (name in STATIC)
@@ -155,3 +160,46 @@ def test_a_run_of_every_method_passes_and_its_report_is_complete(
     options += ["--method", name, "--text", home / "text.txt", "--windows", 4, "--length", 64]
     assert label in moedge("convert", home / "model", tmp_path / "moe", *options).stdout
     assert hash_tree(tmp_path / "moe") == hash_tree(run / "convert" / "checkpoint")
+
+
+def test_a_gather_on_top_goes_through_convert_evaluate_and_inspect(home: Path, tmp_path: Path) -> None:
+    model, out = home / "model", tmp_path / "moe"
+    arguments = ["--text", home / "text.txt", "--windows", 4, "--length", 64, "--shared", 2, "--active", 4]
+    settings = ["--experts", 8, "--set", "gather.share=.5", "--set", "gather.scores=norms"]
+    said = moedge("convert", model, out, *arguments, *settings).stdout
+    assert "cmoe S2A4E8, gather 0.5, plan" in said
+    facts = json.loads(moedge("inspect", out, "--json").stdout)
+    assert facts["params"]["gather"] == {"share": 0.5, "scores": "norms", "score_tokens": 4096, "ramp": 0.1}
+    assert facts["ffn_read_share"] == pytest.approx(0.5, abs=0.003)
+    assert {layer["thresholds of"] for layer in facts["layers"]} == {"x, h"}
+    options = ["--text", home / "text.txt", "--window", 64, "--tokens", 256]
+    scores = json.loads(moedge("evaluate", model, out, *options, "--json").stdout)
+    read = [row["perplexity"]["text"]["ffn_read_share"] for row in scores["rows"]]
+    assert read[0] == 1
+    assert read[1] == pytest.approx(0.5, abs=0.05)  # other documents than those that it was measured on
+    assert f"{read[1]:.1%}" in moedge("evaluate", model, out, *options).stdout
+
+
+def test_a_key_inside_a_setting_is_given_once_and_by_its_path(home: Path, tmp_path: Path) -> None:
+    for given, words in (
+        (["gather.share=2"], "--set gather.share: must be at most 1, got 2"),
+        (["gather.share=.5", "gather.share=.6"], "gather.share is given twice"),
+        (["gather=1", "gather.share=.5"], "gather has a value of its own"),
+        (["gather.=1"], "write KEY=VALUE"),
+    ):
+        options = [part for one in given for part in ("--set", one)]
+        result = CliRunner().invoke(app, ["convert", str(home / "model"), str(tmp_path / "moe"), *options])
+        assert result.exit_code == 2, given
+        assert words in " ".join(result.output.split()), result.output
+    assert not (tmp_path / "moe").exists()
+
+
+def test_several_texts_calibrate_one_conversion(home: Path, tmp_path: Path) -> None:
+    texts = [home / "text.txt", home / "digits.txt"]
+    options = [part for text in texts for part in ("--text", text)]
+    layout = ["--windows", 4, "--length", 64, "--shared", 2, "--active", 4, "--experts", 8]
+    moedge("convert", home / "model", tmp_path / "moe", *options, *layout)
+    provenance = json.loads(moedge("inspect", tmp_path / "moe", "--json").stdout)["provenance"]
+    assert [entry["text"] for entry in provenance["calibration_texts"]] == list(map(str, texts))
+    scores = moedge("evaluate", tmp_path / "moe", "--text", texts[1], "--window", 64, "--tokens", 128).stdout
+    assert "of the calibration text that were held out" in " ".join(scores.split())

@@ -63,10 +63,11 @@ def test_a_setting_changes_the_key_of_its_own_stages_only(sections: dict[str, An
 @pytest.mark.parametrize(
     ("convert", "reads", "measured"),
     [
-        ({"method": "cmoe", "k_a": 5}, ("source", "calibrate"), (5, None, False)),
-        ({"method": "expertweaver", "signal": "signed"}, ("source", "calibrate"), (10, "signed", False)),
-        ({"method": "mlpmoe"}, ("source",), (10, None, False)),
-        ({"method": "moedge"}, ("source", "calibrate"), (10, None, True)),
+        ({"method": "cmoe", "k_a": 5}, ("source", "calibrate"), (5, None)),
+        ({"method": "expertweaver", "signal": "signed"}, ("source", "calibrate"), (10, "signed")),
+        ({"method": "mlpmoe"}, ("source",), (10, None)),
+        ({"method": "mlpmoe", "gather": {"share": 0.6}}, ("source", "calibrate"), (10, None)),
+        ({"method": "moedge"}, ("source", "calibrate"), (10, None)),
     ],
 )
 def test_calibration_keeps_what_the_method_and_the_controls_read(
@@ -75,7 +76,7 @@ def test_calibration_keeps_what_the_method_and_the_controls_read(
     recipe = recipe_from({"name": "x", "model": {"source": "asset:wiki"}, "convert": convert}, where="test")
     todo = {stage.name: stage for stage in stages.build(recipe, MACHINE)}
     assert todo["convert"].reads == reads
-    assert tuple(todo["calibrate"].params[name] for name in ("k_a", "gate_signal", "keep_windows")) == measured
+    assert tuple(todo["calibrate"].params[name] for name in ("k_a", "gate_signal")) == measured
     assert "calibrate" in todo["evaluate"].reads
 
 
@@ -270,9 +271,9 @@ def test_held_out_documents_are_those_that_calibration_does_not_see(tmp_path: Pa
     own, other = tmp_path / "own.txt", tmp_path / "other.txt"
     for path in (own, other):
         path.write_text("\n".join(f"{path.stem} {number}" for number in range(40)))
-    calibration = {"spec": str(own), "is": fingerprint(str(own)), "every": 4}
+    calibration = {"texts": [{"spec": str(own), "is": fingerprint(str(own))}], "every": 4}
     entries = [{"spec": str(path), "is": fingerprint(str(path))} for path in (own, other)]
-    seen = {document.text for document in held_out.calibration_text(calibration)[0].documents}
+    seen = {document.text for document in held_out.calibration_text({"spec": str(own), "every": 4})[0].documents}
     first, second = held_out.texts({"calibration": calibration, "held_out": entries})
     assert len(seen) == 30
     assert len(first.documents) == 10
@@ -285,7 +286,7 @@ def test_texts_of_the_same_name_stay_apart(tmp_path: Path) -> None:
     for path in paths:
         path.parent.mkdir()
         path.write_text(f"{path}\n" * 20)
-    calibration = {"spec": str(paths[0]), "is": "x", "every": 4}
+    calibration = {"texts": [{"spec": str(paths[0]), "is": "x"}], "every": 4}
     entries = [{"spec": str(path), "is": str(path)} for path in paths]
     found = held_out.texts({"calibration": calibration, "held_out": entries})
     assert [text.name for text in found] == ["text", "text (2)"]

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moedge.convert import adapters, partition
+from moedge import MoEdgeError
+from moedge.convert import adapters, partition, reads
 from moedge.convert.methods.cmoe import representative_router
 from moedge.convert.plan import LayerPlan, MoEPlan, RouterPlan
 
@@ -20,6 +21,31 @@ if TYPE_CHECKING:
 def control(plan: MoEPlan, method: str, layers: list[LayerPlan], **params: int | str) -> MoEPlan:
     """Return a plan that names the plan it is a control of."""
     return MoEPlan(method, {"control_of": plan.sha256, **params}, plan.model, layers, plan.provenance)
+
+
+def with_gather(plan: MoEPlan, layers: list[LayerPlan]) -> list[LayerPlan]:
+    """Return the layers of a control with the thresholds of the plan, so that both leave out the same values."""
+    return [
+        replace(made, x_threshold=own.x_threshold, h_threshold=own.h_threshold, ramp=own.ramp)
+        for made, own in zip(layers, plan.layers, strict=True)
+    ]
+
+
+def equal_widths(plan: MoEPlan) -> list[int]:
+    """Return how many neurons each layer of a control without thresholds runs to read as much as the plan.
+
+    That is the layer's active width, or, where the plan leaves out small values too, the same share of every layer.
+
+    Raises:
+        MoEdgeError: it does, and does not say how much is left.
+    """
+    if not any(layer.gathers for layer in plan.layers):
+        return [round(layer.active_width) for layer in plan.layers]
+    share = reads.of_plan(plan)
+    if share is None:
+        raise MoEdgeError("The plan leaves out small values and does not say how much it reads; convert again.")
+    width = int(plan.model["intermediate_size"])
+    return [max(1, min(round(share * width), width))] * len(plan.layers)
 
 
 def random_partition(plan: MoEPlan, statistics: list[LayerStatistics], model: PreTrainedModel, seed: int) -> MoEPlan:
@@ -44,7 +70,7 @@ def random_partition(plan: MoEPlan, statistics: list[LayerStatistics], model: Pr
 
     blocks = adapters.ffns(model)
     layers = [deal(*item) for item in zip(plan.layers, blocks, statistics, strict=True)]
-    return control(plan, "random partition", layers, seed=seed)
+    return control(plan, "random partition", with_gather(plan, layers), seed=seed)
 
 
 def random_router(plan: MoEPlan, seed: int) -> MoEPlan:
@@ -79,7 +105,7 @@ def neuron_top_k(plan: MoEPlan) -> MoEPlan:
     width = int(plan.model["intermediate_size"])
     alone = np.arange(width, dtype=np.int32)
     layers = [
-        LayerPlan(alone[:0], np.split(alone, width), min(round(layer.active_width), width), RouterPlan("oracle"))
-        for layer in plan.layers
+        LayerPlan(alone[:0], np.split(alone, width), min(active, width), RouterPlan("oracle"))
+        for active in equal_widths(plan)
     ]
     return control(plan, "neuron top-k", layers)

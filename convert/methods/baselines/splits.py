@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from moedge._progress import reported
 from moedge.convert import adapters, partition
-from moedge.convert.methods.baselines.routing import control
+from moedge.convert.methods.baselines.routing import control, with_gather
 from moedge.convert.methods.cmoe import representative_router
 from moedge.convert.methods.layers import Layers
 from moedge.convert.plan import LayerPlan, MoEPlan, RouterPlan
@@ -96,7 +96,7 @@ def llamamoe_plan(
     """
     layers = []
     for block in reported(adapters.ffns(model), progress):
-        widths = partition.group_widths(len(block.gate), 0, params.experts, params.padding)[1]
+        widths = partition.group_widths(block.width, 0, params.experts, params.padding)[1]
         layers.append(_llamamoe_layer(block, widths, params))
     return Layers(layers)
 
@@ -116,7 +116,7 @@ def moefication_plan(
 
     layers = []
     for tokens in streaming.walk(model, token_windows, progress=progress):
-        widths = partition.group_widths(len(tokens.block.gate), 0, params.experts, params.padding)[1]
+        widths = partition.group_widths(tokens.block.width, 0, params.experts, params.padding)[1]
         experts, nearest, report = _clusters(tokens.block.gate, widths, params.seed, params.max_iters)
         mean = _mean_hidden(tokens)
         if params.router == "mlp":
@@ -139,7 +139,7 @@ def llamamoe(plan: MoEPlan, model: PreTrainedModel, seed: int, split: Literal["r
     for (widths, active), block in zip(layouts(plan), adapters.ffns(model), strict=True):
         params = LlamaMoEParams(experts=len(widths), active=active, split=split, seed=seed)
         layers.append(_llamamoe_layer(block, widths, params))
-    return control(plan, f"LLaMA-MoE {split}", layers, seed=seed)
+    return control(plan, f"LLaMA-MoE {split}", with_gather(plan, layers), seed=seed)
 
 
 def moefication(plan: MoEPlan, model: PreTrainedModel, seed: int) -> MoEPlan:
@@ -148,7 +148,7 @@ def moefication(plan: MoEPlan, model: PreTrainedModel, seed: int) -> MoEPlan:
     for (widths, active), block in zip(layouts(plan), adapters.ffns(model), strict=True):
         experts, _, report = _clusters(block.gate, widths, seed, MoEficationParams().max_iters)
         layers.append(_layer(experts, active, _centre_router(block, experts), report=report))
-    return control(plan, "MoEfication, centre router", layers, seed=seed)
+    return control(plan, "MoEfication, centre router", with_gather(plan, layers), seed=seed)
 
 
 def layouts(plan: MoEPlan) -> list[tuple[list[int], int]]:
@@ -174,7 +174,7 @@ def _llamamoe_layer(block: adapters.FFN, widths: list[int], params: LlamaMoEPara
     generator = np.random.default_rng([params.seed, block.index])
     report: dict[str, Any] = {}
     if params.split == "random":
-        neurons = generator.permutation(len(block.gate)).astype(np.int32)
+        neurons = generator.permutation(block.width).astype(np.int32)
         experts = [np.sort(part) for part in np.split(neurons, np.cumsum(widths)[:-1])]
     else:
         experts, _, report = _clusters(block.up, widths, params.seed, params.max_iters, block.index)

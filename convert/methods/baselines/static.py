@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from moedge import MoEdgeError
 from moedge._progress import reported
 from moedge.convert import adapters, partition
-from moedge.convert.methods.baselines.routing import control
+from moedge.convert.methods.baselines.routing import control, equal_widths
 from moedge.convert.methods.layers import Layers, measured
 from moedge.convert.methods.layout import BudgetParams
 from moedge.convert.plan import LayerPlan, MoEPlan
@@ -121,19 +121,20 @@ def flap_plan(
 
 def _flap_widths(token_windows: np.ndarray, model: PreTrainedModel, params: FlapParams) -> list[int]:
     """Return how many neurons each layer keeps."""
-    widths = [partition.kept_width(len(block.gate), params.keep) for block in adapters.ffns(model)]
+    widths = [partition.kept_width(block.width, params.keep) for block in adapters.ffns(model)]
     if params.budget == "uniform":
         return widths
-    from moedge.convert import budgets
+    from moedge.convert import budgets, offload
 
+    offload.refuse(model, "budget: measured", "use budget: uniform")
     curves = budgets.calibration_curves(model, token_windows, params.budget_tokens)
     return budgets.spread(curves, 0, [1] * (len(curves[0]) - 1), widths[0], params.most_skipped)
 
 
 def static_mask(plan: MoEPlan, statistics: list[LayerStatistics]) -> MoEPlan:
     """Keep the neurons with the highest activation rate, drop the rest: the shared block grown to the active width."""
-    pairs = zip(plan.layers, statistics, strict=True)
-    return control(plan, "static mask", [_most_active(facts, round(layer.active_width)) for layer, facts in pairs])
+    pairs = zip(equal_widths(plan), statistics, strict=True)
+    return control(plan, "static mask", [_most_active(facts, width) for width, facts in pairs])
 
 
 def wanda(plan: MoEPlan, statistics: list[LayerStatistics], model: PreTrainedModel) -> MoEPlan:
@@ -142,8 +143,8 @@ def wanda(plan: MoEPlan, statistics: list[LayerStatistics], model: PreTrainedMod
     The score of neuron j is the mean over the rows i of ``|W_down[i, j]| * |h_j|_2``, the norm over all calibration
     tokens. Nothing replaces what is dropped. Inputs are the dense model's; FLAP's code prunes sequentially.
     """
-    trios = zip(plan.layers, adapters.ffns(model), statistics, strict=True)
-    layers = [_best(wanda_score(block, facts), round(layer.active_width)) for layer, block, facts in trios]
+    trios = zip(equal_widths(plan), adapters.ffns(model), statistics, strict=True)
+    layers = [_best(wanda_score(block, facts), width) for width, block, facts in trios]
     return control(plan, "Wanda-structured", layers)
 
 
@@ -159,9 +160,9 @@ def flap(plan: MoEPlan, statistics: list[LayerStatistics], model: PreTrainedMode
     Exact when the dropped neurons are constant.
     """
     layers = []
-    for layer, block, facts in zip(plan.layers, adapters.ffns(model), statistics, strict=True):
+    for width, block, facts in zip(equal_widths(plan), adapters.ffns(model), statistics, strict=True):
         down = block.down.float().cpu().numpy()
-        kept, bias = partition.flap(down, facts.mean, facts.variance, round(layer.active_width))
+        kept, bias = partition.flap(down, facts.mean, facts.variance, width)
         layers.append(LayerPlan(kept, [], 0, output_bias=bias))
     return control(plan, "FLAP-MLP", layers)
 

@@ -177,14 +177,17 @@ def _expert_targets(
     """Return (regression targets [q, E] of a kind, weighted squares [q, E]: what selecting an expert is worth)."""
     down, neurons = tokens.block.down.float(), loss.neurons.cpu().numpy()
     members = [torch.from_numpy(np.searchsorted(neurons, expert)).to(loss.device) for expert in experts]
+    labels = np.full(len(neurons), len(experts), dtype=np.int32)  # the last group: of no expert
+    for e, expert in enumerate(experts):
+        labels[np.searchsorted(neurons, expert)] = e
     worth = torch.empty(tokens.count, len(experts), device=loss.device)
     for part in tokens.parts():
         lost = loss(part)
+        if kind != "norm":
+            worth[part] = energy.by_expert(lost.square_().mul_(loss.norms), labels, len(experts) + 1)[:, :-1]
+            continue
         for e, own in enumerate(members):
-            if kind == "norm":
-                worth[part, e] = (lost[:, own] @ down[:, loss.neurons[own]].T).square().sum(dim=1)
-            else:
-                worth[part, e] = lost[:, own].square() @ loss.norms[own]
+            worth[part, e] = (lost[:, own] @ down[:, loss.neurons[own]].T).square().sum(dim=1)
     return worth if kind == "energy" else worth.sqrt(), worth * tokens.weight[:, None]
 
 

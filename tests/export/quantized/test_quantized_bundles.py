@@ -13,6 +13,7 @@ from moedge.export.graph import weights
 from moedge.export.graph.build import array_of
 from moedge.export.lowering.ort import quantized as ort_quantized
 from moedge.export.quantize import format as quantize
+from moedge.export.quantize.stored import dequantized_weights
 from moedge.runtime.engines.ort import OrtEngine
 
 TARGETS = {8: "ort-cpu-int8", 4: "ort-cpu-int4"}
@@ -60,7 +61,7 @@ def test_stored_weights_are_the_originals_to_one_step(bundles, name):
     original = portable.graph.initializers
     opened = bundle.open_bundle(bundles[name])
     bits, seen = opened.manifest.document()["quantization"]["bits"], 0
-    for weight, values in quantize.dequantized_weights(opened):
+    for weight, values in dequantized_weights(opened):
         want = array_of(original[weight])
         assert values.shape == want.shape
         # Symmetric blocks have levels -2^(b-1) .. 2^(b-1) - 1 times the scale: the far end is one step off at most.
@@ -113,7 +114,7 @@ def test_dequantising_asks_for_the_portable_bundle_of_the_same_export(bundles):
     with pytest.raises(MoEdgeError, match="was not lowered from"):
         OrtEngine(bundles["dense/portable"], weights_of=bundles["moe/ort-cpu-int4"])
     with pytest.raises(MoEdgeError, match="nothing to de-quantise"):
-        list(quantize.dequantized_weights(bundle.open_bundle(bundles["moe/portable"])))
+        list(dequantized_weights(bundle.open_bundle(bundles["moe/portable"])))
 
 
 def test_the_self_tests_keep_kernel_error_and_quantisation_error_apart(bundles):
@@ -168,7 +169,7 @@ def test_zero_points_are_an_option_of_export(bundles, tmp_path, tiny_llama, tiny
         floats = ir.load(made["portable"] / "model.onnx").graph.initializers
         error[method] = {
             name: float(np.square(array - array_of(floats[name])).mean())
-            for name, array in quantize.dequantized_weights(quantised)
+            for name, array in dequantized_weights(quantised)
         }
     assert error["rtn-asymmetric"].keys() == error["rtn"].keys()
     assert all(value < error["rtn"][name] for name, value in error["rtn-asymmetric"].items())

@@ -1,0 +1,48 @@
+"""What kind of FFNs a variant has, and who can run it faster than its dense parent: one sentence a kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from moedge.convert.plan import MoEPlan
+
+Form = Literal["dense", "static", "routed", "gathered", "routed and gathered", "ceiling"]
+
+WHERE: dict[str, str] = {
+    "static": "are narrower dense models: prompts, batches and decoding gain alike, in every runtime.",
+    "routed": (
+        "gain in decoding, and in prompts and batches where the runtime has a kernel for experts (ONNX Runtime, "
+        "TensorRT); others run them by standard operators, without that gain."
+    ),
+    "gathered": (
+        "gain only in decoding few tokens at a time, by a kernel that skips weights; prompts, large batches and stock "
+        "runtimes compute the same numbers and read all weights."
+    ),
+    "routed and gathered": (
+        "gain by their experts wherever routed ones do; the gathered part adds to it only in decoding few tokens at a "
+        "time, by a kernel that skips weights."
+    ),
+    "ceiling": "compute everything in order to choose: a bound, nothing to deploy.",
+}
+"""Form -> what is true of rows of that form; it follows their names. A dense model needs no sentence."""
+
+
+def form(plan: MoEPlan) -> Form:
+    """Return the kind of FFNs that a plan makes."""
+    layers = [part for layer in plan.layers for part in (layer.children or [layer])]
+    if any(layer.router is not None and layer.router.kind == "oracle" for layer in layers):
+        return "ceiling"
+    routed, gathered = any(layer.experts for layer in layers), any(layer.gathers for layer in layers)
+    if routed:
+        return "routed and gathered" if gathered else "routed"
+    return "gathered" if gathered else "static"
+
+
+def sentences(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return one sentence for each form among the rows (``label``, ``form``) of an evaluation."""
+    labels: dict[str, list[str]] = {}
+    for row in rows:
+        labels.setdefault(str(row["form"]), []).append(str(row["label"]))
+    return [f"{', '.join(labels[form])} {said}" for form, said in WHERE.items() if form in labels]
