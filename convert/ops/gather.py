@@ -62,7 +62,7 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 
 
 def _backward(ctx: Any, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    # Plain masking: the slope of the ramp itself, up to 2 + 1 / ramp, would only add noise to training.
+    # Plain masking: with the slope of the ramp itself, up to 2 + 1 / ramp, training ends worse (docs/gather.md).
     x, threshold = ctx.saved_tensors
     return (_wide(d_y) * factors(x, threshold, ctx.ramp)).to(d_y.dtype), None, None
 
