@@ -1,8 +1,8 @@
 """Which share of the FFN weights to read: predicted by a model of one number, tried, and predicted again.
 
 Speed. A decode step of the dense parent takes the time T, of which its FFNs take the part f (profiled). Reading the
-share s of their weights saves ``f e (1 - s)`` of it, where e is how much of the saved bytes becomes saved time: 1 for the
-first prediction, then what the nearest try gave. So the speed-up is ``1 / (1 - f e (1 - s))``.
+share s of their weights saves ``f e (1 - s)`` of it, where e is how much of the saved bytes becomes saved time: 1 for
+the first prediction, then what the nearest try gave. So the speed-up is ``1 / (1 - f e (1 - s))``.
 
 Loss. KL to the dense parent (and the logarithm of the perplexity ratio) grows as ``c (1 - s)^p``: c from the nearest
 try, p from the two nearest ones, and :data:`POWER` while there is one.
@@ -75,7 +75,7 @@ def first_speed_share(goal: Goal, part: float) -> float:
     if goal.limit > most:
         raise MoEdgeError(
             f"--speedup {goal.limit:g} is out of reach: the FFNs take {part:.0%} of a decode step on this target, "
-            f"so reading {LEAST:.0%} of their weights gives {most:.2f} times at best; ask for less, or name another target."
+            f"so reading {LEAST:.0%} of their weights gives {most:.2f} times at best; ask for less."
         )
     return _speed_share(goal.limit, part, 1.0)
 

@@ -130,7 +130,7 @@ def test_a_wanted_loss_becomes_a_checked_bundle_in_one_command(home: Path) -> No
     assert found["reached"]
     assert found["kl"]["value"] <= 0.02
     assert found["verified"] == "passed"
-    assert [one["share"] for one in found["tries"]][0] == 0.75
+    assert found["tries"][0]["share"] == 0.75
     plan = MoEPlan.load(run / "tuned/checkpoint")
     assert (plan.sha256, plan.params["share"]) == (found["plan_sha256"], found["share"])
     engine = open_engine(run / "tuned/ort-cpu", threads=1)
