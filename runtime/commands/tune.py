@@ -21,10 +21,12 @@ from moedge.runtime.run import run_folder
 from moedge.runtime.tables import Sheet
 from moedge.runtime.tune.search import Goal
 
+_HERE = targets.names(lambda row: row.engine is None)
+
 
 def tune(
     model: Model,
-    target: Annotated[str, typer.Option(metavar="NAME", help="Target, such as ort-cpu-int8.")] = "ort-cpu",
+    target: Annotated[str, typer.Option(help=f"One of {', '.join(_HERE)}.")] = "ort-cpu",
     speedup: Annotated[float | None, typer.Option(help="Wanted decode speed over the dense parent, e.g. 1.3.")] = None,
     max_kl: Annotated[float | None, typer.Option(help="Most KL to the dense parent, nats a token, e.g. 0.1.")] = None,
     max_ratio: Annotated[float | None, typer.Option(help="Most perplexity over the dense parent's, e.g. 1.05.")] = None,

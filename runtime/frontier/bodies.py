@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moedge import MoEdgeError
 from moedge._files import write_json
 from moedge.runtime.run import held_out, run_folder
 from moedge.runtime.run.engine import Context
@@ -102,11 +104,58 @@ def bench(context: Context) -> None:
         for label, place in params["engines"].items()
     }
     options = {name: params[name] for name in ("prompt", "decode", "repeats", "warmup")}
+    sizes = {label: bundle_bytes(context.root / place) for label, place in params["engines"].items()}
+    parents = [label for label in engines if label.startswith("dense ")]
+    together = groups(sizes, parents, int(params["machine"].get("memory_gib", 16) * 2**30))
     results = []
     for batch in params["batches"]:
-        context.note(f"batch {batch}")
-        results.append(latency.bench(engines, ids, **options, batch=batch, memory=False, progress=context.progress))
-    write_json(context.out / "bench.json", {"text": text.name, "results": results})
+        runs = []
+        for number, labels in enumerate(together, 1):
+            context.note(f"batch {batch}" + (f", group {number} of {len(together)}" if len(together) > 1 else ""))
+            some = {label: engines[label] for label in labels}
+            runs.append(latency.bench(some, ids, **options, batch=batch, memory=False, progress=context.progress))
+        results.append(runs)
+    write_json(context.out / "bench.json", {"text": text.name, "sizes": sizes, "results": results})
+
+
+def groups(sizes: dict[str, int], parents: list[str], memory: int) -> list[list[str]]:
+    """Split the variants so that engines that are open together fit into memory; the parents are in each group.
+
+    An engine takes up to one and a half times its bundle (weights, and those that the runtime packs anew), and less
+    than three quarters of the memory are given to them.
+
+    Args:
+        sizes: bytes of each bundle; memory: of this machine.
+
+    Returns:
+        Labels of each group, variants first, in the order given.
+    """
+    room = int(memory * 0.75 / 1.5) - sum(sizes[label] for label in parents)
+    found: list[list[str]] = []
+    free = 0
+    for label in sizes:
+        if label in parents:
+            continue
+        if not found or sizes[label] > free:
+            found.append([])
+            free = room
+        found[-1].append(label)
+        free -= sizes[label]
+    return [[*labels, *parents] for labels in found]
+
+
+def bundle_bytes(folder: Path) -> int:
+    """Return the bytes of a bundle's files.
+
+    Raises:
+        MoEdgeError: it is none.
+    """
+    from moedge.export import manifest as manifests
+
+    manifest = manifests.read(folder)
+    if not isinstance(manifest, manifests.Manifest):
+        raise MoEdgeError(f"{folder} is not a bundle; run `moedge frontier` on its recipe again.")
+    return sum(entry.size for entry in manifest.files.values())
 
 
 def table(context: Context) -> None:

@@ -13,10 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from moedge import MoEdgeError
-from moedge.export import manifest as manifests
-from moedge.export.manifest import Manifest
-from moedge.runtime.bench.stats import bootstrap_ci
+from moedge.runtime.bench.stats import RESAMPLES, bootstrap_ci
 from moedge.runtime.frontier.schema import (
     Estimate,
     Frontier,
@@ -25,7 +22,6 @@ from moedge.runtime.frontier.schema import (
     Row,
     TextQuality,
     VariantFacts,
-    Verdict,
 )
 from moedge.runtime.frontier.verdict import judge
 from moedge.runtime.run import run_folder
@@ -47,10 +43,7 @@ def join(root: Path, params: dict[str, Any]) -> Frontier:
     benches = {target: run_folder.read_json(root / place / "bench.json") for target, place in params["bench"].items()}
     measured = []
     for target, one in benches.items():
-        sizes = {label: _bytes(root / place) for label, place in params["places"][target].items()}
-        sizes |= {label: _bytes(root / place) for label, place in params["places"]["dense"].items()}
-        for result in one["results"]:
-            measured.append(_measured(target, result, sizes, quality, params))
+        measured += [_measured(target, runs, one["sizes"], quality, params) for runs in one["results"]]
     protocol: FrontierProtocol = {
         "window": params["window"],
         "bos": params["bos"],
@@ -67,7 +60,7 @@ def join(root: Path, params: dict[str, Any]) -> Frontier:
         "dense_ppl": {name: _exp(values.mean()) for name, values in nll.items()},
         "variants": [_variant(one, found[one["label"]], quality[one["label"]]) for one in params["variants"]],
         "measured": measured,
-        "machine": first["results"][0]["machine"],
+        "machine": first["results"][0][0]["machine"],
         "text": first["text"],
     }
 
@@ -150,77 +143,94 @@ def _variant(given: dict[str, Any], found: dict[str, Any], quality: Quality) -> 
 
 
 def _measured(
-    target: str, result: dict[str, Any], sizes: dict[str, int], quality: dict[str, Quality], params: dict[str, Any]
+    target: str, runs: list[dict[str, Any]], sizes: dict[str, int], quality: dict[str, Quality], params: dict[str, Any]
 ) -> Measured:
-    """One benchmark: a row for each engine, and which variant wins."""
-    parent = f"dense {target}"
-    ratios = {(one["metric"], one["label"], one["baseline"]): one for one in result["ratios"]}
+    """The benchmark of one target and batch size: a row for each engine, and which variant wins."""
+    times = Times(runs, f"dense {target}")
+    kl = {label: mean_kl(one) for label, one in quality.items()}
 
-    def speedup(metric: str, label: str) -> Estimate:
-        if label == parent:
-            return {"value": 1.0, "ci95": [1.0, 1.0]}
-        one = ratios[metric, label, parent]
-        return {"value": one["speedup"], "ci95": one["ci95"]}
+    def lower(one: str, other: str) -> bool:
+        return quality[one].lower_kl(quality[other])
 
     def dominates(one: str, other: str) -> bool:
-        slower = ratios["tpot_ms", one, other]["verdict"] == "slower"
-        return not slower and quality[one].lower_kl(quality[other])
+        return times.as_fast(one, other) and lower(one, other)
 
     rows: list[Row] = []
-    for row in result["rows"]:
-        label = row["label"]
+    for label, row in times.rows.items():
         own = label in quality
+        where = target if own else label.removeprefix("dense ")
         rows.append(
             {
                 "label": label,
                 "variant": label if own else None,
-                "target": target if own else label.removeprefix("dense "),
-                "bits": params["bits"][target if own else label.removeprefix("dense ")],
+                "target": where,
+                "bits": params["bits"][where],
                 "bytes": sizes[label],
                 "ttft_ms": {"value": row["ttft_ms"]["p50"], "ci95": row["ttft_ms"]["ci95"]},
                 "tpot_ms": {"value": row["tpot_ms"]["p50"], "ci95": row["tpot_ms"]["ci95"]},
-                "prompt_speedup": speedup("ttft_ms", label),
-                "decode_speedup": speedup("tpot_ms", label),
+                "prompt_speedup": times.speedup("ttft_ms", label),
+                "decode_speedup": times.speedup("tpot_ms", label),
                 "dominated_by": [other for other in quality if own and other != label and dominates(other, label)],
             }
         )
-    protocol = result["protocol"]
+    protocol = runs[0]["protocol"]
+    where = target if protocol["batch"] == 1 else f"{target}, batch {protocol['batch']}"
+    speed = {row["label"]: row["decode_speedup"] for row in rows if row["variant"]}
     return {
         "target": target,
         "batch": protocol["batch"],
         "prompt": protocol["prompt"],
         "decode": protocol["decode"],
         "repeats": protocol["repeats"],
-        "threads": result["rows"][0]["info"]["threads"],
-        "load_average_before": result["machine"].get("load_average_before"),
+        "threads": runs[0]["rows"][0]["info"]["threads"],
+        "load_average_before": runs[0]["machine"].get("load_average_before"),
         "rows": rows,
-        "verdict": _verdict(target, protocol["batch"], rows, ratios, quality, params["speedup"]),
+        "verdict": judge(where, params["speedup"], kl, speed, as_fast=times.as_fast, lower=lower),
     }
 
 
-def _verdict(
-    target: str,
-    batch: int,
-    rows: list[Row],
-    ratios: dict[tuple[str, str, str], Any],
-    quality: dict[str, Quality],
-    level: float,
-) -> Verdict:
-    kl = {label: mean_kl(one) for label, one in quality.items()}
-    speed = {row["label"]: row["decode_speedup"] for row in rows if row["variant"]}
+class Times:
+    """The benchmarks of one target: one, or several where not all engines fit into memory, each with the parents.
 
-    def as_fast(one: str, other: str) -> bool:
-        return one == other or ratios["tpot_ms", one, other]["verdict"] != "slower"
+    Args:
+        runs: of schema ``moedge.bench/1``.
+        parent: label of the dense parent on the same target.
+    """
 
-    def lower(one: str, other: str) -> bool:
-        return quality[one].lower_kl(quality[other])
+    def __init__(self, runs: list[dict[str, Any]], parent: str) -> None:
+        self.parent = parent
+        found = [(number, row) for number, run in enumerate(runs) for row in run["rows"]]
+        self.rows = {row["label"]: row for _, row in reversed(found)}  # of a parent the first run's
+        labels = dict.fromkeys(row["label"] for _, row in found)
+        ours = [label for label in labels if not label.startswith("dense ")]
+        self.rows = {label: self.rows[label] for label in (*ours, *(label for label in labels if label not in ours))}
+        self._run = {row["label"]: number for number, row in reversed(found)}
+        self._parents = [next(row for row in run["rows"] if row["label"] == parent) for run in runs]
+        every = (entry for run in reversed(runs) for entry in run["ratios"])
+        self._ratios = {(entry["metric"], entry["label"], entry["baseline"]): entry for entry in every}
 
-    where = target if batch == 1 else f"{target}, batch {batch}"
-    return judge(where, level, kl, speed, as_fast=as_fast, lower=lower)
+    def speedup(self, metric: str, label: str) -> Estimate:
+        """Speed over the dense parent's, in the same run."""
+        if label == self.parent:
+            return {"value": 1.0, "ci95": [1.0, 1.0]}
+        one = self._ratios[metric, label, self.parent]
+        return {"value": one["speedup"], "ci95": one["ci95"]}
 
+    def as_fast(self, one: str, other: str) -> bool:
+        """Whether ``one`` is not shown to decode slower than ``other``.
 
-def _bytes(folder: Path) -> int:
-    manifest = manifests.read(folder)
-    if not isinstance(manifest, Manifest):
-        raise MoEdgeError(f"{folder} is not a bundle; run `moedge frontier` on its recipe again.")
-    return sum(entry.size for entry in manifest.files.values())
+        In one run they are paired by round. In two runs each is paired with the dense parent, and the rounds of the two
+        are drawn apart.
+        """
+        if one == other:
+            return True
+        if self._run[one] == self._run[other]:
+            return bool(self._ratios["tpot_ms", one, other]["verdict"] != "slower")
+
+        def speeds(label: str, seed: int) -> np.ndarray:
+            times = np.array(self.rows[label]["rounds"]["tpot_ms"])
+            parent = np.array(self._parents[self._run[label]]["rounds"]["tpot_ms"])
+            drawn = np.random.default_rng(seed).integers(0, len(times), (RESAMPLES, len(times)))
+            return np.asarray(np.median(parent[drawn], axis=1) / np.median(times[drawn], axis=1))
+
+        return bool(np.percentile(speeds(one, 0) / speeds(other, 1), 97.5) >= 1)

@@ -73,7 +73,7 @@ class _Frontier:
             for target, place in self._bundles(variant, converted[variant.label]).items():
                 of_target[target][variant.label] = place
         times = {target: self._add(self._bench(target, {**made, **engines})) for target, made in of_target.items()}
-        self._add(self._table(measured, times, {**of_target, "dense": engines}))
+        self._add(self._table(measured, times))
         return list(self.found.values())
 
     def _add(self, stage: Stage) -> str:
@@ -212,20 +212,19 @@ class _Frontier:
             libraries=(*_TORCH, "onnx", "onnxruntime"),
         )
 
-    def _table(self, measured: dict[str, str], times: dict[str, str], places: dict[str, dict[str, str]]) -> Stage:
+    def _table(self, measured: dict[str, str], times: dict[str, str]) -> Stage:
         of = [{"label": one.label, "convert": one.convert, "quality": measured[one.label]} for one in self.variants]
         params = {
-            **{"name": self.recipe.name, "variants": of, "dense": measured[_DENSE], "bench": times, "places": places},
+            **{"name": self.recipe.name, "variants": of, "dense": measured[_DENSE], "bench": times},
             **{"speedup": self.recipe.frontier.speedup, "bits": {name: targets.find(name).bits for name in times}},
             **{"window": self.recipe.evaluate.window, "bos": self.recipe.evaluate.bos},
         }
-        held = (place.rpartition("/")[0] for group in places.values() for place in group.values())
         return Stage(
             TABLE,
             "put quality beside speed",
             bodies.table,
             params,
-            reads=tuple(dict.fromkeys(("source", *measured.values(), *times.values(), *held))),
+            reads=("source", *measured.values(), *times.values()),
             sources=(*stages.ALWAYS_CODE, *CODE, *_TABLE_CODE),
             libraries=("jinja2", "matplotlib"),
         )

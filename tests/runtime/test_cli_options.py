@@ -57,6 +57,7 @@ MEANINGS: dict[str, tuple[type, str]] = {
     "--redo": (str, "^Redo this stage"),
     "--save": (Path, "^Also write the whole result to this JSON file"),
     "--set": (str, "[Aa](ny other|nother)? (setting|parameter)"),
+    "--target": (str, "ort-cpu-int8"),
     "--tensorrt": (str, "^TensorRT on the device"),
     "--text": (str, "asset:NAME|[Tt]ext to train on"),
     "--threads": (int, "^CPU threads"),

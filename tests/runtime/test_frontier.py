@@ -19,6 +19,8 @@ from moedge.convert import evaluate, sources
 from moedge.convert.plan import MoEPlan
 from moedge.runtime.cli import app
 from moedge.runtime.frontier import schema, stages, variants
+from moedge.runtime.frontier.bodies import groups
+from moedge.runtime.frontier.join import Times
 from moedge.runtime.frontier.verdict import judge
 
 RECIPE = """
@@ -188,6 +190,45 @@ def test_without_being_asked_moedge_run_does_nothing_of_it() -> None:
 def test_a_section_that_cannot_work_is_refused(section: str, said: str) -> None:
     with pytest.raises(MoEdgeError, match=said):
         parse_recipe(f"model: {{source: x}}\nfrontier: {{{section}}}")
+
+
+# --- engines that do not fit into memory together -------------------------------------------------------------------
+
+
+def test_groups_hold_every_variant_once_beside_all_parents_and_fit() -> None:
+    sizes = {"a": 4, "b": 4, "c": 2, "d": 2, "dense x": 4, "dense y": 1}
+    parents = ["dense x", "dense y"]
+    assert groups(sizes, parents, 1000) == [["a", "b", "c", "d", *parents]]
+    memory = 26  # half of it, 13, is for engines, 5 of them the parents
+    found = groups(sizes, parents, memory)
+    assert found == [["a", "b", *parents], ["c", "d", *parents]]
+    assert all(sum(sizes[label] for label in one) <= memory / 2 for one in found)
+    assert groups(sizes, parents, 1) == [[label, *parents] for label in "abcd"], "one at a time is always tried"
+
+
+def bench_run(times: dict[str, float]) -> dict[str, Any]:
+    """A benchmark in which every engine takes the same time in each round."""
+    rows = [{"label": label, "rounds": {"tpot_ms": [value] * 5}} for label, value in times.items()]
+    ratios = [
+        {
+            **{"metric": "tpot_ms", "label": one, "baseline": other, "speedup": times[other] / times[one]},
+            **{"ci95": [0.0, 9.0], "verdict": "slower" if times[one] > times[other] else "no difference shown"},
+        }
+        for one in times
+        for other in times
+        if one != other
+    ]
+    return {"rows": rows, "ratios": ratios}
+
+
+def test_variants_of_two_groups_are_compared_through_the_parent() -> None:
+    runs = [bench_run({"a": 5.0, "dense t": 10.0}), bench_run({"b": 8.0, "dense t": 20.0})]  # the machine got slower
+    times = Times(runs, "dense t")
+    assert list(times.rows) == ["a", "b", "dense t"]
+    assert times.speedup("tpot_ms", "a")["value"] == 2
+    assert times.speedup("tpot_ms", "b")["value"] == 2.5
+    assert times.as_fast("b", "a")
+    assert not times.as_fast("a", "b"), "it took less time, beside a parent that took less yet"
 
 
 # --- the verdict ----------------------------------------------------------------------------------------------------
