@@ -16,6 +16,7 @@ from moedge import MoEdgeError
 from moedge.configs.recipe import ControlName, EvaluateSection, Recipe, conversion_from, load_recipe, recipe_from
 from moedge.configs.study import load_study
 from moedge.convert import sources
+from moedge.runtime.frontier import stages as frontier
 from moedge.runtime.run import held_out, run_folder, stages, study
 from moedge.runtime.run.engine import Context, Stage, parts, source_digests
 from moedge.runtime.run.fingerprint import fingerprint
@@ -223,6 +224,7 @@ EVERY_BODY = {
     for stage in [
         *stages.build(changed(export={"targets": ["portable", "tensorrt-rtx"], "build": ["rtx-4090"]}), MACHINE),
         *study.build(load_study("smollm2-135m-methods")),
+        *frontier.build(load_recipe("smollm2-135m"), MACHINE),
     ]
 }
 
