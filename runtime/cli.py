@@ -107,6 +107,10 @@ COMMANDS = {
         "Measure",
         "Compare conversion methods, switches of a method, and controls on one held-out protocol; training-free.",
     ),
+    "frontier": Command(
+        "Measure",
+        "Compare conversions on several targets: perplexity and KL beside measured speed and size, and who wins.",
+    ),
     "device-report": Command(
         "Measure",
         "Print what verify.py and bench.py of a device archive wrote. Exits with 1 when a verification failed.",
