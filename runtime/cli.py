@@ -48,6 +48,10 @@ COMMANDS = {
         "Run", "Say which runtimes, versions and devices are here, and which lowerings are therefore possible."
     ),
     "convert": Command("Convert", "Turn a dense model into a Mixture-of-Experts checkpoint."),
+    "tune": Command(
+        "Convert",
+        "Find how much of the FFN weights to read for a wanted speed or loss; convert, export, verify and time it.",
+    ),
     "methods": Command(
         "Convert",
         "List the conversion methods: where each comes from, what it needs, its parameters and their defaults.",

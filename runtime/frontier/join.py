@@ -43,7 +43,7 @@ def join(root: Path, params: dict[str, Any]) -> Frontier:
     dense = run_folder.read_json(root / params["dense"] / "quality.json")
     found = {one["label"]: run_folder.read_json(root / one["quality"] / "quality.json") for one in params["variants"]}
     nll = {name: np.array(text["nll"]) for name, text in dense["texts"].items()}
-    quality = {label: Quality(one["texts"], nll) for label, one in found.items()}
+    quality = {label: Quality.of(one, dense) for label, one in found.items()}
     benches = {target: run_folder.read_json(root / place / "bench.json") for target, place in params["bench"].items()}
     measured = []
     for target, one in benches.items():
@@ -81,6 +81,11 @@ class Quality:
         self.nll = {name: np.array(text["nll"]) for name, text in texts.items()}
         self.read = {name: float(text["ffn_read_share"]) for name, text in texts.items()}
 
+    @classmethod
+    def of(cls, quality: dict[str, Any], dense: dict[str, Any]) -> Quality:
+        """Join what the stages of a variant and of its parent left."""
+        return cls(quality["texts"], {name: np.array(text["nll"]) for name, text in dense["texts"].items()})
+
     def lower_kl(self, other: Quality) -> bool:
         """Whether the mean KL of the texts is shown to be below another variant's, on the same windows."""
         return estimate([self.kl[name] - other.kl[name] for name in self.kl])["ci95"][1] < 0
@@ -98,6 +103,16 @@ def estimate(values: Sequence[np.ndarray], through: Callable[[np.ndarray], np.nd
     every = np.arange(len(values[0]))
     low, high = bootstrap_ci(len(every), statistic)
     return {"value": float(statistic(every)), "ci95": [low, high]}
+
+
+def mean_kl(quality: Quality) -> Estimate:
+    """KL to the dense parent, the mean of the texts."""
+    return estimate(list(quality.kl.values()))
+
+
+def mean_ratio(quality: Quality) -> Estimate:
+    """Perplexity over the dense parent's, the geometric mean of the texts."""
+    return estimate(list(quality.loss.values()), _ratio)
 
 
 def _exp(value: Any) -> float:
@@ -128,8 +143,8 @@ def _variant(given: dict[str, Any], found: dict[str, Any], quality: Quality) -> 
         "notation": f"{method} {METHODS[method].layout(given['convert'])}",
         "plan_sha256": found["plan_sha256"],
         "ffn_read_share": float(np.mean(list(quality.read.values()))),
-        "kl": estimate(list(quality.kl.values())),
-        "ppl_ratio": estimate(list(quality.loss.values()), _ratio),
+        "kl": mean_kl(quality),
+        "ppl_ratio": mean_ratio(quality),
         "texts": texts,
     }
 
@@ -191,7 +206,7 @@ def _verdict(
     quality: dict[str, Quality],
     level: float,
 ) -> Verdict:
-    kl = {label: estimate(list(one.kl.values())) for label, one in quality.items()}
+    kl = {label: mean_kl(one) for label, one in quality.items()}
     speed = {row["label"]: row["decode_speedup"] for row in rows if row["variant"]}
 
     def as_fast(one: str, other: str) -> bool:
