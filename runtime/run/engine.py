@@ -283,7 +283,7 @@ def source_digests(sources: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
         if not path.exists():
             raise MoEdgeError(f"moedge is not whole: {path} is missing; install it again.")
         for file in [path] if path.is_file() else sorted(path.rglob("*")):
-            if file.suffix in {".py", ".yaml", ".j2", ".json"}:
+            if file.suffix in {".py", ".yaml", ".j2", ".json", ".cc", ".cpp", ".h", ".inl"}:
                 found[os.path.relpath(file, _PACKAGE)] = sha256_file(file)
     return tuple(sorted(found.items()))
 

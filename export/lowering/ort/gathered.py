@@ -151,7 +151,11 @@ class FuseGather:
 
 def gathered_weights(graph: ir.Model) -> set[str]:
     """Name the weights that the operators will read: their scales are rounded to float16 before anything is judged."""
-    groups = (_products(node) or [] for node in nodes_of(graph, "KeepLarge"))
+    groups = [_products(node) or [] for node in nodes_of(graph, "KeepLarge")]
+    for node in nodes_of(graph, "KeepLarge"):  # gate and up beside routed experts, which read the same inputs
+        product = required(node.inputs[0]).producer()
+        pair = _gate_and_up(product) if product is not None and product.op_type == "Mul" else None
+        groups.append(list(pair or ()))
     return {product.weight.name for group in groups for product in group}
 
 
