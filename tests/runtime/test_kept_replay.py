@@ -22,7 +22,7 @@ from moedge.runtime.parity.given import pair
 
 WINDOWS = np.random.default_rng(1).integers(0, 256, (2, 48))
 TARGETS = ["ort-cpu", "ort-cpu-int8"]
-RAMPS = {"narrow": 0.01, "0.1": 0.1, "0.5": 0.5}
+RAMPS = {"narrow": 0.001, "0.1": 0.1, "0.5": 0.5}
 KINDS = [*RAMPS, "routed, x alone"]
 
 
