@@ -94,9 +94,9 @@ class Tap(Facts):
 
 
 Which = Literal["x", "h", "expert_h"]
-"""What a layer leaves small values out of: the inputs of gate and up, the hidden values of the shared block, or those of
-the routed experts."""
-Place = tuple[int, Which]
+"""What a layer leaves small values out of: the inputs of gate and up, the hidden values of the shared block, or those
+of the routed experts."""
+GatherPlace = tuple[int, Which]
 
 
 class Kept(Facts):

@@ -111,7 +111,7 @@ def _export_portable(checkpoint: Path, partial: Path, label: str, max_length: in
     graph = trace(model)
     lowered = registry.find("portable").lowering()(graph, max_length=longest)
     lowered.taps = nodes.name_reads(graph, nodes.router_inputs(graph), lowered.taps)
-    lowered.keeps = kept.kept_places(graph)
+    lowered.keeps = kept.kept_places(graph) or None
     ir.save(graph, partial / bundle.MODEL, external_data=bundle.WEIGHTS)
     generation = GenerationConfig.read(checkpoint)
     described = ModelFacts(
@@ -198,7 +198,7 @@ def lower(
     read, left_out = nodes.router_inputs(graph), kept.kept_places(graph)
     lowered = row.lowering()(graph, max_length=longest, **options)
     lowered.taps = nodes.name_reads(graph, read, lowered.taps)
-    lowered.keeps = kept.still_shown(graph, left_out)
+    lowered.keeps = kept.still_shown(graph, left_out) or None
     if calibration is not None and on_text and lowered.quantization is not None:
         ids = np.ascontiguousarray(calibration, np.int64)
         text = Calibration(tokens=ids.size, sha256=hashlib.sha256(ids.tobytes()).hexdigest())
@@ -242,7 +242,6 @@ def _seal(partial: Path, graph: Any, lowered: Lowered, origin: _Origin) -> None:
         cache=lowered.cache,
         limits=lowered.limits,
         **{name: value for name in _OPTIONAL if (value := getattr(lowered, name)) is not None},
-        **({"keeps": lowered.keeps} if lowered.keeps else {}),
         io=io,
         versions=_versions(),
         files={},
@@ -251,7 +250,7 @@ def _seal(partial: Path, graph: Any, lowered: Lowered, origin: _Origin) -> None:
     bundle.seal(partial, manifest)
 
 
-_OPTIONAL = ("quantization", "plugins", "operators", "experts")
+_OPTIONAL = ("quantization", "plugins", "operators", "experts", "keeps")
 """Entries of a manifest that only some bundles have."""
 
 

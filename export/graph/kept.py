@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from moedge import MoEdgeError
-from moedge.export.manifest import Kept, Place, Which
+from moedge.export.manifest import GatherPlace, Kept, Which
 
 _BUFFERS: dict[str, Which] = {"x_threshold": "x", "shared_h_threshold": "h", "h_threshold": "expert_h"}
 _OWN = ("GatherGLU", "GatherLinear")
@@ -68,7 +68,7 @@ def still_shown(model: Any, places: Places) -> dict[int, dict[Which, Kept]]:
     return found
 
 
-def _place(name: str) -> Place:
+def _place(name: str) -> GatherPlace:
     """The layer and the place whose thresholds an initializer holds, by its name.
 
     Raises:
@@ -80,7 +80,7 @@ def _place(name: str) -> Place:
     return int(layer[1]), _BUFFERS[buffer]
 
 
-def named(places: Places) -> dict[Place, Kept]:
+def named(places: Places) -> dict[GatherPlace, Kept]:
     """Return the places that a graph shows."""
     return {
         (layer, which): place
@@ -90,7 +90,7 @@ def named(places: Places) -> dict[Place, Kept]:
     }
 
 
-def show(model: Any, path: Path, places: Mapping[Place, Kept], *, after: bool) -> None:
+def show(model: Any, path: Path, places: Mapping[GatherPlace, Kept], *, after: bool) -> None:
     """Make what is left out an output of a graph (``onnx.ModelProto``): the values before, and ``after`` too.
 
     Raises:
@@ -112,13 +112,16 @@ def show(model: Any, path: Path, places: Mapping[Place, Kept], *, after: bool) -
     for (layer, _), place in places.items():
         for name in (place.reads, place.output if after else None):
             if name is not None and name not in made:
-                raise MoEdgeError(f"{path}: {name!r}, which layer {layer} leaves out of, is not in the graph; export again.")
+                raise MoEdgeError(
+                    f"{path}: {name!r}, of which layer {layer} leaves out small values, is not in the graph; export it "
+                    "again."
+                )
             if name is not None and name not in outputs:
                 outputs.add(name)
                 model.graph.output.append(onnx.ValueInfoProto(name=name))  # without a type: the runtime infers it
 
 
-def factor_input(place: Place) -> str:
+def factor_input(place: GatherPlace) -> str:
     """Name of the graph input that forces what is left out at a place."""
     return f"layers.{place[0]}.{place[1]}.factors"
 
@@ -127,7 +130,7 @@ OWN = np.float32(-1.0)
 """Fed as a factor: take the graph's own thresholds."""
 
 
-def force(model: Any, path: Path, places: Mapping[Place, Kept]) -> None:
+def force(model: Any, path: Path, places: Mapping[GatherPlace, Kept]) -> None:
     """Give each place of a portable graph an input float32 [T, K] (or [1, 1]): the factor of each value.
 
     Where it is negative (:data:`OWN`) the graph's own thresholds decide.
@@ -143,7 +146,7 @@ def force(model: Any, path: Path, places: Mapping[Place, Kept]) -> None:
     for place, kept in places.items():
         node = next((node for node in graph.node if kept.output in node.output), None)
         if node is None or (node.domain, node.op_type) != ("moedge", "KeepLarge"):
-            raise MoEdgeError(f"{path}: what layer {place[0]} leaves out can be forced in a portable bundle; this is none.")
+            raise MoEdgeError(f"{path}: what a layer leaves out can be forced in a portable bundle; this is none.")
         name, output = factor_input(place), node.output[0]
         graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, None]))
         node.output[0] = f"{output}.own"
@@ -157,7 +160,7 @@ def force(model: Any, path: Path, places: Mapping[Place, Kept]) -> None:
             graph.node.insert(at + offset, one)
 
 
-def thresholds(path: Path, places: Mapping[Place, Kept]) -> dict[Place, tuple[np.ndarray, float]]:
+def thresholds(path: Path, places: Mapping[GatherPlace, Kept]) -> dict[GatherPlace, tuple[np.ndarray, float]]:
     """Return the thresholds float32 [K] and the ramp of each place of the portable graph at ``path``."""
     import onnx_ir as ir
 

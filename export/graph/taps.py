@@ -11,7 +11,7 @@ from typing import Any
 
 from moedge import MoEdgeError
 from moedge.export.graph import kept
-from moedge.export.manifest import Kept, Manifest, Place, Tap
+from moedge.export.manifest import GatherPlace, Kept, Manifest, Tap
 
 
 def edited(
@@ -23,7 +23,7 @@ def edited(
     router_inputs: dict[int, str] | None = None,
     replay: bool = False,
     last_logits: bool = False,
-    keeps: Mapping[Place, Kept] | None = None,
+    keeps: Mapping[GatherPlace, Kept] | None = None,
 ) -> tuple[bytes, dict[int, str]]:
     """Return the model at ``path`` as bytes, with ``taps`` as outputs and every layer run with ``top_k`` experts.
 
@@ -57,18 +57,21 @@ def edited(
     if replay:
         _add_forced(model, path, manifest)
         kept.force(model, path, kept.named(manifest.keeps))
-    if keeps:
-        kept.show(model, path, keeps, after=not replay)
+    kept.show(model, path, keeps or {}, after=not replay)
     if top_k is not None:
         _set_top_k(model, path, manifest, top_k)
     if last_logits:
         _keep_last(model, path)
     if float32_activations:
-        for node in model.graph.node:
-            for attribute in node.attribute:
-                if attribute.name == "accuracy_level":
-                    attribute.i = 0
+        _keep_activations(model)
     return bytes(model.SerializeToString()), scores
+
+
+def _keep_activations(model: Any) -> None:
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 0
 
 
 def _show_scores(model: Any, taps: Mapping[int, Tap]) -> dict[int, str]:

@@ -37,5 +37,5 @@ class Lowered:
     """The library of our own operators that the graph needs; set when the bundle is written."""
     experts: str | None = None
     """For TensorRT targets: the form of the experts, see ``trt_experts``."""
-    keeps: dict[int, dict[Which, Kept]] = field(default_factory=dict)
+    keeps: dict[int, dict[Which, Kept]] | None = None
     """Layers that leave small values out: where the graph shows it; set when the bundle is written."""

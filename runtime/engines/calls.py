@@ -8,7 +8,7 @@ from collections.abc import Container, Iterable
 import numpy as np
 
 from moedge import MoEdgeError
-from moedge.export.manifest import Place
+from moedge.export.manifest import GatherPlace
 
 
 def default_threads() -> int:
@@ -58,7 +58,7 @@ def forcing(experts: np.ndarray | None, tokens: int, num_experts: int, top_k: in
     return bias
 
 
-def factors_of(values: np.ndarray, threshold: np.ndarray, ramp: float, place: Place) -> np.ndarray:
+def factors_of(values: np.ndarray, threshold: np.ndarray, ramp: float, place: GatherPlace) -> np.ndarray:
     """Return what :mod:`moedge.convert.ops.gather` multiplies ``values`` [T, K] by: float32, 0 to 1; NaN stays NaN.
 
     Raises:
@@ -66,15 +66,15 @@ def factors_of(values: np.ndarray, threshold: np.ndarray, ramp: float, place: Pl
     """
     if values.shape[1:] != threshold.shape:
         raise MoEdgeError(
-            f"Layer {place[0]} leaves out of {threshold.size} values in the reference, of a shape {values.shape[1:]} in "
-            "the test engine: these are not the same model."
+            f"Layer {place[0]} leaves out of {threshold.size} values in the reference, of a shape {values.shape[1:]} "
+            "in the test engine: these are not the same model."
         )
     with np.errstate(invalid="ignore"):
         part = (np.abs(values) - threshold) / (threshold * np.float32(ramp))
     return np.clip(part, np.float32(0), np.float32(1)).astype(np.float32, copy=False)
 
 
-def known_places(given: Iterable[Place], known: Container[Place]) -> None:
+def known_places(given: Iterable[GatherPlace], known: Container[GatherPlace]) -> None:
     """Refuse values of a place at which a model leaves nothing out.
 
     Raises:

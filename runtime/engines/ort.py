@@ -16,7 +16,7 @@ import numpy as np
 from moedge import MoEdgeError
 from moedge.export.graph import kept as left_out
 from moedge.export.graph import taps as _graph
-from moedge.export.manifest import Place, Tap
+from moedge.export.manifest import GatherPlace, Tap
 from moedge.runtime.engines import longrope
 from moedge.runtime.engines.calls import (
     check_batch,
@@ -101,7 +101,7 @@ class OrtEngine:
         self._path = Path(bundle_path)
         self._loaded: Loaded | None = load(self._path, options)
         self._routers: Any = None
-        self._thresholds: dict[Place, tuple[np.ndarray, float]] | None = None
+        self._thresholds: dict[GatherPlace, tuple[np.ndarray, float]] | None = None
         self.info = self._loaded.info
 
     def prefill(
@@ -110,7 +110,7 @@ class OrtEngine:
         attention_mask: np.ndarray | None = None,
         *,
         experts: dict[int, np.ndarray] | None = None,
-        factors: dict[Place, np.ndarray] | None = None,
+        factors: dict[GatherPlace, np.ndarray] | None = None,
     ) -> Step:
         """Run ``ids`` int64 [B, S] from an empty cache; see :class:`moedge.runtime.engines.Engine`."""
         loaded = self._open()
@@ -130,7 +130,7 @@ class OrtEngine:
         cache: Any,
         *,
         experts: dict[int, np.ndarray] | None = None,
-        factors: dict[Place, np.ndarray] | None = None,
+        factors: dict[GatherPlace, np.ndarray] | None = None,
     ) -> Step:
         """Run ``ids`` int64 [B, S] after what ``cache`` holds; the cache is used up."""
         loaded = self._open()
@@ -145,7 +145,7 @@ class OrtEngine:
             return longrope.last(self.prefill(np.concatenate([cache.ids, ids], axis=1), mask), ids.shape[1])
         return self._run(ids, mask, cache, experts, factors)
 
-    def factors(self, left_out_of: dict[Place, np.ndarray]) -> dict[Place, np.ndarray]:
+    def factors(self, left_out_of: dict[GatherPlace, np.ndarray]) -> dict[GatherPlace, np.ndarray]:
         """What the bundle's thresholds multiply values float32 [T, K] by; needs ``replay``."""
         loaded = self._open()
         known_places(left_out_of, loaded.factors)
@@ -188,7 +188,7 @@ class OrtEngine:
         mask: np.ndarray,
         cache: _Cache,
         experts: dict[int, np.ndarray] | None,
-        factors: dict[Place, np.ndarray] | None,
+        factors: dict[GatherPlace, np.ndarray] | None,
     ) -> Step:
         """One session run; ``mask`` int64 [B, P + S] covers the cache and ``ids``."""
         loaded = self._open()
@@ -241,7 +241,7 @@ class OrtEngine:
             chosen = None if experts is None else experts[layer]
             binding.bind_cpu_input(_graph.forced_input(layer), forcing(chosen, ids.size, count, top_k))
 
-    def _bind_factors(self, binding: Any, factors: dict[Place, np.ndarray] | None) -> None:
+    def _bind_factors(self, binding: Any, factors: dict[GatherPlace, np.ndarray] | None) -> None:
         known = self._open().factors
         known_places(factors or {}, known)
         for place in known:

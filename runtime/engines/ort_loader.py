@@ -16,7 +16,7 @@ from moedge.export import rope, targets
 from moedge.export.bundle import Bundle, check_external_data, open_bundle
 from moedge.export.graph import kept as left_out
 from moedge.export.graph import taps as _graph
-from moedge.export.manifest import Kept, Manifest, ModelFacts, Place, Tap
+from moedge.export.manifest import GatherPlace, Kept, Manifest, ModelFacts, Tap
 from moedge.runtime.engines.info import EngineInfo, EngineModel
 from moedge.runtime.engines.ort_session import check_cuda, open_session, ort_value
 
@@ -44,8 +44,8 @@ class Shown:
     taps: dict[int, Tap]
     router_inputs: dict[int, str]
     scores: dict[int, str]
-    left_out_of: dict[Place, str] = field(default_factory=dict)
-    kept: dict[Place, str] = field(default_factory=dict)
+    left_out_of: dict[GatherPlace, str] = field(default_factory=dict)
+    kept: dict[GatherPlace, str] = field(default_factory=dict)
 
     @property
     def outputs(self) -> list[str]:
@@ -78,7 +78,7 @@ class Loaded:
     shown: Shown
     forced: dict[int, tuple[int, int]]
     """Layers whose experts can be forced -> number of experts, how many of them run."""
-    factors: dict[Place, Kept]
+    factors: dict[GatherPlace, Kept]
     """Places at which what is left out can be forced."""
     last_logits: bool
     weights: dict[str, tuple[np.ndarray, Any]]

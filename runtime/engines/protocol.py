@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from moedge.export.manifest import Place
+from moedge.export.manifest import GatherPlace
 from moedge.runtime.engines.info import EngineInfo
 
 
@@ -29,8 +29,8 @@ class Step:
     routes: dict[int, np.ndarray] | None = None
     router_inputs: dict[int, np.ndarray] | None = None
     scores: dict[int, np.ndarray] | None = None
-    left_out_of: dict[Place, np.ndarray] | None = None
-    kept: dict[Place, np.ndarray] | None = None
+    left_out_of: dict[GatherPlace, np.ndarray] | None = None
+    kept: dict[GatherPlace, np.ndarray] | None = None
 
 
 class Engine(Protocol):
@@ -72,7 +72,7 @@ class ReplayEngine(Protocol):
         attention_mask: np.ndarray | None = None,
         *,
         experts: dict[int, np.ndarray] | None = None,
-        factors: dict[Place, np.ndarray] | None = None,
+        factors: dict[GatherPlace, np.ndarray] | None = None,
     ) -> Step:
         """As :meth:`Engine.prefill` with what is given instead of the model's own choices.
 
@@ -87,12 +87,12 @@ class ReplayEngine(Protocol):
         cache: Any,
         *,
         experts: dict[int, np.ndarray] | None = None,
-        factors: dict[Place, np.ndarray] | None = None,
+        factors: dict[GatherPlace, np.ndarray] | None = None,
     ) -> Step:
         """As :meth:`Engine.decode`, with ``experts`` and ``factors`` as in :meth:`prefill`."""
         ...
 
-    def factors(self, left_out_of: dict[Place, np.ndarray]) -> dict[Place, np.ndarray]:
+    def factors(self, left_out_of: dict[GatherPlace, np.ndarray]) -> dict[GatherPlace, np.ndarray]:
         """What the model's thresholds multiply each value by, float32 [T, K] of 0 to 1, for values of that shape.
 
         Raises:

@@ -12,7 +12,7 @@ import numpy as np
 
 from moedge import MoEdgeError
 from moedge.convert.compat import cache_argument
-from moedge.export.manifest import Place, Which
+from moedge.export.manifest import GatherPlace, Which
 from moedge.runtime.engines import longrope, pytorch_loader
 from moedge.runtime.engines.calls import (
     check_batch,
@@ -90,8 +90,8 @@ class TorchEngine:
             if replay and taps:
                 module.router.register_forward_pre_hook(self._recorder(layer))
         self._thresholds = pytorch_loader.thresholds(self._module)
-        self._factors: dict[Place, Any] = {}  # forced in the running call
-        self._values: dict[Place, Any] = {}  # of which small ones were left out in the latest call
+        self._factors: dict[GatherPlace, Any] = {}  # forced in the running call
+        self._values: dict[GatherPlace, Any] = {}  # of which small ones were left out in the latest call
         for module in pytorch_loader.gathered_layers(self._module) if replay else ():
             module.choose = self._chooser(module)
         routed, gathered = bool(self._sparse), bool(self._thresholds)
@@ -108,7 +108,7 @@ class TorchEngine:
         attention_mask: np.ndarray | None = None,
         *,
         experts: dict[int, np.ndarray] | None = None,
-        factors: dict[Place, np.ndarray] | None = None,
+        factors: dict[GatherPlace, np.ndarray] | None = None,
     ) -> Step:
         """Run ``ids`` int64 [B, S] from an empty cache; see :class:`moedge.runtime.engines.Engine`."""
         from transformers import DynamicCache
@@ -123,7 +123,7 @@ class TorchEngine:
         cache: Any,
         *,
         experts: dict[int, np.ndarray] | None = None,
-        factors: dict[Place, np.ndarray] | None = None,
+        factors: dict[GatherPlace, np.ndarray] | None = None,
     ) -> Step:
         """Run ``ids`` int64 [B, S] after what ``cache`` holds; the cache is used up."""
         mask = check_batch(ids, None, self._vocab_size)
@@ -138,7 +138,7 @@ class TorchEngine:
         with self._forced(experts, factors, ids.size):
             return self._run(ids, text, mask, cache.past)
 
-    def factors(self, left_out_of: dict[Place, np.ndarray]) -> dict[Place, np.ndarray]:
+    def factors(self, left_out_of: dict[GatherPlace, np.ndarray]) -> dict[GatherPlace, np.ndarray]:
         """Return what the model's thresholds multiply values float32 [T, K] by."""
         known_places(left_out_of, self._thresholds)
         return {place: factors_of(values, *self._thresholds[place], place) for place, values in left_out_of.items()}
@@ -174,7 +174,7 @@ class TorchEngine:
 
     @contextmanager
     def _forced(
-        self, experts: dict[int, np.ndarray] | None, factors: dict[Place, np.ndarray] | None, tokens: int
+        self, experts: dict[int, np.ndarray] | None, factors: dict[GatherPlace, np.ndarray] | None, tokens: int
     ) -> Iterator[None]:
         """Run with ``experts`` in place of the routers' choice, through the bias that only selects; and ``factors``."""
         if (experts is not None or factors is not None) and not self._replay:
@@ -183,7 +183,8 @@ class TorchEngine:
         own = {layer: module.selection_bias for layer, module in self._sparse.items()} if experts is not None else {}
         self._factors = {place: self._tensor(factor) for place, factor in (factors or {}).items()}
         try:
-            for layer, module in self._sparse.items() if experts is not None else ():
+            for layer, module in self._sparse.items() if own else ():
+                assert experts is not None
                 bias = forcing(experts[layer], tokens, module.num_experts, module.top_k)
                 module.selection_bias = self._tensor(bias)
             yield

@@ -11,7 +11,7 @@ from moedge import MoEdgeError
 from moedge.configs.generation_config import GenerationConfig
 from moedge.convert.adapters import MOE_PREFIX
 from moedge.export import rope
-from moedge.export.manifest import Place, Which
+from moedge.export.manifest import GatherPlace, Which
 from moedge.runtime.engines.info import EngineInfo, EngineModel
 
 
@@ -48,9 +48,9 @@ def gathered_layers(module: Any) -> list[Any]:
     ]
 
 
-def thresholds(module: Any) -> dict[Place, tuple[np.ndarray, float]]:
+def thresholds(module: Any) -> dict[GatherPlace, tuple[np.ndarray, float]]:
     """Return thresholds float32 [K] and ramp of each place whose choice can be replayed: not inside experts."""
-    found: dict[Place, tuple[np.ndarray, float]] = {}
+    found: dict[GatherPlace, tuple[np.ndarray, float]] = {}
     places: dict[Which, str] = {"x": "x_threshold", "h": "shared_h_threshold"}
     for part in gathered_layers(module):
         for which, name in places.items():

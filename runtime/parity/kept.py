@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from moedge import MoEdgeError
-from moedge.export.manifest import Place
+from moedge.export.manifest import GatherPlace
 from moedge.runtime.parity.results import KeptFacts
 
 _ROUNDING = 8 * 2.0**-24
@@ -19,19 +19,19 @@ _ROUNDING = 8 * 2.0**-24
 class KeptChoices:
     """What an engine left out, token by token and place by place."""
 
-    counts: dict[Place, np.ndarray] = field(default_factory=dict)
+    counts: dict[GatherPlace, np.ndarray] = field(default_factory=dict)
     """int64 [4]: values; of them kept; those that are not what the reference's thresholds leave of them; those that are
     kept in one of both alone when the reference decides for its own values."""
-    errors: dict[Place, list[np.ndarray]] = field(default_factory=dict)
+    errors: dict[GatherPlace, list[np.ndarray]] = field(default_factory=dict)
     """float64 [T]: |a - b| / |a| of the values, a in the reference under the engine's choices, b in the engine."""
 
     def add(
         self,
-        values: Mapping[Place, np.ndarray],
-        kept: Mapping[Place, np.ndarray],
-        factors: Mapping[Place, np.ndarray],
-        reference: Mapping[Place, np.ndarray],
-        own: Mapping[Place, np.ndarray],
+        values: Mapping[GatherPlace, np.ndarray],
+        kept: Mapping[GatherPlace, np.ndarray],
+        factors: Mapping[GatherPlace, np.ndarray],
+        reference: Mapping[GatherPlace, np.ndarray],
+        own: Mapping[GatherPlace, np.ndarray],
     ) -> None:
         """Count one step; everything is float32 [T, K] by place.
 
@@ -63,7 +63,7 @@ class KeptChoices:
             self.errors.setdefault(place, []).append(np.linalg.norm(wide - shown, axis=1) / norms)
 
     def summary(self) -> KeptFacts:
-        """The share of values that were left out or kept rightly, and how far what is chosen from is the reference's."""
+        """How many values were rightly kept or left out, and how near the values are to the reference's."""
         if not self.counts:
             return {"compared": False, "reason": "nothing was run"}
         total, held, wrong, flips = np.sum(list(self.counts.values()), axis=0).tolist()

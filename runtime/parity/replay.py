@@ -44,7 +44,7 @@ from typing_extensions import TypedDict
 
 from moedge import MoEdgeError
 from moedge.configs.tolerances import Profile
-from moedge.export.manifest import Place
+from moedge.export.manifest import GatherPlace
 from moedge.runtime.engines import ReplayEngine, Step
 from moedge.runtime.parity.kept import KeptChoices
 from moedge.runtime.parity.metrics import RouterChoices, TokenErrors
@@ -55,7 +55,7 @@ class Choices(TypedDict, total=False):
     """What the reference is told."""
 
     experts: dict[int, np.ndarray] | None
-    factors: dict[Place, np.ndarray]
+    factors: dict[GatherPlace, np.ndarray]
 
 
 class Replay:

@@ -137,7 +137,7 @@ def graph_dtype(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class Judging:
-    """How one engine under test is judged: its limits, whether under its own choices, and what there is to say about that."""
+    """How one engine under test is judged: its limits, whether under its own choices, and what to say of that."""
 
     limits: tolerance_files.Profile
     replayed: bool

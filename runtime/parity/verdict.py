@@ -15,7 +15,16 @@ from typing import Any, TypeVar, cast
 
 from moedge.configs.tolerances import Profile
 from moedge.export import targets
-from moedge.runtime.parity.results import CheckFacts, KeptFacts, Parity, Phase, Relation, Replayed, VerdictFacts, by_phase
+from moedge.runtime.parity.results import (
+    CheckFacts,
+    KeptFacts,
+    Parity,
+    Phase,
+    Relation,
+    Replayed,
+    VerdictFacts,
+    by_phase,
+)
 
 
 class Outcome(str, Enum):
@@ -284,7 +293,7 @@ def explain(result: Parity, verdict: Verdict, limits: Profile) -> list[str]:
     if kept and kept.get("wrong"):
         said.append(
             f"{kept['wrong']:,} of {kept['decisions']:,} values were kept or left out otherwise than "
-            "the model's thresholds say of the very values that the engine shows: its thresholds or its ramp are others."
+            "the model's thresholds say of what the engine itself shows: its thresholds or its ramp are others."
         )
     if replay and result["routing"].get("flips") and limits.expert_set_agreement is not None:
         said.append(_replayed_said(result, replay, limits))
