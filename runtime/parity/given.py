@@ -165,7 +165,7 @@ def _reference_options(folder: Path, how: Judging, target: str) -> dict[str, Any
     options = reference_options([how], moe=_is_moe(folder))
     if options.get("replay") and _target(folder) not in ("portable", ""):
         raise MoEdgeError(
-            f"{target} is judged under its own choice of experts, which {folder} cannot replay; compare it with "
+            f"{target} is judged under its own choices, which {folder} cannot replay; compare it with "
             "the portable bundle or the checkpoint."
         )
     return options

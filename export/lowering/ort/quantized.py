@@ -204,9 +204,10 @@ class _Judge:
         work, found = self._work, dict[str, list[selftest.SelfTest]](exact=[], int8=[], quantisation=[])
         label = name.rpartition("-> ")[2] if any(block.ffn for block in done.blocks) else name
         for block in done.blocks:
+            growth = gather.growth(work.before) if block.ffn else block.growth
             for kind, one, two, limit in (
                 ("exact", self._reference, self._exact, work.limit),
-                ("int8", self._reference, work.model, INT8_LIMIT * (gather.growth(work.before) if block.ffn else 1)),
+                ("int8", self._reference, work.model, INT8_LIMIT * growth),
                 ("quantisation", work.before, self._reference, float("inf")),
             ):
                 # 8-bit experts have no kernel with float32 activations (docs/quantization.md); products have.
