@@ -49,7 +49,8 @@ def variants(recipe: Recipe) -> list[Variant]:
         return [_variant(recipe, one.label, one.convert.model_dump(mode="json")) for one in given]
     own = recipe.convert.model_dump(mode="json")
     gather = own if own["method"] == "gather" else {"method": "gather"}
-    chosen = [(f"gather {share:.2f}", {**gather, "share": share}) for share in SHARES]
+    shares = sorted({*SHARES, *([own["share"]] if gather is own else [])}, reverse=True)
+    chosen = [(f"gather {share:.4g}", {**gather, "share": share}) for share in shares]
     others = [("FLAP refit 0.75", _FLAP), ("TEAL 0.75", _TEAL)]
     found = [_variant(recipe, label, convert) for label, convert in (*chosen, *others)]
     if all(one.recipe.convert != recipe.convert for one in found):
