@@ -32,7 +32,7 @@ def tune(
     max_ratio: Annotated[float | None, typer.Option(help="Most perplexity over the dense parent's, e.g. 1.05.")] = None,
     recipe: Annotated[
         str | None,
-        typer.Option(help="Recipe whose sections but model and convert are used; our defaults without one."),
+        typer.Option(help="Recipe whose texts, lengths and rounds are used, and its gather if it has one."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/tune-<model>-<target> by default.")] = None,
     as_json: Json = False,
@@ -52,10 +52,7 @@ def tune(
     goal = _goal(speedup, max_kl, max_ratio)
     if targets.find(target).engine is not None:
         raise MoEdgeError(f"--target {target} runs on a device only; name a target that this machine executes.")
-    if recipe is None:
-        base: dict[str, Any] = {"calibration": {"windows": 4, "length": 1024}}
-    else:
-        base = load_recipe(recipe).model_dump(mode="json", exclude={"convert", "model"})
+    base = _sections(recipe)
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name).strip("-._") or "model"
     name = f"tune-{slug}-{target}"[:64]
     wanted = recipe_from({**base, "name": name, "model": {"source": model}}, where="moedge tune")
@@ -69,6 +66,15 @@ def tune(
     else:
         show(result, root, Console())
     return 0 if result["reached"] and result["verified"] == "passed" else 1
+
+
+def _sections(recipe: str | None) -> dict[str, Any]:
+    """The sections of a recipe but the model; without one the texts and the gather of the packaged recipe."""
+    if recipe is not None:
+        return load_recipe(recipe).model_dump(mode="json", exclude={"model"})
+    base = load_recipe("smollm2-135m").model_dump(mode="json", include={"text", "calibration", "convert"})
+    base["calibration"]["bos"] = False  # not every tokenizer has such a token
+    return base
 
 
 def _goal(speedup: float | None, max_kl: float | None, max_ratio: float | None) -> Goal:

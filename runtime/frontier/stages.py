@@ -9,6 +9,7 @@ taken again then, because all engines of a target are timed in one run.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from moedge._files import digest
@@ -16,7 +17,7 @@ from moedge.configs.recipe import Recipe
 from moedge.export import targets
 from moedge.runtime.frontier import bodies
 from moedge.runtime.frontier.variants import Variant, chosen_targets, variants
-from moedge.runtime.run import stages
+from moedge.runtime.run import run_folder, stages
 from moedge.runtime.run.engine import Stage
 from moedge.runtime.run.stages import BENCH_CODE, CONVERT_CODE, Facts
 
@@ -80,16 +81,16 @@ class _Frontier:
         return self.found.setdefault(stage.name, stage).name
 
     def _source(self) -> Stage:
-        first = stages.source(self.recipe, self.facts)
+        """Open the dense model, and see that the recipe and every variant fit it."""
+        called = {self.recipe.name: self.recipe}
+        called |= {f"{self.recipe.name}: frontier: {one.label}": one.recipe for one in self.variants}
 
-        def check(folder: Any) -> None:
-            for recipe, where in ((self.recipe, self.recipe.name), *((one.recipe, one.label) for one in self.variants)):
-                from moedge.runtime.run import run_folder
+        def check(folder: Path) -> None:
+            config = run_folder.read_json(folder / "source.json")["config"]
+            for where, recipe in called.items():
+                recipe.check_model(config, where)
 
-                config = run_folder.read_json(folder / "source.json")["config"]
-                recipe.check_model(config, where if where == self.recipe.name else f"{self.recipe.name}: {where}")
-
-        return replace(first, check=check)
+        return replace(stages.source(self.recipe, self.facts), check=check)
 
     def _calibrated(self, facts: Facts) -> str | None:
         """Name of the stage that holds what a conversion reads: that of the recipe wherever it holds this."""
@@ -120,7 +121,7 @@ class _Frontier:
         facts = Facts(variant.recipe, self.machine)
         if converted == "convert":
             shared = stages.export(self.recipe, self.facts)
-            return self._exported(shared, f"{ROOM}/{variant.folder}", {}, variant.label)
+            return self._exported(shared, f"{ROOM}/{variant.folder}", variant.label)
         stage = stages.export(self._on(variant.recipe, self.targets), facts)
         called = {"source": "source", "convert": converted}
         name = self._add(
@@ -132,9 +133,9 @@ class _Frontier:
         wanted = self._on(self.recipe, self.recipe.export.targets)
         shared = stages.export_dense(wanted, self.facts)
         assert shared is not None, "the dense parent is always measured"
-        return self._exported(shared, _DENSE, {}, "the dense parent")
+        return self._exported(shared, _DENSE, "the dense parent")
 
-    def _exported(self, shared: Stage, folder: str, called: dict[str, str], label: str) -> dict[str, str]:
+    def _exported(self, shared: Stage, folder: str, label: str) -> dict[str, str]:
         """Target -> bundle of what ``moedge run`` exports too: its own stage, and one more for further targets."""
         places: dict[str, str] = {}
         if here := [target for target in self.targets if target in self.recipe.export.targets]:

@@ -9,12 +9,14 @@ from typing import Any
 from moedge import MoEdgeError
 from moedge._files import digest
 from moedge.configs.recipe import Recipe, recipe_from
+from moedge.convert.plan import SMALLEST_RAMP
 from moedge.export import targets
 
 SHARES = (0.85, 0.75, 0.65, 0.5)
-"""Shares of the FFN weights that the variants of our own gather read."""
+"""Shares of the FFN weights that the variants of our gather read, with the recipe's other settings where it gathers."""
 _FLAP = {"method": "flap", "keep": 0.75, "refit": True, "token_weight": "residual", "sequential": True}
-_TEAL = {"method": "gather", "share": 0.75, "scores": "magnitude"}
+_TEAL = {"method": "gather", "share": 0.75, "scores": "magnitude", "ramp": SMALLEST_RAMP}
+"""As published: nearly a step, as the control has it."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,10 @@ def variants(recipe: Recipe) -> list[Variant]:
     given = recipe.frontier.variants
     if given is not None:
         return [_variant(recipe, one.label, one.convert.model_dump(mode="json")) for one in given]
-    chosen = [(f"gather {share:.2f}", {"method": "gather", "share": share}) for share in SHARES]
+    own = recipe.convert.model_dump(mode="json")
+    gather = own if own["method"] == "gather" else {"method": "gather"}
+    shares = sorted({*SHARES, *([own["share"]] if gather is own else [])}, reverse=True)
+    chosen = [(f"gather {share:.4g}", {**gather, "share": share}) for share in shares]
     others = [("FLAP refit 0.75", _FLAP), ("TEAL 0.75", _TEAL)]
     found = [_variant(recipe, label, convert) for label, convert in (*chosen, *others)]
     if all(one.recipe.convert != recipe.convert for one in found):

@@ -69,10 +69,10 @@ class Tuning:
 
     def _at(self, share: float) -> Recipe:
         """The recipe of one try; its own conversion reads everything and is never made."""
-        gather = {"method": "gather", "share": share}
-        one = {"label": f"gather {share:.3f}", "convert": gather}
         value = self.recipe.model_dump(mode="json")
-        value["convert"] = {"method": "gather", "share": 1.0}
+        gather = value["convert"] if value["convert"]["method"] == "gather" else {"method": "gather"}
+        one = {"label": f"gather {share:.3f}", "convert": {**gather, "share": share}}
+        value["convert"] = {**gather, "share": 1.0}
         value["export"] |= {"targets": [self.target], "build": []}
         level = self.goal.limit if self.goal.kind == "speedup" else 1.0
         value["frontier"] |= {"targets": [self.target], "variants": [one], "speedup": level, "batches": [1]}

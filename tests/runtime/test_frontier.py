@@ -153,14 +153,17 @@ def test_moedge_run_does_it_when_asked_and_shares_its_stages(home: Path) -> None
 
 
 def test_defaults_are_chosen_from_the_recipe() -> None:
+    gathers = [f"gather {share:.4g}" for share in variants.SHARES]
+    others = ["FLAP refit 0.75", "TEAL 0.75"]
+    recipe = load_recipe("smollm2-135m-cmoe")
+    assert [one.label for one in variants.variants(recipe)] == [*gathers, "cmoe S6A6E16", *others]
     recipe = load_recipe("smollm2-135m")
-    labels = [one.label for one in variants.variants(recipe)]
-    assert labels == [
-        *(f"gather {share:.2f}" for share in variants.SHARES),
-        "cmoe S6A6E16",
-        "FLAP refit 0.75",
-        "TEAL 0.75",
-    ]
+    found = {one.label: one.convert for one in variants.variants(recipe)}
+    own = recipe.convert.model_dump(mode="json")
+    assert [label for label in found if not label.startswith("gather")] == others
+    assert found[f"gather {own['share']:.4g}"] == own, "the recipe's own conversion is one of the line"
+    assert list(found.values()).count(own) == 1
+    assert {one["ramp"] for label, one in found.items() if label.startswith("gather")} == {own["ramp"]}
     assert variants.chosen_targets(recipe) == ["ort-cpu", "ort-cpu-int8", "ort-cpu-int4"]
     names = [stage.name for stage in stages.build(recipe, {})]
     assert len(names) == len(set(names))
