@@ -42,7 +42,7 @@ class KeptChoices:
         Raises:
             MoEdgeError: the two do not leave out at the same places, or of as many values.
         """
-        if values.keys() != kept.keys() or reference.keys() < values.keys():
+        if values.keys() != kept.keys() or not reference.keys() >= values.keys():
             raise MoEdgeError("The engines leave small values out in different layers: these are not the same model.")
         for place, shown in values.items():
             left, factor, a = kept[place], factors[place], reference[place]

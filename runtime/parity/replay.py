@@ -122,6 +122,6 @@ class Replay:
             "overall": TokenErrors.merged(list(self._phases.values())).summary(),
             "router": self._router.summary(),
         }
-        if self._reference.info.model.gathered:
+        if self._kept.counts:
             found["kept"] = self._kept.summary()
         return found

@@ -178,19 +178,23 @@ class Judging:
     ) -> Judging:
         """A model that leaves small values out where its graph does not show all of it."""
         if free:
-            reason = (
-                f"{folder} does not show which small values it leaves out, so its arithmetic and that choice cannot be "
-                "judged apart: these are free-running figures, changed choices included, under the wide limits that "
-                "they need."
-            )
-            return cls(limits.profile(FREE, target, graph_dtype(folder)), False, reason)
+            return cls(limits.profile(FREE, target, graph_dtype(folder)), False, cls.unshown(folder))
         places = any(place.reads for kept in manifest.keeps.values() for place in kept.values())
         replayed = manifest.names_reads and (places or bool(manifest.routed_layers))
         reason = (
-            f"{folder} does not show which small hidden values of its experts it leaves out, so these choices are not "
-            "replayed: what rounding changes of them is in these figures, and more of it the narrower the ramps are."
+            f"{folder} does not show all of the small values that it leaves out (those inside experts are shown by no "
+            "graph), so not all of these choices are replayed: what rounding changes of the others is in these figures, "
+            "and more of it the narrower the ramps are."
         )
         return cls(profile, replayed, reason)
+
+    @staticmethod
+    def unshown(source: Path) -> str:
+        """Why free-running figures are judged of a model that leaves small values out."""
+        return (
+            f"{source} does not show which small values it leaves out, so its arithmetic and that choice cannot be judged "
+            "apart: these are free-running figures, changed choices included, under the wide limits that they need."
+        )
 
     def options(self, *, moe: bool) -> dict[str, Any]:
         """How to open the engine: what it must show of its choices."""
