@@ -68,8 +68,9 @@ class Folders:
         path = self.root / kind / "bundles"
         return path / "portable" if path.exists() else export(self.checkpoint(kind), path, [], label=kind)["portable"]
 
-    def bundle(self, kind: str, target: str, **options: Any) -> Path:
-        path = self.root / kind / f"{target} {options}"
+    def bundle(self, kind: str, target: str, *, plain: bool = False, **options: Any) -> Path:
+        """``plain``: it has no operators of ours, for the caller lets no compiler be found."""
+        path = self.root / kind / f"{target} {options}{' plain' * plain}"
         if not path.exists():
             with atomic_dir(path) as partial:
                 lower(target, self.portable(kind), partial, **options)
@@ -171,16 +172,21 @@ def test_cuda_takes_the_model_without_experts(folders: Folders) -> None:
         folders.bundle("routed", "ort-cuda")
 
 
-def test_a_kernel_of_whole_experts_takes_them_when_their_hidden_values_are_kept(folders: Folders) -> None:
+def test_a_kernel_of_whole_experts_takes_them_when_their_hidden_values_are_kept(
+    folders: Folders, without_compiler: Any
+) -> None:
     """Inputs are left out before the kernel, which knows nothing of it; ort-cuda and QMoE then apply too."""
-    assert applied(folders.bundle("x alone", "ort-cpu"))["Route + SparseGLU -> MoE"]
-    assert applied(folders.bundle("x alone", "ort-cpu-int8"))["Route + SparseGLU -> QMoE"]
+    with without_compiler():
+        plain = {t: folders.bundle("x alone", t, plain=True) for t in ("ort-cpu", "ort-cpu-int8")}
+        routed = folders.bundle("routed", "ort-cpu", plain=True)
+    assert applied(plain["ort-cpu"])["Route + SparseGLU -> MoE"]
+    assert applied(plain["ort-cpu-int8"])["Route + SparseGLU -> QMoE"]
     assert applied(folders.bundle("x alone", "ort-cuda"))["Route + SparseGLU -> MoE"]
     assert any("as plugins" in name for name in applied(folders.bundle("x alone", "tensorrt", tensorrt="10.13")))
-    check(OrtEngine(folders.bundle("x alone", "ort-cpu"), taps=True), TorchEngine(folders.checkpoint("x alone")), FLOAT)
+    check(OrtEngine(plain["ort-cpu"], taps=True), TorchEngine(folders.checkpoint("x alone")), FLOAT)
     refused = {
         (entry["rewrite"], entry["reason"])
-        for entry in open_bundle(folders.bundle("routed", "ort-cpu")).manifest.document()["lowering"]
+        for entry in open_bundle(routed).manifest.document()["lowering"]
         if entry["status"] == "refused"
     }
     assert ("Route + SparseGLU -> MoE", KEEPS) in refused
@@ -351,10 +357,10 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_mistake_in_the_experts_fails_the_self_test_by_its_name(
-    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, without_compiler: Any
 ) -> None:
     monkeypatch.setattr(products, "keep_large", wrong(CHANGES[name]))
-    with pytest.raises(MoEdgeError, match=f"Self-test of .* failed: .*It looks like: .*{name}"):
+    with without_compiler(), pytest.raises(MoEdgeError, match=f"Self-test of .* failed: .*It looks like: .*{name}"):
         lower("ort-cpu", folders.portable("routed"), tmp_path)
 
 
