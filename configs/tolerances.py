@@ -54,6 +54,9 @@ class Profile(BaseModel):
     """Scores of a router tie that are closer than this times the layer's largest score."""
     router_input_rel_error: Positive | None = None
     """For what the routers read: |a - b| / |a| on average over the tokens of a layer, under the engine's choices."""
+    kept_input_rel_error: Positive | None = None
+    """For the values of which a gathered model leaves small ones out: |a - b| / |a| on average over the tokens of a
+    place, under the engine's choices."""
     kl_ratio_to_dense: Positive | None = None
     """Quantised targets: mean KL of the MoE's bundle over that of its dense parent's bundle of the same target."""
 

@@ -64,6 +64,8 @@ class SparseFFN(nn.Module):
             and keep their values. A weight that is always 1 (top-1 softmax, unit) would teach the router nothing.
         record_routes: when True, ``last_routes`` holds the selected experts of the latest call, int32 [T, k].
         count: None, or what counts the values that were kept (:mod:`moedge.convert.reads`).
+        choose: None, or what takes the place of ``keep_large``: (``x``, or ``h`` of the shared block; values [T, K];
+            thresholds [K]) -> values. Replay records and forces what is left out by it (:mod:`moedge.runtime.parity`).
         expert_widths: neurons of each routed expert, without padding.
     """
 
@@ -94,6 +96,7 @@ class SparseFFN(nn.Module):
         self.record_routes = False
         self.last_routes: torch.Tensor | None = None
         self.count: Callable[[str, torch.Tensor, torch.Tensor | None], None] | None = None
+        self.choose: Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
         experts, inner, shared = self.num_experts, spec["expert_width"], spec["shared_width"]
         if not 0 <= self.top_k <= experts:
             raise MoEdgeError(f"Layer {layer_index}: top_k={self.top_k} of {experts} experts cannot be selected.")
@@ -152,7 +155,12 @@ class SparseFFN(nn.Module):
         """Return values [T, K] without the small ones; ``which``: ``x`` or ``h``, for the count."""
         if self.count is not None:
             self.count(which, values, threshold)
-        return values if threshold is None else torch.ops.moedge.keep_large(values, threshold, self.ramp)
+        if threshold is None:
+            return values
+        if self.choose is not None:
+            return self.choose(which, values, threshold)
+        kept: torch.Tensor = torch.ops.moedge.keep_large(values, threshold, self.ramp)
+        return kept
 
     def _shared(self, flat: torch.Tensor) -> torch.Tensor:
         """Return what the shared block gives for tokens [T, H], output bias included."""

@@ -93,6 +93,19 @@ class Tap(Facts):
     reads_dtype: str | None = None
 
 
+Which = Literal["x", "h", "expert_h"]
+"""What a layer leaves small values out of: the inputs of gate and up, the hidden values of the shared block, or those
+of the routed experts."""
+GatherPlace = tuple[int, Which]
+
+
+class Kept(Facts):
+    """Where what a layer leaves out can be seen in a graph: the values before and after. None: nowhere."""
+
+    reads: str | None = None
+    output: str | None = None
+
+
 class CacheFacts(Facts):
     """How a graph takes its keys and values."""
 
@@ -248,6 +261,8 @@ class Sealed(Facts):
     model: ModelFacts
     moe: MoEFacts | None
     taps: dict[Layer, Tap]
+    keeps: dict[Layer, dict[Which, Kept]] = {}
+    """Layers that leave small values out: where that can be seen."""
     versions: dict[str, str]
     files: dict[str, FileEntry]
     parent: str | None = None
@@ -262,6 +277,11 @@ class Sealed(Facts):
     def routed_layers(self) -> list[int]:
         """Layers with experts, in order."""
         return sorted(layer for layer, facts in self.layers.items() if facts.num_experts)
+
+    @property
+    def shows_kept(self) -> bool:
+        """Whether everything that is left out can be seen."""
+        return all(place.reads and place.output for kept in self.keeps.values() for place in kept.values())
 
     @property
     def names_reads(self) -> bool:

@@ -95,7 +95,7 @@ def _export_portable(checkpoint: Path, partial: Path, label: str, max_length: in
     from moedge.convert import modeling, sources
     from moedge.convert.sources import folder_check
     from moedge.export import rope
-    from moedge.export.graph import nodes
+    from moedge.export.graph import kept, nodes
     from moedge.export.trace import Architecture, trace
 
     converted = str(folder_check.read_config(checkpoint)["model_type"]).startswith(MOE_PREFIX)
@@ -111,6 +111,7 @@ def _export_portable(checkpoint: Path, partial: Path, label: str, max_length: in
     graph = trace(model)
     lowered = registry.find("portable").lowering()(graph, max_length=longest)
     lowered.taps = nodes.name_reads(graph, nodes.router_inputs(graph), lowered.taps)
+    lowered.keeps = kept.kept_places(graph) or None
     ir.save(graph, partial / bundle.MODEL, external_data=bundle.WEIGHTS)
     generation = GenerationConfig.read(checkpoint)
     described = ModelFacts(
@@ -177,7 +178,7 @@ def lower(
     """
     import onnx_ir as ir
 
-    from moedge.export.graph import nodes, shapes
+    from moedge.export.graph import kept, nodes, shapes
     from moedge.export.ort_ops import library as ort_ops
 
     source = bundle.open_bundle(portable)
@@ -194,9 +195,10 @@ def lower(
     elif zero_points and row.zero_points:
         options["method"] = "rtn-asymmetric"
     longest = source.manifest.model.max_position_embeddings
-    read = nodes.router_inputs(graph)
+    read, left_out = nodes.router_inputs(graph), kept.kept_places(graph)
     lowered = row.lowering()(graph, max_length=longest, **options)
     lowered.taps = nodes.name_reads(graph, read, lowered.taps)
+    lowered.keeps = kept.still_shown(graph, left_out) or None
     if calibration is not None and on_text and lowered.quantization is not None:
         ids = np.ascontiguousarray(calibration, np.int64)
         text = Calibration(tokens=ids.size, sha256=hashlib.sha256(ids.tobytes()).hexdigest())
@@ -248,7 +250,7 @@ def _seal(partial: Path, graph: Any, lowered: Lowered, origin: _Origin) -> None:
     bundle.seal(partial, manifest)
 
 
-_OPTIONAL = ("quantization", "plugins", "operators", "experts")
+_OPTIONAL = ("quantization", "plugins", "operators", "experts", "keeps")
 """Entries of a manifest that only some bundles have."""
 
 

@@ -5,13 +5,14 @@ leaving it out is an error of known size; a kernel that multiplies one token the
 arXiv 2408.14690; WINA, arXiv 2505.19427, counts an input by the norm of its weights too). What is small says a
 calibrated threshold for each input, so a token with more large inputs keeps more.
 
-A hard threshold would be a decision: rounding turns it, and two runtimes then differ by a whole input. So the value
-grows from 0 at the threshold t to its own at (1 + ramp) t, and the model stays a continuous function of its inputs::
+A hard threshold is a decision: rounding turns it, and two runtimes then differ by a whole input. So the value grows
+from 0 at the threshold t to its own at (1 + ramp) t, and the model stays a continuous function of its inputs::
 
     y_i = x_i * clamp((|x_i| - t_i) / (ramp * t_i), 0, 1)
 
-What is below its threshold is exactly 0 and need not be read; parity needs no replay of choices (docs/gather.md): a
-change of x moves y by at most 2 + 1 / ramp times as much.
+What is below its threshold is exactly 0 and need not be read. A change of x moves y by at most 2 + 1 / ramp times as
+much, which over the layers of a deep model is enough to make it chaotic, so parity replays what is kept
+(:mod:`moedge.runtime.parity.replay`).
 
 Shapes: T tokens, K inputs. Importing this module registers the operator; it needs torch only.
 """
@@ -62,7 +63,7 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 
 
 def _backward(ctx: Any, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    # Plain masking: the slope of the ramp itself, up to 2 + 1 / ramp, would only add noise to training.
+    # Plain masking: with the slope of the ramp itself, up to 2 + 1 / ramp, training ends worse (docs/gather.md).
     x, threshold = ctx.saved_tensors
     return (_wide(d_y) * factors(x, threshold, ctx.ramp)).to(d_y.dtype), None, None
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from moedge import MoEdgeError
-from moedge.export.manifest import Manifest, Tap
+from moedge.export.graph import kept
+from moedge.export.manifest import GatherPlace, Kept, Manifest, Tap
 
 
 def edited(
@@ -22,6 +23,7 @@ def edited(
     router_inputs: dict[int, str] | None = None,
     replay: bool = False,
     last_logits: bool = False,
+    keeps: Mapping[GatherPlace, Kept] | None = None,
 ) -> tuple[bytes, dict[int, str]]:
     """Return the model at ``path`` as bytes, with ``taps`` as outputs and every layer run with ``top_k`` experts.
 
@@ -29,7 +31,8 @@ def edited(
     ``router_inputs`` (see the function) become outputs too, and what each layer ranks its experts by where the graph
     shows it (:func:`_show_scores`): their names by layer are returned. With ``replay`` each routed layer gets an input
     ``layers.N.forced`` float32 [T, E] that is added to the scores it selects by, and to no weight. ``last_logits``
-    makes the output projection read the last position alone.
+    makes the output projection read the last position alone. ``keeps``: what is left out becomes outputs, and with
+    ``replay`` what is left out can be forced (:mod:`moedge.export.graph.kept`).
 
     Raises:
         MoEdgeError: ``onnx`` is missing, a tap is not in the graph, or there is no routing whose k could be changed.
@@ -53,16 +56,22 @@ def edited(
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in shown)
     if replay:
         _add_forced(model, path, manifest)
+        kept.force(model, path, kept.named(manifest.keeps))
+    kept.show(model, path, keeps or {}, after=not replay)
     if top_k is not None:
         _set_top_k(model, path, manifest, top_k)
     if last_logits:
         _keep_last(model, path)
     if float32_activations:
-        for node in model.graph.node:
-            for attribute in node.attribute:
-                if attribute.name == "accuracy_level":
-                    attribute.i = 0
+        _keep_activations(model)
     return bytes(model.SerializeToString()), scores
+
+
+def _keep_activations(model: Any) -> None:
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 0
 
 
 def _show_scores(model: Any, taps: Mapping[int, Tap]) -> dict[int, str]:

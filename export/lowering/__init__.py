@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from moedge.export.manifest import CacheFacts, Operators, Plugins, Quantization, Tap
+from moedge.export.manifest import CacheFacts, Kept, Operators, Plugins, Quantization, Tap, Which
 
 
 @dataclass(frozen=True)
@@ -37,3 +37,5 @@ class Lowered:
     """The library of our own operators that the graph needs; set when the bundle is written."""
     experts: str | None = None
     """For TensorRT targets: the form of the experts, see ``trt_experts``."""
+    keeps: dict[int, dict[Which, Kept]] | None = None
+    """Layers that leave small values out: where the graph shows it; set when the bundle is written."""

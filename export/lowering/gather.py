@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from moedge.convert.plan import RAMP
 from moedge.export.graph.build import Builder, constant_of, required
 from moedge.export.graph.nodes import h_threshold_of, nodes_of
 from moedge.export.lowering.rule import Applied, Block
@@ -42,7 +43,19 @@ def growth(graph: ir.Model) -> float:
     """
     nodes = [node for node in nodes_of(graph, "SparseGLU") if h_threshold_of(node) is not None]
     ramps = [node.attributes["ramp"].as_float() for node in nodes]
-    return max((math.sqrt(1 + min(ramp, 1.0) * (2 + 1 / ramp) ** 2) for ramp in ramps), default=1.0)
+    return max(map(_growth, ramps), default=1.0)
+
+
+def _growth(ramp: float) -> float:
+    return math.sqrt(1 + min(ramp, 1.0) * (2 + 1 / ramp) ** 2)
+
+
+def narrower(ramp: float) -> float:
+    """Return how much larger than behind the default ramp an error of hidden values may be, 1 or more.
+
+    The limits of self-tests hold behind the default ramp as they are.
+    """
+    return max(1.0, _growth(ramp) / _growth(RAMP))
 
 
 @dataclass(frozen=True)

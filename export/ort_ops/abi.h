@@ -134,6 +134,11 @@ class Api {
     check(call<88, OrtStatus*>(context, &out));
     return out;
   }
+  size_t output_count(const OrtKernelContext* context) const {
+    size_t out = 0;
+    check(call<89, OrtStatus*>(context, &out));
+    return out;
+  }
   // Null for an input that is left out.
   const OrtValue* input(const OrtKernelContext* context, size_t index) const {
     const OrtValue* out = nullptr;

@@ -21,7 +21,11 @@ std::string describe(int type, const std::vector<int64_t>& dims);
 class Call {
  public:
   Call(const Api& api, OrtKernelContext* context, const char* op)
-      : api_(api), context_(context), op_(op), count_(api.input_count(context)) {}
+      : api_(api),
+        context_(context),
+        op_(op),
+        count_(api.input_count(context)),
+        output_count_(api.output_count(context)) {}
 
   // An input of any shape; Tensor.data is null where it is left out.
   Tensor input(size_t index) const;
@@ -39,8 +43,13 @@ class Call {
   // no dimension for it). Sets its pointers.
   void matrix(size_t index, const char* name, Matrix& matrix, int64_t count = 0) const;
 
-  float* output(const std::vector<int64_t>& dims) const {
-    return static_cast<float*>(api_.data(api_.output(context_, 0, dims)));
+  float* output(const std::vector<int64_t>& dims) const { return optional_output(0, dims); }
+
+  // Null where the node does not name this output: nobody reads it.
+  float* optional_output(size_t index, const std::vector<int64_t>& dims) const {
+    if (index >= output_count_) return nullptr;
+    OrtValue* value = api_.output(context_, index, dims);
+    return value ? static_cast<float*>(api_.data(value)) : nullptr;
   }
 
   [[noreturn]] void refuse(const std::string& what) const { throw Invalid("moedge::" + std::string(op_) + ": " + what); }
@@ -49,7 +58,7 @@ class Call {
   const Api& api_;
   OrtKernelContext* context_;
   const char* op_;
-  size_t count_;
+  size_t count_, output_count_;
 };
 
 // The product of all dimensions but the last.

@@ -88,6 +88,15 @@ const float* chosen(const Product& product, const Threads& threads, const float*
   return out;
 }
 
+// What is shown of values [tokens][size] that lie [tokens][stride]; nothing where nobody reads it.
+void show(const float* values, size_t stride, size_t tokens, size_t size, float* out) {
+  for (size_t t = 0; out && t < tokens; ++t) std::copy(values + t * stride, values + t * stride + size, out + t * size);
+}
+
+// A part of an output that may be left out.
+inline float* from(float* output, size_t at) { return output ? output + at : nullptr; }
+
+// Outputs: y, and for parity x as it is multiplied.
 class GatherLinear : public Node {
  public:
   explicit GatherLinear(const Attributes& attributes)
@@ -105,14 +114,17 @@ class GatherLinear : public Node {
     std::vector<int64_t> dims = x.dims;
     dims.back() = static_cast<int64_t>(outputs);
     float* y = call.output(dims);
-    const size_t all = rows_of(x.dims);
+    float* x_kept = call.optional_output(1, x.dims);
+    const size_t all = rows_of(x.dims), stride = Product::stride_of(inputs);
     const Product product(kernels_, threads, ramp_);
     for (size_t begin = 0; begin < all; begin += MOST_TOKENS) {
       const size_t tokens = std::min(MOST_TOKENS, all - begin);
-      const float* from = static_cast<const float*>(x.data) + begin * inputs;
+      const float* given = static_cast<const float*>(x.data) + begin * inputs;
       float* to = y + begin * outputs;
       const Sums sums(matrix, bias, tokens, to);
-      product.multiply(matrix, chosen(product, threads, from, threshold, tokens, inputs), tokens, sums.at, sums.stride);
+      const float* multiplied = chosen(product, threads, given, threshold, tokens, inputs);
+      show(multiplied, stride, tokens, inputs, from(x_kept, begin * inputs));
+      product.multiply(matrix, multiplied, tokens, sums.at, sums.stride);
       finish(sums.at, sums.stride, bias, tokens, outputs, to);
     }
   }
@@ -123,6 +135,7 @@ class GatherLinear : public Node {
   const Kernels& kernels_;
 };
 
+// Outputs: y, and for parity x as gate and up multiply it, h [.., inner], and h as down multiplies it.
 class GatherGLU : public Node {
  public:
   explicit GatherGLU(const Attributes& attributes)
@@ -144,11 +157,15 @@ class GatherGLU : public Node {
     layer.gate_up_bias = call.floats(7, "gate_up_bias", {2 * inner});
     layer.down_bias = call.floats(8, "down_bias", {hidden});
     float* y = call.output(x.dims);
+    std::vector<int64_t> h_dims = x.dims;
+    h_dims.back() = inner;
+    const Shown shown{call.optional_output(1, x.dims), call.optional_output(2, h_dims), call.optional_output(3, h_dims)};
     const size_t all = rows_of(x.dims);
     const Product product(kernels_, threads, ramp_);
     for (size_t begin = 0; begin < all; begin += MOST_TOKENS)
       run(layer, product, threads, static_cast<const float*>(x.data) + begin * hidden_,
-          std::min(MOST_TOKENS, all - begin), y + begin * hidden_);
+          std::min(MOST_TOKENS, all - begin), y + begin * hidden_,
+          {from(shown.x_kept, begin * hidden_), from(shown.h, begin * inner_), from(shown.h_kept, begin * inner_)});
   }
 
  private:
@@ -156,23 +173,29 @@ class GatherGLU : public Node {
     Matrix gate_up, down;
     const float *x_threshold, *h_threshold, *gate_up_bias, *down_bias;
   };
+  struct Shown {
+    float *x_kept, *h, *h_kept;
+  };
 
   void run(const Layer& layer, const Product& product, const Threads& threads, const float* x, size_t tokens,
-           float* y) const {
+           float* y, const Shown& shown) const {
     const size_t hidden = hidden_, inner = inner_;
     const size_t h_stride = Product::stride_of(inner), both_stride = Product::y_stride_of(layer.gate_up);
     float* both = memory.both.get<float>(tokens * both_stride);
     float* h = memory.h.get<float>(tokens * h_stride);
-    product.multiply(layer.gate_up, chosen(product, threads, x, layer.x_threshold, tokens, hidden), tokens, both,
-                     both_stride);
+    const float* multiplied = chosen(product, threads, x, layer.x_threshold, tokens, hidden);
+    show(multiplied, Product::stride_of(hidden), tokens, hidden, shown.x_kept);
+    product.multiply(layer.gate_up, multiplied, tokens, both, both_stride);
     const Activation activation = activation_;
     const Kernels& kernels = kernels_;
     each_token(threads, tokens, [=, &layer, &kernels](size_t t) {
       float *gate = both + t * both_stride, *to = h + t * h_stride;
       if (layer.gate_up_bias) finish(gate, 0, layer.gate_up_bias, 1, 2 * inner, gate);
       kernels.glu(gate, gate + inner, inner, activation, to);
+      show(to, h_stride, 1, inner, from(shown.h, t * inner));
       product.choose(to, layer.h_threshold, inner, to, h_stride);
     });
+    show(h, h_stride, tokens, inner, shown.h_kept);
     const Sums sums(layer.down, layer.down_bias, tokens, y);
     product.multiply(layer.down, h, tokens, sums.at, sums.stride);
     finish(sums.at, sums.stride, layer.down_bias, tokens, hidden, y);
@@ -192,7 +215,7 @@ constexpr bool GLU_REQUIRED[] = {true, false, true, false, false, true, false, f
 
 }  // namespace
 
-const Signature GATHER_LINEAR{"GatherLinear", 5, LINEAR_TYPES, LINEAR_REQUIRED, false, &make<GatherLinear>};
-const Signature GATHER_GLU{"GatherGLU", 9, GLU_TYPES, GLU_REQUIRED, true, &make<GatherGLU>};
+const Signature GATHER_LINEAR{"GatherLinear", 5, LINEAR_TYPES, LINEAR_REQUIRED, false, &make<GatherLinear>, 2};
+const Signature GATHER_GLU{"GatherGLU", 9, GLU_TYPES, GLU_REQUIRED, true, &make<GatherGLU>, 4};
 
 }  // namespace moedge

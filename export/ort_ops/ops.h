@@ -51,6 +51,7 @@ struct Signature {
   const bool* required;   // of each input
   bool keeps_shape;       // whether y has the shape of x
   std::unique_ptr<Node> (*make)(const Attributes&);
+  size_t outputs = 1;     // of which all but the first may be left out
 };
 
 extern const Signature GATHER_GLU, GATHER_LINEAR, ROUTED_GLU;

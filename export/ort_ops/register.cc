@@ -67,12 +67,12 @@ void fill(Op& op, const Signature& signature, const Api& api) {
   op.input_type = [](const OrtCustomOp* self, size_t i) -> int { return as_op(self).signature.types[i]; };
   op.input_count = [](const OrtCustomOp* self) { return as_op(self).signature.inputs; };
   op.output_type = [](const OrtCustomOp*, size_t) -> int { return FLOAT32; };
-  op.output_count = [](const OrtCustomOp*) -> size_t { return 1; };
+  op.output_count = [](const OrtCustomOp* self) { return as_op(self).signature.outputs; };
   op.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
   op.input_presence = [](const OrtCustomOp* self, size_t i) -> int {
     return as_op(self).signature.required[i] ? REQUIRED : OPTIONAL;
   };
-  op.output_presence = [](const OrtCustomOp*, size_t) -> int { return REQUIRED; };
+  op.output_presence = [](const OrtCustomOp*, size_t i) -> int { return i ? OPTIONAL : REQUIRED; };
   op.input_memory = [](const OrtCustomOp*, size_t) { return 0; };
   op.variadic_input_least = op.variadic_input_same = [](const OrtCustomOp*) { return 0; };
   op.variadic_output_least = op.variadic_output_same = [](const OrtCustomOp*) { return 0; };

@@ -108,18 +108,24 @@ def junit_xml(result: Verification) -> str:
 
 
 def explained(entry: ParityEntry, replay: Replayed) -> str:
-    """One sentence: the error of the arithmetic, the router, and what changed choices cost."""
+    """One sentence: the error of the arithmetic, the choices, and what changed ones cost."""
 
     def shown(value: float | None, form: str) -> str:
         return "none" if value is None else format(value, form)
 
-    free, forced = entry["overall"], replay["overall"]
+    free, forced, kept = entry["overall"], replay["overall"], replay.get("kept")
+    routed = replay["router"]["compared"] or kept is None
+    right, same = [], ""
+    if routed:
+        right.append(f"router right in {shown(replay['router'].get('agreement'), '.4%')} of its decisions")
+        same = f"the same set in {shown(entry['routing'].get('agreement'), '.1%')}, "
+    if kept is not None:
+        right.append(f"{shown(kept.get('agreement'), '.4%')} of values rightly kept or left out")
     return (
-        f"{entry['name']}: KL {shown(forced['kl_ref_test']['mean'], '.3g')} under the engine's own choice of experts "
-        f"(the arithmetic), router right in {shown(replay['router'].get('agreement'), '.4%')} of its decisions; "
-        f"free-running KL {shown(free['kl_ref_test']['mean'], '.3g')}, the same set in "
-        f"{shown(entry['routing'].get('agreement'), '.1%')}, perplexity x{shown(free['perplexity']['ratio'], '.3f')} "
-        "(the cost of changed choices, a property of the model)"
+        f"{entry['name']}: KL {shown(forced['kl_ref_test']['mean'], '.3g')} under the engine's own "
+        f"{'choice of experts' if kept is None else 'choices'} (the arithmetic), {', '.join(right)}; "
+        f"free-running KL {shown(free['kl_ref_test']['mean'], '.3g')}, {same}perplexity "
+        f"x{shown(free['perplexity']['ratio'], '.3f')} (the cost of changed choices, a property of the model)"
     )
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Container, Iterable
 
 import numpy as np
 
 from moedge import MoEdgeError
+from moedge.export.manifest import GatherPlace
 
 
 def default_threads() -> int:
@@ -54,6 +56,35 @@ def forcing(experts: np.ndarray | None, tokens: int, num_experts: int, top_k: in
             )
         np.put_along_axis(bias, experts.astype(np.int64), FORCED, axis=1)
     return bias
+
+
+def factors_of(values: np.ndarray, threshold: np.ndarray, ramp: float, place: GatherPlace) -> np.ndarray:
+    """Return what :mod:`moedge.convert.ops.gather` multiplies ``values`` [T, K] by: float32, 0 to 1; NaN stays NaN.
+
+    Raises:
+        MoEdgeError: there is another number of values than of thresholds.
+    """
+    if values.shape[1:] != threshold.shape:
+        raise MoEdgeError(
+            f"Layer {place[0]} leaves out of {threshold.size} values in the reference, of a shape {values.shape[1:]} "
+            "in the test engine: these are not the same model."
+        )
+    with np.errstate(invalid="ignore"):
+        part = (np.abs(values) - threshold) / (threshold * np.float32(ramp))
+    return np.clip(part, np.float32(0), np.float32(1)).astype(np.float32, copy=False)
+
+
+def known_places(given: Iterable[GatherPlace], known: Container[GatherPlace]) -> None:
+    """Refuse values of a place at which a model leaves nothing out.
+
+    Raises:
+        MoEdgeError: there is one.
+    """
+    for layer, which in given:
+        if (layer, which) not in known:
+            raise MoEdgeError(
+                f"Layer {layer} leaves small values ({which}) out in one engine only: these are not the same model."
+            )
 
 
 def check_length(total: int, max_length: int) -> None:

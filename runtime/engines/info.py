@@ -21,6 +21,8 @@ class EngineModel(Facts):
     moe: bool = False
     routed: bool = False
     """Whether a layer chooses experts: a pruned MoE may have none."""
+    gathered: bool = False
+    """Whether a layer leaves small values out (docs/gather.md)."""
     eos_token_ids: list[int] = Field(default_factory=list)
     max_position_embeddings: int | None = None
     max_length: int | None = None

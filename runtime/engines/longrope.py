@@ -8,10 +8,15 @@ is what one reading of the whole text gives.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from typing import TypeVar
+
 import numpy as np
 
 from moedge import MoEdgeError
 from moedge.runtime.engines.protocol import Step
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 def crosses(limit: int | None, mask: np.ndarray, new: int) -> bool:
@@ -27,14 +32,14 @@ def crosses(limit: int | None, mask: np.ndarray, new: int) -> bool:
 
 
 def refuse_forced(limit: int | None) -> None:
-    """Say that experts cannot be forced on a step that reads the whole text again.
+    """Say that choices cannot be forced on a step that reads the whole text again.
 
     Raises:
         MoEdgeError: always.
     """
     raise MoEdgeError(
         f"Beyond {limit} tokens this model's rotary factors (longrope) change and the whole text is read again, so the "
-        "experts of every token would have to be given; prefill the whole text with them."
+        "choices of every token would have to be given; prefill the whole text with them."
     )
 
 
@@ -42,7 +47,7 @@ def last(step: Step, new: int) -> Step:
     """Cut what a whole reading gave to its last ``new`` positions."""
     batch = len(step.logits)
 
-    def rows(found: dict[int, np.ndarray] | None) -> dict[int, np.ndarray] | None:
+    def rows(found: dict[Key, np.ndarray] | None) -> dict[Key, np.ndarray] | None:
         if found is None:
             return None
         return {
@@ -50,4 +55,11 @@ def last(step: Step, new: int) -> Step:
             for layer, array in found.items()
         }
 
-    return Step(step.logits[:, -new:], step.cache, rows(step.routes), rows(step.router_inputs))
+    return Step(
+        step.logits[:, -new:],
+        step.cache,
+        rows(step.routes),
+        rows(step.router_inputs),
+        left_out_of=rows(step.left_out_of),
+        kept=rows(step.kept),
+    )

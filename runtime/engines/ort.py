@@ -14,10 +14,19 @@ from typing import Any
 import numpy as np
 
 from moedge import MoEdgeError
+from moedge.export.graph import kept as left_out
 from moedge.export.graph import taps as _graph
-from moedge.export.manifest import Tap
+from moedge.export.manifest import GatherPlace, Tap
 from moedge.runtime.engines import longrope
-from moedge.runtime.engines.calls import check_batch, check_length, default_threads, forcing, position_ids
+from moedge.runtime.engines.calls import (
+    check_batch,
+    check_length,
+    default_threads,
+    factors_of,
+    forcing,
+    known_places,
+    position_ids,
+)
 from moedge.runtime.engines.ort_loader import Loaded, Options, load
 from moedge.runtime.engines.ort_session import ort_value, session_options
 from moedge.runtime.engines.protocol import Step
@@ -49,8 +58,8 @@ class OrtEngine:
         float32_activations: run a quantised bundle without rounding activations to int8 (needs ``onnx``). Experts of 8
             bits have no such kernel.
         router_inputs: also return what each layer's router read, and with ``taps`` what it ranks its experts by, where
-            the graph shows that (needs ``onnx``).
-        replay: let the caller force the experts (portable bundles; needs ``onnx``), see
+            the graph shows that; and the values of which small ones are left out (needs ``onnx``).
+        replay: let the caller force the experts and what is left out (portable bundles; needs ``onnx``), see
             :class:`moedge.runtime.engines.ReplayEngine`.
         last_logits: compute the logits of each call's last position alone, ``Step.logits`` [B, 1, V]: all that
             generation needs. Without the ``onnx`` package all are computed.
@@ -92,6 +101,7 @@ class OrtEngine:
         self._path = Path(bundle_path)
         self._loaded: Loaded | None = load(self._path, options)
         self._routers: Any = None
+        self._thresholds: dict[GatherPlace, tuple[np.ndarray, float]] | None = None
         self.info = self._loaded.info
 
     def prefill(
@@ -100,6 +110,7 @@ class OrtEngine:
         attention_mask: np.ndarray | None = None,
         *,
         experts: dict[int, np.ndarray] | None = None,
+        factors: dict[GatherPlace, np.ndarray] | None = None,
     ) -> Step:
         """Run ``ids`` int64 [B, S] from an empty cache; see :class:`moedge.runtime.engines.Engine`."""
         loaded = self._open()
@@ -111,9 +122,16 @@ class OrtEngine:
         # np.zeros maps pages on first touch: a long buffer costs memory only for the tokens that were written.
         empty = [np.zeros(shape, dtype=loaded.dtype) for _ in loaded.past]
         cache = _Cache(ids[:, :0], mask[:, :0], [ort_value(array, loaded.device) for array in empty])
-        return self._run(ids, mask, cache, experts)
+        return self._run(ids, mask, cache, experts, factors)
 
-    def decode(self, ids: np.ndarray, cache: Any, *, experts: dict[int, np.ndarray] | None = None) -> Step:
+    def decode(
+        self,
+        ids: np.ndarray,
+        cache: Any,
+        *,
+        experts: dict[int, np.ndarray] | None = None,
+        factors: dict[GatherPlace, np.ndarray] | None = None,
+    ) -> Step:
         """Run ``ids`` int64 [B, S] after what ``cache`` holds; the cache is used up."""
         loaded = self._open()
         mask = check_batch(ids, None, loaded.model.vocab_size)
@@ -121,11 +139,19 @@ class OrtEngine:
             raise MoEdgeError("This cache was used before or belongs to another engine or batch; prefill again.")
         mask = np.concatenate([cache.mask, mask], axis=1)
         if longrope.crosses(loaded.rope_boundary, mask, ids.shape[1]):
-            if experts is not None:
+            if experts is not None or factors is not None:
                 longrope.refuse_forced(loaded.rope_boundary)
             cache.used = True
             return longrope.last(self.prefill(np.concatenate([cache.ids, ids], axis=1), mask), ids.shape[1])
-        return self._run(ids, mask, cache, experts)
+        return self._run(ids, mask, cache, experts, factors)
+
+    def factors(self, left_out_of: dict[GatherPlace, np.ndarray]) -> dict[GatherPlace, np.ndarray]:
+        """What the bundle's thresholds multiply values float32 [T, K] by; needs ``replay``."""
+        loaded = self._open()
+        known_places(left_out_of, loaded.factors)
+        if self._thresholds is None:
+            self._thresholds = left_out.thresholds(loaded.model_path, loaded.factors)
+        return {place: factors_of(values, *self._thresholds[place], place) for place, values in left_out_of.items()}
 
     def scores(self, router_inputs: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
         """Return what each layer ranks experts by, float32 [T, E], for float32 [T, H]; needs ``replay``, ``taps``."""
@@ -156,13 +182,21 @@ class OrtEngine:
             raise MoEdgeError(f"The engine for {self._path} is closed; open it again.")
         return self._loaded
 
-    def _run(self, ids: np.ndarray, mask: np.ndarray, cache: _Cache, experts: dict[int, np.ndarray] | None) -> Step:
+    def _run(
+        self,
+        ids: np.ndarray,
+        mask: np.ndarray,
+        cache: _Cache,
+        experts: dict[int, np.ndarray] | None,
+        factors: dict[GatherPlace, np.ndarray] | None,
+    ) -> Step:
         """One session run; ``mask`` int64 [B, P + S] covers the cache and ``ids``."""
         loaded = self._open()
         batch, new = ids.shape
         check_length(mask.shape[1], loaded.max_length)
         binding = cache.binding or loaded.session.io_binding()
         self._bind_inputs(binding, ids, mask, experts)
+        self._bind_factors(binding, factors)
         rows = 1 if loaded.last_logits else new
         logits = np.empty((batch, rows, loaded.model.vocab_size), dtype=loaded.dtype)
         # Outputs come back in the order in which they were first bound: logits, taps, cache.
@@ -186,8 +220,12 @@ class OrtEngine:
             {layer: seen[name].astype(np.float32, copy=False) for layer, name in names.items()} or None
             for names in (loaded.shown.router_inputs, loaded.shown.scores)
         )
-        text = np.concatenate([cache.ids, ids], axis=1)
-        return Step(logits.astype(np.float32, copy=False), _Cache(text, mask, values, binding), routes, read, scores)
+        before, after = (
+            {place: seen[name] for place, name in names.items()} or None
+            for names in (loaded.shown.left_out_of, loaded.shown.kept)
+        )
+        held = _Cache(np.concatenate([cache.ids, ids], axis=1), mask, values, binding)
+        return Step(logits.astype(np.float32, copy=False), held, routes, read, scores, before, after)
 
     def _bind_inputs(
         self, binding: Any, ids: np.ndarray, mask: np.ndarray, experts: dict[int, np.ndarray] | None
@@ -202,6 +240,13 @@ class OrtEngine:
         for layer, (count, top_k) in loaded.forced.items():
             chosen = None if experts is None else experts[layer]
             binding.bind_cpu_input(_graph.forced_input(layer), forcing(chosen, ids.size, count, top_k))
+
+    def _bind_factors(self, binding: Any, factors: dict[GatherPlace, np.ndarray] | None) -> None:
+        known = self._open().factors
+        known_places(factors or {}, known)
+        for place in known:
+            given = (factors or {}).get(place, np.full((1, 1), left_out.OWN))
+            binding.bind_cpu_input(left_out.factor_input(place), np.ascontiguousarray(given, dtype=np.float32))
 
 
 def _bind_cache(binding: Any, loaded: Loaded, values: list[Any]) -> None:

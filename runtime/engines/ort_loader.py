@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from moedge import MoEdgeError
 from moedge.configs.generation_config import GenerationConfig
 from moedge.export import rope, targets
 from moedge.export.bundle import Bundle, check_external_data, open_bundle
+from moedge.export.graph import kept as left_out
 from moedge.export.graph import taps as _graph
-from moedge.export.manifest import Manifest, ModelFacts, Tap
+from moedge.export.manifest import GatherPlace, Kept, Manifest, ModelFacts, Tap
 from moedge.runtime.engines.info import EngineInfo, EngineModel
 from moedge.runtime.engines.ort_session import check_cuda, open_session, ort_value
 
@@ -43,12 +44,17 @@ class Shown:
     taps: dict[int, Tap]
     router_inputs: dict[int, str]
     scores: dict[int, str]
+    left_out_of: dict[GatherPlace, str] = field(default_factory=dict)
+    kept: dict[GatherPlace, str] = field(default_factory=dict)
 
     @property
     def outputs(self) -> list[str]:
         """Names of the outputs, each once, in the order in which they are bound."""
         names = [tap.output for tap in self.taps.values()]
-        return list(dict.fromkeys([*names, *self.router_inputs.values(), *self.scores.values()]))
+        by_layer = (self.router_inputs, self.scores)
+        by_place = (self.left_out_of, self.kept)
+        more = [name for found in (*by_layer, *by_place) for name in found.values()]
+        return list(dict.fromkeys([*names, *more]))
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,8 @@ class Loaded:
     shown: Shown
     forced: dict[int, tuple[int, int]]
     """Layers whose experts can be forced -> number of experts, how many of them run."""
+    factors: dict[GatherPlace, Kept]
+    """Places at which what is left out can be forced."""
     last_logits: bool
     weights: dict[str, tuple[np.ndarray, Any]]
     """The session reads this memory as long as it lives."""
@@ -122,6 +130,7 @@ def load(path: Path, options: Options) -> Loaded:
         past=_past(path, manifest, session),
         shown=shown,
         forced=_forced(manifest) if options.replay else {},
+        factors=left_out.named(manifest.keeps) if options.replay else {},
         last_logits=last_logits,
         weights=weights,
     )
@@ -137,6 +146,8 @@ def _graph_for(bundle: Bundle, options: Options, *, last_logits: bool) -> tuple[
     reads = _graph.router_inputs(path, manifest) if options.router_inputs else {}
     if options.replay:
         reads = _graph.own_router_inputs(path) if taps else {}
+    asks = options.taps if options.replay else options.router_inputs
+    keeps = left_out.named(manifest.keeps) if asks else {}
     graph, scores = _graph.edited(
         path,
         manifest,
@@ -146,8 +157,11 @@ def _graph_for(bundle: Bundle, options: Options, *, last_logits: bool) -> tuple[
         reads,
         options.replay,
         last_logits,
+        keeps,
     )
-    return graph, Shown(_with_top_k(taps, manifest, options.top_k), reads, scores)
+    before = {place: str(kept.reads) for place, kept in keeps.items()}
+    after = {} if options.replay else {place: str(kept.output) for place, kept in keeps.items()}
+    return graph, Shown(_with_top_k(taps, manifest, options.top_k), reads, scores, before, after)
 
 
 def _with_top_k(taps: Mapping[int, Tap], manifest: Manifest, top_k: int | None) -> dict[int, Tap]:
@@ -187,6 +201,7 @@ def _info(
         "target": manifest.target,
         "moe": manifest.kind == "moe",
         "routed": bool(manifest.routed_layers),  # a pruned model has layers without experts
+        "gathered": bool(manifest.keeps),
         "max_length": longest,
         "top_k": options.top_k,
     }

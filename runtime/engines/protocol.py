@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from moedge.export.manifest import GatherPlace
 from moedge.runtime.engines.info import EngineInfo
 
 
@@ -19,7 +20,8 @@ class Step:
     selected experts, int32 [B*S, k] sorted by decreasing score, when the engine was opened with ``taps=True``;
     ``router_inputs`` per layer what its router read, float32 [B*S, H], when opened with ``router_inputs=True``;
     ``scores`` with them, per layer, what the engine ranked its experts by (selection bias included), float32 [B*S, E],
-    or None where the runtime does not show it.
+    or None where the runtime does not show it; ``left_out_of`` and ``kept`` with them, by layer and place
+    (:mod:`moedge.export.graph.kept`), the values float32 [B*S, K] of which small ones are left out, and what is left.
     """
 
     logits: np.ndarray
@@ -27,6 +29,8 @@ class Step:
     routes: dict[int, np.ndarray] | None = None
     router_inputs: dict[int, np.ndarray] | None = None
     scores: dict[int, np.ndarray] | None = None
+    left_out_of: dict[GatherPlace, np.ndarray] | None = None
+    kept: dict[GatherPlace, np.ndarray] | None = None
 
 
 class Engine(Protocol):
@@ -53,10 +57,11 @@ class Engine(Protocol):
 
 @runtime_checkable
 class ReplayEngine(Protocol):
-    """An engine, opened with ``replay=True``, that can be told which experts to run: the reference of route replay.
+    """An engine, opened with ``replay=True``, that can be told what to choose: the reference of route replay.
 
-    The weight of a forced expert follows the layer's rule from the engine's own scores. With ``taps=True`` its steps
-    hold ``router_inputs``, too.
+    It is told which experts to run, whose weights follow the layer's rule from the engine's own scores, and by which
+    factor, 0 to 1, to multiply each value of which small ones are left out. With ``taps=True`` its steps hold
+    ``router_inputs`` and ``left_out_of``, too.
     """
 
     info: EngineInfo
@@ -67,12 +72,32 @@ class ReplayEngine(Protocol):
         attention_mask: np.ndarray | None = None,
         *,
         experts: dict[int, np.ndarray] | None = None,
+        factors: dict[GatherPlace, np.ndarray] | None = None,
     ) -> Step:
-        """As :meth:`Engine.prefill` with ``experts`` int [B*S, k] per layer instead of the router's choice."""
+        """As :meth:`Engine.prefill` with what is given instead of the model's own choices.
+
+        Args:
+            experts: by layer int [B*S, k]. factors: by place float32 [B*S, K].
+        """
         ...
 
-    def decode(self, ids: np.ndarray, cache: Any, *, experts: dict[int, np.ndarray] | None = None) -> Step:
-        """As :meth:`Engine.decode`, with ``experts`` as in :meth:`prefill`."""
+    def decode(
+        self,
+        ids: np.ndarray,
+        cache: Any,
+        *,
+        experts: dict[int, np.ndarray] | None = None,
+        factors: dict[GatherPlace, np.ndarray] | None = None,
+    ) -> Step:
+        """As :meth:`Engine.decode`, with ``experts`` and ``factors`` as in :meth:`prefill`."""
+        ...
+
+    def factors(self, left_out_of: dict[GatherPlace, np.ndarray]) -> dict[GatherPlace, np.ndarray]:
+        """What the model's thresholds multiply each value by, float32 [T, K] of 0 to 1, for values of that shape.
+
+        Raises:
+            MoEdgeError: the model leaves nothing out there, or of another number of values.
+        """
         ...
 
     def scores(self, router_inputs: dict[int, np.ndarray]) -> dict[int, np.ndarray]:

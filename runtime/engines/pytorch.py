@@ -12,8 +12,17 @@ import numpy as np
 
 from moedge import MoEdgeError
 from moedge.convert.compat import cache_argument
+from moedge.export.manifest import GatherPlace, Which
 from moedge.runtime.engines import longrope, pytorch_loader
-from moedge.runtime.engines.calls import check_batch, check_length, default_threads, forcing, position_ids
+from moedge.runtime.engines.calls import (
+    check_batch,
+    check_length,
+    default_threads,
+    factors_of,
+    forcing,
+    known_places,
+    position_ids,
+)
 from moedge.runtime.engines.protocol import Step
 
 
@@ -38,7 +47,7 @@ class TorchEngine:
         dtype: ``float32``, ``bfloat16`` or ``float16``.
         device: ``cpu``, ``cuda`` or ``cuda:N``. Tokens go in and logits come out in host memory, so a timed step holds
             both copies and has ended when it returns.
-        replay: let the caller force the experts, see :class:`moedge.runtime.engines.ReplayEngine`.
+        replay: let the caller force the experts and what is left out, see :class:`moedge.runtime.engines.ReplayEngine`.
         last_logits: compute the logits of each call's last position alone, ``Step.logits`` [B, 1, V].
 
     Raises:
@@ -80,8 +89,15 @@ class TorchEngine:
             module.record_routes = taps
             if replay and taps:
                 module.router.register_forward_pre_hook(self._recorder(layer))
-        routed = bool(self._sparse)
-        self.info = pytorch_loader.describe(self._module, self._path, dtype, self._threads, routed=routed, top_k=top_k)
+        self._thresholds = pytorch_loader.thresholds(self._module)
+        self._factors: dict[GatherPlace, Any] = {}  # forced in the running call
+        self._values: dict[GatherPlace, Any] = {}  # of which small ones were left out in the latest call
+        for module in pytorch_loader.gathered_layers(self._module) if replay else ():
+            module.choose = self._chooser(module)
+        routed, gathered = bool(self._sparse), bool(self._thresholds)
+        self.info = pytorch_loader.describe(
+            self._module, self._path, dtype, self._threads, routed=routed, gathered=gathered, top_k=top_k
+        )
         self._vocab_size = self.info.model.vocab_size
         self._max_length = int(self._module.config.max_position_embeddings)
         self._rope_boundary = self.info.model.rope_boundary
@@ -92,15 +108,23 @@ class TorchEngine:
         attention_mask: np.ndarray | None = None,
         *,
         experts: dict[int, np.ndarray] | None = None,
+        factors: dict[GatherPlace, np.ndarray] | None = None,
     ) -> Step:
         """Run ``ids`` int64 [B, S] from an empty cache; see :class:`moedge.runtime.engines.Engine`."""
         from transformers import DynamicCache
 
         mask = check_batch(ids, attention_mask, self._vocab_size)
-        with self._forced(experts, ids.size):
+        with self._forced(experts, factors, ids.size):
             return self._run(ids, ids, mask, DynamicCache())
 
-    def decode(self, ids: np.ndarray, cache: Any, *, experts: dict[int, np.ndarray] | None = None) -> Step:
+    def decode(
+        self,
+        ids: np.ndarray,
+        cache: Any,
+        *,
+        experts: dict[int, np.ndarray] | None = None,
+        factors: dict[GatherPlace, np.ndarray] | None = None,
+    ) -> Step:
         """Run ``ids`` int64 [B, S] after what ``cache`` holds; the cache is used up."""
         mask = check_batch(ids, None, self._vocab_size)
         if not isinstance(cache, _Cache) or cache.used or len(cache.mask) != len(ids):
@@ -108,11 +132,16 @@ class TorchEngine:
         cache.used = True
         text, mask = np.concatenate([cache.ids, ids], axis=1), np.concatenate([cache.mask, mask], axis=1)
         if longrope.crosses(self._rope_boundary, mask, ids.shape[1]):
-            if experts is not None:
+            if experts is not None or factors is not None:
                 longrope.refuse_forced(self._rope_boundary)
             return longrope.last(self.prefill(text, mask), ids.shape[1])
-        with self._forced(experts, ids.size):
+        with self._forced(experts, factors, ids.size):
             return self._run(ids, text, mask, cache.past)
+
+    def factors(self, left_out_of: dict[GatherPlace, np.ndarray]) -> dict[GatherPlace, np.ndarray]:
+        """Return what the model's thresholds multiply values float32 [T, K] by."""
+        known_places(left_out_of, self._thresholds)
+        return {place: factors_of(values, *self._thresholds[place], place) for place, values in left_out_of.items()}
 
     def scores(self, router_inputs: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
         """Return what each layer ranks its experts by, float32 [T, E], for float32 [T, H]."""
@@ -125,6 +154,18 @@ class TorchEngine:
                 found[layer] = scores.cpu().numpy()
         return found
 
+    def _chooser(self, module: Any) -> Callable[[Which, Any, Any], Any]:
+        """In place of the module's thresholds: keep what is forced, or what they say, and remember the values."""
+
+        def choose(which: Which, values: Any, threshold: Any) -> Any:
+            place = (module.layer_index, which)
+            self._values[place] = values
+            if place in self._factors:
+                return (values.float() * self._factors[place]).to(values.dtype)
+            return self._torch.ops.moedge.keep_large(values, threshold, module.ramp)
+
+        return choose
+
     def _recorder(self, layer: int) -> Callable[[Any, tuple[Any, ...]], None]:
         def record(module: Any, given: tuple[Any, ...]) -> None:
             self._read[layer] = given[0]
@@ -132,22 +173,25 @@ class TorchEngine:
         return record
 
     @contextmanager
-    def _forced(self, experts: dict[int, np.ndarray] | None, tokens: int) -> Iterator[None]:
-        """Run with ``experts`` per layer in place of the routers' choice, through the bias that only selects."""
-        if experts is None:
-            yield
-            return
-        if not self._replay:
+    def _forced(
+        self, experts: dict[int, np.ndarray] | None, factors: dict[GatherPlace, np.ndarray] | None, tokens: int
+    ) -> Iterator[None]:
+        """Run with ``experts`` in place of the routers' choice, through the bias that only selects; and ``factors``."""
+        if (experts is not None or factors is not None) and not self._replay:
             raise MoEdgeError(f"{self._path} was not opened with replay, so its experts cannot be forced.")
-        own = {layer: module.selection_bias for layer, module in self._sparse.items()}
+        known_places(factors or {}, self._thresholds)
+        own = {layer: module.selection_bias for layer, module in self._sparse.items()} if experts is not None else {}
+        self._factors = {place: self._tensor(factor) for place, factor in (factors or {}).items()}
         try:
-            for layer, module in self._sparse.items():
+            for layer, module in self._sparse.items() if own else ():
+                assert experts is not None
                 bias = forcing(experts[layer], tokens, module.num_experts, module.top_k)
                 module.selection_bias = self._tensor(bias)
             yield
         finally:
-            for layer, module in self._sparse.items():
-                module.selection_bias = own[layer]
+            self._factors = {}
+            for layer, bias in own.items():
+                self._sparse[layer].selection_bias = bias
 
     def _tensor(self, array: np.ndarray) -> Any:
         return self._torch.from_numpy(array).to(self._module.device)
@@ -164,6 +208,7 @@ class TorchEngine:
         """Free the weights. The engine cannot be used afterwards."""
         self._module = None
         self._sparse = {}
+        self._values = {}
 
     def _run(self, ids: np.ndarray, text: np.ndarray, mask: np.ndarray, past: Any) -> Step:
         """Run ``ids``, the end of ``text``; ``mask`` is that of ``text``."""
@@ -189,7 +234,10 @@ class TorchEngine:
             if self._taps and self._sparse:
                 routes = {layer: _indices(module.last_routes) for layer, module in sorted(self._sparse.items())}
         read = {layer: value.cpu().numpy() for layer, value in sorted(self._read.items())} or None
-        return Step(logits, _Cache(text, mask, past), routes, read)  # the cache has grown in place
+        shown = self._values if self._taps else {}
+        left_out_of = {place: value.float().cpu().numpy() for place, value in sorted(shown.items())} or None
+        # The cache has grown in place.
+        return Step(logits, _Cache(text, mask, past), routes, read, left_out_of=left_out_of)
 
 
 def _indices(routes: Any) -> np.ndarray:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moedge import MoEdgeError
 from moedge.configs.generation_config import GenerationConfig
 from moedge.convert.adapters import MOE_PREFIX
 from moedge.export import rope
+from moedge.export.manifest import GatherPlace, Which
 from moedge.runtime.engines.info import EngineInfo, EngineModel
 
 
@@ -35,6 +38,27 @@ def routed_layers(module: Any) -> dict[int, Any]:
     return {part.layer_index: part for part in module.modules() if hasattr(part, "record_routes") and part.num_experts}
 
 
+def gathered_layers(module: Any) -> list[Any]:
+    """Return the layers that leave small values out."""
+    names = ("x_threshold", "shared_h_threshold", "h_threshold")
+    return [
+        part
+        for part in module.modules()
+        if hasattr(part, "choose") and any(getattr(part, name) is not None for name in names)
+    ]
+
+
+def thresholds(module: Any) -> dict[GatherPlace, tuple[np.ndarray, float]]:
+    """Return thresholds float32 [K] and ramp of each place whose choice can be replayed: not inside experts."""
+    found: dict[GatherPlace, tuple[np.ndarray, float]] = {}
+    places: dict[Which, str] = {"x": "x_threshold", "h": "shared_h_threshold"}
+    for part in gathered_layers(module):
+        for which, name in places.items():
+            if (threshold := getattr(part, name)) is not None:
+                found[part.layer_index, which] = (threshold.cpu().numpy(), part.ramp)
+    return found
+
+
 def set_top_k(layers: dict[int, Any], top_k: int, folder: Path) -> None:
     """Run each of ``layers`` with ``top_k`` experts, or all of them where it has fewer.
 
@@ -47,7 +71,9 @@ def set_top_k(layers: dict[int, Any], top_k: int, folder: Path) -> None:
         module.top_k = min(top_k, module.num_experts)
 
 
-def describe(module: Any, folder: Path, dtype: str, threads: int, *, routed: bool, top_k: int | None) -> EngineInfo:
+def describe(
+    module: Any, folder: Path, dtype: str, threads: int, *, routed: bool, gathered: bool, top_k: int | None
+) -> EngineInfo:
     """Return the facts that are printed beside every number."""
     import torch
 
@@ -69,6 +95,7 @@ def describe(module: Any, folder: Path, dtype: str, threads: int, *, routed: boo
         "target": "torch",
         "moe": moe,
         "routed": routed,
+        "gathered": gathered,
         "top_k": top_k,
     }
     return EngineInfo(

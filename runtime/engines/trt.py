@@ -88,6 +88,7 @@ class TensorRTEngine:
                     "target": manifest.target,
                     "moe": manifest.kind == "moe",
                     "routed": routed,
+                    "gathered": bool(manifest.keeps),
                     "max_length": self._max_length,
                     "top_k": None,
                 }

@@ -88,7 +88,7 @@ def compare_all(
     windows = _check(reference, [test for test, _ in tests.values()], token_windows, prefill)
     engines = [test for test, _ in tests.values()]
     found = {
-        label: _Comparison(reference, test, limits[label], routing and _both_routed(reference, test))
+        label: _Comparison(reference, test, limits[label], routing and _both_choose(reference, test))
         for label, (test, _) in tests.items()
     }
     done = 0
@@ -115,15 +115,15 @@ def compare_all(
 class _Comparison:
     """What is kept of one engine beside the reference: free-running errors and choices, and a replay if it is due."""
 
-    def __init__(self, reference: Engine, test: Engine, limits: Profile, routed: bool) -> None:
+    def __init__(self, reference: Engine, test: Engine, limits: Profile, choosing: bool) -> None:
         self._reference, self._test, self._limits = reference, test, limits
-        self._may_replay = routed and limits.router_set_agreement is not None
+        self._may_replay = choosing and limits.router_set_agreement is not None
         self._free_first = limits.expert_set_agreement is not None
         self._window, self._changed, self._shown = TokenErrors.by_phase(limits), False, False
         self._alike = TokenErrors.by_phase(limits)  # of windows without a changed choice
         self.phases, self.routes = TokenErrors.by_phase(limits), RouteAgreement()
         self.replay: Replay | None = None
-        if self._may_replay and not self._free_first:
+        if self._may_replay and not self._free_first and _both_routed(reference, test):
             self.replay = Replay(replaying(reference, test), limits)
 
     def add(self, phase: str, ids: np.ndarray, one: Step, two: Step, targets: np.ndarray) -> None:
@@ -132,6 +132,9 @@ class _Comparison:
         self._window[phase].add(one.logits[0], two.logits[0], targets, changed)
         self._changed |= changed is not None and bool(changed.any())
         self._shown = two.router_inputs is not None
+        if self._may_replay and two.kept is not None and self.replay is None:
+            # Some value of some layer lies at its threshold in nearly every window: what is left out always differs.
+            self.replay, self._free_first = Replay(replaying(self._reference, self._test), self._limits), False
         if self.replay and not self._free_first:
             self.replay.add(phase, ids, two, targets)
 
@@ -164,6 +167,10 @@ class Described(Protocol):
     info: EngineInfo
 
 
+def _both_choose(reference: Described, test: Described) -> bool:
+    return _both_routed(reference, test) or (reference.info.model.gathered and test.info.model.gathered)
+
+
 def _both_routed(reference: Described, test: Described) -> bool:
     return reference.info.model.routed and test.info.model.routed
 
@@ -176,7 +183,7 @@ def replaying(reference: Engine, test: Described) -> ReplayEngine:
     """
     if not isinstance(reference, ReplayEngine):
         raise MoEdgeError(
-            f"{test.info.name} is judged under its own choice of experts, which {reference.info.name} cannot replay; "
+            f"{test.info.name} is judged under its own choices, which {reference.info.name} cannot replay; "
             "compare it with the portable bundle or the checkpoint."
         )
     return reference

@@ -18,6 +18,7 @@ from moedge.runtime.parity import verdict
 from moedge.runtime.parity.results import ParityEntry, Verification
 from moedge.runtime.parity.suite import (
     DEQUANTIZED,
+    FREE,
     SCHEMA,
     Judging,
     finished,
@@ -143,13 +144,16 @@ def answers_of_device(
 
     found = recorded.Recorded(answers)
     limits = limits or tolerance_files.load()
-    judged = limits.profile(tolerances, found.info.model.target, found.info.dtype)
     options: dict[str, Any] = {"taps": True, "replay": True} if found.routed else {}
     one = open_engine(reference, **opening, **options)
+    gathered = one.info.model.gathered  # nobody recorded what was left out
+    judged = limits.profile(FREE if gathered else tolerances, found.info.model.target, found.info.dtype)
     try:
         entry = recorded.compare(one, found, judged, progress)
     finally:
         one.close()
+    if gathered:
+        entry = verdict.with_notes(entry, [Judging.unshown(answers)])
     parity_entries: list[ParityEntry] = [{"name": f"{answers} vs {reference}", **entry}]
     text = f"the prompts of {answers.name}"
     return finished({"schema": SCHEMA, "text": text, "identity": [], "parity": parity_entries}, limits)
@@ -165,7 +169,7 @@ def _reference_options(folder: Path, how: Judging, target: str) -> dict[str, Any
     options = reference_options([how], moe=_is_moe(folder))
     if options.get("replay") and _target(folder) not in ("portable", ""):
         raise MoEdgeError(
-            f"{target} is judged under its own choice of experts, which {folder} cannot replay; compare it with "
+            f"{target} is judged under its own choices, which {folder} cannot replay; compare it with "
             "the portable bundle or the checkpoint."
         )
     return options

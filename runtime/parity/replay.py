@@ -1,8 +1,8 @@
-"""Route replay: one comparison of a sparse model, taken apart into its arithmetic and its router.
+"""Route replay: one comparison of a sparse model, taken apart into its arithmetic and its choices.
 
 A sparse model is a chain of decisions. Where two experts score nearly the same, a rounding error far below any limit
 changes the choice, and everything after it. The distance of two free-running engines then says how steady the *model*
-is, not whether the engine computes it. So the engine runs once, and two questions are asked about that run:
+is, not whether the engine computes it. So the engine runs once, and these questions are asked about that run:
 
 * arithmetic: the reference runs on the same tokens with the experts that the engine chose, token by token and layer by
   layer; their weights follow the layer's rule from the reference's own scores. Both compute the same composition of
@@ -17,7 +17,14 @@ is, not whether the engine computes it. So the engine runs once, and two questio
   The margin excuses no wrong order of ties: where the engine shows its own scores, its choice must be exactly the k
   best of those, ties to the lower index, which no rounding touches.
 
-By induction over layers and tokens the two say that the engine is the model up to rounding: its choices are the right
+* kept: where a model leaves small values out (docs/gather.md) the set of values that are kept is a decision, too. The
+  reference multiplies each value by the factor that *its* thresholds give for the value that the engine shows: 0 or 1,
+  and on a ramp what lies between. No rounding enters the comparison of two float32 numbers, so what the engine kept
+  must be exactly that, up to the rounding of one product; and what it kept from must be what the reference's FFN reads.
+  Any two of a model's thousands of values a token that lie at their thresholds make both run apart, so every window
+  is replayed.
+
+By induction over layers and tokens they say that the engine is the model up to rounding: its choices are the right
 ones for its own stream, and its stream is the right one for its choices. "Its own stream" is no matter of trust: what
 its router read must be what the reference's router reads under the same choices (``inputs``).
 
@@ -33,12 +40,22 @@ from __future__ import annotations
 from typing import cast
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from moedge import MoEdgeError
 from moedge.configs.tolerances import Profile
+from moedge.export.manifest import GatherPlace
 from moedge.runtime.engines import ReplayEngine, Step
+from moedge.runtime.parity.kept import KeptChoices
 from moedge.runtime.parity.metrics import RouterChoices, TokenErrors
 from moedge.runtime.parity.results import Phases, Replayed
+
+
+class Choices(TypedDict, total=False):
+    """What the reference is told."""
+
+    experts: dict[int, np.ndarray] | None
+    factors: dict[GatherPlace, np.ndarray]
 
 
 class Replay:
@@ -53,6 +70,7 @@ class Replay:
         self._reference = reference
         self._phases = TokenErrors.by_phase(limits)
         self._router = RouterChoices(limits.router_tie_margin)
+        self._kept = KeptChoices()
         self._step: Step | None = None
         self.tokens = 0
         """How many were run under the engine's choice; the others were taken over."""
@@ -63,22 +81,32 @@ class Replay:
         Raises:
             MoEdgeError: the engine was opened without ``taps`` or ``router_inputs``, or shows no router inputs [T, H].
         """
-        if test.routes is None or test.router_inputs is None:
+        model, routed = self._reference.info.model, test.routes is not None and test.router_inputs is not None
+        if not (routed or (not model.routed and test.kept is not None)):
             raise MoEdgeError("Route replay needs the engine's choices; open it with taps and router_inputs.")
-        for layer, read in test.router_inputs.items():
-            if read.ndim != 2 or len(read) != len(test.routes[layer]):
+        routes, read_by = test.routes or {}, test.router_inputs or {}
+        for layer, read in read_by.items():
+            if read.ndim != 2 or len(read) != len(routes[layer]):
                 raise MoEdgeError(
                     f"What the engine calls the input of layer {layer}'s router has shape {read.shape}, not one row "
-                    f"for each of {len(test.routes[layer])} tokens; export it again."
+                    f"for each of {len(routes[layer])} tokens; export it again."
                 )
+        shown = test.left_out_of or {}
+        choices: Choices = {"experts": routes if routed else None}
+        if shown:
+            choices["factors"] = self._reference.factors(shown)
         if phase == "prefill":
-            self._step = self._reference.prefill(ids, experts=test.routes)
+            self._step = self._reference.prefill(ids, **choices)
         else:
             assert self._step is not None
-            self._step = self._reference.decode(ids, self._step.cache, experts=test.routes)
+            self._step = self._reference.decode(ids, self._step.cache, **choices)
         self._phases[phase].add(self._step.logits[0], test.logits[0], targets)
-        self._router.add(self._reference.scores(test.router_inputs), test.routes, test.scores)
-        self._router.add_inputs(self._step.router_inputs, test.router_inputs)
+        if routed:
+            self._router.add(self._reference.scores(read_by), routes, test.scores)
+            self._router.add_inputs(self._step.router_inputs, read_by)
+        if shown:
+            own = self._step.left_out_of or {}
+            self._kept.add(shown, test.kept or {}, choices["factors"], own, self._reference.factors(own))
         self.tokens += ids.size
 
     def alike(self, phases: dict[str, TokenErrors]) -> None:
@@ -87,10 +115,13 @@ class Replay:
             self._phases[name].extend(tokens)
 
     def summary(self) -> Replayed:
-        """``phases`` and ``overall`` as in :func:`moedge.runtime.parity.compare`, ``router``, ``tokens``."""
-        return {
+        """``phases`` and ``overall`` as in :func:`moedge.runtime.parity.compare`, ``router``, ``kept``, ``tokens``."""
+        found: Replayed = {
             "tokens": self.tokens,
             "phases": cast("Phases", {name: tokens.summary() for name, tokens in self._phases.items()}),
             "overall": TokenErrors.merged(list(self._phases.values())).summary(),
             "router": self._router.summary(),
         }
+        if self._kept.counts:
+            found["kept"] = self._kept.summary()
+        return found

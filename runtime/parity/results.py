@@ -166,13 +166,32 @@ class RouterFacts(TypedDict):
 
 
 @opened
+class KeptFacts(TypedDict):
+    """Whether what was left out is right, see :class:`moedge.runtime.parity.kept.KeptChoices`."""
+
+    compared: bool
+    reason: NotRequired[str]
+    decisions: NotRequired[int]
+    kept: NotRequired[Measured]
+    wrong: NotRequired[int]
+    flips: NotRequired[int]
+    agreement: NotRequired[Measured]
+    worst_layer: NotRequired[int]
+    worst_agreement: NotRequired[Measured]
+    input_rel_error: NotRequired[Measured]
+    layers: NotRequired[dict[str, dict[str, Measured]]]
+
+
+@opened
 class Replayed(TypedDict):
-    """The comparison under the test's own choice of experts (:mod:`moedge.runtime.parity.replay`)."""
+    """The comparison under the test's own choices (:mod:`moedge.runtime.parity.replay`)."""
 
     tokens: Count
     phases: Phases
     overall: Phase
     router: RouterFacts
+    kept: NotRequired[KeptFacts]
+    """Of a model that leaves small values out."""
 
 
 @opened

@@ -12,7 +12,7 @@ import numpy as np
 
 from moedge.configs import tolerances as tolerance_files
 from moedge.export import manifest as manifests
-from moedge.export.manifest import EngineManifest, Manifest
+from moedge.export.manifest import EngineManifest, Manifest, Sealed
 from moedge.runtime.engines import Engine, open_engine
 from moedge.runtime.parity import compare as parity
 from moedge.runtime.parity import outcomes, verdict
@@ -137,7 +137,7 @@ def graph_dtype(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class Judging:
-    """How one engine under test is judged: its limits, whether under its own choice of experts, and if not, why."""
+    """How one engine under test is judged: its limits, whether under its own choices, and what to say of that."""
 
     limits: tolerance_files.Profile
     replayed: bool
@@ -147,9 +147,13 @@ class Judging:
     def of(cls, folder: Path, limits: tolerance_files.Tolerances, dtype: str, target: str) -> Judging:
         """Decide it for the bundle, engine or checkpoint in ``folder`` by its profile, ``dtype/target``."""
         profile, manifest = limits.profile(dtype, target, graph_dtype(folder)), manifests.read(folder)
-        if profile.router_set_agreement is None or manifest is None or not manifest.routed_layers:
+        if profile.router_set_agreement is None or manifest is None:
+            return cls(profile, False)
+        if not manifest.routed_layers and not manifest.keeps:
             return cls(profile, False)
         free = f"{FREE}/{target}" in limits.profiles
+        if not manifest.shows_kept:
+            return cls._unshown(profile, limits, target, folder, manifest, free=free)
         if profile.expert_set_agreement is not None and not manifest.names_reads:
             return cls(profile, False)  # nobody can tell what a changed choice was made from: free-running limits
         if manifest.names_reads or not free:  # without either, opening says what to do
@@ -161,8 +165,39 @@ class Judging:
         )
         return cls(limits.profile(FREE, target, graph_dtype(folder)), False, reason)
 
+    @classmethod
+    def _unshown(
+        cls,
+        profile: tolerance_files.Profile,
+        limits: tolerance_files.Tolerances,
+        target: str,
+        folder: Path,
+        manifest: Sealed,
+        *,
+        free: bool,
+    ) -> Judging:
+        """A model that leaves small values out where its graph does not show all of it."""
+        if free:
+            return cls(limits.profile(FREE, target, graph_dtype(folder)), False, cls.unshown(folder))
+        places = any(place.reads for kept in manifest.keeps.values() for place in kept.values())
+        replayed = manifest.names_reads and (places or bool(manifest.routed_layers))
+        reason = (
+            f"{folder} does not show all of the small values that it leaves out (those inside experts are shown by no "
+            "graph), so not all of these choices are replayed: what rounding changes of the others is in these figures, "
+            "and more of it the narrower the ramps are."
+        )
+        return cls(profile, replayed, reason)
+
+    @staticmethod
+    def unshown(source: Path) -> str:
+        """Why free-running figures are judged of a model that leaves small values out."""
+        return (
+            f"{source} does not show which small values it leaves out, so its arithmetic and that choice cannot be judged "
+            "apart: these are free-running figures, changed choices included, under the wide limits that they need."
+        )
+
     def options(self, *, moe: bool) -> dict[str, Any]:
-        """How to open the engine: what it must show of its routing."""
+        """How to open the engine: what it must show of its choices."""
         return {"taps": moe, "router_inputs": True} if self.replayed else {"taps": moe}
 
     def explained(self, entry: Parity) -> Parity:
@@ -216,7 +251,7 @@ def _said(entry: Mapping[str, Any]) -> str:
     if replay := entry["replay"]:
         values = [found["overall"]["kl_ref_test"]["mean"] for found in (replay, entry)]
         if None not in values:
-            said += f"; KL {values[0]:.2g} under the engine's own choice of experts, {values[1]:.2g} free-running"
+            said += f"; KL {values[0]:.2g} under the engine's own choices, {values[1]:.2g} free-running"
     return said
 
 

@@ -15,7 +15,16 @@ from typing import Any, TypeVar, cast
 
 from moedge.configs.tolerances import Profile
 from moedge.export import targets
-from moedge.runtime.parity.results import CheckFacts, Parity, Phase, Relation, Replayed, VerdictFacts, by_phase
+from moedge.runtime.parity.results import (
+    CheckFacts,
+    KeptFacts,
+    Parity,
+    Phase,
+    Relation,
+    Replayed,
+    VerdictFacts,
+    by_phase,
+)
 
 
 class Outcome(str, Enum):
@@ -156,7 +165,20 @@ def _replay_parts(result: Parity, replay: Replayed, limits: Profile) -> dict[str
     if math.isfinite(ratio) and ratio > 0 and math.isfinite(error):
         drift = math.expm1(max(0.0, abs(math.log(ratio)) - 3 * error))
     free.append(Check("free.perplexity.drift_beyond_3_errors", drift, "<=", limits.perplexity_drift))
-    return {"arithmetic": tuple(arithmetic), "router": tuple(selection), "free": tuple(free)}
+    parts: dict[str, tuple[Check, ...]] = {"arithmetic": tuple(arithmetic)}
+    if router["compared"] or result["test"]["model"].get("routed"):
+        parts["router"] = tuple(selection)
+    if "kept" in replay:
+        parts["kept"] = _kept_checks(replay["kept"], limits)
+    return {**parts, "free": tuple(free)}
+
+
+def _kept_checks(kept: KeptFacts, limits: Profile) -> tuple[Check, ...]:
+    # No rounding comes before the comparison with a threshold, so nothing less than all of them is right.
+    checks = [Check("kept.agreement", kept.get("agreement"), ">=", 1.0)]
+    if limits.kept_input_rel_error is not None:
+        checks.append(Check("kept.input_rel_error", kept.get("input_rel_error"), "<=", limits.kept_input_rel_error))
+    return tuple(checks)
 
 
 def _phase_checks(phase: str, summary: Phase, limits: Profile) -> list[Check]:
@@ -266,8 +288,15 @@ def explain(result: Parity, verdict: Verdict, limits: Profile) -> list[str]:
         )
     elif any(check.decided for check in missed) and not result["replay"] and result["routing"].get("flips"):
         said.append(_changed_choices_said(result, limits))
-    if result["replay"] and limits.expert_set_agreement is not None:
-        said.append(_replayed_said(result, result["replay"], limits))
+    replay = result["replay"]
+    kept = replay.get("kept") if replay else None
+    if kept and kept.get("wrong"):
+        said.append(
+            f"{kept['wrong']:,} of {kept['decisions']:,} values were kept or left out otherwise than "
+            "the model's thresholds say of what the engine itself shows: its thresholds or its ramp are others."
+        )
+    if replay and result["routing"].get("flips") and limits.expert_set_agreement is not None:
+        said.append(_replayed_said(result, replay, limits))
     return said
 
 

@@ -82,8 +82,9 @@ def _verification(verification: dict[str, Any]) -> tuple[str, Sheet]:
         )
     for entry in verification["parity"]:
         rows = [(entry["name"], entry["overall"], entry["routing"], mark(entry_outcome(entry)).cell)]
-        if replay := entry.get("replay"):  # a quantised routed model: the arithmetic and the router apart
-            rows.append((f"{entry['name']}, same experts", replay["overall"], replay["router"], ""))
+        if replay := entry.get("replay"):  # the arithmetic and the choices apart
+            same = "same experts" if replay["router"]["compared"] else "same values kept"
+            rows.append((f"{entry['name']}, {same}", replay["overall"], replay["router"], ""))
         for name, overall, routing, said in rows:
             table.add_row(
                 escape(name),

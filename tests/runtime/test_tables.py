@@ -109,7 +109,7 @@ def test_evaluate(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [
         {
             "model": name,
-            "perplexity": {text: {"ppl": 123.456, "tokens": 9} for text in texts},
+            "perplexity": {text: {"ppl": 123.456, "tokens": 9, "ffn_read_share": 0.754} for text in texts},
             "tasks": [
                 {"task": "arc_challenge", "questions": 1172, "metrics": metrics, "version": 1, "shots": 0, "data": "x"}
             ],
@@ -118,7 +118,7 @@ def test_evaluate(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     protocol = {"window": 512, "dtype": "float32", "documents": dict.fromkeys(texts, "x"), "shots": 0}
     result = {"protocol": protocol, "rows": rows}
-    expected = " ".join(texts) + " build/moe/checkpoint SmolLM2-135M-Instruct arc_challenge 0.5123 0.0123"
+    expected = " ".join(texts) + " build/moe/checkpoint SmolLM2-135M-Instruct arc_challenge 0.5123 0.0123 75.4%"
     check(printing(monkeypatch, evaluate, lambda: evaluate._print(result)), expected)
 
 

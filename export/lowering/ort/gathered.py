@@ -11,7 +11,7 @@ a compiler the rule is refused and everything keeps ONNX Runtime's kernels.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -20,6 +20,7 @@ from moedge import MoEdgeError
 from moedge.export.graph import weights
 from moedge.export.graph.build import Builder, array_of, constant_of, remove_unused, required, sizes
 from moedge.export.graph.nodes import nodes_of
+from moedge.export.lowering import gather
 from moedge.export.lowering.rule import Applied, Block
 from moedge.export.manifest import PackedPlace
 from moedge.export.ort_ops import library, pack
@@ -78,9 +79,9 @@ class FuseGather:
     def apply(self, graph: ir.Model) -> Applied:
         """Replace whole FFNs first, then what is left; the first and the last of either kind are tested."""
         blocks: list[list[Block]] = [[], []]
-        for kind, replace in enumerate((self._glu, self._linear)):
+        for kind, fuse in enumerate((self._glu, self._linear)):
             for node in nodes_of(graph, "KeepLarge"):
-                if node.graph is not None and (block := replace(graph, node)):
+                if node.graph is not None and (block := fuse(graph, node)):
                     blocks[kind].append(block)
                     remove_unused(graph)
         ends = [block for found in blocks for block in dict.fromkeys((*found[:1], *found[-1:]))]
@@ -109,8 +110,10 @@ class FuseGather:
             *(x, first.inputs[1], *self._weight(builder, [gate, up])),
             *(second.inputs[1], *self._weight(builder, down), bias, down[0].bias),
         ]
-        facts = {"activation": "silu", "bits": self._bits(), "hidden": hidden, "inner": inner, "ramp": ramps.pop()}
-        return _replace(builder, "GatherGLU", inputs, facts, x, down)
+        ramp = ramps.pop()
+        facts = {"activation": "silu", "bits": self._bits(), "hidden": hidden, "inner": inner, "ramp": ramp}
+        block = _replace(builder, "GatherGLU", inputs, facts, x, down)
+        return replace(block, growth=gather.narrower(ramp))
 
     def _linear(self, graph: ir.Model, node: ir.Node) -> Block | None:
         """Replace a KeepLarge and the products that read it."""
