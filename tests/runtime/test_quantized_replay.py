@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
 from moedge import MoEdgeError
 from moedge.export import bundle
@@ -106,10 +106,13 @@ def exchanged_experts(graph: onnx.GraphProto) -> None:
 
 
 def renormalised_weights(graph: onnx.GraphProto) -> None:
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.name == "normalize_routing_weights":
-                attribute.i = 1
+    for node in [node for node in graph.node if node.op_type == "RoutedGLU"]:
+        total, share = f"{node.input[2]}.total", f"{node.input[2]}.share"
+        place = list(graph.node).index(node)
+        graph.node.insert(place, helper.make_node("Div", [node.input[2], total], [share]))
+        graph.node.insert(place, helper.make_node("ReduceSum", [node.input[2], "last_axis"], [total], keepdims=1))
+        node.input[2] = share
+    graph.initializer.append(numpy_helper.from_array(np.array([-1], np.int64), "last_axis"))
 
 
 # What is wrong with the stored weights is also in the weights that the kernels are judged by.
