@@ -99,13 +99,16 @@ def show(model: Any, path: Path, places: Mapping[GatherPlace, Kept], *, after: b
     import onnx
 
     own = {node.input[0]: node for node in model.graph.node if node.op_type in _OWN}
+    made = {output for node in model.graph.node for output in node.output}
     for (layer, which), place in places.items():
         node = own.get(place.reads or "")
+        # Experts beside a shared block keep the KeepLarge, which shows it.
+        output = "" if place.output is None or place.output in made else place.output
         if node is not None and which == "x" and node.op_type == "GatherGLU":
             inner = places.get((layer, "h"), Kept())
-            node.output[1:] = [place.output, inner.reads or "", inner.output or ""]
-        elif node is not None and node.op_type == "GatherLinear":
-            node.output[1:] = [place.output]
+            node.output[1:] = [output, inner.reads or "", inner.output or ""]
+        elif node is not None and node.op_type == "GatherLinear" and output:
+            node.output[1:] = [output]
     made = {output for node in model.graph.node for output in node.output}
     made |= {value.name for value in model.graph.input}
     outputs = {value.name for value in model.graph.output}

@@ -183,8 +183,8 @@ class Judging:
         replayed = manifest.names_reads and (places or bool(manifest.routed_layers))
         reason = (
             f"{folder} does not show all of the small values that it leaves out (those inside experts are shown by no "
-            "graph), so not all of these choices are replayed: what rounding changes of the others is in these figures, "
-            "and more of it the narrower the ramps are."
+            "graph), so not all of these choices are replayed: what rounding changes of the others is in these "
+            "figures, and more of it the narrower the ramps are."
         )
         return cls(profile, replayed, reason)
 
@@ -192,8 +192,9 @@ class Judging:
     def unshown(source: Path) -> str:
         """Why free-running figures are judged of a model that leaves small values out."""
         return (
-            f"{source} does not show which small values it leaves out, so its arithmetic and that choice cannot be judged "
-            "apart: these are free-running figures, changed choices included, under the wide limits that they need."
+            f"{source} does not show which small values it leaves out, so its arithmetic and that choice cannot be "
+            "judged apart: these are free-running figures, changed choices included, under the wide limits that they "
+            "need."
         )
 
     def options(self, *, moe: bool) -> dict[str, Any]:
