@@ -259,6 +259,55 @@ class BenchSection(_Section):
     profile: bool = False
 
 
+class FrontierVariant(_Section):
+    """One conversion to compare."""
+
+    label: Annotated[str, Field(max_length=24), matching(r"^[^\s|](.*[^\s|])?\Z", "a name of one line without '|'")]
+    convert: AnyConvert
+
+    @field_validator("label")
+    @classmethod
+    def _not_the_parent(cls, value: str) -> str:
+        if value.split()[0] == "dense":
+            raise ValueError("begins with dense, which is what the parent is called; choose another name.")
+        return value
+
+
+class FrontierSection(_Section):
+    """What ``moedge frontier`` compares, and how; None takes what the rest of the recipe says."""
+
+    run: bool = False
+    """Whether ``moedge run`` does it too."""
+    variants: Annotated[list[FrontierVariant], Field(min_length=1)] | None = None
+    targets: Annotated[list[TargetName], Field(min_length=1)] | None = None
+    tokens: Annotated[int, Field(ge=8)] | None = None
+    """Tokens of each held-out text, in windows of ``evaluate.window``."""
+    prompt: Positive | None = None
+    decode: Annotated[int, Field(ge=2)] | None = None
+    repeats: Annotated[int, Field(ge=3)] | None = None
+    batches: Annotated[list[Positive], Field(min_length=1)] = [1]
+    speedup: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.25
+    """Decode speed, in units of the dense parent's in the same precision, at which the verdict compares."""
+
+    @field_validator("variants")
+    @classmethod
+    def _no_repeated_labels(cls, value: list[FrontierVariant] | None) -> list[FrontierVariant] | None:
+        labels = [variant.label for variant in value or []]
+        if len(set(labels)) != len(labels):
+            raise ValueError("names a label twice; give each variant its own.")
+        return value
+
+    @field_validator("targets")
+    @classmethod
+    def _executed_here(cls, value: list[str] | None) -> list[str] | None:
+        for name in value or []:
+            if registry.find(name).engine is not None:
+                raise ValueError(f"{name} runs on a device only; name targets that this machine executes.")
+        if value is not None and len(set(value)) != len(value):
+            raise ValueError("names a target twice; list each target once.")
+        return value
+
+
 Problems = list[tuple[str, str]]
 """What is wrong: the dotted path of a key, and a sentence about it."""
 
@@ -350,6 +399,7 @@ class Recipe(Conversion):
     evaluate: EvaluateSection = EvaluateSection()
     verify: VerifySection = VerifySection()
     bench: BenchSection = BenchSection()
+    frontier: FrontierSection = FrontierSection()
 
     def _disagreements(self) -> Problems:
         problems = super()._disagreements()
@@ -359,17 +409,22 @@ class Recipe(Conversion):
                 "tokens (verify.window); make it smaller."
             )
             problems.append(("verify.prefill", said))
-        for key, length in (
-            ("verify.window", self.verify.window),
-            ("bench.prompt", self.bench.prompt + self.bench.decode),
-        ):
+        lengths = {"verify.window": self.verify.window, "bench.prompt": self.bench.prompt + self.bench.decode}
+        if self.frontier.prompt or self.frontier.decode:
+            lengths["frontier.prompt"] = sum(self.frontier_lengths())
+        for key, length in lengths.items():
             if length > self.export.max_length:
                 said = f"needs {length} cache positions, but export.max_length is {self.export.max_length}."
                 problems.append((key, said))
-        if self.evaluate.tokens < self.evaluate.window:
-            said = f"{self.evaluate.tokens} is less than one window of {self.evaluate.window} tokens (evaluate.window)."
-            problems.append(("evaluate.tokens", said))
+        for key, tokens in (("evaluate.tokens", self.evaluate.tokens), ("frontier.tokens", self.frontier.tokens)):
+            if tokens is not None and tokens < self.evaluate.window:
+                said = f"{tokens} is less than one window of {self.evaluate.window} tokens (evaluate.window)."
+                problems.append((key, said))
         return problems
+
+    def frontier_lengths(self) -> tuple[int, int]:
+        """Return the tokens of the prompt and of the answer that the frontier times."""
+        return self.frontier.prompt or self.bench.prompt, self.frontier.decode or self.bench.decode
 
     def _of_method(self, config: dict[str, Any]) -> Problems:
         problems = super()._of_method(config)

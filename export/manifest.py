@@ -181,6 +181,8 @@ class PackedPlace(Facts):
     outputs: tuple[int, int] = Field(strict=False)
     total: int
     layout: str
+    interleaved_inputs: int = 0
+    """K of weights that are stored interleaved; 0: rows."""
 
 
 class LinearPlace(Facts):

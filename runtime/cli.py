@@ -48,6 +48,10 @@ COMMANDS = {
         "Run", "Say which runtimes, versions and devices are here, and which lowerings are therefore possible."
     ),
     "convert": Command("Convert", "Turn a dense model into a Mixture-of-Experts checkpoint."),
+    "tune": Command(
+        "Convert",
+        "Find how much of the FFN weights to read for a wanted speed or loss; convert, export, verify and time it.",
+    ),
     "methods": Command(
         "Convert",
         "List the conversion methods: where each comes from, what it needs, its parameters and their defaults.",
@@ -106,6 +110,10 @@ COMMANDS = {
     "ablate": Command(
         "Measure",
         "Compare conversion methods, switches of a method, and controls on one held-out protocol; training-free.",
+    ),
+    "frontier": Command(
+        "Measure",
+        "Compare conversions on several targets: perplexity and KL beside measured speed and size, and who wins.",
     ),
     "device-report": Command(
         "Measure",

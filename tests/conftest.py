@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +166,26 @@ def convert_tiny() -> Callable[..., Any]:
         return methods.convert(method, given, model, **settings)
 
     return convert
+
+
+@pytest.fixture(scope="session")
+def without_compiler() -> Callable[[], Any]:
+    """Return a context in which there is no g++: exports keep ONNX Runtime's own operators."""
+    from contextlib import contextmanager
+
+    from moedge import MoEdgeError
+    from moedge.export.ort_ops import library
+
+    def missing() -> Path:
+        raise MoEdgeError("there is no g++ in this test")
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(library, "compiled", missing)
+            yield
+
+    return context
 
 
 @pytest.fixture(scope="session")

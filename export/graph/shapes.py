@@ -1,7 +1,8 @@
 """Types and shapes of every value of a lowered graph, so that viewers and other tools need not guess.
 
 A traced value keeps its type through a rewrite, for names survive. What a lowering adds in between has none: standard
-operators get theirs from ONNX's shape inference, contrib operators, which ONNX does not know, from the rules here.
+operators get theirs from ONNX's shape inference, contrib operators and our own, which ONNX does not know, from the
+rules here.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 _CONTRIB = "com.microsoft"
+_OWN = "moedge.cpu"
 # (domain, operator): outputs with the type and shape of the first input. None of these is in ONNX's own schemas;
 # ONNX Runtime keeps SimplifiedLayerNormalization in the default domain.
 _SAME_AS_FIRST_INPUT = {
@@ -17,6 +19,8 @@ _SAME_AS_FIRST_INPUT = {
     (_CONTRIB, "RotaryEmbedding"): (0,),
     (_CONTRIB, "SkipSimplifiedLayerNormalization"): (0, 3),
     ("", "SimplifiedLayerNormalization"): (0,),
+    (_OWN, "GatherGLU"): (0,),
+    (_OWN, "RoutedGLU"): (0,),
 }
 
 
@@ -38,7 +42,7 @@ def _infer_contrib(node: ir.Node) -> bool:
         return False
     operator = (node.domain, node.op_type)
     found = {index: first.shape for index in _SAME_AS_FIRST_INPUT.get(operator, ()) if index < len(node.outputs)}
-    if operator == (_CONTRIB, "MatMulNBits"):
+    if operator in ((_CONTRIB, "MatMulNBits"), (_OWN, "GatherLinear")):
         found = {0: ir.Shape([*list(first.shape)[:-1], node.attributes["N"].as_int()])}
     new = False
     for index, shape in found.items():

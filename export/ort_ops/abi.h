@@ -102,6 +102,18 @@ class Api {
     check(status);
     return type;
   }
+  // Whether every dimension has a number or a name. One that has neither would be passed on as the number -1.
+  bool is_known(const OrtShape* shape) const {
+    size_t rank = 0;
+    check(call<61, OrtStatus*>(shape, &rank));
+    std::vector<int64_t> dims(rank);
+    std::vector<const char*> names(rank);
+    check(call<62, OrtStatus*>(shape, dims.data(), rank));
+    check(call<63, OrtStatus*>(shape, names.data(), rank));
+    for (size_t i = 0; i < rank; ++i)
+      if (dims[i] < 0 && !(names[i] && *names[i])) return false;
+    return true;
+  }
   // False where the node has no such attribute.
   bool attribute(const OrtKernelInfo* info, const char* name, int64_t& out) const {
     return found(call<86, OrtStatus*>(info, name, &out));

@@ -27,6 +27,7 @@ from moedge.export.quantize.format import BLOCK, Quantized, unpack
 
 LINE = 64
 """Bytes of a row that a kernel takes at once."""
+ZERO_POINTS = "the operators take symmetric integers, these have zero points"
 CELL_COLUMNS = 16
 """Columns of interleaved weights are padded to a multiple of this."""
 

@@ -50,10 +50,12 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
 }
 
 OrtStatus* shape_of_x(const OrtCustomOp* op, OrtShapeContext* context) {
-  const Op& self = as_op(op);
-  OrtShape* shape = nullptr;
-  OrtStatus* status = self.api.input_shape(context, 0, &shape);
-  return status ? status : self.api.set_output_shape(context, 0, shape);
+  const Api& api = as_op(op).api;
+  return guarded(api, [&] {
+    OrtShape* shape = nullptr;
+    api.check(api.input_shape(context, 0, &shape));
+    if (api.is_known(shape)) api.check(api.set_output_shape(context, 0, shape));
+  });
 }
 
 void fill(Op& op, const Signature& signature, const Api& api) {

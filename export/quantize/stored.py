@@ -52,8 +52,9 @@ def dequantized_weights(bundle: Bundle) -> Iterator[tuple[str, np.ndarray]]:
 
     for name, place in section.tensors.items():
         if isinstance(place, PackedPlace):  # in the layout of our own operators
-            stored_rows = Packed(read(f"{place.tensor}.q"), read(f"{place.tensor}.scales"), section.bits, place.total)
-            values = stored_rows.dequantized()[slice(*place.outputs)]
+            arrays = read(f"{place.tensor}.q"), read(f"{place.tensor}.scales")
+            rows = Packed(*arrays, section.bits, place.total, place.interleaved_inputs).dequantized()
+            values = rows[..., slice(*place.outputs), :]
             yield name, np.ascontiguousarray(values.T if place.layout == "KN" else values)
         elif isinstance(place, LinearPlace):
             yield name, _dequantize_linear(read(f"{place.tensor}.q"), read(f"{place.tensor}.scales"), place)

@@ -43,21 +43,24 @@ def bench(
     decode: int,
     repeats: int,
     warmup: int = 1,
+    batch: int = 1,
     memory: bool = True,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Benchmark engines at batch 1, greedy, end-of-text ignored.
+    """Benchmark engines, greedy, end-of-text ignored.
 
     Args:
         engines: label -> callable that opens the engine. Memory and load time need
             ``functools.partial(open_engine, path, **options)``, which can be repeated in another process; for any other
             callable these two are None, with the reason.
-        ids: int64 [>= prompt], real text; its first ``prompt`` tokens are the prompt.
+        ids: int64 [>= batch * prompt], real text; its first ``prompt`` tokens are the prompt of the first row, and so
+            on.
         prompt: tokens of the prompt.
         decode: tokens decoded after the first one, fed back as chosen.
         repeats: rounds that count. Fewer than 5 give intervals that mean little.
         warmup: rounds that do not.
+        batch: rows that are read and decoded together.
         memory: measure memory and load time.
         seed: of the bootstrap.
         progress: called with (engine runs done, in all).
@@ -70,16 +73,16 @@ def bench(
     Raises:
         MoEdgeError: nothing to measure, too few ids, or an engine that fails.
     """
-    if not engines or min(prompt, decode, repeats) < 1 or warmup < 0:
-        raise MoEdgeError("A benchmark needs at least one engine, and prompt, decode and repeats of at least 1.")
-    ids = _prompt(ids, prompt)
+    if not engines or min(prompt, decode, repeats, batch) < 1 or warmup < 0:
+        raise MoEdgeError("A benchmark needs at least one engine, and prompt, decode, repeats and batch of at least 1.")
+    ids = _prompt(ids, batch, prompt)
     advance = _counter(len(engines) * (warmup + repeats + bool(memory)), progress)
     # First, while this process is small and the cores are idle.
     footprints = _footprints(engines, ids, advance) if memory else {}
     load_before = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    samples, infos = _rounds(engines, ids[None], decode, repeats, warmup, advance)
+    samples, infos = _rounds(engines, ids, decode, repeats, warmup, advance)
     unmeasured = {"peak_rss_mib": None, "load_s": None, "reason": "not measured"}
-    protocol = {"batch": 1, "prompt": prompt, "decode": decode, "repeats": repeats, "warmup": warmup, "seed": seed}
+    protocol = {"batch": batch, "prompt": prompt, "decode": decode, "repeats": repeats, "warmup": warmup, "seed": seed}
     return {
         "schema": SCHEMA,
         "protocol": protocol | _PROTOCOL,
@@ -88,7 +91,7 @@ def bench(
             {
                 "label": label,
                 "info": infos[label],
-                **_row(label, samples, prompt, seed),
+                **_row(label, samples, ids.size, batch, seed),
                 **footprints.get(label, unmeasured),
             }
             for label in engines
@@ -110,11 +113,13 @@ Samples = dict[str, dict[str, np.ndarray]]
 """Metric -> label -> milliseconds, [rounds, samples of a round]."""
 
 
-def _prompt(ids: np.ndarray, count: int) -> np.ndarray:
+def _prompt(ids: np.ndarray, batch: int, prompt: int) -> np.ndarray:
+    """Return the prompts, int64 [batch, prompt]."""
     ids = np.asarray(ids, dtype=np.int64).reshape(-1)
-    if len(ids) < count:
-        raise MoEdgeError(f"The benchmark text has {len(ids)} tokens, fewer than the prompt of {count}.")
-    return ids[:count]
+    if len(ids) < batch * prompt:
+        wanted = f"the prompt of {prompt}" if batch == 1 else f"{batch} prompts of {prompt}"
+        raise MoEdgeError(f"The benchmark text has {len(ids)} tokens, fewer than {wanted}.")
+    return ids[: batch * prompt].reshape(batch, prompt)
 
 
 def _counter(total: int, progress: Progress | None) -> Callable[[], None]:
@@ -178,32 +183,32 @@ def _rounds(
     return {metric: {label: np.array(found[label]) for label in labels} for metric, found in times.items()}, infos
 
 
-def _row(label: str, samples: Samples, prompt: int, seed: int) -> dict[str, Any]:
-    """What was timed of one engine."""
+def _row(label: str, samples: Samples, prompt: int, batch: int, seed: int) -> dict[str, Any]:
+    """What was timed of one engine: a step reads ``prompt`` tokens at first, and then decodes ``batch``."""
     summary = {metric: _summary(times[label], seed) for metric, times in samples.items()}
     return {
         **summary,
         "prefill_tokens_per_s": 1e3 * prompt / summary["ttft_ms"]["p50"],
-        "decode_tokens_per_s": 1e3 / summary["tpot_ms"]["p50"],
+        "decode_tokens_per_s": 1e3 * batch / summary["tpot_ms"]["p50"],
         "rounds": {metric: np.median(times[label], axis=1).tolist() for metric, times in samples.items()},
     }
 
 
 def _timed_run(engine: Engine, ids: np.ndarray, decode: int) -> tuple[float, list[float]]:
-    """One prompt and ``decode`` steps: (TTFT, TPOT of each step) in ms."""
+    """One reading of the prompts int64 [B, S] and ``decode`` steps: (TTFT, TPOT of each step) in ms."""
     gc.collect()  # not inside the timed part
     clock = time.perf_counter
     start = clock()
     step = engine.prefill(ids)
     # Every engine returns float32 logits in C order, so the choice of the token costs each the same (about 20 us for
     # a vocabulary of 50,000).
-    token = int(step.logits[0, -1].argmax())
+    tokens = step.logits[:, -1].argmax(axis=-1)[:, None]
     first = 1e3 * (clock() - start)
     times = []
     for _ in range(decode):
         start = clock()
-        step = engine.decode(np.array([[token]], dtype=np.int64), step.cache)
-        token = int(step.logits[0, -1].argmax())
+        step = engine.decode(tokens, step.cache)
+        tokens = step.logits[:, -1].argmax(axis=-1)[:, None]
         times.append(1e3 * (clock() - start))
     return first, times
 
@@ -283,7 +288,7 @@ def _child() -> None:
         engine = open_engine(request["path"], **request["options"])
         load = time.perf_counter() - start
         loaded = peak_rss_mib()
-        _timed_run(engine, np.array([request["ids"]], dtype=np.int64), _CHILD_DECODE)
+        _timed_run(engine, np.array(request["ids"], dtype=np.int64), _CHILD_DECODE)
     except MoEdgeError as error:
         print(json.dumps({"refused": str(error)}))
         return

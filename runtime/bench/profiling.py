@@ -3,9 +3,10 @@
 ONNX Runtime's own profiler times every node of the graph that it runs. Prefill and decode are kept apart, and each node
 counts with the shortest of its times: what else a machine does only adds to them. Nodes are grouped by what they
 compute: the optimised graph is cut at its fused norms, the piece with an attention node is attention, the piece that
-makes the logits is the head, the others are FFNs; inside an FFN, what the ``MoE`` or ``QMoE`` node takes its experts
-and weights from is the router (in float32 with the shared experts' gate and up, which are one product with it). What
-no norm feeds (embedding, masks, lengths) is ``input``. A graph without fused norms (``portable``) is not grouped.
+makes the logits is the head, the others are FFNs; inside an FFN, what the ``MoE``, ``QMoE`` or ``RoutedGLU`` node takes
+its experts and weights from is the router (in float32 with the shared experts' gate and up, which are one product with
+it). What no norm feeds (embedding, masks, lengths) is ``input``. A graph without fused norms (``portable``) is not
+grouped.
 
 Recording costs a few microseconds a node, more than a small node takes. The cheapest node of the run is taken as that
 cost and subtracted from every node; ``outside`` is what the unprofiled run takes beyond the nodes: the executor, the
@@ -32,7 +33,7 @@ from moedge.runtime.engines import Engine
 SCHEMA = "moedge.profile/1"
 _NORMS = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
 _ATTENTION = ("GroupQueryAttention", "Attention", "MultiHeadAttention", "CausalAttention")
-_EXPERTS = ("MoE", "QMoE")
+_EXPERTS = ("MoE", "QMoE", "RoutedGLU")
 GROUPS = ("attention", "router", "experts", "dense FFN", "norms", "head", "input")
 """``dense FFN`` is a whole unconverted FFN, or the shared experts of a converted one with the sum of both."""
 

@@ -14,10 +14,11 @@ from moedge import MoEdgeError
 from moedge._files import spare, write_text
 from moedge.configs.recipe import Recipe, load_recipe
 from moedge.runtime.bench.machine import machine
+from moedge.runtime.frontier.stages import with_run
 from moedge.runtime.parity.outcomes import mark
 from moedge.runtime.parity.verdict import run_outcome
 from moedge.runtime.progress import Reporter
-from moedge.runtime.run import run_folder, stages
+from moedge.runtime.run import run_folder
 from moedge.runtime.run.engine import Stage, Status, execute, plan
 from moedge.runtime.tables import Sheet
 
@@ -51,13 +52,14 @@ def run(
     root = out or Path("runs") / wanted.name
     run_folder.check_free(root)
     check_early(wanted, root)
-    todo = stages.build(wanted, machine())
+    todo = with_run(wanted, machine())
     for stage in todo:
         spare(root / stage.name, [recipe, wanted.model.source, *wanted.text.calibration, *wanted.text.held_out])
-    forced = _forced(todo, redo or [], start)
+    forced = forced_stages(todo, redo or [], start)
     console = Console(stderr=True)
     if dry_run:
-        _print_plan(Console(), wanted, root, plan(todo, root, forced=forced))
+        print_stages(Console(), f"{wanted.name} in {root}", plan(todo, root, forced=forced))
+        _print_needs(Console(), wanted, root)
         return 0
     reporter = Reporter(console)
     console.print(escape(f"{wanted.name}: {wanted.model.source} -> {root}"), highlight=False)
@@ -95,7 +97,12 @@ def known_config(recipe: Recipe, root: Path) -> dict[str, Any] | None:
         return None
 
 
-def _forced(todo: list[Stage], redo: list[str], start: str | None) -> frozenset[str]:
+def forced_stages(todo: list[Stage], redo: list[str], start: str | None) -> frozenset[str]:
+    """Return the names of the stages to redo: those named, and those from ``start`` on.
+
+    Raises:
+        MoEdgeError: no such stage.
+    """
     names = [stage.name for stage in todo]
     for option, value in [("--redo", name) for name in redo] + ([("--from", start)] if start else []):
         if value not in names:
@@ -119,14 +126,18 @@ def finish(root: Path) -> int:
     return mark(run_outcome(result["verification"])).exit_code
 
 
-def _print_plan(console: Console, recipe: Recipe, root: Path, statuses: list[tuple[Stage, Status]]) -> None:
-    table = Sheet(title=f"{recipe.name} in {root}")
+def print_stages(console: Console, title: str, statuses: list[tuple[Stage, Status]]) -> None:
+    """Print what would be done and what is there already."""
+    table = Sheet(title=escape(title))
     for column in ("stage", "state", "why", "what it does"):
         table.add_column(column)
     words = {"cached": "[green]cached[/green]", "run": "[yellow]to run[/yellow]", "depends": "[yellow]may run[/yellow]"}
     for stage, status in statuses:
         table.add_row(stage.name, words[status.state], escape(status.reason), escape(stage.what))
     console.print(table)
+
+
+def _print_needs(console: Console, recipe: Recipe, root: Path) -> None:
     config = known_config(recipe, root)
     if config is None:
         console.print("disk and memory: known once the model's config is; run the source stage first.")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moedge._files import write_json, write_text
+from moedge.runtime.report.text import filters
 from moedge.runtime.report.zeros import zeros_note, zeros_sentence
 
 SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
@@ -31,6 +32,7 @@ def render(report: dict[str, Any], template: str) -> str:
     import jinja2
     from markupsafe import Markup
 
+    from moedge.runtime.frontier.plots import draw
     from moedge.runtime.parity import verdict
     from moedge.runtime.parity.outcomes import mark
     from moedge.runtime.report.build import ratio
@@ -47,23 +49,13 @@ def render(report: dict[str, Any], template: str) -> str:
         keep_trailing_newline=True,
     )
     environment.filters |= {"zeros": zeros_sentence, "zeros_note": zeros_note}
-    environment.filters["number"] = _number
-    environment.filters["cell"] = _markdown_cell
+    environment.filters |= filters()
     environment.globals |= {"ratio": ratio, "profile_table": table, "profile_note": NOTE, "mark": mark}
     environment.globals |= {"check_outcome": verdict.outcome_of, "entry_outcome": verdict.entry_outcome}
     environment.globals |= {"run_outcome": verdict.run_outcome}
     # The SVG comes from matplotlib, which escapes the text it draws; everything else is escaped by jinja2.
     plots = {name: Markup(svg) for name, svg in draw_all(report).items()} if html else {}
-    return environment.get_template(template).render(report=report, plots=plots)
-
-
-def _number(value: float | None, form: str = "{:.4g}") -> str:
-    return "\u2013" if value is None else form.format(value)
-
-
-def _markdown_cell(value: Any) -> str:
-    """Text that stays inside one Markdown table cell and is not read as Markdown or HTML."""
-    text = " ".join(str(value).split())
-    for character in "\\`*_[]|~#":
-        text = text.replace(character, "\\" + character)
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    drawn = draw(report["frontier"]) if html and "frontier" in report else []
+    return environment.get_template(template).render(
+        report=report, plots=plots, frontier_plots=[Markup(plot) for plot in drawn]
+    )

@@ -58,6 +58,8 @@ def build(run: Path, recipe: dict[str, Any]) -> dict[str, Any]:
     }
     if (run / "evaluate" / "diagnostics.json").is_file():
         result["diagnostics"] = read_json(run / "evaluate" / "diagnostics.json")
+    if recipe.get("frontier", {}).get("run"):
+        result["frontier"] = read_json(run / "frontier" / "table" / "frontier.json")
     result["sentences"] = sentences(result)
     return result
 
@@ -181,4 +183,5 @@ def sentences(report: dict[str, Any]) -> list[str]:
                     f"{words}: ort-cpu moe runs at {entry['speedup']:.2f} times the speed of {baseline} "
                     f"(95% interval {low:.2f} to {high:.2f}), {entry['verdict']}."
                 )
+    said += [one["verdict"]["sentence"] for one in report.get("frontier", {}).get("measured", [])]
     return said

@@ -12,6 +12,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from moedge._files import write_json
 from moedge.convert.forms import Form
+from moedge.runtime.frontier.schema import Frontier
 from moedge.runtime.parity.results import Count, EngineFacts, Outcome, Verification, closed, figures, opened
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -286,6 +287,7 @@ class Report(TypedDict):
     stages: list[StageFacts]
     recipe: RecipeFacts
     diagnostics: NotRequired[Diagnostics]
+    frontier: NotRequired[Frontier]
 
 
 def generate() -> dict[str, Any]:

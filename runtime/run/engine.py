@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -59,6 +60,9 @@ class Stage:
     that only points to a big folder elsewhere); it returns None when what it points to is gone or changed, and then the
     stage runs again. ``check`` is called with the stage's finished folder, reused or not, before later stages start; it
     raises when what was found cannot work with the rest of the recipe.
+
+    ``called`` lets one body serve several stages of a run: the name by which the body looks for a folder in
+    ``Context.root`` -> the stage, one of ``reads``, whose folder it finds there. Other folders are not seen then.
     """
 
     name: str
@@ -70,6 +74,7 @@ class Stage:
     libraries: tuple[str, ...] = ()
     identity: Callable[[Path], str | None] | None = None
     check: Callable[[Path], None] | None = None
+    called: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -162,7 +167,8 @@ def execute(
     """
     outcomes = []
     with lock(root):
-        remove_partials(root)
+        for folder in {root, *((root / stage.name).parent for stage in stages)}:
+            remove_partials(folder)
         if record is not None:
             write_json(root / "run.json", record)
         digests: dict[str, str] = {}
@@ -186,7 +192,8 @@ def execute(
 def _build(stage: Stage, root: Path, inputs: dict[str, str], reporter: Reporter) -> str:
     started = time.monotonic()
     with atomic_dir(root / stage.name, force=True) as out:
-        stage.body(Context(out, root, stage.params, reporter.progress, reporter.note))
+        with _seen_by(stage, root) as seen:
+            stage.body(Context(out, seen, stage.params, reporter.progress, reporter.note))
         outputs = hash_folder(out)
         made_from = parts(stage, inputs)
         identity = stage.identity(out) if stage.identity else digest(outputs)
@@ -204,6 +211,18 @@ def _build(stage: Stage, root: Path, inputs: dict[str, str], reporter: Reporter)
             },
         )
     return identity
+
+
+@contextmanager
+def _seen_by(stage: Stage, root: Path) -> Iterator[Path]:
+    """Yield the run folder as a stage's body sees it: ``root``, or links to what it calls by other names."""
+    if not stage.called:
+        yield root
+        return
+    with tempfile.TemporaryDirectory(prefix="moedge-stage-") as folder:
+        for name, place in stage.called.items():
+            (Path(folder) / name).symlink_to((root / place).resolve(), target_is_directory=True)
+        yield Path(folder)
 
 
 def _difference(now: dict[str, Any], before: Any) -> str:
@@ -264,7 +283,7 @@ def source_digests(sources: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
         if not path.exists():
             raise MoEdgeError(f"moedge is not whole: {path} is missing; install it again.")
         for file in [path] if path.is_file() else sorted(path.rglob("*")):
-            if file.suffix in {".py", ".yaml", ".j2", ".json"}:
+            if file.suffix in {".py", ".yaml", ".j2", ".json", ".cc", ".cpp", ".h", ".inl"}:
                 found[os.path.relpath(file, _PACKAGE)] = sha256_file(file)
     return tuple(sorted(found.items()))
 

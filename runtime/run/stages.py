@@ -20,18 +20,18 @@ from moedge.runtime.run.engine import Stage
 from moedge.runtime.run.fingerprint import fingerprint
 
 # What a body runs of this package; tests/runtime/test_recipe_stages.py follows the imports and finds what is missing.
-_ALWAYS_CODE = (
+ALWAYS_CODE = (
     *("_files.py", "_progress.py", "runtime/run/__init__.py", "runtime/run/refs.py", "runtime/run/run_folder.py"),
     *("export/__init__.py", "export/targets.py"),
 )
 SOURCE_CODE = (
-    *_ALWAYS_CODE,
+    *ALWAYS_CODE,
     *("convert/__init__.py", "convert/adapters.py", "convert/errors.py", "convert/moe_adapters.py", "convert/sources"),
     "convert/offload.py",
     "runtime/run/fingerprint.py",
 )
 CONVERT_CODE = (
-    *_ALWAYS_CODE,
+    *ALWAYS_CODE,
     *("configs/__init__.py", "configs/errors.py", "convert", "runtime/run/held_out.py"),
 )
 _GENERATION = ("configs/generation_config.py", "runtime/text")
@@ -47,6 +47,7 @@ _CONFIGS = (
 )
 _STATS = ("runtime/bench/__init__.py", "runtime/bench/stats.py")
 _ENGINE_CODE = (*CONVERT_CODE, "export", "runtime/engines", *_GENERATION, *_STATS)
+BENCH_CODE = (*_ENGINE_CODE, "runtime/bench")
 _TORCH = ("torch", "transformers")
 _ONNX = ("onnx", "onnx-ir", "onnxscript", "onnxruntime")
 
@@ -179,7 +180,7 @@ def export(recipe: Recipe, facts: Facts) -> Stage:
         "export",
         f"write ONNX bundles: {', '.join(recipe.export.targets)}",
         bodies.export,
-        {**_exported(recipe), "kind": "moe", "notation": notation(facts.convert)},
+        {**exported(recipe), "kind": "moe", "notation": notation(facts.convert)},
         reads=("source", "convert"),
         sources=_EXPORT_CODE,
         libraries=(*_TORCH, *_ONNX),
@@ -210,7 +211,7 @@ def export_dense(recipe: Recipe, facts: Facts) -> Stage | None:
         "export-dense",
         "the same for the dense parent",
         bodies.export,
-        {**_exported(recipe), "kind": "dense"},
+        {**exported(recipe), "kind": "dense"},
         reads=("source",),
         sources=_EXPORT_CODE,
         libraries=(*_TORCH, *_ONNX),
@@ -251,7 +252,7 @@ def bench(recipe: Recipe, facts: Facts) -> Stage:
         bodies.bench,
         {**recipe.bench.model_dump(), **_on_this_machine(recipe, facts)},
         reads=("source", "convert", "export", *_dense(recipe)),
-        sources=(*_ENGINE_CODE, "runtime/bench"),
+        sources=BENCH_CODE,
         libraries=(*_TORCH, "onnx", "onnxruntime"),
     )
 
@@ -264,7 +265,15 @@ def report(recipe: Recipe, facts: Facts) -> Stage:
         bodies.report,
         {"recipe": recipe.model_dump()},
         reads=("source", "calibrate", "convert", "export", *_dense(recipe), "evaluate", "verify", "bench"),
-        sources=(*_ALWAYS_CODE, "export/manifest.py", "runtime/report", "runtime/parity", "convert", *_CONFIGS),
+        sources=(
+            *ALWAYS_CODE,
+            "export/manifest.py",
+            "runtime/report",
+            "runtime/frontier",
+            "runtime/parity",
+            "convert",
+            *_CONFIGS,
+        ),
         libraries=("jinja2", "matplotlib"),
     )
 
@@ -320,7 +329,7 @@ def _dense(recipe: Recipe) -> tuple[str, ...]:
     return ("export-dense",) if recipe.export.dense_parent else ()
 
 
-def _exported(recipe: Recipe) -> dict[str, Any]:
+def exported(recipe: Recipe) -> dict[str, Any]:
     """Parameters of both exports.
 
     Raises:

@@ -56,6 +56,6 @@ def test_the_fused_graph_keeps_the_kernel_and_no_second_routing(made):
     _, bundles, active = made
     graph = onnx.load(open_bundle(bundles["ort-cpu"]).model_path, load_external_data=False).graph
     kinds = [node.op_type for node in graph.node]
-    assert kinds.count("MoE") == 2
+    assert kinds.count("RoutedGLU") == 2
     assert kinds.count("Route") == (0 if active == 1 else 2)  # softmax weights are read from it
     assert len([value for value in graph.initializer if value.name.endswith("expert_bias")]) == 2

@@ -114,7 +114,7 @@ def test_lowering_fuses_every_layer_and_records_an_executed_test(bundles):
         assert 0 < entry["self_test"]["max_rel_error"] < 2e-6  # 0 would mean that nothing was compared
     graph = onnx.load(bundles["moe/ort-cpu"] / "model.onnx", load_external_data=False).graph
     kinds = [node.op_type for node in graph.node]
-    assert kinds.count("MoE") == kinds.count("GroupQueryAttention") == 2
+    assert kinds.count("RoutedGLU") == kinds.count("GroupQueryAttention") == 2
     assert not [node for node in graph.node if node.domain == "moedge"]
 
 

@@ -15,6 +15,7 @@ from moedge import MoEdgeError
 from moedge.convert import methods, modeling
 from moedge.export import targets
 from moedge.export.bundle import open_bundle
+from moedge.export.lowering.ort.routed import FuseRouted
 from moedge.export.pipeline import export
 from moedge.export.stock import glm as hf
 from moedge.export.trace import trace
@@ -78,11 +79,11 @@ def test_prefill_and_decode_match_pytorch(made: Path) -> None:
 def test_the_lowering_fuses_shared_routed_and_dense_parts(made: Path) -> None:
     graph = onnx.load(made / "bundles" / "ort-cpu" / "model.onnx", load_external_data=False).graph
     parts = 2 if made.name.startswith("mixtral") else 3
-    assert [node.op_type for node in graph.node].count("MoE") == 2 * parts
+    assert [node.op_type for node in graph.node].count("RoutedGLU") == 2 * parts
     assert not [node for node in graph.node if node.domain == "moedge"]
     manifest = open_bundle(made / "bundles" / "ort-cpu").manifest.document()
     tests = {entry["rewrite"]: entry for entry in manifest["lowering"]}
-    assert tests["Route + SparseGLU -> MoE"]["status"] == "applied"
+    assert tests[FuseRouted.name]["status"] == "applied"
     facts = manifest["moe"]["layers"]["0"]
     assert (facts["num_experts"], facts["top_k"], facts["shared_width"], facts["expert_width"]) == (6, 3, 8, 4)
 

@@ -71,7 +71,7 @@ def test_prefill_and_decode_match_pytorch(mixed, target):
 
 def test_the_lowering_fuses_every_layer_that_has_experts(mixed):
     graph = onnx.load(mixed[0] / "bundles" / "ort-cpu" / "model.onnx", load_external_data=False).graph
-    assert [node.op_type for node in graph.node].count("MoE") == 2
+    assert [node.op_type for node in graph.node].count("RoutedGLU") == 2
     assert not [node for node in graph.node if node.domain == "moedge"]
 
 

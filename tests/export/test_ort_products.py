@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -25,10 +26,10 @@ LIMIT = 4e-6
 
 
 @pytest.fixture(scope="module")
-def divided(bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def divided(bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, without_compiler: Any) -> Path:
     """The tiny MoE (two layers, 3 of 6 experts) in this form."""
     folder = tmp_path_factory.mktemp("products")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, without_compiler():
         patch.setattr(ort_products, "SMALLEST_EXPERT", 1)
         lower("ort-cpu", bundles["moe/portable"], folder)
     return folder
@@ -92,13 +93,16 @@ def test_a_profile_counts_them_as_experts(divided, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "llama with biases"])
-def test_quantised_experts_that_qmoe_cannot_hold(kind, tiny_model, convert_tiny, tiny_tokenizer, tmp_path):
+def test_quantised_experts_that_qmoe_cannot_hold(
+    kind, tiny_model, convert_tiny, tiny_tokenizer, tmp_path, without_compiler
+):
     """GELU, and gate and up with biases, in 8 and 4 bits: kernels exact, every expert de-quantised as it is stored."""
     model = tiny_model("gemma2", layers=2) if kind == "gemma2" else tiny_model("llama", layers=1, mlp_bias=True)
     plan = convert_tiny(model, "cmoe")
     modeling.save(modeling.apply(plan, model), plan, tiny_tokenizer, tmp_path / "moe")
     targets = ["portable", "ort-cpu-int8", "ort-cpu-int4"]
-    made = export(tmp_path / "moe", tmp_path / "bundles", targets, label="tiny")
+    with without_compiler():
+        made = export(tmp_path / "moe", tmp_path / "bundles", targets, label="tiny")
     for target in targets[1:]:
         manifest = open_bundle(made[target]).manifest.document()
         (found,) = (entry for entry in manifest["lowering"] if entry["rewrite"] == ort_products.ExpertProducts.name)

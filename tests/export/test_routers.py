@@ -15,6 +15,8 @@ from moedge.convert import adapters, modeling
 from moedge.convert.plan import LayerPlan, MoEPlan, RouterPlan
 from moedge.export.bundle import open_bundle
 from moedge.export.lowering.ort import products as ort_products
+from moedge.export.lowering.ort import quantized as ort_quantized
+from moedge.export.lowering.ort.routed import FuseRouted
 from moedge.export.lowering.trt import engine as tensorrt
 from moedge.export.pipeline import export, lower
 from moedge.runtime.engines import open_engine
@@ -25,6 +27,8 @@ HIDDEN, WIDTH = 32, 96
 IDS = np.random.default_rng(1).integers(0, 256, (1, 24))
 # Two fp32 evaluations of a 1-layer model: some six products of at most 96 terms in another order, each 96 * 2^-24.
 FLOAT = 4e-5
+# The only block that rounds its inputs to int8, within INT8_LIMIT of its own output: experts of our operator.
+INT8 = ort_quantized.INT8_LIMIT
 # Two blocks, each within HALF_LIMIT of its own output, added to one residual stream.
 HALF = 2 * tensorrt.HALF_LIMIT
 QUANTISED = ("ort-cpu-int8", "ort-cpu-int4", "tensorrt-rtx-int8", "tensorrt-rtx-int4")
@@ -108,7 +112,12 @@ QUICK = ("sigmoid with selection bias (DeepSeek-V3)", "unequal widths, nothing s
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in FORMS])
 def test_a_router_is_exported_lowered_and_matched(
-    name: str, tiny_llama: Any, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    tiny_llama: Any,
+    tiny_tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    without_compiler: Any,
 ) -> None:
     form, model = FORMS[name], tiny_llama(layers=1, hidden=HIDDEN, width=WIDTH)
     plan = make_plan(form, model)
@@ -119,25 +128,31 @@ def test_a_router_is_exported_lowered_and_matched(
     for target in ("portable", "ort-cpu"):
         check(OrtEngine(made[target], taps=True), reference, FLOAT)
     if form.widths:
-        monkeypatch.setattr(ort_products, "SMALLEST_EXPERT", 1)
-        (tmp_path / "products").mkdir()
-        lower("ort-cpu", made["portable"], tmp_path / "products")
-        check(OrtEngine(tmp_path / "products", taps=True), reference, FLOAT)
-        assert applied(tmp_path / "products")["SparseGLU -> products of each expert"]
+        plain = {}
+        for kind in ("MoE", "products", "QMoE"):
+            monkeypatch.setattr(ort_products, "SMALLEST_EXPERT", 1 if kind == "products" else 1 << 19)
+            plain[kind] = tmp_path / kind
+            plain[kind].mkdir()
+            with without_compiler():
+                lower("ort-cpu-int4" if kind == "QMoE" else "ort-cpu", made["portable"], plain[kind])
+        check(OrtEngine(plain["MoE"], taps=True), reference, FLOAT)
+        check(OrtEngine(plain["products"], taps=True), reference, FLOAT)
+        exact = OrtEngine(plain["QMoE"], taps=True, float32_activations=True)
+        check(exact, OrtEngine(made["portable"], taps=True, weights_of=plain["QMoE"]), FLOAT)
+        assert applied(plain["MoE"])["Route + SparseGLU -> MoE"]
+        assert applied(plain["products"])["SparseGLU -> products of each expert"]
+        assert applied(plain["QMoE"])["Route + SparseGLU -> QMoE"]
     for target in ("tensorrt", "tensorrt-rtx"):
         check(open_engine(made[target], taps=True), reference, HALF)
     for bits in (4, 8):
         path = made[f"ort-cpu-int{bits}"]
         stored = OrtEngine(made["portable"], taps=True, weights_of=path)
-        if bits == 4 or not form.widths:  # 8-bit experts have no float32 kernel: their self-test is the export's
-            check(OrtEngine(path, taps=True, float32_activations=True), stored, FLOAT)
+        check(OrtEngine(path, taps=True, float32_activations=True), stored, INT8 if form.widths else FLOAT)
         path = made[f"tensorrt-rtx-int{bits}"]
         check(OrtEngine(path, taps=True), OrtEngine(made["portable"], taps=True, weights_of=path), HALF)
     kinds = {target: applied(path) for target, path in made.items()}
     if form.widths:
-        assert kinds["ort-cpu"]["Route + SparseGLU -> MoE"]
-        assert kinds["ort-cpu-int8"]["Route + SparseGLU -> QMoE"]
-        assert kinds["ort-cpu-int4"]["Route + SparseGLU -> QMoE"]
+        assert all(kinds[target][FuseRouted.name] for target in ("ort-cpu", "ort-cpu-int8", "ort-cpu-int4"))
         assert any("as plugins" in rewrite for rewrite in kinds["tensorrt"])
         assert any("one FFN" in rewrite for rewrite in kinds["tensorrt-rtx"])
 

@@ -84,8 +84,8 @@ def test_every_node_that_runs_is_in_one_group(kind: str, bundles: dict[str, Path
         assert not kinds["router"]
         assert products == 2 * layers, "gate and up in one, down"
     else:
-        assert dict(kinds["experts"]) == {"MoE": layers}
-        assert kinds["router"]["TopK"] == kinds["router"]["ScatterElements"] == layers
+        assert dict(kinds["experts"]) == {"RoutedGLU": layers}
+        assert kinds["router"]["TopK"] == layers
         assert products + sum(kinds["router"][name] for name in ("MatMul", "Gemm")) in (2 * layers, 3 * layers)
 
 

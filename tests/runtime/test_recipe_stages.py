@@ -16,6 +16,7 @@ from moedge import MoEdgeError
 from moedge.configs.recipe import ControlName, EvaluateSection, Recipe, conversion_from, load_recipe, recipe_from
 from moedge.configs.study import load_study
 from moedge.convert import sources
+from moedge.runtime.frontier import stages as frontier
 from moedge.runtime.run import held_out, run_folder, stages, study
 from moedge.runtime.run.engine import Context, Stage, parts, source_digests
 from moedge.runtime.run.fingerprint import fingerprint
@@ -29,7 +30,7 @@ def params(recipe: Recipe, machine: dict[str, Any] = MACHINE) -> dict[str, Any]:
 
 
 def changed(**sections: dict[str, Any]) -> Recipe:
-    value = load_recipe("smollm2-135m").model_dump()
+    value = load_recipe("smollm2-135m-cmoe").model_dump()
     for name, update in sections.items():
         value[name] = {**value[name], **update}
     return recipe_from(value, where="test")
@@ -54,7 +55,7 @@ def changed(**sections: dict[str, Any]) -> Recipe:
 )
 def test_a_setting_changes_the_key_of_its_own_stages_only(sections: dict[str, Any], own: set[str]) -> None:
     """Stages that read these see the change through the content of what they read."""
-    before, after = params(load_recipe("smollm2-135m")), params(changed(**sections))
+    before, after = params(load_recipe("smollm2-135m-cmoe")), params(changed(**sections))
     differ = {name for name in before if before[name] != after[name]}
     assert differ - {"report"} == own
     assert "report" in differ, "the report prints the recipe"
@@ -130,14 +131,14 @@ def test_a_conversion_alone_makes_the_same_stages_and_no_others(
 
 
 def test_what_is_measured_on_a_machine_is_redone_on_another() -> None:
-    recipe = load_recipe("smollm2-135m")
+    recipe = load_recipe("smollm2-135m-cmoe")
     before, after = params(recipe), params(recipe, {"processor": "another"})
     assert {name for name in before if before[name] != after[name]} == {"verify", "bench"}
 
 
 def test_what_pytorch_computes_is_redone_on_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "check_device", lambda device: None)
-    recipe = load_recipe("smollm2-135m")
+    recipe = load_recipe("smollm2-135m-cmoe")
     before, after = params(recipe), params(changed(model={"device": "cuda"}))
     redone = {"calibrate", "convert", "evaluate", "verify", "bench", "report"}  # a report holds its recipe
     assert {name for name in before if before[name] != after[name]} == redone
@@ -158,7 +159,7 @@ def test_without_dense_parent_there_is_no_dense_export_and_nothing_reads_it() ->
 
 def test_stages_read_only_earlier_ones_and_their_sources_exist() -> None:
     seen: set[str] = set()
-    for stage in stages.build(load_recipe("smollm2-135m"), MACHINE):
+    for stage in stages.build(load_recipe("smollm2-135m-cmoe"), MACHINE):
         assert set(stage.reads) <= seen
         seen.add(stage.name)
         key = parts(stage, dict.fromkeys(stage.reads, "0"))
@@ -223,6 +224,7 @@ EVERY_BODY = {
     for stage in [
         *stages.build(changed(export={"targets": ["portable", "tensorrt-rtx"], "build": ["rtx-4090"]}), MACHINE),
         *study.build(load_study("smollm2-135m-methods")),
+        *frontier.build(load_recipe("smollm2-135m"), MACHINE),
     ]
 }
 

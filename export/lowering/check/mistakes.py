@@ -76,6 +76,9 @@ class _Run:
     h_threshold: np.ndarray | None = None
     """[E, I], with the width of its ramps."""
     ramp: float = 0.0
+    x_threshold: np.ndarray | None = None
+    """[H], with the width of its ramps."""
+    x_ramp: float = 0.0
 
     def output(self) -> np.ndarray:
         """The FFN's output [T, H] by the definition."""
@@ -86,10 +89,16 @@ class _Run:
             weight = np.where(self.indices == expert, self.weights, 0).sum(1, keepdims=True)
             h = self.activation(self.x @ gate.T) * (self.x @ up.T)
             if self.h_threshold is not None:
-                limit = self.h_threshold[expert]
-                h = h * np.clip((np.abs(h) - limit) / (limit * self.ramp), 0, 1)
+                h = _kept(h, self.h_threshold[expert], self.ramp)
             y += weight * (h @ down.T)
         return y if self.compensation is None else y + omitted @ self.compensation
+
+
+def _kept(values: np.ndarray, threshold: np.ndarray, ramp: float) -> np.ndarray:
+    """Values without the small ones; what lies beyond the thresholds (a column of ones) stays."""
+    chosen = values[:, : len(threshold)]
+    kept = chosen * np.clip((np.abs(chosen) - threshold) / (threshold * ramp), 0, 1)
+    return np.concatenate([kept, values[:, len(threshold) :]], axis=1)
 
 
 def _silu(x: np.ndarray) -> np.ndarray:
@@ -162,6 +171,13 @@ def _of_parts(run: _Run) -> Known:
 def _of_gather(run: _Run) -> Known:
     if not np.array_equal(run.x, run.everything):
         yield "the experts read the small inputs too", lambda: replace(run, x=run.everything)
+    if run.x_threshold is not None:
+        for what, wrong in (
+            ("the thresholds of inputs are in another order", run.x_threshold[::-1]),
+            ("each input has the threshold of its neighbour", np.roll(run.x_threshold, 1)),
+            ("each input has the threshold of its other neighbour", np.roll(run.x_threshold, -1)),
+        ):
+            yield what, lambda wrong=wrong: replace(run, x=_kept(run.everything, wrong, run.x_ramp))  # type: ignore[misc]
     if run.h_threshold is None:
         return
     yield "the small hidden values are kept", lambda: replace(run, h_threshold=None)
@@ -395,7 +411,7 @@ def _observe(before: ir.Model, ffn: FFN, x: np.ndarray) -> _Run:
     gate, up, down = (array_of(node.inputs[position]).astype(np.float64) for position in (3, 4, 5))
     added = compensation_of(node)
     compensation = None if added is None else array_of(added).astype(np.float64)
-    limits = h_threshold_of(node)
+    limits, keep = h_threshold_of(node), _keep_before(node)
     shared = whole.reshape(expert.shape) - expert if ffn.output != str(routed.name) else np.zeros_like(expert)
     return _Run(
         x.reshape(-1, x.shape[-1]).astype(np.float64), score, array_of(route.inputs[1]).astype(np.float64),
@@ -404,4 +420,17 @@ def _observe(before: ir.Model, ffn: FFN, x: np.ndarray) -> _Run:
         everything.reshape(-1, everything.shape[-1]).astype(np.float64),
         None if limits is None else array_of(limits).astype(np.float64),
         0.0 if limits is None else node.attributes["ramp"].as_float(),
+        None if keep is None else array_of(keep.inputs[1]).astype(np.float64),
+        0.0 if keep is None else keep.attributes["ramp"].as_float(),
     )  # fmt: skip
+
+
+def _keep_before(node: ir.Node) -> ir.Node | None:
+    """Return the KeepLarge that leaves inputs of a SparseGLU out, if there is one; a column of ones may follow it."""
+    for _ in range(2):
+        value = node.inputs[0]
+        source = value.producer() if value is not None else None
+        if source is None or source.op_type == "KeepLarge":
+            return source
+        node = source
+    return None

@@ -19,6 +19,7 @@ from moedge.export.lowering.ort.matmul import FuseTransposed, MergeSiblings
 from moedge.export.lowering.ort.moe import FuseMoE
 from moedge.export.lowering.ort.norms import FuseNorms, mark_rotary
 from moedge.export.lowering.ort.products import ExpertProducts, preferred
+from moedge.export.lowering.ort.routed import FuseRouted
 from moedge.export.lowering.rule import Work
 from moedge.export.manifest import CacheFacts
 
@@ -46,7 +47,7 @@ def lower(model: ir.Model, *, max_length: int) -> Lowered:
     work = Work(model, block_limit(model), ADVICE)
     cache = norms_and_attention(work, max_length)
     if nodes_of(model, "SparseGLU"):
-        work.first(FuseMoE(slower=preferred(model)), ExpertProducts())
+        work.first(FuseRouted(), FuseMoE(slower=preferred(model)), ExpertProducts())
         work.taps = work.taps or portable.taps(model)
     if nodes_of(model, "KeepLarge"):
         work.run(FuseGather())

@@ -65,9 +65,11 @@ class FuseGather:
     name: str = "KeepLarge, products -> operators that read only kept inputs"
 
     def refuse(self, graph: ir.Model) -> str | None:
-        """Refuse a graph without a KeepLarge, and where the library cannot be compiled."""
+        """Refuse a graph without a KeepLarge, asymmetric integers, and where the library cannot be compiled."""
         if not nodes_of(graph, "KeepLarge"):
             return "no values are left out"
+        if self.packed is not None and any(value.zero_points is not None for value in self.packed.values()):
+            return pack.ZERO_POINTS
         try:
             library.compiled()
         except MoEdgeError as error:
@@ -145,7 +147,7 @@ class FuseGather:
             def floats() -> np.ndarray:
                 return pack.pack_floats(np.concatenate([product.rows() for product in group])).weights
 
-            return [_lazy(builder, f"{joined}.rows", shape, np.dtype(np.float32), floats), None]
+            return [lazy(builder, f"{joined}.rows", shape, np.dtype(np.float32), floats), None]
         parts = [self.packed[name] for name in names]
         made = pack.pack(parts[0].rows(*parts[1:]), self.half_scales)
         scales = None if made.scales is None else builder.initializer(f"{joined}.scales", made.scales)
@@ -154,17 +156,25 @@ class FuseGather:
 
 def gathered_weights(graph: ir.Model) -> set[str]:
     """Name the weights that the operators will read: their scales are rounded to float16 before anything is judged."""
-    groups = (_products(node) or [] for node in nodes_of(graph, "KeepLarge"))
+    groups = [_products(node) or [] for node in nodes_of(graph, "KeepLarge")]
+    for node in nodes_of(graph, "KeepLarge"):  # gate and up beside routed experts, which read the same inputs
+        product = required(node.inputs[0]).producer()
+        pair = _gate_and_up(product) if product is not None and product.op_type == "Mul" else None
+        groups.append(list(pair or ()))
     return {product.weight.name for group in groups for product in group}
 
 
-def stored_bytes(place: PackedPlace, inputs: int, bits: int, *, half_scales: bool = True) -> int:
+def stored_bytes(place: PackedPlace, weight: weights.Weight, bits: int, *, half_scales: bool = True) -> int:
     """Bytes of the stored tensor and its scales, padding included, for the first of the weights in it; else 0."""
     if place.outputs[0]:
         return 0
+    blocks, inputs = -(-weight.columns // BLOCK), weight.columns
     line = pack.LINE * 8 // bits
+    if place.interleaved_inputs:
+        line, inputs = pack.CELL_COLUMNS, blocks * BLOCK
     columns = -(-place.total // line) * line
-    return columns * (inputs * bits // 8 + -(-inputs // BLOCK) * (2 if half_scales else 4))
+    experts = weight.shape[0] if weight.layout == "ENK" else 1
+    return experts * columns * (inputs * bits // 8 + blocks * (2 if half_scales else 4))
 
 
 def _products(node: ir.Node) -> list[_Product] | None:
@@ -225,7 +235,7 @@ def _replace(
     return Block(names, inputs=(str(x.name),))
 
 
-def _lazy(
+def lazy(
     builder: Builder, name: str, shape: tuple[int, ...], dtype: np.dtype, make: Callable[[], np.ndarray]
 ) -> ir.Value:
     """Return an initializer whose array is made when it is written, one at a time."""

@@ -110,13 +110,20 @@ def _fuse(model: ir.Model, nodes: Sequence[ir.Node]) -> dict[int, Tap]:
         tap = _replace(model, node, layer)
         if holds_experts(node):
             taps[layer] = tap
+    replace_unit_routes(model)
+    return taps
+
+
+def replace_unit_routes(model: ir.Model) -> None:
+    """Let a TopK take the place of each Route that composes a hierarchy with weights 1.
+
+    Any other that is left weighs experts, and its body stays.
+    """
     remove_unused(model)
-    # A Route that is left either weighs experts (its body stays), or composes a hierarchy with weights 1.
     for route in nodes_of(model, "Route"):
         if route.attributes["rule"].as_string() == "unit":
             _replace_route(Builder(model, before=route), route)
     remove_unused(model)
-    return taps
 
 
 def _replace(model: ir.Model, node: ir.Node, layer: int) -> Tap:

@@ -1,7 +1,8 @@
 """Targets ``ort-cpu-int8`` and ``ort-cpu-int4``: ONNX Runtime's CPU kernels on block-quantised weights.
 
-Norms and attention are rewritten as for ``ort-cpu``; then experts -> QMoE, every other matrix -> MatMulNBits, the
-embedding -> GatherBlockQuantized, all in one block format (``export/quantize/format.py``). The router stays in float32:
+Norms and attention are rewritten as for ``ort-cpu``; then experts -> RoutedGLU of our own or QMoE (:func:`_form`),
+every other matrix -> MatMulNBits, the embedding -> GatherBlockQuantized, all in one block format
+(``export/quantize/format.py``). The router stays in float32:
 a flipped expert costs more than a few kilobytes.
 
 Two errors are kept apart. Kernel error: the rewritten block against the same block in float32 on the *de-quantised*
@@ -31,13 +32,14 @@ from moedge.export.lowering.ort import nbits as ort_nbits
 from moedge.export.lowering.ort import products as ort_products
 from moedge.export.lowering.ort import qmoe as ort_qmoe
 from moedge.export.lowering.ort.gathered import FuseGather, gathered_weights
-from moedge.export.lowering.ort.gathered import stored_bytes as gathered_bytes
+from moedge.export.lowering.ort.gathered import stored_bytes as own_bytes
 from moedge.export.lowering.ort.nbits import QuantizeProducts
 from moedge.export.lowering.ort.products import ExpertProducts
 from moedge.export.lowering.ort.qmoe import FuseQMoE
+from moedge.export.lowering.ort.routed import FuseRouted, stack_weights
 from moedge.export.lowering.rule import Applied, Block, Rule, Work
 from moedge.export.manifest import PackedPlace, Place, Quantization, Rows, RowsPlace, StackPlace
-from moedge.export.ort_ops import pack
+from moedge.export.ort_ops import library, pack
 from moedge.export.quantize.format import BLOCK, QUANTISED, Quantized, quantize, stored_bytes
 
 INT8_LIMIT = 4e-2
@@ -72,47 +74,57 @@ def lower(
     work = Work(model, ort_cpu.block_limit(model), "Use --target ort-cpu and report the runtime version.")
     table = weights.collect(work.before)
     chosen = {name: weight for name, weight in table.items() if weight.tensor_class in QUANTISED}
-    unfit = FuseQMoE({}).refuse(model)
-    if method == "rtn-asymmetric" and not unfit:
+    if method == "rtn-asymmetric" and FuseQMoE({}).refuse(model) is None:
         _check_zero_points(table, target)
     values, known = work.before.graph.initializers, moments or {}
     packed = {
         name: quantize(weights.array(values[name], weight), bits, method, known.get(name))
         for name, weight in chosen.items()
     }
-    if method != "rtn-asymmetric" and FuseGather().refuse(model) is None:
+    routed, gather = FuseRouted(packed), FuseGather(packed, class_of=lambda name: chosen[name].tensor_class)
+    experts = _form(work, routed, FuseQMoE(packed))
+    if experts is routed:
+        packed |= {name: pack.round_scales(packed[name]) for name in stack_weights(model)}
+    if gather.refuse(model) is None:
         packed |= {name: pack.round_scales(packed[name]) for name in gathered_weights(model)}
     cache = ort_cpu.norms_and_attention(work, max_length)
-    qmoe = FuseQMoE(packed)
     pending: list[tuple[Rule, Applied | str]] = []
-    if nodes_of(model, "SparseGLU"):
-        if unfit:
-            work.rewrites.append(Rewrite(qmoe.name, 0, "refused", unfit))
-        rule: Rule = ExpertProducts() if unfit else qmoe
-        pending.append((rule, work.start(rule)))
-        if unfit:  # inside of an FFN, which is tested whole
+    if experts is not None:
+        pending.append((experts, work.start(experts)))
+        if isinstance(experts, ExpertProducts):  # inside of an FFN, which is tested whole
             QuantizeProducts("experts", _experts(packed, chosen)).apply(model)
-    gather = FuseGather(packed, class_of=lambda name: chosen[name].tensor_class)
     if nodes_of(model, "KeepLarge"):
         pending.append((gather, work.start(gather)))
-    for rule in _products(packed, {name: weight for name, weight in chosen.items() if name not in gather.stored}):
-        pending.append((rule, work.start(rule)))
-    should = _stored(work.before, table, bits, method, padded=not unfit, gathered=gather.stored)
+    own = routed.stored | gather.stored
+    for products in _products(packed, {name: weight for name, weight in chosen.items() if name not in own}):
+        pending.append((products, work.start(products)))
+    should = _stored(work.before, table, bits, method, padded=isinstance(experts, FuseQMoE), own=own)
     sizes = account_for(work.before, model, table, bits, should=should)
     merged, _ = ort_matmul.merge_siblings(model)
     remove_unused(model)
-    judge = _Judge(work, packed, table, exact_experts=bits == 4 or bool(unfit))
+    judge = _Judge(work, packed, table, exact_experts=bits == 4 or isinstance(experts, ExpertProducts))
     for rule, done in pending:
         work.finish(rule, done, judge)
     if merged:
         work.rewrites.append(Rewrite("products of the router -> one MatMul + Split", merged, "applied"))
     limits = ort_cpu.limits(cache)
-    if work.taps and not unfit:
+    if work.taps and isinstance(experts, FuseQMoE):
         limits.append("equal router scores go to the higher expert index, in PyTorch to the lower (QMoE)")
-    quantization = Quantization(
-        bits=bits, block=BLOCK, method=method, classes=sizes, tensors=_where(model, chosen, work.before, gather.stored)
-    )
+    tensors = _where(model, chosen, work.before, own)
+    quantization = Quantization(bits=bits, block=BLOCK, method=method, classes=sizes, tensors=tensors)
     return Lowered(work.rewrites, work.taps, cache, limits, quantization)
+
+
+def _form(work: Work, routed: FuseRouted, qmoe: FuseQMoE) -> FuseRouted | FuseQMoE | ExpertProducts | None:
+    """Return the first rule for experts that is not refused, and record those that are; None without experts."""
+    if not nodes_of(work.model, "SparseGLU"):
+        return None
+    for rule in (routed, qmoe):
+        reason = rule.refuse(work.model)
+        if reason is None:
+            return rule
+        work.rewrites.append(Rewrite(rule.name, 0, "refused", reason))
+    return ExpertProducts()
 
 
 def _check_zero_points(table: Mapping[str, weights.Weight], target: str) -> None:
@@ -192,6 +204,8 @@ class _Judge:
         self._work, self._packed, self._exact_experts = work, packed, exact_experts
         self._reference = dequantized_graph(work.before, packed, table)
         self._exact = ort_nbits.with_accuracy(work.model, 0)
+        # Operators of our own round activations to int8 in any case: no shared block can then be judged in float32.
+        self._rounds = any(node.domain == library.DOMAIN for node in work.model.graph)
 
     def __call__(self, name: str, done: Applied) -> dict[str, Any]:
         """Return the manifest's entry.
@@ -211,7 +225,7 @@ class _Judge:
                 # 8-bit experts have no kernel with float32 activations (docs/quantization.md); products have.
                 if kind == "exact" and (done.rounds or (block.ffn and not self._exact_experts)):
                     continue
-                test = self._compared(label, block, one, two, limit)
+                test = self._compared(label, block, one, two, limit, experts_alone=kind == "exact" and self._rounds)
                 if not test.passed:
                     raise MoEdgeError(f"{test.failure()} {work.advice}")
                 found[kind].append(test)
@@ -221,10 +235,16 @@ class _Judge:
             entry["float32_activations"] = max(test.max_rel_error for test in found["exact"])
         return entry
 
-    def _compared(self, name: str, block: Block, one: ir.Model, two: ir.Model, limit: float) -> selftest.SelfTest:
+    def _compared(
+        self, name: str, block: Block, one: ir.Model, two: ir.Model, limit: float, *, experts_alone: bool
+    ) -> selftest.SelfTest:
+        """``experts_alone``: of a whole FFN only what its experts give, without the shared block."""
         if not block.ffn:
             return selftest.compare(name, one, two, block.outputs, limit, inputs=block.inputs)
         routed = block.outputs[0]
+        if experts_alone:
+            x = mistakes.FFN.find(self._work.before, routed).x
+            return selftest.compare(name, one, two, [routed], limit, inputs=[x])
         node = mistakes.FFN.find(self._work.before, routed).node
         stacks = [self._packed[str(value.name)] for value in node.inputs[3:6] if value is not None]
         return selftest.compare_ffn(name, one, two, routed, limit, stacks)
@@ -237,14 +257,19 @@ def _stored(
     method: str,
     *,
     padded: bool,
-    gathered: Mapping[str, PackedPlace],
+    own: Mapping[str, PackedPlace],
 ) -> Callable[[str], int]:
-    """Return the bytes that a weight of ``model`` takes in blocks; ``padded``: experts are as wide as QMoE needs."""
+    """Return the bytes that a weight of ``model`` takes in blocks.
+
+    Args:
+        padded: experts are as wide as QMoE needs.
+        own: weights in the layout of our own operators.
+    """
 
     def should(name: str) -> int:
         weight = table[name]
-        if name in gathered:
-            return gathered_bytes(gathered[name], weight.columns, bits)
+        if name in own:
+            return own_bytes(own[name], weight, bits)
         # QMoE's expert widths are padded to whole blocks: rows of gate and up, inputs of down.
         grown = padded and _is_gate_or_up(model, name)
         extra = ort_qmoe.padded_width(weight.shape[1]) / weight.shape[1] if grown else 1
@@ -259,11 +284,11 @@ def _is_gate_or_up(model: ir.Model, name: str) -> bool:
 
 
 def _where(
-    model: ir.Model, chosen: dict[str, weights.Weight], before: ir.Model, gathered: Mapping[str, PackedPlace]
+    model: ir.Model, chosen: dict[str, weights.Weight], before: ir.Model, own: Mapping[str, PackedPlace]
 ) -> dict[str, Place]:
     """Say for each weight of the portable graph where its quantised rows lie, so that a reader can de-quantise it."""
     made = [name.removesuffix(".q") for name in model.graph.initializers if name.endswith(".q")]
-    places: dict[str, Place] = dict(gathered)
+    places: dict[str, Place] = dict(own)
     stacks: dict[str, StackPlace] = {}
     divided = {  # matrix of one expert -> its stack
         ort_products.matrix_name(name, expert): name
@@ -282,7 +307,7 @@ def _where(
                 stack = places[experts.name] = stacks.setdefault(experts.name, new)
                 stack.experts.append(Rows(tensor=tensor, rows=(row, row + rows)))
                 row += rows
-            elif name in chosen and name not in gathered:
+            elif name in chosen and name not in own:
                 weight = chosen[name]
                 places[name] = RowsPlace(
                     tensor=tensor, rows=(row, row + weight.rows), layout=weight.layout, columns=weight.columns

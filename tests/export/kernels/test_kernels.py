@@ -301,6 +301,27 @@ def test_the_chain_is_the_operator(place: str, tokens: int, top_k: int, rule: st
     assert tokens == 0 or (y.cpu().double() - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
+@pytest.mark.parametrize(("tokens", "top_k"), [(0, 2), (1, 2), (13, 3)])
+def test_the_chain_leaves_small_hidden_values_out(place: str, tokens: int, top_k: int) -> None:
+    """With thresholds, an expert's own for each of its rows; the operator in float64 has the same."""
+    from moedge.convert.ops.kernels import cuda
+
+    hidden, width, experts = 33, 21, 6
+    x, gate = random(tokens, hidden, seed=0), random(experts, width, hidden, seed=4, size=0.2)
+    up, down = random(experts, width, hidden, seed=5, size=0.2), random(experts, hidden, width, seed=6, size=0.2)
+    indices, weights = choices(tokens, experts, top_k, "random"), random(tokens, top_k, seed=1)
+    limits = 0.1 + random(experts, width, seed=8).abs()
+    arguments = [t.to(place) for t in (x, indices, weights, gate, up, down)]
+    y = cuda.sparse_glu(*arguments, None, "silu", limits.to(place), 0.1)
+    wide = [t.double().cpu() if t.is_floating_point() else t.cpu() for t in arguments]
+    expected = ops.sparse_glu._init_fn(*wide, None, "silu", limits.double(), 0.1)
+    plain = ops.sparse_glu._init_fn(*wide, None, "silu")
+    assert y.shape == x.shape
+    if tokens:  # a rounding on the ramp counts 2 + 1 / 0.1 times
+        assert (y.cpu().double() - expected).abs().max() < 12e-5 * expected.abs().max()
+        assert (plain - expected).abs().max() > 1e-2 * expected.abs().max()
+
+
 def test_equal_inputs_give_equal_bits(place: str) -> None:
     from moedge.convert.ops.kernels import cuda
 

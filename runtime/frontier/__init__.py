@@ -1,0 +1,1 @@
+"""``moedge frontier``: conversions side by side on several targets, their quality beside their measured speed."""

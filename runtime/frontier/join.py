@@ -1,0 +1,236 @@
+"""Put the quality of every variant beside its measured times: frontier.json as :mod:`moedge.runtime.frontier.schema`.
+
+Intervals are 95 % bootstrap intervals: of quality over the held-out windows, of speed over the rounds of the benchmark.
+Two variants are compared on the same windows and in the same rounds, so what both have in common cancels out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moedge.runtime.bench.stats import RESAMPLES, bootstrap_ci
+from moedge.runtime.frontier.schema import (
+    Estimate,
+    Frontier,
+    FrontierProtocol,
+    Measured,
+    Row,
+    TextQuality,
+    VariantFacts,
+)
+from moedge.runtime.frontier.verdict import judge
+from moedge.runtime.run import run_folder
+
+
+def join(root: Path, params: dict[str, Any]) -> Frontier:
+    """Read what the stages of a frontier left in the run folder ``root``.
+
+    Args:
+        params: of the stage ``frontier/table``.
+
+    Raises:
+        MoEdgeError: a stage's result is missing or damaged.
+    """
+    dense = run_folder.read_json(root / params["dense"] / "quality.json")
+    found = {one["label"]: run_folder.read_json(root / one["quality"] / "quality.json") for one in params["variants"]}
+    nll = {name: np.array(text["nll"]) for name, text in dense["texts"].items()}
+    quality = {label: Quality.of(one, dense) for label, one in found.items()}
+    benches = {target: run_folder.read_json(root / place / "bench.json") for target, place in params["bench"].items()}
+    measured = []
+    for target, one in benches.items():
+        measured += [_measured(target, runs, one["sizes"], quality, params) for runs in one["results"]]
+    protocol: FrontierProtocol = {
+        "window": params["window"],
+        "bos": params["bos"],
+        "dtype": dense["dtype"],
+        "tokens": {name: len(values) * (params["window"] - 1) for name, values in nll.items()},
+    }
+    first = next(iter(benches.values()))
+    return {
+        "schema": "moedge.frontier/1",
+        "name": params["name"],
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "model": run_folder.source(root)["label"],
+        "protocol": protocol,
+        "dense_ppl": {name: _exp(values.mean()) for name, values in nll.items()},
+        "variants": [_variant(one, found[one["label"]], quality[one["label"]]) for one in params["variants"]],
+        "measured": measured,
+        "machine": first["results"][0][0]["machine"],
+        "text": first["text"],
+    }
+
+
+class Quality:
+    """A variant on the held-out windows: of every text the KL and the loss beyond the parent's, float64 [windows]."""
+
+    def __init__(self, texts: dict[str, Any], dense: dict[str, np.ndarray]) -> None:
+        self.kl = {name: np.array(text["kl"]) for name, text in texts.items()}
+        self.loss = {name: np.array(text["nll"]) - dense[name] for name, text in texts.items()}
+        self.nll = {name: np.array(text["nll"]) for name, text in texts.items()}
+        self.read = {name: float(text["ffn_read_share"]) for name, text in texts.items()}
+
+    @classmethod
+    def of(cls, quality: dict[str, Any], dense: dict[str, Any]) -> Quality:
+        """Join what the stages of a variant and of its parent left."""
+        return cls(quality["texts"], {name: np.array(text["nll"]) for name, text in dense["texts"].items()})
+
+    def lower_kl(self, other: Quality) -> bool:
+        """Whether the mean KL of the texts is shown to be below another variant's, on the same windows."""
+        return estimate([self.kl[name] - other.kl[name] for name in self.kl])["ci95"][1] < 0
+
+
+def estimate(values: Sequence[np.ndarray], through: Callable[[np.ndarray], np.ndarray] = lambda mean: mean) -> Estimate:
+    """Return ``through`` the mean of the texts' means, and its interval over the windows; float64 [windows] a text.
+
+    Texts have the same number of windows, of which the same numbers are drawn in all variants.
+    """
+
+    def statistic(drawn: np.ndarray) -> np.ndarray:
+        return through(np.mean([one[drawn].mean(axis=-1) for one in values], axis=0))
+
+    every = np.arange(len(values[0]))
+    low, high = bootstrap_ci(len(every), statistic)
+    return {"value": float(statistic(every)), "ci95": [low, high]}
+
+
+def mean_kl(quality: Quality) -> Estimate:
+    """KL to the dense parent, the mean of the texts."""
+    return estimate(list(quality.kl.values()))
+
+
+def mean_ratio(quality: Quality) -> Estimate:
+    """Perplexity over the dense parent's, the geometric mean of the texts."""
+    return estimate(list(quality.loss.values()), _ratio)
+
+
+def _exp(value: Any) -> float:
+    """exp of a loss, finite even for a broken variant."""
+    return float(np.exp(np.minimum(value, 700.0)))
+
+
+def _ratio(loss: np.ndarray) -> np.ndarray:
+    return np.asarray(np.exp(np.minimum(loss, 700.0)))
+
+
+def _variant(given: dict[str, Any], found: dict[str, Any], quality: Quality) -> VariantFacts:
+    from moedge.convert.methods import METHODS
+
+    texts: dict[str, TextQuality] = {
+        name: {
+            "ppl": _exp(quality.nll[name].mean()),
+            "ppl_ratio": estimate([quality.loss[name]], _ratio),
+            "kl": estimate([quality.kl[name]]),
+            "ffn_read_share": quality.read[name],
+        }
+        for name in quality.kl
+    }
+    method = given["convert"]["method"]
+    return {
+        "label": given["label"],
+        "convert": given["convert"],
+        "notation": f"{method} {METHODS[method].layout(given['convert'])}",
+        "plan_sha256": found["plan_sha256"],
+        "ffn_read_share": float(np.mean(list(quality.read.values()))),
+        "kl": mean_kl(quality),
+        "ppl_ratio": mean_ratio(quality),
+        "texts": texts,
+    }
+
+
+def _measured(
+    target: str, runs: list[dict[str, Any]], sizes: dict[str, int], quality: dict[str, Quality], params: dict[str, Any]
+) -> Measured:
+    """The benchmark of one target and batch size: a row for each engine, and which variant wins."""
+    times = Times(runs, f"dense {target}")
+    kl = {label: mean_kl(one) for label, one in quality.items()}
+
+    def lower(one: str, other: str) -> bool:
+        return quality[one].lower_kl(quality[other])
+
+    def dominates(one: str, other: str) -> bool:
+        return times.as_fast(one, other) and lower(one, other)
+
+    rows: list[Row] = []
+    for label, row in times.rows.items():
+        own = label in quality
+        where = target if own else label.removeprefix("dense ")
+        rows.append(
+            {
+                "label": label,
+                "variant": label if own else None,
+                "target": where,
+                "bits": params["bits"][where],
+                "bytes": sizes[label],
+                "ttft_ms": {"value": row["ttft_ms"]["p50"], "ci95": row["ttft_ms"]["ci95"]},
+                "tpot_ms": {"value": row["tpot_ms"]["p50"], "ci95": row["tpot_ms"]["ci95"]},
+                "prompt_speedup": times.speedup("ttft_ms", label),
+                "decode_speedup": times.speedup("tpot_ms", label),
+                "dominated_by": [other for other in quality if own and other != label and dominates(other, label)],
+            }
+        )
+    protocol = runs[0]["protocol"]
+    where = target if protocol["batch"] == 1 else f"{target}, batch {protocol['batch']}"
+    speed = {row["label"]: row["decode_speedup"] for row in rows if row["variant"]}
+    return {
+        "target": target,
+        "batch": protocol["batch"],
+        "prompt": protocol["prompt"],
+        "decode": protocol["decode"],
+        "repeats": protocol["repeats"],
+        "threads": runs[0]["rows"][0]["info"]["threads"],
+        "load_average_before": runs[0]["machine"].get("load_average_before"),
+        "rows": rows,
+        "verdict": judge(where, params["speedup"], kl, speed, as_fast=times.as_fast, lower=lower),
+    }
+
+
+class Times:
+    """The benchmarks of one target: one, or several where not all engines fit into memory, each with the parents.
+
+    Args:
+        runs: of schema ``moedge.bench/1``.
+        parent: label of the dense parent on the same target.
+    """
+
+    def __init__(self, runs: list[dict[str, Any]], parent: str) -> None:
+        self.parent = parent
+        found = [(number, row) for number, run in enumerate(runs) for row in run["rows"]]
+        self.rows = {row["label"]: row for _, row in reversed(found)}  # of a parent the first run's
+        labels = dict.fromkeys(row["label"] for _, row in found)
+        ours = [label for label in labels if not label.startswith("dense ")]
+        self.rows = {label: self.rows[label] for label in (*ours, *(label for label in labels if label not in ours))}
+        self._run = {row["label"]: number for number, row in reversed(found)}
+        self._parents = [next(row for row in run["rows"] if row["label"] == parent) for run in runs]
+        every = (entry for run in reversed(runs) for entry in run["ratios"])
+        self._ratios = {(entry["metric"], entry["label"], entry["baseline"]): entry for entry in every}
+
+    def speedup(self, metric: str, label: str) -> Estimate:
+        """Speed over the dense parent's, in the same run."""
+        if label == self.parent:
+            return {"value": 1.0, "ci95": [1.0, 1.0]}
+        one = self._ratios[metric, label, self.parent]
+        return {"value": one["speedup"], "ci95": one["ci95"]}
+
+    def as_fast(self, one: str, other: str) -> bool:
+        """Whether ``one`` is not shown to decode slower than ``other``.
+
+        In one run they are paired by round. In two runs each is paired with the dense parent, and the rounds of the two
+        are drawn apart.
+        """
+        if one == other:
+            return True
+        if self._run[one] == self._run[other]:
+            return bool(self._ratios["tpot_ms", one, other]["verdict"] != "slower")
+
+        def speeds(label: str, seed: int) -> np.ndarray:
+            times = np.array(self.rows[label]["rounds"]["tpot_ms"])
+            parent = np.array(self._parents[self._run[label]]["rounds"]["tpot_ms"])
+            drawn = np.random.default_rng(seed).integers(0, len(times), (RESAMPLES, len(times)))
+            return np.asarray(np.median(parent[drawn], axis=1) / np.median(times[drawn], axis=1))
+
+        return bool(np.percentile(speeds(one, 0) / speeds(other, 1), 97.5) >= 1)

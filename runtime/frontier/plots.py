@@ -1,0 +1,80 @@
+"""Pareto plots of a frontier as inline SVG: KL against decode time, and against the time to read a prompt."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from moedge.runtime.report.palette import CONTROL, DENSE, INK, MOE, MUTED, STYLE, figure_of, short, svg
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from moedge.runtime.frontier.schema import Estimate, Frontier, Measured
+
+_AXES = {"tpot_ms": "time per decoded token, ms", "ttft_ms": "time to first token, ms"}
+_KNOBS = ("share", "keep", "active")
+"""Parameters that say how much is left out: variants that differ in them alone are points of one line."""
+
+
+def draw(frontier: Frontier) -> list[str]:
+    """Return one SVG for each entry of ``measured``: decode at the left, the prompt at the right."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        return [svg(_figure(frontier, one), f"frontier{i}") for i, one in enumerate(frontier["measured"])]
+
+
+def _figure(frontier: Frontier, measured: Measured) -> Figure:
+    figure, axes = figure_of(9.8, 3.9, len(_AXES))
+    for axis, (metric, words) in zip(axes, _AXES.items(), strict=True):
+        _points(axis, frontier, measured, metric)
+        axis.set_xlabel(f"{words} (left is better)")
+    axes[0].set_ylabel("KL to the dense parent, nats a token (lower is better)")
+    return figure
+
+
+def _points(axis: Axes, frontier: Frontier, measured: Measured, metric: str) -> None:
+    kl: dict[str, Estimate] = {one["label"]: one["kl"] for one in frontier["variants"]}
+    rows: dict[str, Any] = {row["label"]: row for row in measured["rows"]}
+    for family in _families(frontier):
+        line = sorted((rows[label][metric]["value"], kl[label]["value"]) for label in family)
+        axis.plot(*zip(*line, strict=True), color=CONTROL, linewidth=1, zorder=1)
+    for label, row in rows.items():
+        if row["variant"] is None:
+            continue
+        x, y = row[metric], kl[label]
+        colour = DENSE if row["dominated_by"] else MOE
+        axis.errorbar(
+            *(x["value"], y["value"], _bars(y), _bars(x)),
+            fmt="o",
+            markersize=5,
+            color=colour,
+            elinewidth=0.8,
+            zorder=2,
+        )
+        axis.annotate(
+            short(label), (x["value"], y["value"]), (5, 5), textcoords="offset points", fontsize=7.5, color=INK
+        )
+    axis.set_ylim(bottom=0)
+    top = axis.get_ylim()[1]
+    for label, row in rows.items():
+        if row["variant"] is None:
+            axis.axvline(row[metric]["value"], color=MUTED, linewidth=0.9, linestyle=":")
+            axis.text(
+                row[metric]["value"], top, f"{label} ", color=MUTED, fontsize=7.5, rotation=90, va="top", ha="right"
+            )
+
+
+def _bars(found: Estimate) -> list[list[float]]:
+    low, high = found["ci95"]
+    return [[max(found["value"] - low, 0)], [max(high - found["value"], 0)]]
+
+
+def _families(frontier: Frontier) -> list[list[str]]:
+    """Labels of variants that differ in how much they leave out alone, where there are several."""
+    groups: dict[str, list[str]] = {}
+    for one in frontier["variants"]:
+        rest = {name: value for name, value in one["convert"].items() if name not in _KNOBS}
+        groups.setdefault(repr(sorted(rest.items())), []).append(one["label"])
+    return [labels for labels in groups.values() if len(labels) > 1]
