@@ -45,13 +45,16 @@ def kept_places(model: Any) -> dict[int, dict[Which, Kept]]:
 def still_shown(model: Any, places: Places) -> dict[int, dict[Which, Kept]]:
     """Return ``places`` of a portable graph as the graph ``model``, lowered from it, shows them.
 
-    A place loses its names where the values are gone, or are not float32: a comparison with a threshold is only the
-    reference's where no rounding comes before it.
+    A place loses its names where the values are gone, and every place does in a half-precision graph: what is kept is
+    rounded there, and so is what it is kept from.
     """
     import onnx_ir as ir
 
     from moedge.export.graph.build import values_by_name
 
+    half = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+    if any(value.dtype in half for value in (*model.graph.inputs, *model.graph.outputs)):  # the cache
+        return {layer: {which: Kept() for which in kept} for layer, kept in places.items()}
     values = values_by_name(model)
     own = {str(node.inputs[0].name): node for node in model.graph if node.op_type in _OWN}
     found: dict[int, dict[Which, Kept]] = {}
@@ -61,10 +64,8 @@ def still_shown(model: Any, places: Places) -> dict[int, dict[Which, Kept]]:
         for which, place in kept.items():
             node = own.get(place.reads or "")
             inside = fused is not None and fused.op_type == "GatherGLU" and which in ("x", "h")
-            source = values.get(place.reads or "")
-            beside = source is not None and (node is not None or place.output in values)
-            shown = inside or (beside and source is not None and source.dtype == ir.DataType.FLOAT)
-            found[layer][which] = place if shown else Kept()
+            beside = place.reads in values and (node is not None or place.output in values)
+            found[layer][which] = place if inside or beside else Kept()
     return found
 
 
@@ -99,13 +100,16 @@ def show(model: Any, path: Path, places: Mapping[GatherPlace, Kept], *, after: b
     import onnx
 
     own = {node.input[0]: node for node in model.graph.node if node.op_type in _OWN}
+    made = {output for node in model.graph.node for output in node.output}
     for (layer, which), place in places.items():
         node = own.get(place.reads or "")
+        # Experts beside a shared block keep the KeepLarge, which shows it.
+        output = "" if place.output is None or place.output in made else place.output
         if node is not None and which == "x" and node.op_type == "GatherGLU":
             inner = places.get((layer, "h"), Kept())
-            node.output[1:] = [place.output, inner.reads or "", inner.output or ""]
-        elif node is not None and node.op_type == "GatherLinear":
-            node.output[1:] = [place.output]
+            node.output[1:] = [output, inner.reads or "", inner.output or ""]
+        elif node is not None and node.op_type == "GatherLinear" and output:
+            node.output[1:] = [output]
     made = {output for node in model.graph.node for output in node.output}
     made |= {value.name for value in model.graph.input}
     outputs = {value.name for value in model.graph.output}

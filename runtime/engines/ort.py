@@ -221,7 +221,7 @@ class OrtEngine:
             for names in (loaded.shown.router_inputs, loaded.shown.scores)
         )
         before, after = (
-            {place: seen[name] for place, name in names.items()} or None
+            {place: seen[name].astype(np.float32, copy=False) for place, name in names.items()} or None
             for names in (loaded.shown.left_out_of, loaded.shown.kept)
         )
         held = _Cache(np.concatenate([cache.ids, ids], axis=1), mask, values, binding)

@@ -18,7 +18,6 @@ from moedge.runtime.parity import verdict
 from moedge.runtime.parity.results import ParityEntry, Verification
 from moedge.runtime.parity.suite import (
     DEQUANTIZED,
-    FREE,
     SCHEMA,
     Judging,
     finished,
@@ -144,15 +143,14 @@ def answers_of_device(
 
     found = recorded.Recorded(answers)
     limits = limits or tolerance_files.load()
+    judged = limits.profile(tolerances, found.info.model.target, found.info.dtype)
     options: dict[str, Any] = {"taps": True, "replay": True} if found.routed else {}
     one = open_engine(reference, **opening, **options)
-    gathered = one.info.model.gathered  # nobody recorded what was left out
-    judged = limits.profile(FREE if gathered else tolerances, found.info.model.target, found.info.dtype)
     try:
         entry = recorded.compare(one, found, judged, progress)
     finally:
         one.close()
-    if gathered:
+    if one.info.model.gathered:  # nobody recorded what was left out
         entry = verdict.with_notes(entry, [Judging.unshown(answers)])
     parity_entries: list[ParityEntry] = [{"name": f"{answers} vs {reference}", **entry}]
     text = f"the prompts of {answers.name}"

@@ -94,8 +94,7 @@ def compare(reference: Engine, recorded: Recorded, limits: Profile, progress: Pr
     """
     parity.same_vocabulary(reference, recorded)
     phases, routes = TokenErrors.by_phase(limits), RouteAgreement()
-    replayed = recorded.routed and limits.router_set_agreement is not None
-    replay = Replay(parity.replaying(reference, recorded), limits) if replayed else None
+    replay = Replay(parity.replaying(reference, recorded), limits) if recorded.routed else None
     cache: Any = None
     done = 0
     for phase, ids, test, targets in recorded.steps():

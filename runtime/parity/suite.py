@@ -12,7 +12,7 @@ import numpy as np
 
 from moedge.configs import tolerances as tolerance_files
 from moedge.export import manifest as manifests
-from moedge.export.manifest import EngineManifest, Manifest, Sealed
+from moedge.export.manifest import EngineManifest, Manifest
 from moedge.runtime.engines import Engine, open_engine
 from moedge.runtime.parity import compare as parity
 from moedge.runtime.parity import outcomes, verdict
@@ -152,12 +152,13 @@ class Judging:
         if not manifest.routed_layers and not manifest.keeps:
             return cls(profile, False)
         free = f"{FREE}/{target}" in limits.profiles
-        if not manifest.shows_kept:
-            return cls._unshown(profile, limits, target, folder, manifest, free=free)
+        said = None if manifest.shows_kept else cls.unshown(folder)
+        if not manifest.routed_layers:
+            return cls(profile, any(place.reads for kept in manifest.keeps.values() for place in kept.values()), said)
         if profile.expert_set_agreement is not None and not manifest.names_reads:
-            return cls(profile, False)  # nobody can tell what a changed choice was made from: free-running limits
+            return cls(profile, False, said)  # nobody can tell what a changed choice was made from: free-running limits
         if manifest.names_reads or not free:  # without either, opening says what to do
-            return cls(profile, True)
+            return cls(profile, True, said)
         reason = (
             f"{folder} does not say what its routers read, so its arithmetic and its routers cannot be judged apart: "
             "these are free-running figures, changed choices of experts included, under the wide limits that they "
@@ -165,35 +166,13 @@ class Judging:
         )
         return cls(limits.profile(FREE, target, graph_dtype(folder)), False, reason)
 
-    @classmethod
-    def _unshown(
-        cls,
-        profile: tolerance_files.Profile,
-        limits: tolerance_files.Tolerances,
-        target: str,
-        folder: Path,
-        manifest: Sealed,
-        *,
-        free: bool,
-    ) -> Judging:
-        """A model that leaves small values out where its graph does not show all of it."""
-        if free:
-            return cls(limits.profile(FREE, target, graph_dtype(folder)), False, cls.unshown(folder))
-        places = any(place.reads for kept in manifest.keeps.values() for place in kept.values())
-        replayed = manifest.names_reads and (places or bool(manifest.routed_layers))
-        reason = (
-            f"{folder} does not show all of the small values that it leaves out (those inside experts are shown by no "
-            "graph), so not all of these choices are replayed: what rounding changes of the others is in these figures, "
-            "and more of it the narrower the ramps are."
-        )
-        return cls(profile, replayed, reason)
-
     @staticmethod
     def unshown(source: Path) -> str:
-        """Why free-running figures are judged of a model that leaves small values out."""
+        """What to say of a model some of whose choices of small values are not replayed."""
         return (
-            f"{source} does not show which small values it leaves out, so its arithmetic and that choice cannot be judged "
-            "apart: these are free-running figures, changed choices included, under the wide limits that they need."
+            f"{source} does not show all of the small values that it leaves out (half-precision graphs, engines and the "
+            "insides of experts show none), so not all of these choices are replayed: what rounding changes of the "
+            "others is in these figures, and more of it the deeper the model is and the narrower its ramps are."
         )
 
     def options(self, *, moe: bool) -> dict[str, Any]:
