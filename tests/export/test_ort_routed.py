@@ -232,6 +232,10 @@ def test_experts_with_biases_and_zero_points_are_refused(tiny_model: Any, conver
 
     model = tiny_model("llama", layers=1, mlp_bias=True)
     assert FuseRouted().refuse(trace(modeling.apply(convert_tiny(model, "cmoe"), model))) == BIASED
+    fitting = trace(modeling.apply(convert_tiny(model := tiny_model("llama", layers=1), "cmoe"), model))
+    matrix = quantize(np.ones((8, 64), np.float32), 4, "rtn-asymmetric")
+    assert FuseRouted().refuse(fitting) is None
+    assert FuseRouted({"any": matrix}).refuse(fitting) == pack.ZERO_POINTS
 
 
 # --- whole bundles ---

@@ -155,13 +155,13 @@ class FuseGather:
 
 
 def gathered_weights(graph: ir.Model) -> set[str]:
-    """Name the weights that the operators will read: their scales are rounded to float16 before anything is judged."""
-    groups = [_products(node) or [] for node in nodes_of(graph, "KeepLarge")]
-    for node in nodes_of(graph, "KeepLarge"):  # gate and up beside routed experts, which read the same inputs
-        product = required(node.inputs[0]).producer()
-        pair = _gate_and_up(product) if product is not None and product.op_type == "Mul" else None
-        groups.append(list(pair or ()))
-    return {product.weight.name for group in groups for product in group}
+    """Name the weights that the operators may read: their scales are rounded to float16 before anything is judged.
+
+    What else reads a KeepLarge, such as routed experts, may be gone when the rule is applied.
+    """
+    uses = (use for node in nodes_of(graph, "KeepLarge") for use in node.outputs[0].uses() if use.idx == 0)
+    found = (_Product.of(use.node) for use in uses)
+    return {product.weight.name for product in found if product is not None}
 
 
 def stored_bytes(place: PackedPlace, weight: weights.Weight, bits: int, *, half_scales: bool = True) -> int:
