@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from moedge import MoEdgeError
-from moedge.convert import adapters, budgets, reads, scoring, streaming
+from moedge.convert import adapters, budgets, modeling, reads, scoring, streaming
 from moedge.convert.plan import SMALLEST_THRESHOLD, LayerPlan
 
 if TYPE_CHECKING:
@@ -188,10 +188,30 @@ def fit(
     Raises:
         MoEdgeError: the layers read less than ``share`` even with all values, or never so little.
     """
+    with scoring.in_place(model, make(start)):  # built once: levels differ in thresholds alone
+        layers, found = _search(model, make, token_windows, share, start, progress)
+    if abs(found - share) > 10 * _PRECISION:
+        raise MoEdgeError(f"No thresholds read {share:.3g} of the FFN weights: the nearest found read {found:.3g}.")
+    return layers, found
+
+
+def _search(
+    model: PreTrainedModel,
+    make: Callable[[float], list[LayerPlan]],
+    token_windows: np.ndarray,
+    share: float,
+    start: float,
+    progress: Progress | None,
+) -> tuple[list[LayerPlan], float]:
+    """Return the layers of the best level that a few tries find, and what they read; converted FFNs are in place."""
+    ffns, thresholds = modeling.sparse_ffns(model), make(start)[0].h_threshold
+    width = 0 if thresholds is None else len(thresholds)
 
     def measured(log_level: float) -> tuple[list[LayerPlan], float]:
         layers = make(math.exp(log_level))
-        return layers, read_share(model, layers, token_windows)
+        for ffn, layer in zip(ffns, layers, strict=True):
+            modeling.set_thresholds(ffn, layer, ffn.shared_gate.device)
+        return layers, _counted(model, token_windows, width)
 
     at, step = math.log(start), 1.0
     low: tuple[float, float] | None = None  # (log level, share) that reads too much, and one that reads too little
@@ -209,15 +229,20 @@ def fit(
         else:
             at += step if low else -step
             step *= 2
-    if abs(found - share) > 10 * _PRECISION:
-        raise MoEdgeError(f"No thresholds read {share:.3g} of the FFN weights: the nearest found read {found:.3g}.")
     return layers, found
 
 
 def read_share(model: PreTrainedModel, layers: list[LayerPlan], token_windows: np.ndarray) -> float:
     """Return the share of the FFN weights that a dense model with these layers in place reads on some windows."""
+    width = len(adapters.ffns(model)[0].gate)
+    with scoring.in_place(model, layers):
+        return _counted(model, token_windows, width)
+
+
+def _counted(model: PreTrainedModel, token_windows: np.ndarray, width: int) -> float:
+    """Return the share that the converted FFNs of a model read, of dense ones of ``width`` neurons."""
     ids = torch.from_numpy(token_windows).to(model.device)
-    with scoring.in_place(model, layers), reads.counted(model) as counts, torch.inference_mode():
+    with reads.counted(model) as counts, torch.inference_mode():
         for window in ids:
             model.base_model(input_ids=window[None], use_cache=False)
-    return counts.share(len(adapters.ffns(model)[0].gate))
+    return counts.share(width)

@@ -316,7 +316,7 @@ def build_ffn(block: adapters.FFN, layer: LayerPlan) -> SparseFFN:
         router = routers.from_plan(layer.router, layer.num_experts, weight.shape[0], block.hidden_act)
         ffn.router = router.to(weight.device).requires_grad_(False)
         ffn._bind_router()
-    _set_thresholds(ffn, layer, weight.device)
+    set_thresholds(ffn, layer, weight.device)
     for name in spec["tensors"]:
         dtype = torch.float32 if f"mlp.{name}" in _FLOAT32 else weight.dtype
         value = getattr(layer, name)
@@ -329,7 +329,7 @@ def build_ffn(block: adapters.FFN, layer: LayerPlan) -> SparseFFN:
     return ffn.train(block.module.training)
 
 
-def _set_thresholds(ffn: SparseFFN, layer: LayerPlan, device: torch.device) -> None:
+def set_thresholds(ffn: SparseFFN, layer: LayerPlan, device: torch.device) -> None:
     """Give a layer's thresholds to the inputs, the shared neurons and the experts, [H], [S] and [E, I]."""
     if layer.x_threshold is not None:
         ffn.x_threshold = torch.from_numpy(layer.x_threshold).to(device, copy=True)

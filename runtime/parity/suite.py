@@ -170,8 +170,8 @@ class Judging:
     def unshown(source: Path) -> str:
         """What to say of a model some of whose choices of small values are not replayed."""
         return (
-            f"{source} does not show all of the small values that it leaves out (half-precision graphs, engines and "
-            "the insides of experts show none), so not all of these choices are replayed: what rounding changes of the "
+            f"{source} does not show all of the small values that it leaves out (half precision, engines and the "
+            "insides of experts show none), so not all of these choices are replayed: what rounding changes of the "
             "others is in these figures, and more of it the deeper the model is and the narrower its ramps are."
         )
 
