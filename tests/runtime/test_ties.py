@@ -94,7 +94,7 @@ def test_a_second_run_of_changed_windows_alone_gives_what_replaying_everything_g
 ) -> None:
     with without_compiler():  # in ONNX Runtime's own operators a window is left without a changed choice
         lower("ort-cpu", folders["portable"], tmp_path)
-    cheap = verified(reference, tmp_path)
+    cheap = verified(reference, tmp_path, "ort-cpu")
     limits = tolerances.load().profile("float32", "ort-cpu").model_copy(update={"expert_set_agreement": None})
     test = open_engine(tmp_path, threads=1, taps=True, router_inputs=True)
     whole = parity.compare(reference, test, WINDOWS, prefill=246, tolerances=limits)
