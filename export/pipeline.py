@@ -44,6 +44,7 @@ def export(
     progress: Steps | None = None,
     calibration: np.ndarray | None = None,
     zero_points: bool = False,
+    stock_operators: bool = False,
 ) -> dict[str, Path]:
     """Export a dense or converted Hugging Face folder to ``out/<target>/`` bundles.
 
@@ -62,6 +63,7 @@ def export(
         progress: see :data:`moedge._progress.Steps`.
         calibration: int64 [N, L], text for which 4-bit weights are chosen by GPTQ instead of rounding to the nearest.
         zero_points: instead, fit the levels of each block of 4-bit weights to its range, where a target can.
+        stock_operators: lower for ONNX Runtime's own operators alone, so that any program opens the bundles.
 
     Raises:
         MoEdgeError: ``calibration`` with ``zero_points``, unknown target, a model without a tokenizer or that cannot be
@@ -69,6 +71,8 @@ def export(
     """
     if calibration is not None and zero_points:
         raise MoEdgeError("GPTQ has no zero points; give a calibration text or zero points, not both.")
+    from moedge.export.ort_ops import library
+
     registry.check(targets)
     order = registry.names(lambda row: row.name in targets or row.name == "portable")
     report = progress or (lambda *_: None)
@@ -82,7 +86,8 @@ def export(
             else:
                 source = out / "portable"
                 forms = {"tensorrt": tensorrt, "experts": experts, "dtype": dtype}
-                lower(target, source, partial, **forms, calibration=calibration, zero_points=zero_points)
+                with library.stock_operators(stock_operators):
+                    lower(target, source, partial, **forms, calibration=calibration, zero_points=zero_points)
         written[target] = destination
     report("done", len(order), len(order))
     return written

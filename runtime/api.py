@@ -124,6 +124,7 @@ def export_model(
     expert_form: str | None = None,
     calibration: Any = None,
     zero_points: bool = False,
+    stock_operators: bool = False,
     force: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Path]:
@@ -140,6 +141,7 @@ def export_model(
         expert_form: of the experts in TensorRT bundles; chosen by what the version can do by default.
         calibration: int64 [N, L], token windows by which 4-bit weights are chosen (GPTQ) instead of rounded.
         zero_points: or, fit the levels of each block of 4-bit weights to its range (``ort-cpu-int4``).
+        stock_operators: use none of our own operators for ONNX Runtime on a CPU, so that any program opens the bundles.
         force: replace bundles that are there.
         progress: in targets.
 
@@ -171,6 +173,7 @@ def export_model(
         progress=lambda _, done, total: (progress or _quiet)(done, total),
         calibration=calibration,
         zero_points=zero_points,
+        stock_operators=stock_operators,
     )
 
 

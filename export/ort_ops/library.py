@@ -12,7 +12,9 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 from moedge import MoEdgeError
@@ -74,12 +76,27 @@ def cached_library(cache: Path, folder: Path = FOLDER) -> Path:
     return target
 
 
+_stock: ContextVar[bool] = ContextVar("stock", default=False)
+
+
+@contextmanager
+def stock_operators(wanted: bool) -> Iterator[None]:
+    """Lower without operators of our own while the block runs, if ``wanted``: any program then opens the bundle."""
+    token = _stock.set(wanted)
+    try:
+        yield
+    finally:
+        _stock.reset(token)
+
+
 def compiled() -> Path:
     """Return this machine's library, compiled once into the cache of MoEdge.
 
     Raises:
-        MoEdgeError: as :func:`cached_library`.
+        MoEdgeError: as :func:`cached_library`, or inside of :func:`stock_operators`.
     """
+    if _stock.get():
+        raise MoEdgeError("asked for ONNX Runtime's own operators alone")
     from moedge.convert.sources.assets import cache_dir
 
     return cached_library(cache_dir() / "ort_ops")

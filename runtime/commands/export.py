@@ -54,6 +54,10 @@ def export(
         bool,
         typer.Option("--zero-points", help="Fit the levels of ort-cpu-int4 to the range of each block (2.5 % larger)."),
     ] = False,
+    stock_operators: Annotated[
+        bool,
+        typer.Option("--stock-operators", help="ort-cpu: ONNX Runtime's own operators alone, for other programs."),
+    ] = False,
     force: Force = False,
 ) -> None:
     """Write an ONNX bundle with KV cache for each target.
@@ -67,7 +71,7 @@ def export(
       moedge export build/moe build/bundles --target ort-cpu-int4 --gptq my.txt
       moedge export build/moe build/bundles --target tensorrt-rtx --half bfloat16
     """
-    asked = exporting.Asked(tensorrt, expert_form, half, gptq is not None, zero_points)
+    asked = exporting.Asked(tensorrt, expert_form, half, gptq is not None, zero_points, stock_operators)
     wanted = exporting.check(target, asked, asked.in_command())
     if zero_points and gptq is not None:
         raise MoEdgeError("--gptq has no zero points; give either --gptq TEXT or --zero-points.")
@@ -113,6 +117,7 @@ def _export(
             progress=named(reporter.progress, reporter.note),
             calibration=calibration,
             zero_points=asked.zero_points,
+            stock_operators=asked.stock_operators,
         )
         _keep(there, partial, force=force)
     _print(out)

@@ -23,6 +23,7 @@ class Asked:
     calibrated: bool = False
     """Whether 4-bit weights are chosen on a text."""
     zero_points: bool = False
+    stock_operators: bool = False
 
     def in_command(self) -> dict[str, str]:
         """Return field -> how it is written on the command line."""

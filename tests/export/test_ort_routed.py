@@ -323,6 +323,16 @@ def test_without_a_compiler_exports_are_onnx_runtimes_own(
         assert library.DOMAIN not in domains
 
 
+def test_stock_operators_are_onnx_runtimes_own_alone(made: dict[str, Path], tmp_path: Path) -> None:
+    with library.stock_operators(True):
+        lower("ort-cpu", made["portable"], tmp_path)
+    bundle = open_bundle(tmp_path)
+    assert bundle.manifest.operators is None
+    assert library.DOMAIN not in {entry.domain for entry in onnx.load(bundle.model_path, load_external_data=False).opset_import}
+    reason = "asked for ONNX Runtime's own operators alone"
+    assert reason in {rewrite.reason for rewrite in bundle.manifest.lowering}
+
+
 def test_a_mistake_stops_the_export(made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = ort_routed._joined
     monkeypatch.setattr(ort_routed, "_joined", lambda parts: right(parts[::-1]))

@@ -90,7 +90,8 @@ def bundles(
         modeling.save(modeling.apply(plan, dense), plan, tiny_tokenizer, root / "checkpoints" / kind)
     for kind in ("dense", *models):
         targets = FAMILY_TARGETS if kind in FAMILIES else TARGETS
-        for target, path in export(root / "checkpoints" / kind, root / kind, targets, label=kind).items():
+        folder = root / "checkpoints" / kind
+        for target, path in export(folder, root / kind, targets, label=kind, stock_operators=True).items():
             made[f"{kind}/{target}"] = path
     return made
 
