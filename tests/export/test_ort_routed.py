@@ -328,7 +328,9 @@ def test_stock_operators_are_onnx_runtimes_own_alone(made: dict[str, Path], tmp_
         lower("ort-cpu", made["portable"], tmp_path)
     bundle = open_bundle(tmp_path)
     assert bundle.manifest.operators is None
-    assert library.DOMAIN not in {entry.domain for entry in onnx.load(bundle.model_path, load_external_data=False).opset_import}
+    assert library.DOMAIN not in {
+        entry.domain for entry in onnx.load(bundle.model_path, load_external_data=False).opset_import
+    }
     reason = "asked for ONNX Runtime's own operators alone"
     assert reason in {rewrite.reason for rewrite in bundle.manifest.lowering}
 
