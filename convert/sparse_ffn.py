@@ -71,7 +71,7 @@ class SparseFFN(nn.Module):
         self.top_k: int = spec["top_k"]
         self.activation: str = spec["activation"]
         self.combine: str = spec["combine"]
-        self.expert_widths: list[int] = spec["expert_widths"]
+        self.expert_widths: list[int] = spec.get("expert_widths", [spec["expert_width"]] * spec["num_experts"])
         self.straight_through = False
         self.record_routes = False
         self.last_routes: torch.Tensor | None = None

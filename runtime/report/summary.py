@@ -83,7 +83,7 @@ def _verification(verification: dict[str, Any]) -> tuple[str, Sheet]:
     for entry in verification["parity"]:
         rows = [(entry["name"], entry["overall"], entry["routing"], mark(entry_outcome(entry)).cell)]
         if replay := entry.get("replay"):  # the arithmetic and the choices apart
-            same = "same experts" if replay["router"]["compared"] else "same values kept"
+            same = "same experts" if replay["router"].get("compared", True) else "same values kept"
             rows.append((f"{entry['name']}, {same}", replay["overall"], replay["router"], ""))
         for name, overall, routing, said in rows:
             table.add_row(

@@ -9,6 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moedge.export.bundle import open_bundle
+from moedge.export.ort_ops import library
+
 
 @pytest.fixture(scope="session")
 def source(bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -44,6 +47,8 @@ def values_match_their_shapes() -> Callable[[Path], int]:
         # The file as it is: optimisation would remove values.
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = 3
+        if operators := open_bundle(folder).manifest.operators:
+            options.register_custom_ops_library(str(library.of_bundle(folder, operators)))
         session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
         outputs = [value.name for value in session.get_outputs()]
         for batch, past in ((2, 0), (1, 5)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +236,7 @@ def test_verify_compares_both_sides_of_the_boundary(long: Made) -> None:
     assert f"Beyond {LIMIT} tokens" in note
     reference, test = opened(long, "dense"), opened(long, "moe-ort-cpu")
     assert parity.identity_all(reference, {"": (test, 1e-4)}, windows, prefill=8)[""]["passed"]
-    test._rope_boundary = None
+    test._loaded = replace(test._loaded, rope_boundary=None)
     real = test.prefill
 
     def stale(ids: np.ndarray, *more: Any) -> Any:

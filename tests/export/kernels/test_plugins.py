@@ -115,6 +115,8 @@ def test_every_operator_of_the_graph_has_a_plugin_of_its_name_and_attributes() -
     functions.register_schemas()
     for operator in ("Route", "Dispatch", "GroupedGLU", "GroupedLinear", "Combine"):
         inputs, _, attributes = functions._SIGNATURES[operator]
+        # No kernel leaves out hidden values (lowering/trt/plugins.py refuses such a graph).
+        inputs = inputs.replace(" h_threshold:tensor(float)?", "")
         names = [text.split(":")[0] for text in inputs.split()]
         for count in range(sum(not text.endswith("?") for text in inputs.split()), len(names) + 1):
             plugin = plugins.PLUGINS[plugins.node_type(operator, count)]
