@@ -188,8 +188,9 @@ def fit(
     Raises:
         MoEdgeError: the layers read less than ``share`` even with all values, or never so little.
     """
+    width = len(adapters.ffns(model)[0].gate)
     with scoring.in_place(model, make(start)):  # built once: levels differ in thresholds alone
-        layers, found = _search(model, make, token_windows, share, start, progress)
+        layers, found = _search(model, make, token_windows, share, start, width, progress)
     if abs(found - share) > 10 * _PRECISION:
         raise MoEdgeError(f"No thresholds read {share:.3g} of the FFN weights: the nearest found read {found:.3g}.")
     return layers, found
@@ -201,11 +202,14 @@ def _search(
     token_windows: np.ndarray,
     share: float,
     start: float,
+    width: int,
     progress: Progress | None,
 ) -> tuple[list[LayerPlan], float]:
-    """Return the layers of the best level that a few tries find, and what they read; converted FFNs are in place."""
-    ffns, thresholds = modeling.sparse_ffns(model), make(start)[0].h_threshold
-    width = 0 if thresholds is None else len(thresholds)
+    """Return the layers of the best level that a few tries find, and what they read.
+
+    Converted FFNs are in place; ``width`` is that of the dense ones.
+    """
+    ffns = modeling.sparse_ffns(model)
 
     def measured(log_level: float) -> tuple[list[LayerPlan], float]:
         layers = make(math.exp(log_level))

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 from pathlib import Path
 
 from moedge import MoEdgeError
@@ -134,9 +135,14 @@ def key(files: Mapping[str, Path]) -> str:
     Raises:
         MoEdgeError: no g++.
     """
-    version = subprocess.run([_compiler(), "--version"], capture_output=True, text=True, check=False).stdout
     hashes = {name: sha256_file(path) for name, path in files.items()}
-    return digest([hashes, list(FLAGS), version, platform.machine()])
+    return digest([hashes, list(FLAGS), _version(_compiler()), platform.machine()])
+
+
+@lru_cache(maxsize=4)
+def _version(compiler: str) -> str:
+    """Return what a compiler says of itself; every self-test asks, so it is started once a process."""
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
 
 
 def _compiler() -> str:

@@ -50,6 +50,28 @@ class _Product:
         return weights.array(self.value, self.weight)
 
 
+def refusal(packed: Mapping[str, Quantized] | None) -> str | None:
+    """Say why no operator of ours can be used: asymmetric integers, or a library that cannot be compiled here."""
+    if packed is not None and any(value.zero_points is not None for value in packed.values()):
+        return pack.ZERO_POINTS
+    try:
+        library.compiled()
+    except MoEdgeError as error:
+        return str(error)
+    return None
+
+
+def bits_of(packed: Mapping[str, Quantized] | None) -> int:
+    """Return the bits of a rule's weights; 32 for floats (None)."""
+    return 32 if packed is None else next(iter(packed.values())).bits
+
+
+def stored_integers(builder: Builder, name: str, made: pack.Packed) -> list[ir.Value | None]:
+    """Add a packed weight of integers, and its scales, to the graph; return both."""
+    scales = None if made.scales is None else builder.initializer(f"{name}.scales", made.scales)
+    return [builder.initializer(f"{name}.q", made.weights), scales]
+
+
 @dataclass
 class FuseGather:
     """Rule for every KeepLarge; with ``packed`` (quantised rows by the weight's name) the operators read integers.
@@ -68,13 +90,7 @@ class FuseGather:
         """Refuse a graph without a KeepLarge, asymmetric integers, and where the library cannot be compiled."""
         if not nodes_of(graph, "KeepLarge"):
             return "no values are left out"
-        if self.packed is not None and any(value.zero_points is not None for value in self.packed.values()):
-            return pack.ZERO_POINTS
-        try:
-            library.compiled()
-        except MoEdgeError as error:
-            return str(error)
-        return None
+        return refusal(self.packed)
 
     def apply(self, graph: ir.Model) -> Applied:
         """Replace whole FFNs first, then what is left; the first and the last of either kind are tested."""
@@ -111,7 +127,7 @@ class FuseGather:
             *(second.inputs[1], *self._weight(builder, down), bias, down[0].bias),
         ]
         ramp = ramps.pop()
-        facts = {"activation": "silu", "bits": self._bits(), "hidden": hidden, "inner": inner, "ramp": ramp}
+        facts = {"activation": "silu", "bits": bits_of(self.packed), "hidden": hidden, "inner": inner, "ramp": ramp}
         block = _replace(builder, "GatherGLU", inputs, facts, x, down)
         return replace(block, growth=gather.narrower(ramp))
 
@@ -124,11 +140,8 @@ class FuseGather:
         inputs = [x, node.inputs[1], *self._weight(builder, group), _joined_bias(builder, group)]
         outputs = sum(product.weight.rows for product in group)
         ramp = node.attributes["ramp"].as_float()
-        facts = {"bits": self._bits(), "K": group[0].weight.columns, "N": outputs, "ramp": ramp}
+        facts = {"bits": bits_of(self.packed), "K": group[0].weight.columns, "N": outputs, "ramp": ramp}
         return _replace(builder, "GatherLinear", inputs, facts, x, group)
-
-    def _bits(self) -> int:
-        return 32 if self.packed is None else next(iter(self.packed.values())).bits
 
     def _weight(self, builder: Builder, group: Sequence[_Product]) -> list[ir.Value | None]:
         """Add the packed weight of products of one value, side by side; return it and its scales (None: floats)."""
@@ -149,9 +162,7 @@ class FuseGather:
 
             return [lazy(builder, f"{joined}.rows", shape, np.dtype(np.float32), floats), None]
         parts = [self.packed[name] for name in names]
-        made = pack.pack(parts[0].rows(*parts[1:]), self.half_scales)
-        scales = None if made.scales is None else builder.initializer(f"{joined}.scales", made.scales)
-        return [builder.initializer(f"{joined}.q", made.weights), scales]
+        return stored_integers(builder, joined, pack.pack(parts[0].rows(*parts[1:]), self.half_scales))
 
 
 def gathered_weights(graph: ir.Model) -> set[str]:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from moedge import MoEdgeError
 from moedge.export.graph.build import Builder, array_of, constant_of, required, sizes
 from moedge.export.graph.nodes import (
     active_of,
@@ -29,7 +28,7 @@ from moedge.export.graph.nodes import (
     routed_directly,
 )
 from moedge.export.lowering.ort import moe as ort_moe
-from moedge.export.lowering.ort.gathered import lazy
+from moedge.export.lowering.ort.gathered import bits_of, lazy, refusal, stored_integers
 from moedge.export.lowering.rule import Applied, ends
 from moedge.export.manifest import PackedPlace, Tap
 from moedge.export.ort_ops import library, pack
@@ -56,13 +55,7 @@ class FuseRouted:
             return "the graph has no SparseGLU node"
         if any(map(has_biases, nodes)):
             return ort_moe.BIASED
-        if self.packed is not None and any(value.zero_points is not None for value in self.packed.values()):
-            return pack.ZERO_POINTS
-        try:
-            library.compiled()
-        except MoEdgeError as error:
-            return str(error)
-        return None
+        return refusal(self.packed)
 
     def apply(self, graph: ir.Model) -> Applied:
         """Replace every node; the first and the last whole FFN are tested."""
@@ -108,7 +101,7 @@ class FuseRouted:
     @property
     def bits(self) -> int:
         """Of the weights; 32: floats."""
-        return 32 if self.packed is None else next(iter(self.packed.values())).bits
+        return bits_of(self.packed)
 
     def _stack(self, builder: Builder, group: list[ir.Value]) -> list[ir.Value | None]:
         """Add stacks [E, N, K], the rows of each expert one below the other; return them and their scales."""
@@ -133,8 +126,7 @@ class FuseRouted:
 
             return [lazy(builder, f"{joined}.rows", (experts, inputs, total), np.dtype(np.float32), floats), None]
         made = pack.pack(_joined([self.packed[name] for name in names]), self.half_scales, interleaved)
-        scales = None if made.scales is None else builder.initializer(f"{joined}.scales", made.scales)
-        return [builder.initializer(f"{joined}.q", made.weights), scales]
+        return stored_integers(builder, joined, made)
 
 
 def stack_weights(graph: ir.Model) -> set[str]:
