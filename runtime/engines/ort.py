@@ -7,6 +7,7 @@ bound as both, and the runtime writes the new keys and values in place. Only ids
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from moedge import MoEdgeError
 from moedge.export.graph import kept as left_out
 from moedge.export.graph import taps as _graph
+from moedge.export.graph.stream import Streams
 from moedge.export.manifest import GatherPlace, Tap
 from moedge.runtime.engines import longrope
 from moedge.runtime.engines.calls import (
@@ -63,6 +65,8 @@ class OrtEngine:
             :class:`moedge.runtime.engines.ReplayEngine`.
         last_logits: compute the logits of each call's last position alone, ``Step.logits`` [B, 1, V]: all that
             generation needs. Without the ``onnx`` package all are computed.
+        streams: ``show`` what each layer reads, and what the final norm reads; or ``replace`` it by what the caller
+            gives, and show what each layer would have handed on (:mod:`moedge.export.graph.stream`; needs ``onnx``).
         trace: an existing folder: ONNX Runtime's profiler records every node, :meth:`end_trace` gives its file, and the
             optimised graph is written to ``optimized.onnx`` (its weights beside it).
 
@@ -85,6 +89,7 @@ class OrtEngine:
         replay: bool = False,
         last_logits: bool = False,
         trace: str | Path | None = None,
+        streams: Streams | None = None,
     ) -> None:
         options = Options(
             threads=threads or default_threads(),
@@ -97,6 +102,7 @@ class OrtEngine:
             replay=replay,
             last_logits=last_logits,
             trace=trace,
+            streams=streams,
         )
         self._path = Path(bundle_path)
         self._loaded: Loaded | None = load(self._path, options)
@@ -111,8 +117,12 @@ class OrtEngine:
         *,
         experts: dict[int, np.ndarray] | None = None,
         factors: dict[GatherPlace, np.ndarray] | None = None,
+        streams: Sequence[np.ndarray] | None = None,
     ) -> Step:
-        """Run ``ids`` int64 [B, S] from an empty cache; see :class:`moedge.runtime.engines.Engine`."""
+        """Run ``ids`` int64 [B, S] from an empty cache; see :class:`moedge.runtime.engines.Engine`.
+
+        With ``streams="replace"``, ``streams`` are float32 [B, S, H], one a layer and one for the final norm.
+        """
         loaded = self._open()
         mask = check_batch(ids, attention_mask, loaded.model.vocab_size)
         if loaded.device == "cuda" and not mask.all():
@@ -122,7 +132,7 @@ class OrtEngine:
         # np.zeros maps pages on first touch: a long buffer costs memory only for the tokens that were written.
         empty = [np.zeros(shape, dtype=loaded.dtype) for _ in loaded.past]
         cache = _Cache(ids[:, :0], mask[:, :0], [ort_value(array, loaded.device) for array in empty])
-        return self._run(ids, mask, cache, experts, factors)
+        return self._run(ids, mask, cache, experts, factors, streams)
 
     def decode(
         self,
@@ -131,6 +141,7 @@ class OrtEngine:
         *,
         experts: dict[int, np.ndarray] | None = None,
         factors: dict[GatherPlace, np.ndarray] | None = None,
+        streams: Sequence[np.ndarray] | None = None,
     ) -> Step:
         """Run ``ids`` int64 [B, S] after what ``cache`` holds; the cache is used up."""
         loaded = self._open()
@@ -143,7 +154,7 @@ class OrtEngine:
                 longrope.refuse_forced(loaded.rope_boundary)
             cache.used = True
             return longrope.last(self.prefill(np.concatenate([cache.ids, ids], axis=1), mask), ids.shape[1])
-        return self._run(ids, mask, cache, experts, factors)
+        return self._run(ids, mask, cache, experts, factors, streams)
 
     def factors(self, left_out_of: dict[GatherPlace, np.ndarray]) -> dict[GatherPlace, np.ndarray]:
         """What the bundle's thresholds multiply values float32 [T, K] by; needs ``replay``."""
@@ -189,6 +200,7 @@ class OrtEngine:
         cache: _Cache,
         experts: dict[int, np.ndarray] | None,
         factors: dict[GatherPlace, np.ndarray] | None,
+        streams: Sequence[np.ndarray] | None,
     ) -> Step:
         """One session run; ``mask`` int64 [B, P + S] covers the cache and ``ids``."""
         loaded = self._open()
@@ -197,6 +209,7 @@ class OrtEngine:
         binding = cache.binding or loaded.session.io_binding()
         self._bind_inputs(binding, ids, mask, experts)
         self._bind_factors(binding, factors)
+        self._bind_streams(binding, streams)
         rows = 1 if loaded.last_logits else new
         logits = np.empty((batch, rows, loaded.model.vocab_size), dtype=loaded.dtype)
         # Outputs come back in the order in which they were first bound: logits, taps, cache.
@@ -225,7 +238,8 @@ class OrtEngine:
             for names in (loaded.shown.left_out_of, loaded.shown.kept)
         )
         held = _Cache(np.concatenate([cache.ids, ids], axis=1), mask, values, binding)
-        return Step(logits.astype(np.float32, copy=False), held, routes, read, scores, before, after)
+        hidden = [seen[name].astype(np.float32, copy=False) for name in loaded.shown.streams] or None
+        return Step(logits.astype(np.float32, copy=False), held, routes, read, scores, before, after, hidden)
 
     def _bind_inputs(
         self, binding: Any, ids: np.ndarray, mask: np.ndarray, experts: dict[int, np.ndarray] | None
@@ -247,6 +261,15 @@ class OrtEngine:
         for place in known:
             given = (factors or {}).get(place, np.full((1, 1), left_out.OWN))
             binding.bind_cpu_input(left_out.factor_input(place), np.ascontiguousarray(given, dtype=np.float32))
+
+    def _bind_streams(self, binding: Any, streams: Sequence[np.ndarray] | None) -> None:
+        loaded = self._open()
+        if len(loaded.replaced) != len(streams or ()):
+            raise MoEdgeError(
+                f"{self._path} reads {len(loaded.replaced)} streams of the caller's, {len(streams or ())} are given."
+            )
+        for name, values in zip(loaded.replaced, streams or (), strict=True):  # as wide as the graph's arithmetic
+            binding.bind_cpu_input(name, np.ascontiguousarray(values, dtype=loaded.dtype))
 
 
 def _bind_cache(binding: Any, loaded: Loaded, values: list[Any]) -> None:

@@ -68,7 +68,7 @@ class Replay:
 
     def __init__(self, reference: ReplayEngine, limits: Profile) -> None:
         self._reference = reference
-        self._phases = TokenErrors.by_phase(limits)
+        self.phases = TokenErrors.by_phase(limits)
         self._router = RouterChoices(limits.router_tie_margin)
         self._kept = KeptChoices()
         self._step: Step | None = None
@@ -100,7 +100,7 @@ class Replay:
         else:
             assert self._step is not None
             self._step = self._reference.decode(ids, self._step.cache, **choices)
-        self._phases[phase].add(self._step.logits[0], test.logits[0], targets)
+        self.phases[phase].add(self._step.logits[0], test.logits[0], targets)
         if routed:
             self._router.add(self._reference.scores(read_by), routes, test.scores)
             self._router.add_inputs(self._step.router_inputs, read_by)
@@ -112,14 +112,14 @@ class Replay:
     def alike(self, phases: dict[str, TokenErrors]) -> None:
         """Take over what was measured on a window in which the engine and the reference chose the same experts."""
         for name, tokens in phases.items():
-            self._phases[name].extend(tokens)
+            self.phases[name].extend(tokens)
 
     def summary(self) -> Replayed:
         """``phases`` and ``overall`` as in :func:`moedge.runtime.parity.compare`, ``router``, ``kept``, ``tokens``."""
         found: Replayed = {
             "tokens": self.tokens,
-            "phases": cast("Phases", {name: tokens.summary() for name, tokens in self._phases.items()}),
-            "overall": TokenErrors.merged(list(self._phases.values())).summary(),
+            "phases": cast("Phases", {name: tokens.summary() for name, tokens in self.phases.items()}),
+            "overall": TokenErrors.merged(list(self.phases.values())).summary(),
             "router": self._router.summary(),
         }
         if self._kept.counts:

@@ -1,0 +1,327 @@
+"""A reference that is kept: what one run of a right engine answered, in a file that needs no torch to be judged by.
+
+``ref.safetensors`` holds the text as token ids, what :mod:`.shortened` keeps of the logits of every token, which
+experts each layer chose for it, and, for the first tokens of the text (the *probe*), the stream that passes from layer
+to layer (:mod:`moedge.export.graph.stream`) and what each router ranked its experts by. :mod:`.against` says what these
+judge.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from moedge import MoEdgeError, __version__
+from moedge._files import refuse_pointer, sha256_file, write_bytes
+from moedge._progress import Progress
+from moedge.convert.adapters import MOE_PREFIX
+from moedge.convert.moe_adapters import FAMILIES as NATIVE
+from moedge.export import manifest as manifests
+from moedge.export.manifest import EngineManifest, Manifest
+from moedge.runtime.engines import Engine, ReplayEngine, open_engine
+from moedge.runtime.engines.info import EngineInfo, EngineModel
+from moedge.runtime.parity.compare import steps
+from moedge.runtime.parity.shortened import Shortened, joined, shortened
+from moedge.runtime.run import run_folder
+from moedge.runtime.text.windows import token_windows
+
+SCHEMA = "moedge.reference/1"
+PROBE = 96
+"""Tokens at the beginning of the text whose stream is kept, two thirds of them of one prefill, the others decoded."""
+
+
+class Identity(BaseModel):
+    """Which model it is, by every hash that is known of it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    checkpoint: str | None = None
+    """Of weights, config and tokenizer (:func:`moedge.convert.sources.identity`)."""
+    bundle: str | None = None
+    """Content hash of the portable bundle."""
+    plan: str | None = None
+    """Of the conversion; other training of the same conversion may have the same."""
+
+    def told(self) -> str:
+        """The hashes that are known, for people."""
+        known = {name: getattr(self, name) for name in type(self).model_fields if getattr(self, name)}
+        return ", ".join(f"{name} {sha256[:12]}" for name, sha256 in known.items()) or "no hash"
+
+    def same(self, other: Identity) -> bool | None:
+        """Whether both are the same model, by the first hash that both know; None where they know none."""
+        for name in type(self).model_fields:
+            one, two = getattr(self, name), getattr(other, name)
+            if one and two:
+                return bool(one == two)
+        return None
+
+
+class Facts(BaseModel):
+    """What the file says of itself."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    schema_: Literal["moedge.reference/1"] = Field(alias="schema")
+    text: str
+    prefill: int
+    probe: int
+    """Tokens of the probe. Fewer than :data:`PROBE` where windows are shorter."""
+    probe_prefill: int
+    identity: Identity
+    engine: dict[str, Any]
+    """What answered, as :meth:`moedge.runtime.engines.info.EngineInfo.as_json` gives it."""
+    moedge: str
+    sha256: str
+    """Over the name, type, shape and bytes of every array."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A kept reference."""
+
+    facts: Facts
+    windows: np.ndarray
+    """int64 [N, L], the text."""
+    answers: Shortened
+    """Of the tokens in the order in which :func:`moedge.runtime.parity.compare.steps` feeds them."""
+    routes: dict[int, np.ndarray]
+    """By layer int32 [T, k], in that order."""
+    streams: list[np.ndarray]
+    """float32 [P, H] for each layer and behind the last."""
+    scores: dict[int, np.ndarray]
+    """By layer float32 [P, E]; empty of a model without routers, or with routers inside experts."""
+    path: Path
+    sha256: str
+    """Of the file."""
+
+    def as_json(self) -> dict[str, Any]:
+        """What the file is, for programs."""
+        stated = self.facts.model_dump(mode="json", by_alias=True, exclude={"sha256"})
+        size = self.path.stat().st_size
+        return {**stated, "file": str(self.path), "bytes": size, "sha256": self.sha256, "tokens": self.windows.size}
+
+    def told(self) -> str:
+        """What the file is, for people."""
+        return (
+            f"{self.path}: {self.path.stat().st_size / 2**20:.1f} MiB, sha256 {self.sha256}\n"
+            f"{self.windows.size:,} tokens of {self.facts.text} by {self.info.name}, {self.facts.identity.told()}"
+        )
+
+    @property
+    def info(self) -> EngineInfo:
+        """What answered, and where that is kept."""
+        engine = dict(self.facts.engine)
+        model = EngineModel.model_validate(engine.pop("model"))
+        return EngineInfo(**{**engine, "device": f"{engine['device']}, kept in {self.path.name}"}, model=model)
+
+
+def identity_of(folder: Path) -> Identity:
+    """Find out which model a bundle, an engine folder or a checkpoint holds.
+
+    Raises:
+        MoEdgeError: it cannot be read.
+    """
+    manifest = manifests.read(folder)
+    if manifest is not None:
+        own = manifests.content_hash(folder) if manifest.target == "portable" else manifest.parent
+        # An engine's parent is the bundle that it was built of, not the portable one.
+        bundle = None if isinstance(manifest, EngineManifest) else own
+        return Identity(
+            checkpoint=manifest.checkpoint, bundle=bundle, plan=manifest.moe.plan_sha256 if manifest.moe else None
+        )
+    from moedge.convert import sources
+
+    plan = folder / "plan.json"
+    sha256 = run_folder.read_json(plan).get("sha256") if plan.is_file() else None
+    return Identity(checkpoint=sources.identity(folder), plan=sha256)
+
+
+def how_to_open(folder: Path) -> dict[str, Any]:
+    """How to open the engine whose answers are to be kept.
+
+    Raises:
+        MoEdgeError: it is an engine folder, or a bundle whose weights are another model's after rounding.
+    """
+    manifest = manifests.read(folder)
+    if manifest is None:
+        config = run_folder.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+        kind = str(config.get("model_type", ""))
+        routed = kind.startswith(MOE_PREFIX)
+        replay = routed and kind.removeprefix(MOE_PREFIX) not in NATIVE
+    elif not isinstance(manifest, Manifest) or manifest.target != "portable":
+        raise MoEdgeError(
+            f"A reference is kept of a checkpoint or of a portable bundle; {folder} is of target {manifest.target}."
+        )
+    else:
+        routed = bool(manifest.layers)
+        replay = bool(manifest.routed_layers) and not (manifest.moe and manifest.moe.nested)
+    return {"taps": routed, "replay": replay, "streams": "show"}
+
+
+def keep_given(
+    folder: Path,
+    path: Path,
+    *,
+    text: str,
+    tokens: int,
+    window: int,
+    prefill: int,
+    opening: dict[str, Any],
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Reference:
+    """Keep the reference of what a user names.
+
+    Args:
+        folder: checkpoint, portable bundle, or a run folder, whose converted checkpoint is taken.
+        path: the file to write.
+        text, tokens, window, prefill: as in :func:`moedge.runtime.parity.given.verify_given`.
+        opening: ``threads`` and ``pytorch`` of the engine.
+        force: replace ``path``.
+
+    Raises:
+        MoEdgeError: ``path`` exists, the folder holds nothing that a reference can be kept of, or too little text.
+    """
+    if path.exists() and not force:
+        raise MoEdgeError(f"{path} exists already; pass --force to replace it.")
+    if run_folder.is_run(folder):
+        folder = run_folder.checkpoint(folder)
+    how = how_to_open(folder)
+    name, windows = token_windows(folder, text, window, -(-tokens // window))
+    identity = identity_of(folder)
+    with closing(open_engine(folder, **opening, **how)) as engine:
+        return keep(engine, windows, path, text=name, prefill=prefill, identity=identity, progress=progress)
+
+
+def keep(
+    engine: Engine,
+    windows: np.ndarray,
+    path: Path,
+    *,
+    text: str,
+    prefill: int,
+    identity: Identity,
+    progress: Progress | None = None,
+) -> Reference:
+    """Run the text and write what a later comparison needs.
+
+    Args:
+        engine: opened with ``streams="show"``; a routed one with ``taps`` and, unless it holds experts inside experts,
+            ``replay``.
+        windows: int64 [N, L], the text. path: the file; it is replaced.
+        text: its name. prefill: tokens of each window that are read at once.
+        identity: of the model.
+        progress: called with (tokens done, tokens in all).
+    """
+    parts: list[Shortened] = []
+    routes: dict[int, list[np.ndarray]] = {}
+    for _, _, step, _, targets in steps(engine, [], windows, prefill, progress):
+        parts.append(shortened(step.logits[0], targets))
+        for layer, chosen in (step.routes or {}).items():
+            routes.setdefault(layer, []).append(chosen)
+    boundary = engine.info.model.rope_boundary
+    probe = min(PROBE, windows.shape[1], boundary or PROBE)
+    probe_prefill = max(1, probe * 2 // 3)
+    streams, scores = _probed(engine, windows[0, :probe], probe_prefill)
+    answers = joined(parts)
+    arrays = {"ids": windows.astype(np.int32)}
+    arrays |= {f"answers.{each.name}": getattr(answers, each.name) for each in fields(Shortened)}
+    arrays |= {f"routes.{layer}": _small(np.concatenate(found)) for layer, found in routes.items()}
+    arrays |= {f"streams.{layer}": found for layer, found in enumerate(streams)}
+    arrays |= {f"scores.{layer}": found for layer, found in scores.items()}
+    facts = Facts(
+        schema=SCHEMA, text=text, prefill=prefill, probe=probe, probe_prefill=probe_prefill, identity=identity,
+        engine=engine.info.as_json(), moedge=__version__, sha256=_digest(arrays),
+    )  # fmt: skip
+    from safetensors.numpy import save
+
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    write_bytes(path, save(arrays, metadata={"moedge": facts.model_dump_json(by_alias=True)}))
+    return load(path)
+
+
+def probing(ids: np.ndarray, prefill: int) -> Iterator[tuple[str, slice]]:
+    """The steps in which a probe's ids [P] are fed: phase and tokens."""
+    yield "prefill", slice(0, prefill)
+    yield from (("decode", slice(at, at + 1)) for at in range(prefill, len(ids)))
+
+
+def _probed(engine: Engine, ids: np.ndarray, prefill: int) -> tuple[list[np.ndarray], dict[int, np.ndarray]]:
+    """The stream [P, H] at every layer, and by layer what its router ranks by [P, E]."""
+    streams: list[list[np.ndarray]] = []
+    scores: dict[int, list[np.ndarray]] = {}
+    cache: Any = None
+    for phase, rows in probing(ids, prefill):
+        fed = ids[None, rows]
+        step = engine.prefill(fed) if phase == "prefill" else engine.decode(fed, cache)
+        cache = step.cache
+        streams.append([values[0] for values in step.streams or ()])
+        if step.router_inputs and isinstance(engine, ReplayEngine):
+            for layer, found in engine.scores(step.router_inputs).items():
+                scores.setdefault(layer, []).append(found)
+    whole = [np.concatenate(values).astype(np.float32) for values in zip(*streams, strict=True)]
+    return whole, {layer: np.concatenate(found) for layer, found in scores.items()}
+
+
+def load(path: Path) -> Reference:
+    """Read a kept reference.
+
+    Raises:
+        MoEdgeError: it is not there, is none, or was changed.
+    """
+    mend = "keep it again with `moedge verify CHECKPOINT --save-reference FILE`"
+    if not path.is_file():
+        raise MoEdgeError(f"No kept reference at {path}; {mend}.")
+    refuse_pointer(path)
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dictionary
+            stated = (file.metadata() or {}).get("moedge")
+        facts = Facts.model_validate(json.loads(stated or "{}"))
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
+        said = f"{error.errors()[0]['msg']}" if isinstance(error, ValidationError) else str(error)
+        raise MoEdgeError(f"{path} cannot be read as a kept reference ({said}); {mend}.") from error
+    if _digest(arrays) != facts.sha256:
+        raise MoEdgeError(f"{path} was changed or damaged: its arrays do not have the hash that it states; {mend}.")
+    try:
+        return _made(path, facts, arrays)
+    except (KeyError, ValueError) as error:
+        raise MoEdgeError(f"{path} lacks a part of a kept reference ({error}); {mend}.") from error
+
+
+def _made(path: Path, facts: Facts, arrays: dict[str, np.ndarray]) -> Reference:
+    def numbered(kind: str) -> dict[int, np.ndarray]:
+        found = {int(name.split(".")[1]): array for name, array in arrays.items() if name.startswith(f"{kind}.")}
+        return dict(sorted(found.items()))
+
+    answers = Shortened(*(arrays[f"answers.{each.name}"] for each in fields(Shortened)))
+    routes = {layer: found.astype(np.int32) for layer, found in numbered("routes").items()}
+    windows = arrays["ids"].astype(np.int64)
+    if any(len(found) != len(answers.log_sum) for found in routes.values()):
+        raise ValueError("routes of another number of tokens than its answers")
+    streams, scores = list(numbered("streams").values()), numbered("scores")
+    return Reference(facts, windows, answers, routes, streams, scores, path, sha256_file(path))
+
+
+def _small(chosen: np.ndarray) -> np.ndarray:
+    """Experts [T, k] as the narrowest type that holds them."""
+    return chosen.astype(np.uint8 if chosen.max(initial=0) < 256 else np.uint16)
+
+
+def _digest(arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        value = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name}:{value.dtype.str}:{value.shape};".encode())
+        digest.update(value.tobytes())
+    return digest.hexdigest()
