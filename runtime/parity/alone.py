@@ -41,8 +41,7 @@ class Alone:
         head = TokenErrors(limits.near_tie_margin, limits.near_tie_scale)
         found = cls({phase: [[] for _ in range(layers)] for phase in _PHASES}, head, RouterChoices(margin))
         ids = reference.windows[0, : reference.facts.probe]
-        targets = reference.windows[0, 1 : len(ids) + 1]
-        targets = np.append(targets, [-1] * (len(ids) - len(targets)))
+        targets = np.append(reference.windows[0, 1:], -1)[: len(ids)]
         cache: Any = None
         for phase, rows in probing(ids, reference.facts.probe_prefill):
             given = {"streams": [stream[None, rows] for stream in reference.streams]}

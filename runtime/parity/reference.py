@@ -239,7 +239,7 @@ def keep(
     arrays |= {f"scores.{layer}": found for layer, found in scores.items()}
     facts = Facts(
         schema=SCHEMA, text=text, prefill=prefill, probe=probe, probe_prefill=probe_prefill, identity=identity,
-        engine=engine.info.as_json(), moedge=__version__, sha256=_digest(arrays),
+        engine=_engine_facts(engine.info), moedge=__version__, sha256=_digest(arrays),
     )  # fmt: skip
     from safetensors.numpy import save
 
@@ -311,6 +311,12 @@ def _made(path: Path, facts: Facts, arrays: dict[str, np.ndarray]) -> Reference:
         raise ValueError("routes of another number of tokens than its answers")
     streams, scores = list(numbered("streams").values()), numbered("scores")
     return Reference(facts, windows, answers, routes, streams, scores, path, sha256_file(path))
+
+
+def _engine_facts(info: EngineInfo) -> dict[str, Any]:
+    """What a result says of an engine, but for the settings of its generation, which nothing here reads."""
+    found = info.as_json()
+    return {**found, "model": {name: value for name, value in found["model"].items() if name != "generation"}}
 
 
 def _small(chosen: np.ndarray) -> np.ndarray:

@@ -40,7 +40,7 @@ def test_kl_lies_between_what_is_known_and_what_may_be_hidden(size: float, large
     assert (b - hidden[:, 1] <= a * (1 + 1e-6) + 1e-14).all(), "what is known is a lower bound"
     assert (hidden[:, 0] > 0).all() == (largest < VOCAB)
     if largest == VOCAB:
-        assert part["kl_ref_test"]["mean"] == pytest.approx(whole["kl_ref_test"]["mean"], rel=1e-9, abs=1e-18)
+        assert part["kl_ref_test"]["mean"] == pytest.approx(whole["kl_ref_test"]["mean"], rel=1e-5, abs=1e-15)
         assert hidden[:, 1].max() == 0
 
 
