@@ -170,6 +170,7 @@ def _entry(
         "largest": int(reference.answers.tokens.shape[1]),
         "judged_tokens": sum(tokens.tokens for tokens in run.steady.values()),
         "probability_left": _mean(tails[:, 0]),
+        "known_kl": result["overall"]["kl_ref_test"]["mean"] - _mean(tails[:, 1]),
         "hidden_kl": _mean(tails[:, 1]),
     }
     result["kept_reference"] = facts

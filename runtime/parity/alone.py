@@ -12,7 +12,7 @@ from moedge.runtime.engines import Step
 from moedge.runtime.engines.ort import OrtEngine
 from moedge.runtime.parity import shortened
 from moedge.runtime.parity.metrics import RouterChoices, TokenErrors, same_sets
-from moedge.runtime.parity.reference import Reference, probing
+from moedge.runtime.parity.reference import Probe, Reference, probing
 from moedge.runtime.parity.results import LayersFacts
 from moedge.runtime.parity.verdict import Check
 
@@ -36,37 +36,36 @@ class Alone:
     @classmethod
     def of(cls, reference: Reference, engine: OrtEngine, limits: Profile) -> Alone:
         """Run the probe; ``engine`` was opened with ``streams="replace"``, and with ``taps`` if it is routed."""
-        layers = len(reference.streams) - 1
+        probe, facts = reference.probe, reference.facts
+        layers = len(probe.streams) - 1
         margin = limits.router_tie_margin + 2 * (limits.layer_rel_error or 0.0)
         head = TokenErrors(limits.near_tie_margin, limits.near_tie_scale)
         found = cls({phase: [[] for _ in range(layers)] for phase in _PHASES}, head, RouterChoices(margin))
-        ids = reference.windows[0, : reference.facts.probe]
-        targets = np.append(reference.windows[0, 1:], -1)[: len(ids)]
         cache: Any = None
-        for phase, rows in probing(ids, reference.facts.probe_prefill):
-            given = {"streams": [stream[None, rows] for stream in reference.streams]}
-            fed = ids[None, rows]
-            step = engine.prefill(fed, **given) if phase == "prefill" else engine.decode(fed, cache, **given)
+        for phase, rows, ids, targets in probing(reference.windows[0], facts.probe, facts.probe_prefill):
+            streams = [stream[rows] for stream in probe.streams.values()]
+            given = [stream[None] for stream in streams]
+            prefill = phase == "prefill"
+            step = engine.prefill(ids, streams=given) if prefill else engine.decode(ids, cache, streams=given)
             cache = step.cache
-            same = found._routed(reference, step, rows)
-            streams = [stream[rows].astype(np.float64) for stream in reference.streams]
-            shown = [stream[0].astype(np.float64) for stream in step.streams or ()]
-            found.embedding.append(_relative(shown[0] - streams[0], streams[0]))
+            same = found._routed(probe, step, rows)
+            shown = [stream[0] for stream in step.streams or ()]
+            found.embedding.append(_relative(shown[0], streams[0]))
             for layer in range(layers):
                 error = _layer_error(shown[layer + 1], streams[layer + 1], streams[layer])
                 found.errors[phase][layer].append(error[same[layer]] if layer in same else error)
-            shortened.add(head, reference.answers.rows(rows), step.logits[0], targets[rows])
+            shortened.add(head, probe.answers.rows(rows), step.logits[0], targets)
         return found
 
-    def _routed(self, reference: Reference, step: Step, rows: slice) -> dict[int, np.ndarray]:
+    def _routed(self, probe: Probe, step: Step, rows: slice) -> dict[int, np.ndarray]:
         """Judge the routers of one step; return by layer which tokens [T] have the reference's experts."""
-        if not reference.routes or not step.routes:
+        if not probe.routes or not step.routes:
             return {}
-        same = {layer: same_sets(found[rows], step.routes[layer]) for layer, found in reference.routes.items()}
+        same = {layer: same_sets(found[rows], step.routes[layer]) for layer, found in probe.routes.items()}
         for layer, equal in same.items():
             self.changed[layer] = self.changed.get(layer, 0) + int((~equal).sum())
-        if reference.scores:
-            self.router.add({layer: found[rows] for layer, found in reference.scores.items()}, step.routes, step.scores)
+        if probe.scores:
+            self.router.add({layer: found[rows] for layer, found in probe.scores.items()}, step.routes, step.scores)
         return same
 
     def summary(self) -> LayersFacts:
@@ -97,17 +96,19 @@ class Alone:
         )
 
 
-def _relative(error: np.ndarray, size: np.ndarray) -> np.ndarray:
-    norms = np.linalg.norm(size, axis=1)
-    found: np.ndarray = np.linalg.norm(error, axis=1) / np.maximum(norms, np.finfo(np.float64).tiny)
+def _relative(shown: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """|a - b| / |a| [T] of streams float32 [T, H]."""
+    norms = np.maximum(np.linalg.norm(right.astype(np.float64), axis=1), np.finfo(np.float64).tiny)
+    found: np.ndarray = np.linalg.norm(shown.astype(np.float64) - right, axis=1) / norms
     return found
 
 
 def _layer_error(shown: np.ndarray, right: np.ndarray, before: np.ndarray) -> np.ndarray:
     """|a - b| [T] of what a layer adds to streams [T, H], of the size of what the reference's layer adds."""
-    added = np.linalg.norm(right - before, axis=1)
-    least = np.linalg.norm(right, axis=1) * _LEAST
-    found: np.ndarray = np.linalg.norm(shown - right, axis=1) / np.maximum(added, np.maximum(least, 1e-300))
+    wide = right.astype(np.float64)
+    added, least = np.linalg.norm(wide - before, axis=1), np.linalg.norm(wide, axis=1) * _LEAST
+    size = np.maximum(np.maximum(added, least), np.finfo(np.float64).tiny)
+    found: np.ndarray = np.linalg.norm(shown.astype(np.float64) - wide, axis=1) / size
     return found
 
 

@@ -84,6 +84,19 @@ class Facts(BaseModel):
 
 
 @dataclass(frozen=True)
+class Probe:
+    """The first P tokens of the text, read by themselves: another prefill than the text's, so answers of their own."""
+
+    answers: Shortened
+    routes: dict[int, np.ndarray]
+    """By layer int32 [P, k]."""
+    streams: dict[int, np.ndarray]
+    """By layer float32 [P, H], and behind the last."""
+    scores: dict[int, np.ndarray]
+    """By layer float32 [P, E]; empty of a model without routers, or with routers inside experts."""
+
+
+@dataclass(frozen=True)
 class Reference:
     """A kept reference."""
 
@@ -94,10 +107,7 @@ class Reference:
     """Of the tokens in the order in which :func:`moedge.runtime.parity.compare.steps` feeds them."""
     routes: dict[int, np.ndarray]
     """By layer int32 [T, k], in that order."""
-    streams: list[np.ndarray]
-    """float32 [P, H] for each layer and behind the last."""
-    scores: dict[int, np.ndarray]
-    """By layer float32 [P, E]; empty of a model without routers, or with routers inside experts."""
+    probe: Probe
     path: Path
     sha256: str
     """Of the file."""
@@ -230,13 +240,12 @@ def keep(
     boundary = engine.info.model.rope_boundary
     probe = min(PROBE, windows.shape[1], boundary or PROBE)
     probe_prefill = max(1, probe * 2 // 3)
-    streams, scores = _probed(engine, windows[0, :probe], probe_prefill)
-    answers = joined(parts)
+    probed = _probed(engine, windows[0], probe, probe_prefill)
     arrays = {"ids": windows.astype(np.int32)}
-    arrays |= {f"answers.{each.name}": getattr(answers, each.name) for each in fields(Shortened)}
-    arrays |= {f"routes.{layer}": _small(np.concatenate(found)) for layer, found in routes.items()}
-    arrays |= {f"streams.{layer}": found for layer, found in enumerate(streams)}
-    arrays |= {f"scores.{layer}": found for layer, found in scores.items()}
+    arrays |= _arrays("", joined(parts), {layer: np.concatenate(found) for layer, found in routes.items()})
+    arrays |= _arrays("probe.", probed.answers, probed.routes)
+    arrays |= {f"probe.streams.{layer}": found for layer, found in probed.streams.items()}
+    arrays |= {f"probe.scores.{layer}": found for layer, found in probed.scores.items()}
     facts = Facts(
         schema=SCHEMA, text=text, prefill=prefill, probe=probe, probe_prefill=probe_prefill, identity=identity,
         engine=_engine_facts(engine.info), moedge=__version__, sha256=_digest(arrays),
@@ -248,27 +257,41 @@ def keep(
     return load(path)
 
 
-def probing(ids: np.ndarray, prefill: int) -> Iterator[tuple[str, slice]]:
-    """The steps in which a probe's ids [P] are fed: phase and tokens."""
-    yield "prefill", slice(0, prefill)
-    yield from (("decode", slice(at, at + 1)) for at in range(prefill, len(ids)))
+def _arrays(prefix: str, answers: Shortened, routes: dict[int, np.ndarray]) -> dict[str, np.ndarray]:
+    found = {f"{prefix}answers.{each.name}": getattr(answers, each.name) for each in fields(Shortened)}
+    return found | {f"{prefix}routes.{layer}": _small(chosen) for layer, chosen in routes.items()}
 
 
-def _probed(engine: Engine, ids: np.ndarray, prefill: int) -> tuple[list[np.ndarray], dict[int, np.ndarray]]:
-    """The stream [P, H] at every layer, and by layer what its router ranks by [P, E]."""
-    streams: list[list[np.ndarray]] = []
-    scores: dict[int, list[np.ndarray]] = {}
+def probing(window: np.ndarray, probe: int, prefill: int) -> Iterator[tuple[str, slice, np.ndarray, np.ndarray]]:
+    """The steps in which the first ``probe`` tokens of a window int64 [L] are fed.
+
+    Yields:
+        phase, which tokens, their ids int64 [1, S], and the tokens that follow int64 [S], -1 after the last.
+    """
+    targets = np.append(window[1:], -1)
+    for start, end in ((0, prefill), *((at, at + 1) for at in range(prefill, probe))):
+        rows = slice(start, end)
+        yield "decode" if start else "prefill", rows, window[None, rows], targets[rows]
+
+
+def _probed(engine: Engine, window: np.ndarray, probe: int, prefill: int) -> Probe:
+    """Read the probe with an engine that shows its stream."""
+    answers: list[Shortened] = []
+    found: dict[str, dict[int, list[np.ndarray]]] = {"routes": {}, "streams": {}, "scores": {}}
     cache: Any = None
-    for phase, rows in probing(ids, prefill):
-        fed = ids[None, rows]
-        step = engine.prefill(fed) if phase == "prefill" else engine.decode(fed, cache)
+    for phase, _, ids, targets in probing(window, probe, prefill):
+        step = engine.prefill(ids) if phase == "prefill" else engine.decode(ids, cache)
         cache = step.cache
-        streams.append([values[0] for values in step.streams or ()])
+        answers.append(shortened(step.logits[0], targets))
+        scores: dict[int, np.ndarray] = {}
         if step.router_inputs and isinstance(engine, ReplayEngine):
-            for layer, found in engine.scores(step.router_inputs).items():
-                scores.setdefault(layer, []).append(found)
-    whole = [np.concatenate(values).astype(np.float32) for values in zip(*streams, strict=True)]
-    return whole, {layer: np.concatenate(found) for layer, found in scores.items()}
+            scores = engine.scores(step.router_inputs)
+        streams = {layer: values[0] for layer, values in enumerate(step.streams or ())}
+        for name, by_layer in (("routes", step.routes or {}), ("streams", streams), ("scores", scores)):
+            for layer, values in by_layer.items():
+                found[name].setdefault(layer, []).append(values)
+    whole = {name: {layer: np.concatenate(parts) for layer, parts in each.items()} for name, each in found.items()}
+    return Probe(joined(answers), **whole)
 
 
 def load(path: Path) -> Reference:
@@ -300,17 +323,18 @@ def load(path: Path) -> Reference:
 
 
 def _made(path: Path, facts: Facts, arrays: dict[str, np.ndarray]) -> Reference:
-    def numbered(kind: str) -> dict[int, np.ndarray]:
-        found = {int(name.split(".")[1]): array for name, array in arrays.items() if name.startswith(f"{kind}.")}
+    def by_layer(kind: str) -> dict[int, np.ndarray]:
+        start = f"{kind}."
+        found = {int(name.removeprefix(start)): array for name, array in arrays.items() if name.startswith(start)}
         return dict(sorted(found.items()))
 
-    answers = Shortened(*(arrays[f"answers.{each.name}"] for each in fields(Shortened)))
-    routes = {layer: found.astype(np.int32) for layer, found in numbered("routes").items()}
+    def answered(prefix: str) -> tuple[Shortened, dict[int, np.ndarray]]:
+        answers = Shortened(*(arrays[f"{prefix}answers.{each.name}"] for each in fields(Shortened)))
+        return answers, {layer: found.astype(np.int32) for layer, found in by_layer(f"{prefix}routes").items()}
+
+    probe = Probe(*answered("probe."), by_layer("probe.streams"), by_layer("probe.scores"))
     windows = arrays["ids"].astype(np.int64)
-    if any(len(found) != len(answers.log_sum) for found in routes.values()):
-        raise ValueError("routes of another number of tokens than its answers")
-    streams, scores = list(numbered("streams").values()), numbered("scores")
-    return Reference(facts, windows, answers, routes, streams, scores, path, sha256_file(path))
+    return Reference(facts, windows, *answered(""), probe, path, sha256_file(path))
 
 
 def _engine_facts(info: EngineInfo) -> dict[str, Any]:

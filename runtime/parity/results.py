@@ -237,8 +237,10 @@ class KeptReferenceFacts(TypedDict):
     """Tokens before the first changed choice of their window: only these are held to limits of arithmetic."""
     probability_left: Measured
     """Of the tokens whose logits it does not hold, on average."""
+    known_kl: Measured
+    """Mean KL of the text run without what these may hide: it is no less."""
     hidden_kl: Measured
-    """Most that these may hide of the mean KL; it is in ``kl_ref_test``."""
+    """Most that these may hide of it; ``kl_ref_test`` is the sum of both: it is no more."""
 
 
 @opened

@@ -126,8 +126,8 @@ def _by_layer(entry: ParityEntry, layers: LayersFacts) -> str:
     return (
         f"{entry['name']}: each of {len(layers['layers'])} layers alone, on {layers['tokens']} tokens, is within "
         f"{_shown(layers['worst_rel_error'], '.2g')} of what the reference's layer adds (layer "
-        f"{layers['worst_layer']}); free-running KL {_shown(entry['overall']['kl_ref_test']['mean'], '.3g')}, of which "
-        f"{_shown(kept['hidden_kl'], '.2g')} is the most that logits may hide which were not kept"
+        f"{layers['worst_layer']}); free-running KL between {_shown(kept['known_kl'], '.2g')} and "
+        f"{_shown(entry['overall']['kl_ref_test']['mean'], '.2g')} (logits that were not kept hide the rest)"
     )
 
 

@@ -154,22 +154,29 @@ def exchanged(rows: np.ndarray) -> np.ndarray:
     return changed
 
 
+def attention(graph: onnx.GraphProto) -> tuple[int, onnx.NodeProto]:
+    """Where the attention of one layer stands, and its node."""
+    return next((at, node) for at, node in enumerate(graph.node) if f"present.{BROKEN}.key" in node.output)
+
+
+def queries_doubled(graph: onnx.GraphProto) -> None:
+    at, node = attention(graph)
+    graph.node.insert(at, onnx.helper.make_node("Add", [node.input[0], node.input[0]], ["doubled"]))
+    node.input[0] = "doubled"
+
+
 def cache_off_by_one(graph: onnx.GraphProto) -> None:
     """Attention of one layer sees one past token less."""
-    (node,) = (
-        node for node in graph.node if node.op_type == "GroupQueryAttention" and f"present.{BROKEN}.key" in node.output
-    )
-    at = list(graph.node).index(node)
+    at, node = attention(graph)
     graph.initializer.append(numpy_helper.from_array(np.array(1, np.int32), "off.one"))
-    for index, name in ((5, "off.lengths"),):
-        graph.node.insert(at, onnx.helper.make_node("Sub", [node.input[index], "off.one"], [name]))
-        node.input[index] = name
+    graph.node.insert(at, onnx.helper.make_node("Sub", [node.input[5], "off.one"], ["off.lengths"]))
+    node.input[5] = "off.lengths"
 
 
 L = rf"layers\.{BROKEN}\."
 FAULTS: dict[str, tuple[str, str, Change, str]] = {
-    "a norm of one layer halved": (
-        "dense", "ort-cpu", weight(L + "post_attention_layernorm", lambda w: w / 2), "layers"),
+    "queries doubled": (
+        "dense", "ort-cpu", queries_doubled, "layers"),
     "thresholds of one layer 1 % higher": (
         "gathered", "ort-cpu", weight(L + ".*x_threshold", lambda t: t * 1.01), "layers"),
     "thresholds of hidden values of a neighbour": (
@@ -275,7 +282,7 @@ def test_what_is_kept_fits_the_promise(folders: Any) -> None:
     assert {layer: found.shape for layer, found in kept.routes.items()} == dict.fromkeys(
         range(LAYERS), (WINDOWS.size, 3)
     )
-    assert [stream.shape for stream in kept.streams] == [(references.PROBE, 64)] * (LAYERS + 1)
+    assert [stream.shape for stream in kept.probe.streams.values()] == [(references.PROBE, 64)] * (LAYERS + 1)
     assert kept.as_json()["bytes"] == folders("routed", "reference").stat().st_size
     assert "torch moe" in kept.told()
     assert f"{WINDOWS.size:,} tokens of random" in kept.told()
