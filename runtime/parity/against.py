@@ -175,6 +175,8 @@ def _entry(
     }
     result["kept_reference"] = facts
     found, notes = _judged(result, run, limits, reason)
+    if result["by_layer"] and "text" not in found.parts:
+        facts["judged_tokens"] = 0
     result["verdict"] = found.as_json([*notes, *verdict.explain(result, found, limits)])
     return json_ready(result)
 

@@ -30,8 +30,6 @@ from moedge.runtime.parity.results import (
     BaselineFacts,
     BaselineOutcome,
     CheckFacts,
-    IdentityEntry,
-    ParityEntry,
     Verification,
 )
 
@@ -137,18 +135,14 @@ def _paired(before: Any, after: Any) -> list[_Pair]:
     return [(older[check["name"]], check, before, after) for check in _checks_of(after) if check["name"] in older]
 
 
-def _checks_of(entry: ParityEntry | IdentityEntry) -> list[CheckFacts]:
+def _checks_of(entry: Any) -> list[CheckFacts]:
     if "verdict" in entry:
-        return entry["verdict"]["checks"]
-    identity = cast("IdentityEntry", entry)
+        return list(entry["verdict"]["checks"])
+    facts = {key: entry[key] for key in ("limit", "passed")}
     return [
-        {
-            "name": "identity.max_rel_error",
-            "value": identity["max_rel_error"],
-            "relation": "<=",
-            "limit": identity["limit"],
-            "passed": identity["passed"],
-        }
+        cast(
+            "CheckFacts", {"name": "identity.max_rel_error", "value": entry["max_rel_error"], "relation": "<=", **facts}
+        )
     ]
 
 
@@ -183,8 +177,8 @@ def _beside(old: CheckFacts, new: CheckFacts, before: Any, after: Any, level: fl
         grew = _chance(round(a * count), round(b * count)) <= level
         reason = f"too many of {count:,} for chance"
     elif windows[0] and windows[1] and len(windows[0]) == len(windows[1]) >= _FEWEST:
-        found["interval"] = _interval(new["name"], *map(np.array, windows), level=level)
-        grew, reason = found["interval"][0] > 0, f"paired over {len(windows[0])} windows"
+        found["interval"] = interval = _interval(new["name"], *map(np.array, windows), level=level)
+        grew, reason = interval[0] > 0, f"paired over {len(windows[0])} windows"
     else:
         grew, reason = jump, f"more than {factor:g} times as large"
     return {**found, "worse": bool(grew), "reason": reason if grew else ""}

@@ -164,7 +164,10 @@ class _Comparison:
 class Described(Protocol):
     """An engine, or what is left of one: it says what it is."""
 
-    info: EngineInfo
+    @property
+    def info(self) -> EngineInfo:
+        """What it is."""
+        ...
 
 
 def _both_choose(reference: Described, test: Described) -> bool:

@@ -33,7 +33,6 @@ from moedge.runtime.parity.shortened import Shortened, joined, shortened
 from moedge.runtime.run import run_folder
 from moedge.runtime.text.windows import token_windows
 
-SCHEMA = "moedge.reference/1"
 PROBE = 96
 """Tokens at the beginning of the text whose stream is kept, two thirds of them of one prefill, the others decoded."""
 
@@ -247,7 +246,7 @@ def keep(
     arrays |= {f"probe.streams.{layer}": found for layer, found in probed.streams.items()}
     arrays |= {f"probe.scores.{layer}": found for layer, found in probed.scores.items()}
     facts = Facts(
-        schema=SCHEMA, text=text, prefill=prefill, probe=probe, probe_prefill=probe_prefill, identity=identity,
+        schema="moedge.reference/1", text=text, prefill=prefill, probe=probe, probe_prefill=probe_prefill, identity=identity,
         engine=_engine_facts(engine.info), moedge=__version__, sha256=_digest(arrays),
     )  # fmt: skip
     from safetensors.numpy import save

@@ -234,7 +234,8 @@ class KeptReferenceFacts(TypedDict):
     largest: Count
     """Logits of a token that it holds."""
     judged_tokens: Count
-    """Tokens before the first changed choice of their window: only these are held to limits of arithmetic."""
+    """Tokens of the text that are held to limits of arithmetic: none where choices differ everywhere, else those before
+    the first changed choice of their window."""
     probability_left: Measured
     """Of the tokens whose logits it does not hold, on average."""
     known_kl: Measured

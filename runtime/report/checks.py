@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 from moedge.runtime.parity import verdict
 from moedge.runtime.parity.outcomes import mark
-from moedge.runtime.parity.results import LayersFacts, ParityEntry, Replayed, Verification
+from moedge.runtime.parity.results import CheckFacts, LayersFacts, ParityEntry, Replayed, Verification
 
 STEP_SUMMARY = "GITHUB_STEP_SUMMARY"
 """GitHub Actions names by this variable the file whose Markdown it shows on a job's page."""
@@ -87,7 +87,7 @@ def _worst_margin(entry: ParityEntry) -> Row | None:
     return max(shares, key=lambda row: shares[row], default=None)
 
 
-def _values(check: verdict.CheckFacts) -> tuple[str, float | None, str, float]:
+def _values(check: CheckFacts) -> tuple[str, float | None, str, float]:
     return check["name"], check["value"], check["relation"], check["limit"]
 
 
