@@ -45,6 +45,7 @@ HALF = 4 * tensorrt.HALF_LIMIT * GROWTH
 INT8 = 2 * INT8_LIMIT
 KINDS = [
     "gather only",
+    "gather only, every linear layer",
     "routed",
     *(pytest.param(n, marks=pytest.mark.slow) for n in ("compensation", "biases", "GELU")),
 ]
@@ -93,7 +94,7 @@ def folders(
         for layer in model.model.layers if "wide" in kind else ():  # weights of 0.2 make attention sharper than trained
             layer.self_attn.q_proj.weight.data *= 0.25
         plan = (
-            gather_only(model)
+            gather_only(model, linears="all" if "every" in kind else "ffn")
             if kind.startswith("gather only")
             else gathered(convert_tiny(model, "cmoe"), model, **parts)
         )
