@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from moedge.export.graph.build import Builder, constant_of, remove_unused, required
+from moedge.export.graph.build import Builder, constant_of, remove_unused, required, sizes
 from moedge.export.graph.weights import is_embedding
 from moedge.export.lowering.rule import Applied, Block
 from moedge.export.manifest import PackedPlace
@@ -75,7 +75,7 @@ def _integers(builder: Builder, place: PackedPlace, ids: ir.Value) -> ir.Value:
     """Levels and scales of the columns, multiplied: what ``GatherBlockQuantized`` gives for the same table."""
     graph = builder.graph
     levels, scales = graph.initializers[f"{place.tensor}.q"], graph.initializers[f"{place.tensor}.scales"]
-    hidden = int(required(levels).shape[0])  # type: ignore[index]
+    hidden = sizes(levels.const_value)[0]
     at = builder.initializer(f"{place.tensor}.columns", positions(place.total))
     flat = builder.node("Reshape", [ids, constant_of(builder, [-1])])
     where = builder.node("Gather", [at, flat])
