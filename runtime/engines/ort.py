@@ -234,7 +234,7 @@ class OrtEngine:
             for names in (loaded.shown.router_inputs, loaded.shown.scores)
         )
         before, after = (
-            {place: seen[name].astype(np.float32, copy=False) for place, name in names.items()} or None
+            {place: _rows(seen[name]) for place, name in names.items()} or None
             for names in (loaded.shown.left_out_of, loaded.shown.kept)
         )
         held = _Cache(np.concatenate([cache.ids, ids], axis=1), mask, values, binding)
@@ -270,6 +270,11 @@ class OrtEngine:
             )
         for name, values in zip(loaded.replaced, streams or (), strict=True):  # as wide as the graph's arithmetic
             binding.bind_cpu_input(name, np.ascontiguousarray(values, dtype=loaded.dtype))
+
+
+def _rows(values: np.ndarray) -> np.ndarray:
+    """Return values [..., K] of any type as float32 [T, K]."""
+    return values.reshape(-1, values.shape[-1]).astype(np.float32, copy=False)
 
 
 def _bind_cache(binding: Any, loaded: Loaded, values: list[Any]) -> None:
