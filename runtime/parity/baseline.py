@@ -138,12 +138,8 @@ def _paired(before: Any, after: Any) -> list[_Pair]:
 def _checks_of(entry: Any) -> list[CheckFacts]:
     if "verdict" in entry:
         return list(entry["verdict"]["checks"])
-    facts = {key: entry[key] for key in ("limit", "passed")}
-    return [
-        cast(
-            "CheckFacts", {"name": "identity.max_rel_error", "value": entry["max_rel_error"], "relation": "<=", **facts}
-        )
-    ]
+    named = {"name": "identity.max_rel_error", "value": entry["max_rel_error"], "relation": "<="}
+    return [cast("CheckFacts", {**named, "limit": entry["limit"], "passed": entry["passed"]})]
 
 
 def _beside(old: CheckFacts, new: CheckFacts, before: Any, after: Any, level: float) -> BaselineCheck:

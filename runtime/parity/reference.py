@@ -246,8 +246,8 @@ def keep(
     arrays |= {f"probe.streams.{layer}": found for layer, found in probed.streams.items()}
     arrays |= {f"probe.scores.{layer}": found for layer, found in probed.scores.items()}
     facts = Facts(
-        schema="moedge.reference/1", text=text, prefill=prefill, probe=probe, probe_prefill=probe_prefill, identity=identity,
-        engine=_engine_facts(engine.info), moedge=__version__, sha256=_digest(arrays),
+        schema="moedge.reference/1", text=text, prefill=prefill, probe=probe, probe_prefill=probe_prefill,
+        identity=identity, engine=_engine_facts(engine.info), moedge=__version__, sha256=_digest(arrays),
     )  # fmt: skip
     from safetensors.numpy import save
 
