@@ -26,6 +26,8 @@ def verify(
     tolerances: PathLike = "float32",
     threads: int | None = None,
     device: str = "cpu",
+    thorough: bool = False,
+    max_length: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Compare two engines on real text: logits, distributions, best tokens, chosen experts.
@@ -38,11 +40,14 @@ def verify(
             by one.
         tolerances: YAML file of limits over the packaged ones; by default the packaged ones for float32 weights.
         threads: on the CPU. device: where PyTorch computes.
+        thorough: also larger batches, longer rows and a text of ``max_length`` tokens in the checks of other shapes.
+        max_length: tokens of that text, also without ``thorough``; 2,048 by default.
         progress: in tokens.
 
     Returns:
         JSON of schema ``moedge.verify/1``. ``outcome`` is ``passed``, ``failed`` or ``not decided``; ``parity`` holds
-        one entry a comparison, with every check, its value and its limit in ``verdict.checks``.
+        one entry a comparison, with every check, its value and its limit in ``verdict.checks``; ``shapes`` one entry an
+        engine, read in batches, in pieces and twice.
 
     Raises:
         MoEdgeError: something named is not there or cannot be compared, or there is too little text. An engine that is
@@ -60,6 +65,8 @@ def verify(
         tolerances=tolerances,
         threads=threads,
         device=device,
+        thorough=thorough,
+        max_length=max_length,
         progress=progress,
     )
     return dict(found)

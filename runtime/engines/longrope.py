@@ -60,6 +60,7 @@ def last(step: Step, new: int) -> Step:
         step.cache,
         rows(step.routes),
         rows(step.router_inputs),
+        rows(step.scores),
         left_out_of=rows(step.left_out_of),
         kept=rows(step.kept),
     )

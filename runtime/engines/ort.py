@@ -115,8 +115,8 @@ class OrtEngine:
         """Run ``ids`` int64 [B, S] from an empty cache; see :class:`moedge.runtime.engines.Engine`."""
         loaded = self._open()
         mask = check_batch(ids, attention_mask, loaded.model.vocab_size)
-        if loaded.device == "cuda" and not mask.all():
-            raise MoEdgeError("An ort-cuda bundle takes no padding: give rows of equal length, or one row at a time.")
+        if not loaded.info.padding and not mask.all():
+            raise MoEdgeError(f"{self._path} takes no padding: give rows of equal length, or one row at a time.")
         length = loaded.max_length if loaded.shared else 0
         shape = (len(ids), loaded.model.num_kv_heads, length, loaded.model.head_dim)
         # np.zeros maps pages on first touch: a long buffer costs memory only for the tokens that were written.
