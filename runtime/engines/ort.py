@@ -30,6 +30,7 @@ from moedge.runtime.engines.calls import (
 from moedge.runtime.engines.ort_loader import Loaded, Options, load
 from moedge.runtime.engines.ort_session import ort_value, session_options
 from moedge.runtime.engines.protocol import Step
+from moedge.runtime.engines.steps import joined
 
 
 @dataclass
@@ -143,6 +144,12 @@ class OrtEngine:
                 longrope.refuse_forced(loaded.rope_boundary)
             cache.used = True
             return longrope.last(self.prefill(np.concatenate([cache.ids, ids], axis=1), mask), ids.shape[1])
+        if loaded.shared and len(ids) > 1 and ids.shape[1] > 1:
+            # GroupQueryAttention takes several tokens after a past for a single row only.
+            steps: list[Step] = []
+            for token in np.split(ids, ids.shape[1], axis=1):
+                steps.append(self.decode(token, steps[-1].cache if steps else cache, experts=experts, factors=factors))
+            return steps[-1] if loaded.last_logits else joined(steps)
         return self._run(ids, mask, cache, experts, factors)
 
     def factors(self, left_out_of: dict[GatherPlace, np.ndarray]) -> dict[GatherPlace, np.ndarray]:

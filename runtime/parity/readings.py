@@ -7,16 +7,13 @@ mixes tokens, so every way of reading gives a token the same logits, up to the o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from moedge.runtime.engines import Engine, Step
-
-Key = TypeVar("Key", bound=Hashable)
-ByKey = dict[Key, np.ndarray] | None
+from moedge.runtime.engines.steps import joined, part
 
 AFTER = (1, 1, 3)
 """Tokens of each call after a batch's prompts: single steps, then several at once."""
@@ -94,46 +91,11 @@ def in_calls(
     return calls
 
 
-def joined(parts: Sequence[Step]) -> Step:
-    """Put the parts of one text together; what one of them does not show is not shown."""
-
-    def together(found: Sequence[ByKey[Key]]) -> ByKey[Key]:
-        there = [each for each in found if each is not None]
-        if len(there) < len(found):
-            return None
-        return {key: np.concatenate([each[key] for each in there]) for key in there[0]}
-
-    logits = np.concatenate([part.logits for part in parts], axis=1)
-    return _with(logits, lambda name: together([getattr(part, name) for part in parts]))
-
-
-def cut(reading: Step, end: int) -> Step:
-    """Return the first ``end`` positions of a reading."""
-    return _with(
-        reading.logits[:, :end],
-        lambda name: None if (found := getattr(reading, name)) is None else {key: a[:end] for key, a in found.items()},
-    )
+def of_row(calls: Sequence[Sequence[Step]], row: int) -> Step:
+    """The reading of one row, of all calls."""
+    return joined([call[row] for call in calls])
 
 
 def _row(step: Step, index: int, last: int) -> Step:
     """The last ``last`` positions of row ``index`` of a call."""
-    batch = len(step.logits)
-
-    def own(found: ByKey[Key]) -> ByKey[Key]:
-        if found is None:
-            return None
-        return {key: a.reshape(batch, -1, a.shape[1])[index, -last:] for key, a in found.items()}
-
-    return _with(step.logits[index : index + 1, -last:], lambda name: own(getattr(step, name)))
-
-
-def _with(logits: np.ndarray, shown: Callable[[str], Any]) -> Step:
-    return Step(
-        logits,
-        None,
-        routes=shown("routes"),
-        router_inputs=shown("router_inputs"),
-        scores=shown("scores"),
-        left_out_of=shown("left_out_of"),
-        kept=shown("kept"),
-    )
+    return replace(part(step, slice(-last, None), slice(index, index + 1)), cache=None)

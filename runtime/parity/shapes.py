@@ -45,6 +45,7 @@ import numpy as np
 from moedge import MoEdgeError
 from moedge.configs.tolerances import Profile
 from moedge.runtime.engines import Engine, ReplayEngine, Step
+from moedge.runtime.engines.steps import part
 from moedge.runtime.parity import readings
 from moedge.runtime.parity.metrics import RouteAgreement
 from moedge.runtime.parity.replay import Replay
@@ -52,7 +53,6 @@ from moedge.runtime.parity.results import EngineFacts, Shapes
 from moedge.runtime.parity.shape_cases import HINTS, ON_GPU, UNSURE, Between, Case, apart, number
 from moedge.runtime.parity.verdict import Check, Outcome, Verdict, kept_checks, router_checks
 
-SCHEMA = "moedge.shapes/1"
 LONGEST = 2048
 """Tokens of a long text where nobody says how many."""
 LONG_PIECE, LONG_STEPS = 509, 8
@@ -133,7 +133,7 @@ def check(test: Engine, windows: np.ndarray, asked: Asked, rules: Rules) -> Shap
         prompts: tuple[int, ...] = ()
         said = f"they need {readings.SHORTEST} tokens, and the text or the model has {longest}"
         runs.not_run |= dict.fromkeys(("batch", "prefill.chunked"), said)
-        runs.twice(windows.reshape(-1)[None, :longest], (max(1, longest - 1),), (1,) if longest > 1 else ())
+        runs.twice([windows.reshape(-1)[:longest]], (max(1, longest - 1),), (1,) if longest > 1 else ())
     else:
         plan = readings.Plan.of(longest, thorough=asked.thorough)
         prompts = plan.prompts
@@ -142,7 +142,7 @@ def check(test: Engine, windows: np.ndarray, asked: Asked, rules: Rules) -> Shap
         runs.long(asked.long)
     verdict = runs.verdict()
     return {
-        "schema": SCHEMA,
+        "schema": "moedge.shapes/1",
         "test": cast("EngineFacts", test.info.as_json()),
         "prompts": list(prompts),
         "cases": {name: case.facts() for name, case in runs.cases.items()},
@@ -179,7 +179,7 @@ class _Runs:
                     self._against(name, row, ids, alone[row])
         with self._trying("prefill.chunked") as (name,):
             calls = readings.in_calls(self._test, rows[:1], plan.pieces[:1], plan.pieces[1:])
-            self._beside(0, rows[0], alone[0], _of_row(calls, 0), [(name, len(rows[0]))])
+            self._beside(0, rows[0], alone[0], readings.of_row(calls, 0), [(name, len(rows[0]))])
         if len(rows) < 2:
             said = f"this engine takes {len(rows)} row a call (moedge build --batch)"
             self.not_run |= dict.fromkeys(("batch.equal", "batch.padding", "batch.chunked"), said)
@@ -189,7 +189,7 @@ class _Runs:
             calls = readings.in_calls(self._test, rows[:2], (prompt, prompt), (1, 1))
             for row in range(2):
                 ids = rows[row][: prompt + 2]
-                self._beside(row, ids, alone[row], _of_row(calls, row), [(name, len(ids))])
+                self._beside(row, ids, alone[row], readings.of_row(calls, row), [(name, len(ids))])
         if not info.padding:
             said = "this target takes rows of equal length only"
             self.not_run |= dict.fromkeys(("batch.padding", "batch.chunked"), said)
@@ -198,7 +198,9 @@ class _Runs:
             calls = readings.in_calls(self._test, rows, prompts, readings.AFTER)
             for row, prompt in enumerate(prompts):
                 ends = (prompt, prompt + 2, prompt + sum(readings.AFTER))
-                self._beside(row, rows[row], alone[row], _of_row(calls, row), list(zip(names, ends, strict=True)))
+                self._beside(
+                    row, rows[row], alone[row], readings.of_row(calls, row), list(zip(names, ends, strict=True))
+                )
         if thorough:
             self.twice(rows, prompts, (1, 1))
 
@@ -234,11 +236,11 @@ class _Runs:
                 return
         with self._trying(name):
             parts = readings.in_calls(self._test, [ids], calls[:1], calls[1:])
-            self._beside(0, ids, alone, _of_row(parts, 0), [("", begin), (name, len(ids))])
+            self._beside(0, ids, alone, readings.of_row(parts, 0), [("", begin), (name, len(ids))])
 
     def twice(self, rows: Sequence[np.ndarray], prompts: Sequence[int], after: Sequence[int]) -> None:
         """Make the same calls twice and compare what they give."""
-        one, two = ([_of_row(calls, row) for row in range(len(rows))] for calls in (
+        one, two = ([readings.of_row(calls, row) for row in range(len(rows))] for calls in (
             readings.in_calls(self._test, rows, prompts, after) for _ in range(2)
         ))  # fmt: skip
         for a, b in zip(one, two, strict=True):
@@ -323,7 +325,7 @@ class _Runs:
             shaped: what is judged.
             ends: names of cases and where, after the one before, each ends; nothing is judged under an empty name.
         """
-        changed = _changed(readings.cut(right, len(ids)), shaped) if right is not None else None
+        changed = _changed(part(right, slice(len(ids))), shaped) if right is not None else None
         turned = changed is not None and bool(changed.any())
         replayed = self._replays(shaped) and (turned or shaped.kept is not None)
         clean = len(ids)
@@ -344,10 +346,6 @@ class _Runs:
                 a, b = one.logits[0, start:stop], shaped.logits[0, start:stop]
                 case.add(case.replayed if replayed else case.alone, a, b, row, start)
             start = end
-
-
-def _of_row(calls: Sequence[Sequence[Step]], row: int) -> Step:
-    return readings.joined([call[row] for call in calls])
 
 
 def _changed(one: Step, two: Step) -> np.ndarray | None:
