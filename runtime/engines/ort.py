@@ -7,7 +7,7 @@ bound as both, and the runtime writes the new keys and values in place. Only ids
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +149,8 @@ class OrtEngine:
             steps: list[Step] = []
             for token in np.split(ids, ids.shape[1], axis=1):
                 steps.append(self.decode(token, steps[-1].cache if steps else cache, experts=experts, factors=factors))
-            return steps[-1] if loaded.last_logits else joined(steps)
+            whole = joined(steps)
+            return replace(whole, logits=steps[-1].logits) if loaded.last_logits else whole
         return self._run(ids, mask, cache, experts, factors)
 
     def factors(self, left_out_of: dict[GatherPlace, np.ndarray]) -> dict[GatherPlace, np.ndarray]:
