@@ -20,7 +20,8 @@ are:
 
 **Limits.** Two readings of one engine are two roundings of the same sums. Each is within the profile's limits of the
 exact result, and where they differ at all their errors are at worst independent, so their distance has a limit of
-sqrt(2) times that for a relative error and of twice that for a KL, which is quadratic (:class:`Between`). A quantised
+sqrt(2) times that for a relative error and of twice that for a KL, which is quadratic (:class:`Between`). Short texts
+are judged by the mean error and the worst token, long ones by means, over the worst block of tokens. A quantised
 engine has the same weights in both readings: the limits are those of its kernels (``dequantized/...``), not those of
 what rounding the weights costs. On a CPU equal calls must give equal bits: kernels add in a fixed order there. On a
 GPU they need not (atomic additions, split sums), and then the limit is that of two readings.
@@ -215,14 +216,15 @@ class _Runs:
             return
         ids, prompt = text[:length], length - LONG_STEPS
         alone = readings.at_once(self._test, ids)
+        if reference is None:
+            self.not_run[f"{prefix}.reference"] = "there is no reference that could read this text"
+        else:
+            with self._trying(f"{prefix}.reference", limits=Between.reference(self._rules.against)) as (name,):
+                self._against(name, 0, ids, alone)
+        alone = Step(alone.logits, None, alone.routes)  # what else it shows may be gigabytes
         pieces = [LONG_PIECE] * (prompt // LONG_PIECE) or [prompt]
         for case, calls in (("decode", [prompt, *[1] * LONG_STEPS]), ("chunked", [*pieces, length - sum(pieces)])):
             self._long(f"{prefix}.{case}", ids, alone, calls, begin=prompt if case == "decode" else 0)
-        if reference is None:
-            self.not_run[f"{prefix}.reference"] = "there is no reference that could read this text"
-            return
-        with self._trying(f"{prefix}.reference", limits=Between.reference(self._rules.against)) as (name,):
-            self._against(name, 0, ids, alone)
 
     def _long(self, name: str, ids: np.ndarray, alone: Step, calls: Sequence[int], begin: int) -> None:
         """Read ``ids`` in calls of so many tokens, and judge its tokens from ``begin`` on."""
@@ -235,8 +237,8 @@ class _Runs:
                 self.not_run[name] = f"beyond {boundary} tokens the text is read again, and its choices are then others"
                 return
         with self._trying(name):
-            parts = readings.in_calls(self._test, [ids], calls[:1], calls[1:])
-            self._beside(0, ids, alone, readings.of_row(parts, 0), [("", begin), (name, len(ids))])
+            shaped = readings.of_row(readings.in_calls(self._test, [ids], calls[:1], calls[1:]), 0)
+            self._beside(0, ids, alone, shaped, [("", begin), (name, len(ids))])
 
     def twice(self, rows: Sequence[np.ndarray], prompts: Sequence[int], after: Sequence[int]) -> None:
         """Make the same calls twice and compare what they give."""
@@ -295,7 +297,9 @@ class _Runs:
     def _trying(self, *names: str, limits: Between | None = None) -> Iterator[tuple[str, ...]]:
         """Open the cases of one run; an engine that fails in it fails all of them."""
         for name in names:
-            self.cases[name] = Case(name, limits or self._between, self._rules.half)
+            self.cases[name] = Case(
+                name, limits or self._between, long=name.startswith("length."), heavy_first=self._rules.half
+            )
         try:
             yield names
         except MoEdgeError as error:

@@ -25,6 +25,7 @@ from moedge.runtime.engines import Step, open_engine, ort
 from moedge.runtime.engines.info import EngineInfo, EngineModel
 from moedge.runtime.engines.ort_session import ort_value
 from moedge.runtime.parity import readings, shapes
+from moedge.runtime.parity.shape_cases import Between, Case
 from moedge.runtime.parity.verdict import Outcome, entry_outcome, part_outcome
 
 KINDS = ["concat", "shared_buffer"]
@@ -270,6 +271,26 @@ def test_a_table_of_positions_that_ends_too_early_is_found(toy_bundles: dict[str
     assert entry["cases"]["length.64.reference"]["worst"]["position"] >= 40
 
 
+def test_a_long_text_is_judged_by_its_worst_block_and_not_by_one_odd_token() -> None:
+    """A fault that begins at some length fills a block; a single token may hang on a far one, which rounding turned."""
+    limits = tolerances.load().profile("dequantized", "ort-cpu-int8")
+    right = np.random.default_rng(4).normal(0, 4, (2048, 50)).astype(np.float32)
+
+    def judged(wrong: int, off: float, *, long: bool = True) -> dict[str, Any]:
+        case, spoiled = Case("length.2048.reference", Between.reference(limits), long=long), right.copy()
+        best = right[-wrong:].argmax(1)
+        np.put_along_axis(spoiled[-wrong:], best[:, None], right[-wrong:].max(1)[:, None] - off, 1)
+        case.add(case.alone, right, spoiled, 0, 0)
+        return {check.name.rpartition("reference.")[2]: check for check in case.checks(limits, unsure=False)}
+
+    one, tail = judged(1, 3.0), judged(40, 3.0)
+    assert judged(1, 3.0, long=False)["kl.max"].outcome is Outcome.FAILED  # a short text has no such tokens
+    assert all(check.passed for check in one.values())
+    assert tail["rel_error.mean_of_64"].outcome is Outcome.FAILED
+    assert judged(40, 3.0, long=False)["rel_error.mean"].passed, "the whole text's mean would not show it"
+    assert judged(2048, 1.0)["kl.mean"].outcome is Outcome.FAILED
+
+
 def test_a_rotary_table_that_ends_too_early_is_found(
     bundles: dict[str, Path], checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -468,6 +489,6 @@ def test_limits_that_allow_for_changed_choices_judge_every_token() -> None:
 
 
 def test_limits_between_two_readings_follow_from_those_of_one() -> None:
-    between = shapes.Between.readings(LIMITS)
+    between = Between.readings(LIMITS)
     assert between.mean_rel_error == pytest.approx(2**0.5 * LIMITS.mean_rel_error)
-    assert between.max_kl == 2 * LIMITS.max_kl
+    assert (between.mean_kl, between.max_kl) == (2 * LIMITS.mean_kl, 2 * LIMITS.max_kl)
