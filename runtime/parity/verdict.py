@@ -256,7 +256,8 @@ def entry_outcome(entry: Mapping[str, Any]) -> Outcome:
 
 def run_outcome(verification: Mapping[str, Any]) -> Outcome:
     """Return the outcome of a verify result (schema ``moedge.verify/1``) over all of its comparisons."""
-    return Outcome.over(map(entry_outcome, [*verification["identity"], *verification["parity"]]))
+    entries = (*verification["identity"], *verification["parity"], *verification.get("accuracy", ()))
+    return Outcome.over(map(entry_outcome, entries))
 
 
 def explain(result: Parity, verdict: Verdict, limits: Profile) -> list[str]:
