@@ -10,7 +10,7 @@ from moedge.runtime.engines import Engine
 from moedge.runtime.text.tokenizer import Tokenizer
 
 BATCH_SIZE = 8
-"""Questions in a forward pass: of SmolLM2's, some 400 tokens, from where on a CPU computes no faster."""
+"""Questions in a forward pass, where their logits are not too large (:mod:`.likelihood`)."""
 
 
 def ask(

@@ -2,8 +2,9 @@
 
 Questions of a task share a context ("Question: ... Answer:") that is continued in several ways. It is read once for
 all of them where the engine can branch (:class:`moedge.runtime.engines.BranchingEngine`), which is most of the work.
-Rows of a batch are filled up on the right: no token sees what comes after it, so no mask is needed. What reads of
-every row is as long as the shortest context; the rest of a longer one stands in front of its continuations.
+Rows of a batch are filled up on the right: no token sees what comes after it, so no mask is needed. As much is read of
+every row as the shortest context has; the rest of a longer one stands in front of each of its continuations, so batches
+hold contexts of nearly one length.
 
 Symbols: B rows, S tokens, V vocabulary, N scored tokens.
 """
@@ -22,8 +23,14 @@ from moedge._progress import Progress
 from moedge.runtime.engines import BranchingEngine, Engine
 
 Ids = tuple[int, ...]
-LOGITS_BYTES = 1 << 29
-"""A batch is made smaller where the logits of a call would be larger than this."""
+CPU_LOGITS_BYTES, LOGITS_BYTES = 1 << 25, 1 << 29
+"""A batch is made smaller where the logits of a call would be larger than this. On a CPU memory beyond 32 MiB is mapped
+anew for every call (glibc's largest M_MMAP_THRESHOLD), which took a third of the time of a call."""
+_ALIKE = 0.9
+"""A batch's shortest context, of its longest: what is more is read again with every continuation."""
+_PASS = 14
+"""What a forward pass costs beside its tokens, in tokens: reading the weights. (SmolLM2 in ONNX Runtime on one core: 36 ms
+for a token, 2.5 ms for each further one.)"""
 _CHUNK = 256
 """Tokens whose probabilities [256, V] exist at a time."""
 
@@ -42,7 +49,12 @@ class _Context:
     ids: Ids
     ends: list[_End]
     alone: bool = False
-    """Rows of a batch would change each other: see :func:`_contexts`."""
+    """Another row of its batch would change it: see :func:`_contexts`."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether reading the context once saves more tokens than the passes cost that it adds."""
+        return (len(self.ends) - 1) * len(self.ids) > (len(self.ends) + 1) * _PASS
 
     @property
     def longest(self) -> int:
@@ -59,7 +71,7 @@ def log_likelihoods(
         engine: any engine.
         pairs: token ids of a context and of its continuation, neither empty. A context that does not fit is cut on
             the left, as lm-eval does.
-        batch_size: contexts in a forward pass, fewer where their logits would be larger than :data:`LOGITS_BYTES`.
+        batch_size: contexts in a forward pass, fewer where their logits would be larger than the limits above.
         progress: called with (pairs done, pairs in all).
 
     Raises:
@@ -68,12 +80,10 @@ def log_likelihoods(
     """
     totals, greedy, done = np.zeros(len(pairs)), np.ones(len(pairs), dtype=bool), 0
     branching = engine if isinstance(engine, BranchingEngine) else None
-    contexts = _contexts(engine, pairs)
-    if branching is None:
-        contexts = [_Context(one.ids, [end], one.alone) for one in contexts for end in one.ends]
+    contexts = _contexts(engine, pairs, branching=branching is not None)
     rows = _rows_at_most(engine, batch_size)
     together = min(rows, branching.branch_rows or rows) if branching else rows
-    for batch in _batches(contexts, rows, together, engine.info.model.vocab_size):
+    for batch in _batches(contexts, rows, together, _tokens_at_most(engine)):
         shared = min(len(one.ids) for one in batch) - 1 if len(batch[0].ends) > 1 else 0
         cache = branching.read(_filled([one.ids[:shared] for one in batch])) if branching and shared else None
         for ends in zip(*(one.ends for one in batch), strict=True):
@@ -95,7 +105,7 @@ def perplexity(
     Args:
         engine: any engine.
         windows: each is scored on its own, every token of it but the first.
-        batch_size: windows in a forward pass, fewer where their logits would be larger than :data:`LOGITS_BYTES`.
+        batch_size: windows in a forward pass, fewer where their logits would be larger than the limits above.
         progress: called with (windows done, windows in all).
 
     Raises:
@@ -103,7 +113,7 @@ def perplexity(
     """
     inputs, targets, nll = windows[:, :-1], windows[:, 1:], 0.0
     rows = _rows_at_most(engine, batch_size)
-    size = max(1, min(rows, LOGITS_BYTES // (4 * inputs.shape[1] * engine.info.model.vocab_size)))
+    size = max(1, min(rows, _tokens_at_most(engine) // inputs.shape[1]))
     for start in range(0, len(windows), size):
         part = slice(start, start + size)
         logits = engine.prefill(inputs[part]).logits
@@ -118,8 +128,13 @@ def _rows_at_most(engine: Engine, batch_size: int) -> int:
     return min(batch_size, engine.info.max_batch or batch_size)
 
 
-def _contexts(engine: Engine, pairs: Sequence[tuple[Ids, Ids]]) -> list[_Context]:
-    """Sort the pairs by context, and those of a context by what is fed after it."""
+def _tokens_at_most(engine: Engine) -> int:
+    """Return of how many tokens a call's logits may be."""
+    return (CPU_LOGITS_BYTES if engine.info.device == "CPU" else LOGITS_BYTES) // (4 * engine.info.model.vocab_size)
+
+
+def _contexts(engine: Engine, pairs: Sequence[tuple[Ids, Ids]], *, branching: bool) -> list[_Context]:
+    """Sort the pairs by context, and those of a context by what is fed after it; split what is not read together."""
     longest, boundary = engine.info.model.longest, engine.info.model.rope_boundary
     found: dict[Ids, dict[Ids, _End]] = {}
     for number, (context, continuation) in enumerate(pairs):
@@ -137,32 +152,39 @@ def _contexts(engine: Engine, pairs: Sequence[tuple[Ids, Ids]]) -> list[_Context
     contexts = []
     for ids, ends in found.items():
         one = _Context(ids, sorted(ends.values(), key=lambda end: len(end.fed)))
-        if boundary is not None and one.longest > boundary:  # the longest row would decide how the others are read
-            contexts += [_Context(ids, [end], alone=True) for end in one.ends]
-        else:
-            contexts.append(one)
+        # Beyond longrope's boundary the longest row of a batch decides how the others are read.
+        alone = boundary is not None and one.longest > boundary
+        split = alone or not branching or not one.shared
+        contexts += [_Context(ids, [end], alone) for end in one.ends] if split else [one]
     return contexts
 
 
-def _batches(contexts: Sequence[_Context], single: int, several: int, vocab_size: int) -> Iterator[list[_Context]]:
+def _batches(contexts: Sequence[_Context], single: int, several: int, tokens: int) -> Iterator[list[_Context]]:
     """Cut contexts into batches of as many ends each and of about one length, the longest first.
 
     Args:
         contexts: to be cut.
         single: most contexts of a batch that have one end each; ``several``: that have more.
-        vocab_size: V.
+        tokens: most tokens of a batch.
     """
     batch: list[_Context] = []
     for one in sorted(contexts, key=lambda one: (one.alone, len(one.ends), len(one.ids)), reverse=True):
         longest = max(each.longest for each in (*batch, one))
         rows = single if len(one.ends) == 1 else several
-        full = len(batch) == rows or 4 * (len(batch) + 1) * longest * vocab_size > LOGITS_BYTES
-        if batch and (full or one.alone or batch[0].alone or len(one.ends) != len(batch[0].ends)):
+        full = len(batch) == rows or (len(batch) + 1) * longest > tokens
+        if batch and (full or not _fit(batch[0], one)):
             yield batch
             batch = []
         batch.append(one)
     if batch:
         yield batch
+
+
+def _fit(longest: _Context, other: _Context) -> bool:
+    """Whether two contexts, of which none is longer than the first, may be in a batch."""
+    if longest.alone or other.alone or len(longest.ends) != len(other.ends):
+        return False
+    return len(other.ends) == 1 or len(other.ids) >= _ALIKE * len(longest.ids)
 
 
 def _filled(rows: Sequence[Ids]) -> np.ndarray:

@@ -24,7 +24,7 @@ def ids(length: int) -> tuple[int, ...]:
     return tuple(int(token) for token in GENERATOR.integers(0, 256, length))
 
 
-CONTEXTS = [ids(length) for length in (9, 9, 12, 3, 1, 7, 30)]
+CONTEXTS = [ids(length) for length in (9, 9, 12, 3, 1, 7, 30, 49, 50, 49)]
 SHARED = ids(4)
 PAIRS = [(context, ids(length)) for context in CONTEXTS for length in (1, 3, 6)]
 PAIRS += [(CONTEXTS[0], (*SHARED, 5)), (CONTEXTS[0], (*SHARED, 6)), (CONTEXTS[2], ids(2))]
@@ -109,12 +109,12 @@ def test_an_engine_that_cannot_branch_gives_the_same(toy_bundles: dict[str, Path
 
 def test_a_context_is_read_once_for_its_continuations(toy_bundles: dict[str, Path]) -> None:
     engine = Counting(open_engine(toy_bundles["shared_buffer"], threads=1))
-    context = ids(20)
+    context = ids(30)
     likelihood.log_likelihoods(engine, [(context, ids(3)) for _ in range(4)])
-    assert engine.calls == [(1, 19), *[(1, 3)] * 4]
+    assert engine.calls == [(1, 29), *[(1, 3)] * 4]
     engine.calls.clear()
     likelihood.log_likelihoods(engine, [(context, (token,)) for token in range(5)])
-    assert engine.calls == [(1, 20)], "continuations of one token need no pass of their own"
+    assert engine.calls == [(1, 30)], "continuations of one token need no pass of their own"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -170,6 +170,21 @@ def test_rows_beyond_longropes_boundary_are_read_alone(toy_bundles: dict[str, Pa
     assert [shape[0] for shape in engine.calls] == [1, 1, 2]
 
 
+def test_contexts_of_other_lengths_are_not_read_together(toy_bundles: dict[str, Path]) -> None:
+    engine = Counting(open_engine(toy_bundles["concat"], threads=1))
+    pairs = [(context, ids(3)) for context in (ids(50), ids(49), ids(44)) for _ in range(2)]
+    likelihood.log_likelihoods(engine, pairs)
+    assert engine.calls == [(2, 48), (2, 4), (2, 4), (1, 43), (1, 3), (1, 3)]
+
+
+def test_a_short_context_is_read_again_with_each_of_its_continuations(toy_bundles: dict[str, Path]) -> None:
+    """One pass of more tokens costs less than several of few."""
+    engine = Counting(open_engine(toy_bundles["concat"], threads=1))
+    context = ids(8)
+    likelihood.log_likelihoods(engine, [(context, ids(length)) for length in (3, 5)])
+    assert engine.calls == [(2, 12)]
+
+
 def test_no_more_rows_than_the_engine_takes(toy_bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Plain(open_engine(toy_bundles["concat"], threads=1))
     pairs = [(ids(4), ids(2)) for _ in range(6)]
@@ -178,7 +193,7 @@ def test_no_more_rows_than_the_engine_takes(toy_bundles: dict[str, Path], monkey
     assert {shape[0] for shape in engine.calls} == {2}
     engine.info = replace(engine.info, max_batch=None)
     engine.calls.clear()
-    monkeypatch.setattr(likelihood, "LOGITS_BYTES", 3 * 5 * engine.info.model.vocab_size * 4)
+    monkeypatch.setattr(likelihood, "CPU_LOGITS_BYTES", 3 * 5 * engine.info.model.vocab_size * 4)
     likelihood.log_likelihoods(engine, pairs)
     assert {shape[0] for shape in engine.calls} == {3}
 
@@ -217,5 +232,5 @@ def test_perplexity_is_that_of_the_checkpoint(
         assert found["tokens"] == want["tokens"]
         # Float32 in another order of summation, see configs/tolerances.yaml: a token's log-likelihood moves by 1.4e-3.
         assert found["nll"] == pytest.approx(want["nll"], abs=1e-4)
-    monkeypatch.setattr(likelihood, "LOGITS_BYTES", 1)
+    monkeypatch.setattr(likelihood, "CPU_LOGITS_BYTES", 1)
     assert likelihood.perplexity(engine, windows)["nll"] == pytest.approx(want["nll"], abs=1e-4)
