@@ -29,8 +29,8 @@ anew for every call (glibc's largest M_MMAP_THRESHOLD), which took a third of th
 _ALIKE = 0.9
 """A batch's shortest context, of its longest: what is more is read again with every continuation."""
 _PASS = 14
-"""What a forward pass costs beside its tokens, in tokens: reading the weights. (SmolLM2 in ONNX Runtime on one core: 36 ms
-for a token, 2.5 ms for each further one.)"""
+"""What a forward pass costs beside its tokens, in tokens: reading the weights. (SmolLM2 in ONNX Runtime on one core
+takes 36 ms for a token, 2.5 ms for each further one.)"""
 _CHUNK = 256
 """Tokens whose probabilities [256, V] exist at a time."""
 

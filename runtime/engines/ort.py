@@ -239,7 +239,7 @@ class OrtEngine:
             for names in (loaded.shown.router_inputs, loaded.shown.scores)
         )
         before, after = (
-            {place: seen[name].astype(np.float32, copy=False) for place, name in names.items()} or None
+            {place: _rows(seen[name]) for place, name in names.items()} or None
             for names in (loaded.shown.left_out_of, loaded.shown.kept)
         )
         held = _Cache(np.concatenate([cache.ids, ids], axis=1), mask, values, binding)
@@ -281,6 +281,11 @@ def _empty_cache(loaded: Loaded, batch: int) -> _Cache:
     empty = [np.zeros(shape, dtype=loaded.dtype) for _ in loaded.past]
     nothing = np.zeros((batch, 0), np.int64)
     return _Cache(nothing, nothing, [ort_value(array, loaded.device) for array in empty])
+
+
+def _rows(values: np.ndarray) -> np.ndarray:
+    """Return values [..., K] of any type as float32 [T, K]."""
+    return values.reshape(-1, values.shape[-1]).astype(np.float32, copy=False)
 
 
 def _bind_cache(binding: Any, loaded: Loaded, values: list[Any]) -> None:
