@@ -88,9 +88,10 @@ def shapes(
     if path == "gemv":
         block_n = power_of_two(n, least=2, most=32 if n >= 32 * PROGRAMS else 16)
         warps = power_of_two(WARPS // -(-n // block_n), least=4, most=16)
-        # Sums of a thread: 64 in registers, 32 of float32 weights, which take two registers for one there.
-        sums = (32 if wide else 64) // products
-        block_k = power_of_two(k, least=16, most=32 * warps * sums // block_n)
+        # Sums of a thread, and half of the weights that it has in flight: two blocks of rows at a time. Fewer of
+        # float32 weights, which take twice the registers.
+        sums = (16 if wide else 32) // products
+        block_k = power_of_two(-(-k // 2), least=16, most=32 * warps * sums // block_n)
         return {"BLOCK_N": block_n, "BLOCK_K": block_k}, (Extent(1, 0, 1), fixed(-(-n // block_n))), warps, 1
     block_m = PATHS[path]
     if wide:  # float32 products run on CUDA cores, operands and sums in registers: a narrower tile, or they spill

@@ -40,16 +40,20 @@ def gemv(
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     g = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
     u = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
-    x = values(x_ptr, 0, HIDDEN, BLOCK_K)
-    for start in range(0, HIDDEN, BLOCK_K):
-        ahead = values(x_ptr, start + BLOCK_K, HIDDEN, BLOCK_K)  # the next mask is known before the next loads
+    x0, x1 = values(x_ptr, 0, HIDDEN, BLOCK_K), values(x_ptr, BLOCK_K, HIDDEN, BLOCK_K)
+    for start in range(0, HIDDEN, 2 * BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        keep = x != 0
-        wg = rows(gate_ptr, k, n, keep, WIDTH)
-        wu = rows(up_ptr, k, n, keep, WIDTH)
-        g += x[:, None] * wg.to(tl.float32)
-        u += x[:, None] * wu.to(tl.float32)
-        x = ahead
+        g0, u0 = rows(gate_ptr, k, n, x0 != 0, WIDTH), rows(up_ptr, k, n, x0 != 0, WIDTH)
+        k += BLOCK_K
+        g1, u1 = rows(gate_ptr, k, n, x1 != 0, WIDTH), rows(up_ptr, k, n, x1 != 0, WIDTH)
+        # The next masks are known before the next loads.
+        ahead0 = values(x_ptr, start + 2 * BLOCK_K, HIDDEN, BLOCK_K)
+        ahead1 = values(x_ptr, start + 3 * BLOCK_K, HIDDEN, BLOCK_K)
+        g += x0[:, None] * g0.to(tl.float32)
+        u += x0[:, None] * u0.to(tl.float32)
+        g += x1[:, None] * g1.to(tl.float32)
+        u += x1[:, None] * u1.to(tl.float32)
+        x0, x1 = ahead0, ahead1
     h = (activate(tl.sum(g, 0), ACTIVATION) * tl.sum(u, 0)).to(y_ptr.dtype.element_ty).to(tl.float32)
     y = keep_large(h, limits_ptr, n, WIDTH)
     tl.store(y_ptr + row * WIDTH + n, y.to(y_ptr.dtype.element_ty), mask=n < WIDTH)

@@ -23,12 +23,17 @@ def gemv(
     x_ptr += row * INPUTS
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
-    x = values(x_ptr, 0, INPUTS, BLOCK_K)
-    for start in range(0, INPUTS, BLOCK_K):
-        ahead = values(x_ptr, start + BLOCK_K, INPUTS, BLOCK_K)  # the next mask is known before the next loads
-        w = rows(weight_ptr, start + tl.arange(0, BLOCK_K), n, x != 0, OUTPUTS)
-        acc += x[:, None] * w.to(tl.float32)
-        x = ahead
+    x0, x1 = values(x_ptr, 0, INPUTS, BLOCK_K), values(x_ptr, BLOCK_K, INPUTS, BLOCK_K)
+    for start in range(0, INPUTS, 2 * BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        w0 = rows(weight_ptr, k, n, x0 != 0, OUTPUTS)
+        w1 = rows(weight_ptr, k + BLOCK_K, n, x1 != 0, OUTPUTS)
+        # The next masks are known before the next loads.
+        ahead0 = values(x_ptr, start + 2 * BLOCK_K, INPUTS, BLOCK_K)
+        ahead1 = values(x_ptr, start + 3 * BLOCK_K, INPUTS, BLOCK_K)
+        acc += x0[:, None] * w0.to(tl.float32)
+        acc += x1[:, None] * w1.to(tl.float32)
+        x0, x1 = ahead0, ahead1
     y = tl.sum(acc, 0).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + row * OUTPUTS + n, y, mask=n < OUTPUTS)
 

@@ -278,8 +278,8 @@ def test_one_token_has_programs_and_warps_for_the_memory(outputs: int, programs:
 
     launch = gathered_linear.launch(inputs=8192, outputs=outputs, dtype="fp16", path="gemv")
     assert (launch.programs(1), launch.warps) == ((1, programs), warps)
-    # Eight loads of 16 bytes in flight a thread: the tile of one step, fp16.
-    assert launch.constants["BLOCK_N"] * launch.constants["BLOCK_K"] * 2 == 32 * warps * 8 * 16
+    # Eight loads of 16 bytes in flight a thread: the two blocks of one step, fp16.
+    assert launch.constants["BLOCK_N"] * 2 * launch.constants["BLOCK_K"] * 2 == 32 * warps * 8 * 16
 
 
 def test_a_launch_that_no_kernel_has_is_refused() -> None:
