@@ -145,7 +145,7 @@ def orin(source, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def gathered(gathered_portable, tmp_path_factory):
+def gathered_archive(gathered_portable, tmp_path_factory):
     """The unpacked archive of a model that leaves out small values, for an Orin with a TensorRT that takes plugins."""
     pytest.importorskip("triton")  # Linux on x86-64 only
     out = tmp_path_factory.mktemp("gathered")
@@ -173,7 +173,7 @@ exec(compile(open('build_engine.py').read(), 'build_engine.py', 'exec'),
 
 @pytest.mark.parametrize(
     ("archive", "device", "capability", "half"),
-    [("thor", "Thor", "11.0", "FP16"), ("orin", "Orin", "8.7", "BF16"), ("gathered", "Orin", "8.7", "FP16")],
+    [("thor", "Thor", "11.0", "FP16"), ("orin", "Orin", "8.7", "BF16"), ("gathered_archive", "Orin", "8.7", "FP16")],
 )
 def test_the_archive_gives_tensorrt_a_kernel_for_every_node_and_tactic(request, archive, device, capability, half):
     from moedge.export.device.plugins import launch_of

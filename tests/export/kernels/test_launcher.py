@@ -57,7 +57,7 @@ def written(sparse: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def gathered(gathered_portable: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def gathered_bundle(gathered_portable: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("gathered") / "tensorrt-rtx"
     with atomic_dir(path) as partial:
         lower("tensorrt-rtx", gathered_portable, partial, experts="plugins")
@@ -65,10 +65,10 @@ def gathered(gathered_portable: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="module")
-def written_gathered(gathered: Path, written: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def written_gathered(gathered_bundle: Path, written: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same as ``written`` of a model that leaves out small values, kernels for one GPU."""
     folder = tmp_path_factory.mktemp("written_gathered")
-    launcher.write_launches(bundle.open_bundle(gathered), folder, ["8.6"])
+    launcher.write_launches(bundle.open_bundle(gathered_bundle), folder, ["8.6"])
     shutil.copy(written / build.LIBRARY, folder)
     (folder / "model.onnx.data").unlink()
     return folder
@@ -140,10 +140,10 @@ def test_the_library_launches_what_computes_the_float32_experts(
 
 @pytest.mark.parametrize(("tokens", "tactic"), [(1, 1), (2, 2), (17, 3), (257, 4)])
 def test_the_library_launches_what_computes_a_gathered_ffn(
-    gathered: Path, written_gathered: Path, gathered_portable: Path, tmp_path: Path, tokens: int, tactic: int
+    gathered_bundle: Path, written_gathered: Path, gathered_portable: Path, tmp_path: Path, tokens: int, tactic: int
 ) -> None:
     """The kernel by the number of tokens, on the values that the thresholds keep."""
-    plain = onnx.load(gathered / "model.onnx")
+    plain = onnx.load(gathered_bundle / "model.onnx")
     weights = {t.name: numpy_helper.to_array(t) for t in plain.graph.initializer}
     glu, linear = [node for node in plain.graph.node if node.domain == "moedge"][:2]
     floats = {
@@ -183,13 +183,13 @@ def test_an_engine_with_sparse_experts_is_built_without_a_gpu(sparse: Path, tmp_
 
 
 def test_an_engine_of_a_gathered_model_is_built_without_a_gpu(
-    gathered: Path, written_gathered: Path, tmp_path: Path, monkeypatch: Any
+    gathered_bundle: Path, written_gathered: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     kernels = written_gathered / "kernels"
     monkeypatch.setattr(launcher.plugins, "compile_library", lambda folder, *_: shutil.copytree(kernels, folder))
     library = written_gathered / build.LIBRARY
     monkeypatch.setattr(launcher, "compile_library", lambda target: shutil.copy(library, target))
-    made = build.build(gathered, tmp_path / "engine", ["rtx-3090"], max_length=64, max_prompt=32).document()
+    made = build.build(gathered_bundle, tmp_path / "engine", ["rtx-3090"], max_length=64, max_prompt=32).document()
     assert made["build"]["plugins"] == 4  # two a layer
 
 

@@ -57,7 +57,7 @@ def bundle(dtype: str, bundles: dict[str, Path], tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture(scope="module")
-def gathered(dtype: str, gathered_portable: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def gathered_bundle(dtype: str, gathered_portable: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same of a tiny model that leaves out small values."""
     out = tmp_path_factory.mktemp("gathered") / "tensorrt"
     with atomic_dir(out) as partial:
@@ -66,16 +66,15 @@ def gathered(dtype: str, gathered_portable: Path, tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture(scope="module", params=LAYER)
-def kind(request: pytest.FixtureRequest) -> str:
+def layers(request: pytest.FixtureRequest) -> str:
     """Which layers the graph has."""
     return str(request.param)
 
 
 @pytest.fixture(scope="module")
-def either(kind: str, request: pytest.FixtureRequest) -> Path:
-    """The bundle of that kind."""
-    found: Path = request.getfixturevalue("gathered" if kind == "gathered" else "bundle")
-    return found
+def either(layers: str, bundle: Path, gathered_bundle: Path) -> Path:
+    """The bundle with such layers."""
+    return {"routed": bundle, "gathered": gathered_bundle}[layers]
 
 
 def tensors_of(model: onnx.ModelProto) -> dict[str, torch.Tensor]:
@@ -111,12 +110,12 @@ def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
     return {name: value.decode() if isinstance(value, bytes) else value for name, value in values.items()}
 
 
-def test_every_node_is_a_plugin_with_its_inputs_attributes_and_types(either: Path, kind: str, dtype: str) -> None:
+def test_every_node_is_a_plugin_with_its_inputs_attributes_and_types(either: Path, layers: str, dtype: str) -> None:
     onnx.checker.check_model(either / "model.onnx", full_check=True)
     model = onnx.load(either / "model.onnx", load_external_data=False)
     nodes, types = nodes_of(model), types_of(model)
     stated = {name: tuple([dtype if t == HALF else t for t in side] for side in both) for name, both in TYPES.items()}
-    assert [node.op_type for node in nodes] == LAYER[kind] * 2
+    assert [node.op_type for node in nodes] == LAYER[layers] * 2
     asked = []
     for node in nodes:
         plugin, attributes = PLUGINS[node.op_type], attributes_of(node)
@@ -138,7 +137,7 @@ def test_every_node_is_a_plugin_with_its_inputs_attributes_and_types(either: Pat
         assert None not in options.values(), "a kernel constant depends on a dynamic dimension"
         asked.append(Request(node.op_type, options))
     # Both layers are alike, and the manifest lists just what the nodes ask for.
-    manifest, count = json.loads((either / "manifest.json").read_text()), len(LAYER[kind])
+    manifest, count = json.loads((either / "manifest.json").read_text()), len(LAYER[layers])
     assert manifest["plugins"]["oldest_tensorrt"] == "10.9"
     assert [Request(**kernel) for kernel in manifest["plugins"]["kernels"]] == asked[:count] == asked[count:]
 
@@ -202,10 +201,10 @@ def test_the_chain_of_plugins_is_the_float32_experts(
 
 @pytest.mark.parametrize(("tokens", "path"), [(1, "gemv"), (7, "gemm16"), (70, "gemm64")])
 def test_the_plugins_of_a_gathered_layer_are_its_float32_products(
-    place: str, gathered: Path, gathered_portable: Path, dtype: str, tokens: int, path: str
+    place: str, gathered_bundle: Path, gathered_portable: Path, dtype: str, tokens: int, path: str
 ) -> None:
     """Weights and nodes of the half-precision file, executed by the kernels, beside the layer in float32."""
-    model, half = onnx.load(gathered / "model.onnx"), getattr(torch, dtype)
+    model, half = onnx.load(gathered_bundle / "model.onnx"), getattr(torch, dtype)
     glu, linear = nodes_of(model)[:2]
     assert linear.input[0] == glu.output[0]
     portable = onnx.load(gathered_portable / "model.onnx")
@@ -228,7 +227,7 @@ def test_the_plugins_of_a_gathered_layer_are_its_float32_products(
 
 
 @pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx-cu13 has no package for this platform")
-def test_nvidias_parser_takes_the_plugin_and_not_the_body(either: Path, kind: str) -> None:
+def test_nvidias_parser_takes_the_plugin_and_not_the_body(either: Path, layers: str) -> None:
     """The parser of TensorRT for RTX is asked: it looks the node up by name, version and namespace in its registry."""
     driver = Path(__file__).with_name("parser_driver.py")
     command = [sys.executable, driver, either / "model.onnx"]
@@ -238,7 +237,7 @@ def test_nvidias_parser_takes_the_plugin_and_not_the_body(either: Path, kind: st
     fields = {"Route": {"top_k": 3, "rule": "unit"}, "Dispatch": {"num_experts": 6}}
     fields |= {key: {"activation": "silu"} for key in ("GroupedGLU", "GatheredGLU")}
     assert {case["op_type"]: case["fields"] for case in found if case["namespace"]} == {
-        name: fields.get(name, {}) for name in LAYER[kind]
+        name: fields.get(name, {}) for name in LAYER[layers]
     }
     # Without the attribute the body would be built, silently: every expert's weights gathered for every row.
-    assert [case["taken"] for case in found if not case["namespace"]] == ["body"] * len(LAYER[kind])
+    assert [case["taken"] for case in found if not case["namespace"]] == ["body"] * len(LAYER[layers])
