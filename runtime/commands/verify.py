@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,8 +13,12 @@ from rich.markup import escape
 
 from moedge import MoEdgeError
 from moedge._files import write_text
+from moedge._progress import Progress
 from moedge.runtime.commands._options import Device, Force, Json, Text, Threads, Tolerances
+from moedge.runtime.commands._questions import Limit, Shots, TaskData, Tasks, questions
+from moedge.runtime.parity import accuracy
 from moedge.runtime.parity import baseline as baselines
+from moedge.runtime.parity.accuracy import Gate
 from moedge.runtime.parity.given import against_kept, verify_given
 from moedge.runtime.parity.outcomes import mark
 from moedge.runtime.parity.results import Verification
@@ -37,12 +41,25 @@ def verify(
         ),
     ] = None,
     text: Text = "asset:wiki",
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to compare on.")] = 2048,
+    tokens: Annotated[int, typer.Option(min=0, help="Tokens to compare on; with 0 only answers to --tasks.")] = 2048,
     window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 256,
     prefill: Annotated[int, typer.Option(min=1, help="Tokens of a window in one prefill; the rest is decoded.")] = 224,
     tolerances: Tolerances = "float32",
+    tasks: Tasks = None,
+    task_data: TaskData = None,
+    shots: Shots = 0,
+    limit: Limit = None,
     threads: Threads = None,
     device: Device = "cpu",
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="Larger batches, longer rows, and a text of --max-length tokens.")
+    ] = False,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            min=32, help="Longest sequence that is read, with --thorough 2048; by default only short ones are."
+        ),
+    ] = None,
     save_reference: Annotated[
         Path | None,
         typer.Option(
@@ -67,34 +84,38 @@ def verify(
     ] = None,
     force: Force = False,
 ) -> int:
-    """Compare two engines on real text: logits, KL, top-1 and top-5, expert sets. Exits with 1 when a check fails.
+    """Compare two engines on real text: logits, KL, top-1 and top-5, expert sets; and the tested one with itself in
+    batches, with padding, in pieces and twice. Exits with 1 when a check fails.
 
     \b
     Examples:
       moedge verify runs/smollm2-135m
       moedge verify build/moe build/bundles/ort-cpu --junit verify.xml
+      moedge verify build/moe build/bundles/ort-cpu --thorough --max-length 4096
+      moedge verify build/moe build/bundles/ort-cpu-int8 --tasks arc_easy,piqa,sciq --limit 500
       moedge verify build/moe --save-reference ref.safetensors
       moedge verify build/bundles/ort-cpu --reference ref.safetensors --baseline last.json --markdown verify.md
       moedge verify build/moe verify-answers.npz
     """
-    _check(test, save_reference, kept, baseline, fail_on_worse, prefill, window)
+    if prefill >= window:
+        raise MoEdgeError(f"--prefill {prefill} leaves nothing to decode in a window of {window} tokens (--window).")
+    _check(test, save_reference, kept, baseline, fail_on_worse, bool(tasks or thorough or max_length or not tokens))
+    gate = Gate.of(reference, test, questions(tasks, task_data, shots, limit), tolerances)
+    if not tokens and gate is None:
+        raise MoEdgeError("There is nothing to compare: --tokens 0 takes no text, and there are no --tasks.")
     old = baselines.read(baseline) if baseline else None
+    result: Verification | None = None
     with single("verify", str(reference)) as reporter:
+        watched: dict[str, Any] = {"progress": reporter.progress, "note": reporter.note}
         if save_reference:
-            from moedge.runtime.parity import reference as references
-
+            read: dict[str, Any] = {"text": text, "tokens": tokens, "window": window, "prefill": prefill}
             opening = {"threads": threads, "pytorch": {"device": device}}
-            saved = references.keep_given(
-                reference, save_reference, text=text, tokens=tokens, window=window, prefill=prefill, opening=opening,
-                force=force, progress=reporter.progress,
-            )  # fmt: skip
-            print(json.dumps(saved.as_json(), indent=2) if as_json else saved.told())
-            return 0
+            return _save(reference, save_reference, as_json, reporter.progress, force=force, opening=opening, **read)
         if kept:
             result = against_kept(
                 reference, kept, tolerances=tolerances, threads=threads, device=device, progress=reporter.progress
             )
-        else:
+        elif tokens:
             result = verify_given(
                 reference,
                 test,
@@ -105,9 +126,13 @@ def verify(
                 tolerances=tolerances,
                 threads=threads,
                 device=device,
-                progress=reporter.progress,
-                note=reporter.note,
+                thorough=thorough,
+                max_length=max_length,
+                **watched,
             )
+        if gate is not None:
+            result = gate.added(result, threads=threads, device=device, **watched)
+    assert result is not None
     if old:
         result["baseline"] = baselines.compare(result, old)
     _write(result, junit, markdown, gate=fail_on_worse)
@@ -125,20 +150,29 @@ def _check(
     kept: Path | None,
     baseline: Path | None,
     fail_on_worse: bool,
-    prefill: int,
-    window: int,
+    more: bool,
 ) -> None:
-    """Refuse options that do not go together."""
-    if prefill >= window:
-        raise MoEdgeError(f"--prefill {prefill} leaves nothing to decode in a window of {window} tokens (--window).")
-    if save_reference and (test or kept or baseline):
+    """Refuse options that do not go together; ``more``: something was asked that needs two engines, or no text."""
+    if save_reference and (test or kept or baseline or more):
         raise MoEdgeError(
             "--save-reference keeps the answers of one model and compares nothing; name that model alone."
         )
     if kept and test:
         raise MoEdgeError(f"--reference takes the reference's place: name what is to be judged alone, not {test} too.")
+    if kept and more:
+        raise MoEdgeError(
+            "--reference judges by what the file holds; --tasks, --thorough and --max-length need more."
+        )
     if fail_on_worse and not baseline:
         raise MoEdgeError("--fail-on-worse needs an older result to compare with: --baseline FILE.")
+
+
+def _save(folder: Path, file: Path, as_json: bool, progress: Progress, **options: Any) -> int:
+    from moedge.runtime.parity.reference import keep_given
+
+    saved = keep_given(folder, file, progress=progress, **options)
+    print(json.dumps(saved.as_json(), indent=2) if as_json else saved.told())
+    return 0
 
 
 def _write(result: Verification, junit: Path | None, markdown: Path | None, *, gate: bool) -> None:
@@ -152,19 +186,18 @@ def _write(result: Verification, junit: Path | None, markdown: Path | None, *, g
 
 
 def _print(result: Verification) -> None:
-    console = Console()
+    console, texts = Console(), accuracy.texts(result)
     for comparison, group in itertools.groupby(checks.rows(result), key=lambda row: row.comparison):
-        console.print(escape(f"{comparison}, on {result['text']}:"), highlight=False, soft_wrap=True)
+        on = texts.get(comparison, result["text"])
+        console.print(escape(f"{comparison}, on {on}:"), highlight=False, soft_wrap=True)
         table = Sheet()
         for column in ("check", "value", "limit", ""):
             table.add_column(column)
         for row in group:
             table.add_row(row.name, row.shown, f"{row.relation} {row.limit:g}", mark(row.outcome).cell)
         console.print(table)
-    for entry in result["parity"]:
-        notes = [f"{entry['name']}: {sentence}" for sentence in entry["verdict"]["notes"]]
-        for line in (*checks.said(entry), *notes):
-            console.print(escape(line), highlight=False, soft_wrap=True)
+    for line in checks.said(result):
+        console.print(escape(line), highlight=False, soft_wrap=True)
     if found := result.get("baseline"):
         for line in baselines.lines(found):
             console.print(line, highlight=False, soft_wrap=True)

@@ -37,7 +37,7 @@ def rows(result: Verification) -> list[Row]:
     for same in result["identity"]:
         value, outcome = same["max_rel_error"], verdict.entry_outcome(same)
         found.append(Row(same["name"], "identity.max_rel_error", value, "<=", same["limit"], outcome))
-    for entry in result["parity"]:
+    for entry in (*result["parity"], *result.get("shapes", []), *result.get("accuracy", [])):
         for check in entry["verdict"]["checks"]:
             values = (check["name"], check["value"], check["relation"], check["limit"], verdict.outcome_of(check))
             found.append(Row(entry["name"], *values))
@@ -55,6 +55,10 @@ def junit_xml(result: Verification, *, gate: bool = False) -> str:
         if row.outcome is not verdict.Outcome.PASSED:
             said = f"{row.outcome.value}: {row.name} is {row.value}, must be {row.relation} {row.limit}"
             ElementTree.SubElement(case, "failure", message=said)
+    for shaped in result.get("shapes", []):
+        for name, reason in shaped["not_run"].items():
+            case = ElementTree.SubElement(suite, "testcase", classname=shaped["name"], name=name)
+            ElementTree.SubElement(case, "skipped", message=reason)
     if baseline := result.get("baseline"):
         case = ElementTree.SubElement(suite, "testcase", classname="baseline", name=baseline["file"])
         if baseline["outcome"] != "not worse":
@@ -75,6 +79,7 @@ def markdown(result: Verification) -> str:
         result=result,
         verdict=mark(result["outcome"]).verdict,
         entries=[(entry, _worst_margin(entry)) for entry in result["parity"]],
+        more=[*result.get("shapes", []), *result.get("accuracy", [])],
         missed=[row for row in rows(result) if row.outcome is not verdict.Outcome.PASSED],
         count=len(rows(result)),
     )
@@ -109,12 +114,21 @@ def step_summary(shown: str) -> None:
             stream.write(shown + "\n")
 
 
-def said(entry: ParityEntry) -> list[str]:
-    """What a comparison that has parts found, in lines."""
-    if replay := entry.get("replay"):
-        return [explained(entry, replay), parts(entry)]
-    layers = entry.get("by_layer")
-    return [_by_layer(entry, layers), parts(entry)] if layers else []
+def said(result: Verification) -> list[str]:
+    """What the comparisons found beside their checks, in lines for people."""
+    found: list[str] = []
+    for entry in result["parity"]:
+        if replay := entry.get("replay"):
+            found += [explained(entry, replay), parts(entry)]
+        elif layers := entry.get("by_layer"):
+            found += [_by_layer(entry, layers), parts(entry)]
+        found += [f"{entry['name']}: {note}" for note in entry["verdict"]["notes"]]
+    for shaped in result.get("shapes", []):
+        not_run = [f"{name} was not run: {reason}." for name, reason in shaped["not_run"].items()]
+        found += [f"{shaped['name']}: {note}" for note in (*shaped["verdict"]["notes"], *not_run)]
+    for answers in result.get("accuracy", []):
+        found += [f"{answers['name']}: {note}" for note in answers["verdict"]["notes"]]
+    return found
 
 
 def _shown(value: float | None, form: str) -> str:

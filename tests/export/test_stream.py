@@ -35,7 +35,7 @@ def folders(
         if not checkpoint.exists():
             model = tiny_model("llama" if kind in ("routed", "gathered") else kind, layers=LAYERS)
             if kind in ("routed", "gathered"):
-                plan = convert_tiny(model, "cmoe") if kind == "routed" else gather_only(model)
+                plan = convert_tiny(model, "cmoe") if kind == "routed" else gather_only(model, linears="all")
                 modeling.save(modeling.apply(plan, model), plan, tiny_tokenizer, checkpoint)
             else:
                 model.save_pretrained(checkpoint)
