@@ -160,9 +160,7 @@ def _check(
     if kept and test:
         raise MoEdgeError(f"--reference takes the reference's place: name what is to be judged alone, not {test} too.")
     if kept and more:
-        raise MoEdgeError(
-            "--reference judges by what the file holds; --tasks, --thorough and --max-length need more."
-        )
+        raise MoEdgeError("--reference judges by what the file holds; --tasks, --thorough and --max-length need more.")
     if fail_on_worse and not baseline:
         raise MoEdgeError("--fail-on-worse needs an older result to compare with: --baseline FILE.")
 
