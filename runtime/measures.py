@@ -33,6 +33,8 @@ def verify(
     limit: int | None = None,
     threads: int | None = None,
     device: str = "cpu",
+    thorough: bool = False,
+    max_length: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Compare two engines on real text: logits, distributions, best tokens, chosen experts.
@@ -47,12 +49,14 @@ def verify(
         tasks: of lm-eval (needs ``moedge[eval]``), whose questions the test must answer as the reference does;
             ``task_data``, ``shots``, ``limit``: as for :func:`evaluate`.
         threads: on the CPU. device: where PyTorch computes.
+        thorough: also larger batches, longer rows and a text of ``max_length`` tokens in the checks of other shapes.
+        max_length: tokens of that text, also without ``thorough``; 2,048 by default.
         progress: in tokens, then in answers.
 
     Returns:
         JSON of schema ``moedge.verify/1``. ``outcome`` is ``passed``, ``failed`` or ``not decided``; ``parity`` holds
-        one entry a comparison, with every check, its value and its limit in ``verdict.checks``; so does ``accuracy``
-        where tasks were asked.
+        one entry a comparison, with every check, its value and its limit in ``verdict.checks``; ``shapes`` one entry an
+        engine, read in batches, in pieces and twice; ``accuracy`` one a comparison of answers, where tasks were asked.
 
     Raises:
         MoEdgeError: something named is not there or cannot be compared, or there is too little text. An engine that is
@@ -77,6 +81,8 @@ def verify(
             tolerances=tolerances,
             threads=threads,
             device=device,
+            thorough=thorough,
+            max_length=max_length,
             progress=progress,
         )
     if gate is not None:

@@ -46,15 +46,26 @@ def verify(
     limit: Limit = None,
     threads: Threads = None,
     device: Device = "cpu",
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="Larger batches, longer rows, and a text of --max-length tokens.")
+    ] = False,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            min=32, help="Longest sequence that is read, with --thorough 2048; by default only short ones are."
+        ),
+    ] = None,
     as_json: Json = False,
     junit: Annotated[Path | None, typer.Option(help="Also write the checks as JUnit XML to this file.")] = None,
 ) -> int:
-    """Compare two engines on real text: logits, KL, top-1 and top-5, expert sets. Exits with 1 when a check fails.
+    """Compare two engines on real text: logits, KL, top-1 and top-5, expert sets; and the tested one with itself in
+    batches, with padding, in pieces and twice. Exits with 1 when a check fails.
 
     \b
     Examples:
       moedge verify runs/smollm2-135m
       moedge verify build/moe build/bundles/ort-cpu --junit verify.xml
+      moedge verify build/moe build/bundles/ort-cpu --thorough --max-length 4096
       moedge verify build/moe build/bundles/ort-cpu-int8 --tasks arc_easy,piqa,sciq --limit 500
       moedge verify build/moe verify-answers.npz
     """
@@ -76,6 +87,8 @@ def verify(
                 tolerances=tolerances,
                 threads=threads,
                 device=device,
+                thorough=thorough,
+                max_length=max_length,
                 progress=reporter.progress,
                 note=reporter.note,
             )
@@ -98,7 +111,7 @@ def checks(result: Verification) -> list[tuple[str, str, float | None, str, floa
     for same in result["identity"]:
         value, outcome = same["max_rel_error"], verdict.entry_outcome(same)
         rows.append((same["name"], "identity.max_rel_error", value, "<=", same["limit"], outcome))
-    for entry in (*result["parity"], *result.get("accuracy", [])):
+    for entry in (*result["parity"], *result.get("shapes", []), *result.get("accuracy", [])):
         for check in entry["verdict"]["checks"]:
             values = (check["name"], check["value"], check["relation"], check["limit"], verdict.outcome_of(check))
             rows.append((entry["name"], *values))
@@ -108,17 +121,22 @@ def checks(result: Verification) -> list[tuple[str, str, float | None, str, floa
 def junit_xml(result: Verification) -> str:
     """The checks as JUnit XML, one test case each, for a CI server; what is not decided is a failure that says so."""
     rows = checks(result)
+    not_run = [(entry["name"], *item) for entry in result.get("shapes", []) for item in entry["not_run"].items()]
     suite = ElementTree.Element(
         "testsuite",
         name="moedge verify",
-        tests=str(len(rows)),
+        tests=str(len(rows) + len(not_run)),
         failures=str(sum(row[-1] is not verdict.Outcome.PASSED for row in rows)),
+        skipped=str(len(not_run)),
     )
     for comparison, name, value, relation, limit, outcome in rows:
         case = ElementTree.SubElement(suite, "testcase", classname=comparison, name=name)
         if outcome is not verdict.Outcome.PASSED:
             said = f"{outcome.value}: {name} is {value}, must be {relation} {limit}"
             ElementTree.SubElement(case, "failure", message=said)
+    for comparison, name, reason in not_run:
+        case = ElementTree.SubElement(suite, "testcase", classname=comparison, name=name)
+        ElementTree.SubElement(case, "skipped", message=reason)
     ElementTree.indent(suite)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"
 
@@ -174,6 +192,10 @@ def _print(result: Verification) -> None:
                 console.print(escape(line), highlight=False, soft_wrap=True)
         for sentence in entry["verdict"]["notes"]:
             console.print(escape(f"{entry['name']}: {sentence}"), highlight=False, soft_wrap=True)
+    for shaped in result.get("shapes", []):
+        not_run = [f"{name} was not run: {reason}." for name, reason in shaped["not_run"].items()]
+        for sentence in (*shaped["verdict"]["notes"], *not_run):
+            console.print(escape(f"{shaped['name']}: {sentence}"), highlight=False, soft_wrap=True)
     for answers in result.get("accuracy", []):
         for sentence in answers["verdict"]["notes"]:
             console.print(escape(f"{answers['name']}: {sentence}"), highlight=False, soft_wrap=True)

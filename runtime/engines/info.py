@@ -72,6 +72,13 @@ class EngineInfo:
     model: EngineModel
     max_batch: int | None = None
     """Most rows of one call; None: as many as there is memory for."""
+    padding: bool = True
+    """Whether the rows of a call may be of different length (padded on the left)."""
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether it computes on the CPU, where kernels add in the same order in every call."""
+        return self.device == "CPU"
 
     def as_json(self) -> dict[str, Any]:
         """Return the entry of results."""

@@ -7,7 +7,7 @@ bound as both, and the runtime writes the new keys and values in place. Only ids
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from moedge.runtime.engines.calls import (
 from moedge.runtime.engines.ort_loader import Loaded, Options, load
 from moedge.runtime.engines.ort_session import ort_value, session_options
 from moedge.runtime.engines.protocol import Step
+from moedge.runtime.engines.steps import joined
 
 
 @dataclass
@@ -117,8 +118,8 @@ class OrtEngine:
         """Run ``ids`` int64 [B, S] from an empty cache; see :class:`moedge.runtime.engines.Engine`."""
         loaded = self._open()
         mask = check_batch(ids, attention_mask, loaded.model.vocab_size)
-        if loaded.device == "cuda" and not mask.all():
-            raise MoEdgeError("An ort-cuda bundle takes no padding: give rows of equal length, or one row at a time.")
+        if not loaded.info.padding and not mask.all():
+            raise MoEdgeError(f"{self._path} takes no padding: give rows of equal length, or one row at a time.")
         return self._run(ids, mask, _empty_cache(loaded, len(ids)), experts, factors)
 
     def decode(
@@ -140,6 +141,13 @@ class OrtEngine:
                 longrope.refuse_forced(loaded.rope_boundary)
             cache.used = True
             return longrope.last(self.prefill(np.concatenate([cache.ids, ids], axis=1), mask), ids.shape[1])
+        if loaded.shared and len(ids) > 1 and ids.shape[1] > 1:
+            # GroupQueryAttention takes several tokens after a past for a single row only.
+            steps: list[Step] = []
+            for token in np.split(ids, ids.shape[1], axis=1):
+                steps.append(self.decode(token, steps[-1].cache if steps else cache, experts=experts, factors=factors))
+            whole = joined(steps)
+            return replace(whole, logits=steps[-1].logits) if loaded.last_logits else whole
         return self._run(ids, mask, cache, experts, factors)
 
     def read(self, ids: np.ndarray) -> Any:

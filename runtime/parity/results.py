@@ -224,6 +224,52 @@ class Identity(TypedDict):
     passed: bool
 
 
+@closed
+class Place(TypedDict):
+    """Where two readings of a text differ most; counted from 0, padding not counted."""
+
+    row: Count
+    position: Count
+    rel_error: Measured
+
+
+@closed
+class ShapeCase(TypedDict):
+    """One way of reading beside the same text read at once and alone, see :mod:`moedge.runtime.parity.shapes`."""
+
+    tokens: Count
+    identical: Count
+    """Tokens whose logits are the same bits."""
+    replayed: Count
+    """Tokens compared with the reference under the engine's own choices, for one of them changed."""
+    excused: Count
+    """Tokens not compared: they follow a changed choice, and there was nothing to replay it."""
+    rel_error: dict[str, Measured]
+    kl: dict[str, Measured]
+    worst: NotRequired[Place]
+
+
+@closed
+class Shapes(TypedDict):
+    """One engine beside itself in other shapes of batch and prompt, schema ``moedge.shapes/1``."""
+
+    schema: Literal["moedge.shapes/1"]
+    test: EngineFacts
+    prompts: list[Count]
+    """Tokens of each row of the batches; a batch is decoded a few tokens further."""
+    cases: dict[str, ShapeCase]
+    not_run: dict[str, str]
+    """Checks that this engine or text does not allow, and why."""
+    verdict: VerdictFacts
+
+
+@closed
+class ShapesEntry(Shapes):
+    """The shapes of one engine among others."""
+
+    name: str
+
+
 @opened
 class ParityEntry(Parity):
     """A comparison among others: ``name`` says who is compared with whom."""
@@ -297,6 +343,8 @@ class Verification(TypedDict):
     identity_note: NotRequired[str | None]
     identity: list[IdentityEntry]
     parity: list[ParityEntry]
+    shapes: NotRequired[list[ShapesEntry]]
+    """Results of older versions, and comparisons with a device's answers, have none."""
     accuracy: NotRequired[list[AccuracyEntry]]
     """Where tasks were asked."""
     tolerances: NotRequired[dict[str, Any]]
