@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 from xml.etree import ElementTree
 
 import typer
@@ -15,7 +15,9 @@ from rich.markup import escape
 from moedge import MoEdgeError
 from moedge._files import write_text
 from moedge.runtime.commands._options import Device, Json, Text, Threads, Tolerances
-from moedge.runtime.parity import verdict
+from moedge.runtime.commands._questions import Limit, Shots, TaskData, Tasks, questions
+from moedge.runtime.parity import accuracy, verdict
+from moedge.runtime.parity.accuracy import Gate
 from moedge.runtime.parity.given import verify_given
 from moedge.runtime.parity.outcomes import mark
 from moedge.runtime.parity.results import ParityEntry, Replayed, Verification
@@ -34,10 +36,14 @@ def verify(
         ),
     ] = None,
     text: Text = "asset:wiki",
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to compare on.")] = 2048,
+    tokens: Annotated[int, typer.Option(min=0, help="Tokens to compare on; with 0 only answers to --tasks.")] = 2048,
     window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 256,
     prefill: Annotated[int, typer.Option(min=1, help="Tokens of a window in one prefill; the rest is decoded.")] = 224,
     tolerances: Tolerances = "float32",
+    tasks: Tasks = None,
+    task_data: TaskData = None,
+    shots: Shots = 0,
+    limit: Limit = None,
     threads: Threads = None,
     device: Device = "cpu",
     thorough: Annotated[
@@ -60,26 +66,36 @@ def verify(
       moedge verify runs/smollm2-135m
       moedge verify build/moe build/bundles/ort-cpu --junit verify.xml
       moedge verify build/moe build/bundles/ort-cpu --thorough --max-length 4096
+      moedge verify build/moe build/bundles/ort-cpu-int8 --tasks arc_easy,piqa,sciq --limit 500
       moedge verify build/moe verify-answers.npz
     """
     if prefill >= window:
         raise MoEdgeError(f"--prefill {prefill} leaves nothing to decode in a window of {window} tokens (--window).")
+    gate = Gate.of(reference, test, questions(tasks, task_data, shots, limit), tolerances)
+    if not tokens and gate is None:
+        raise MoEdgeError("There is nothing to compare: --tokens 0 takes no text, and there are no --tasks.")
+    result: Verification | None = None
     with single("verify", str(reference)) as reporter:
-        result = verify_given(
-            reference,
-            test,
-            text=text,
-            tokens=tokens,
-            window=window,
-            prefill=prefill,
-            tolerances=tolerances,
-            threads=threads,
-            device=device,
-            thorough=thorough,
-            max_length=max_length,
-            progress=reporter.progress,
-            note=reporter.note,
-        )
+        if tokens:
+            result = verify_given(
+                reference,
+                test,
+                text=text,
+                tokens=tokens,
+                window=window,
+                prefill=prefill,
+                tolerances=tolerances,
+                threads=threads,
+                device=device,
+                thorough=thorough,
+                max_length=max_length,
+                progress=reporter.progress,
+                note=reporter.note,
+            )
+        if gate is not None:
+            watched: dict[str, Any] = {"progress": reporter.progress, "note": reporter.note}
+            result = gate.added(result, threads=threads, device=device, **watched)
+    assert result is not None
     if junit:
         write_text(junit, junit_xml(result))
     if as_json:
@@ -95,7 +111,7 @@ def checks(result: Verification) -> list[tuple[str, str, float | None, str, floa
     for same in result["identity"]:
         value, outcome = same["max_rel_error"], verdict.entry_outcome(same)
         rows.append((same["name"], "identity.max_rel_error", value, "<=", same["limit"], outcome))
-    for entry in (*result["parity"], *result.get("shapes", [])):
+    for entry in (*result["parity"], *result.get("shapes", []), *result.get("accuracy", [])):
         for check in entry["verdict"]["checks"]:
             values = (check["name"], check["value"], check["relation"], check["limit"], verdict.outcome_of(check))
             rows.append((entry["name"], *values))
@@ -159,9 +175,10 @@ def _parts(entry: ParityEntry) -> str:
 
 def _print(result: Verification) -> None:
     rows = checks(result)
-    console = Console()
+    console, texts = Console(), accuracy.texts(result)
     for comparison, group in itertools.groupby(rows, key=lambda row: row[0]):
-        console.print(escape(f"{comparison}, on {result['text']}:"), highlight=False, soft_wrap=True)
+        on = texts.get(comparison, result["text"])
+        console.print(escape(f"{comparison}, on {on}:"), highlight=False, soft_wrap=True)
         table = Sheet()
         for column in ("check", "value", "limit", ""):
             table.add_column(column)
@@ -179,4 +196,7 @@ def _print(result: Verification) -> None:
         not_run = [f"{name} was not run: {reason}." for name, reason in shaped["not_run"].items()]
         for sentence in (*shaped["verdict"]["notes"], *not_run):
             console.print(escape(f"{shaped['name']}: {sentence}"), highlight=False, soft_wrap=True)
+    for answers in result.get("accuracy", []):
+        for sentence in answers["verdict"]["notes"]:
+            console.print(escape(f"{answers['name']}: {sentence}"), highlight=False, soft_wrap=True)
     console.print(mark(result["outcome"]).line)

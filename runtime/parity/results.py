@@ -285,6 +285,55 @@ class IdentityEntry(Identity):
 
 
 @closed
+class PairedFacts(TypedDict):
+    """Two engines' answers to the same questions, see :class:`moedge.runtime.accuracy.paired.Paired`."""
+
+    questions: Count
+    agreement: float
+    agreement_interval: list[float]
+    """Low and high end, 95 %."""
+    reference_accuracy: float
+    test_accuracy: float
+    drop: float
+    """Accuracy of the reference less that of the test."""
+    drop_interval: list[float]
+    only_reference: Count
+    """Questions that it alone has right."""
+    only_test: Count
+    mcnemar_p: float
+
+
+@closed
+class PairedTask(PairedFacts):
+    """The same of one lm-eval task; ``metric`` says by what an answer is right."""
+
+    task: str
+    version: str
+    data: str
+    metric: str
+    available: Count
+    """Questions that the data holds."""
+
+
+@opened
+class AccuracyEntry(TypedDict):
+    """One engine's answers to tasks beside its reference's, schema ``moedge.accuracy/1``."""
+
+    schema: Literal["moedge.accuracy/1"]
+    name: str
+    reference: EngineFacts
+    test: EngineFacts
+    shots: Count
+    limit: int | None
+    """Most questions of a task."""
+    tasks: Annotated[list[PairedTask], Field(min_length=1)]
+    overall: PairedFacts
+    """Of all tasks together, every question counted once."""
+    tolerances: dict[str, float | None]
+    verdict: VerdictFacts
+
+
+@closed
 class Verification(TypedDict):
     """All comparisons of one verification, schema ``moedge.verify/1``."""
 
@@ -296,6 +345,8 @@ class Verification(TypedDict):
     parity: list[ParityEntry]
     shapes: NotRequired[list[ShapesEntry]]
     """Results of older versions, and comparisons with a device's answers, have none."""
+    accuracy: NotRequired[list[AccuracyEntry]]
+    """Where tasks were asked."""
     tolerances: NotRequired[dict[str, Any]]
     """The user's file of limits, where there is one."""
     passed: bool

@@ -269,7 +269,8 @@ def part_outcome(entry: Mapping[str, Any], part: str) -> Outcome:
 
 def run_outcome(verification: Mapping[str, Any]) -> Outcome:
     """Return the outcome of a verify result (schema ``moedge.verify/1``) over all of its comparisons."""
-    entries = [*verification["identity"], *verification["parity"], *verification.get("shapes", [])]
+    more = (*verification.get("shapes", ()), *verification.get("accuracy", ()))
+    entries = (*verification["identity"], *verification["parity"], *more)
     return Outcome.over(map(entry_outcome, entries))
 
 
