@@ -57,7 +57,7 @@ def cases() -> dict[str, Launch]:
 def _gathered_cases() -> dict[str, Launch]:
     from moedge.convert.ops.kernels import gathered, gathered_glu, gathered_linear
 
-    found = {}
+    found: dict[str, Launch] = {}
     for dtype, path in (*(("fp16", path) for path in gathered.PATHS), ("bf16", "gemv"), ("bf16", "gemm16")):
         glu = gathered_glu.launch(hidden=HIDDEN, width=DENSE_WIDTH, activation="silu", dtype=dtype, path=path)
         linear = gathered_linear.launch(inputs=DENSE_WIDTH, outputs=HIDDEN, dtype=dtype, path=path)
