@@ -135,7 +135,7 @@ def render(measured: list[dict[str, Any]]) -> str:
         by_kernel.setdefault(row["kernel"], {})[row["capability"]] = row
     lines = [
         f"Triton {version('triton')}; H={HIDDEN}, I={WIDTH}, E={EXPERTS}, k={TOP_K}; gathered: I={DENSE_WIDTH}, "
-        f"{KEEP:.0%} kept. Each cell: "
+        f"{KEEP:g} of the values kept. Each cell: "
         "registers a thread / KiB of shared memory a block, and bytes of spills a thread where there are any.",
         "",
         "| kernel | threads | " + " | ".join(f"sm_{c}" for c in capabilities) + " | PTX KiB |",
