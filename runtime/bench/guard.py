@@ -1,0 +1,134 @@
+"""What a benchmark watches beside its clock: the machine, and the energy, between the timed parts.
+
+:class:`Observer` is told when an engine's turn begins, when its prompt is read and when it ends. What it finds stands in
+the result as ``guard`` (:class:`moedge.runtime.device.moedge_guard.Verdict`) and in each row as ``energy``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from moedge.runtime.bench.energy import Energy, Meter, Turn, energy
+from moedge.runtime.device import moedge_jetson
+from moedge.runtime.device.moedge_guard import Watch
+from moedge.runtime.device.moedge_nvml import NoNvml, Nvml
+from moedge.runtime.device.moedge_power import Source, open_source
+from moedge.runtime.device.moedge_sensors import Gpu
+from moedge.runtime.engines.info import EngineInfo
+
+CPU = "CPU"
+"""What an engine on the processor says its device is."""
+
+
+class Observer:
+    """Watches the rounds of one benchmark. Nothing here may be called inside a timed part.
+
+    Args:
+        infos: label -> what its engine is, of engines that are open.
+        watch: takes readings; of this machine by default.
+        opener: opens a counter of energy.
+    """
+
+    def __init__(
+        self,
+        infos: Mapping[str, EngineInfo],
+        watch: Watch | None = None,
+        opener: Callable[..., Source] = open_source,
+    ) -> None:
+        self._infos = infos
+        self._nvml = _nvml() if any(info.device != CPU for info in infos.values()) else None
+        reader = self._nvml.read if self._nvml else None
+        self._watch = watch or _watch(reader)
+        kinds = {info.device != CPU for info in infos.values()}
+        self._meters = {gpu: Meter(gpu=gpu, opener=opener) for gpu in sorted(kinds)}
+        self._turns: dict[str, list[Turn]] = {label: [] for label in infos}
+        self._marks: list[float | None] = []
+
+    def begin(self, label: str) -> None:
+        """An engine's turn begins."""
+        self._marks = [self._meter(label).joules()]
+        if not self._watch.readings:
+            self._watch.read()
+
+    def between(self, label: str) -> None:
+        """Its prompt is read, and its decoding not begun."""
+        self._marks.append(self._meter(label).joules())
+
+    def end(self, label: str) -> None:
+        """Its turn has ended."""
+        before, between = self._marks
+        self._turns[label].append((before, between, self._meter(label).joules()))
+        self._watch.read()
+
+    def guard(self, rounds: Mapping[str, Mapping[str, Sequence[float]]], dropped: int = 0) -> dict[str, Any]:
+        """Judge the rounds that count, which came after ``dropped`` others.
+
+        Args:
+            rounds: label -> metric -> milliseconds of each round that counts.
+            dropped: rounds of the warm-up.
+        """
+        threads = [info.threads for info in self._infos.values() if info.device == CPU]
+        turns = dropped * len(self._infos)
+        return self._watch.judge(rounds, max(threads) if threads else None, since=turns).document()
+
+    def energy(self, label: str, seconds: Sequence[float], *, tokens: int, batch: int, seed: int = 0) -> Energy:
+        """Sum up what an engine took in the last rounds; see :func:`moedge.runtime.bench.energy.energy`.
+
+        Args:
+            label: of the engine.
+            seconds: that the decoding of each round that counts took.
+            tokens: decoded in a round, by each row.
+            batch: rows.
+            seed: of the bootstrap.
+        """
+        meter = self._meter(label)
+        source = meter.source.name if meter.source else None
+        turns = self._turns[label][-len(seconds) :]
+        return energy(turns, seconds, source=source, reason=meter.reason, tokens=tokens, batch=batch, seed=seed)
+
+    def close(self) -> None:
+        """Stop counting."""
+        for meter in self._meters.values():
+            meter.close()
+        if self._nvml is not None:
+            self._nvml.close()
+
+    def _meter(self, label: str) -> Meter:
+        return self._meters[self._infos[label].device != CPU]
+
+
+def _nvml() -> Nvml | None:
+    try:
+        return Nvml()
+    except NoNvml:
+        return None
+
+
+def _watch(gpu: Callable[[], Gpu] | None) -> Watch:
+    return Watch(gpu=gpu, power_mode=moedge_jetson.power_mode(moedge_jetson.said_by("nvpmodel", "-q")))
+
+
+def lines(guard: Mapping[str, Any]) -> list[str]:
+    """Say what the guard found, for people: the first line is the verdict."""
+    if guard["trusted"]:
+        said = ["The measurement can be trusted: " + ", ".join(_told(guard)) + "."]
+    else:
+        said = ["NOT TO BE TRUSTED: " + guard["concerns"][0]["says"]]
+        said += [concern["says"] for concern in guard["concerns"][1:]]
+        said.append("Seen: " + ", ".join(_told(guard)) + ".")
+    return [*said, *guard["notes"]]
+
+
+def _told(guard: Mapping[str, Any]) -> list[str]:
+    """What was seen, and what the machine does not tell."""
+    worst = max((spread["cv"] for spread in guard["spread"]), default=None)
+    cores, mhz, hot = guard["others_cores"], guard["mhz"] or guard["gpu_mhz"], guard["hottest_c"]
+    stolen = guard["stolen_cores"]
+    return [
+        "rounds vary by not told" if worst is None else f"rounds vary by at most {worst:.1%}",
+        "other programs not told" if cores is None else f"other programs took {cores:.2f} cores",
+        *([] if not stolen else [f"the host took {stolen:.2f}"]),
+        "clock not told" if mhz is None else f"clock {mhz[0]:.0f} to {mhz[1]:.0f} MHz",
+        "heat not told" if hot is None else f"at most {hot:.0f} C",
+    ]

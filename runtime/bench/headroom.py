@@ -1,0 +1,241 @@
+"""How near a benchmark came to what its models need of this machine, and to the gain that leaving weights out allows.
+
+What a token needs (:mod:`moedge.export.needs`) over what the machine can do (:mod:`moedge.runtime.bench.roofline`) is
+the least time that a step can take; that over the measured time is what was *reached*. The ideal gain of a converted
+model is the ratio of the two least times. A roof is measured with kernels of others, so a better one may pass 100 %.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from typing_extensions import NotRequired, TypedDict
+
+from moedge import MoEdgeError
+from moedge.export import manifest as manifests
+from moedge.export import needs as model_needs
+from moedge.export import targets
+from moedge.export.needs import Needs
+from moedge.runtime.bench.roofline import Roof
+
+Phase = Literal["prompt", "decode"]
+PHASES: dict[Phase, str] = {"prompt": "ttft_ms", "decode": "tpot_ms"}
+
+
+class Reached(TypedDict):
+    """One phase of one engine."""
+
+    bytes: float
+    """That the step reads, at least."""
+    multiplications: float
+    least_ms: float
+    bound: Literal["memory", "arithmetic"]
+    """Which of the two the least time comes from."""
+    ms: float
+    """Measured median."""
+    reached: float
+    """``least_ms / ms``."""
+    gb_s: float
+    """Needed bytes over the measured time."""
+
+
+class HeadroomRow(TypedDict):
+    """One engine; with a ``reason`` instead of the phases where it cannot be told."""
+
+    label: str
+    stored_bytes: NotRequired[float]
+    bandwidth_gb_s: NotRequired[float]
+    """Measured here, at the bytes that a token needs."""
+    gmul_s: NotRequired[float]
+    """10^9 multiplications a second, measured here at the engine's bits."""
+    prompt: NotRequired[Reached]
+    decode: NotRequired[Reached]
+    reason: NotRequired[str]
+
+
+class Gain(TypedDict):
+    """A converted model beside its dense parent of the same target."""
+
+    phase: Phase
+    label: str
+    dense: str
+    ideal: float
+    """Ratio of least times."""
+    measured: float
+    reached: float
+    """``measured / ideal``."""
+
+
+class Lost(TypedDict):
+    """Where the time of a decode step went: one part of one engine's profile."""
+
+    label: str
+    part: str
+    ms: float
+    least_ms: float
+    """Its weights, and for attention the cache, at the measured bandwidth."""
+
+
+class Headroom(TypedDict):
+    """All engines at one point of a benchmark."""
+
+    threads: int
+    rows: list[HeadroomRow]
+    gains: list[Gain]
+    lost: NotRequired[list[Lost]]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What was timed of one engine."""
+
+    folder: Path
+    device: str
+    dtype: str
+    target: str
+    ms: dict[Phase, float]
+    """Medians."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a point: tokens of the prompt, decoded, rows, tokens in the cache before the prompt."""
+
+    prompt: int
+    decode: int
+    batch: int = 1
+    depth: int = 0
+
+    @property
+    def context(self) -> float:
+        """Tokens that a decode step sees, itself included, on average."""
+        return self.depth + self.prompt + (self.decode + 1) / 2
+
+
+def headroom(
+    timed: Mapping[str, Timed], sizes: Sizes, roof: Roof, profiles: Mapping[str, Any] | None = None
+) -> Headroom:
+    """Say how near each engine came to what its model needs.
+
+    Args:
+        timed: label -> what was timed.
+        sizes: of the point.
+        roof: this machine, with the session's threads.
+        profiles: label -> :func:`moedge.runtime.bench.profiling.profile`, where there is one.
+    """
+    needs: dict[str, Needs] = {}
+    rows: list[HeadroomRow] = []
+    for label, one in timed.items():
+        try:
+            if one.device != "CPU":
+                raise MoEdgeError("the roof is measured on the CPU; for a GPU's own figures: moedge estimate")
+            needs[label] = model_needs.of_folder(one.folder, one.dtype)
+            rows.append(_row(label, one, needs[label], sizes, roof))
+        except MoEdgeError as error:
+            needs.pop(label, None)
+            rows.append({"label": label, "reason": str(error)})
+    found: Headroom = {"threads": roof.threads, "rows": rows, "gains": _gains(timed, rows)}
+    if profiles:
+        found["lost"] = [
+            part
+            for label, need in needs.items()
+            if label in profiles
+            for part in _lost(label, profiles[label], need, sizes, roof)
+        ]
+    return found
+
+
+def _row(label: str, one: Timed, needs: Needs, sizes: Sizes, roof: Roof) -> HeadroomRow:
+    row = targets.known(one.target)
+    bits = (row.bits if row else None) or 32
+    batch = sizes.batch
+    read = {
+        "prompt": needs.prompt_bytes(sizes.prompt, batch, sizes.depth),
+        "decode": needs.decode_bytes(sizes.context, batch),
+    }
+    multiplied = {
+        "prompt": needs.prompt_products(sizes.prompt, batch, sizes.depth),
+        "decode": needs.decode_products(sizes.context, batch),
+    }
+    bandwidth = roof.bandwidth(read["decode"])
+    rate = roof.rate(batch * sizes.prompt, bits)
+
+    def phase(name: Phase) -> Reached:
+        memory, arithmetic = read[name] / bandwidth, multiplied[name] / rate
+        least, took = 1e3 * max(memory, arithmetic), one.ms[name]
+        return {
+            "bytes": read[name],
+            "multiplications": multiplied[name],
+            "least_ms": least,
+            "bound": "memory" if memory >= arithmetic else "arithmetic",
+            "ms": took,
+            "reached": least / took,
+            "gb_s": read[name] / took / 1e6,
+        }
+
+    return {
+        "label": label,
+        "stored_bytes": needs.stored,
+        "bandwidth_gb_s": bandwidth / 1e9,
+        "gmul_s": rate / 1e9,
+        "prompt": phase("prompt"),
+        "decode": phase("decode"),
+    }
+
+
+def _gains(timed: Mapping[str, Timed], rows: list[HeadroomRow]) -> list[Gain]:
+    """Pairs of a converted model and a dense one on the same target, in the same type."""
+    known = {row["label"]: row for row in rows if "reason" not in row}
+    dense = {(timed[label].target, timed[label].dtype): label for label in known if not _converted(timed[label].folder)}
+    found: list[Gain] = []
+    for label, row in known.items():
+        parent = dense.get((timed[label].target, timed[label].dtype))
+        if parent is None or not _converted(timed[label].folder):
+            continue
+        for name in PHASES:
+            one, other = row[name], known[parent][name]
+            ideal, measured = other["least_ms"] / one["least_ms"], other["ms"] / one["ms"]
+            gain: Gain = {
+                "phase": name,
+                "label": label,
+                "dense": parent,
+                "ideal": ideal,
+                "measured": measured,
+                "reached": measured / ideal,
+            }
+            found.append(gain)
+    return found
+
+
+def _converted(folder: Path) -> bool:
+    manifest = manifests.read(folder)
+    return (folder / "plan.json").is_file() if manifest is None else manifest.kind == "moe"
+
+
+_PARTS = {"experts": ("experts",), "dense FFN": ("ffn", "shared", "shared experts", "gathered FFNs")}
+"""Group of a profile -> names of :class:`moedge.export.needs.Part` whose share it has."""
+
+
+def _lost(label: str, profile: Mapping[str, Any], needs: Needs, sizes: Sizes, roof: Roof) -> list[Lost]:
+    """Where one engine's decode step went; the groups of its profile, the largest loss first."""
+    weights = profile.get("weights") or {}
+    bandwidth = roof.bandwidth(needs.decode_bytes(sizes.context, 1))
+    found: list[Lost] = []
+    for group in profile["decode"]["groups"]:
+        read = weights.get(group["name"], 0) * _share(group["name"], needs)
+        if group["name"] == "attention":
+            read += sizes.context * needs.cache_bytes
+        found.append(
+            {"label": label, "part": group["name"], "ms": group["ms"], "least_ms": 1e3 * read / bandwidth}
+        )
+    return sorted(found, key=lambda part: part["least_ms"] - part["ms"])
+
+
+def _share(group: str, needs: Needs) -> float:
+    """Share of a group's weights that one token reads."""
+    parts = [part for part in needs.parts if part.name in _PARTS.get(group, ())]
+    stored = sum(part.bytes for part in parts)
+    return sum(part.read(1) for part in parts) / stored if stored else 1.0
