@@ -83,6 +83,19 @@ class Needs:
         return batch * (tokens * each + head + seen * self.attention)
 
 
+def facts(folder: Path) -> tuple[ModelFacts, MoEFacts | None, float | None]:
+    """Return the model, its conversion, and the share of FFN weights that a token reads where values are left out.
+
+    Raises:
+        MoEdgeError: the folder holds no model, or does not say enough.
+    """
+    manifest = manifests.read(folder)
+    if manifest is None:
+        return facts_of_checkpoint(folder)
+    told = with_tied(manifest, folder)
+    return told.model, told.moe, _gathered(told)
+
+
 def of_folder(folder: Path, dtype: str = "float32") -> Needs:
     """Return what the model in a folder needs: a bundle, an engine, or a checkpoint that PyTorch runs in ``dtype``.
 
@@ -90,10 +103,10 @@ def of_folder(folder: Path, dtype: str = "float32") -> Needs:
         MoEdgeError: the folder does not say enough.
     """
     manifest = manifests.read(folder)
-    if manifest is None:
-        model, moe, share = facts_of_checkpoint(folder)
-        return of_model(model, moe, weight=BYTES[dtype], cached=BYTES[dtype], share=share)
-    return of_manifest(with_tied(manifest, folder))
+    if manifest is not None:
+        return of_manifest(with_tied(manifest, folder))
+    model, moe, share = facts(folder)
+    return of_model(model, moe, weight=BYTES[dtype], cached=BYTES[dtype], share=share)
 
 
 def of_manifest(manifest: Manifest | EngineManifest) -> Needs:
@@ -190,7 +203,7 @@ def _class_part(size: ClassSize, model: ModelFacts, moe: MoEFacts | None, gather
 
 
 def with_tied(manifest: Manifest | EngineManifest, folder: Path) -> Manifest | EngineManifest:
-    """Return a manifest that says whether the embedding is tied; older ones do not, and config.json beside them does."""
+    """Return a manifest that says whether the embedding is tied: of older ones, config.json beside them does."""
     if manifest.model.tied_embedding is not None or not (folder / "config.json").is_file():
         return manifest
     tied = read_json(folder / "config.json", "export again").get("tie_word_embeddings")

@@ -1,7 +1,7 @@
 """What a benchmark watches beside its clock: the machine, and the energy, between the timed parts.
 
-:class:`Observer` is told when an engine's turn begins, when its prompt is read and when it ends. What it finds stands in
-the result as ``guard`` (:class:`moedge.runtime.device.moedge_guard.Verdict`) and in each row as ``energy``.
+:class:`Observer` is told when an engine's turn begins, when its prompt is read and when it ends. What it finds stands
+in the result as ``guard`` (:class:`moedge.runtime.device.moedge_guard.Verdict`) and in each row as ``energy``.
 """
 
 from __future__ import annotations

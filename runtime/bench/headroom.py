@@ -228,9 +228,7 @@ def _lost(label: str, profile: Mapping[str, Any], needs: Needs, sizes: Sizes, ro
         read = weights.get(group["name"], 0) * _share(group["name"], needs)
         if group["name"] == "attention":
             read += sizes.context * needs.cache_bytes
-        found.append(
-            {"label": label, "part": group["name"], "ms": group["ms"], "least_ms": 1e3 * read / bandwidth}
-        )
+        found.append({"label": label, "part": group["name"], "ms": group["ms"], "least_ms": 1e3 * read / bandwidth})
     return sorted(found, key=lambda part: part["least_ms"] - part["ms"])
 
 

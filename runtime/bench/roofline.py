@@ -132,6 +132,7 @@ def _product(bits: int) -> bytes:
     inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", _WIDE])]
     outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", _WIDE])]
     opsets = [helper.make_opsetid("", 21)]
+    weights: dict[str, np.ndarray]
     if bits == 32:
         weights = {"w": draw.standard_normal((_WIDE, _WIDE), dtype=np.float32)}
         node = helper.make_node("MatMul", ["x", "w"], ["y"])
@@ -141,7 +142,7 @@ def _product(bits: int) -> bytes:
             "w": draw.integers(0, 256, (_WIDE, blocks, _BLOCK * bits // 8), dtype=np.uint8),
             "scales": np.full((_WIDE, blocks), 0.01, np.float32),
         }
-        sizes = {"K": _WIDE, "N": _WIDE, "bits": bits, "block_size": _BLOCK, "accuracy_level": 4}
+        sizes: dict[str, Any] = {"K": _WIDE, "N": _WIDE, "bits": bits, "block_size": _BLOCK, "accuracy_level": 4}
         node = helper.make_node("MatMulNBits", ["x", "w", "scales"], ["y"], domain="com.microsoft", **sizes)
         opsets.append(helper.make_opsetid("com.microsoft", 1))
     initializers = [numpy_helper.from_array(array, name) for name, array in weights.items()]

@@ -288,7 +288,7 @@ def _of_cores(seen: _Seen, settings: Settings, threads: int) -> list[Concern]:
             Concern(
                 "quota",
                 f"The container's quota was used up and its threads were held back for {seen.held_back:.1f} of "
-                f"{seen.seconds:.0f} s: give it whole cores (docker --cpuset-cpus) instead of a share of time (--cpus).",
+                f"{seen.seconds:.0f} s: give it whole cores (docker --cpuset-cpus), not a share of time (--cpus).",
             )
         )
     if threads > usable + WANTED:

@@ -45,6 +45,12 @@ def power_mode(text: str) -> str | None:
     return found[1] if found else None
 
 
+def l4t(text: str) -> str | None:
+    """Return the version of Jetson Linux from ``/etc/nv_tegra_release``, such as ``36.4.7``."""
+    found = re.search(r"# R(\d+).*?REVISION:\s*([\d.]+)", text)
+    return f"{found[1]}.{found[2]}" if found else None
+
+
 def clocks_locked(text: str) -> bool | None:
     """Whether every clock that ``jetson_clocks --show`` prints is held at one value; None where it prints none.
 

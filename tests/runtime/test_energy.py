@@ -66,7 +66,7 @@ def test_a_counter_for_root_only_says_how_to_allow_it(tmp_path: Path, monkeypatc
 
 
 def test_a_machine_without_counters_says_so(tmp_path: Path) -> None:
-    with pytest.raises(NotTold, match="no RAPL counters .*no INA power sensors"):
+    with pytest.raises(NotTold, match=r"no RAPL counters .*no INA power sensors"):
         open_source(gpu=False, root=tmp_path)
 
 
