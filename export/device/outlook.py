@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from moedge.configs import devices
 from moedge.configs.devices import Device
@@ -19,6 +20,8 @@ from moedge.export import needs, targets
 from moedge.export.device.estimate import fit
 from moedge.export.manifest import ModelFacts, MoEFacts
 from moedge.export.needs import Needs
+from moedge.export.targets import Target
+from moedge.runtime.device.moedge_plugins import refusal as plugins_refused
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,11 @@ PRECISIONS = (
 )
 _CACHED = 2.0
 """Bytes of a cached number: half precision."""
+
+
+Kind = Literal["moe", "moe, every expert", "dense"]
+"""``moe``: a token reads the experts that it selects. ``moe, every expert``: an engine computes all of them, for its
+runtime takes no kernels of ours (docs/tensorrt.md). ``dense``: the same weights without routing."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +81,10 @@ class Bound:
 class Outlook:
     """One kind of model in one precision on one device."""
 
-    model: str
-    """``moe``, or ``dense``: the same weights, all of them read."""
+    model: Kind
     precision: str
     targets: tuple[str, ...]
-    """That give an engine of this precision for the device."""
+    """That give such an engine for the device, with what to ask of the export; none: there is no such engine."""
     weights: float
     needed: float
     """Bytes of weights, both halves of the cache, and a prompt's logits; work space and the system are not counted."""
@@ -106,22 +113,39 @@ def outlooks(model: ModelFacts, moe: MoEFacts | None, device: Device, work: Work
         MoEdgeError: the model's files do not say enough; see :mod:`moedge.export.needs`.
     """
     routed = moe is not None and any(layer.num_experts for layer in moe.layers.values())
-    kinds = {"moe": moe, "dense": None} if routed else {"dense": None}
-    return [
-        _outlook(kind, model, needs.of_model(model, facts, weight=one.bytes, cached=_CACHED), one, device, work)
-        for one in PRECISIONS
-        for kind, facts in kinds.items()
-    ]
+    found = []
+    for precision in PRECISIONS:
+        rows = engines_for(device, precision.bits)
+        sparse = needs.of_model(model, moe, weight=precision.bytes, cached=_CACHED)
+        whole = needs.of_model(model, None, weight=precision.bytes, cached=_CACHED)
+        selected = {row.name: asked for row in rows if (asked := selects(row, device)) is not None}
+        kinds: list[tuple[Kind, Needs, tuple[str, ...]]] = []
+        if routed and (selected or not rows):
+            kinds.append(("moe", sparse, tuple(f"{name}{asked}" for name, asked in selected.items())))
+        if routed and len(selected) < len(rows):
+            rest = tuple(row.name for row in rows if row.name not in selected)
+            kinds.append(("moe, every expert", whole, rest))
+        kinds.append(("dense", whole, tuple(row.name for row in rows)))
+        found += [_outlook(kind, model, need, precision, names, device, work) for kind, need, names in kinds]
+    return found
 
 
-def _outlook(kind: str, model: ModelFacts, need: Needs, precision: Precision, device: Device, work: Work) -> Outlook:
+def _outlook(
+    kind: Kind,
+    model: ModelFacts,
+    need: Needs,
+    precision: Precision,
+    names: tuple[str, ...],
+    device: Device,
+    work: Work,
+) -> Outlook:
     tpot = step_bound(
         need.decode_bytes(work.context, work.batch), need.decode_products(work.context, work.batch), device
     )
     return Outlook(
         model=kind,
         precision=precision.name,
-        targets=engines_for(device, precision.bits),
+        targets=names,
         weights=need.stored,
         needed=fit(
             model, int(need.stored), device, max_length=work.context, max_prompt=work.prompt, batch=work.batch
@@ -143,10 +167,22 @@ def step_bound(read: float, multiplied: float, device: Device) -> Bound:
     return Bound(max(memory, arithmetic or 0.0), memory, arithmetic)
 
 
-def engines_for(device: Device, bits: int | None) -> tuple[str, ...]:
-    """Names of the targets whose engines have weights of so many bits and run on a device."""
+def engines_for(device: Device, bits: int | None) -> list[Target]:
+    """Targets whose engines have weights of so many bits and run on a device."""
     rows = [row for row in targets.every() if row.engine is not None and row.bits == bits]
-    return tuple(row.name for row in rows if devices.refusal(row.name, device) is None)
+    return [row for row in rows if devices.refusal(row.name, device) is None]
+
+
+def selects(row: Target, device: Device) -> str | None:
+    """Whether an engine reads the selected experts alone: what to ask of the export, "" for nothing; None where not.
+
+    As :func:`moedge.export.lowering.trt.experts.choose` decides it, but for what only a graph tells.
+    """
+    if "plugins" not in row.expert_forms:
+        return None
+    if row.versioned:
+        return "" if device.tensorrt and plugins_refused(device.tensorrt) is None else None
+    return None if device.compute_capability == "7.5" else " (--expert-form plugins)"
 
 
 def best(found: Sequence[Outlook]) -> Outlook | None:

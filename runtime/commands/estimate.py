@@ -132,6 +132,10 @@ def sentences(device: Device, rows: list[Outlook]) -> list[str]:
             f"token at least, {chosen.needed / 2**30:.2f} of {device.memory_gib:g} GiB."
         )
         dense = next((row for row in rows if row.model == "dense" and row.precision == chosen.precision), None)
+        if chosen.model == "dense" and any(row.model == "moe, every expert" for row in rows):
+            said.append(
+                "No engine there reads the selected experts alone, so the MoE is no faster than its dense parent."
+            )
         if chosen.model == "moe" and dense is not None:
             said.append(
                 f"Against its dense parent there: at most {dense.tpot.ms / chosen.tpot.ms:.2f} times as fast a token, "
