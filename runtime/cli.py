@@ -99,7 +99,7 @@ COMMANDS = {
     ),
     "bench": Command(
         "Measure",
-        "Time engines side by side at batch 1: time to first token, time per token, memory, load time.",
+        "Time engines side by side: time to first token, time per token, memory, load time. Judges them when asked to.",
     ),
     "evaluate": Command(
         "Measure",
