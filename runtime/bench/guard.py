@@ -1,13 +1,15 @@
 """What a benchmark watches beside its clock: the machine, and the energy, between the timed parts.
 
-:class:`Observer` is told when an engine's turn begins, when its prompt is read and when it ends. What it finds stands
-in the result as ``guard`` (:class:`moedge.runtime.device.moedge_guard.Verdict`) and in each row as ``energy``.
+:class:`Observer` is told before an engine's prompt, between its prompt and its decoding, and after it. What it finds
+stands in the result as ``guard`` and in each row as ``energy``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
+
+from typing_extensions import TypedDict
 
 from moedge.runtime.bench.energy import Energy, Meter, Turn, energy
 from moedge.runtime.device import moedge_jetson
@@ -16,9 +18,69 @@ from moedge.runtime.device.moedge_nvml import NoNvml, Nvml
 from moedge.runtime.device.moedge_power import Source, open_source
 from moedge.runtime.device.moedge_sensors import Gpu
 from moedge.runtime.engines.info import EngineInfo
+from moedge.runtime.parity.results import Count, closed
 
 CPU = "CPU"
 """What an engine on the processor says its device is."""
+
+
+@closed
+class MachineSettings(TypedDict):
+    """:class:`moedge.runtime.device.moedge_sensors.Settings`; null is not told."""
+
+    cores: Count
+    physical_cores: Count | None
+    quota_cores: float | None
+    governors: list[str]
+    max_mhz: float | None
+    boost: bool | None
+    virtual: bool | None
+    load_average: float | None
+    power_mode: str | None
+    clocks_locked: bool | None
+
+
+@closed
+class Spread(TypedDict):
+    """How much the rounds of one engine differ."""
+
+    label: str
+    metric: str
+    cv: float
+    resolution: float
+
+
+@closed
+class Concern(TypedDict):
+    """Something that can move the times by more than ``wanted``."""
+
+    kind: str
+    says: str
+
+
+@closed
+class Guard(TypedDict):
+    """:class:`moedge.runtime.device.moedge_guard.Verdict`; null is not told."""
+
+    trusted: bool
+    concerns: list[Concern]
+    notes: list[str]
+    settings: MachineSettings
+    spread: list[Spread]
+    drift: float | None
+    seconds: float
+    readings: Count
+    reading_ms: float
+    own_cores: float | None
+    others_cores: float | None
+    stolen_cores: float | None
+    held_back_s: float | None
+    mhz: list[float] | None
+    throttled: Count | None
+    hottest_c: float | None
+    gpu_mhz: list[float] | None
+    gpu_reasons: list[str]
+    wanted: float
 
 
 class Observer:
@@ -38,30 +100,27 @@ class Observer:
     ) -> None:
         self._infos = infos
         self._nvml = _nvml() if any(info.device != CPU for info in infos.values()) else None
-        reader = self._nvml.read if self._nvml else None
-        self._watch = watch or _watch(reader)
+        self._watch = watch or _watch(self._nvml.read if self._nvml else None)
         kinds = {info.device != CPU for info in infos.values()}
         self._meters = {gpu: Meter(gpu=gpu, opener=opener) for gpu in sorted(kinds)}
+        self._names = {gpu: meter.source.name if meter.source else None for gpu, meter in self._meters.items()}
         self._turns: dict[str, list[Turn]] = {label: [] for label in infos}
         self._marks: list[float | None] = []
 
-    def begin(self, label: str) -> None:
-        """An engine's turn begins."""
-        self._marks = [self._meter(label).joules()]
+    def mark(self, label: str) -> None:
+        """Note the energy: before an engine's prompt, between its prompt and its decoding, and after it."""
         if not self._watch.readings:
             self._watch.read()
-
-    def between(self, label: str) -> None:
-        """Its prompt is read, and its decoding not begun."""
         self._marks.append(self._meter(label).joules())
 
     def end(self, label: str) -> None:
-        """Its turn has ended."""
-        before, between = self._marks
-        self._turns[label].append((before, between, self._meter(label).joules()))
+        """Its turn, with three marks, has ended: take a reading of the machine."""
+        before, between, after = self._marks
+        self._turns[label].append((before, between, after))
+        self._marks = []
         self._watch.read()
 
-    def guard(self, rounds: Mapping[str, Mapping[str, Sequence[float]]], dropped: int = 0) -> dict[str, Any]:
+    def guard(self, rounds: Mapping[str, Mapping[str, Sequence[float]]], dropped: int = 0) -> Guard:
         """Judge the rounds that count, which came after ``dropped`` others.
 
         Args:
@@ -70,7 +129,8 @@ class Observer:
         """
         threads = [info.threads for info in self._infos.values() if info.device == CPU]
         turns = dropped * len(self._infos)
-        return self._watch.judge(rounds, max(threads) if threads else None, since=turns).document()
+        found = self._watch.judge(rounds, max(threads) if threads else None, since=turns)
+        return cast("Guard", found.document())
 
     def energy(self, label: str, seconds: Sequence[float], *, tokens: int, batch: int, seed: int = 0) -> Energy:
         """Sum up what an engine took in the last rounds; see :func:`moedge.runtime.bench.energy.energy`.
@@ -82,10 +142,10 @@ class Observer:
             batch: rows.
             seed: of the bootstrap.
         """
-        meter = self._meter(label)
-        source = meter.source.name if meter.source else None
         turns = self._turns[label][-len(seconds) :]
-        return energy(turns, seconds, source=source, reason=meter.reason, tokens=tokens, batch=batch, seed=seed)
+        source = self._names[self._infos[label].device != CPU]
+        reason = self._meter(label).reason
+        return energy(turns, seconds, source=source, reason=reason, tokens=tokens, batch=batch, seed=seed)
 
     def close(self) -> None:
         """Stop counting."""
@@ -126,7 +186,7 @@ def _told(guard: Mapping[str, Any]) -> list[str]:
     cores, mhz, hot = guard["others_cores"], guard["mhz"] or guard["gpu_mhz"], guard["hottest_c"]
     stolen = guard["stolen_cores"]
     return [
-        "rounds vary by not told" if worst is None else f"rounds vary by at most {worst:.1%}",
+        "spread of rounds not told" if worst is None else f"rounds vary by at most {worst:.1%}",
         "other programs not told" if cores is None else f"other programs took {cores:.2f} cores",
         *([] if not stolen else [f"the host took {stolen:.2f}"]),
         "clock not told" if mhz is None else f"clock {mhz[0]:.0f} to {mhz[1]:.0f} MHz",

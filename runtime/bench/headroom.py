@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from typing_extensions import NotRequired, TypedDict
 
@@ -20,6 +20,9 @@ from moedge.export import needs as model_needs
 from moedge.export import targets
 from moedge.export.needs import Needs
 from moedge.runtime.bench.roofline import Roof
+
+if TYPE_CHECKING:
+    from moedge.runtime.bench.results import Bench
 
 Phase = Literal["prompt", "decode"]
 PHASES: dict[Phase, str] = {"prompt": "ttft_ms", "decode": "tpot_ms"}
@@ -113,6 +116,33 @@ class Sizes:
     def context(self) -> float:
         """Tokens that a decode step sees, itself included, on average."""
         return self.depth + self.prompt + (self.decode + 1) / 2
+
+
+def add_headroom(result: Bench, folders: Mapping[str, Path]) -> None:
+    """Put ``headroom`` into every point of a benchmark's result; the machine is measured, which takes a second or two.
+
+    Args:
+        result: with ``profiles`` where there are some, which are of the first point.
+        folders: label -> bundle, engine or checkpoint.
+    """
+    roofs: dict[int, Roof] = {}
+    for number, point in enumerate(result["points"]):
+        infos = {row["label"]: result["engines"][row["label"]]["info"] for row in point["rows"]}
+        threads = point["threads"] or max(info["threads"] for info in infos.values())
+        timed = {
+            row["label"]: Timed(
+                folders[row["label"]],
+                infos[row["label"]]["device"],
+                infos[row["label"]]["dtype"],
+                str(infos[row["label"]]["model"].get("target", "")),
+                {"prompt": row["ttft_ms"]["p50"], "decode": row["tpot_ms"]["p50"]},
+            )
+            for row in point["rows"]
+            if row["label"] in folders
+        }
+        sizes = Sizes(point["prompt"], point["decode"], point["batch"], point["depth"])
+        profiles = result.get("profiles") if number == 0 else None
+        point["headroom"] = headroom(timed, sizes, roofs.setdefault(threads, Roof(threads)), profiles)
 
 
 def headroom(

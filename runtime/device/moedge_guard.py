@@ -8,6 +8,7 @@ The readings are taken between timed parts, never inside (:class:`Watch`), so th
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -84,8 +85,9 @@ class Verdict:
     wanted: float = WANTED
 
     def document(self) -> dict[str, Any]:
-        """Return the entry of results."""
-        return asdict(self)
+        """Return the entry of results, as JSON holds it."""
+        found: dict[str, Any] = json.loads(json.dumps(asdict(self), allow_nan=False))
+        return found
 
 
 def resolution(cv: float, rounds: int) -> float:

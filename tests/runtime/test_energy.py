@@ -208,10 +208,11 @@ def test_an_observer_gives_each_engine_its_own_joules_and_judges_the_rounds_that
     observer = Observer({"a": info("a"), "b": info("b")}, Watch(), opener=lambda *, gpu: opened)
     for number in range(4):
         for label, scale in (("a", 1), ("b", 10)):
-            observer.begin(label)
+            observer.mark(label)
             spend(scale * (100 if number == 0 else 1))  # the first round is a warm-up
-            observer.between(label)
+            observer.mark(label)
             spend(scale * 2)
+            observer.mark(label)
             observer.end(label)
             spend(50)  # between turns: nobody's
     a, b = (observer.energy(label, [1.0] * 3, tokens=2, batch=1) for label in "ab")
