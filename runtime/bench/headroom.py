@@ -219,7 +219,10 @@ def _row(label: str, one: Timed, needs: Needs, sizes: Sizes, roof: Roof) -> Head
 def _gains(timed: Mapping[str, Timed], rows: list[HeadroomRow]) -> list[Gain]:
     """Pairs of a converted model and a dense one on the same target, in the same type."""
     known = {row["label"]: row for row in rows if "reason" not in row}
-    dense = {(timed[label].target, timed[label].dtype): label for label in known if not _converted(timed[label].folder)}
+    dense: dict[tuple[str, str], str] = {}
+    for label in known:
+        if not _converted(timed[label].folder):
+            dense.setdefault((timed[label].target, timed[label].dtype), label)
     found: list[Gain] = []
     for label, row in known.items():
         parent = dense.get((timed[label].target, timed[label].dtype))

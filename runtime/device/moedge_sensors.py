@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -82,17 +82,19 @@ class Settings:
         return min(float(self.cores), self.quota_cores or float(self.cores))
 
 
-def cpu_seconds(stat: str, ticks: float = _TICKS) -> tuple[float, float] | None:
-    """Busy and stolen core-seconds from the text of ``/proc/stat`` (proc(5)); None where it has no line ``cpu``.
+def cpu_seconds(stat: str, cores: Collection[int], ticks: float = _TICKS) -> tuple[float, float] | None:
+    """Busy and stolen seconds of ``cores`` from the text of ``/proc/stat`` (proc(5)); None where none of them is in it.
 
-    Guests' time is part of user's. Waiting for a disk is idle.
+    Only of the cores that this process may use: in a container the file shows those of the whole machine. Guests' time
+    is part of user's. Waiting for a disk is idle.
     """
+    found = []
     for line in stat.splitlines():
         name, *fields = line.split() or [""]
-        if name == "cpu" and len(fields) >= 8:
+        if name.startswith("cpu") and name[3:].isdigit() and int(name[3:]) in cores and len(fields) >= 8:
             user, nice, system, _idle, _iowait, irq, softirq, steal = (int(value) / ticks for value in fields[:8])
-            return user + nice + system + irq + softirq, steal
-    return None
+            found.append((user + nice + system + irq + softirq, steal))
+    return (sum(busy for busy, _ in found), sum(stolen for _, stolen in found)) if found else None
 
 
 def quota(group: str, root: Path = ROOT) -> tuple[float | None, float | None]:
@@ -152,7 +154,7 @@ class Machine:
         cpus = sorted((root / "sys/devices/system/cpu").glob("cpu[0-9]*"), key=lambda path: int(path.name[3:]))
         allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
         self._cpus = [path for path in cpus if root != ROOT or int(path.name[3:]) in allowed]
-        self._allowed = len(self._cpus) if root != ROOT and self._cpus else len(allowed)
+        self._allowed = {int(path.name[3:]) for path in self._cpus} if root != ROOT and self._cpus else allowed
         self._clocks = [path / "cpufreq/scaling_cur_freq" for path in self._cpus]
         self._zones = sorted((root / "sys/class/thermal").glob("thermal_zone[0-9]*"))
         self._alarms = [
@@ -174,7 +176,7 @@ class Machine:
         governors = {_text(path / "cpufreq/scaling_governor") for path in cpus}
         load = (_text(root / "proc/loadavg") or "").split()
         return Settings(
-            cores=self._allowed,
+            cores=len(self._allowed),
             physical_cores=len(siblings) if siblings and None not in siblings else None,
             quota_cores=quota(self._group, root)[0],
             governors=tuple(sorted(name for name in governors if name)),
@@ -188,7 +190,7 @@ class Machine:
 
     def read(self, gpu: Gpu | None = None) -> Reading:
         """Read everything that changes; ``gpu`` where somebody else read it (NVML)."""
-        busy = cpu_seconds(_text(self._root / "proc/stat") or "")
+        busy = cpu_seconds(_text(self._root / "proc/stat") or "", self._allowed)
         clocks = [_number(path) for path in self._clocks]
         counts = [
             _number(path / f"thermal_throttle/{name}_throttle_count")

@@ -8,8 +8,10 @@ import pytest
 
 from moedge.runtime.device.moedge_sensors import Gpu, Machine, cpu_seconds, quota
 
-STAT = """cpu  16288 5 2030 36094 253 11 115 68 900 0
-cpu0 7573 0 901 18706 143 0 53 39 0 0
+STAT = """cpu  27573 6 2901 48706 443 21 153 139 900 0
+cpu0 7573 1 901 18706 143 20 53 39 0 0
+cpu1 8000 2 1000 15000 100 1 50 29 900 0
+cpu10 12000 3 1000 15000 200 0 50 71 0 0
 intr 181030 0 0
 """
 
@@ -81,10 +83,13 @@ def orin(root: Path) -> Path:
     )
 
 
-def test_busy_time_is_what_is_neither_idle_nor_stolen() -> None:
-    assert cpu_seconds(STAT, 100.0) == (pytest.approx((16288 + 5 + 2030 + 11 + 115) / 100), 0.68)
-    assert cpu_seconds("", 100.0) is None
-    assert cpu_seconds("cpu  1 2 3", 100.0) is None
+def test_busy_time_is_what_is_neither_idle_nor_stolen_of_the_cores_that_we_may_use() -> None:
+    first, second = (7573 + 1 + 901 + 20 + 53) / 100, (8000 + 2 + 1000 + 1 + 50) / 100
+    assert cpu_seconds(STAT, {0}, 100.0) == (pytest.approx(first), 0.39)
+    assert cpu_seconds(STAT, {0, 1}, 100.0) == (pytest.approx(first + second), pytest.approx(0.68))
+    assert cpu_seconds(STAT, {5}, 100.0) is None
+    assert cpu_seconds("", {0}, 100.0) is None
+    assert cpu_seconds("cpu0  1 2 3", {0}, 100.0) is None
 
 
 def test_a_laptop_is_read(tmp_path: Path) -> None:
