@@ -2,8 +2,8 @@
 
     python tests/benchmarks/watch_cost.py BUNDLE --rounds 40
 
-Prints the ratio of the watched engine's median times over the other's with its 95 % interval (paired by round), and what
-a reading costs. On an idle machine the interval should hold 1 and be narrow.
+Prints the ratio of the watched engine's median times over the other's with its 95 % interval, paired by round, and
+what a reading costs. On an idle machine the interval should hold 1 and be narrow.
 """
 
 from __future__ import annotations
