@@ -96,7 +96,9 @@ def lower(
     if nodes_of(model, "KeepLarge"):
         pending.append((gather, work.start(gather)))
     own = routed.stored | gather.stored
-    for products in _products(packed, {name: weight for name, weight in chosen.items() if name not in own}):
+    # A table that our operators multiply by (a tied output projection) is still looked up in.
+    left = {name: one for name, one in chosen.items() if name not in own or one.tensor_class == "embedding"}
+    for products in _products(packed, left):
         pending.append((products, work.start(products)))
     should = _stored(work.before, table, bits, method, padded=isinstance(experts, FuseQMoE), own=own)
     sizes = account_for(work.before, model, table, bits, should=should)
@@ -269,7 +271,8 @@ def _stored(
     def should(name: str) -> int:
         weight = table[name]
         if name in own:
-            return own_bytes(own[name], weight, bits)
+            looked_up = stored_bytes(weight.rows, weight.columns, bits, method)
+            return own_bytes(own[name], weight, bits) + looked_up * (weight.tensor_class == "embedding")
         # QMoE's expert widths are padded to whole blocks: rows of gate and up, inputs of down.
         grown = padded and _is_gate_or_up(model, name)
         extra = ort_qmoe.padded_width(weight.shape[1]) / weight.shape[1] if grown else 1
