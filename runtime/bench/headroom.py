@@ -266,7 +266,9 @@ def _lost(label: str, profile: Mapping[str, Any], needs: Needs, sizes: Sizes, ro
 
 
 def _share(group: str, needs: Needs) -> float:
-    """Share of a group's weights that one token reads."""
+    """Share of a group's weights that one token reads; of what is looked up (``input``) a row, which is nothing."""
+    if group == "input":
+        return 0.0
     parts = [part for part in needs.parts if part.name in _PARTS.get(group, ())]
     stored = sum(part.bytes for part in parts)
     return sum(part.read(1) for part in parts) / stored if stored else 1.0
