@@ -6,6 +6,7 @@ import itertools
 import json
 from pathlib import Path
 from typing import Annotated
+from xml.etree import ElementTree
 
 import typer
 from rich.console import Console
@@ -19,7 +20,6 @@ from moedge.runtime.parity.given import verify_given
 from moedge.runtime.parity.outcomes import mark
 from moedge.runtime.parity.results import ParityEntry, Replayed, Verification
 from moedge.runtime.progress import single
-from moedge.runtime.report import ci
 from moedge.runtime.tables import Sheet
 
 
@@ -91,13 +91,20 @@ def checks(result: Verification) -> list[tuple[str, str, float | None, str, floa
 
 def junit_xml(result: Verification) -> str:
     """The checks as JUnit XML, one test case each, for a CI server; what is not decided is a failure that says so."""
-    return ci.junit_xml(
-        "moedge verify",
-        (
-            ci.Case(comparison, name, outcome, f"{name} is {value}, must be {relation} {limit}")
-            for comparison, name, value, relation, limit, outcome in checks(result)
-        ),
+    rows = checks(result)
+    suite = ElementTree.Element(
+        "testsuite",
+        name="moedge verify",
+        tests=str(len(rows)),
+        failures=str(sum(row[-1] is not verdict.Outcome.PASSED for row in rows)),
     )
+    for comparison, name, value, relation, limit, outcome in rows:
+        case = ElementTree.SubElement(suite, "testcase", classname=comparison, name=name)
+        if outcome is not verdict.Outcome.PASSED:
+            said = f"{outcome.value}: {name} is {value}, must be {relation} {limit}"
+            ElementTree.SubElement(case, "failure", message=said)
+    ElementTree.indent(suite)
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"
 
 
 def explained(entry: ParityEntry, replay: Replayed) -> str:

@@ -247,6 +247,8 @@ def _left_out(result: Bench, baseline: Bench) -> list[str]:
         notes.append(f"only the baseline has {', '.join(gone)}")
     if added := [label for label in result["engines"] if label not in baseline["engines"]]:
         notes.append(f"the baseline has no {', '.join(added)}")
+    if (texts := [one.get("text") for one in (baseline, result)])[0] != texts[1]:
+        notes.append(f"the baseline read {texts[0]}, not {texts[1]}")
     there = {_key(point) for point in baseline["points"]}
     if missing := [words(point) for point in result["points"] if _key(point) not in there]:
         notes.append(f"the baseline was not timed at {'; '.join(missing)}")

@@ -1,4 +1,4 @@
-"""What a CI server reads: JUnit XML, and the summary page of a GitHub job."""
+"""What a CI server reads of cases with an outcome: JUnit XML, and the summary page of a GitHub job."""
 
 from __future__ import annotations
 

@@ -57,6 +57,7 @@ MEANINGS: dict[str, tuple[type, str]] = {
     "--max-length": (int, "^Longest (sequence|prompt . answer)"),
     "--max-prompt": (int, "^Most prompt tokens in one call"),
     "--out": (Path, "^Run folder"),
+    "--plot": (Path, r"^Also draw .* \.svg"),
     "--redo": (str, "^Redo this stage"),
     "--save": (Path, "^Also write the whole result to this JSON file"),
     "--set": (str, "[Aa](ny other|nother)? (setting|parameter)"),

@@ -51,8 +51,8 @@ def test_an_unchanged_build_raises_no_alarm_and_a_slower_one_does_not_pass(kind:
     """A fourth of one in a hundred each, by the confidence of a gate of four; drift of the machine cancels.
 
     Of 250 gates 0.6 are expected to err; 4 or more do so once in 300 such tests. Where neighbours are alike by half,
-    blocks of three rounds see only a part of that: the error is too small by a fourth, a limit of 2.8 errors is one of
-    2.1, which a normal sample exceeds in 1.8 % (4.5 of 250; three standard deviations more are 11).
+    blocks of three rounds see only a part of it: 2 % of 2000 other gates passed a slow build, which is 5 of 250, and 11
+    with three standard deviations more.
     """
     same, slow = (rates(kind, slower, paired=paired) for slower in (0.0, 0.05))
     assert same[Outcome.FAILED] <= 3 / 250
