@@ -129,8 +129,8 @@ def unpacked(archive, tmp_path):
 def unpack(archive: Path, tmp_path: Path, name: str = "moedge-jetson-agx-orin") -> Path:
     """The archive's folder, with a file in place of the engine (nothing here can deserialize one)."""
     with tarfile.open(archive) as tar:
-        tar.extractall(tmp_path, filter="data")
-    folder = (tmp_path / "moedge-jetson-agx-orin").rename(tmp_path / name)
+        tar.extractall(tmp_path / f"{name}.unpacked", filter="data")
+    folder = (tmp_path / f"{name}.unpacked" / "moedge-jetson-agx-orin").rename(tmp_path / name)
     emulated = tmp_path / f"{name}.onnx"
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "engine.plan").write_bytes(b"stand-in")
