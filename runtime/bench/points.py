@@ -45,8 +45,8 @@ class Point:
         return ", ".join(said)
 
 
-BATCHES = tuple(Point(prompt=32, decode=8, batch=batch) for batch in (1, 2, 4, 8))
-"""The look at decoding in batches: a short prompt, so that it costs little."""
+BATCHES = tuple(Point(prompt=8, decode=3, batch=batch) for batch in (1, 2, 4, 8))
+"""The look at decoding in batches: a short prompt and few tokens, so that it costs little."""
 BATCH_ROUNDS = 3
 
 

@@ -385,7 +385,7 @@ class SampleRun:
             "engines": {label: {**engine, "info": self.info(label)} for label in labels},
             "points": [{**point, "rows": [{"label": label, **row} for label in labels]}],
             "batches": [
-                {**point, "prompt": 32, "decode": 8, "batch": batch, "rows": [{"label": one, **row} for one in labels]}
+                {**point, "prompt": 8, "decode": 3, "batch": batch, "rows": [{"label": one, **row} for one in labels]}
                 for batch in (1, 2, 4, 8)
             ],
             "not_batched": {},

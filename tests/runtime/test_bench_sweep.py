@@ -120,13 +120,13 @@ def test_a_point_beyond_an_engine_is_refused_before_the_first_is_timed(clock: Si
 
 
 def test_the_look_at_batches_leaves_out_what_refuses_them(clock: SimpleNamespace) -> None:
-    engines = {"long": lambda: Watched(clock), "short": lambda: Watched(clock, max_length=16)}
+    engines = {"long": lambda: Watched(clock), "short": lambda: Watched(clock, max_length=8)}
     point = Point(prompt=4, decode=4)
     result = latency.bench(engines, np.zeros(4), [point], repeats=3, memory=False, batches=True)
     assert [look["batch"] for look in result["batches"]] == [1, 2, 4, 8]
     assert {row["label"] for look in result["batches"] for row in look["rows"]} == {"long"}
     assert result["not_batched"].keys() == {"short"}
-    assert "short holds at most 16 tokens" in result["not_batched"]["short"]
+    assert "short holds at most 8 tokens" in result["not_batched"]["short"]
 
 
 # --- warm-up --------------------------------------------------------------------------------------------------------
@@ -226,4 +226,4 @@ def test_a_plot_is_drawn_over_the_longest_list(swept: results.Bench, tmp_path: P
 
 def test_the_look_at_batches_is_what_it_is_called() -> None:
     assert [point.batch for point in BATCHES] == [1, 2, 4, 8]
-    assert max(point.length for point in BATCHES) == 40
+    assert max(point.length for point in BATCHES) == 11
