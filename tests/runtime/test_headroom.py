@@ -107,6 +107,13 @@ def test_the_gain_of_a_conversion_is_compared_with_the_ideal_one(tmp_path: Path)
     }
     found = headroom(entries, SIZES, Scripted())
     prompt, decode = found["gains"]
+
+    class Noisy(Scripted):
+        def bandwidth(self, size: float) -> float:
+            return 1e6 if size > of_folder(moe).decode_bytes(12.5) else 0.7e6
+
+    again = headroom(entries, SIZES, Noisy())["gains"][1]
+    assert again["ideal"] == decode["ideal"], "a roof that was measured twice does not move a ratio"
     assert {gain["dense"] for gain in found["gains"]} == {"dense"}, "its parent on the same target"
     ideal = of_folder(dense).decode_bytes(12.5) / of_folder(moe).decode_bytes(12.5)
     assert decode["ideal"] == pytest.approx(ideal)
