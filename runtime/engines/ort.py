@@ -221,7 +221,7 @@ class OrtEngine:
             for names in (loaded.shown.router_inputs, loaded.shown.scores)
         )
         before, after = (
-            {place: seen[name].astype(np.float32, copy=False) for place, name in names.items()} or None
+            {place: _rows(seen[name]) for place, name in names.items()} or None
             for names in (loaded.shown.left_out_of, loaded.shown.kept)
         )
         held = _Cache(np.concatenate([cache.ids, ids], axis=1), mask, values, binding)
@@ -247,6 +247,11 @@ class OrtEngine:
         for place in known:
             given = (factors or {}).get(place, np.full((1, 1), left_out.OWN))
             binding.bind_cpu_input(left_out.factor_input(place), np.ascontiguousarray(given, dtype=np.float32))
+
+
+def _rows(values: np.ndarray) -> np.ndarray:
+    """Return values [..., K] of any type as float32 [T, K]."""
+    return values.reshape(-1, values.shape[-1]).astype(np.float32, copy=False)
 
 
 def _bind_cache(binding: Any, loaded: Loaded, values: list[Any]) -> None:

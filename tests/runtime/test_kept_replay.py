@@ -25,7 +25,8 @@ TARGETS = ["ort-cpu", "ort-cpu-int8", "tensorrt-rtx", "openvino"]
 RAMPS = {"narrow": 0.001, "0.1": 0.1, "0.5": 0.5}
 GELU = "GELU and biases"
 """Its FFNs are no GatherGLU: two GatherLinears each."""
-KINDS = [*RAMPS, GELU, "routed, x alone"]
+ALL, TIED = "every linear layer", "every linear layer, tied"
+KINDS = [*RAMPS, GELU, "routed, x alone", ALL, TIED, "routed, every linear layer"]
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +39,13 @@ def folders(
     def folder(kind: str, name: str) -> Path:
         if not (root / kind).exists():
             more = {"hidden_act": "gelu_pytorch_tanh", "mlp_bias": True} if kind == GELU else {}
-            model = tiny_model("llama", **more)
+            model = tiny_model("llama", **more, tie_word_embeddings="tied" in kind)
+            linears = "all" if "every" in kind else "ffn"
             model.model.norm.weight.data *= 2
             if "routed" not in kind:
-                plan = gather_only(model, ramp=RAMPS.get(kind, 0.1))
+                plan = gather_only(model, ramp=RAMPS.get(kind, 0.1), linears=linears)
             else:
-                plan = gathered(convert_tiny(model, "cmoe"), model, h=False)
+                plan = gathered(convert_tiny(model, "cmoe"), model, h=False, linears=linears)
             modeling.save(modeling.apply(plan, model), plan, tiny_tokenizer, root / kind / "checkpoint")
             targets = TARGETS if kind == "0.1" else TARGETS[:2]
             export(root / kind / "checkpoint", root / kind / "bundles", targets, label="tiny")
@@ -71,15 +73,16 @@ def test_a_healthy_engine_passes_whatever_the_ramp(folders: Any, kind: str, refe
     if (kind, target) == (GELU, "ort-cpu-int8"):
         del entries[0]  # what 8 bits cost random weights turns one token of 46: that says nothing
     for entry in entries:
-        parts = ["arithmetic", *(["router"] if kind == "routed, x alone" else []), "kept", "free"]
+        parts = ["arithmetic", *(["router"] if "routed" in kind else []), "kept", "free"]
         assert list(entry["verdict"]["parts"]) == parts
         assert not missed(entry)
         kept = entry["replay"]["kept"]
         assert entry["replay"]["tokens"] == WINDOWS.size
         assert kept["wrong"] == 0
         assert 0.3 < kept["kept"] < 0.9
-        values = 32 if kind == "routed, x alone" else 32 + 64
-        assert kept["decisions"] == 2 * values * WINDOWS.size
+        values = 2 * (32 if "routed" in kind else 32 + 64)
+        values += 2 * (32 + 32) + 32 if "every" in kind else 0
+        assert kept["decisions"] == values * WINDOWS.size
         assert "100.0000% of values rightly kept" in explained(entry, entry["replay"])
 
 
