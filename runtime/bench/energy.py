@@ -10,25 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from typing_extensions import TypedDict
 
 from moedge.runtime.bench.stats import bootstrap_ci
+from moedge.runtime.bench.watched import Energy
 from moedge.runtime.device.moedge_power import NotTold, Source, open_source
-
-
-class Energy(TypedDict):
-    """What one engine took; every number is None where the machine does not tell, and ``reason`` says why."""
-
-    source: str | None
-    """The counter, such as ``RAPL (dram, package-0)``."""
-    reason: str | None
-    joules_per_prompt: float | None
-    joules_per_token: float | None
-    """Of decoding, mean over rounds, for one row of the batch."""
-    ci95: list[float] | None
-    """Of ``joules_per_token``, bootstrap over rounds."""
-    watts: float | None
-    """Mean while decoding."""
 
 
 class Meter:

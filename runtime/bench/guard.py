@@ -7,80 +7,19 @@ stands in the result as ``guard`` and in each row as ``energy``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
-from typing_extensions import TypedDict
-
-from moedge.runtime.bench.energy import Energy, Meter, Turn, energy
+from moedge.runtime.bench.energy import Meter, Turn, energy
+from moedge.runtime.bench.watched import Energy, Guard
 from moedge.runtime.device import moedge_jetson
 from moedge.runtime.device.moedge_guard import Watch
 from moedge.runtime.device.moedge_nvml import NoNvml, Nvml
 from moedge.runtime.device.moedge_power import Source, open_source
 from moedge.runtime.device.moedge_sensors import Gpu
 from moedge.runtime.engines.info import EngineInfo
-from moedge.runtime.parity.results import Count, closed
 
 CPU = "CPU"
 """What an engine on the processor says its device is."""
-
-
-@closed
-class MachineSettings(TypedDict):
-    """:class:`moedge.runtime.device.moedge_sensors.Settings`; null is not told."""
-
-    cores: Count
-    physical_cores: Count | None
-    quota_cores: float | None
-    governors: list[str]
-    max_mhz: float | None
-    boost: bool | None
-    virtual: bool | None
-    load_average: float | None
-    power_mode: str | None
-    clocks_locked: bool | None
-
-
-@closed
-class Spread(TypedDict):
-    """How much the rounds of one engine differ."""
-
-    label: str
-    metric: str
-    cv: float
-    resolution: float
-
-
-@closed
-class Concern(TypedDict):
-    """Something that can move the times by more than ``wanted``."""
-
-    kind: str
-    says: str
-
-
-@closed
-class Guard(TypedDict):
-    """:class:`moedge.runtime.device.moedge_guard.Verdict`; null is not told."""
-
-    trusted: bool
-    concerns: list[Concern]
-    notes: list[str]
-    settings: MachineSettings
-    spread: list[Spread]
-    drift: float | None
-    seconds: float
-    readings: Count
-    reading_ms: float
-    own_cores: float | None
-    others_cores: float | None
-    stolen_cores: float | None
-    held_back_s: float | None
-    mhz: list[float] | None
-    throttled: Count | None
-    hottest_c: float | None
-    gpu_mhz: list[float] | None
-    gpu_reasons: list[str]
-    wanted: float
 
 
 class Observer:
@@ -167,28 +106,3 @@ def _nvml() -> Nvml | None:
 
 def _watch(gpu: Callable[[], Gpu] | None) -> Watch:
     return Watch(gpu=gpu, power_mode=moedge_jetson.power_mode(moedge_jetson.said_by("nvpmodel", "-q")))
-
-
-def lines(guard: Mapping[str, Any]) -> list[str]:
-    """Say what the guard found, for people: the first line is the verdict."""
-    if guard["trusted"]:
-        said = ["The measurement can be trusted: " + ", ".join(_told(guard)) + "."]
-    else:
-        said = ["NOT TO BE TRUSTED: " + guard["concerns"][0]["says"]]
-        said += [concern["says"] for concern in guard["concerns"][1:]]
-        said.append("Seen: " + ", ".join(_told(guard)) + ".")
-    return [*said, *guard["notes"]]
-
-
-def _told(guard: Mapping[str, Any]) -> list[str]:
-    """What was seen, and what the machine does not tell."""
-    worst = max((spread["cv"] for spread in guard["spread"]), default=None)
-    cores, mhz, hot = guard["others_cores"], guard["mhz"] or guard["gpu_mhz"], guard["hottest_c"]
-    stolen = guard["stolen_cores"]
-    return [
-        "spread of rounds not told" if worst is None else f"rounds vary by at most {worst:.1%}",
-        "other programs not told" if cores is None else f"other programs took {cores:.2f} cores",
-        *([] if not stolen else [f"the host took {stolen:.2f}"]),
-        "clock not told" if mhz is None else f"clock {mhz[0]:.0f} to {mhz[1]:.0f} MHz",
-        "heat not told" if hot is None else f"at most {hot:.0f} C",
-    ]

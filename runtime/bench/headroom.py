@@ -10,9 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-from typing_extensions import NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any
 
 from moedge import MoEdgeError
 from moedge.export import manifest as manifests
@@ -20,75 +18,12 @@ from moedge.export import needs as model_needs
 from moedge.export import targets
 from moedge.export.needs import Needs
 from moedge.runtime.bench.roofline import Roof
+from moedge.runtime.bench.watched import Gain, Headroom, HeadroomRow, Lost, Phase, Reached
 
 if TYPE_CHECKING:
     from moedge.runtime.bench.results import Bench
 
-Phase = Literal["prompt", "decode"]
 PHASES: dict[Phase, str] = {"prompt": "ttft_ms", "decode": "tpot_ms"}
-
-
-class Reached(TypedDict):
-    """One phase of one engine."""
-
-    bytes: float
-    """That the step reads, at least."""
-    multiplications: float
-    least_ms: float
-    bound: Literal["memory", "arithmetic"]
-    """Which of the two the least time comes from."""
-    ms: float
-    """Measured median."""
-    reached: float
-    """``least_ms / ms``."""
-    gb_s: float
-    """Needed bytes over the measured time."""
-
-
-class HeadroomRow(TypedDict):
-    """One engine; with a ``reason`` instead of the phases where it cannot be told."""
-
-    label: str
-    stored_bytes: NotRequired[float]
-    bandwidth_gb_s: NotRequired[float]
-    """Measured here, at the bytes that a token needs."""
-    gmul_s: NotRequired[float]
-    """10^9 multiplications a second, measured here at the engine's bits."""
-    prompt: NotRequired[Reached]
-    decode: NotRequired[Reached]
-    reason: NotRequired[str]
-
-
-class Gain(TypedDict):
-    """A converted model beside its dense parent of the same target."""
-
-    phase: Phase
-    label: str
-    dense: str
-    ideal: float
-    """Ratio of least times, both under the dense engine's roof."""
-    measured: float
-    reached: float
-    """``measured / ideal``."""
-
-
-class Lost(TypedDict):
-    """Where the time of a decode step went: one part of one engine's profile."""
-
-    label: str
-    part: str
-    ms: float
-    least_ms: float
-    """Its weights, and for attention the cache, at the measured bandwidth."""
-
-
-class Headroom(TypedDict):
-    """All engines at one point of a benchmark."""
-
-    threads: int
-    rows: list[HeadroomRow]
-    gains: list[Gain]
-    lost: NotRequired[list[Lost]]
 
 
 @dataclass(frozen=True)

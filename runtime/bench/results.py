@@ -13,9 +13,7 @@ from pydantic import Field, TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
 from moedge._files import write_json
-from moedge.runtime.bench.energy import Energy
-from moedge.runtime.bench.guard import Guard
-from moedge.runtime.bench.headroom import Headroom
+from moedge.runtime.bench.watched import Energy, Guard, Headroom
 from moedge.runtime.parity.results import Count, EngineFacts, Outcome, closed, opened
 
 SCHEMA: Literal["moedge.bench/2"] = "moedge.bench/2"

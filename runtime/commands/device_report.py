@@ -12,12 +12,12 @@ from rich.markup import escape
 
 from moedge import MoEdgeError
 from moedge._files import read_json
-from moedge.runtime.bench.guard import lines as guard_lines
 from moedge.runtime.commands._options import Json
 from moedge.runtime.device.moedge_archive import RESULT_SCHEMA
 from moedge.runtime.parity.outcomes import mark
 from moedge.runtime.parity.verdict import outcome_of
 from moedge.runtime.report import jetson_llm_benchmark
+from moedge.runtime.report.watched import lines as guard_lines
 from moedge.runtime.tables import Sheet
 
 

@@ -36,9 +36,9 @@ def render(report: dict[str, Any], template: str) -> str:
     from moedge.runtime.parity import verdict
     from moedge.runtime.parity.outcomes import mark
     from moedge.runtime.report.build import ratio
-    from moedge.runtime.report.headroom import sentences
     from moedge.runtime.report.plots import draw_all
     from moedge.runtime.report.profile import NOTE, table
+    from moedge.runtime.report.watched import sentences
 
     html = template.endswith(".html.j2")
     environment = jinja2.Environment(

@@ -1,4 +1,4 @@
-"""Guard, energy and headroom of a benchmark for people."""
+"""Guard, energy and headroom of a benchmark on a terminal."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.markup import escape
 
-from moedge.runtime.bench.guard import lines
-from moedge.runtime.bench.headroom import Headroom
-from moedge.runtime.bench.results import Bench, PointResult
+from moedge.runtime.bench.results import Bench
+from moedge.runtime.bench.watched import Headroom
 from moedge.runtime.gate.judge import words
+from moedge.runtime.report.watched import sentences
 from moedge.runtime.tables import Sheet
 
 
@@ -64,37 +64,3 @@ def sheets(found: Headroom) -> Iterator[Sheet]:
         for name, cells in by_part.items():
             sheet.add_row(escape(name), *(cells.get(label, "") for label in labels))
         yield sheet
-
-
-def sentences(point: PointResult) -> list[str]:
-    """Say what a conversion gained of what it could, what was not told, the joules, and what the guard found."""
-    said = []
-    if found := point.get("headroom"):
-        for gain in found["gains"]:
-            said.append(
-                f"{gain['label']}, {gain['phase']}: {gain['measured']:.2f} times {gain['dense']}'s speed, "
-                f"{gain['reached']:.0%} of the ideal {gain['ideal']:.2f}."
-            )
-        for row in found["rows"]:
-            if reason := row.get("reason"):
-                said.append(f"{row['label']}: headroom not told, {reason}.")
-    said += _energy(point)
-    if guard := point.get("guard"):
-        said += lines(guard)
-    return said
-
-
-def _energy(point: PointResult) -> list[str]:
-    told, reasons = [], []
-    for row in point["rows"]:
-        energy = row.get("energy")
-        if energy is None:
-            continue
-        if energy["joules_per_token"] is None:
-            reasons.append(str(energy["reason"]))
-        else:
-            told.append(f"{row['label']} {energy['joules_per_token']:.3f} J a token ({energy['source']})")
-    return [
-        *([f"Energy: {', '.join(told)}."] if told else []),
-        *(f"Energy not told: {r}." for r in dict.fromkeys(reasons)),
-    ]

@@ -12,9 +12,10 @@ import pytest
 from pydantic import TypeAdapter
 
 from moedge.runtime.bench import latency, timing
-from moedge.runtime.bench.guard import Guard, Observer
+from moedge.runtime.bench.guard import Observer
 from moedge.runtime.bench.points import Point
 from moedge.runtime.bench.results import Bench
+from moedge.runtime.bench.watched import Guard
 from moedge.runtime.engines import Step
 from moedge.runtime.engines.info import EngineInfo, EngineModel
 

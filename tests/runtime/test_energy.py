@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from moedge.runtime.bench.energy import Meter, energy
-from moedge.runtime.bench.guard import Observer, lines
+from moedge.runtime.bench.guard import Observer
 from moedge.runtime.device import moedge_power as power
 from moedge.runtime.device.moedge_guard import Watch
 from moedge.runtime.device.moedge_nvml import NoNvml
 from moedge.runtime.device.moedge_power import Board, NotTold, Rapl, Sensor, grown, jetson, open_source, whole_board
 from moedge.runtime.engines.info import EngineInfo, EngineModel
+from moedge.runtime.report.watched import lines
 
 SPAN = 262_143_328_850
 """max_energy_range_uj of an Intel server."""
