@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -125,6 +126,17 @@ def test_a_sensor_is_summed_up_while_nobody_asks() -> None:
     finally:
         sensor.close()
     assert total == pytest.approx(0.3 * 1 + 0.1 * 3, rel=0.2)  # a mean of both would be 0.8
+
+
+def test_between_two_readings_lies_a_trapezium(monkeypatch: pytest.MonkeyPatch) -> None:
+    times, watts = iter([0.0, 2.0, 3.0]), iter([1.0, 3.0, 5.0])
+    monkeypatch.setattr(power, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    sensor = Sensor("test", lambda: next(watts), interval=1000)
+    try:
+        assert sensor.joules() == 2 * (1 + 3) / 2
+        assert sensor.joules() == 4 + 1 * (3 + 5) / 2
+    finally:
+        sensor.close()
 
 
 class FakeNvml:
