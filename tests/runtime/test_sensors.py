@@ -152,6 +152,7 @@ def test_this_machine_is_read_in_a_moment() -> None:
             {"a/cpu.max": "50000 100000", "a/cpu.stat": "throttled_usec 1", "a/b/cpu.max": "80000 100000"},
             (0.5, 1e-6),
         ),
+        ("0::/a/b", {"a/cpu.max": "80000 100000", "a/b/cpu.max": "50000 100000"}, (0.5, None)),
         # Version 1: microseconds of a period, nanoseconds held back.
         (
             "4:memory:/x\n3:cpu,cpuacct:/docker/1",
