@@ -4,8 +4,7 @@ A roofline (Williams et al., 2009): a step takes at least as long as its bytes t
 as its multiplications take at its peak rate. Nothing is fitted to measurements. docs/estimate.md compares the bounds
 with published measurements, row by row.
 
-Weights of 8 and 4 bits are unpacked to half precision, in which every target here multiplies. Values that thresholds
-leave out (:mod:`moedge.convert.gather`) are multiplied as zeros by every engine, so they save nothing here.
+Weights of 8 and 4 bits are unpacked to half precision, in which every target here multiplies.
 """
 
 from __future__ import annotations
@@ -46,9 +45,10 @@ _CACHED = 2.0
 """Bytes of a cached number: half precision."""
 
 
-Kind = Literal["moe", "moe, every expert", "dense"]
-"""``moe``: a token reads the experts that it selects. ``moe, every expert``: an engine computes all of them, for its
-runtime takes no kernels of ours (docs/tensorrt.md). ``dense``: the same weights without routing."""
+Kind = Literal["moe", "moe, all weights", "dense"]
+"""``moe``: a token reads the experts that it selects, and of a gathered FFN the weights of what it keeps. ``moe, all
+weights``: an engine reads everything, for its runtime takes no kernels of ours (docs/tensorrt.md). ``dense``: the same
+weights, before they were converted."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +100,13 @@ class Outlook:
         return self.needed <= self.memory
 
 
-def outlooks(model: ModelFacts, moe: MoEFacts | None, device: Device, work: Work) -> list[Outlook]:
+def outlooks(model: ModelFacts, moe: MoEFacts | None, share: float | None, device: Device, work: Work) -> list[Outlook]:
     """Return what a model and its dense parent may do in every precision, the model first.
 
     Args:
         model: of a manifest or a checkpoint, with its parameters.
         moe: of a converted model.
+        share: of the FFN weights that a token reads, where values are left out.
         device: the profile.
         work: what is asked.
 
@@ -113,18 +114,21 @@ def outlooks(model: ModelFacts, moe: MoEFacts | None, device: Device, work: Work
         MoEdgeError: the model's files do not say enough; see :mod:`moedge.export.needs`.
     """
     routed = moe is not None and any(layer.num_experts for layer in moe.layers.values())
+    converted = routed or share is not None
     found = []
     for precision in PRECISIONS:
         rows = engines_for(device, precision.bits)
-        sparse = needs.of_model(model, moe, weight=precision.bytes, cached=_CACHED)
+        sparse = needs.of_model(model, moe, weight=precision.bytes, cached=_CACHED, share=share)
         whole = needs.of_model(model, None, weight=precision.bytes, cached=_CACHED)
         selected = {row.name: asked for row in rows if (asked := selects(row, device)) is not None}
+        if routed and share is not None:  # experts with thresholds have no kernel (docs/gather.md)
+            selected = {}
         kinds: list[tuple[Kind, Needs, tuple[str, ...]]] = []
-        if routed and (selected or not rows):
+        if converted and (selected or not rows):
             kinds.append(("moe", sparse, tuple(f"{name}{asked}" for name, asked in selected.items())))
-        if routed and len(selected) < len(rows):
+        if converted and len(selected) < len(rows):
             rest = tuple(row.name for row in rows if row.name not in selected)
-            kinds.append(("moe, every expert", whole, rest))
+            kinds.append(("moe, all weights", whole, rest))
         kinds.append(("dense", whole, tuple(row.name for row in rows)))
         found += [_outlook(kind, model, need, precision, names, device, work) for kind, need, names in kinds]
     return found
@@ -174,9 +178,10 @@ def engines_for(device: Device, bits: int | None) -> list[Target]:
 
 
 def selects(row: Target, device: Device) -> str | None:
-    """Whether an engine reads the selected experts alone: what to ask of the export, "" for nothing; None where not.
+    """Whether an engine leaves weights out: what to ask of the export, "" for nothing; None where it reads all.
 
-    As :func:`moedge.export.lowering.trt.experts.choose` decides it, but for what only a graph tells.
+    As ``choose`` and ``gather_refusal`` of :mod:`moedge.export.lowering.trt.experts` decide it, but for what only a
+    graph tells.
     """
     if "plugins" not in row.expert_forms:
         return None
@@ -186,7 +191,5 @@ def selects(row: Target, device: Device) -> str | None:
 
 
 def best(found: Sequence[Outlook]) -> Outlook | None:
-    """Return the fastest at a token that fits and for which there is a target; the converted model's before others."""
-    possible = [one for one in found if one.fits and one.targets]
-    ours = [one for one in possible if one.model == "moe"]
-    return min(ours or possible, key=lambda one: one.tpot.ms, default=None)
+    """Return the fastest at a token that fits and for which there is a target; of equal ones the converted model's."""
+    return min((one for one in found if one.fits and one.targets), key=lambda one: one.tpot.ms, default=None)

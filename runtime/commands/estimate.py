@@ -49,20 +49,13 @@ def estimate(
     if work.prompt > work.context:
         raise MoEdgeError(f"A prompt of {work.prompt} tokens does not fit into --context {work.context}.")
     found = [devices.load(name) for name in profiles]
-    rows = {device.name: outlook.outlooks(facts, moe, device, work) for device in found}
+    rows = {device.name: outlook.outlooks(facts, moe, share, device, work) for device in found}
     if as_json:
         print(json.dumps(document(found, rows, work), indent=2, allow_nan=False))
         return
     console = Console()
     for device in found:
         show(str(model), device, rows[device.name], work, console)
-    if share is not None:
-        console.print(
-            f"Its thresholds leave out {1 - share:.0%} of the FFN weights. Only the CPU operators of ort-cpu bundles "
-            "skip them; an engine multiplies them by zero, so it is as fast as the dense model.",
-            highlight=False,
-            soft_wrap=True,
-        )
 
 
 def document(found: list[Device], rows: dict[str, list[Outlook]], work: Work) -> dict[str, object]:
@@ -123,26 +116,30 @@ def sentences(device: Device, rows: list[Outlook]) -> list[str]:
     said = ["Least times and most tokens: bounds, not measurements (docs/estimate.md: what published engines reach)."]
     chosen = outlook.best(rows)
     if chosen is None:
-        said.append(
-            "None of these both fits and has an engine there: lower --context or --batch, or take another device."
-        )
+        said.append("None of these both fits and has an engine: lower --context or --batch, or take another device.")
     else:
         said.append(
-            f"Best that fits: {' or '.join(chosen.targets)} of the {chosen.model} model, {chosen.tpot.ms:.1f} ms a "
-            f"token at least, {chosen.needed / 2**30:.2f} of {device.memory_gib:g} GiB."
+            f"Fastest that fits: {' or '.join(chosen.targets)}, {chosen.tpot.ms:.1f} ms a token at least, "
+            f"{chosen.needed / 2**30:.2f} of {device.memory_gib:g} GiB."
         )
-        dense = next((row for row in rows if row.model == "dense" and row.precision == chosen.precision), None)
-        if chosen.model == "dense" and any(row.model == "moe, every expert" for row in rows):
-            said.append(
-                "No engine there reads the selected experts alone, so the MoE is no faster than its dense parent."
-            )
-        if chosen.model == "moe" and dense is not None:
-            said.append(
-                f"Against its dense parent there: at most {dense.tpot.ms / chosen.tpot.ms:.2f} times as fast a token, "
-                f"{dense.ttft.ms / chosen.ttft.ms:.2f} times as fast a prompt."
-            )
+    said += _gain(rows)
     if device.unified_memory:
         said.append("The memory is shared with the CPU: the system and other programs take their part of it first.")
     if device.unconfirmed:
         said.append(f"Not confirmed at the vendor's page: {', '.join(device.unconfirmed)} (see the profile's sources).")
     return said
+
+
+def _gain(rows: list[Outlook]) -> list[str]:
+    """What the conversion is worth at most, where an engine leaves weights out."""
+    dense = {row.precision: row for row in rows if row.model == "dense"}
+    found = [row for row in rows if row.model == "moe" and row.targets]
+    if not found:
+        whole = any(row.model == "moe, all weights" for row in rows)
+        return ["No engine there leaves weights out: the conversion gains nothing."] if whole else []
+    return [
+        f"The conversion is worth there ({' or '.join(row.targets)}): at most "
+        f"{dense[row.precision].tpot.ms / row.tpot.ms:.2f} times as fast a token, "
+        f"{dense[row.precision].ttft.ms / row.ttft.ms:.2f} times as fast a prompt."
+        for row in found
+    ]

@@ -224,9 +224,9 @@ def test_a_step_takes_what_its_bytes_or_its_multiplications_take() -> None:
     assert (unknown.ms, unknown.arithmetic_ms) == (1, None)
 
 
-def rows(device: str, moe: MoEFacts | None = MOE, **work: int) -> list[outlook.Outlook]:
+def rows(device: str, moe: MoEFacts | None = MOE, share: float | None = None, **work: int) -> list[outlook.Outlook]:
     return outlook.outlooks(
-        model(ffn=ROUTED + ALWAYS), moe, devices.load(device), Work(**{"context": 32, "prompt": 16, **work})
+        model(ffn=ROUTED + ALWAYS), moe, share, devices.load(device), Work(**{"context": 32, "prompt": 16, **work})
     )
 
 
@@ -234,37 +234,50 @@ def test_every_precision_is_estimated_and_engines_that_read_every_expert_are_tol
     found = {(row.model, row.precision): row for row in rows("rtx-4090")}
     assert set(found) == {
         *((kind, "float16") for kind in ("moe", "dense")),
-        *((kind, bits) for kind in ("moe, every expert", "dense") for bits in ("int8", "int4")),
+        *((kind, bits) for kind in ("moe, all weights", "dense") for bits in ("int8", "int4")),
     }
     assert found["moe", "float16"].targets == ("tensorrt", "tensorrt-rtx (--expert-form plugins)")
-    assert found["moe, every expert", "int4"].targets == ("tensorrt-rtx-int4",)
+    assert found["moe, all weights", "int4"].targets == ("tensorrt-rtx-int4",)
     half, dense = found["moe", "float16"], found["dense", "float16"]
     assert half.needed == dense.needed, "every expert is stored"
     wanted = of_model(model(ffn=ROUTED + ALWAYS), MOE, weight=2, cached=2)
     assert half.tpot.memory_ms == pytest.approx(1e3 * wanted.decode_bytes(32) / 1008e9)
     assert half.ttft.arithmetic_ms == pytest.approx(1e3 * 2 * wanted.prompt_products(16) / 330.3e12)
     assert half.tpot.ms < dense.tpot.ms == pytest.approx(found["dense", "float16"].tpot.ms)
-    assert found["moe, every expert", "int4"].tpot == found["dense", "int4"].tpot
+    assert found["moe, all weights", "int4"].tpot == found["dense", "int4"].tpot
     assert found["dense", "int4"].weights == pytest.approx(dense.weights * (0.5 + 2 / 128) / 2)
 
 
 def test_a_jetson_whose_tensorrt_takes_no_kernels_gains_nothing() -> None:
     """JetPack 6.2 has TensorRT 10.3; Thor has 10.13."""
     orin = [row for row in rows("jetson-agx-orin") if row.precision == "float16"]
-    assert [row.model for row in orin] == ["moe, every expert", "dense"]
+    assert [row.model for row in orin] == ["moe, all weights", "dense"]
     assert outlook.best(orin) == orin[0]
     assert [row.model for row in rows("jetson-agx-thor") if row.precision == "float16"] == ["moe", "dense"]
     none = [row for row in rows("jetson-agx-orin") if row.precision == "int4"]
     assert [row.targets for row in none] == [(), ()], "shown, for what it would be worth"
 
 
+def test_a_gathered_model_gains_where_its_kernels_are_plugins() -> None:
+    pruned = MoEFacts(layers={0: LayerFacts(num_experts=0, top_k=0, shared_width=50, expert_width=0)})
+    found = {row.model: row for row in rows("jetson-agx-thor", pruned, 0.7) if row.precision == "float16"}
+    read = found["dense"].tpot.memory_ms - found["moe"].tpot.memory_ms
+    assert read == pytest.approx(1e3 * 2 * 0.3 * (3 * 50 * H) / 273e9)
+    assert "moe" not in {row.model for row in rows("jetson-agx-orin", pruned, 0.7) if row.targets}
+    # Experts with thresholds have no kernel.
+    assert "moe" not in {row.model for row in rows("jetson-agx-thor", MOE, 0.7) if row.targets}
+
+
 def test_the_best_fits_and_has_an_engine() -> None:
     found = rows("rtx-4090")
     chosen = outlook.best(found)
     assert chosen is not None
-    assert chosen.model == "moe"
+    assert (chosen.model, chosen.precision) == ("moe, all weights", "int4"), "the fastest; of equal ones the converted"
+    half = outlook.best([row for row in found if row.precision == "float16"])
+    assert half is not None
+    assert half.model == "moe"
     small = devices.load("rtx-4090").model_copy(update={"memory_gib": 1e-6})
-    assert outlook.best(outlook.outlooks(model(ffn=ROUTED + ALWAYS), MOE, small, Work())) is None
+    assert outlook.best(outlook.outlooks(model(ffn=ROUTED + ALWAYS), MOE, None, small, Work())) is None
     dense = outlook.best(rows("rtx-4090", moe=None))
     assert dense is not None
     assert (dense.model, dense.precision) == ("dense", "int4"), "the fastest"
