@@ -308,3 +308,34 @@ def gather_only(gathered: Callable[..., Any]) -> Callable[..., Any]:
         return gathered(MoEPlan("gather", {}, adapters.describe(model), every), model, **more)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def task_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Data of the lm-eval tasks sciq and arc_easy, with eight short questions each."""
+    import json
+
+    words = ("cat", "hat", "dog", "fog", "sun", "run", "sea", "tea")
+    folder = tmp_path_factory.mktemp("tasks")
+    sciq = [
+        {
+            "support": "",
+            "question": f"what is {word}",
+            "distractor1": words[i - 1] * 3,
+            "distractor2": words[i - 2],
+            "distractor3": words[i - 3] + " s",
+            "correct_answer": word,
+        }
+        for i, word in enumerate(words)
+    ]
+    arc = [
+        {
+            "question": f"which is {word}?",
+            "choices": {"text": [word, words[i - 1] * 2], "label": ["A", "B"]},
+            "answerKey": "AB"[i % 2],
+        }
+        for i, word in enumerate(words)
+    ]
+    for name, rows in (("sciq", sciq), ("arc_easy", arc)):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return {name: folder / f"{name}.jsonl" for name in ("sciq", "arc_easy")}

@@ -17,8 +17,9 @@ from moedge.convert import modeling
 from moedge.export import bundle
 from moedge.export.pipeline import export
 from moedge.runtime.commands.verify import explained
-from moedge.runtime.engines import open_engine
+from moedge.runtime.engines import open_engine, ort
 from moedge.runtime.parity.given import pair
+from moedge.runtime.parity.shapes import Asked
 
 WINDOWS = np.random.default_rng(1).integers(0, 256, (2, 48))
 TARGETS = ["ort-cpu", "ort-cpu-int8", "tensorrt-rtx", "openvino"]
@@ -86,6 +87,33 @@ def test_a_healthy_engine_passes_whatever_the_ramp(folders: Any, kind: str, refe
         assert "100.0000% of values rightly kept" in explained(entry, entry["replay"])
 
 
+def in_shapes(reference: Path, test: Path) -> dict[str, Any]:
+    asked = Asked(long=WINDOWS.reshape(-1)[:64])
+    found = pair(reference, test, "random", WINDOWS, 24, "float32", {"threads": 1}, lambda *_: None, asked=asked)
+    (entry,) = found["shapes"]
+    return dict(entry)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("target", ["portable", *TARGETS[:2]])
+def test_a_healthy_engine_is_itself_in_every_shape(folders: Any, kind: str, target: str) -> None:
+    entry = in_shapes(folders(kind, "checkpoint"), folders(kind, target))
+    assert not missed(entry)
+    assert not entry["not_run"]
+    assert "kept" in entry["verdict"]["parts"]
+    assert all(case["replayed"] == case["tokens"] for case in entry["cases"].values())
+
+
+def test_padding_that_is_seen_is_found_under_the_engines_own_choices(
+    folders: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ort, "check_batch", lambda ids, mask, vocab_size: np.ones_like(ids))
+    entry = in_shapes(folders("0.1", "checkpoint"), folders("0.1", "ort-cpu"))
+    wrong = {"batch.padding.prefill", "batch.padding.decode", "batch.chunked"}
+    assert {name for name, passed in entry["verdict"]["parts"].items() if not passed} >= wrong
+    assert entry["verdict"]["parts"]["batch.equal"]
+
+
 def test_operators_that_stand_for_it_show_it_too(folders: Any) -> None:
     (entry,) = verified(folders("0.1", "checkpoint"), folders("0.1", "openvino"))
     assert entry["verdict"]["parts"] == {"arithmetic": True, "kept": True, "free": True}
@@ -95,6 +123,8 @@ def test_half_precision_shows_nothing_and_says_so(folders: Any) -> None:
     """It would round before it compares."""
     (entry,) = verified(folders("0.1", "checkpoint"), folders("0.1", "tensorrt-rtx"))
     assert entry["replay"] is None
+    shaped = in_shapes(folders("0.1", "checkpoint"), folders("0.1", "tensorrt-rtx"))
+    assert shaped["verdict"]["outcome"] != "failed"  # what cannot be replayed is not decided at worst
     assert any("does not show all of the small values" in note for note in entry["verdict"]["notes"])
 
 
