@@ -76,6 +76,14 @@ def test_a_coarse_measurement_cannot_tell_and_says_how_many_rounds_would() -> No
     assert few.outcome(0.05) is Outcome.NOT_DECIDED, "four rounds have no interval"
 
 
+def test_single_disturbed_rounds_decide_nothing() -> None:
+    """Three of twenty rounds take seven times as long: less than the fifth that is left out."""
+    sample = np.random.default_rng(0).normal(0, 0.01, 20)
+    sample[[3, 9, 15]] += 2
+    assert slowdown(sample, None, CHECKS).value == pytest.approx(0, abs=0.01)
+    assert slowdown(sample, None, 1).high < 0.3, "by their mean it would be beyond 1"
+
+
 def test_a_faster_build_passes_and_equal_times_have_no_width() -> None:
     found = slowdown(np.full(10, np.log(0.8)), None, CHECKS)
     assert (found.value, found.low, found.high) == pytest.approx((-0.2, -0.2, -0.2))
@@ -226,6 +234,8 @@ def test_a_limit_is_held_or_broken_by_the_whole_interval(text: str, outcome: str
     assert check["outcome"] == outcome
     words = {"failed": "beyond the limit", "passed": "within the limit", "not decided": "cannot tell"}
     assert check["sentence"].startswith(words[outcome])
+    low, high = check["interval"]
+    assert low <= check["value"] <= high
 
 
 def test_a_limit_holds_at_every_point_and_memory_at_the_first() -> None:
