@@ -23,7 +23,7 @@ from moedge.runtime.parity.given import against_kept, verify_given
 from moedge.runtime.parity.outcomes import mark
 from moedge.runtime.parity.results import Verification
 from moedge.runtime.progress import single
-from moedge.runtime.report import checks
+from moedge.runtime.report import checks, ci
 from moedge.runtime.tables import Sheet
 
 
@@ -180,7 +180,7 @@ def _write(result: Verification, junit: Path | None, markdown: Path | None, *, g
     shown = checks.markdown(result)
     if markdown:
         write_text(markdown, shown)
-    checks.step_summary(shown)
+    ci.step_summary(shown)
 
 
 def _print(result: Verification) -> None:

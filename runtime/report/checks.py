@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
 from moedge.runtime.parity import verdict
 from moedge.runtime.parity.outcomes import mark
 from moedge.runtime.parity.results import CheckFacts, LayersFacts, ParityEntry, Replayed, Verification
-
-STEP_SUMMARY = "GITHUB_STEP_SUMMARY"
-"""GitHub Actions names by this variable the file whose Markdown it shows on a job's page."""
 
 
 class Row(NamedTuple):
@@ -105,13 +100,6 @@ def used(row: Row) -> float | None:
         return None
     value, limit = (row.value, row.limit) if row.relation == "<=" else (1 - row.value, 1 - row.limit)
     return value / limit if limit > 0 else None
-
-
-def step_summary(shown: str) -> None:
-    """Append Markdown to the summary of the GitHub job that this runs in; does nothing elsewhere."""
-    if path := os.environ.get(STEP_SUMMARY):
-        with Path(path).open("a", encoding="utf-8") as stream:
-            stream.write(shown + "\n")
 
 
 def said(result: Verification) -> list[str]:

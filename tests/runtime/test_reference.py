@@ -35,7 +35,7 @@ from moedge.runtime.parity.given import against_kept
 from moedge.runtime.parity.metrics import TokenErrors
 from moedge.runtime.parity.verdict import Check, Outcome, Verdict
 from moedge.runtime.report import schema
-from moedge.runtime.report.checks import STEP_SUMMARY, junit_xml, markdown
+from moedge.runtime.report.checks import junit_xml, markdown
 
 LAYERS, BROKEN = 4, 2
 WINDOWS = np.random.default_rng(1).integers(0, 256, (3, 120))
@@ -339,7 +339,11 @@ def test_no_torch_is_needed_and_every_surface_tells_the_same(folders: Any, tmp_p
         "--reference", str(folders("gathered", "reference")), "--junit", str(names["verify.xml"]), "--markdown",
         str(names["verify.md"]),
     ]  # fmt: skip
-    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path), STEP_SUMMARY: str(names["summary.md"])}
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "PYTHONPATH": ":".join(sys.path),
+        "GITHUB_STEP_SUMMARY": str(names["summary.md"]),
+    }
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
