@@ -55,6 +55,9 @@ class ModelFacts(Facts):
     dtype: str = "float32"
     """Of the checkpoint's weights."""
     parameters: int | None = None
+    """Numbers in its weights, a shared table once."""
+    tied_embedding: bool | None = None
+    """Whether the embedding's table is also the output projection."""
 
 
 class LayerFacts(Facts):
@@ -74,6 +77,8 @@ class MoEFacts(Facts):
 
     plan_sha256: str | None = None
     layers: dict[Layer, LayerFacts]
+    ffn_read_share: float | None = None
+    """Of the dense parent's FFN weights, what a token reads (:mod:`moedge.convert.reads`)."""
 
     @property
     def nested(self) -> bool:
@@ -93,9 +98,10 @@ class Tap(Facts):
     reads_dtype: str | None = None
 
 
-Which = Literal["x", "h", "expert_h"]
+Which = Literal["x", "h", "expert_h", "qkv", "o", "head"]
 """What a layer leaves small values out of: the inputs of gate and up, the hidden values of the shared block, or those
-of the routed experts."""
+of the routed experts; the inputs of attention, and of its output projection; and the inputs of the model's output
+projection, whose layer is the number of layers."""
 GatherPlace = tuple[int, Which]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,6 +28,9 @@ from moedge.export.manifest import (
     MoEFacts,
     RewriteFacts,
 )
+
+if TYPE_CHECKING:
+    from moedge.convert.plan import MoEPlan
 
 
 def export(
@@ -104,11 +107,10 @@ def _export_portable(checkpoint: Path, partial: Path, label: str, max_length: in
     from moedge.export.trace import Architecture, trace
 
     converted = str(folder_check.read_config(checkpoint)["model_type"]).startswith(MOE_PREFIX)
-    plan_sha256 = None
+    plan = None
     bundle.write_companions(checkpoint, partial)  # first: a model without a tokenizer is refused before it is loaded
     if converted:
         model, plan, _ = modeling.load(checkpoint)
-        plan_sha256 = plan.sha256
     else:
         model = sources.load_model(checkpoint)
     facts = Architecture.of(model.config)
@@ -128,8 +130,9 @@ def _export_portable(checkpoint: Path, partial: Path, label: str, max_length: in
         rope_boundary=rope.boundary(model.config.to_dict()),
         dtype=str(model.dtype).removeprefix("torch."),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
+        tied_embedding=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
     )
-    moe = _moe_facts(model, plan_sha256) if converted else None
+    moe = _moe_facts(model, plan) if plan is not None else None
     _seal(partial, graph, lowered, _Origin("portable", label, described, moe, parent=None))
 
 
@@ -140,7 +143,8 @@ def _ids(value: object) -> int | list[int] | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def _moe_facts(model: Any, plan_sha256: str | None) -> MoEFacts:
+def _moe_facts(model: Any, plan: MoEPlan) -> MoEFacts:
+    from moedge.convert import reads
     from moedge.convert.modeling import SparseFFN, hierarchical_ffns
 
     layers = {
@@ -163,7 +167,7 @@ def _moe_facts(model: Any, plan_sha256: str | None) -> MoEFacts:
             parents=split + nested.dense_parents,
             dense_parents=nested.dense_parents,
         )
-    return MoEFacts(plan_sha256=plan_sha256, layers=layers)
+    return MoEFacts(plan_sha256=plan.sha256, layers=layers, ffn_read_share=reads.of_plan(plan))
 
 
 def lower(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 from xml.etree import ElementTree
 
 import typer
@@ -15,7 +15,9 @@ from rich.markup import escape
 from moedge import MoEdgeError
 from moedge._files import write_text
 from moedge.runtime.commands._options import Device, Json, Text, Threads, Tolerances
-from moedge.runtime.parity import verdict
+from moedge.runtime.commands._questions import Limit, Shots, TaskData, Tasks, questions
+from moedge.runtime.parity import accuracy, verdict
+from moedge.runtime.parity.accuracy import Gate
 from moedge.runtime.parity.given import verify_given
 from moedge.runtime.parity.outcomes import mark
 from moedge.runtime.parity.results import ParityEntry, Replayed, Verification
@@ -34,39 +36,66 @@ def verify(
         ),
     ] = None,
     text: Text = "asset:wiki",
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to compare on.")] = 2048,
+    tokens: Annotated[int, typer.Option(min=0, help="Tokens to compare on; with 0 only answers to --tasks.")] = 2048,
     window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 256,
     prefill: Annotated[int, typer.Option(min=1, help="Tokens of a window in one prefill; the rest is decoded.")] = 224,
     tolerances: Tolerances = "float32",
+    tasks: Tasks = None,
+    task_data: TaskData = None,
+    shots: Shots = 0,
+    limit: Limit = None,
     threads: Threads = None,
     device: Device = "cpu",
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="Larger batches, longer rows, and a text of --max-length tokens.")
+    ] = False,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            min=32, help="Longest sequence that is read, with --thorough 2048; by default only short ones are."
+        ),
+    ] = None,
     as_json: Json = False,
     junit: Annotated[Path | None, typer.Option(help="Also write the checks as JUnit XML to this file.")] = None,
 ) -> int:
-    """Compare two engines on real text: logits, KL, top-1 and top-5, expert sets. Exits with 1 when a check fails.
+    """Compare two engines on real text: logits, KL, top-1 and top-5, expert sets; and the tested one with itself in
+    batches, with padding, in pieces and twice. Exits with 1 when a check fails.
 
     \b
     Examples:
       moedge verify runs/smollm2-135m
       moedge verify build/moe build/bundles/ort-cpu --junit verify.xml
+      moedge verify build/moe build/bundles/ort-cpu --thorough --max-length 4096
+      moedge verify build/moe build/bundles/ort-cpu-int8 --tasks arc_easy,piqa,sciq --limit 500
       moedge verify build/moe verify-answers.npz
     """
     if prefill >= window:
         raise MoEdgeError(f"--prefill {prefill} leaves nothing to decode in a window of {window} tokens (--window).")
+    gate = Gate.of(reference, test, questions(tasks, task_data, shots, limit), tolerances)
+    if not tokens and gate is None:
+        raise MoEdgeError("There is nothing to compare: --tokens 0 takes no text, and there are no --tasks.")
+    result: Verification | None = None
     with single("verify", str(reference)) as reporter:
-        result = verify_given(
-            reference,
-            test,
-            text=text,
-            tokens=tokens,
-            window=window,
-            prefill=prefill,
-            tolerances=tolerances,
-            threads=threads,
-            device=device,
-            progress=reporter.progress,
-            note=reporter.note,
-        )
+        if tokens:
+            result = verify_given(
+                reference,
+                test,
+                text=text,
+                tokens=tokens,
+                window=window,
+                prefill=prefill,
+                tolerances=tolerances,
+                threads=threads,
+                device=device,
+                thorough=thorough,
+                max_length=max_length,
+                progress=reporter.progress,
+                note=reporter.note,
+            )
+        if gate is not None:
+            watched: dict[str, Any] = {"progress": reporter.progress, "note": reporter.note}
+            result = gate.added(result, threads=threads, device=device, **watched)
+    assert result is not None
     if junit:
         write_text(junit, junit_xml(result))
     if as_json:
@@ -82,7 +111,7 @@ def checks(result: Verification) -> list[tuple[str, str, float | None, str, floa
     for same in result["identity"]:
         value, outcome = same["max_rel_error"], verdict.entry_outcome(same)
         rows.append((same["name"], "identity.max_rel_error", value, "<=", same["limit"], outcome))
-    for entry in result["parity"]:
+    for entry in (*result["parity"], *result.get("shapes", []), *result.get("accuracy", [])):
         for check in entry["verdict"]["checks"]:
             values = (check["name"], check["value"], check["relation"], check["limit"], verdict.outcome_of(check))
             rows.append((entry["name"], *values))
@@ -92,17 +121,22 @@ def checks(result: Verification) -> list[tuple[str, str, float | None, str, floa
 def junit_xml(result: Verification) -> str:
     """The checks as JUnit XML, one test case each, for a CI server; what is not decided is a failure that says so."""
     rows = checks(result)
+    not_run = [(entry["name"], *item) for entry in result.get("shapes", []) for item in entry["not_run"].items()]
     suite = ElementTree.Element(
         "testsuite",
         name="moedge verify",
-        tests=str(len(rows)),
+        tests=str(len(rows) + len(not_run)),
         failures=str(sum(row[-1] is not verdict.Outcome.PASSED for row in rows)),
+        skipped=str(len(not_run)),
     )
     for comparison, name, value, relation, limit, outcome in rows:
         case = ElementTree.SubElement(suite, "testcase", classname=comparison, name=name)
         if outcome is not verdict.Outcome.PASSED:
             said = f"{outcome.value}: {name} is {value}, must be {relation} {limit}"
             ElementTree.SubElement(case, "failure", message=said)
+    for comparison, name, reason in not_run:
+        case = ElementTree.SubElement(suite, "testcase", classname=comparison, name=name)
+        ElementTree.SubElement(case, "skipped", message=reason)
     ElementTree.indent(suite)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"
 
@@ -141,9 +175,10 @@ def _parts(entry: ParityEntry) -> str:
 
 def _print(result: Verification) -> None:
     rows = checks(result)
-    console = Console()
+    console, texts = Console(), accuracy.texts(result)
     for comparison, group in itertools.groupby(rows, key=lambda row: row[0]):
-        console.print(escape(f"{comparison}, on {result['text']}:"), highlight=False, soft_wrap=True)
+        on = texts.get(comparison, result["text"])
+        console.print(escape(f"{comparison}, on {on}:"), highlight=False, soft_wrap=True)
         table = Sheet()
         for column in ("check", "value", "limit", ""):
             table.add_column(column)
@@ -157,4 +192,11 @@ def _print(result: Verification) -> None:
                 console.print(escape(line), highlight=False, soft_wrap=True)
         for sentence in entry["verdict"]["notes"]:
             console.print(escape(f"{entry['name']}: {sentence}"), highlight=False, soft_wrap=True)
+    for shaped in result.get("shapes", []):
+        not_run = [f"{name} was not run: {reason}." for name, reason in shaped["not_run"].items()]
+        for sentence in (*shaped["verdict"]["notes"], *not_run):
+            console.print(escape(f"{shaped['name']}: {sentence}"), highlight=False, soft_wrap=True)
+    for answers in result.get("accuracy", []):
+        for sentence in answers["verdict"]["notes"]:
+            console.print(escape(f"{answers['name']}: {sentence}"), highlight=False, soft_wrap=True)
     console.print(mark(result["outcome"]).line)

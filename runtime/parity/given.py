@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moedge import MoEdgeError
 from moedge._progress import Progress
 from moedge.configs import tolerances as tolerance_files
@@ -14,13 +16,14 @@ from moedge.export import manifest as manifests
 from moedge.runtime.engines import open_engine
 from moedge.runtime.engines.given import local
 from moedge.runtime.parity import compare as parity
-from moedge.runtime.parity import verdict
-from moedge.runtime.parity.results import ParityEntry, Verification
+from moedge.runtime.parity import shapes, verdict
+from moedge.runtime.parity.results import ParityEntry, ShapesEntry, Verification
 from moedge.runtime.parity.suite import (
     DEQUANTIZED,
     SCHEMA,
     Judging,
     finished,
+    kernel_limits,
     reference_options,
     verify_run,
 )
@@ -40,6 +43,8 @@ def verify_given(
     tolerances: str | Path = "float32",
     threads: int | None = None,
     device: str = "cpu",
+    thorough: bool = False,
+    max_length: int | None = None,
     progress: Progress | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Verification:
@@ -52,6 +57,8 @@ def verify_given(
         tokens: to compare on, in windows of ``window`` tokens; ``prefill`` of each are fed at once, the rest decoded.
         tolerances: the first half of a profile's name, or a file (:func:`moedge.configs.tolerances.given_as`).
         threads: of the engines on the CPU. device: where PyTorch computes.
+        thorough: larger batches and longer rows in the checks of :mod:`.shapes`, and a text of ``max_length`` tokens.
+        max_length: tokens of that text; without it and ``thorough`` none is read, 2,048 by default.
         progress: called with (tokens done, tokens in all). note: called with a sentence about a finished comparison.
 
     Returns:
@@ -66,6 +73,13 @@ def verify_given(
     opening: dict[str, Any] = {"threads": threads, "pytorch": {"device": device}}
     step = progress or (lambda done, total: None)
     profile, limits = tolerance_files.chosen(tolerance_files.given_as(tolerances))
+
+    def asked(folder: Path, windows: np.ndarray) -> shapes.Asked:
+        def longer(length: int) -> np.ndarray:
+            return token_windows(folder, text, length, 1)[1]
+
+        return shapes.asked(windows, longer, thorough=thorough, max_length=max_length)
+
     if test is None:
         if not run_folder.is_run(reference):
             raise MoEdgeError(f"{reference} is not a run folder; give a run folder, or two engines to compare.")
@@ -78,6 +92,7 @@ def verify_given(
             limits=limits,
             text=name,
             **opening,
+            asked=asked(run_folder.checkpoint(reference), windows),
             progress=progress,
             note=note,
         )
@@ -85,7 +100,7 @@ def verify_given(
         return answers_of_device(local(reference), test, profile, opening, step, limits)
     one, two = local(reference), local(test)
     name, windows = token_windows(two, text, window, count)
-    return pair(one, two, name, windows, prefill, profile, opening, step, limits)
+    return pair(one, two, name, windows, prefill, profile, opening, step, limits, asked(two, windows))
 
 
 def pair(
@@ -98,6 +113,7 @@ def pair(
     opening: dict[str, Any],
     progress: Progress,
     limits: tolerance_files.Tolerances | None = None,
+    asked: shapes.Asked | None = None,
 ) -> Verification:
     """Compare two engines; a quantised one also with float32 on its own de-quantised weights, if it has the bundle.
 
@@ -111,6 +127,7 @@ def pair(
         if found:
             jobs.append((found[0], f"{test} vs its de-quantised weights", DEQUANTIZED, {"weights_of": test}))
     entries: list[ParityEntry] = []
+    shaped: list[ShapesEntry] = []
     for number, (folder, name, dtype, options) in enumerate(jobs):
         how = Judging.of(test, limits, dtype, target or "torch")
         one = open_engine(folder, **opening, **_reference_options(folder, how, target), **options)
@@ -121,13 +138,17 @@ def pair(
 
         try:
             entry = parity.compare(one, two, windows, prefill=prefill, tolerances=how.limits, progress=step)
+            if asked and number == len(jobs) - 1:
+                rules = how.rules(kernel_limits(test, limits, tolerances, target or "torch"), one, two)
+                shaped.append({"name": shapes.name(str(test)), **shapes.check(two, windows, asked, rules)})
         finally:
             one.close()
             two.close()
         entries.append({"name": name, **how.explained(entry)})
     if len(entries) > 1:
         entries[0] = verdict.with_notes(entries[0], verdict.quantised_notes(entries[0], entries[1], target))
-    return finished({"schema": SCHEMA, "text": text, "identity": [], "parity": entries}, limits)
+    result: dict[str, Any] = {"schema": SCHEMA, "text": text, "identity": [], "parity": entries}
+    return finished({**result, "shapes": shaped} if asked else result, limits)
 
 
 def answers_of_device(

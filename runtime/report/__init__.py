@@ -38,6 +38,7 @@ def render(report: dict[str, Any], template: str) -> str:
     from moedge.runtime.report.build import ratio
     from moedge.runtime.report.plots import draw_all
     from moedge.runtime.report.profile import NOTE, table
+    from moedge.runtime.report.watched import sentences
 
     html = template.endswith(".html.j2")
     environment = jinja2.Environment(
@@ -52,7 +53,8 @@ def render(report: dict[str, Any], template: str) -> str:
     environment.filters |= filters()
     environment.globals |= {"ratio": ratio, "profile_table": table, "profile_note": NOTE, "mark": mark}
     environment.globals |= {"check_outcome": verdict.outcome_of, "entry_outcome": verdict.entry_outcome}
-    environment.globals |= {"run_outcome": verdict.run_outcome}
+    environment.globals |= {"run_outcome": verdict.run_outcome, "part_outcome": verdict.part_outcome}
+    environment.globals["watched"] = sentences
     # The SVG comes from matplotlib, which escapes the text it draws; everything else is escaped by jinja2.
     plots = {name: Markup(svg) for name, svg in draw_all(report).items()} if html else {}
     drawn = draw(report["frontier"]) if html and "frontier" in report else []

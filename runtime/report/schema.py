@@ -12,12 +12,12 @@ from typing_extensions import NotRequired, TypedDict
 
 from moedge._files import write_json
 from moedge.convert.forms import Form
+from moedge.runtime.bench.results import Bench
 from moedge.runtime.frontier.schema import Frontier
-from moedge.runtime.parity.results import Count, EngineFacts, Outcome, Verification, closed, figures, opened
+from moedge.runtime.parity.results import Count, Outcome, Verification, closed, opened
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Share = Annotated[float, Field(ge=0, le=1)]
-Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
 ByText = dict[str, float]
 
 
@@ -106,64 +106,6 @@ class Quality(TypedDict):
     rows: Annotated[list[QualityRow], Field(min_length=2)]
     verdict: QualityVerdict
     where: list[str]
-
-
-@opened
-class BenchProtocol(TypedDict):
-    """How speed was measured."""
-
-    batch: Count
-    prompt: Count
-    decode: Count
-    repeats: Count
-
-
-@figures
-class Times(TypedDict):
-    """Milliseconds; the interval is that of the median."""
-
-    p50: float
-    p90: float
-    p99: float
-    mean: float
-    ci95: Interval
-
-
-@opened
-class SpeedRow(TypedDict):
-    """The speed of one engine."""
-
-    label: str
-    info: EngineFacts
-    ttft_ms: Times
-    tpot_ms: Times
-    prefill_tokens_per_s: float
-    decode_tokens_per_s: float
-    peak_rss_mib: float | None
-    load_s: float | None
-
-
-@closed
-class Ratio(TypedDict):
-    """One engine beside another; above 1 ``label`` is faster."""
-
-    metric: Literal["ttft_ms", "tpot_ms"]
-    label: str
-    baseline: str
-    speedup: float
-    ci95: Interval
-    verdict: Literal["faster", "slower", "no difference shown"]
-
-
-@opened
-class Speed(TypedDict):
-    """All engines, timed in turns."""
-
-    schema: Literal["moedge.bench/1"]
-    protocol: BenchProtocol
-    machine: dict[str, Any]
-    rows: Annotated[list[SpeedRow], Field(min_length=1)]
-    ratios: list[Ratio]
 
 
 @closed
@@ -280,7 +222,7 @@ class Report(TypedDict):
     conversion: Conversion
     quality: Quality
     verification: Verification
-    speed: Speed
+    speed: Bench
     bundles: list[BundleFacts]
     machine: dict[str, Any]
     versions: dict[str, str]

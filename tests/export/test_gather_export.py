@@ -47,6 +47,7 @@ HALF = 4 * tensorrt.HALF_LIMIT * GROWTH
 INT8 = 2 * INT8_LIMIT
 KINDS = [
     "gather only",
+    "gather only, every linear layer",
     "routed",
     *(pytest.param(n, marks=pytest.mark.slow) for n in ("compensation", "biases", "GELU")),
 ]
@@ -96,7 +97,7 @@ def folders(
         for layer in model.model.layers if "wide" in kind else ():  # weights of 0.2 make attention sharper than trained
             layer.self_attn.q_proj.weight.data *= 0.25
         plan = (
-            gather_only(model)
+            gather_only(model, **({"linears": "all", "ramp": 2.0} if "every" in kind else {}))
             if kind.startswith("gather only")
             else gathered(convert_tiny(model, "cmoe"), model, **parts)
         )
@@ -237,7 +238,11 @@ def test_quantised_targets_are_the_model_of_their_weights(folders: Folders, kind
     classes = {
         entry["tensor_class"]: entry for entry in open_bundle(path).manifest.document()["quantization"]["classes"]
     }
-    assert classes["thresholds"]["bytes"] == classes["thresholds"]["float_bytes"] == 4 * 2 * (32 + 64)
+    assert (
+        classes["thresholds"]["bytes"]
+        == classes["thresholds"]["float_bytes"]
+        == 4 * (2 * (32 + 64) + (2 * (32 + 32) + 32 if "every" in kind else 0))
+    )
 
 
 def test_cuda_takes_the_model_without_experts(folders: Folders) -> None:

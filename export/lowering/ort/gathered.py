@@ -118,7 +118,9 @@ class FuseGather:
     def _weight(self, builder: Builder, group: Sequence[Product]) -> list[ir.Value | None]:
         """Add the packed weight of products of one value, side by side; return it and its scales (None: floats)."""
         names = [product.weight.name for product in group]
-        joined = f"{self.class_of(names[0])}.{'+'.join(names)}"
+        kind = self.class_of(names[0])
+        # A tied output projection: the table that tokens are looked up in stays, under the name without "rows".
+        joined = f"{kind}{'.rows' if kind == 'embedding' else ''}.{'+'.join(names)}"
         total, start = sum(product.weight.rows for product in group), 0
         for product in group:
             end = start + product.weight.rows
