@@ -43,7 +43,7 @@ MEANINGS: dict[str, tuple[type, str]] = {
     "--device": (str, "^Where PyTorch computes"),
     "--dry-run": (bool, "(do|write) nothing"),
     "--dtype": (str, "^Of checkpoints in PyTorch"),
-    "--expert-form": (str, "^Target tensorrt: plugins, merged"),
+    "--expert-form": (str, "Target tensorrt: plugins, merged"),
     "--for": (str, "^Device profile"),
     "--force": (bool, "^Replace the output if it exists"),
     "--half": (str, "float16 .default., or bfloat16"),
