@@ -23,6 +23,7 @@ import numpy as np
 from moedge import MoEdgeError
 from moedge._progress import Progress
 from moedge.runtime.bench.footprint import footprint
+from moedge.runtime.bench.guard import Observer
 from moedge.runtime.bench.identity import identity
 from moedge.runtime.bench.machine import machine as machine
 from moedge.runtime.bench.points import BATCH_ROUNDS, BATCHES, Point
@@ -205,16 +206,33 @@ def _fitting(engines: Mapping[str, Engine], points: list[Point]) -> list[Point]:
 def _timed(
     engines: Mapping[str, Engine], ids: np.ndarray, point: Point, rules: Rules, seed: int, advance: Callable[[], None]
 ) -> PointResult:
-    """Time all engines at one point."""
-    found = time_rounds(engines, _rows_of(ids, point), point.depth, point.decode, rules, advance)
+    """Time all engines at one point, and watch the machine meanwhile."""
+    observer = Observer({label: engine.info for label, engine in engines.items()})
+    try:
+        found = time_rounds(engines, _rows_of(ids, point), point.depth, point.decode, rules, advance, observer)
+    finally:
+        observer.close()
+    result = _summed_up(found, point, seed)
+    for row in result["rows"]:
+        seconds = found.samples["tpot_ms"][row["label"]].sum(axis=1) / 1e3
+        sizes = {"tokens": point.decode, "batch": point.batch, "seed": seed}
+        row["energy"] = observer.energy(row["label"], seconds.tolist(), **sizes)
+    rounds = {row["label"]: cast("dict[str, list[float]]", row["rounds"]) for row in result["rows"]}
+    result["guard"] = observer.guard(rounds, found.dropped)
+    return result
+
+
+def _summed_up(found: Timed, point: Point, seed: int) -> PointResult:
+    """What was timed of all engines at one point."""
+    labels = list(found.samples["ttft_ms"])
     return {
         **asdict(point),  # type: ignore[typeddict-item]  # the fields of a point are the first keys of its result
         "rounds": len(next(iter(found.samples["ttft_ms"].values()))),
         "warmup_rounds": found.dropped,
         "settled": found.settled,
         "seconds": found.seconds,
-        "rows": [_row(label, found, point, seed) for label in engines],
-        "ratios": _ratios(list(engines), found.samples, seed),
+        "rows": [_row(label, found, point, seed) for label in labels],
+        "ratios": _ratios(labels, found.samples, seed),
     }
 
 
@@ -232,7 +250,11 @@ def _batches(
             refused[label] = str(error)
     rest = {label: engine for label, engine in engines.items() if label not in refused}
     points = [replace(point, threads=threads) for point in BATCHES] if rest else []
-    return [_timed(rest, ids, point, Rules(BATCH_ROUNDS), seed, advance) for point in points], refused
+    look = Rules(BATCH_ROUNDS)  # too few rounds to judge the machine by
+    timed = [
+        (point, time_rounds(rest, _rows_of(ids, point), point.depth, point.decode, look, advance)) for point in points
+    ]
+    return [_summed_up(found, point, seed) for point, found in timed], refused
 
 
 def _row(label: str, timed: Timed, point: Point, seed: int) -> Row:

@@ -13,6 +13,7 @@ from pydantic import Field, TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
 from moedge._files import write_json
+from moedge.runtime.bench.watched import Energy, Guard, Headroom
 from moedge.runtime.parity.results import Count, EngineFacts, Outcome, closed, opened
 
 SCHEMA: Literal["moedge.bench/2"] = "moedge.bench/2"
@@ -56,6 +57,7 @@ class Row(TypedDict):
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
     rounds: Rounds
+    energy: NotRequired[Energy]
 
 
 @closed
@@ -91,6 +93,10 @@ class PointResult(TypedDict):
     """From the first round to the last, dropped ones included."""
     rows: Annotated[list[Row], Field(min_length=1)]
     ratios: list[Ratio]
+    guard: NotRequired[Guard]
+    """What the machine did meanwhile, and whether the times are to be trusted."""
+    headroom: NotRequired[Headroom]
+    """What the models need of this machine at least, beside what they took."""
 
 
 @opened

@@ -6,6 +6,8 @@ import gc
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 
@@ -48,8 +50,26 @@ class Timed:
     seconds: float
 
 
+class Watching(Protocol):
+    """What looks at the machine and its energy, between timed parts (:class:`moedge.runtime.bench.guard.Observer`)."""
+
+    def mark(self, label: str) -> None:
+        """Called before an engine's prompt, between its prompt and its decoding, and after it."""
+        ...
+
+    def end(self, label: str) -> None:
+        """Called when its turn has ended."""
+        ...
+
+
 def time_rounds(
-    engines: Mapping[str, Engine], ids: np.ndarray, depth: int, decode: int, rules: Rules, advance: Callable[[], None]
+    engines: Mapping[str, Engine],
+    ids: np.ndarray,
+    depth: int,
+    decode: int,
+    rules: Rules,
+    advance: Callable[[], None],
+    watching: Watching | None = None,
 ) -> Timed:
     """Time engines in turn; the first one of a round rotates.
 
@@ -59,6 +79,7 @@ def time_rounds(
     Args:
         ids: int64 [B, depth + S].
         advance: called after each run of an engine.
+        watching: what looks at the machine meanwhile.
     """
     labels = list(engines)
     times: dict[Metric, dict[str, list[list[float]]]] = {metric: {name: [] for name in labels} for metric in METRICS}
@@ -69,7 +90,10 @@ def time_rounds(
         shift = number % len(labels)
         for label in labels[shift:] + labels[:shift]:
             time.sleep(_SETTLE)
-            first, steps = timed_run(engines[label], ids, depth, decode)
+            mark = partial(watching.mark, label) if watching else _nothing
+            first, steps = timed_run(engines[label], ids, depth, decode, mark)
+            if watching:
+                watching.end(label)
             times["ttft_ms"][label].append([first])
             times["tpot_ms"][label].append(steps)
             advance()
@@ -85,26 +109,36 @@ def time_rounds(
     return Timed(samples, dropped, settled, time.perf_counter() - starts[0])
 
 
-def timed_run(engine: Engine, ids: np.ndarray, depth: int, decode: int) -> tuple[float, list[float]]:
+def _nothing() -> None:
+    pass
+
+
+def timed_run(
+    engine: Engine, ids: np.ndarray, depth: int, decode: int, mark: Callable[[], None] = _nothing
+) -> tuple[float, list[float]]:
     """Read the prompts and decode: (TTFT, TPOT of each step) in ms.
 
     Args:
         ids: int64 [B, depth + S], of which the first ``depth`` are read before the clock starts.
         decode: steps after the first token, each fed the tokens chosen before it.
+        mark: called before the prompt, between prompt and decoding, and after it; not in a timed part.
     """
     gc.collect()  # not inside the timed part
     cache = engine.prefill(ids[:, :depth]).cache if depth else None
     clock = time.perf_counter
+    mark()
     start = clock()
     step = engine.decode(ids[:, depth:], cache) if depth else engine.prefill(ids)
     # Every engine returns float32 logits in C order, so the choice of the token costs each the same (about 20 us for
     # a vocabulary of 50,000).
     tokens = step.logits[:, -1].argmax(axis=-1)[:, None]
     first = 1e3 * (clock() - start)
+    mark()
     times = []
     for _ in range(decode):
         start = clock()
         step = engine.decode(tokens, step.cache)
         tokens = step.logits[:, -1].argmax(axis=-1)[:, None]
         times.append(1e3 * (clock() - start))
+    mark()
     return first, times

@@ -16,6 +16,7 @@ from rich.markup import escape
 from moedge import MoEdgeError
 from moedge._files import read_json, write_json, write_text
 from moedge.runtime.bench import latency as benchmark
+from moedge.runtime.bench.headroom import add_headroom
 from moedge.runtime.bench.points import grid, tokens_of
 from moedge.runtime.bench.profiling import profiles
 from moedge.runtime.bench.results import SCHEMA, Bench, Gate
@@ -28,7 +29,7 @@ from moedge.runtime.parity.outcomes import mark
 from moedge.runtime.parity.verdict import Outcome
 from moedge.runtime.progress import single
 from moedge.runtime.report import bench as tables
-from moedge.runtime.report import ci
+from moedge.runtime.report import ci, headroom
 from moedge.runtime.report.profile import NOTE, table
 from moedge.runtime.run import run_folder
 from moedge.runtime.tables import Sheet
@@ -129,6 +130,7 @@ def bench(
             first = points[0]
             sizes = {"prompt": first.prompt, "decode": first.decode, "repeats": repeats, "threads": first.threads}
             result["profiles"] = profiles(folders, windows[0], progress=reporter.progress, **sizes)
+        add_headroom(result, folders)
     if judged:
         pairs = {new: old for old, (new, _) in beside.items()}
         result["gate"] = judging.judge(result, baseline=older, against=pairs, max_slowdown=share, limits=own)
@@ -140,6 +142,7 @@ def bench(
         tables.show(result, console)
         if profile:
             show_profiles(result["profiles"], console)
+        headroom.show(result, console)
         if judged:
             tables.show_gate(result["gate"], console)
     return mark(result["gate"]["outcome"]).exit_code if judged else 0

@@ -266,6 +266,7 @@ def bench(context: Context) -> None:
     from moedge.convert.sources import load_tokenizer
     from moedge.runtime.bench import latency as benchmark
     from moedge.runtime.bench import profiling
+    from moedge.runtime.bench.headroom import add_headroom
     from moedge.runtime.bench.points import Point
     from moedge.runtime.engines import open_engine
     from moedge.runtime.run.refs import EngineRef
@@ -288,6 +289,7 @@ def bench(context: Context) -> None:
     if params["profile"]:
         sizes = {name: params[name] for name in ("prompt", "decode", "repeats", "threads")}
         result["profiles"] = profiling.profiles({str(ref): path for ref, path in found.items()}, ids, **sizes)
+    add_headroom(result, {str(ref): path for ref, path in found.items()})
     write_json(context.out / "bench.json", {**result, "text": text.name, "not_executed": not_executed})
 
 

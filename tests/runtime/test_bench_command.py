@@ -35,8 +35,8 @@ def home(toy_bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
     plain, noise = timing.timed_run, np.random.default_rng(0)
 
-    def scripted(engine: Any, ids: np.ndarray, depth: int, decode: int) -> tuple[float, list[float]]:
-        plain(engine, ids, depth, decode)
+    def scripted(engine: Any, ids: np.ndarray, depth: int, decode: int, mark: Any) -> tuple[float, list[float]]:
+        plain(engine, ids, depth, decode, mark)
         pace = (1.2 if engine._path.name == "slow" else 1.0) * noise.normal(1, 0.002)
         return pace * ids.size, [pace * len(ids)] * decode
 

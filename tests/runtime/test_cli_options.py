@@ -29,6 +29,7 @@ FORMER = [
     ("export", "experts", "expert-form"),
     ("export", "dtype", "half"),
     ("build", "device", "for"),
+    ("estimate", "device", "for"),
     ("pack", "target", "for"),
     ("pack", "experts", "expert-form"),
     ("pack", "dtype", "half"),
