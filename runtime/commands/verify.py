@@ -23,7 +23,7 @@ from moedge.runtime.parity.given import against_kept, verify_given
 from moedge.runtime.parity.outcomes import mark
 from moedge.runtime.parity.results import Verification
 from moedge.runtime.progress import single
-from moedge.runtime.report import checks
+from moedge.runtime.report import checks, ci
 from moedge.runtime.tables import Sheet
 
 
@@ -160,9 +160,7 @@ def _check(
     if kept and test:
         raise MoEdgeError(f"--reference takes the reference's place: name what is to be judged alone, not {test} too.")
     if kept and more:
-        raise MoEdgeError(
-            "--reference judges by what the file holds; --tasks, --thorough and --max-length need more."
-        )
+        raise MoEdgeError("--reference judges by what the file holds; --tasks, --thorough and --max-length need more.")
     if fail_on_worse and not baseline:
         raise MoEdgeError("--fail-on-worse needs an older result to compare with: --baseline FILE.")
 
@@ -182,7 +180,7 @@ def _write(result: Verification, junit: Path | None, markdown: Path | None, *, g
     shown = checks.markdown(result)
     if markdown:
         write_text(markdown, shown)
-    checks.step_summary(shown)
+    ci.step_summary(shown)
 
 
 def _print(result: Verification) -> None:

@@ -30,7 +30,8 @@ from moedge.runtime.engines import open_engine
 from moedge.runtime.parity import reference as references
 from moedge.runtime.parity.given import against_kept
 from moedge.runtime.report import schema
-from moedge.runtime.report.checks import STEP_SUMMARY, junit_xml, markdown
+from moedge.runtime.report.checks import junit_xml, markdown
+from moedge.runtime.report.ci import STEP_SUMMARY
 
 LAYERS, BROKEN = 4, 2
 WINDOWS = np.random.default_rng(1).integers(0, 256, (3, 120))
