@@ -273,6 +273,8 @@ class Sealed(Facts):
     files: dict[str, FileEntry]
     parent: str | None = None
     """Content hash of the bundle that it was made from."""
+    checkpoint: str | None = None
+    """Hash of the checkpoint that it was exported from (:func:`moedge.convert.sources.identity`)."""
 
     @property
     def layers(self) -> dict[int, LayerFacts]:

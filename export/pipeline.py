@@ -133,7 +133,8 @@ def _export_portable(checkpoint: Path, partial: Path, label: str, max_length: in
         tied_embedding=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
     )
     moe = _moe_facts(model, plan) if plan is not None else None
-    _seal(partial, graph, lowered, _Origin("portable", label, described, moe, parent=None))
+    identity = sources.identity(checkpoint)
+    _seal(partial, graph, lowered, _Origin("portable", label, described, moe, parent=None, checkpoint=identity))
 
 
 def _ids(value: object) -> int | list[int] | None:
@@ -218,7 +219,8 @@ def lower(
     if ort_ops.DOMAIN in graph.opset_imports:
         lowered.operators = ort_ops.write(partial)
     facts = source.manifest
-    _seal(partial, graph, lowered, _Origin(target, facts.label, facts.model, facts.moe, parent=source.sha256))
+    origin = _Origin(target, facts.label, facts.model, facts.moe, parent=source.sha256, checkpoint=facts.checkpoint)
+    _seal(partial, graph, lowered, origin)
 
 
 @dataclass(frozen=True)
@@ -230,6 +232,7 @@ class _Origin:
     model: ModelFacts
     moe: MoEFacts | None
     parent: str | None
+    checkpoint: str | None
 
 
 def _seal(partial: Path, graph: Any, lowered: Lowered, origin: _Origin) -> None:
@@ -245,6 +248,7 @@ def _seal(partial: Path, graph: Any, lowered: Lowered, origin: _Origin) -> None:
         model=origin.model,
         moe=origin.moe,
         parent=origin.parent,
+        checkpoint=origin.checkpoint,
         kind="dense" if origin.moe is None else "moe",
         lowering=[RewriteFacts.model_validate(vars(rewrite)) for rewrite in lowered.rewrites],
         taps=lowered.taps,

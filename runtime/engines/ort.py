@@ -7,6 +7,7 @@ bound as both, and the runtime writes the new keys and values in place. Only ids
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from moedge import MoEdgeError
 from moedge.export.graph import kept as left_out
 from moedge.export.graph import taps as _graph
+from moedge.export.graph.stream import Streams
 from moedge.export.manifest import GatherPlace, Tap
 from moedge.runtime.engines import longrope
 from moedge.runtime.engines.calls import (
@@ -64,6 +66,8 @@ class OrtEngine:
             :class:`moedge.runtime.engines.ReplayEngine`.
         last_logits: compute the logits of each call's last position alone, ``Step.logits`` [B, 1, V]: all that
             generation needs. Without the ``onnx`` package all are computed.
+        streams: ``show`` what each layer reads, and what the final norm reads; or ``replace`` it by what the caller
+            gives, and show what each layer would have handed on (:mod:`moedge.export.graph.stream`; needs ``onnx``).
         trace: an existing folder: ONNX Runtime's profiler records every node, :meth:`end_trace` gives its file, and the
             optimised graph is written to ``optimized.onnx`` (its weights beside it).
 
@@ -86,6 +90,7 @@ class OrtEngine:
         replay: bool = False,
         last_logits: bool = False,
         trace: str | Path | None = None,
+        streams: Streams | None = None,
     ) -> None:
         options = Options(
             threads=threads or default_threads(),
@@ -98,6 +103,7 @@ class OrtEngine:
             replay=replay,
             last_logits=last_logits,
             trace=trace,
+            streams=streams,
         )
         self._path = Path(bundle_path)
         self._loaded: Loaded | None = load(self._path, options)
@@ -114,13 +120,17 @@ class OrtEngine:
         *,
         experts: dict[int, np.ndarray] | None = None,
         factors: dict[GatherPlace, np.ndarray] | None = None,
+        streams: Sequence[np.ndarray] | None = None,
     ) -> Step:
-        """Run ``ids`` int64 [B, S] from an empty cache; see :class:`moedge.runtime.engines.Engine`."""
+        """Run ``ids`` int64 [B, S] from an empty cache; see :class:`moedge.runtime.engines.Engine`.
+
+        With ``streams="replace"``, ``streams`` are float32 [B, S, H], one a layer and one for the final norm.
+        """
         loaded = self._open()
         mask = check_batch(ids, attention_mask, loaded.model.vocab_size)
         if not loaded.info.padding and not mask.all():
             raise MoEdgeError(f"{self._path} takes no padding: give rows of equal length, or one row at a time.")
-        return self._run(ids, mask, _empty_cache(loaded, len(ids)), experts, factors)
+        return self._run(ids, mask, _empty_cache(loaded, len(ids)), experts, factors, streams)
 
     def decode(
         self,
@@ -129,6 +139,7 @@ class OrtEngine:
         *,
         experts: dict[int, np.ndarray] | None = None,
         factors: dict[GatherPlace, np.ndarray] | None = None,
+        streams: Sequence[np.ndarray] | None = None,
     ) -> Step:
         """Run ``ids`` int64 [B, S] after what ``cache`` holds; the cache is used up."""
         loaded = self._open()
@@ -148,7 +159,7 @@ class OrtEngine:
                 steps.append(self.decode(token, steps[-1].cache if steps else cache, experts=experts, factors=factors))
             whole = joined(steps)
             return replace(whole, logits=steps[-1].logits) if loaded.last_logits else whole
-        return self._run(ids, mask, cache, experts, factors)
+        return self._run(ids, mask, cache, experts, factors, streams)
 
     def read(self, ids: np.ndarray) -> Any:
         """Return the cache of ``ids`` int64 [B, S]; see :class:`moedge.runtime.engines.BranchingEngine`."""
@@ -218,6 +229,7 @@ class OrtEngine:
         cache: _Cache,
         experts: dict[int, np.ndarray] | None,
         factors: dict[GatherPlace, np.ndarray] | None,
+        streams: Sequence[np.ndarray] | None,
     ) -> Step:
         """One session run; ``mask`` int64 [B, P + S] covers the cache and ``ids``."""
         loaded = self._open()
@@ -226,6 +238,7 @@ class OrtEngine:
         binding = cache.binding or loaded.session.io_binding()
         self._bind_inputs(binding, ids, mask, experts)
         self._bind_factors(binding, factors)
+        self._bind_streams(binding, streams)
         rows = 1 if loaded.last_logits else new
         logits = np.empty((batch, rows, loaded.model.vocab_size), dtype=loaded.dtype)
         # Outputs come back in the order in which they were first bound: logits, taps, cache.
@@ -251,7 +264,8 @@ class OrtEngine:
             for names in (loaded.shown.left_out_of, loaded.shown.kept)
         )
         held = _Cache(np.concatenate([cache.ids, ids], axis=1), mask, values, binding)
-        return Step(logits.astype(np.float32, copy=False), held, routes, read, scores, before, after)
+        hidden = [seen[name].astype(np.float32, copy=False) for name in loaded.shown.streams] or None
+        return Step(logits.astype(np.float32, copy=False), held, routes, read, scores, before, after, hidden)
 
     def _execute(self, binding: Any, options: Any = None) -> None:
         try:
@@ -279,6 +293,15 @@ class OrtEngine:
         for place in known:
             given = (factors or {}).get(place, np.full((1, 1), left_out.OWN))
             binding.bind_cpu_input(left_out.factor_input(place), np.ascontiguousarray(given, dtype=np.float32))
+
+    def _bind_streams(self, binding: Any, streams: Sequence[np.ndarray] | None) -> None:
+        loaded = self._open()
+        if len(loaded.replaced) != len(streams or ()):
+            raise MoEdgeError(
+                f"{self._path} reads {len(loaded.replaced)} streams of the caller's, {len(streams or ())} are given."
+            )
+        for name, values in zip(loaded.replaced, streams or (), strict=True):  # as wide as the graph's arithmetic
+            binding.bind_cpu_input(name, np.ascontiguousarray(values, dtype=loaded.dtype))
 
 
 def _empty_cache(loaded: Loaded, batch: int) -> _Cache:

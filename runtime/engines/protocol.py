@@ -21,7 +21,9 @@ class Step:
     ``router_inputs`` per layer what its router read, float32 [B*S, H], when opened with ``router_inputs=True``;
     ``scores`` with them, per layer, what the engine ranked its experts by (selection bias included), float32 [B*S, E],
     or None where the runtime does not show it; ``left_out_of`` and ``kept`` with them, by layer and place
-    (:mod:`moedge.export.graph.kept`), the values float32 [B*S, K] of which small ones are left out, and what is left.
+    (:mod:`moedge.export.graph.kept`), the values float32 [B*S, K] of which small ones are left out, and what is left;
+    ``streams`` float32 [B, S, H], what each layer reads, and behind the last layer what the final norm reads, when
+    opened with ``streams``.
     """
 
     logits: np.ndarray
@@ -31,6 +33,7 @@ class Step:
     scores: dict[int, np.ndarray] | None = None
     left_out_of: dict[GatherPlace, np.ndarray] | None = None
     kept: dict[GatherPlace, np.ndarray] | None = None
+    streams: list[np.ndarray] | None = None
 
 
 class Engine(Protocol):

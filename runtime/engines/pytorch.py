@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -49,6 +49,7 @@ class TorchEngine:
             both copies and has ended when it returns.
         replay: let the caller force the experts and what is left out, see :class:`moedge.runtime.engines.ReplayEngine`.
         last_logits: compute the logits of each call's last position alone, ``Step.logits`` [B, 1, V].
+        streams: ``show`` what each layer reads, and behind the last what the final norm reads: ``Step.streams``.
 
     Raises:
         MoEdgeError: torch or transformers is missing, or the folder cannot be loaded.
@@ -67,6 +68,7 @@ class TorchEngine:
         device: str = "cpu",
         replay: bool = False,
         last_logits: bool = False,
+        streams: Literal["show"] | None = None,
     ) -> None:
         try:
             import torch
@@ -96,6 +98,9 @@ class TorchEngine:
         self._values: dict[GatherPlace, Any] = {}  # of which small ones were left out in the latest call
         for module in pytorch_loader.gathered_layers(self._module) if replay else ():
             module.choose = self._chooser(module)
+        self._streams: list[Any] = []  # of the latest call
+        if streams:
+            pytorch_loader.watch_stream(self._module, self._streams)
         routed, gathered = bool(self._sparse), bool(self._thresholds)
         self.info = pytorch_loader.describe(
             self._module, self._path, dtype, self._threads, routed=routed, gathered=gathered, top_k=top_k
@@ -262,8 +267,10 @@ class TorchEngine:
         read = {layer: value.cpu().numpy() for layer, value in sorted(self._read.items())} or None
         shown = self._values if self._taps else {}
         left_out_of = {place: value.float().cpu().numpy() for place, value in sorted(shown.items())} or None
+        streams = [value.float().cpu().numpy() for value in self._streams] or None
+        self._streams.clear()
         # The cache has grown in place.
-        return Step(logits, _Cache(text, mask, past), routes, read, left_out_of=left_out_of)
+        return Step(logits, _Cache(text, mask, past), routes, read, left_out_of=left_out_of, streams=streams)
 
 
 def _indices(routes: Any) -> np.ndarray:

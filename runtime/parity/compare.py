@@ -93,7 +93,7 @@ def compare_all(
     }
     done = 0
     for window in windows:
-        for phase, ids, one, others, targets in _steps(reference, engines, window[None], prefill, None):
+        for phase, ids, one, others, targets in steps(reference, engines, window[None], prefill, None):
             for comparison, two in zip(found.values(), others, strict=True):
                 comparison.add(phase, ids, one, two, targets)
             done += ids.size
@@ -152,7 +152,7 @@ class _Comparison:
         self._window, self._changed = TokenErrors.by_phase(self._limits), False
 
     def _again(self, replay: Replay, window: np.ndarray, prefill: int) -> None:
-        for phase, ids, two, _, targets in _steps(self._test, [], window[None], prefill, None):
+        for phase, ids, two, _, targets in steps(self._test, [], window[None], prefill, None):
             replay.add(phase, ids, two, targets)
 
     def end(self) -> None:
@@ -164,7 +164,10 @@ class _Comparison:
 class Described(Protocol):
     """An engine, or what is left of one: it says what it is."""
 
-    info: EngineInfo
+    @property
+    def info(self) -> EngineInfo:
+        """What it is."""
+        ...
 
 
 def _both_choose(reference: Described, test: Described) -> bool:
@@ -201,8 +204,32 @@ def judged(
     replay: Replay | None,
 ) -> Parity:
     """Return the result of a comparison, as :func:`compare` describes it; ``windows`` is their shape [N, L]."""
+    result = measured(reference, test, windows, prefill, phases, routes, limits, replay)
+    compared = _both_routed(reference, test) or result["routing"]["compared"]
+    found = verdict.judge(result, limits, routing=routing and compared)
+    result["verdict"] = found.as_json(verdict.explain(result, found, limits))
+    return json_ready(result)
+
+
+def measured(
+    reference: Described,
+    test: Described,
+    windows: tuple[int, ...],
+    prefill: int,
+    phases: dict[str, TokenErrors],
+    routes: RouteAgreement,
+    limits: Profile,
+    replay: Replay | None = None,
+) -> Parity:
+    """Return the result of a comparison without its verdict; numbers may still be NaN."""
     summaries = {name: tokens.summary() for name, tokens in phases.items()}
-    result = cast(
+    sizes = {"prefill": prefill, "decode": windows[1] - prefill}
+    by_window = {name: tokens.by_window(windows[0], sizes[name]) for name, tokens in phases.items()}
+    replayed = replay.summary() if replay else None
+    if replay and replayed:
+        found = {name: tokens.by_window(windows[0], sizes[name]) for name, tokens in replay.phases.items()}
+        replayed["by_window"] = found
+    return cast(
         "Parity",
         {
             "schema": SCHEMA,
@@ -217,15 +244,11 @@ def judged(
             "phases": summaries,
             "overall": TokenErrors.merged(list(phases.values())).summary(),
             "routing": routes.summary(),
-            "replay": replay.summary() if replay else None,
+            "by_window": by_window,
+            "replay": replayed,
             "tolerances": limits.model_dump(),
         },
     )
-    compared = _both_routed(reference, test) or result["routing"]["compared"]
-    found = verdict.judge(result, limits, routing=routing and compared)
-    result["verdict"] = found.as_json(verdict.explain(result, found, limits))
-    ready: Parity = _json_ready(result)
-    return ready
 
 
 def identity_all(
@@ -256,7 +279,7 @@ def identity_all(
     engines = [test for test, _ in tests.values()]
     windows = _check(reference, engines, token_windows, prefill)
     tokens = {label: TokenErrors(0.0) for label in tests}
-    for _, _, one, others, targets in _steps(reference, engines, windows, prefill, progress):
+    for _, _, one, others, targets in steps(reference, engines, windows, prefill, progress):
         for label, two in zip(tests, others, strict=True):
             tokens[label].add(one.logits[0], two.logits[0], targets)
     return {
@@ -267,7 +290,7 @@ def identity_all(
 def _identical(reference: Engine, test: Engine, summary: Phase, limit: float) -> Identity:
     clean = summary["non_finite"] == 0 and summary["constant"] == 0
     worst = summary["rel_error"]["max"] if clean else float("nan")
-    return _json_ready(
+    return json_ready(
         {
             "schema": "moedge.identity/1",
             "reference": reference.info.as_json(),
@@ -309,7 +332,7 @@ def same_vocabulary(reference: Described, test: Described) -> None:
         raise MoEdgeError(f"The engines have vocabularies of {size} and {other} tokens: not the same model.")
 
 
-def _steps(
+def steps(
     reference: Engine, tests: list[Engine], windows: np.ndarray, prefill: int, progress: Progress | None
 ) -> Iterator[tuple[str, np.ndarray, Step, list[Step], np.ndarray]]:
     """Yield (phase, fed ids, reference step, test steps, the tokens that follow: -1 after the last).
@@ -341,12 +364,12 @@ def _steps(
                 progress(done, total)
 
 
-def _json_ready(value: Any) -> Any:
+def json_ready(value: Any) -> Any:
     """Replace NaN and infinity, which JSON does not know, with None."""
     if isinstance(value, dict):
-        return {key: _json_ready(item) for key, item in value.items()}
+        return {key: json_ready(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_json_ready(item) for item in value]
+        return [json_ready(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

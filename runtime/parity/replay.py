@@ -68,7 +68,7 @@ class Replay:
 
     def __init__(self, reference: ReplayEngine, limits: Profile) -> None:
         self._reference = reference
-        self._phases = TokenErrors.by_phase(limits)
+        self.phases = TokenErrors.by_phase(limits)
         self._router = RouterChoices(limits.router_tie_margin)
         self._kept = KeptChoices()
         self._step: Step | None = None
@@ -78,7 +78,7 @@ class Replay:
     def add(self, phase: str, ids: np.ndarray, test: Step, targets: np.ndarray) -> None:
         """Replay one step (:meth:`step`) and compare its logits; ``targets`` int64 [S] follow ``ids``."""
         one = self.step(phase, ids, test)
-        self._phases[phase].add(one.logits[0], test.logits[0], targets)
+        self.phases[phase].add(one.logits[0], test.logits[0], targets)
 
     def step(self, phase: str, ids: np.ndarray, test: Step) -> Step:
         """Replay one step of the engine, ``ids`` int64 [1, S] were fed, and judge its choices.
@@ -120,14 +120,14 @@ class Replay:
     def alike(self, phases: dict[str, TokenErrors]) -> None:
         """Take over what was measured on a window in which the engine and the reference chose the same experts."""
         for name, tokens in phases.items():
-            self._phases[name].extend(tokens)
+            self.phases[name].extend(tokens)
 
     def summary(self) -> Replayed:
         """``phases`` and ``overall`` as in :func:`moedge.runtime.parity.compare`, ``router``, ``kept``, ``tokens``."""
         found: Replayed = {
             "tokens": self.tokens,
-            "phases": cast("Phases", {name: tokens.summary() for name, tokens in self._phases.items()}),
-            "overall": TokenErrors.merged(list(self._phases.values())).summary(),
+            "phases": cast("Phases", {name: tokens.summary() for name, tokens in self.phases.items()}),
+            "overall": TokenErrors.merged(list(self.phases.values())).summary(),
             "router": self._router.summary(),
         }
         if self._kept.counts:

@@ -1,6 +1,7 @@
-"""The types of report.json, and its JSON schema, which is made from them.
+"""The types of report.json, and the JSON schemas that are made from types: of a report and of a verification.
 
-``python -m moedge.runtime.report.schema`` writes ``report.schema.json`` again after a change of a type.
+``python -m moedge.runtime.report.schema`` writes ``report.schema.json`` and ``verify.schema.json`` again after a change
+of a type.
 """
 
 from __future__ import annotations
@@ -232,6 +233,16 @@ class Report(TypedDict):
     frontier: NotRequired[Frontier]
 
 
+def verification() -> dict[str, Any]:
+    """Return the JSON schema of what ``moedge verify --json`` prints."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": "urn:moedge:verify:1",
+        **TypeAdapter(Verification).json_schema(),
+        "title": "Result of moedge verify, moedge.verify/1",
+    }
+
+
 def generate() -> dict[str, Any]:
     """Return the JSON schema of report.json."""
     return {
@@ -243,6 +254,7 @@ def generate() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    from moedge.runtime.report import SCHEMA_FILE
+    from moedge.runtime.report import SCHEMA_FILE, VERIFY_SCHEMA_FILE
 
     write_json(SCHEMA_FILE, generate())
+    write_json(VERIFY_SCHEMA_FILE, verification())
