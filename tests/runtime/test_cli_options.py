@@ -40,6 +40,7 @@ FORMER = [
 MEANINGS: dict[str, tuple[type, str]] = {
     "--baseline": (Path, "older result of"),
     "--batch": (int, "^(Most r|R)ows of a call"),
+    "--baseline": (Path, "older result"),
     "--batch-size": (int, "per forward pass"),
     "--dense": (str, "^[Tt]he dense parent|^Dense parent"),
     "--device": (str, "^Where PyTorch computes"),
