@@ -36,7 +36,6 @@ from moedge.runtime.parity.metrics import TokenErrors
 from moedge.runtime.parity.verdict import Check, Outcome, Verdict
 from moedge.runtime.report import schema
 from moedge.runtime.report.checks import junit_xml, markdown
-from moedge.runtime.report.ci import STEP_SUMMARY
 
 LAYERS, BROKEN = 4, 2
 WINDOWS = np.random.default_rng(1).integers(0, 256, (3, 120))
