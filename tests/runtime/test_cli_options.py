@@ -38,7 +38,6 @@ FORMER = [
 ]
 """Promised until the next release: command, former name of an option, today's."""
 MEANINGS: dict[str, tuple[type, str]] = {
-    "--baseline": (Path, "older result of"),
     "--batch": (int, "^(Most r|R)ows of a call"),
     "--baseline": (Path, "older result"),
     "--batch-size": (int, "per forward pass"),
