@@ -18,7 +18,7 @@ from moedge.runtime.commands._options import Device, Json, Text, Threads, Tolera
 from moedge.runtime.parity import verdict
 from moedge.runtime.parity.given import verify_given
 from moedge.runtime.parity.outcomes import mark
-from moedge.runtime.parity.results import ParityEntry, Replayed, Verification
+from moedge.runtime.parity.results import IdentityEntry, ParityEntry, Replayed, Verification
 from moedge.runtime.progress import single
 from moedge.runtime.tables import Sheet
 
@@ -42,8 +42,11 @@ def verify(
     device: Device = "cpu",
     as_json: Json = False,
     junit: Annotated[Path | None, typer.Option(help="Also write the checks as JUnit XML to this file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write the result as one HTML page to this file.")] = None,
 ) -> int:
     """Compare two engines on real text: logits, KL, top-1 and top-5, expert sets. Exits with 1 when a check fails.
+
+    Where one does, the worst window runs once more, and the layer and the part that departs first are named.
 
     \b
     Examples:
@@ -69,6 +72,10 @@ def verify(
         )
     if junit:
         write_text(junit, junit_xml(result))
+    if html:
+        from moedge.runtime.report.verification import page
+
+        write_text(html, page(result))
     if as_json:
         print(json.dumps(result, indent=2, allow_nan=False))
     else:
@@ -89,6 +96,11 @@ def checks(result: Verification) -> list[tuple[str, str, float | None, str, floa
     return rows
 
 
+def entries(result: Verification) -> list[IdentityEntry | ParityEntry]:
+    """Every comparison of a verify result."""
+    return [*result["identity"], *result["parity"]]
+
+
 def junit_xml(result: Verification) -> str:
     """The checks as JUnit XML, one test case each, for a CI server; what is not decided is a failure that says so."""
     rows = checks(result)
@@ -98,10 +110,13 @@ def junit_xml(result: Verification) -> str:
         tests=str(len(rows)),
         failures=str(sum(row[-1] is not verdict.Outcome.PASSED for row in rows)),
     )
+    where = {entry["name"]: entry["location"]["sentence"] for entry in entries(result) if "location" in entry}
     for comparison, name, value, relation, limit, outcome in rows:
         case = ElementTree.SubElement(suite, "testcase", classname=comparison, name=name)
         if outcome is not verdict.Outcome.PASSED:
             said = f"{outcome.value}: {name} is {value}, must be {relation} {limit}"
+            if comparison in where:
+                said = f"{said}. {where[comparison]}"
             ElementTree.SubElement(case, "failure", message=said)
     ElementTree.indent(suite)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"
@@ -151,6 +166,9 @@ def _print(result: Verification) -> None:
             shown = "none" if value is None else f"{value:.6g}"
             table.add_row(name, shown, f"{relation} {limit:g}", mark(outcome).cell)
         console.print(table)
+    for same in result["identity"]:
+        if "location" in same:  # a parity check has it among its notes
+            console.print(escape(f"{same['name']}: {same['location']['sentence']}"), highlight=False, soft_wrap=True)
     for entry in result["parity"]:
         if replay := entry["replay"]:
             for line in (explained(entry, replay), _parts(entry)):

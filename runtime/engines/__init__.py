@@ -16,6 +16,8 @@ from moedge.export import manifest as manifests
 from moedge.export import targets
 from moedge.export.manifest import MANIFEST
 from moedge.runtime.engines.protocol import Engine as Engine
+from moedge.runtime.engines.protocol import LayerEngine as LayerEngine
+from moedge.runtime.engines.protocol import LayerMode as LayerMode
 from moedge.runtime.engines.protocol import ReplayEngine as ReplayEngine
 from moedge.runtime.engines.protocol import Step as Step
 

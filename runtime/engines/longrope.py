@@ -62,4 +62,5 @@ def last(step: Step, new: int) -> Step:
         rows(step.router_inputs),
         left_out_of=rows(step.left_out_of),
         kept=rows(step.kept),
+        layers=rows(step.layers),
     )

@@ -15,7 +15,9 @@ import numpy as np
 
 from moedge import MoEdgeError
 from moedge.export.graph import kept as left_out
+from moedge.export.graph import layers as _layers
 from moedge.export.graph import taps as _graph
+from moedge.export.graph.layers import LayerPoint
 from moedge.export.manifest import GatherPlace, Tap
 from moedge.runtime.engines import longrope
 from moedge.runtime.engines.calls import (
@@ -29,7 +31,7 @@ from moedge.runtime.engines.calls import (
 )
 from moedge.runtime.engines.ort_loader import Loaded, Options, load
 from moedge.runtime.engines.ort_session import ort_value, session_options
-from moedge.runtime.engines.protocol import Step
+from moedge.runtime.engines.protocol import LayerMode, Step
 
 
 @dataclass
@@ -63,6 +65,8 @@ class OrtEngine:
             :class:`moedge.runtime.engines.ReplayEngine`.
         last_logits: compute the logits of each call's last position alone, ``Step.logits`` [B, 1, V]: all that
             generation needs. Without the ``onnx`` package all are computed.
+        layers: show the values between the parts of the model, or let the caller give them too (float32 graphs; needs
+            ``onnx``), see :class:`moedge.runtime.engines.LayerEngine`.
         trace: an existing folder: ONNX Runtime's profiler records every node, :meth:`end_trace` gives its file, and the
             optimised graph is written to ``optimized.onnx`` (its weights beside it).
 
@@ -84,6 +88,7 @@ class OrtEngine:
         router_inputs: bool = False,
         replay: bool = False,
         last_logits: bool = False,
+        layers: LayerMode | None = None,
         trace: str | Path | None = None,
     ) -> None:
         options = Options(
@@ -96,6 +101,7 @@ class OrtEngine:
             router_inputs=router_inputs,
             replay=replay,
             last_logits=last_logits,
+            layers=layers,
             trace=trace,
         )
         self._path = Path(bundle_path)
@@ -111,6 +117,7 @@ class OrtEngine:
         *,
         experts: dict[int, np.ndarray] | None = None,
         factors: dict[GatherPlace, np.ndarray] | None = None,
+        given: dict[LayerPoint, np.ndarray] | None = None,
     ) -> Step:
         """Run ``ids`` int64 [B, S] from an empty cache; see :class:`moedge.runtime.engines.Engine`."""
         loaded = self._open()
@@ -122,7 +129,7 @@ class OrtEngine:
         # np.zeros maps pages on first touch: a long buffer costs memory only for the tokens that were written.
         empty = [np.zeros(shape, dtype=loaded.dtype) for _ in loaded.past]
         cache = _Cache(ids[:, :0], mask[:, :0], [ort_value(array, loaded.device) for array in empty])
-        return self._run(ids, mask, cache, experts, factors)
+        return self._run(ids, mask, cache, experts, factors, given)
 
     def decode(
         self,
@@ -144,6 +151,16 @@ class OrtEngine:
             cache.used = True
             return longrope.last(self.prefill(np.concatenate([cache.ids, ids], axis=1), mask), ids.shape[1])
         return self._run(ids, mask, cache, experts, factors)
+
+    def cached(self, cache: Any) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """Return by layer the keys and values of a cache, float32 [B, G, T, D]."""
+        loaded, length = self._open(), cache.mask.shape[1]
+        arrays = [value.numpy()[:, :, :length].astype(np.float32) for value in cache.values]
+        named = dict(zip(loaded.past, arrays, strict=True))
+        return {
+            layer: (named[f"past_key_values.{layer}.key"], named[f"past_key_values.{layer}.value"])
+            for layer in range(loaded.model.num_layers)
+        }
 
     def factors(self, left_out_of: dict[GatherPlace, np.ndarray]) -> dict[GatherPlace, np.ndarray]:
         """What the bundle's thresholds multiply values float32 [T, K] by; needs ``replay``."""
@@ -189,6 +206,7 @@ class OrtEngine:
         cache: _Cache,
         experts: dict[int, np.ndarray] | None,
         factors: dict[GatherPlace, np.ndarray] | None,
+        given: dict[LayerPoint, np.ndarray] | None = None,
     ) -> Step:
         """One session run; ``mask`` int64 [B, P + S] covers the cache and ``ids``."""
         loaded = self._open()
@@ -197,6 +215,7 @@ class OrtEngine:
         binding = cache.binding or loaded.session.io_binding()
         self._bind_inputs(binding, ids, mask, experts)
         self._bind_factors(binding, factors)
+        self._bind_layers(binding, given or {})
         rows = 1 if loaded.last_logits else new
         logits = np.empty((batch, rows, loaded.model.vocab_size), dtype=loaded.dtype)
         # Outputs come back in the order in which they were first bound: logits, taps, cache.
@@ -224,8 +243,9 @@ class OrtEngine:
             {place: seen[name].astype(np.float32, copy=False) for place, name in names.items()} or None
             for names in (loaded.shown.left_out_of, loaded.shown.kept)
         )
+        layers = {point: _rows(seen[name]) for point, name in loaded.shown.layers.items()} or None
         held = _Cache(np.concatenate([cache.ids, ids], axis=1), mask, values, binding)
-        return Step(logits.astype(np.float32, copy=False), held, routes, read, scores, before, after)
+        return Step(logits.astype(np.float32, copy=False), held, routes, read, scores, before, after, layers)
 
     def _bind_inputs(
         self, binding: Any, ids: np.ndarray, mask: np.ndarray, experts: dict[int, np.ndarray] | None
@@ -247,6 +267,18 @@ class OrtEngine:
         for place in known:
             given = (factors or {}).get(place, np.full((1, 1), left_out.OWN))
             binding.bind_cpu_input(left_out.factor_input(place), np.ascontiguousarray(given, dtype=np.float32))
+
+    def _bind_layers(self, binding: Any, given: dict[LayerPoint, np.ndarray]) -> None:
+        known = self._open().given
+        if given.keys() != known.keys():
+            raise MoEdgeError(f"{self._path} takes layers for {len(known)} points, not for {len(given)}.")
+        for point, name in known.items():
+            binding.bind_cpu_input(_layers.given_input(name), np.ascontiguousarray(given[point], dtype=np.float32))
+
+
+def _rows(value: np.ndarray) -> np.ndarray:
+    """Values [.., H] as float32 [T, H]."""
+    return value.reshape(-1, value.shape[-1]).astype(np.float32, copy=False)
 
 
 def _bind_cache(binding: Any, loaded: Loaded, values: list[Any]) -> None:

@@ -47,7 +47,7 @@ from moedge.configs.tolerances import Profile
 from moedge.export.manifest import GatherPlace
 from moedge.runtime.engines import ReplayEngine, Step
 from moedge.runtime.parity.kept import KeptChoices
-from moedge.runtime.parity.metrics import RouterChoices, TokenErrors
+from moedge.runtime.parity.metrics import At, RouterChoices, TokenErrors
 from moedge.runtime.parity.results import Phases, Replayed
 
 
@@ -72,11 +72,22 @@ class Replay:
         self._router = RouterChoices(limits.router_tie_margin)
         self._kept = KeptChoices()
         self._step: Step | None = None
+        self._places: list[At] = []
         self.tokens = 0
         """How many were run under the engine's choice; the others were taken over."""
 
-    def add(self, phase: str, ids: np.ndarray, test: Step, targets: np.ndarray) -> None:
-        """Replay one step of the engine: ``ids`` int64 [1, S] were fed, ``targets`` int64 [S] follow them.
+    @property
+    def phases(self) -> dict[str, TokenErrors]:
+        """Errors under the engine's choices, by phase."""
+        return self._phases
+
+    def wrong_choice(self) -> At | None:
+        """Return where the engine's routers chose wrong in most layers; None: nowhere."""
+        wrong = self._router.wrong()
+        return self._places[int(wrong.argmax())] if wrong.any() else None
+
+    def add(self, phase: str, ids: np.ndarray, test: Step, targets: np.ndarray, at: At = (0, 0)) -> None:
+        """Replay one step of the engine: ``ids`` int64 [1, S] were fed at ``at``, ``targets`` int64 [S] follow them.
 
         Raises:
             MoEdgeError: the engine was opened without ``taps`` or ``router_inputs``, or shows no router inputs [T, H].
@@ -100,8 +111,9 @@ class Replay:
         else:
             assert self._step is not None
             self._step = self._reference.decode(ids, self._step.cache, **choices)
-        self._phases[phase].add(self._step.logits[0], test.logits[0], targets)
+        self._phases[phase].add(self._step.logits[0], test.logits[0], targets, at=at)
         if routed:
+            self._places += [(at[0], at[1] + row) for row in range(ids.size)]
             self._router.add(self._reference.scores(read_by), routes, test.scores)
             self._router.add_inputs(self._step.router_inputs, read_by)
         if shown:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moedge._files import write_json, write_text
 from moedge.runtime.report.text import filters
 from moedge.runtime.report.zeros import zeros_note, zeros_sentence
+
+if TYPE_CHECKING:
+    import jinja2
 
 SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
 
@@ -27,20 +30,14 @@ def write(run: Path, out: Path, *, recipe: dict[str, Any]) -> dict[str, Any]:
     return report
 
 
-def render(report: dict[str, Any], template: str) -> str:
-    """Render a report with one of the templates in this folder; HTML escapes every value."""
+def environment(*, html: bool) -> jinja2.Environment:
+    """Return what renders the templates in this folder, with the words of outcomes; HTML escapes every value."""
     import jinja2
-    from markupsafe import Markup
 
-    from moedge.runtime.frontier.plots import draw
     from moedge.runtime.parity import verdict
     from moedge.runtime.parity.outcomes import mark
-    from moedge.runtime.report.build import ratio
-    from moedge.runtime.report.plots import draw_all
-    from moedge.runtime.report.profile import NOTE, table
 
-    html = template.endswith(".html.j2")
-    environment = jinja2.Environment(
+    found = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=html,
         undefined=jinja2.StrictUndefined,
@@ -48,14 +45,28 @@ def render(report: dict[str, Any], template: str) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"zeros": zeros_sentence, "zeros_note": zeros_note}
-    environment.filters |= filters()
-    environment.globals |= {"ratio": ratio, "profile_table": table, "profile_note": NOTE, "mark": mark}
-    environment.globals |= {"check_outcome": verdict.outcome_of, "entry_outcome": verdict.entry_outcome}
-    environment.globals |= {"run_outcome": verdict.run_outcome}
+    found.filters |= filters()
+    found.globals |= {"mark": mark, "check_outcome": verdict.outcome_of, "entry_outcome": verdict.entry_outcome}
+    found.globals |= {"run_outcome": verdict.run_outcome}
+    return found
+
+
+def render(report: dict[str, Any], template: str) -> str:
+    """Render a report with one of the templates in this folder."""
+    from markupsafe import Markup
+
+    from moedge.runtime.frontier.plots import draw
+    from moedge.runtime.report.build import ratio
+    from moedge.runtime.report.plots import draw_all
+    from moedge.runtime.report.profile import NOTE, table
+
+    html = template.endswith(".html.j2")
+    templates = environment(html=html)
+    templates.filters |= {"zeros": zeros_sentence, "zeros_note": zeros_note}
+    templates.globals |= {"ratio": ratio, "profile_table": table, "profile_note": NOTE}
     # The SVG comes from matplotlib, which escapes the text it draws; everything else is escaped by jinja2.
     plots = {name: Markup(svg) for name, svg in draw_all(report).items()} if html else {}
     drawn = draw(report["frontier"]) if html and "frontier" in report else []
-    return environment.get_template(template).render(
+    return templates.get_template(template).render(
         report=report, plots=plots, frontier_plots=[Markup(plot) for plot in drawn]
     )
