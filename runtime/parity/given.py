@@ -130,8 +130,8 @@ def pair(
             one.close()
             two.close()
         exact = exact_limits(limits, how.limits, tolerances, target)
-        again = partial(where.Again, *openers, prefill=prefill, limits=how.limits, exact=exact)
-        entry = where.explained(how.explained(entry), windows, lambda window, again=again: again(window=window), test)
+        again = where.Again(*openers, windows[0], prefill, how.limits, exact)
+        entry = where.explained(how.explained(entry), list(windows), again.on, test)
         entries.append({"name": name, **entry})
     if len(entries) > 1:
         entries[0] = verdict.with_notes(entries[0], verdict.quantised_notes(entries[0], entries[1], target))

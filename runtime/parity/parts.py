@@ -13,8 +13,12 @@ A part departs where its error alone is more than the target may have for the *w
   s = 4, the standard deviation of logits that the limits are derived for (configs/tolerances.yaml).
 
 Norms and additions to the stream hold no quantised weight: the limits of the target without quantisation are theirs. A
-router's choice is judged by its scores (``router_tie_margin``). Where no part departs and the target rounds coarsely, a
-layer may still stand out among the others, whose arithmetic is the same (:func:`standing_out`).
+router's choice is judged by its scores (``router_tie_margin``).
+
+Where a target rounds coarsely a sum that cancels (attention over many tokens) is off by more than its terms, and the
+same in all layers: what the same part has in the others tells a jump from that. With enough layers, and where the
+typical one keeps the limit, a part departs only beyond six robust standard deviations of the others, too
+(:func:`_beside_others`). Where no part departs, a layer may still stand out among them (:func:`standing_out`).
 
 Errors are relative to the part's own output, |a - b| / |a| in the Euclidean norm, and of logits max|a - b| / max|a|.
 Where a token's output is smaller than the typical one, to the typical one: a sum that cancels has no digits to lose.
@@ -24,9 +28,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 
@@ -112,8 +116,8 @@ class Part:
                 ("mean", float(values.mean()), self.allowed.mean),
                 ("largest", float(values.max()), self.allowed.largest),
             ]
-        kind, error, limit = max(found, key=lambda each: each[1] / each[2])
-        return Departure(kind, error, limit) if error > limit else None
+        beyond = [each for each in found if each[1] > each[2]]
+        return Departure(*max(beyond, key=lambda each: (each[1] / each[2], each[0] == "largest"))) if beyond else None
 
     @property
     def beyond(self) -> np.ndarray:
@@ -144,8 +148,10 @@ def relative_logits(reference: np.ndarray, test: np.ndarray) -> np.ndarray:
     return errors
 
 
-_ORDER = ("attention_input", "keys", "values", "attention", "attention_normed", "middle", "ffn_input", "router", "ffn")
-_ORDER += ("ffn_normed", "stream", "head_input", "logits")
+_ORDER = (
+    *("attention_input", "keys", "values", "attention", "attention_normed", "middle"),
+    *("ffn_input", "router", "ffn", "ffn_normed", "stream", "head_input", "logits"),
+)
 _WORDS: dict[Spot, tuple[PartName, str]] = {
     "attention_input": ("norm", "the norm before attention"),
     "attention": ("attention", "attention"),
@@ -192,7 +198,39 @@ def errors(shown: Shown, alone: Shown, limits: Profile, exact: Profile, own: Map
     for layer, scores in own.items():
         found[layer, _ORDER.index("router")] = _router(layer, scores, shown, limits.router_tie_margin)
     add(last, "logits", "head", "the output projection", relative_logits(alone.logits, shown.logits))
-    return [found[place] for place in sorted(found)]
+    return _beside_others([found[place] for place in sorted(found)])
+
+
+def _groups(parts: list[Part]) -> list[list[Part]]:
+    """Parts that compute the same in different layers, where they are enough for a spread to mean something."""
+    alike: dict[str, list[Part]] = defaultdict(list)
+    for part in parts:
+        if part.layer is not None and part.part != "router":
+            alike[part.what].append(part)
+    return [group for group in alike.values() if len(group) >= _FEWEST_LAYERS]
+
+
+def _middle(values: np.ndarray) -> tuple[float, float]:
+    """Median of logarithms, and their robust standard deviation."""
+    middle = float(np.median(values))
+    return middle, 1.4826 * float(np.median(np.abs(values - middle)))  # that of a normal distribution
+
+
+def _beside_others(parts: list[Part]) -> list[Part]:
+    """Return the parts with limits that are no narrower than what the same part of other layers has."""
+    reduced: dict[Kind, Callable[[np.ndarray], Any]] = {"median": np.median, "mean": np.mean, "largest": np.max}
+    wider: dict[str, Allowed] = {}
+    for group in _groups(parts):
+        allowed = group[0].allowed
+        for kind, reduce in reduced.items():
+            errors = np.array([float(reduce(part.values)) for part in group])
+            errors = errors[np.isfinite(errors) & (errors > 0)]
+            limit = getattr(allowed, kind)
+            if len(errors) >= _FEWEST_LAYERS and np.median(errors) <= limit:
+                middle, spread = _middle(np.log(errors))
+                allowed = replace(allowed, **{kind: max(limit, math.exp(middle + _DEVIATIONS * spread))})
+        wider[group[0].what] = allowed
+    return [replace(part, allowed=wider.get(part.what, part.allowed)) for part in parts]
 
 
 def _router(layer: int, scores: np.ndarray, shown: Shown, margin: float) -> Part:
@@ -219,21 +257,16 @@ def standing_out(parts: list[Part]) -> tuple[Part, float] | None:
 
     Beyond six robust standard deviations of the logarithm only; None where there is none, or too few layers.
     """
-    alike: dict[str, list[tuple[Part, float]]] = defaultdict(list)
-    for part in parts:
-        mean = float(part.values.mean())
-        if part.layer is not None and part.part != "router" and 0 < mean < math.inf:
-            alike[part.what].append((part, math.log(mean)))
     found: list[tuple[float, Part, float]] = []
-    for group in alike.values():
-        if len(group) < _FEWEST_LAYERS:
+    for group in _groups(parts):
+        means = np.array([float(part.values.mean()) for part in group])
+        if not (np.isfinite(means) & (means > 0)).all():
             continue
-        logs = np.array([value for _, value in group])
-        middle = float(np.median(logs))
-        spread = 1.4826 * float(np.median(np.abs(logs - middle)))  # that of a normal distribution
+        logs = np.log(means)
+        middle, spread = _middle(logs)
         number = int(logs.argmax())
         if spread > 0 and (deviations := (logs[number] - middle) / spread) > _DEVIATIONS:
-            found.append((float(deviations), group[number][0], math.exp(logs[number] - middle)))
+            found.append((float(deviations), group[number], math.exp(logs[number] - middle)))
     if not found:
         return None
     _, part, times = max(found, key=lambda each: each[0])

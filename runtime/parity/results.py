@@ -222,7 +222,7 @@ class PartError(TypedDict):
     part: PartName
     what: str
     """The value, in words."""
-    error: Measured
+    error: float | None
     """Relative, of the kind that is furthest beyond its limit; null: no number."""
     limit: float
     kind: Literal["median", "mean", "largest"]

@@ -228,12 +228,13 @@ def _compare(
             entries = parity.compare_all(against, compared, windows, prefill=prefill, progress=progress)
             found = {test: judged[test].explained(entry) for test, entry in entries.items()}
 
-    def again(test: EngineRef) -> Callable[[np.ndarray], where.Again]:
+    def located(test: EngineRef, entry: Any) -> Any:
         own = judged[test].limits
         exact = exact_limits(limits, own, tolerances, test.target)
-        return lambda window: where.Again(one, two[test], window, prefill, own, exact)
+        again = where.Again(one, two[test], windows[0], prefill, own, exact)
+        return where.explained(entry, list(windows), again.on, engines[test])
 
-    return {test: where.explained(entry, windows, again(test), engines[test]) for test, entry in found.items()}
+    return {test: located(test, entry) for test, entry in found.items()}
 
 
 def exact_limits(

@@ -10,10 +10,9 @@ written wrong or read wrong.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -24,26 +23,19 @@ from moedge.configs.tolerances import Profile
 from moedge.export.graph.layers import place
 from moedge.runtime.engines import Engine, LayerEngine, ReplayEngine, Step
 from moedge.runtime.parity import parts as _parts
-from moedge.runtime.parity import verdict
+from moedge.runtime.parity import said, verdict
 from moedge.runtime.parity.parts import Allowed, Departure, Part, Shown
 from moedge.runtime.parity.results import (
     Fault,
-    HeatMap,
     Identity,
     Location,
     Parity,
-    PartError,
     PhaseName,
-    WorstToken,
 )
 
 Opener = Callable[..., Engine]
 """Opens an engine with further options."""
 MOST_PARTS = 20
-COLUMNS = 64
-"""Most columns of a heat map."""
-_BEFORE = 12
-"""Tokens of text that are shown before the worst one."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +52,10 @@ class Again:
     prefill: int
     limits: Profile
     exact: Profile
+
+    def on(self, window: np.ndarray) -> Again:
+        """Return the same on another window."""
+        return replace(self, window=window)
 
 
 @dataclass(frozen=True)
@@ -92,8 +88,8 @@ def locate(again: Again) -> Location:
 
 
 def _unknown(reason: str) -> Location:
-    said = f"Which part departs could not be told: {reason}"
-    return {"sentence": said, "fault": None, "first": None, "departing": []}
+    sentence = f"Which part departs could not be told: {reason}"
+    return {"sentence": sentence, "fault": None, "first": None, "departing": []}
 
 
 def _without_layers(again: Again, reason: str) -> Location:
@@ -125,7 +121,7 @@ def _phase(again: Again) -> Fault | None:
         wrong = departs(prefill, first), departs(prefill, later)
         if wrong == (False, True) and not departs(length, later):
             return "decode"
-    return {(True, False): "prefill", (False, False): None}.get(wrong, "prefill and decode")  # type: ignore[return-value]
+    return {(True, False): "prefill", (False, False): None}.get(wrong, "prefill and decode")
 
 
 def _located(again: Again, reference: LayerEngine, test: LayerEngine) -> Location:
@@ -136,9 +132,9 @@ def _located(again: Again, reference: LayerEngine, test: LayerEngine) -> Locatio
     run = _compared(again, reference, test, prefill)
     rows: dict[PhaseName, slice] = {"prefill": slice(0, prefill), "decode": slice(prefill, length)}
     departing = [(part, found) for part in run.parts if (found := _departs(part, rows))]
-    heat = _heat(run.parts, length)
+    heat = said.heat_map(run.parts, length)
     if not departing:
-        return {"sentence": _nowhere(run.parts), "fault": None, "first": None, "departing": [], "heat": heat}
+        return {"sentence": said.nowhere(run.parts), "fault": None, "first": None, "departing": [], "heat": heat}
     first, phases = departing[0]
     fault: Fault = "prefill and decode"
     more = ""
@@ -152,9 +148,14 @@ def _located(again: Again, reference: LayerEngine, test: LayerEngine) -> Locatio
             fault, more = "prefill", f" Read {_READ[phase]}, it is right there."
         else:
             fault, more = _decoded(again, run, first)
-    errors = [_as_json(part, found, run.shown) for part, found in departing[:MOST_PARTS]]
-    said = _sentence(errors[0], fault, more, len(departing))
-    return {"sentence": said, "fault": None if anew else fault, "first": errors[0], "departing": errors, "heat": heat}
+    errors = [said.departed(part, found, run.shown) for part, found in departing[:MOST_PARTS]]
+    return {
+        "sentence": said.sentence(errors[0], fault, more, len(departing)),
+        "fault": None if anew else fault,
+        "first": errors[0],
+        "departing": errors,
+        "heat": heat,
+    }
 
 
 _READ: dict[PhaseName, str] = {"prefill": "one token at a time", "decode": "in one prefill"}
@@ -252,123 +253,16 @@ def _joined_slots(first: Slots, last: Slots) -> Slots:
 
 def _decoded(again: Again, run: _Found, first: Part) -> tuple[Fault, str]:
     """Say what is at fault where decode alone departs, and more about it."""
-    said = " Read in one prefill, it is right there"
+    right = " Read in one prefill, it is right there"
     if first.part != "attention" or first.layer is None:
-        return "decode", f"{said}."
+        return "decode", f"{right}."
     mine, its = run.alone.held[first.layer], run.shown.held[first.layer]
     for name, keys, slots in zip(("key", "value"), mine, its, strict=True):
         wrong = np.flatnonzero(_parts.relative(keys, slots) > Allowed.of(again.limits).token)
         if len(wrong):
-            return "cache", f"{said}, and the cache is written wrong: {_slot(name, keys, slots, int(wrong[0]))}"
-    return "cache", f"{said}, and the cache holds the right keys and values: it is read wrong (length, mask, position)."
-
-
-def _slot(name: str, mine: np.ndarray, its: np.ndarray, slot: int) -> str:
-    """Say what a slot holds instead of the key or value of its own token."""
-    distance = np.linalg.norm(mine.astype(np.float64) - its[slot], axis=1)
-    nearest = int(distance.argmin())
-    if nearest != slot and distance[nearest] < 0.1 * np.linalg.norm(mine[nearest]):
-        return f"slot {slot} holds the {name} of token {nearest}."
-    return f"slot {slot} does not hold the {name} of token {slot}."
-
-
-def _as_json(part: Part, found: dict[PhaseName, Departure], shown: Shown) -> PartError:
-    worst = max(found.values(), key=lambda each: each.error / each.limit)
-    beyond = part.beyond
-    positions = np.flatnonzero(beyond)
-    result: PartError = {
-        "layer": part.layer,
-        "part": part.part,
-        "what": part.what,
-        "error": worst.error if math.isfinite(worst.error) else None,
-        "limit": worst.limit,
-        "kind": worst.kind,
-        "phases": list(found),
-        "first_position": int(positions[0]) if len(positions) else int(part.values.argmax()),
-        "tokens": len(positions),
-    }
-    if part.part == "experts" and part.layer is not None and shown.routes:
-        few = _parts.responsible(shown.routes[part.layer], beyond)
-        if few:
-            result["experts"] = few
-    return result
-
-
-_KINDS = {"median": "for the typical token", "mean": "on average", "largest": "for its worst token"}
-
-
-def _sentence(first: PartError, fault: str, more: str, count: int) -> str:
-    where = f"{first['what']} of layer {first['layer']}" if first["layer"] is not None else first["what"]
-    off = "gives no numbers" if first["error"] is None else f"is off by {first['error']:.2g} {_KINDS[first['kind']]}"
-    if first["part"] == "router":
-        off = "differs from what its scores say"
-    experts = first.get("experts", [])
-    chose = f" Every token that departs chose expert {' or '.join(map(str, experts))}." if experts else ""
-    later = f" Of the parts behind it {count - 1} depart by themselves, too." if count > 1 else ""
-    return (
-        f"The first part that departs is {where}: given what the engine gave to it, it {off} (limit "
-        f"{first['limit']:.2g}), from position {first['first_position']} on, in {_at(fault)}.{more}{chose}{later}"
-    )
-
-
-def _at(fault: str) -> str:
-    return {"cache": "decode, where it reads the cache", "prefill": "the prefill alone", "decode": "decode alone"}.get(
-        fault, fault
-    )
-
-
-def _nowhere(parts: list[Part]) -> str:
-    ratios = [float(part.values.mean()) / part.allowed.mean for part in parts if part.part != "router"]
-    named = [part for part in parts if part.part != "router"]
-    part = named[int(np.argmax(ratios))]
-    said = "No single part departs by itself: small errors of many parts add up, or the model is sensitive to them."
-    if (odd := _parts.standing_out(parts)) is not None:
-        part, times = odd
-        return f"{said} But {part.what} of layer {part.layer} stands out: {times:.2g} times as far off as elsewhere."
-    where = part.what if part.layer is None else f"{part.what} of layer {part.layer}"
-    return f"{said} The largest error relative to its limit is that of {where}: {part.values.mean():.2g} on average."
-
-
-def _heat(parts: list[Part], length: int) -> HeatMap:
-    """Reduce the errors to a row a layer and at most :data:`COLUMNS` columns."""
-    edges = np.unique(np.linspace(0, length, min(length, COLUMNS) + 1).astype(int))
-    layers = sorted({part.layer for part in parts if part.layer is not None})
-    rows = {"embedding": [part for part in parts if part.part == "embedding"]}
-    rows |= {str(layer): [part for part in parts if part.layer == layer] for layer in layers}
-    rows["head"] = [part for part in parts if part.layer is None and part.part != "embedding"]
-    ratios: list[list[float | None]] = []
-    for row in rows.values():
-        worst = np.max([part.values / part.allowed.token for part in row], axis=0)
-        binned = np.maximum.reduceat(worst, edges[:-1])
-        ratios.append([_log(float(value)) for value in binned])
-    return {"rows": list(rows), "positions": [int(edge) for edge in edges[:-1]], "ratios": ratios}
-
-
-def _log(ratio: float) -> float | None:
-    return round(math.log10(max(ratio, 1e-6)), 2) if math.isfinite(ratio) else None
-
-
-def with_text(worst: WorstToken, windows: Sequence[np.ndarray], folder: Path) -> WorstToken:
-    """Return the worst token with its id and, where ``folder`` holds a tokenizer, its text and what stands before."""
-    from moedge.runtime.text.tokenizer import open_tokenizer
-
-    ids = [int(token) for token in windows[worst["window"]]]
-    position = worst["position"]
-    found: WorstToken = {**worst, "id": ids[position]}
-    try:
-        tokenizer = open_tokenizer(folder)
-    except MoEdgeError:
-        return found
-    before = ids[max(0, position - _BEFORE) : position]
-    text, context = (tokenizer.decode(part, skip_special_tokens=False) for part in ([ids[position]], before))
-    return {**found, "text": text, "before": context}
-
-
-def token_said(worst: WorstToken) -> str:
-    """Say which token is worst."""
-    kl = "its logits are no numbers, or all alike" if worst["kl"] is None else f"KL {worst['kl']:.3g}"
-    text = f" {worst['text']!r} after {worst['before']!r}" if "text" in worst and "before" in worst else ""
-    return f"Worst token: position {worst['position']} of window {worst['window']} ({worst['phase']}){text}: {kl}."
+            held = said.slot_said(name, keys, slots, int(wrong[0]))
+            return "cache", f"{right}, and the cache is written wrong: {held}"
+    return "cache", f"{right}, and the cache holds the right keys and values: its length, mask or position is wrong."
 
 
 AnyEntry = TypeVar("AnyEntry", Parity, Identity)
@@ -388,8 +282,8 @@ def explained(
     worst = entry.get("worst")
     if worst is None or verdict.entry_outcome(entry) is not verdict.Outcome.FAILED:
         return entry
-    worst = with_text(worst, windows, folder)
+    worst = said.with_text(worst, windows, folder)
     location = _unknown(again) if isinstance(again, str) else locate(again(windows[worst["window"]]))
-    location["sentence"] = f"{location['sentence']} {token_said(worst)}"
-    found = cast("AnyEntry", {**entry, "worst": worst, "location": location})
-    return verdict.with_notes(found, [location["sentence"]]) if "verdict" in found else found
+    location["sentence"] = f"{location['sentence']} {said.token_said(worst)}"
+    found: Any = {**entry, "worst": worst, "location": location}
+    return cast("AnyEntry", verdict.with_notes(found, [location["sentence"]]) if "verdict" in found else found)
