@@ -79,10 +79,8 @@ def _at(fault: str) -> str:
 
 def nowhere(parts: list[Part]) -> str:
     """Say what is known where no part departs by itself."""
-    part = max(
-        (part for part in parts if part.part != "router"),
-        key=lambda each: float(each.values.mean()) / each.allowed.mean,
-    )
+    others = (each for each in parts if each.part != "router")
+    part = max(others, key=lambda each: float(each.values.mean()) / each.allowed.mean)
     said = "No single part departs by itself: small errors of many parts add up, or the model is sensitive to them."
     if (odd := _parts.standing_out(parts)) is not None:
         part, times = odd

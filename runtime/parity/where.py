@@ -121,7 +121,9 @@ def _phase(again: Again) -> Fault | None:
         wrong = departs(prefill, first), departs(prefill, later)
         if wrong == (False, True) and not departs(length, later):
             return "decode"
-    return {(True, False): "prefill", (False, False): None}.get(wrong, "prefill and decode")
+        if wrong[0] and not departs(1, slice(1, length)):  # what follows read the cache of a wrong prefill
+            return "prefill"
+    return "prefill and decode" if any(wrong) else None
 
 
 def _located(again: Again, reference: LayerEngine, test: LayerEngine) -> Location:

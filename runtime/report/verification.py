@@ -30,7 +30,8 @@ def page(result: Verification) -> str:
         for number, entry in enumerate(entries):
             if heat := entry.get("location", {}).get("heat"):
                 worst = entry.get("worst")
-                prefill = entry["tokens"]["prefill"] if isinstance(entry["tokens"], dict) else None
+                tokens = entry["tokens"]  # of all windows; an identity check only counts them
+                prefill = tokens["prefill"] // tokens["windows"] if isinstance(tokens, dict) else None
                 maps[number] = Markup(svg(heat_map(heat, worst, prefill), f"heat{number}"))  # matplotlib escapes text
     template = environment(html=True).get_template("verification.html.j2")
     return template.render(result=result, entries=entries, maps=maps, spread=Markup(drawn))
@@ -68,7 +69,8 @@ def heat_map(heat: HeatMap, worst: WorstToken | None, prefill: int | None) -> Fi
         axis.axvline(prefill - 0.5, color=MUTED, linewidth=0.9, linestyle="--")
         axis.text(prefill - 0.5, -0.7, "decode ", ha="left", va="bottom", fontsize=7.5, color=MUTED)
     if worst is not None:
-        axis.plot([worst["position"]], [len(rows) - 0.4], marker="^", markersize=5, color=INK, clip_on=False)
+        axis.plot([worst["position"]], [len(rows) - 0.5], marker="^", markersize=5, color=INK, clip_on=False)
+        axis.set_ylim(len(rows) - 0.5, -0.5)
     bar = figure.colorbar(image, ax=axis, fraction=0.03, pad=0.02)
     bar.set_ticks([-2, 0, 2], labels=["1/100", "limit", "100 times"])
     return figure

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from moedge.convert import modeling
 from moedge.export.graph import layers as points
 from moedge.export.pipeline import export
 from moedge.runtime.commands.verify import junit_xml
+from moedge.runtime.engines import open_engine
 from moedge.runtime.parity import where
 from moedge.runtime.parity.given import pair
 from moedge.runtime.report.verification import page
 
 HIDDEN, LAYERS, EXPERTS, TOP_K, VOCAB, HEAD = 64, 3, 6, 2, 260, 16
 PREFILL = 24
-WINDOWS = np.random.default_rng(1).integers(0, 256, (2, 64))
+WINDOWS = np.random.default_rng(1).integers(0, 256, (2, 40))
 TARGETS = ["ort-cpu", "ort-cpu-int8", "tensorrt-rtx"]
 
 Graph = onnx.GraphProto
@@ -201,30 +203,25 @@ def embedding_rows_swapped(graph: Graph) -> None:
 
 
 def ffn_scaled(only: str) -> Change:
-    """Layer 1's FFN gives 1.3 times what it should, ``prefill`` or ``decode`` only."""
+    """Layer 1's FFN gives 1.3 times what it should where it gets many tokens (``prefill``), or one (``decode``)."""
 
     def apply(graph: Graph) -> None:
         name = point(graph, 1, "ffn")
-        constants(graph, **{"fault.zero": np.array([0], np.int64)})
-        factors = (1.3, 1.0) if only == "decode" else (1.0, 1.3)
-        constants(graph, **dict(zip(("fault.later", "fault.first"), np.float32(factors), strict=True)))
+        constants(graph, **{"fault.one": np.array([1], np.int64)})
+        factors = np.float32((1.0, 1.3) if only == "decode" else (1.3, 1.0))
+        constants(graph, **{"fault.many": factors[0], "fault.single": factors[1]})
 
         def nodes(before: str) -> list[onnx.NodeProto]:
             return [
-                *past_tokens(graph),
-                helper.make_node("Greater", ["fault.past", "fault.zero"], ["fault.decoding"]),
-                helper.make_node("Where", ["fault.decoding", "fault.later", "fault.first"], ["fault.factor"]),
+                helper.make_node("Shape", ["input_ids"], ["fault.new"], start=1, end=2),
+                helper.make_node("Greater", ["fault.new", "fault.one"], ["fault.reading"]),
+                helper.make_node("Where", ["fault.reading", "fault.many", "fault.single"], ["fault.factor"]),
                 helper.make_node("Mul", [before, "fault.factor"], [name]),
             ]
 
-        inserted_after_shapes(graph, name, nodes)
+        inserted(graph, name, nodes)
 
     return apply
-
-
-def inserted_after_shapes(graph: Graph, name: str, nodes: Callable[[str], list[onnx.NodeProto]]) -> None:
-    new = nodes(f"{name}.before")
-    inserted(graph, name, lambda _: new)
 
 
 def exchanged(one: int, two: int) -> Change:
@@ -239,6 +236,13 @@ def permuted_router(graph: Graph) -> None:
     )
 
 
+BY_BOTH = {
+    "one layer's scales halved",
+    "a cache slot off by one",
+    "an expert exchanged with another",
+    "a head exchanged",
+}
+"""Located beside the checkpoint and beside the portable graph; the others beside the checkpoint alone."""
 BOTH = "prefill and decode"
 ROUTED: dict[str, tuple[str, Change, int | None, str, str]] = {
     # name: (target, mistake, layer, part, fault)
@@ -278,7 +282,7 @@ ROUTED: dict[str, tuple[str, Change, int | None, str, str]] = {
 def test_a_mistake_is_located(folders: Any, tmp_path: Path, broken_copy: Any, mistake: str) -> None:
     target, mutation, layer, part, fault = ROUTED[mistake]
     broken = broken_copy(folders[f"routed/{target}"], tmp_path / "broken", mutation)
-    for reference in ("checkpoint", "portable"):
+    for reference in ("checkpoint", "portable") if mistake in BY_BOTH else ("checkpoint",):
         entry = verified(folders[f"routed/{reference}"], broken)
         assert not entry["verdict"]["passed"]
         location = entry["location"]
@@ -318,7 +322,7 @@ GATHERED: dict[str, tuple[str, Change, int, str]] = {
 def test_a_mistake_in_a_gathered_model_is_located(folders: Any, tmp_path: Path, broken_copy: Any, mistake: str) -> None:
     target, mutation, layer, part = GATHERED[mistake]
     broken = broken_copy(folders[f"gathered/{target}"], tmp_path / "broken", mutation)
-    for reference in ("checkpoint", "portable"):
+    for reference in ("checkpoint", "portable") if mistake in BY_BOTH else ("checkpoint",):
         location = verified(folders[f"gathered/{reference}"], broken)["location"]
         first = location["first"]
         assert (first["layer"], first["part"], location["fault"]) == (layer, part, BOTH), location["sentence"]
@@ -383,15 +387,30 @@ def test_every_surface_says_where(folders: Any, tmp_path: Path, broken_copy: Any
     assert rows["rows"][hottest] == "1"
 
 
-def test_what_shows_no_layers_says_so_and_names_the_worst_token() -> None:
+@pytest.mark.parametrize(("only", "fault"), [("decode", "decode"), ("prefill", "prefill")])
+def test_what_shows_no_layers_says_so_and_in_which_phase_its_logits_depart(
+    folders: Any, tmp_path: Path, broken_copy: Any, only: str, fault: str
+) -> None:
+    """As a built engine: it shows its choices and nothing between its parts."""
+    broken = broken_copy(folders["routed/ort-cpu"], tmp_path / "broken", ffn_scaled(only))
+
+    def engine(*, layers: str | None = None) -> Any:
+        if layers:
+            raise MoEdgeError("an engine shows none.")
+        return open_engine(broken, threads=1, taps=True, router_inputs=True)
+
+    reference = partial(open_engine, folders["routed/checkpoint"], threads=1, taps=True, replay=True)
+    limits = tolerances.load().profiles["float32/ort-cpu"]
+    location = where.locate(where.Again(reference, engine, WINDOWS[0], PREFILL, limits, limits))
+    assert location["sentence"].startswith("Which part departs could not be told: an engine shows none. The logits ")
+    assert (location["fault"], location["first"], location["departing"]) == (fault, None, [])
+
+
+def test_what_cannot_even_run_again_says_why() -> None:
     def engine(**_: Any) -> Any:
-        raise MoEdgeError("an engine shows none.")
+        raise MoEdgeError("it is gone.")
 
     limits = tolerances.load().profiles["float32/torch"]
     location = where.locate(where.Again(engine, engine, WINDOWS[0], PREFILL, limits, limits))
-    assert location == {
-        "sentence": "Which part departs could not be told: an engine shows none.",
-        "fault": None,
-        "first": None,
-        "departing": [],
-    }
+    assert location["sentence"] == "Which part departs could not be told: it is gone."
+    assert location["fault"] is None
