@@ -245,6 +245,10 @@ class VerifySection(_Section):
     tolerances: TolerancesSpec = "float32"
     """The weight dtype, first half of a profile's name; or that and a file, see :class:`.tolerances.Given`."""
     threads: Positive | None = None
+    thorough: bool = False
+    """Larger batches and longer rows in the checks of other shapes, and a text of ``max_length`` tokens."""
+    max_length: Annotated[int, Field(ge=32)] | None = None
+    """Tokens of that text, also without ``thorough``, which reads 2048."""
 
 
 class BenchSection(_Section):
@@ -410,6 +414,8 @@ class Recipe(Conversion):
             )
             problems.append(("verify.prefill", said))
         lengths = {"verify.window": self.verify.window, "bench.prompt": self.bench.prompt + self.bench.decode}
+        if self.verify.max_length:
+            lengths["verify.max_length"] = self.verify.max_length
         if self.frontier.prompt or self.frontier.decode:
             lengths["frontier.prompt"] = sum(self.frontier_lengths())
         for key, length in lengths.items():

@@ -59,9 +59,16 @@ class Profile(BaseModel):
     place, under the engine's choices."""
     kl_ratio_to_dense: Positive | None = None
     """Quantised targets: mean KL of the MoE's bundle over that of its dense parent's bundle of the same target."""
+    task_agreement: Share | None = None
+    """Least share of questions that the engine must answer as its reference does (:mod:`.runtime.parity.accuracy`);
+    None: answers to tasks are not judged."""
+    task_accuracy_drop: Share | None = None
+    """Most that the accuracy over these questions may fall, in absolute terms."""
 
     @model_validator(mode="after")
     def _routing_is_judged(self) -> Profile:
+        if (self.task_agreement is None) != (self.task_accuracy_drop is None):
+            raise ValueError("give task_agreement and task_accuracy_drop together")
         if self.expert_set_agreement is None and self.router_set_agreement is None:
             raise ValueError("give expert_set_agreement, router_set_agreement or both")
         return self

@@ -7,10 +7,13 @@ What a value costs when it is left out is estimated by its score: the change of 
   predictions: half of (score * value)^2 is then the KL that leaving it out alone costs (Theis et al., arXiv 1801.05787,
   eq. 4).
 
-Scores of the Fisher kind have one unit in all layers, for inputs and hidden values alike. So one number for the whole
-model, KL per weight that is read, decides everything: a value is left out where ``(score * value)^2 / weights`` is
-below it. Layers and the two places share the budget by what they lose, token by token. The other scores know no such
-unit: every layer keeps the same share of both, as published.
+Scores of the Fisher kind have one unit in all layers and places. So one number for the whole model, KL per weight that
+is read, decides everything: a value is left out where ``(score * value)^2 / weights`` is below it. Layers and places
+share the budget by what they lose, token by token. The other scores know no such unit: every place keeps the same share
+of its values, as published.
+
+A layer's places are ``x`` and ``h`` of its FFN and, where all linear layers gather, ``qkv`` and ``o`` of its attention;
+the last layer's have ``head`` too (:mod:`moedge.convert.kept_inputs`).
 
 H hidden size, D neurons.
 """
@@ -20,14 +23,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
 from moedge import MoEdgeError
-from moedge.convert import adapters, budgets, modeling, reads, scoring, streaming
+from moedge.convert import adapters, budgets, kept_inputs, modeling, reads, scoring
 from moedge.convert.plan import SMALLEST_THRESHOLD, LayerPlan
 
 if TYPE_CHECKING:
@@ -36,71 +39,118 @@ if TYPE_CHECKING:
     from moedge._progress import Progress
 
 Kind = Literal["fisher", "norms", "magnitude"]
+Linears = Literal["all", "ffn"]
 _PRECISION = 0.002
 """The measured share of weights is this close to what was asked for."""
-_ROUNDS = 16
+ROUNDS = 16
+"""Levels that are tried at most."""
+_ROWS = 1024
+"""Tokens whose values a ladder is made of, about."""
 
 
 @dataclass(frozen=True)
-class Scores:
-    """Scores of one FFN: ``x`` float32 [H], ``h`` float32 [D], in the dense neuron order."""
+class Place:
+    """Values that linear layers read: whose small ones may be left out."""
 
-    x: np.ndarray
-    h: np.ndarray
+    layer: int
+    """Whose plan has the thresholds."""
+    name: str
+    """``x``, ``h``, ``qkv``, ``o`` or ``head``: a threshold of the layer's plan without ``_threshold``."""
+    readers: tuple[torch.nn.Linear, ...]
+    """The linear layers that read the values."""
+    hooked: torch.nn.Module
+    """The module whose first argument, or ``hidden_states``, they are."""
+
+    @property
+    def weights(self) -> int:
+        """Weights that one value is multiplied by."""
+        return sum(linear.out_features for linear in self.readers)
 
 
-def static_scores(model: PreTrainedModel, kind: Kind) -> list[Scores]:
-    """Return the scores that need no text."""
+def places(model: PreTrainedModel, linears: Linears) -> list[Place]:
+    """List where a dense model's linear layers read values, in the order in which they are computed.
+
+    Raises:
+        MoEdgeError: attention or an output projection that is not written as usual, where all linear layers are meant.
+    """
+    outside = {(r.layer, r.place): r for r in kept_inputs.readers(model)} if linears == "all" else {}
     found = []
-    for block in adapters.ffns(model):
-        if kind == "magnitude":
-            width, hidden = block.gate.shape
-            found.append(Scores(np.ones(hidden, np.float32), np.ones(width, np.float32)))
-        else:
-            squares = block.gate.float().square().sum(dim=0) + block.up.float().square().sum(dim=0)
-            found.append(Scores(squares.sqrt().cpu().numpy(), block.down.float().norm(dim=0).cpu().numpy()))
+    blocks = adapters.ffns(model)
+    for block in blocks:
+        for name in ("qkv", "o"):
+            if reader := outside.get((block.index, name)):
+                found.append(Place(block.index, name, reader.linears, reader.module))
+        linears_of = {name: part for name, part in block.module.named_children() if isinstance(part, torch.nn.Linear)}
+        down = linears_of.pop("down_proj")
+        first = tuple(linears_of.values())
+        found += [Place(block.index, "x", first, block.module), Place(block.index, "h", (down,), down)]
+    if reader := outside.get((len(blocks), "head")):
+        found.append(Place(len(blocks) - 1, "head", reader.linears, reader.module))
     return found
 
 
-def fisher_scores(model: PreTrainedModel, token_windows: np.ndarray, progress: Progress | None = None) -> list[Scores]:
+Scores = list[tuple[Place, np.ndarray]]
+"""float32 [K] for each place; those of an FFN in the dense neuron order."""
+
+
+def static_scores(model: PreTrainedModel, kind: Kind, linears: Linears = "ffn") -> Scores:
+    """Return the scores that need no text."""
+
+    def norms(place: Place) -> np.ndarray:
+        squares = torch.stack([linear.weight.float().square().sum(dim=0) for linear in place.readers])
+        return np.asarray(squares.sum(dim=0).sqrt().cpu().numpy())
+
+    found = places(model, linears)
+    if kind == "magnitude":
+        return [(place, np.ones(place.readers[0].in_features, np.float32)) for place in found]
+    return [(place, norms(place)) for place in found]
+
+
+def fisher_scores(
+    model: PreTrainedModel, token_windows: np.ndarray, linears: Linears = "ffn", progress: Progress | None = None
+) -> Scores:
     """Measure Fisher scores on a dense model.
 
     Args:
         token_windows: int64 [N, L]; one forward and one backward pass over each.
+        linears: of which linear layers.
         progress: called with (windows done, windows).
     """
-    blocks = adapters.ffns(model)
-    sums = [[torch.zeros(n, dtype=torch.float64) for n in (b.gate.shape[1], b.gate.shape[0])] for b in blocks]
+    found = places(model, linears)
+    sums: list[Any] = [0.0] * len(found)
     generator = torch.Generator().manual_seed(0)
     ids = torch.from_numpy(token_windows).to(model.device)
     for number, window in enumerate(ids):
-        seen: dict[tuple[int, str], torch.Tensor] = {}
-        with torch.enable_grad(), budgets.with_gradients(model), _split(blocks, seen):
+        seen: dict[int, torch.Tensor] = {}
+
+        def own(index: int, values: torch.Tensor, seen: dict[int, torch.Tensor] = seen) -> torch.Tensor:
+            seen[index] = values.clone()  # an input of its own in the autograd graph
+            return seen[index]
+
+        with torch.enable_grad(), budgets.with_gradients(model), _at(found, own):
             score = budgets.drawn_score(model, window, generator)
             gradients = torch.autograd.grad(score, list(seen.values()))
-        for (layer, which), gradient in zip(seen, gradients, strict=True):
-            squares = gradient.flatten(0, -2).double().square().sum(dim=0)
-            sums[layer]["xh".index(which)] += squares.cpu()
+        for index, gradient in zip(seen, gradients, strict=True):
+            sums[index] = sums[index] + gradient.flatten(0, -2).double().square().sum(dim=0).cpu()
         if progress:
             progress(number + 1, len(ids))
-    roots = [[(total / ids.numel()).sqrt().float().numpy() for total in pair] for pair in sums]
-    return [Scores(x, h) for x, h in roots]
+    return [(place, (total / ids.numel()).sqrt().float().numpy()) for place, total in zip(found, sums, strict=True)]
 
 
 @contextmanager
-def _split(blocks: list[adapters.FFN], seen: dict[tuple[int, str], torch.Tensor]) -> Iterator[None]:
-    """Give every FFN, and its down projection, an input of its own in the autograd graph."""
+def _at(found: list[Place], see: Callable[[int, torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Give every place what ``see(number, values)`` returns in place of its values."""
 
-    def hook(key: tuple[int, str]) -> Callable[..., tuple[torch.Tensor, ...]]:
-        def own(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            seen[key] = args[0].clone()
-            return seen[key], *args[1:]
+    def hook(index: int) -> Callable[..., Any]:
+        def changed(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if "hidden_states" in kwargs:
+                return args, {**kwargs, "hidden_states": see(index, kwargs["hidden_states"])}
+            return (see(index, args[0]), *args[1:]), kwargs
 
-        return own
+        return changed
 
-    handles = [block.module.register_forward_pre_hook(hook((block.index, "x"))) for block in blocks]
-    handles += [
-        block.module.get_submodule("down_proj").register_forward_pre_hook(hook((block.index, "h"))) for block in blocks
+    handles = [
+        place.hooked.register_forward_pre_hook(hook(index), with_kwargs=True) for index, place in enumerate(found)
     ]
     try:
         yield
@@ -109,60 +159,61 @@ def _split(blocks: list[adapters.FFN], seen: dict[tuple[int, str], torch.Tensor]
             handle.remove()
 
 
-def with_thresholds(layers: list[LayerPlan], scores: list[Scores], level: float, ramp: float) -> list[LayerPlan]:
+def with_thresholds(layers: list[LayerPlan], scores: Scores, level: float, ramp: float) -> list[LayerPlan]:
     """Return the layers with thresholds at one level of ``(score * value)^2 / weights read``, by its root ``level``.
 
     An input of a layer is read by all rows of gate and up, so it counts 2 D weights; a hidden value counts H.
     """
+    with np.errstate(divide="ignore"):  # what costs nothing is always left out
+        values = [(place, level * math.sqrt(place.weights) / score.astype(np.float64)) for place, score in scores]
+    return _placed(layers, values, ramp)
 
-    def thresholds(score: np.ndarray, weights: int) -> np.ndarray:
-        with np.errstate(divide="ignore"):  # what costs nothing is always left out
-            value = level * math.sqrt(weights) / score.astype(np.float64)
-        return np.clip(value, SMALLEST_THRESHOLD, 1e30).astype(np.float32)
 
-    return [
-        replace(
-            layer,
-            x_threshold=thresholds(score.x, 2 * len(score.h)),
-            h_threshold=thresholds(score.h, len(score.x)),
-            ramp=ramp,
-        )
-        for layer, score in zip(layers, scores, strict=True)
-    ]
+def _placed(layers: list[LayerPlan], values: list[tuple[Place, np.ndarray]], ramp: float) -> list[LayerPlan]:
+    """Return the layers with these thresholds, of a size that plans hold."""
+    made: list[dict[str, np.ndarray | None]] = [{} for _ in layers]
+    for place, value in values:
+        limited = np.clip(value, SMALLEST_THRESHOLD, 1e30).astype(np.float32)
+        made[place.layer][f"{place.name}_threshold"] = limited
+    return [layer.with_thresholds(found, ramp) for layer, found in zip(layers, made, strict=True)]
 
 
 @dataclass(frozen=True)
 class Ladder:
-    """Of one FFN: scores, and the quantiles 0, 1/1000, ... 1 of score * |value| of its inputs and hidden values."""
+    """Of one place: scores, and the quantiles 0, 1/1000, ... 1 of score * |value| of its values."""
 
-    scores: Scores
-    x: np.ndarray
-    h: np.ndarray
+    place: Place
+    score: np.ndarray
+    steps: np.ndarray
 
 
 @torch.no_grad()
-def ladders(model: PreTrainedModel, scores: list[Scores], token_windows: np.ndarray) -> list[Ladder]:
-    """Measure how large the values of every FFN are on windows int64 [N, L]."""
-    found: list[Ladder] = []
-    for block, x in streaming.inputs(model, token_windows, adapters.ffns(model)):
-        rows, score = x[:: max(1, len(x) // 1024)].float(), scores[block.index]
-        values = ((rows, score.x), (block.hidden(rows), score.h))
-        steps = [np.quantile((v.abs().cpu().numpy() * s), np.linspace(0, 1, 1001)) for v, s in values]
-        found.append(Ladder(score, *steps))
-    return found
+def ladders(model: PreTrainedModel, scores: Scores, token_windows: np.ndarray) -> list[Ladder]:
+    """Measure how large the values of every place are on windows int64 [N, L]."""
+    every = max(1, token_windows.size // _ROWS)
+    rows: list[list[torch.Tensor]] = [[] for _ in scores]
+
+    def see(index: int, values: torch.Tensor) -> torch.Tensor:
+        rows[index].append(values.flatten(0, -2)[::every].float().cpu())
+        return values
+
+    with _at([place for place, _ in scores], see):
+        for window in torch.from_numpy(token_windows).to(model.device):
+            model(input_ids=window[None], use_cache=False)
+    quantiles = np.linspace(0, 1, 1001)
+    return [
+        Ladder(place, score, np.quantile(torch.cat(seen).abs().numpy() * score, quantiles))
+        for (place, score), seen in zip(scores, rows, strict=True)
+    ]
 
 
 def with_shares(layers: list[LayerPlan], steps: list[Ladder], share: float, ramp: float) -> list[LayerPlan]:
-    """Return the layers with thresholds that keep ``share`` of the inputs and of the hidden values of every layer."""
-    made = []
-    for layer, ladder in zip(layers, steps, strict=True):
-        at = [np.interp(1 - share, np.linspace(0, 1, 1001), values) for values in (ladder.x, ladder.h)]
-        x, h = (
-            np.clip(level / np.maximum(score, 1e-30), SMALLEST_THRESHOLD, 1e30).astype(np.float32)
-            for level, score in zip(at, (ladder.scores.x, ladder.scores.h), strict=True)
-        )
-        made.append(replace(layer, x_threshold=x, h_threshold=h, ramp=ramp))
-    return made
+    """Return the layers with thresholds that keep ``share`` of the values of every place."""
+    values = [
+        (one.place, np.interp(1 - share, np.linspace(0, 1, 1001), one.steps) / np.maximum(one.score, 1e-30))
+        for one in steps
+    ]
+    return _placed(layers, values, ramp)
 
 
 def fit(
@@ -175,6 +226,8 @@ def fit(
     progress: Progress | None = None,
 ) -> tuple[list[LayerPlan], float]:
     """Find the level at which a converted model reads ``share`` of its dense parent's FFN weights a token.
+
+    What is not read outside the FFNs counts as FFN weights that are not read (:mod:`moedge.convert.reads`).
 
     Args:
         model: the dense parent; it is not changed.
@@ -215,15 +268,16 @@ def _search(
         layers = make(math.exp(log_level))
         for ffn, layer in zip(ffns, layers, strict=True):
             modeling.set_thresholds(ffn, layer, ffn.shared_gate.device)
+        kept_inputs.set_thresholds(model, layers)
         return layers, _counted(model, token_windows, width)
 
     at, step = math.log(start), 1.0
     low: tuple[float, float] | None = None  # (log level, share) that reads too much, and one that reads too little
     high: tuple[float, float] | None = None
-    for number in range(_ROUNDS):
+    for number in range(ROUNDS):
         layers, found = measured(at)
         if progress:
-            progress(number + 1, _ROUNDS)
+            progress(number + 1, ROUNDS)
         if abs(found - share) <= _PRECISION:
             break
         low, high = ((at, found), high) if found > share else (low, (at, found))
@@ -245,8 +299,7 @@ def read_share(model: PreTrainedModel, layers: list[LayerPlan], token_windows: n
 
 def _counted(model: PreTrainedModel, token_windows: np.ndarray, width: int) -> float:
     """Return the share that the converted FFNs of a model read, of dense ones of ``width`` neurons."""
-    ids = torch.from_numpy(token_windows).to(model.device)
-    with reads.counted(model) as counts, torch.inference_mode():
-        for window in ids:
-            model.base_model(input_ids=window[None], use_cache=False)
+    with reads.counted(model) as counts:
+        for window in token_windows:
+            scoring.last_hidden_states(model, {"": window[None]}, batch_size=1)
     return counts.share(width)

@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from moedge import MoEdgeError
 from moedge._files import atomic_dir
-from moedge.convert import adapters, hierarchical, moe_adapters, offload, sources
+from moedge.convert import adapters, hierarchical, kept_inputs, moe_adapters, offload, sources
 from moedge.convert.errors import quiet
 from moedge.convert.plan import LayerPlan, MoEPlan
 from moedge.convert.sources import tokenizer_files
@@ -87,6 +87,9 @@ def apply(plan: MoEPlan, model: PreTrainedModel) -> PreTrainedModel:
         model.set_submodule(block.name, build(block, plan.layers[block.index]))
     del block
     gc.collect()
+    kept = kept_inputs.wanted(plan.layers)
+    kept_inputs.prepare(model, kept)
+    kept_inputs.set_thresholds(model, plan.layers)
     if nested:  # names of the hub's files for the parent's experts; these tensors are others
         model.__dict__.pop("_weight_conversions", None)
     dense = model.config
@@ -96,6 +99,7 @@ def apply(plan: MoEPlan, model: PreTrainedModel) -> PreTrainedModel:
         "plan_sha256": plan.sha256,
         "method": plan.method,
         "layers": specs,
+        **({"kept_inputs": kept} if any(kept) else {}),
     }
     config.architectures = [MODELS[base].__name__]
     config._attn_implementation = dense._attn_implementation
@@ -174,13 +178,16 @@ def load(
     plan = MoEPlan.load(folder)
     model = sources.load_model(folder, dtype, device)
     section = getattr(model.config, "moedge", None)
-    if not section or section.get("plan_sha256") != plan.sha256 or not _describes(section["layers"], plan):
+    if not section or section.get("plan_sha256") != plan.sha256 or not _describes(section, plan):
         raise MoEdgeError(f"{folder}: config.json and plan.json are not of the same conversion; convert again.")
     return model, plan, sources.load_tokenizer(folder)
 
 
-def _describes(specs: list[Any], plan: MoEPlan) -> bool:
-    """Whether the layers of config.json are those of the plan (nested ones are only counted)."""
+def _describes(section: dict[str, Any], plan: MoEPlan) -> bool:
+    """Whether the section of config.json is of the plan (nested layers are only counted)."""
+    specs, kept = section["layers"], kept_inputs.wanted(plan.layers)
+    if section.get("kept_inputs", [None] * len(specs)) != kept:
+        return False
     return len(specs) == len(plan.layers) and all(
         layer.children is not None or all(spec.get(name) == value for name, value in layer_facts(layer).items())
         for spec, layer in zip(specs, plan.layers, strict=True)
@@ -224,6 +231,7 @@ def _register(base: str) -> tuple[type, type]:
                     layer.mlp = SparseFFN(index, config.hidden_size, spec)
                 elif spec is not None:
                     layer.mlp = hierarchical.HierarchicalFFN(index, config.hidden_size, spec, layer.mlp.gate)
+            kept_inputs.prepare(self, config.moedge.get("kept_inputs", []))
         except (KeyError, TypeError, ValueError) as error:
             raise MoEdgeError(f"The moedge section of config.json is damaged ({error!r}); convert again.") from error
 
@@ -235,7 +243,7 @@ def _register(base: str) -> tuple[type, type]:
             "__doc__": f"{dense_model.__name__} with the FFNs of a plan.",
             "__init__": __init__,
             "config_class": config_class,
-            "_keep_in_fp32_modules_strict": set(FLOAT32),
+            "_keep_in_fp32_modules_strict": {*FLOAT32, *kept_inputs.FLOAT32},
         },
     )
     AutoConfig.register(adapters.MOE_PREFIX + base, config_class)

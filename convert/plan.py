@@ -16,7 +16,8 @@ that is in neither the shared set nor an expert is pruned (static methods prune,
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +36,9 @@ SMALLEST_RAMP = 1e-3
 """A rounding of x may count 2 + 1 / ramp times; and the smallest threshold times it is still a normal float32."""
 SMALLEST_THRESHOLD = 1e-30
 """Leaves nothing out but 0; a threshold of 0 would divide by it."""
+
+THRESHOLDS = ("x_threshold", "h_threshold", "qkv_threshold", "o_threshold", "head_threshold")
+"""Fields of :class:`LayerPlan` that leave small values out."""
 
 CombineRule = Literal["unit", "scaled", "softmax", "probability", "normalised"]
 """Weight of a selected expert: ``unit`` 1; ``scaled`` 1 + scale_e * softmax(scores)_e (CMoE sec. 3.3); ``softmax``
@@ -67,7 +71,9 @@ class LayerPlan:
 
     ``x_threshold`` float32 [H] and ``h_threshold`` float32 [D], in the dense neuron order, leave out small inputs of
     gate and up and small hidden values, token by token (:mod:`moedge.convert.ops.gather`); the router reads all of x.
-    ``ramp`` is the width of their ramps.
+    ``qkv_threshold`` float32 [H] and ``o_threshold`` float32 [A] (query heads x their width) do so for the inputs of
+    the layer's attention and of its output projection, and ``head_threshold`` float32 [H], in the last layer's plan
+    alone, for the inputs of the model's output projection. ``ramp`` is the width of all these ramps.
 
     ``children`` nests: one plan for each expert of a parent that is a Mixture-of-Experts already, against the width of
     that expert. Such a layer has nothing else; a child without experts that shares every neuron stays dense, and
@@ -88,6 +94,9 @@ class LayerPlan:
     zeros: np.ndarray | None = None
     x_threshold: np.ndarray | None = None
     h_threshold: np.ndarray | None = None
+    qkv_threshold: np.ndarray | None = None
+    o_threshold: np.ndarray | None = None
+    head_threshold: np.ndarray | None = None
     ramp: float = RAMP
     report: dict[str, Any] = field(default_factory=dict)
     overlapping: bool = False
@@ -95,8 +104,23 @@ class LayerPlan:
 
     @property
     def gathers(self) -> bool:
-        """Whether small values are left out, of x or of h."""
-        return self.x_threshold is not None or self.h_threshold is not None
+        """Whether small values are left out anywhere."""
+        return bool(self.thresholds)
+
+    @property
+    def thresholds(self) -> dict[str, np.ndarray]:
+        """The thresholds that the layer has, by field name (one of :data:`THRESHOLDS`)."""
+        values = ((name, getattr(self, name)) for name in THRESHOLDS)
+        return {name: value for name, value in values if value is not None}
+
+    def with_thresholds(self, values: Mapping[str, np.ndarray | None], ramp: float) -> LayerPlan:
+        """Return a copy with other thresholds, by field name; those that are not named stay."""
+        made = replace(self, ramp=ramp)
+        for name, value in values.items():
+            if name not in THRESHOLDS:
+                raise KeyError(name)
+            setattr(made, name, value)
+        return made
 
     @property
     def num_experts(self) -> int:
@@ -187,10 +211,10 @@ class LayerPlan:
 
 
 def _check_thresholds(layer: LayerPlan, width: int, hidden: int | None, where: str) -> None:
-    kinds = (("x_threshold", layer.x_threshold, hidden, "inputs"), ("h_threshold", layer.h_threshold, width, "neurons"))
-    for name, value, size, what in kinds:
-        if value is None:
-            continue
+    sizes = {"h_threshold": width, "o_threshold": None}  # how wide attention is, a plan does not know
+    for name, value in layer.thresholds.items():
+        size = sizes.get(name, hidden)
+        what = "neurons" if name == "h_threshold" else "inputs"
         if value.ndim != 1 or (size is not None and len(value) != size):
             raise MoEdgeError(f"{where}: {name} has shape {value.shape}, not one value for each of {size} {what}.")
         if not (np.isfinite(value).all() and (value >= SMALLEST_THRESHOLD).all()):
@@ -319,8 +343,7 @@ _OPTIONAL = (
     "expert_bias",
     "output_bias",
     "down",
-    "x_threshold",
-    "h_threshold",
+    *THRESHOLDS,
 )
 
 
@@ -374,7 +397,7 @@ def _join_layer(
     router = None
     if entry["router"] is not None:
         router = RouterPlan(entry["router"]["kind"], routers.get(prefix, {}), entry["router"]["options"])
-    return LayerPlan(
+    layer = LayerPlan(
         shared=tensors[f"{prefix}shared"],
         experts=np.split(routed, np.cumsum(widths)[:-1]) if widths else [],
         top_k=entry["top_k"],
@@ -388,8 +411,7 @@ def _join_layer(
         output_bias=tensors.get(f"{prefix}output_bias"),
         down=tensors.get(f"{prefix}down"),
         zeros=tensors.get(f"{prefix}zeros"),
-        x_threshold=tensors.get(f"{prefix}x_threshold"),
-        h_threshold=tensors.get(f"{prefix}h_threshold"),
-        ramp=entry.get("ramp", RAMP),
         overlapping=entry.get("overlapping", False),
     )
+    thresholds = {name: tensors.get(f"{prefix}{name}") for name in THRESHOLDS}
+    return layer.with_thresholds(thresholds, entry.get("ramp", RAMP))

@@ -3,6 +3,8 @@
 At batch 1 a decode step takes as long as it takes to read the weights, and a converted FFN is faster by those that it
 does not read. Counted are gate and up of the kept inputs and active neurons, down of the kept neurons, and all of the
 router, in units of the dense FFN's 3 H D weights. (Compensation, biases and thresholds are vectors, and left out.)
+Where attention and the output projection leave small inputs out too (:mod:`moedge.convert.kept_inputs`), the weights
+that they do not read count as FFN weights that are not read: equal shares are equal bytes, wherever they are saved.
 Weights that are zero are stored and read like any other. A router that computes every expert to choose (the oracle)
 counts as if the choice cost nothing.
 
@@ -15,13 +17,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     import torch
 
-    from moedge.convert.modeling import SparseFFN
+    from moedge.convert.kept_inputs import KeepsLarge
     from moedge.convert.plan import LayerPlan, MoEPlan
+    from moedge.convert.sparse_ffn import SparseFFN
 
 
 @dataclass
@@ -48,17 +51,47 @@ class LayerReads:
 
 
 @dataclass
+class OutsideReads:
+    """Counts of values that are read outside the FFNs, over all tokens."""
+
+    weights: int
+    """That one value is multiplied by."""
+    inputs: int
+    """Values of a token."""
+    tokens: int = 0
+    kept: int = 0
+
+    def add(self, which: str, values: torch.Tensor, threshold: torch.Tensor | None) -> None:
+        """Count values [T, K], those above their threshold."""
+        self.tokens += len(values)
+        self.kept += values.numel() if threshold is None else int((values.float().abs() > threshold).sum())
+
+    @property
+    def unread(self) -> float:
+        """Weights that a token does not read."""
+        return self.weights * (self.inputs - self.kept / self.tokens) if self.tokens else 0.0
+
+
+@dataclass
 class Reads:
-    """What a model's FFNs read, by layer."""
+    """What a model reads, by layer of its FFNs, and outside."""
 
     layers: dict[int, LayerReads] = field(default_factory=dict)
+    outside: dict[tuple[int, str], OutsideReads] = field(default_factory=dict)
+    """(Layer, place) -> what attention and the output projection read, where they leave something out."""
     _router: dict[int, int] = field(default_factory=dict)
     _hidden: int = 0
 
     def share(self, width: int) -> float:
-        """Return the share of the FFN weights that a token reads, against dense FFNs of ``width`` neurons."""
+        """Return the share of the FFN weights that a token reads, against dense FFNs of ``width`` neurons.
+
+        What is not read outside counts as FFN weights that are not read.
+        """
+        if not self.layers:
+            return 1.0
         shares = [self.of_layer(layer, width) for layer in self.layers]
-        return sum(shares) / len(shares) if shares else 1.0
+        unread = sum(one.unread for one in self.outside.values()) / (3 * self._hidden * width)
+        return (sum(shares) - unread) / len(shares)
 
     def of_layer(self, layer: int, width: int) -> float:
         """Return :meth:`share` of one layer; 1 where nothing ran."""
@@ -107,14 +140,21 @@ def _of_layer_plan(layer: LayerPlan, hidden: int, width: int) -> float:
 @contextmanager
 def counted(model: torch.nn.Module) -> Iterator[Reads]:
     """Count what the converted FFNs of ``model`` read while the block runs."""
-    from moedge.convert.modeling import SparseFFN
+    from moedge.convert import kept_inputs
+    from moedge.convert.sparse_ffn import SparseFFN
 
     ffns = [module for module in model.modules() if isinstance(module, SparseFFN)]
+    outside = [reader for reader in kept_inputs.readers(model) if reader.keeps] if ffns else []
     reads = Reads()
     for ffn in ffns:
         reads.watch(ffn)
+    keepers: list[KeepsLarge] = list(ffns)
+    for reader in outside:
+        counts = reads.outside[reader.layer, reader.place] = OutsideReads(reader.weights, reader.inputs)
+        keepers.append(cast("KeepsLarge", reader.module))
+        keepers[-1].count = counts.add
     try:
         yield reads
     finally:
-        for ffn in ffns:
-            ffn.count = None
+        for keeper in keepers:
+            keeper.count = None

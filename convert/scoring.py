@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from moedge.convert import adapters, modeling
+from moedge.convert import adapters, kept_inputs, modeling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,7 +52,7 @@ def last_hidden_states(
     batch_size: int = 4,
     progress: Progress | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Return the last hidden states of every position that predicts a next id, [N, L-1, H] per text.
+    """Return what the output projection multiplies at every position that predicts a next id, [N, L-1, H] per text.
 
     Args:
         texts: name -> windows int64 [N, L].
@@ -80,24 +80,30 @@ def swapped(model: PreTrainedModel, plan: MoEPlan) -> Iterator[PreTrainedModel]:
 
 @contextmanager
 def in_place(model: PreTrainedModel, layers: list[LayerPlan]) -> Iterator[None]:
-    """Run a block with the FFNs of some layers, one for each of the dense model; its own come back afterwards."""
-    blocks = adapters.ffns(model)
+    """Run a block with some layers' FFNs and thresholds in a dense model; what was there comes back afterwards."""
+    blocks, kept = adapters.ffns(model), kept_inputs.wanted(layers)
     try:
         for block, layer in zip(blocks, layers, strict=True):
             model.set_submodule(block.name, modeling.build_ffn(block, layer))
+        if any(kept):
+            kept_inputs.prepare(model, kept)
+            kept_inputs.set_thresholds(model, layers)
         yield
     finally:
+        if any(kept):
+            kept_inputs.restore(model)
         for block in blocks:
             model.set_submodule(block.name, block.module)
 
 
 def _hidden_states(model: PreTrainedModel, ids: np.ndarray, batch_size: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield (first window, last hidden states [b, L-1, H] of every position that predicts the next id)."""
+    """Yield (first window, what the output projection multiplies [b, L-1, H], of each position with a next id)."""
     adapters.check_ids(model, ids)
     for start in range(0, len(ids), batch_size):
         with torch.inference_mode():
             batch = torch.from_numpy(ids[start : start + batch_size]).to(model.device)
             hidden = model.base_model(input_ids=batch, use_cache=False).last_hidden_state[:, :-1]
+            hidden = kept_inputs.keep_for_head(model, hidden)
         yield start, hidden
 
 
@@ -111,16 +117,15 @@ def score_all(
     one product over the vocabulary per variant.
 
     Args:
-        targets: int64 [N, L-1]. dense: last hidden states [N, L-1, H]; others: the same of each variant.
+        targets: int64 [N, L-1]. dense: :func:`last_hidden_states` [N, L-1, H]; others: the same of each variant.
     """
-    head = model.get_output_embeddings()
     flat = [states.reshape(-1, states.shape[-1]) for states in (dense, *others)]
     wanted = torch.from_numpy(np.ascontiguousarray(targets)).reshape(-1, 1).to(dense.device)
     nll, kl = np.zeros(len(flat)), np.zeros(len(others))
     for start in range(0, len(wanted), _CHUNK):
         part = slice(start, start + _CHUNK)
         for i, states in enumerate(flat):
-            logits = head(states[part]).float()
+            logits = kept_inputs.project(model, states[part]).float()
             lse = logits.logsumexp(dim=-1, keepdim=True)
             nll[i] += float((lse - logits.gather(-1, wanted[part])).sum(dtype=torch.float64))
             if i == 0:

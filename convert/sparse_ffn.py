@@ -6,7 +6,6 @@ It is made from its layer's section of config.json (:func:`layer_config`), and c
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch import nn
 import moedge.convert.ops  # noqa: F401  registers torch.ops.moedge
 from moedge import MoEdgeError
 from moedge.convert import adapters, routers, zeros
+from moedge.convert.kept_inputs import KeepsLarge
 from moedge.convert.ops import activate
 from moedge.convert.plan import RAMP, LayerPlan
 
@@ -25,7 +25,7 @@ FLOAT32 = ("mlp.router", "mlp.selection_bias", "mlp.scale", "mlp.no_bias", *(f"m
 """Kept in float32 whatever the model's dtype: bfloat16 rounding flips ranks of experts (docs/methods.md 1.4)."""
 
 
-class SparseFFN(nn.Module):
+class SparseFFN(KeepsLarge):
     """A GLU FFN cut into a shared block and routed experts.
 
     ``y = shared(x) + sum over selected e of w_e (E_e(x) + expert_bias_e) + sum over the others of compensation_e +
@@ -43,9 +43,7 @@ class SparseFFN(nn.Module):
         straight_through: for training: the weights of selected experts get the gradient of a softmax over all experts,
             and keep their values. A weight that is always 1 (top-1 softmax, unit) would teach the router nothing.
         record_routes: when True, ``last_routes`` holds the selected experts of the latest call, int32 [T, k].
-        count: None, or what counts the values that were kept (:mod:`moedge.convert.reads`).
-        choose: None, or what takes the place of ``keep_large``: (``x``, or ``h`` of the shared block; values [T, K];
-            thresholds [K]) -> values. Replay records and forces what is left out by it (:mod:`moedge.runtime.parity`).
+        count, choose: see :class:`KeepsLarge`; places are ``x``, and ``h`` of the shared block.
         expert_widths: neurons of each routed expert, without padding.
     """
 
@@ -66,7 +64,8 @@ class SparseFFN(nn.Module):
 
     def __init__(self, layer_index: int, hidden_size: int, spec: dict[str, Any]) -> None:
         super().__init__()
-        self.layer_index = layer_index
+        gather = spec.get("gather", {})
+        self._start_keeping(layer_index, gather.get("ramp", RAMP))
         self.num_experts: int = spec["num_experts"]
         self.top_k: int = spec["top_k"]
         self.activation: str = spec["activation"]
@@ -75,8 +74,6 @@ class SparseFFN(nn.Module):
         self.straight_through = False
         self.record_routes = False
         self.last_routes: torch.Tensor | None = None
-        self.count: Callable[[str, torch.Tensor, torch.Tensor | None], None] | None = None
-        self.choose: Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
         experts, inner, shared = self.num_experts, spec["expert_width"], spec["shared_width"]
         if not 0 <= self.top_k <= experts:
             raise MoEdgeError(f"Layer {layer_index}: top_k={self.top_k} of {experts} experts cannot be selected.")
@@ -99,8 +96,6 @@ class SparseFFN(nn.Module):
             # Buffers that are saved: a plain tensor would be lost on save or .to(device), the known CMoE bug.
             dtype = torch.float32 if f"mlp.{name}" in FLOAT32 else None
             self.register_buffer(name, torch.zeros(shape, dtype=dtype) if name in spec["tensors"] else None)
-        gather = spec.get("gather", {})
-        self.ramp: float = gather.get("ramp", RAMP)
         thresholds = {"x_threshold": (hidden_size,), "shared_h_threshold": (shared,), "h_threshold": (experts, inner)}
         for name, shape in thresholds.items():
             wanted = gather.get("x" if name == "x_threshold" else "h", False) and 0 not in shape
@@ -118,7 +113,7 @@ class SparseFFN(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the FFN output, same shape and dtype as x [..., H]."""
         flat = x.reshape(-1, x.shape[-1])
-        kept = self._kept("x", flat, self.x_threshold)
+        kept = self.kept("x", flat, self.x_threshold)
         if self.router is None:
             return self._shared(kept).reshape(x.shape)
         if len(self.shared_gate):
@@ -131,22 +126,17 @@ class SparseFFN(nn.Module):
             y = y if self.output_bias is None else y + self.output_bias
         return y.reshape(x.shape)
 
-    def _kept(self, which: str, values: torch.Tensor, threshold: torch.Tensor | None) -> torch.Tensor:
-        """Return values [T, K] without the small ones; ``which``: ``x`` or ``h``, for the count."""
-        if self.count is not None:
-            self.count(which, values, threshold)
-        if threshold is None:
-            return values
-        if self.choose is not None:
-            return self.choose(which, values, threshold)
-        kept: torch.Tensor = torch.ops.moedge.keep_large(values, threshold, self.ramp)
-        return kept
+    def thresholds(self) -> dict[str, torch.Tensor]:
+        """Return the thresholds by place: ``x``, ``h`` of the shared block, ``expert_h``."""
+        places = zip(("x", "h", "expert_h"), _THRESHOLDS, strict=True)
+        values = ((place, getattr(self, name)) for place, name in places)
+        return {place: value for place, value in values if value is not None}
 
     def _shared(self, flat: torch.Tensor) -> torch.Tensor:
         """Return what the shared block gives for tokens [T, H], output bias included."""
         gate = F.linear(flat, self.shared_gate, self.shared_gate_bias)
         hidden = activate(gate, self.activation) * F.linear(flat, self.shared_up, self.shared_up_bias)
-        return F.linear(self._kept("h", hidden, self.shared_h_threshold), self.shared_down, self.output_bias)
+        return F.linear(self.kept("h", hidden, self.shared_h_threshold), self.shared_down, self.output_bias)
 
     def _routed(self, flat: torch.Tensor, kept: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return what the selected experts add for tokens [T, H]: the router reads ``flat``, the experts ``kept``."""
@@ -189,18 +179,11 @@ class SparseFFN(nn.Module):
         real = torch.arange(hidden.shape[1], device=hidden.device) < widths[owner].unsqueeze(1)
         return hidden[real], self.h_threshold[owner][real]
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SparseFFN:
-        """Move or cast, but never cast the router, the selection bias and the scale (``model.to(torch.bfloat16)``)."""
-        own = (self.selection_bias, self.scale, *(getattr(self, name) for name in _THRESHOLDS))
-        kept = {id(tensor) for tensor in own if tensor is not None}
-        kept |= {id(parameter) for parameter in self.router.parameters()} if self.router is not None else set()
-
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            moved = fn(tensor)
-            return tensor.to(moved.device) if id(tensor) in kept and moved.dtype != tensor.dtype else moved
-
-        super()._apply(move, recurse)
-        return self
+    def _own_float32(self) -> set[int]:
+        """Router, selection bias and scale are never cast either."""
+        own = {id(tensor) for tensor in (self.selection_bias, self.scale) if tensor is not None}
+        own |= {id(parameter) for parameter in self.router.parameters()} if self.router is not None else set()
+        return own | super()._own_float32()
 
 
 def layer_config(
@@ -233,12 +216,14 @@ def layer_facts(layer: LayerPlan) -> dict[str, Any]:
         "expert_width": layer.expert_width,
         "expert_widths": [len(expert) for expert in layer.experts],
         "combine": layer.combine,
-        **({"gather": _gather(layer)} if layer.gathers else {}),
+        **({"gather": gather} if (gather := _gather(layer)) else {}),
     }
 
 
-def _gather(layer: LayerPlan) -> dict[str, Any]:
-    """Return what of a layer is left out where it is small."""
+def _gather(layer: LayerPlan) -> dict[str, Any] | None:
+    """Return which values of the FFN are left out where they are small."""
+    if layer.x_threshold is None and layer.h_threshold is None:
+        return None
     return {"x": layer.x_threshold is not None, "h": layer.h_threshold is not None, "ramp": layer.ramp}
 
 

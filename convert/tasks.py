@@ -6,17 +6,23 @@ instead, so nothing is fetched but the packaged assets ``task-NAME``, and nothin
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from moedge import MoEdgeError
 from moedge.convert.sources import assets
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from lm_eval.api.model import LM
 
 KNOWN = {
     "arc_challenge": "arc/arc_challenge.yaml",
@@ -35,52 +41,96 @@ KNOWN = {
 
 _CHANGES = {"boolq": {"doc_to_target": "{{ answer | int }}"}}
 """Columns that the packaged file names differently from the hub's."""
+NEEDS = "Tasks need lm-eval ({error}); install moedge[eval]."
 _FORMATS = {".arrow": "arrow", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
-def run(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[str],
-    *,
-    data: Mapping[str, Path] | None = None,
-    shots: int = 0,
-    limit: int | None = None,
-    batch_size: int = 8,
-) -> list[dict[str, Any]]:
-    """Score a model, dense or converted, on lm-eval tasks.
+@dataclass(frozen=True)
+class Questions:
+    """What is asked.
 
-    Args:
-        tasks: names in :data:`KNOWN`, or any lm-eval task that ``data`` has a file for.
-        data: task -> local file (.arrow, .jsonl, .json, .parquet or .csv) with the columns of the task's data set; it
-            is used as the validation split. Few-shot examples come from the same file, never the question itself.
-        limit: the first so many questions of each task; all by default.
+    Raises:
+        MoEdgeError: data of a task that is not asked.
+    """
+
+    tasks: tuple[str, ...] = ()
+    """Names in :data:`KNOWN`, or any lm-eval task that ``data`` has a file for."""
+    data: Mapping[str, Path] = field(default_factory=dict)
+    """Task -> local file (.arrow, .jsonl, .json, .parquet or .csv) with the columns of the task's data set; it is used
+    as the validation split. Few-shot examples come from the same file, never the question itself."""
+    shots: int = 0
+    """Solved examples in front of a question."""
+    limit: int | None = None
+    """The first so many questions of each task; all by default."""
+
+    def __post_init__(self) -> None:
+        if unused := set(self.data) - set(self.tasks):
+            raise MoEdgeError(f"--task-data names {', '.join(sorted(unused))}, which --tasks does not.")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model answered to each question of a task, in the order of the data."""
+
+    metric: str
+    """By which an answer is right: ``acc``, where a task has that."""
+    chosen: tuple[int | str, ...]
+    """Number of the likeliest choice, or the text that was generated."""
+    right: np.ndarray
+    """bool [questions]."""
+    asked: str
+    """Hash of the questions and their prompts: equal where two models were asked the same."""
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """What a model scored in one task."""
+
+    task: str
+    version: str
+    """Of the task in lm-eval."""
+    questions: int
+    available: int
+    """Questions that the data holds."""
+    shots: int
+    data: str
+    metrics: dict[str, dict[str, float | None]]
+    """Name -> ``{"value", "stderr"}``, e.g. ``acc`` and ``acc_norm`` (log-likelihood over bytes)."""
+    answers: Answers | None
+    """None for a task whose answers are not right or wrong."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The row of results: all but the single answers."""
+        names = ("task", "version", "questions", "shots", "data", "metrics")
+        return {name: getattr(self, name) for name in names}
+
+
+def run(model: LM, questions: Questions) -> list[TaskScore]:
+    """Ask a model of lm-eval's interface, such as :class:`moedge.runtime.accuracy.lm.EngineLM`, every question.
 
     Returns:
-        One row a task: ``task``, ``version`` (of the task in lm-eval), ``questions``, ``shots``, ``data``, and
-        ``metrics``: name -> ``{"value", "stderr"}``, e.g. ``acc`` and ``acc_norm`` (log-likelihood over bytes).
+        One score a task, in the order of ``questions.tasks``.
 
     Raises:
         MoEdgeError: lm-eval is not installed, an unknown task, or a file that is missing or does not fit the task.
     """
-    files = {task: _file(task, data or {}) for task in tasks}
+    files = data_files(questions)
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
     try:
         import lm_eval
-        from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise MoEdgeError(f"Tasks need lm-eval ({error}); install moedge[eval].") from error
-    with tempfile.TemporaryDirectory(prefix="moedge-tasks-") as folder:
+        raise MoEdgeError(NEEDS.format(error=error)) from error
+    with tempfile.TemporaryDirectory(prefix="moedge-tasks-") as folder, _quiet():
         specs = [str(_write(task, file, Path(folder))) for task, file in files.items()]
         try:
             found = lm_eval.simple_evaluate(
-                model=HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size),
+                model=model,
                 tasks=specs,
-                num_fewshot=shots,
-                limit=limit,
+                num_fewshot=questions.shots,
+                limit=questions.limit,
                 bootstrap_iters=1000,
-                log_samples=False,
+                log_samples=True,
                 task_manager=TaskManager(include_defaults=False),
                 fewshot_random_seed=1234,
             )
@@ -89,7 +139,28 @@ def run(
             raise MoEdgeError(
                 f"lm-eval cannot run {names}: {error}. Does each file have its task's columns?"
             ) from error
-    return [_row(task, file, found) for task, file in files.items()]
+    return [_score(task, file, found) for task, file in files.items()]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Switch lm-eval's warnings off: that the shots are given is what was asked."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def data_files(questions: Questions) -> dict[str, Path]:
+    """Return the data of each task; what is packaged is fetched if it is not here yet.
+
+    Raises:
+        MoEdgeError: a task without data, or a file that is missing or of another kind.
+    """
+    return {task: _file(task, questions.data) for task in questions.tasks}
 
 
 def _file(task: str, data: Mapping[str, Path]) -> Path:
@@ -139,7 +210,7 @@ def _write(task: str, file: Path, folder: Path) -> Path:
     return path
 
 
-def _row(task: str, file: Path, found: dict[str, Any]) -> dict[str, Any]:
+def _score(task: str, file: Path, found: dict[str, Any]) -> TaskScore:
     values = found["results"][task]
     metrics: dict[str, dict[str, float | None]] = {}
     for key, value in values.items():
@@ -148,11 +219,38 @@ def _row(task: str, file: Path, found: dict[str, Any]) -> dict[str, Any]:
             continue
         error = values.get(key.replace(name, f"{name}_stderr", 1))
         metrics[name] = {"value": float(value), "stderr": error if isinstance(error, float) else None}
-    return {
-        "task": task,
-        "version": str(found["versions"][task]),
-        "questions": int(found["n-samples"][task]["effective"]),
-        "shots": int(found["n-shot"][task]),
-        "data": file.name if file.name != "data-00000-of-00001.arrow" else f"asset:task-{task}, validation",
-        "metrics": metrics,
-    }
+    return TaskScore(
+        task=task,
+        version=str(found["versions"][task]),
+        questions=int(found["n-samples"][task]["effective"]),
+        available=int(found["n-samples"][task]["original"]),
+        shots=int(found["n-shot"][task]),
+        data=file.name if file.name != "data-00000-of-00001.arrow" else f"asset:task-{task}, validation",
+        metrics=metrics,
+        answers=_answers(found["samples"][task]),
+    )
+
+
+def _answers(samples: Sequence[dict[str, Any]]) -> Answers | None:
+    """Return the answers by the first of a task's filters, or None where they are not simply right or wrong."""
+    first = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
+    first.sort(key=lambda sample: sample["doc_id"])
+    metric = next((name for name in ("acc", *first[0]["metrics"]) if name in first[0]["metrics"]), None)
+    values = [sample[metric] for sample in first] if metric else []
+    if not metric or any(isinstance(value, str) or value not in (0, 1) for value in values):
+        return None
+    asked = hashlib.sha256("".join(sample["doc_hash"] + sample["prompt_hash"] for sample in first).encode())
+    chosen = tuple(map(_chosen, first))
+    return Answers(metric, chosen, np.array(values, dtype=bool), asked.hexdigest())
+
+
+def _chosen(sample: dict[str, Any]) -> int | str:
+    """Return which choice is the likeliest, whether the one continuation is, or the text that was generated."""
+    given = sample["filtered_resps"]
+    if not isinstance(given[0], list | tuple):
+        return str(given[0])
+    if len(given) == 1:
+        return int(given[0][1])
+    # With this metric the choices are asked a second time, without the question.
+    count = len(given) // 2 if "acc_mutual_info" in sample["metrics"] else len(given)
+    return int(np.argmax([likelihood for likelihood, _ in given[:count]]))

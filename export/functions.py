@@ -52,6 +52,8 @@ _SIGNATURES: dict[str, tuple[str, str, dict[str, str]]] = {
         {},
     ),
     "KeepLarge": ("x:T threshold:tensor(float)", "y:T", {"ramp": "FLOAT"}),
+    "GatheredGLU": ("x:T gate:T up:T h_limits:tensor(float)", "y:T", {"activation": "STRING"}),
+    "GatheredLinear": ("x:T weight:T", "y:T", {}),
     # Not "Attention": TensorRT's importer takes that name in any domain (docs/node-forms.md 2).
     "CausalAttention": (
         "query:T key:T value:T attention_mask:tensor(bool)",
@@ -214,6 +216,28 @@ KeepLarge <ramp> (x, threshold) => (y) {{
     {keep}
     y = CastLike (y32, x)
 }}"""
+
+# Values that were left out are zeros here; the kernels do not read the weights of them.
+_GATHERED_GLU = """
+<domain: "moedge", opset_import: ["" : 18]>
+GatheredGLU <activation> (x, gate, up, h_limits) => (y) {{
+    {constants}
+    g = MatMul (x, gate)
+    u = MatMul (x, up)
+    {activate}
+    all = Mul (a, u)  all32 = Cast <to = 1> (all)
+    threshold, width = Split <axis = 0, num_outputs = 2> (h_limits)
+    size = Abs (all32)  over = Sub (size, threshold)  part = Div (over, width)
+    nothing = Constant <value_float = 0.0> ()  everything = Constant <value_float = 1.0> ()
+    factor = Clip (part, nothing, everything)  y32 = Mul (all32, factor)
+    y = CastLike (y32, x)
+}}"""
+
+_GATHERED_LINEAR = """
+<domain: "moedge", opset_import: ["" : 18]>
+GatheredLinear (x, weight) => (y) {
+    y = MatMul (x, weight)
+}"""
 
 _GROUPED_GLU = """
 <domain: "moedge", opset_import: ["" : 18]>
@@ -422,6 +446,7 @@ def bodies(
         "finish": _OMITTED.format() if compensation else "y = Identity (summed)",
     }
     texts = [_ROUTE.format(**fill), _CAUSAL_ATTENTION.format(**fill), _KEEP_LARGE.format(**fill)]
+    texts += [_GATHERED_GLU.format(**fill), _GATHERED_LINEAR]
     if form == "chain":
         texts += [_DISPATCH, _GROUPED_LINEAR.format(**fill), _GROUPED_GLU.format(**fill), _COMBINE.format(**fill)]
         texts.append(_SPARSE_GLU_CHAIN.format(**fill))

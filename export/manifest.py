@@ -93,9 +93,10 @@ class Tap(Facts):
     reads_dtype: str | None = None
 
 
-Which = Literal["x", "h", "expert_h"]
+Which = Literal["x", "h", "expert_h", "qkv", "o", "head"]
 """What a layer leaves small values out of: the inputs of gate and up, the hidden values of the shared block, or those
-of the routed experts."""
+of the routed experts; the inputs of attention, and of its output projection; and the inputs of the model's output
+projection, whose layer is the number of layers."""
 GatherPlace = tuple[int, Which]
 
 

@@ -46,6 +46,8 @@ class Target:
     """Its lowering depends on the version of the runtime on the device (``--tensorrt``)."""
     provider: str = CPU
     """ONNX Runtime's provider that executes the bundle."""
+    padding: bool = True
+    """Rows of a batch may be of different length."""
     engine: Literal["tensorrt", "tensorrt-rtx"] | None = None
     """What ``moedge build`` makes of it; ONNX Runtime then only checks its graph, with every rounding (no timing)."""
     oldest_capability: float = 0.0
@@ -97,7 +99,8 @@ _ROWS = (
     ),
     Target(
         "ort-cuda", "ONNX Runtime's CUDA kernels",
-        f"{_LOWERING}.ort.cuda:lower", "ort", dtypes=("float16",), provider=CUDA, needs=(("onnxruntime-gpu",),),
+        f"{_LOWERING}.ort.cuda:lower", "ort", dtypes=("float16",), provider=CUDA, padding=False,
+        needs=(("onnxruntime-gpu",),),
     ),
     Target(
         "openvino", "portable without functions, for OpenVINO",

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from moedge import MoEdgeError
 from moedge._progress import Progress
 from moedge.runtime.engines import open_engine
+
+if TYPE_CHECKING:
+    from moedge.convert.tasks import Questions
 
 PathLike = str | Path
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -24,8 +27,14 @@ def verify(
     window: int = 256,
     prefill: int = 224,
     tolerances: PathLike = "float32",
+    tasks: Sequence[str] = (),
+    task_data: Mapping[str, PathLike] | None = None,
+    shots: int = 0,
+    limit: int | None = None,
     threads: int | None = None,
     device: str = "cpu",
+    thorough: bool = False,
+    max_length: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Compare two engines on real text: logits, distributions, best tokens, chosen experts.
@@ -35,34 +44,50 @@ def verify(
         test: a bundle, engine or checkpoint; None for a run folder.
         text: to compare on.
         tokens: how many, in windows of ``window`` tokens; the first ``prefill`` of each are fed at once, the rest one
-            by one.
+            by one. With 0 only answers to ``tasks`` are compared.
         tolerances: YAML file of limits over the packaged ones; by default the packaged ones for float32 weights.
+        tasks: of lm-eval (needs ``moedge[eval]``), whose questions the test must answer as the reference does;
+            ``task_data``, ``shots``, ``limit``: as for :func:`evaluate`.
         threads: on the CPU. device: where PyTorch computes.
-        progress: in tokens.
+        thorough: also larger batches, longer rows and a text of ``max_length`` tokens in the checks of other shapes.
+        max_length: tokens of that text, also without ``thorough``; 2,048 by default.
+        progress: in tokens, then in answers.
 
     Returns:
         JSON of schema ``moedge.verify/1``. ``outcome`` is ``passed``, ``failed`` or ``not decided``; ``parity`` holds
-        one entry a comparison, with every check, its value and its limit in ``verdict.checks``.
+        one entry a comparison, with every check, its value and its limit in ``verdict.checks``; ``shapes`` one entry an
+        engine, read in batches, in pieces and twice; ``accuracy`` one a comparison of answers, where tasks were asked.
 
     Raises:
         MoEdgeError: something named is not there or cannot be compared, or there is too little text. An engine that is
             wrong is an outcome, not an error.
     """
+    from moedge.runtime.parity.accuracy import Gate
     from moedge.runtime.parity.given import verify_given
 
-    found = verify_given(
-        Path(reference),
-        None if test is None else Path(test),
-        text=str(text),
-        tokens=tokens,
-        window=window,
-        prefill=prefill,
-        tolerances=tolerances,
-        threads=threads,
-        device=device,
-        progress=progress,
-    )
-    return dict(found)
+    one, two = Path(reference), None if test is None else Path(test)
+    gate = Gate.of(one, two, _questions(tasks, task_data, shots, limit), tolerances)
+    if not tokens and gate is None:
+        raise MoEdgeError("There is nothing to compare: no tokens of text, and no tasks.")
+    found = None
+    if tokens:
+        found = verify_given(
+            one,
+            two,
+            text=str(text),
+            tokens=tokens,
+            window=window,
+            prefill=prefill,
+            tolerances=tolerances,
+            threads=threads,
+            device=device,
+            thorough=thorough,
+            max_length=max_length,
+            progress=progress,
+        )
+    if gate is not None:
+        found = gate.added(found, threads=threads, device=device, progress=progress)
+    return dict(found or {})
 
 
 def bench(
@@ -134,6 +159,7 @@ def evaluate(
     bos: bool = False,
     holdout_every: int = 10,
     batch_size: int = 4,
+    threads: int | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -142,38 +168,47 @@ def evaluate(
     Of a text that one of the models was calibrated or trained on, only documents that it has not seen are scored.
 
     Args:
-        models: checkpoints, dense models or run folders; all are scored on the same documents.
+        models: checkpoints, dense models, bundles, engines or run folders (their dense parent and checkpoint); all are
+            scored on the same documents.
         texts: to score.
         tasks: of lm-eval, ``task_data``: their local data, ``shots``: solved examples in front of a question,
             ``limit``: only so many questions.
         tokens: of each text, ``window``: tokens scored together, ``bos``: start each window with the BOS token.
         holdout_every: of a text that a model has seen, every so manyth document is taken.
         batch_size: windows or questions in a forward pass.
-        device: where PyTorch computes.
-        progress: in windows.
+        threads: on the CPU. device: where PyTorch computes.
+        progress: in windows, then in answers.
 
     Returns:
-        JSON of schema ``moedge.scores/1``: ``rows`` with ``model``, ``perplexity`` by text (``ppl``; ``nll`` in nats a
-        token; ``tokens``; ``ffn_read_share``, see :mod:`moedge.convert.reads`) and ``tasks``; ``protocol`` says what
-        was measured.
+        JSON of schema ``moedge.scores/1``: ``rows`` with ``model``, ``engine`` (what it was measured on),
+        ``perplexity`` by text (``ppl``; ``nll`` in nats a token; ``tokens``; ``ffn_read_share``, see
+        :mod:`moedge.convert.reads`) and ``tasks``; ``paired`` sets the answers of each model beside the first one's,
+        and a bundle's beside the checkpoint's before it: agreement, accuracy of both, the drop and its interval;
+        ``protocol`` says what was measured.
 
     Raises:
         MoEdgeError: a model, text or task that cannot be had, or windows beyond what a model was made for.
     """
-    from moedge.runtime.run.scores import scores
+    from moedge.runtime.run.scores import Evaluation, scores
 
-    return scores(
-        [models] if isinstance(models, str | Path) else models,
+    evaluation = Evaluation(
         texts=[str(text) for text in texts],
-        tasks=tasks,
-        task_data={name: Path(path).expanduser() for name, path in (task_data or {}).items()},
-        shots=shots,
-        limit=limit,
+        questions=_questions(tasks, task_data, shots, limit),
         tokens=tokens,
         window=window,
         bos=bos,
-        every=holdout_every,
+        holdout_every=holdout_every,
         batch_size=batch_size,
         device=device,
-        progress=progress,
+        threads=threads,
     )
+    return scores([models] if isinstance(models, str | Path) else models, evaluation, progress=progress)
+
+
+def _questions(
+    tasks: Sequence[str], task_data: Mapping[str, PathLike] | None, shots: int, limit: int | None
+) -> Questions:
+    from moedge.convert.tasks import Questions
+
+    data = {name: Path(path).expanduser() for name, path in (task_data or {}).items()}
+    return Questions(tuple(tasks), data, shots, limit)

@@ -283,13 +283,23 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 @pytest.fixture(scope="session")
 def gathered() -> Callable[..., Any]:
-    """Return a function (plan, dense model, share=0.6, ramp=..., x=True, h=True) -> the plan with thresholds.
+    """Return a function (plan, dense model, share=0.6, ramp=..., x=True, h=True, linears="ffn") -> the plan with
+    thresholds.
 
     ``share`` of the inputs and of the hidden values are kept, about: thresholds of neighbours differ by up to 4, so
     that another order of channels, or the threshold of another, is another model.
     """
 
-    def make(plan: Any, model: Any, share: float = 0.6, *, ramp: float = 0.1, x: bool = True, h: bool = True) -> Any:
+    def make(
+        plan: Any,
+        model: Any,
+        share: float = 0.6,
+        *,
+        ramp: float = 0.1,
+        x: bool = True,
+        h: bool = True,
+        linears: str = "ffn",
+    ) -> Any:
         from dataclasses import replace
 
         import numpy as np
@@ -297,19 +307,16 @@ def gathered() -> Callable[..., Any]:
         from moedge.convert import gather
 
         tokens, generator = np.random.default_rng(0).integers(0, 256, size=(2, 48)), np.random.default_rng(1)
-        steps = gather.ladders(model, gather.static_scores(model, "norms"), tokens)
+        steps = gather.ladders(model, gather.static_scores(model, "norms", linears), tokens)
 
         def spread(threshold: Any) -> Any:
             return (threshold * generator.choice([0.5, 1, 2], threshold.shape)).astype(np.float32)
 
-        layers = [
-            replace(
-                layer,
-                x_threshold=spread(layer.x_threshold) if x else None,
-                h_threshold=spread(layer.h_threshold) if h else None,
-            )
-            for layer in gather.with_shares(plan.layers, steps, share, ramp)
-        ]
+        left_out = {"x_threshold": not x, "h_threshold": not h}
+        layers = []
+        for layer in gather.with_shares(plan.layers, steps, share, ramp):
+            made = {name: None if left_out.get(name) else spread(value) for name, value in layer.thresholds.items()}
+            layers.append(replace(layer, **made))
         return replace(plan, layers=layers)
 
     return make
@@ -329,3 +336,34 @@ def gather_only(gathered: Callable[..., Any]) -> Callable[..., Any]:
         return gathered(MoEPlan("gather", {}, adapters.describe(model), every), model, **more)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def task_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Data of the lm-eval tasks sciq and arc_easy, with eight short questions each."""
+    import json
+
+    words = ("cat", "hat", "dog", "fog", "sun", "run", "sea", "tea")
+    folder = tmp_path_factory.mktemp("tasks")
+    sciq = [
+        {
+            "support": "",
+            "question": f"what is {word}",
+            "distractor1": words[i - 1] * 3,
+            "distractor2": words[i - 2],
+            "distractor3": words[i - 3] + " s",
+            "correct_answer": word,
+        }
+        for i, word in enumerate(words)
+    ]
+    arc = [
+        {
+            "question": f"which is {word}?",
+            "choices": {"text": [word, words[i - 1] * 2], "label": ["A", "B"]},
+            "answerKey": "AB"[i % 2],
+        }
+        for i, word in enumerate(words)
+    ]
+    for name, rows in (("sciq", sciq), ("arc_easy", arc)):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return {name: folder / f"{name}.jsonl" for name in ("sciq", "arc_easy")}

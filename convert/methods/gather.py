@@ -27,7 +27,10 @@ class GatherParams(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     share: float = Field(default=0.75, gt=0, le=1, allow_inf_nan=False)
-    """Share of the dense FFN weights that a token reads on average over the calibration text."""
+    """Share of the dense FFN weights that a token reads on average over the calibration text. What is left out of
+    attention and of the output projection counts as FFN weights that are not read: equal shares save equal bytes."""
+    linears: Literal["all", "ffn"] = "all"
+    """Where small values are left out: everywhere (attention and the output projection too), or in the FFNs alone."""
     scores: Literal["fisher", "norms", "magnitude"] = "fisher"
     """What a value is worth: the KL that it costs to leave it out (one price for all layers), its size times the norm
     of the weights that read it (WINA), or its size (TEAL); the last two keep the same share in every layer."""
@@ -70,21 +73,30 @@ def on_top(
 
     offload.refuse(model, "Leaving out small inputs", "convert without it")
     some = measured_on(token_windows, params)
+    before = len(some) if params.scores == "fisher" else 0
+
+    def advance(done: int) -> None:
+        if progress:
+            progress(done, before + gather.ROUNDS)
+
     if params.scores == "fisher":
-        scores = gather.fisher_scores(model, some, progress)
+        scores = gather.fisher_scores(model, some, params.linears, lambda done, _: advance(done))
 
         def make(level: float) -> list[LayerPlan]:
             return gather.with_thresholds(layers, scores, level, params.ramp)
 
         start = 1e-4
     else:
-        ladders = gather.ladders(model, gather.static_scores(model, params.scores), some)
+        ladders = gather.ladders(model, gather.static_scores(model, params.scores, params.linears), some)
 
         def make(level: float) -> list[LayerPlan]:
             return gather.with_shares(layers, ladders, 1 / (1 + level), params.ramp)
 
         start = (1 - params.share) / params.share or 1e-4
-    made, found = gather.fit(model, make, some, params.share, start=start)
+    made, found = gather.fit(
+        model, make, some, params.share, start=start, progress=lambda done, _: advance(before + done)
+    )
+    advance(before + gather.ROUNDS)
     return Layers(made, {"gather": {"share": round(found, 4), "tokens": int(some.size)}})
 
 

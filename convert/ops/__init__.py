@@ -20,24 +20,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from moedge.convert.ops.activations import ACTIVATIONS, activate
 from moedge.convert.ops.gather import factors, keep_large, kept
+from moedge.convert.ops.gathered import gathered_glu, gathered_linear
 
-__all__ = ["ACTIVATIONS", "RULES", "activate", "combine", "dispatch", "grouped_glu", "grouped_linear", "keep_large",
-           "route", "sparse_glu"]  # fmt: skip
+__all__ = ["ACTIVATIONS", "RULES", "activate", "combine", "dispatch", "gathered_glu", "gathered_linear", "grouped_glu",
+           "grouped_linear", "keep_large", "route", "sparse_glu"]  # fmt: skip
 
 RULES = ("unit", "scaled", "softmax", "probability", "normalised")
-ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
-
-
-def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
-    """Apply the gate activation by its name in :data:`ACTIVATIONS`."""
-    if activation == "silu":
-        return F.silu(x)
-    if activation == "gelu_tanh":
-        return F.gelu(x, approximate="tanh")
-    if activation == "gelu":
-        return F.gelu(x)
-    raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
 
 
 @torch.library.custom_op("moedge::route", mutates_args=())
@@ -485,5 +475,5 @@ def _on_cuda(operator: Any) -> None:
     operator.register_kernel("cuda", run)
 
 
-for _operator in (route, dispatch, grouped_glu, grouped_linear, combine, sparse_glu):
+for _operator in (route, dispatch, grouped_glu, grouped_linear, combine, sparse_glu, gathered_glu, gathered_linear):
     _on_cuda(_operator)

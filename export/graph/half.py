@@ -27,7 +27,7 @@ UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 _LARGEST = {ir.DataType.FLOAT16: 65504.0, ir.DataType.BFLOAT16: 3.3895313892515355e38}
 _OF_ANOTHER_RANGE = "take --half bfloat16 (targets tensorrt, tensorrt-rtx), or "
 # Inputs of moedge nodes that stay float32: the body casts where it must.
-_FLOAT_INPUTS = {"Route": {0, 1, 2}, "SparseGLU": {2, 7}, "KeepLarge": {1}, "CausalAttention": set()}
+_FLOAT_INPUTS = {"Route": {0, 1, 2}, "SparseGLU": {2, 7}, "KeepLarge": {1}, "GatheredGLU": {3}}
 _REDUCTIONS = {"Pow", "ReduceMean", "ReduceSum", "Sqrt", "Reciprocal", "Cos", "Sin", "Exp", "Log", "Softmax"}
 _NORM_PARTS = {"ReduceMean", "Sqrt", "Reciprocal"}
 _SAME_TYPE = {

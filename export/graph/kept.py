@@ -2,7 +2,9 @@
 
 What is left out is a decision, as the choice of experts is: rounding turns it. A *place* is one such decision of a
 layer, ``(layer, "x")`` for the inputs of gate and up, ``(layer, "h")`` for the hidden values of the shared block, and
-``(layer, "expert_h")`` for those of routed experts, which stay inside a SparseGLU and are shown by no graph.
+``(layer, "expert_h")`` for those of routed experts, which stay inside a SparseGLU and are shown by no graph;
+``(layer, "qkv")`` and ``(layer, "o")`` for the inputs of attention and of its output projection, ``(number of layers,
+"head")`` for those of the model's output projection.
 
 Values keep their names through every rewrite, so the names of the portable graph also say what an operator of our own
 would show: its further outputs, which nobody reads, are connected under these names.
@@ -20,7 +22,11 @@ import numpy as np
 from moedge import MoEdgeError
 from moedge.export.manifest import GatherPlace, Kept, Which
 
-_BUFFERS: dict[str, Which] = {"x_threshold": "x", "shared_h_threshold": "h", "h_threshold": "expert_h"}
+_BUFFERS: dict[str, Which] = {
+    **{"x_threshold": "x", "shared_h_threshold": "h", "h_threshold": "expert_h"},
+    **{"qkv_threshold": "qkv", "o_threshold": "o"},
+}
+_HEAD = "head_threshold"
 _OWN = ("GatherGLU", "GatherLinear")
 Places = Mapping[int, Mapping[Which, Kept]]
 
@@ -30,14 +36,15 @@ def kept_places(model: Any) -> dict[int, dict[Which, Kept]]:
     from moedge.export.graph.nodes import h_threshold_of, nodes_of
 
     found: dict[int, dict[Which, Kept]] = {}
+    layers = sum(str(value.name).startswith("past_key_values.") for value in model.graph.inputs) // 2
     for node in nodes_of(model, "KeepLarge"):
-        layer, which = _place(str(getattr(node.inputs[1], "name", "")))
+        layer, which = _place(str(getattr(node.inputs[1], "name", "")), layers)
         kept = Kept(reads=str(getattr(node.inputs[0], "name", "")), output=str(node.outputs[0].name))
         found.setdefault(layer, {})[which] = kept
     for node in nodes_of(model, "SparseGLU"):
         threshold = h_threshold_of(node)
         if threshold is not None:
-            layer, which = _place(str(threshold.name))
+            layer, which = _place(str(threshold.name), layers)
             found.setdefault(layer, {})[which] = Kept()
     return found
 
@@ -69,13 +76,15 @@ def still_shown(model: Any, places: Places) -> dict[int, dict[Which, Kept]]:
     return found
 
 
-def _place(name: str) -> GatherPlace:
-    """The layer and the place whose thresholds an initializer holds, by its name.
+def _place(name: str, layers: int) -> GatherPlace:
+    """The layer and the place whose thresholds an initializer holds, by its name, in a model of so many layers.
 
     Raises:
         MoEdgeError: the name says neither.
     """
     layer, buffer = re.search(r"\blayers\.(\d+)\.", name), name.rpartition(".")[2]
+    if buffer == _HEAD:
+        return layers, "head"
     if layer is None or buffer not in _BUFFERS:
         raise MoEdgeError(f"Nothing says which layer the thresholds {name!r} belong to; export the checkpoint again.")
     return int(layer[1]), _BUFFERS[buffer]
@@ -135,7 +144,7 @@ OWN = np.float32(-1.0)
 
 
 def force(model: Any, path: Path, places: Mapping[GatherPlace, Kept]) -> None:
-    """Give each place of a portable graph an input float32 [T, K] (or [1, 1]): the factor of each value.
+    """Give each place of a portable graph an input float32 [T, K] (or [1, 1]): the factor of each value of one text.
 
     Where it is negative (:data:`OWN`) the graph's own thresholds decide.
 

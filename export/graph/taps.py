@@ -113,7 +113,7 @@ def emulated(path: Path, graph: bytes | None) -> bytes:
     return bytes(emulation.emulated(model).SerializeToString())
 
 
-_PRODUCTS = ("MatMul", "FusedMatMul", "MatMulNBits")
+_PRODUCTS = ("MatMul", "FusedMatMul", "MatMulNBits", "GatherLinear")
 _ELEMENTWISE = ("Cast", "Div", "Mul", "Tanh")  # what may follow the output projection: scale, soft cap
 
 

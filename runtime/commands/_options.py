@@ -14,16 +14,17 @@ TensorRT = Annotated[
     typer.Option(
         "--tensorrt",
         metavar="VERSION",
-        help="TensorRT on the device, such as 10.13, where it is not its profile's: from 10.9 on experts are plugins.",
+        help="TensorRT on the device, such as 10.13, where it is not its profile's: from 10.9 on experts and gathered "
+        "FFNs are plugins.",
     ),
 ]
 ExpertForm = Annotated[
     str | None,
     typer.Option(
         metavar="FORM",
-        help="Target tensorrt: plugins, merged (standard operators) or native (TensorRT's own MoE layer: SM100, 103 or "
-        "110, TensorRT 11); by default what the device's TensorRT can. Target tensorrt-rtx: merged, or plugins "
-        "(from a library that `moedge build` compiles with g++).",
+        help="Of experts and gathered FFNs. Target tensorrt: plugins, merged (standard operators) or native "
+        "(TensorRT's own MoE layer: SM100, 103 or 110, TensorRT 11); by default what the device's TensorRT can. "
+        "Target tensorrt-rtx: merged, or plugins (from a library that `moedge build` compiles with g++).",
     ),
 ]
 Half = Annotated[

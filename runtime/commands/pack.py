@@ -77,10 +77,15 @@ def _print(out: Path, manifest: ArchiveManifest) -> None:
     console.print(
         escape(f"{out}: {size:.0f} MiB, {len(manifest.files)} files, sha256 {sha256_file(out)}"), soft_wrap=True
     )
-    forms = {"plugins": "plugins", "native": "TensorRT's own MoE layer"}
-    form = forms.get(manifest.experts or "", "standard operators")
-    made = f"For TensorRT {manifest.tensorrt}, {manifest.dtype}: experts as {form}"
-    console.print(escape(made), soft_wrap=True)
+    console.print(escape(f"For TensorRT {manifest.tensorrt}, {manifest.dtype}: {_form(manifest)}"), soft_wrap=True)
     unpack = f"tar xf {shlex.quote(out.name)} && cd moedge-{manifest.device['name']}"
     said = f"On the device: {unpack} && python3 build_engine.py && python3 verify.py"
     console.print(escape(said), soft_wrap=True)
+
+
+def _form(manifest: ArchiveManifest) -> str:
+    """What kernels the archive's FFNs run in."""
+    forms = {"plugins": "plugins", "native": "TensorRT's own MoE layer"}
+    if manifest.experts is None:
+        return "plugins" if manifest.plugins else "standard operators"
+    return f"experts as {forms.get(manifest.experts, 'standard operators')}"

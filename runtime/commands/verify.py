@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 from xml.etree import ElementTree
 
 import typer
@@ -15,7 +16,9 @@ from rich.markup import escape
 from moedge import MoEdgeError
 from moedge._files import write_text
 from moedge.runtime.commands._options import Device, Json, Text, Threads, Tolerances
-from moedge.runtime.parity import verdict
+from moedge.runtime.commands._questions import Limit, Shots, TaskData, Tasks, questions
+from moedge.runtime.parity import accuracy, verdict
+from moedge.runtime.parity.accuracy import Gate
 from moedge.runtime.parity.given import verify_given
 from moedge.runtime.parity.outcomes import mark
 from moedge.runtime.parity.results import IdentityEntry, ParityEntry, Replayed, Verification
@@ -34,17 +37,31 @@ def verify(
         ),
     ] = None,
     text: Text = "asset:wiki",
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to compare on.")] = 2048,
+    tokens: Annotated[int, typer.Option(min=0, help="Tokens to compare on; with 0 only answers to --tasks.")] = 2048,
     window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 256,
     prefill: Annotated[int, typer.Option(min=1, help="Tokens of a window in one prefill; the rest is decoded.")] = 224,
     tolerances: Tolerances = "float32",
+    tasks: Tasks = None,
+    task_data: TaskData = None,
+    shots: Shots = 0,
+    limit: Limit = None,
     threads: Threads = None,
     device: Device = "cpu",
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="Larger batches, longer rows, and a text of --max-length tokens.")
+    ] = False,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            min=32, help="Longest sequence that is read, with --thorough 2048; by default only short ones are."
+        ),
+    ] = None,
     as_json: Json = False,
     junit: Annotated[Path | None, typer.Option(help="Also write the checks as JUnit XML to this file.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write the result as one HTML page to this file.")] = None,
 ) -> int:
-    """Compare two engines on real text: logits, KL, top-1 and top-5, expert sets. Exits with 1 when a check fails.
+    """Compare two engines on real text: logits, KL, top-1 and top-5, expert sets; and the tested one with itself in
+    batches, with padding, in pieces and twice. Exits with 1 when a check fails.
 
     Where one does, the worst window runs once more, and the layer and the part that departs first are named.
 
@@ -52,24 +69,37 @@ def verify(
     Examples:
       moedge verify runs/smollm2-135m
       moedge verify build/moe build/bundles/ort-cpu --junit verify.xml
+      moedge verify build/moe build/bundles/ort-cpu --thorough --max-length 4096
+      moedge verify build/moe build/bundles/ort-cpu-int8 --tasks arc_easy,piqa,sciq --limit 500
       moedge verify build/moe verify-answers.npz
     """
     if prefill >= window:
         raise MoEdgeError(f"--prefill {prefill} leaves nothing to decode in a window of {window} tokens (--window).")
+    gate = Gate.of(reference, test, questions(tasks, task_data, shots, limit), tolerances)
+    if not tokens and gate is None:
+        raise MoEdgeError("There is nothing to compare: --tokens 0 takes no text, and there are no --tasks.")
+    result: Verification | None = None
     with single("verify", str(reference)) as reporter:
-        result = verify_given(
-            reference,
-            test,
-            text=text,
-            tokens=tokens,
-            window=window,
-            prefill=prefill,
-            tolerances=tolerances,
-            threads=threads,
-            device=device,
-            progress=reporter.progress,
-            note=reporter.note,
-        )
+        if tokens:
+            result = verify_given(
+                reference,
+                test,
+                text=text,
+                tokens=tokens,
+                window=window,
+                prefill=prefill,
+                tolerances=tolerances,
+                threads=threads,
+                device=device,
+                thorough=thorough,
+                max_length=max_length,
+                progress=reporter.progress,
+                note=reporter.note,
+            )
+        if gate is not None:
+            watched: dict[str, Any] = {"progress": reporter.progress, "note": reporter.note}
+            result = gate.added(result, threads=threads, device=device, **watched)
+    assert result is not None
     if junit:
         write_text(junit, junit_xml(result))
     if html:
@@ -89,7 +119,7 @@ def checks(result: Verification) -> list[tuple[str, str, float | None, str, floa
     for same in result["identity"]:
         value, outcome = same["max_rel_error"], verdict.entry_outcome(same)
         rows.append((same["name"], "identity.max_rel_error", value, "<=", same["limit"], outcome))
-    for entry in result["parity"]:
+    for entry in (*result["parity"], *result.get("shapes", []), *result.get("accuracy", [])):
         for check in entry["verdict"]["checks"]:
             values = (check["name"], check["value"], check["relation"], check["limit"], verdict.outcome_of(check))
             rows.append((entry["name"], *values))
@@ -104,11 +134,13 @@ def entries(result: Verification) -> list[IdentityEntry | ParityEntry]:
 def junit_xml(result: Verification) -> str:
     """The checks as JUnit XML, one test case each, for a CI server; what is not decided is a failure that says so."""
     rows = checks(result)
+    not_run = [(entry["name"], *item) for entry in result.get("shapes", []) for item in entry["not_run"].items()]
     suite = ElementTree.Element(
         "testsuite",
         name="moedge verify",
-        tests=str(len(rows)),
+        tests=str(len(rows) + len(not_run)),
         failures=str(sum(row[-1] is not verdict.Outcome.PASSED for row in rows)),
+        skipped=str(len(not_run)),
     )
     where = {entry["name"]: entry["location"]["sentence"] for entry in entries(result) if "location" in entry}
     for comparison, name, value, relation, limit, outcome in rows:
@@ -118,6 +150,9 @@ def junit_xml(result: Verification) -> str:
             if comparison in where:
                 said = f"{said}. {where[comparison]}"
             ElementTree.SubElement(case, "failure", message=said)
+    for comparison, name, reason in not_run:
+        case = ElementTree.SubElement(suite, "testcase", classname=comparison, name=name)
+        ElementTree.SubElement(case, "skipped", message=reason)
     ElementTree.indent(suite)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"
 
@@ -154,11 +189,28 @@ def _parts(entry: ParityEntry) -> str:
     return f"{entry['name']}: {', '.join(said)}"
 
 
+def _sentences(result: Verification) -> Iterator[str]:
+    """What is said below the tables."""
+    for same in result["identity"]:
+        if "location" in same:  # a parity check has it among its notes
+            yield f"{same['name']}: {same['location']['sentence']}"
+    for entry in result["parity"]:
+        if replay := entry["replay"]:
+            yield from (explained(entry, replay), _parts(entry))
+        yield from (f"{entry['name']}: {sentence}" for sentence in entry["verdict"]["notes"])
+    for shaped in result.get("shapes", []):
+        not_run = [f"{name} was not run: {reason}." for name, reason in shaped["not_run"].items()]
+        yield from (f"{shaped['name']}: {sentence}" for sentence in (*shaped["verdict"]["notes"], *not_run))
+    for answers in result.get("accuracy", []):
+        yield from (f"{answers['name']}: {sentence}" for sentence in answers["verdict"]["notes"])
+
+
 def _print(result: Verification) -> None:
     rows = checks(result)
-    console = Console()
+    console, texts = Console(), accuracy.texts(result)
     for comparison, group in itertools.groupby(rows, key=lambda row: row[0]):
-        console.print(escape(f"{comparison}, on {result['text']}:"), highlight=False, soft_wrap=True)
+        on = texts.get(comparison, result["text"])
+        console.print(escape(f"{comparison}, on {on}:"), highlight=False, soft_wrap=True)
         table = Sheet()
         for column in ("check", "value", "limit", ""):
             table.add_column(column)
@@ -166,13 +218,6 @@ def _print(result: Verification) -> None:
             shown = "none" if value is None else f"{value:.6g}"
             table.add_row(name, shown, f"{relation} {limit:g}", mark(outcome).cell)
         console.print(table)
-    for same in result["identity"]:
-        if "location" in same:  # a parity check has it among its notes
-            console.print(escape(f"{same['name']}: {same['location']['sentence']}"), highlight=False, soft_wrap=True)
-    for entry in result["parity"]:
-        if replay := entry["replay"]:
-            for line in (explained(entry, replay), _parts(entry)):
-                console.print(escape(line), highlight=False, soft_wrap=True)
-        for sentence in entry["verdict"]["notes"]:
-            console.print(escape(f"{entry['name']}: {sentence}"), highlight=False, soft_wrap=True)
+    for line in _sentences(result):
+        console.print(escape(line), highlight=False, soft_wrap=True)
     console.print(mark(result["outcome"]).line)

@@ -34,7 +34,7 @@ def main() -> int:
     if "plugins" in manifest:
         if options.target != "tensorrt":
             raise moedge_trt.DeviceError(
-                "This archive's experts are plugins, which TensorRT for RTX does not take; export target tensorrt-rtx."
+                "This archive has plugins, which TensorRT for RTX does not take; export target tensorrt-rtx."
             )
         # Before the graph is parsed: the parser looks every node up in the registry.
         library = moedge_plugins.Library(folder / moedge_plugins.FOLDER)

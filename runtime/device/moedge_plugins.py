@@ -103,6 +103,7 @@ class Plugin:
 
 
 PATHS = ("gemv", "gemm16", "gemm32", "gemm64")
+GATHERED_PATHS = ("gemv", "gemm16", "gemm64", "gemm128")
 
 
 def _route(scaled: bool) -> Plugin:
@@ -171,6 +172,22 @@ def _combine(compensated: bool) -> Plugin:
     return Plugin("CombineCompensated" if compensated else "Combine", names, {}, outputs, (3, 0), options, "combine")
 
 
+def _gathered(glu: bool) -> Plugin:
+    def outputs(tensors: Sequence[Tensor], attributes: Mapping[str, Any]) -> list[Tensor]:
+        (x, kind), (weight, _) = tensors[:2]
+        return [((x[0], weight[1]), kind)]
+
+    def options(dims: Sequence[Dims], types: Sequence[str], attributes: Mapping[str, Any]) -> dict[str, Any]:
+        into, out = dims[1]
+        names = ("hidden", "width") if glu else ("inputs", "outputs")
+        return {**dict(zip(names, (into, out), strict=True)), "dtype": DTYPES[types[0]], **attributes}
+
+    name, module = ("GatheredGLU", "gathered_glu") if glu else ("GatheredLinear", "gathered_linear")
+    inputs = ("x", "gate", "up", "h_limits") if glu else ("x", "weight")
+    attributes: dict[str, type] = {"activation": str} if glu else {}
+    return Plugin(name, inputs, attributes, outputs, (0, 0), options, module, GATHERED_PATHS)
+
+
 PLUGINS = {
     plugin.name: plugin
     for plugin in (
@@ -181,6 +198,8 @@ PLUGINS = {
         _grouped(False),
         _combine(False),
         _combine(True),
+        _gathered(True),
+        _gathered(False),
     )
 }
 

@@ -123,22 +123,7 @@ class Session:
         per_row = self.model["num_kv_heads"] * self.limits["max_length"] * self.model["head_dim"] * SIZES[self.dtype]
         slot = -(-len(ids) * per_row // ALIGNMENT) * ALIGNMENT
         cache = Cache(self.cuda.allocate(2 * len(self._past) * slot), slot, ids[:, :0], mask[:, :0])
-        length, longest = ids.shape[1], self.limits["max_prompt"]
-        logits: list[np.ndarray] = []
-        routes: list[Taps] = []
-        parts: list[Taps] | None = None if reads is None else []
-        done = 0
-        while done < length or not logits:
-            # Beyond what the prefill profile has as a past, the decode profile takes one token at a time.
-            new = min(longest, length - done) if done <= self.limits["max_length"] - longest else 1
-            part, chosen, cache = self.step(
-                ids[:, done : done + new], cache, mask[:, done : done + new], last=last, reads=parts
-            )
-            logits, routes = [*([] if last else logits), part], [*routes, chosen]
-            done += max(new, 1)
-        if reads is not None and parts is not None:
-            reads.append(_joined(parts, len(ids)))
-        return logits[0] if len(logits) == 1 else np.concatenate(logits, axis=1), _joined(routes, len(ids)), cache
+        return self._read(ids, cache, mask, last=last, reads=reads)
 
     def step(
         self,
@@ -149,7 +134,7 @@ class Session:
         last: bool = False,
         reads: list[Taps] | None = None,
     ) -> tuple[np.ndarray, Taps, Cache]:
-        """Run ``ids`` int64 [B, S] after ``cache``.
+        """Run ``ids`` int64 [B, S] after ``cache``, in pieces where one call is too short.
 
         Args:
             ids: tokens.
@@ -166,17 +151,46 @@ class Session:
         Raises:
             DeviceError: no token, more rows or tokens than the profiles allow, or the engine fails.
         """
+        mask = np.ones(ids.shape, np.int64) if mask is None else mask
+        whole = np.concatenate([cache.mask, mask], axis=1)
+        past = cache.mask.shape[1]
+        if past and self._crosses(whole, past):
+            text = np.concatenate([cache.ids, ids], axis=1)
+            del cache.buffer  # free before the same is allocated again
+            return self._again(text, whole, ids.shape[1], last=last, reads=reads)
+        return self._read(ids, cache, mask, last=last, reads=reads)
+
+    def _read(
+        self, ids: np.ndarray, cache: Cache, mask: np.ndarray, *, last: bool, reads: list[Taps] | None
+    ) -> tuple[np.ndarray, Taps, Cache]:
+        """Run int64 [B, S] in as few calls as the profiles allow; arguments and result as in :meth:`step`."""
+        length, longest, past = ids.shape[1], self.limits["max_prompt"], cache.mask.shape[1]
+        logits: list[np.ndarray] = []
+        routes: list[Taps] = []
+        parts: list[Taps] | None = None if reads is None else []
+        done = 0
+        while done < length or not logits:
+            # Beyond what the prefill profile has as a past, the decode profile takes one token at a time.
+            new = min(longest, length - done) if past + done <= self.limits["max_length"] - longest else 1
+            piece = slice(done, done + new)
+            part, chosen = self._call(ids[:, piece], cache, mask[:, piece], last=last, reads=parts)
+            logits, routes = [*([] if last else logits), part], [*routes, chosen]
+            done += max(new, 1)
+        if reads is not None and parts is not None:
+            reads.append(_joined(parts, len(ids)))
+        return logits[0] if len(logits) == 1 else np.concatenate(logits, axis=1), _joined(routes, len(ids)), cache
+
+    def _call(
+        self, ids: np.ndarray, cache: Cache, mask: np.ndarray, *, last: bool, reads: list[Taps] | None
+    ) -> tuple[np.ndarray, Taps]:
+        """Run int64 [B, S] in one call; the cache then holds them, too."""
         batch, new = ids.shape
-        mask = np.ones((batch, new), np.int64) if mask is None else mask
         mask = np.concatenate([cache.mask, mask], axis=1)
         length = mask.shape[1]
         past = length - new
         text = np.concatenate([cache.ids, ids], axis=1)
-        if past and self._crosses(mask, past):
-            del cache.buffer  # free before the same is allocated again
-            return self._again(text, mask, new, last=last, reads=reads)
         profile = DECODE if new == 1 and past else PREFILL
-        self._check(batch, new, length, profile)
+        self._check(batch, new, length)
         positions = np.clip(np.cumsum(mask, axis=1) - 1, 0, None)[:, -new:]
         feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         # Kept until the end of this call: their copies are asynchronous.
@@ -186,7 +200,7 @@ class Session:
         if reads is not None:
             reads.append(self._download_reads(batch * new))
         cache.turn, cache.ids, cache.mask = 1 - cache.turn, text, mask
-        return logits, routes, cache
+        return logits, routes
 
     def _run(self, context: Any, arrays: dict[str, np.ndarray], cache: Cache, past: int) -> None:
         """Bind every input and output, and start the engine; the caller keeps ``arrays`` alive until it has ended."""
@@ -285,7 +299,7 @@ class Session:
     def _reason(self) -> str:
         return (self._log.errors or ["no reason given"])[-1]
 
-    def _check(self, batch: int, new: int, length: int, profile: int) -> None:
+    def _check(self, batch: int, new: int, length: int) -> None:
         limits = self.limits
         if new < 1:
             raise DeviceError("There is no token to run.")
@@ -293,15 +307,6 @@ class Session:
             raise DeviceError(f"{batch} rows, but this engine was built for at most {limits['batch']} (--batch).")
         if length > limits["max_length"]:
             raise DeviceError(f"{length} tokens do not fit: this engine holds at most {limits['max_length']}.")
-        if profile == PREFILL and new > limits["max_prompt"]:
-            raise DeviceError(
-                f"{new} tokens at once, but this engine reads at most {limits['max_prompt']} (--max-prompt)."
-            )
-        if profile == PREFILL and length - new > limits["max_length"] - limits["max_prompt"]:
-            raise DeviceError(
-                f"{new} tokens after {length - new}: beyond {limits['max_length'] - limits['max_prompt']} past tokens "
-                "this engine takes one token at a time."
-            )
 
     def close(self) -> None:
         """Free the engine and its buffers."""

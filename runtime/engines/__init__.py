@@ -15,6 +15,7 @@ from moedge import MoEdgeError
 from moedge.export import manifest as manifests
 from moedge.export import targets
 from moedge.export.manifest import MANIFEST
+from moedge.runtime.engines.protocol import BranchingEngine as BranchingEngine
 from moedge.runtime.engines.protocol import Engine as Engine
 from moedge.runtime.engines.protocol import LayerEngine as LayerEngine
 from moedge.runtime.engines.protocol import LayerMode as LayerMode

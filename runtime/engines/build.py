@@ -162,7 +162,7 @@ def _suitable(manifest: Manifest, device_names: Sequence[str]) -> list[devices.D
 def _fits(manifest: Manifest, profiles: list[devices.Device], limits: dict[str, int]) -> dict[str, FitFacts]:
     """What the engine takes of each device's memory; one that is too small is refused."""
     model, fits = manifest.model, {}
-    sparse = manifest.experts == "native" or manifest.plugins
+    sparse = manifest.experts in ("native", "plugins")
     unread = estimate.unread_bytes(manifest.moe, model.hidden_size) if sparse else 0
     dtype = manifest.cache.dtype or "float16"
     for device in profiles:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import Field
@@ -70,7 +70,17 @@ class EngineInfo:
     """Weight dtype, e.g. ``"float32"``."""
     threads: int
     model: EngineModel
+    max_batch: int | None = None
+    """Most rows of one call; None: as many as there is memory for."""
+    padding: bool = True
+    """Whether the rows of a call may be of different length (padded on the left)."""
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether it computes on the CPU, where kernels add in the same order in every call."""
+        return self.device == "CPU"
 
     def as_json(self) -> dict[str, Any]:
         """Return the entry of results."""
-        return {each.name: getattr(self, each.name) for each in fields(self)} | {"model": self.model.document()}
+        said = ("name", "runtime", "device", "dtype", "threads")
+        return {name: getattr(self, name) for name in said} | {"model": self.model.document()}

@@ -8,15 +8,11 @@ is what one reading of the whole text gives.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import TypeVar
-
 import numpy as np
 
 from moedge import MoEdgeError
 from moedge.runtime.engines.protocol import Step
-
-Key = TypeVar("Key", bound=Hashable)
+from moedge.runtime.engines.steps import part
 
 
 def crosses(limit: int | None, mask: np.ndarray, new: int) -> bool:
@@ -45,22 +41,4 @@ def refuse_forced(limit: int | None) -> None:
 
 def last(step: Step, new: int) -> Step:
     """Cut what a whole reading gave to its last ``new`` positions."""
-    batch = len(step.logits)
-
-    def rows(found: dict[Key, np.ndarray] | None) -> dict[Key, np.ndarray] | None:
-        if found is None:
-            return None
-        return {
-            layer: array.reshape(batch, -1, array.shape[1])[:, -new:].reshape(-1, array.shape[1])
-            for layer, array in found.items()
-        }
-
-    return Step(
-        step.logits[:, -new:],
-        step.cache,
-        rows(step.routes),
-        rows(step.router_inputs),
-        left_out_of=rows(step.left_out_of),
-        kept=rows(step.kept),
-        layers=rows(step.layers),
-    )
+    return part(step, slice(-new, None))

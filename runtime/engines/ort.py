@@ -7,7 +7,7 @@ bound as both, and the runtime writes the new keys and values in place. Only ids
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from moedge.runtime.engines.calls import (
 from moedge.runtime.engines.ort_loader import Loaded, Options, load
 from moedge.runtime.engines.ort_session import ort_value, session_options
 from moedge.runtime.engines.protocol import LayerMode, Step
+from moedge.runtime.engines.steps import joined
 
 
 @dataclass
@@ -109,6 +110,8 @@ class OrtEngine:
         self._routers: Any = None
         self._thresholds: dict[GatherPlace, tuple[np.ndarray, float]] | None = None
         self.info = self._loaded.info
+        # GroupQueryAttention takes several new tokens after a past in a batch of one alone (onnxruntime 1.31).
+        self.branch_rows = 1 if self._loaded.shared else None
 
     def prefill(
         self,
@@ -122,14 +125,9 @@ class OrtEngine:
         """Run ``ids`` int64 [B, S] from an empty cache; see :class:`moedge.runtime.engines.Engine`."""
         loaded = self._open()
         mask = check_batch(ids, attention_mask, loaded.model.vocab_size)
-        if loaded.device == "cuda" and not mask.all():
-            raise MoEdgeError("An ort-cuda bundle takes no padding: give rows of equal length, or one row at a time.")
-        length = loaded.max_length if loaded.shared else 0
-        shape = (len(ids), loaded.model.num_kv_heads, length, loaded.model.head_dim)
-        # np.zeros maps pages on first touch: a long buffer costs memory only for the tokens that were written.
-        empty = [np.zeros(shape, dtype=loaded.dtype) for _ in loaded.past]
-        cache = _Cache(ids[:, :0], mask[:, :0], [ort_value(array, loaded.device) for array in empty])
-        return self._run(ids, mask, cache, experts, factors, given)
+        if not loaded.info.padding and not mask.all():
+            raise MoEdgeError(f"{self._path} takes no padding: give rows of equal length, or one row at a time.")
+        return self._run(ids, mask, _empty_cache(loaded, len(ids)), experts, factors, given)
 
     def decode(
         self,
@@ -150,6 +148,13 @@ class OrtEngine:
                 longrope.refuse_forced(loaded.rope_boundary)
             cache.used = True
             return longrope.last(self.prefill(np.concatenate([cache.ids, ids], axis=1), mask), ids.shape[1])
+        if loaded.shared and len(ids) > 1 and ids.shape[1] > 1:
+            # GroupQueryAttention takes several tokens after a past for a single row only.
+            steps: list[Step] = []
+            for token in np.split(ids, ids.shape[1], axis=1):
+                steps.append(self.decode(token, steps[-1].cache if steps else cache, experts=experts, factors=factors))
+            whole = joined(steps)
+            return replace(whole, logits=steps[-1].logits) if loaded.last_logits else whole
         return self._run(ids, mask, cache, experts, factors)
 
     def cached(self, cache: Any) -> dict[int, tuple[np.ndarray, np.ndarray]]:
@@ -161,6 +166,30 @@ class OrtEngine:
             layer: (named[f"past_key_values.{layer}.key"], named[f"past_key_values.{layer}.value"])
             for layer in range(loaded.model.num_layers)
         }
+
+    def read(self, ids: np.ndarray) -> Any:
+        """Return the cache of ``ids`` int64 [B, S]; see :class:`moedge.runtime.engines.BranchingEngine`."""
+        from onnxruntime import RunOptions
+
+        loaded = self._open()
+        mask, cache = check_batch(ids, None, loaded.model.vocab_size), _empty_cache(loaded, len(ids))
+        check_length(mask.shape[1], loaded.max_length)
+        binding = loaded.session.io_binding()
+        self._bind_inputs(binding, ids, mask, None)
+        self._bind_factors(binding, None)
+        _bind_cache(binding, loaded, cache.values)
+        only_cache = RunOptions()
+        only_cache.only_execute_path_to_fetches = True  # the output projection leads to none of them
+        self._execute(binding, only_cache)
+        return _Cache(ids, mask, cache.values if loaded.shared else binding.get_outputs())
+
+    def branch(self, ids: np.ndarray, cache: Any) -> Step:
+        """Run ``ids`` int64 [B, S] after ``cache``, which stays as it was."""
+        # What was written into a shared buffer lies behind the cache's tokens, where the next step writes again.
+        step = self.decode(ids, cache)
+        cache.used = False
+        step.cache = None
+        return step
 
     def factors(self, left_out_of: dict[GatherPlace, np.ndarray]) -> dict[GatherPlace, np.ndarray]:
         """What the bundle's thresholds multiply values float32 [T, K] by; needs ``replay``."""
@@ -226,10 +255,7 @@ class OrtEngine:
         if not (loaded.shared and cache.binding):
             _bind_cache(binding, loaded, cache.values)
         cache.used = True
-        try:
-            loaded.session.run_with_iobinding(binding)
-        except Exception as error:  # onnxruntime raises one class per status code, without a base class of its own
-            raise MoEdgeError(f"ONNX Runtime failed on {self._path}: {str(error).splitlines()[0]}") from error
+        self._execute(binding)
         outputs = binding.get_outputs() if shown or not loaded.shared else []
         values = cache.values if loaded.shared else outputs[1 + len(shown) :]
         seen = {name: value.numpy() for name, value in zip(shown, outputs[1:], strict=False)}
@@ -240,12 +266,18 @@ class OrtEngine:
             for names in (loaded.shown.router_inputs, loaded.shown.scores)
         )
         before, after = (
-            {place: seen[name].astype(np.float32, copy=False) for place, name in names.items()} or None
+            {place: _rows(seen[name]) for place, name in names.items()} or None
             for names in (loaded.shown.left_out_of, loaded.shown.kept)
         )
         layers = {point: _rows(seen[name]) for point, name in loaded.shown.layers.items()} or None
         held = _Cache(np.concatenate([cache.ids, ids], axis=1), mask, values, binding)
         return Step(logits.astype(np.float32, copy=False), held, routes, read, scores, before, after, layers)
+
+    def _execute(self, binding: Any, options: Any = None) -> None:
+        try:
+            self._open().session.run_with_iobinding(binding, options)
+        except Exception as error:  # onnxruntime raises one class per status code, without a base class of its own
+            raise MoEdgeError(f"ONNX Runtime failed on {self._path}: {str(error).splitlines()[0]}") from error
 
     def _bind_inputs(
         self, binding: Any, ids: np.ndarray, mask: np.ndarray, experts: dict[int, np.ndarray] | None
@@ -276,9 +308,19 @@ class OrtEngine:
             binding.bind_cpu_input(_layers.given_input(name), np.ascontiguousarray(given[point], dtype=np.float32))
 
 
-def _rows(value: np.ndarray) -> np.ndarray:
-    """Values [.., H] as float32 [T, H]."""
-    return value.reshape(-1, value.shape[-1]).astype(np.float32, copy=False)
+def _empty_cache(loaded: Loaded, batch: int) -> _Cache:
+    """The cache of a batch of which nothing was read yet."""
+    length = loaded.max_length if loaded.shared else 0
+    shape = (batch, loaded.model.num_kv_heads, length, loaded.model.head_dim)
+    # np.zeros maps pages on first touch: a long buffer costs memory only for the tokens that were written.
+    empty = [np.zeros(shape, dtype=loaded.dtype) for _ in loaded.past]
+    nothing = np.zeros((batch, 0), np.int64)
+    return _Cache(nothing, nothing, [ort_value(array, loaded.device) for array in empty])
+
+
+def _rows(values: np.ndarray) -> np.ndarray:
+    """Return values [..., K] of any type as float32 [T, K]."""
+    return values.reshape(-1, values.shape[-1]).astype(np.float32, copy=False)
 
 
 def _bind_cache(binding: Any, loaded: Loaded, values: list[Any]) -> None:

@@ -238,6 +238,7 @@ def _info(
         dtype=f"int{quantization.bits} weights" if quantization else manifest.cache.dtype or manifest.model.dtype,
         threads=options.threads,
         model=EngineModel.model_validate(facts),
+        padding=targets.find(manifest.target).padding,
     )
 
 

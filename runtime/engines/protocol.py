@@ -64,6 +64,23 @@ class Engine(Protocol):
 
 
 @runtime_checkable
+class BranchingEngine(Protocol):
+    """An engine that continues one text in several ways, and reads what they share once."""
+
+    info: EngineInfo
+    branch_rows: int | None
+    """Most rows of a branch; None: as many as of any other call."""
+
+    def read(self, ids: np.ndarray) -> Any:
+        """Return the cache of ``ids`` int64 [B, S], for :meth:`branch`, without logits where the runtime can."""
+        ...
+
+    def branch(self, ids: np.ndarray, cache: Any) -> Step:
+        """As :meth:`Engine.decode`, but ``cache`` is left as it was, for the next branch; the step's own is None."""
+        ...
+
+
+@runtime_checkable
 class ReplayEngine(Protocol):
     """An engine, opened with ``replay=True``, that can be told what to choose: the reference of route replay.
 

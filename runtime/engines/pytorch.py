@@ -58,6 +58,8 @@ class TorchEngine:
         MoEdgeError: torch or transformers is missing, or the folder cannot be loaded.
     """
 
+    branch_rows = None
+
     def __init__(
         self,
         checkpoint_folder: str | Path,
@@ -155,6 +157,32 @@ class TorchEngine:
         found = (tuple(part.float().cpu().numpy() for part in pair) for pair in both)
         return {layer: (keys, values) for layer, (keys, values) in enumerate(found)}
 
+    def read(self, ids: np.ndarray) -> Any:
+        """Return the cache of ``ids`` int64 [B, S]; see :class:`moedge.runtime.engines.BranchingEngine`."""
+        from transformers import DynamicCache
+
+        return self._run(ids, ids, check_batch(ids, None, self._vocab_size), DynamicCache(), last=True).cache
+
+    def branch(self, ids: np.ndarray, cache: Any) -> Step:
+        """Run ``ids`` int64 [B, S] after ``cache``, which stays as it was."""
+        if not isinstance(cache, _Cache) or cache.used:
+            raise MoEdgeError("This cache was used before or belongs to another engine; read the text again.")
+        # Layers of a DynamicCache grow by making new tensors, so the former ones can be put back.
+        held = [(layer, layer.keys, layer.values) for layer in cache.past.layers]
+        step = self.decode(ids, cache)
+        for layer, keys, values in held:
+            layer.keys, layer.values = keys, values
+        cache.used = False
+        step.cache = None
+        return step
+
+    @property
+    def module(self) -> Any:
+        """The transformers model."""
+        if self._module is None:
+            raise MoEdgeError(f"The engine for {self._path} is closed; open it again.")
+        return self._module
+
     def factors(self, left_out_of: dict[GatherPlace, np.ndarray]) -> dict[GatherPlace, np.ndarray]:
         """Return what the model's thresholds multiply values float32 [T, K] by."""
         known_places(left_out_of, self._thresholds)
@@ -227,23 +255,21 @@ class TorchEngine:
         self._sparse = {}
         self._values = {}
 
-    def _run(self, ids: np.ndarray, text: np.ndarray, mask: np.ndarray, past: Any) -> Step:
-        """Run ``ids``, the end of ``text``; ``mask`` is that of ``text``."""
-        torch = self._torch
-        if self._module is None:
-            raise MoEdgeError(f"The engine for {self._path} is closed; open it again.")
+    def _run(self, ids: np.ndarray, text: np.ndarray, mask: np.ndarray, past: Any, *, last: bool = False) -> Step:
+        """Run ``ids``, the end of ``text``; ``mask`` is that of ``text``. ``last``: logits of the last one alone."""
+        torch, module = self._torch, self.module
         check_length(mask.shape[1], self._max_length)
         if torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
         # No mask where nothing is padded: transformers then takes its fast causal path.
         padded = bool((mask == 0).any())
         with torch.inference_mode():
-            result = self._module(
+            result = module(
                 input_ids=self._tensor(np.ascontiguousarray(ids, dtype=np.int64)),
                 attention_mask=self._tensor(mask) if padded else None,
                 position_ids=self._tensor(np.ascontiguousarray(position_ids(mask, ids.shape[1]))),
                 use_cache=True,
-                logits_to_keep=1 if self._last_logits else 0,
+                logits_to_keep=1 if self._last_logits or last else 0,
                 **{self._cache_argument: past},
             )
             logits = result.logits.float().contiguous().cpu().numpy()

@@ -11,7 +11,7 @@ from moedge import MoEdgeError
 from moedge.configs.generation_config import GenerationConfig
 from moedge.convert.adapters import MOE_PREFIX
 from moedge.export import rope
-from moedge.export.manifest import GatherPlace, Which
+from moedge.export.manifest import GatherPlace
 from moedge.runtime.engines.info import EngineInfo, EngineModel
 
 
@@ -39,24 +39,20 @@ def routed_layers(module: Any) -> dict[int, Any]:
 
 
 def gathered_layers(module: Any) -> list[Any]:
-    """Return the layers that leave small values out."""
-    names = ("x_threshold", "shared_h_threshold", "h_threshold")
-    return [
-        part
-        for part in module.modules()
-        if hasattr(part, "choose") and any(getattr(part, name) is not None for name in names)
-    ]
+    """Return the parts that leave small values out: FFNs, attention, output projections."""
+    from moedge.convert.kept_inputs import KeepsLarge
+
+    return [part for part in module.modules() if isinstance(part, KeepsLarge) and part.thresholds()]
 
 
 def thresholds(module: Any) -> dict[GatherPlace, tuple[np.ndarray, float]]:
     """Return thresholds float32 [K] and ramp of each place whose choice can be replayed: not inside experts."""
-    found: dict[GatherPlace, tuple[np.ndarray, float]] = {}
-    places: dict[Which, str] = {"x": "x_threshold", "h": "shared_h_threshold"}
-    for part in gathered_layers(module):
-        for which, name in places.items():
-            if (threshold := getattr(part, name)) is not None:
-                found[part.layer_index, which] = (threshold.cpu().numpy(), part.ramp)
-    return found
+    return {
+        (part.layer_index, which): (threshold.cpu().numpy(), part.ramp)
+        for part in gathered_layers(module)
+        for which, threshold in part.thresholds().items()
+        if which != "expert_h"
+    }
 
 
 def set_top_k(layers: dict[int, Any], top_k: int, folder: Path) -> None:

@@ -100,6 +100,7 @@ class TensorRTEngine:
                     "top_k": None,
                 }
             ),
+            max_batch=manifest.profiles.batch,
         )
 
     def prefill(self, ids: np.ndarray, attention_mask: np.ndarray | None = None) -> Step:

@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moedge import MoEdgeError
 from moedge._progress import Progress
 from moedge.configs import tolerances as tolerance_files
@@ -15,14 +17,15 @@ from moedge.export import manifest as manifests
 from moedge.runtime.engines import open_engine
 from moedge.runtime.engines.given import local
 from moedge.runtime.parity import compare as parity
-from moedge.runtime.parity import verdict, where
-from moedge.runtime.parity.results import ParityEntry, Verification
+from moedge.runtime.parity import shapes, verdict, where
+from moedge.runtime.parity.results import ParityEntry, ShapesEntry, Verification
 from moedge.runtime.parity.suite import (
     DEQUANTIZED,
     SCHEMA,
     Judging,
     exact_limits,
     finished,
+    kernel_limits,
     reference_options,
     verify_run,
 )
@@ -42,6 +45,8 @@ def verify_given(
     tolerances: str | Path = "float32",
     threads: int | None = None,
     device: str = "cpu",
+    thorough: bool = False,
+    max_length: int | None = None,
     progress: Progress | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Verification:
@@ -54,6 +59,8 @@ def verify_given(
         tokens: to compare on, in windows of ``window`` tokens; ``prefill`` of each are fed at once, the rest decoded.
         tolerances: the first half of a profile's name, or a file (:func:`moedge.configs.tolerances.given_as`).
         threads: of the engines on the CPU. device: where PyTorch computes.
+        thorough: larger batches and longer rows in the checks of :mod:`.shapes`, and a text of ``max_length`` tokens.
+        max_length: tokens of that text; without it and ``thorough`` none is read, 2,048 by default.
         progress: called with (tokens done, tokens in all). note: called with a sentence about a finished comparison.
 
     Returns:
@@ -68,6 +75,13 @@ def verify_given(
     opening: dict[str, Any] = {"threads": threads, "pytorch": {"device": device}}
     step = progress or (lambda done, total: None)
     profile, limits = tolerance_files.chosen(tolerance_files.given_as(tolerances))
+
+    def asked(folder: Path, windows: np.ndarray) -> shapes.Asked:
+        def longer(length: int) -> np.ndarray:
+            return token_windows(folder, text, length, 1)[1]
+
+        return shapes.asked(windows, longer, thorough=thorough, max_length=max_length)
+
     if test is None:
         if not run_folder.is_run(reference):
             raise MoEdgeError(f"{reference} is not a run folder; give a run folder, or two engines to compare.")
@@ -80,6 +94,7 @@ def verify_given(
             limits=limits,
             text=name,
             **opening,
+            asked=asked(run_folder.checkpoint(reference), windows),
             progress=progress,
             note=note,
         )
@@ -87,7 +102,7 @@ def verify_given(
         return answers_of_device(local(reference), test, profile, opening, step, limits)
     one, two = local(reference), local(test)
     name, windows = token_windows(two, text, window, count)
-    return pair(one, two, name, windows, prefill, profile, opening, step, limits)
+    return pair(one, two, name, windows, prefill, profile, opening, step, limits, asked(two, windows))
 
 
 def pair(
@@ -100,6 +115,7 @@ def pair(
     opening: dict[str, Any],
     progress: Progress,
     limits: tolerance_files.Tolerances | None = None,
+    asked: shapes.Asked | None = None,
 ) -> Verification:
     """Compare two engines; a quantised one also with float32 on its own de-quantised weights, if it has the bundle.
 
@@ -113,6 +129,7 @@ def pair(
         if found:
             jobs.append((found[0], f"{test} vs its de-quantised weights", DEQUANTIZED, {"weights_of": test}))
     entries: list[ParityEntry] = []
+    shaped: list[ShapesEntry] = []
     for number, (folder, name, dtype, options) in enumerate(jobs):
         how = Judging.of(test, limits, dtype, target or "torch")
         openers = (
@@ -126,6 +143,9 @@ def pair(
 
         try:
             entry = parity.compare(one, two, windows, prefill=prefill, tolerances=how.limits, progress=step)
+            if asked and number == len(jobs) - 1:
+                rules = how.rules(kernel_limits(test, limits, tolerances, target or "torch"), one, two)
+                shaped.append({"name": shapes.name(str(test)), **shapes.check(two, windows, asked, rules)})
         finally:
             one.close()
             two.close()
@@ -135,7 +155,8 @@ def pair(
         entries.append({"name": name, **entry})
     if len(entries) > 1:
         entries[0] = verdict.with_notes(entries[0], verdict.quantised_notes(entries[0], entries[1], target))
-    return finished({"schema": SCHEMA, "text": text, "identity": [], "parity": entries}, limits)
+    result: dict[str, Any] = {"schema": SCHEMA, "text": text, "identity": [], "parity": entries}
+    return finished({**result, "shapes": shaped} if asked else result, limits)
 
 
 def answers_of_device(

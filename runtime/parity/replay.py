@@ -87,7 +87,20 @@ class Replay:
         return self._places[int(wrong.argmax())] if wrong.any() else None
 
     def add(self, phase: str, ids: np.ndarray, test: Step, targets: np.ndarray, at: At = (0, 0)) -> None:
-        """Replay one step of the engine: ``ids`` int64 [1, S] were fed at ``at``, ``targets`` int64 [S] follow them.
+        """Replay one step (:meth:`step`) and compare its logits.
+
+        ``ids`` stand at ``at``, ``targets`` int64 [S] follow them.
+        """
+        one = self.step(phase, ids, test)
+        self._phases[phase].add(one.logits[0], test.logits[0], targets, at=at)
+        if test.routes is not None:
+            self._places += [(at[0], at[1] + row) for row in range(ids.size)]
+
+    def step(self, phase: str, ids: np.ndarray, test: Step) -> Step:
+        """Replay one step of the engine, ``ids`` int64 [1, S] were fed, and judge its choices.
+
+        Returns:
+            The reference's step under them.
 
         Raises:
             MoEdgeError: the engine was opened without ``taps`` or ``router_inputs``, or shows no router inputs [T, H].
@@ -111,15 +124,14 @@ class Replay:
         else:
             assert self._step is not None
             self._step = self._reference.decode(ids, self._step.cache, **choices)
-        self._phases[phase].add(self._step.logits[0], test.logits[0], targets, at=at)
         if routed:
-            self._places += [(at[0], at[1] + row) for row in range(ids.size)]
             self._router.add(self._reference.scores(read_by), routes, test.scores)
             self._router.add_inputs(self._step.router_inputs, read_by)
         if shown:
             own = self._step.left_out_of or {}
             self._kept.add(shown, test.kept or {}, choices["factors"], own, self._reference.factors(own))
         self.tokens += ids.size
+        return self._step
 
     def alike(self, phases: dict[str, TokenErrors]) -> None:
         """Take over what was measured on a window in which the engine and the reference chose the same experts."""

@@ -296,6 +296,52 @@ class Identity(TypedDict):
     """Where it failed."""
 
 
+@closed
+class Place(TypedDict):
+    """Where two readings of a text differ most; counted from 0, padding not counted."""
+
+    row: Count
+    position: Count
+    rel_error: Measured
+
+
+@closed
+class ShapeCase(TypedDict):
+    """One way of reading beside the same text read at once and alone, see :mod:`moedge.runtime.parity.shapes`."""
+
+    tokens: Count
+    identical: Count
+    """Tokens whose logits are the same bits."""
+    replayed: Count
+    """Tokens compared with the reference under the engine's own choices, for one of them changed."""
+    excused: Count
+    """Tokens not compared: they follow a changed choice, and there was nothing to replay it."""
+    rel_error: dict[str, Measured]
+    kl: dict[str, Measured]
+    worst: NotRequired[Place]
+
+
+@closed
+class Shapes(TypedDict):
+    """One engine beside itself in other shapes of batch and prompt, schema ``moedge.shapes/1``."""
+
+    schema: Literal["moedge.shapes/1"]
+    test: EngineFacts
+    prompts: list[Count]
+    """Tokens of each row of the batches; a batch is decoded a few tokens further."""
+    cases: dict[str, ShapeCase]
+    not_run: dict[str, str]
+    """Checks that this engine or text does not allow, and why."""
+    verdict: VerdictFacts
+
+
+@closed
+class ShapesEntry(Shapes):
+    """The shapes of one engine among others."""
+
+    name: str
+
+
 @opened
 class ParityEntry(Parity):
     """A comparison among others: ``name`` says who is compared with whom."""
@@ -311,6 +357,55 @@ class IdentityEntry(Identity):
 
 
 @closed
+class PairedFacts(TypedDict):
+    """Two engines' answers to the same questions, see :class:`moedge.runtime.accuracy.paired.Paired`."""
+
+    questions: Count
+    agreement: float
+    agreement_interval: list[float]
+    """Low and high end, 95 %."""
+    reference_accuracy: float
+    test_accuracy: float
+    drop: float
+    """Accuracy of the reference less that of the test."""
+    drop_interval: list[float]
+    only_reference: Count
+    """Questions that it alone has right."""
+    only_test: Count
+    mcnemar_p: float
+
+
+@closed
+class PairedTask(PairedFacts):
+    """The same of one lm-eval task; ``metric`` says by what an answer is right."""
+
+    task: str
+    version: str
+    data: str
+    metric: str
+    available: Count
+    """Questions that the data holds."""
+
+
+@opened
+class AccuracyEntry(TypedDict):
+    """One engine's answers to tasks beside its reference's, schema ``moedge.accuracy/1``."""
+
+    schema: Literal["moedge.accuracy/1"]
+    name: str
+    reference: EngineFacts
+    test: EngineFacts
+    shots: Count
+    limit: int | None
+    """Most questions of a task."""
+    tasks: Annotated[list[PairedTask], Field(min_length=1)]
+    overall: PairedFacts
+    """Of all tasks together, every question counted once."""
+    tolerances: dict[str, float | None]
+    verdict: VerdictFacts
+
+
+@closed
 class Verification(TypedDict):
     """All comparisons of one verification, schema ``moedge.verify/1``."""
 
@@ -320,6 +415,10 @@ class Verification(TypedDict):
     identity_note: NotRequired[str | None]
     identity: list[IdentityEntry]
     parity: list[ParityEntry]
+    shapes: NotRequired[list[ShapesEntry]]
+    """Results of older versions, and comparisons with a device's answers, have none."""
+    accuracy: NotRequired[list[AccuracyEntry]]
+    """Where tasks were asked."""
     tolerances: NotRequired[dict[str, Any]]
     """The user's file of limits, where there is one."""
     passed: bool

@@ -15,11 +15,11 @@ from moedge.configs import tolerances as tolerance_files
 from moedge.export import manifest as manifests
 from moedge.export import targets
 from moedge.export.manifest import EngineManifest, Manifest
-from moedge.runtime.engines import open_engine
+from moedge.runtime.engines import Engine, open_engine
 from moedge.runtime.parity import compare as parity
-from moedge.runtime.parity import outcomes, verdict, where
+from moedge.runtime.parity import outcomes, shapes, verdict, where
 from moedge.runtime.parity.comparisons import Comparison, Group, comparisons, grouped, identity_reference
-from moedge.runtime.parity.results import Identity, Parity, Verification
+from moedge.runtime.parity.results import Identity, Parity, Shapes, Verification
 from moedge.runtime.run.refs import TORCH_DENSE, TORCH_MOE, EngineRef
 
 SCHEMA = "moedge.verify/1"
@@ -41,6 +41,7 @@ def verify_run(
     text: str,
     threads: int | None = None,
     pytorch: dict[str, Any] | None = None,
+    asked: shapes.Asked | None = None,
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Verification:
@@ -54,13 +55,14 @@ def verify_run(
         limits: the profiles; the packaged ones by default.
         text: name of the text, for the report.
         pytorch: see :func:`moedge.runtime.engines.open_engine`.
+        asked: also read texts in these shapes, each engine beside itself (:mod:`.shapes`).
         progress: called with (tokens done, tokens in all) over all comparisons.
         note: called with one sentence about each finished comparison.
 
     Returns:
-        ``{"schema", "text", "identity_note", "identity": [...], "parity": [...], "passed", "outcome"}``; entries are
-        what :mod:`parity` returns plus ``"name"``, the note says why the dense parent is not the identity's reference,
-        or is None.
+        ``{"schema", "text", "identity_note", "identity": [...], "parity": [...], "shapes": [...], "passed",
+        "outcome"}``; entries are what :mod:`parity` returns plus ``"name"``, the note says why the dense parent is not
+        the identity's reference, or is None.
     """
     limits = limits or tolerance_files.load()
     identity, identity_note = identity_reference(engines)
@@ -75,19 +77,42 @@ def verify_run(
             progress(done + local, total)
 
     found: dict[Comparison, Any] = {}  # a ParityEntry or, where the kind is identity, an IdentityEntry
+    shaped: dict[EngineRef, Shapes] = {}
+    judging = _last(groups) if asked else {}
     for group, tests in groups.items():
-        entries = _compare(group, tests, engines, windows[: group.windows], limits, tolerances, prefill, opening, step)
+
+        def read(test: EngineRef, engine: Engine, rules: shapes.Rules, group: Group = group) -> None:
+            if asked and judging.get(test) == group:
+                shaped[test] = shapes.check(engine, windows, asked, rules)
+
+        entries = _compare(
+            group, tests, engines, windows[: group.windows], limits, tolerances, prefill, opening, step, read
+        )
         done += per_window * group.windows
         for test, entry in entries.items():
             one = group.comparison(test)
             found[one] = {"name": one.name, **entry}
             if note:
                 note(f"{one.kind} {one.name}: {_said(entry)}")
+                if judging.get(test) == group:
+                    note(f"{shapes.name(str(test))}: {_said(shaped[test])}")
     found = _related(found, engines, limits, tolerances, note)
     result: dict[str, Any] = {"schema": SCHEMA, "text": text, "identity_note": identity_note}
     result["identity"] = [entry for one, entry in found.items() if one.kind == "identity"]
     result["parity"] = [entry for one, entry in found.items() if one.kind != "identity"]
+    if asked:
+        result["shapes"] = [{"name": shapes.name(str(test)), **entry} for test, entry in shaped.items()]
     return finished(result, limits)
+
+
+def _last(groups: Mapping[Group, list[EngineRef]]) -> dict[EngineRef, Group]:
+    """Engine -> the comparison in whose course it is read in other shapes: beside its own weights if there is one."""
+    found: dict[EngineRef, Group] = {}
+    for group, tests in groups.items():
+        for test in tests:
+            if group.kind == "kernels" or (group.kind == "parity" and test not in found):
+                found[test] = group
+    return found
 
 
 def finished(result: dict[str, Any], limits: tolerance_files.Tolerances) -> Verification:
@@ -181,9 +206,22 @@ class Judging:
         """How to open the engine: what it must show of its choices."""
         return {"taps": moe, "router_inputs": True} if self.replayed else {"taps": moe}
 
+    def rules(self, own: tolerance_files.Profile, reference: Engine, test: Engine) -> shapes.Rules:
+        """How the engine ``test`` is judged in other shapes; ``own`` are the limits of its arithmetic."""
+        row = targets.known(test.info.model.target)
+        half = test.info.dtype in targets.HALF or (row is not None and row.half)
+        unsure = test.info.model.gathered and not (self.replayed and self.reason is None)
+        return shapes.Rules(own, self.limits, reference, replays=self.replayed, half=half, unsure=unsure)
+
     def explained(self, entry: Parity) -> Parity:
         """Return a finished comparison with the reason among its notes."""
         return verdict.with_notes(entry, [self.reason] if self.reason else [])
+
+
+def kernel_limits(folder: Path, limits: tolerance_files.Tolerances, dtype: str, target: str) -> tolerance_files.Profile:
+    """Limits of what an engine computes with the weights that it has: of a quantised one, its kernels' alone."""
+    row = targets.known(target)
+    return limits.profile(DEQUANTIZED if row and row.bits else dtype, target, graph_dtype(folder))
 
 
 def reference_options(tests: Iterable[Judging], *, moe: bool) -> dict[str, Any]:
@@ -201,8 +239,12 @@ def _compare(
     prefill: int,
     opening: dict[str, Any],
     progress: Callable[[int, int], None],
+    read: Callable[[EngineRef, Engine, shapes.Rules], None],
 ) -> Mapping[EngineRef, Parity | Identity]:
-    """Open the engines of one group, compare, close them, and look again where a comparison failed."""
+    """Open the engines of one group, compare, let ``read`` run those under test in other shapes, and close them.
+
+    Where a comparison failed, its engines are opened once more to look where.
+    """
     moe = group.reference.role == "moe"
     every: dict[str, Any] = {"top_k": ALL_EXPERTS}
     kept = DEQUANTIZED if group.kind == "kernels" else tolerances
@@ -226,6 +268,9 @@ def _compare(
         else:
             compared = {test: (engine, judged[test].limits) for test, engine in opened.items()}
             entries = parity.compare_all(against, compared, windows, prefill=prefill, progress=progress)
+            for test, how in judged.items():
+                own = kernel_limits(engines[test], limits, tolerances, test.target)
+                read(test, opened[test], how.rules(own, against, opened[test]))
             found = {test: judged[test].explained(entry) for test, entry in entries.items()}
 
     def located(test: EngineRef, entry: Any) -> Any:
@@ -251,7 +296,7 @@ def _said(entry: Mapping[str, Any]) -> str:
         return f"{word}, max relative logit error {_shown(entry['max_rel_error'])}"
     missed = [check["name"] for check in entry["verdict"]["checks"] if not check["passed"]]
     said = f"{word}, beyond the limits: {', '.join(missed)}" if missed else f"{word}, every check passed"
-    if replay := entry["replay"]:
+    if replay := entry.get("replay"):
         values = [found["overall"]["kl_ref_test"]["mean"] for found in (replay, entry)]
         if None not in values:
             said += f"; KL {values[0]:.2g} under the engine's own choices, {values[1]:.2g} free-running"

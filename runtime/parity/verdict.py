@@ -22,6 +22,7 @@ from moedge.runtime.parity.results import (
     Phase,
     Relation,
     Replayed,
+    RouterFacts,
     VerdictFacts,
     by_phase,
 )
@@ -143,15 +144,6 @@ def _replay_parts(result: Parity, replay: Replayed, limits: Profile) -> dict[str
     arithmetic = [
         check for name, summary in replayed.items() for check in _phase_checks(f"arithmetic.{name}", summary, limits)
     ]
-    agreement = limits.router_set_agreement
-    assert agreement is not None
-    selection = [Check("router.expert_set_agreement", router.get("agreement"), ">=", agreement)]
-    # A float32 engine is ONNX Runtime's, whose graph shows its scores: where it does not, the choice is made otherwise.
-    if limits.expert_set_agreement is not None or router.get("own_order") is not None:
-        selection.append(Check("router.own_order", router.get("own_order"), ">=", 1.0))
-    if limits.router_input_rel_error is not None:
-        error = router.get("input_rel_error")
-        selection.append(Check("router.input_rel_error", error, "<=", limits.router_input_rel_error))
     # Free-running, the engine and the reference may run different experts, and every later layer and token sees that.
     # Only what no choice of experts explains is judged: broken rows, and a loss of quality beyond chance.
     free = [
@@ -167,13 +159,28 @@ def _replay_parts(result: Parity, replay: Replayed, limits: Profile) -> dict[str
     free.append(Check("free.perplexity.drift_beyond_3_errors", drift, "<=", limits.perplexity_drift))
     parts: dict[str, tuple[Check, ...]] = {"arithmetic": tuple(arithmetic)}
     if router["compared"] or result["test"]["model"].get("routed"):
-        parts["router"] = tuple(selection)
+        parts["router"] = router_checks(router, limits)
     if "kept" in replay:
-        parts["kept"] = _kept_checks(replay["kept"], limits)
+        parts["kept"] = kept_checks(replay["kept"], limits)
     return {**parts, "free": tuple(free)}
 
 
-def _kept_checks(kept: KeptFacts, limits: Profile) -> tuple[Check, ...]:
+def router_checks(router: RouterFacts, limits: Profile) -> tuple[Check, ...]:
+    """Whether the routers chose right for what they read, under limits that have ``router_set_agreement``."""
+    agreement = limits.router_set_agreement
+    assert agreement is not None
+    selection = [Check("router.expert_set_agreement", router.get("agreement"), ">=", agreement)]
+    # A float32 engine is ONNX Runtime's, whose graph shows its scores: where it does not, the choice is made otherwise.
+    if limits.expert_set_agreement is not None or router.get("own_order") is not None:
+        selection.append(Check("router.own_order", router.get("own_order"), ">=", 1.0))
+    if limits.router_input_rel_error is not None:
+        error = router.get("input_rel_error")
+        selection.append(Check("router.input_rel_error", error, "<=", limits.router_input_rel_error))
+    return tuple(selection)
+
+
+def kept_checks(kept: KeptFacts, limits: Profile) -> tuple[Check, ...]:
+    """Whether an engine left out what the thresholds say of the values that it shows."""
     # No rounding comes before the comparison with a threshold, so nothing less than all of them is right.
     checks = [Check("kept.agreement", kept.get("agreement"), ">=", 1.0)]
     if limits.kept_input_rel_error is not None:
@@ -254,9 +261,17 @@ def entry_outcome(entry: Mapping[str, Any]) -> Outcome:
     return Outcome.over(map(outcome_of, entry["verdict"]["checks"]))
 
 
+def part_outcome(entry: Mapping[str, Any], part: str) -> Outcome:
+    """Return the outcome of the checks of one part: those whose names begin with it."""
+    checks = [check for check in entry["verdict"]["checks"] if f"{check['name']}.".startswith(f"{part}.")]
+    return Outcome.over(map(outcome_of, checks))
+
+
 def run_outcome(verification: Mapping[str, Any]) -> Outcome:
     """Return the outcome of a verify result (schema ``moedge.verify/1``) over all of its comparisons."""
-    return Outcome.over(map(entry_outcome, [*verification["identity"], *verification["parity"]]))
+    more = (*verification.get("shapes", ()), *verification.get("accuracy", ()))
+    entries = (*verification["identity"], *verification["parity"], *more)
+    return Outcome.over(map(entry_outcome, entries))
 
 
 def explain(result: Parity, verdict: Verdict, limits: Profile) -> list[str]:

@@ -47,7 +47,7 @@ def environment(*, html: bool) -> jinja2.Environment:
     )
     found.filters |= filters()
     found.globals |= {"mark": mark, "check_outcome": verdict.outcome_of, "entry_outcome": verdict.entry_outcome}
-    found.globals |= {"run_outcome": verdict.run_outcome}
+    found.globals |= {"run_outcome": verdict.run_outcome, "part_outcome": verdict.part_outcome}
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -157,18 +158,24 @@ def ratio(report: dict[str, Any], metric: str, label: str, baseline: str) -> dic
     return None
 
 
-def sentences(report: dict[str, Any]) -> list[str]:
-    """What the run showed, in plain sentences: parity, quality against the controls, speed."""
-    verification, quality = report["verification"], report["quality"]
-    checks = [check for entry in verification["parity"] for check in entry["verdict"]["checks"]]
-    outcomes = [outcome_of(check) for check in (*verification["identity"], *checks)]
-    what = "checks of the exported engines against PyTorch"
+def _counted(checks: Sequence[Mapping[str, Any]], what: str) -> list[str]:
+    outcomes = [outcome_of(check) for check in checks]
     failed, open_ones = (outcomes.count(kind) for kind in (Outcome.FAILED, Outcome.NOT_DECIDED))
-    said = [] if failed or open_ones else [f"All {len(outcomes)} {what} passed."]
+    said = [f"All {len(outcomes)} {what} passed."] if outcomes and not failed and not open_ones else []
     if failed:
         said.append(f"{failed} of {len(outcomes)} {what} FAILED.")
     if open_ones:
         said.append(f"{open_ones} of {len(outcomes)} {what} are not decided, which is no pass: their notes say why.")
+    return said
+
+
+def sentences(report: dict[str, Any]) -> list[str]:
+    """What the run showed, in plain sentences: parity, quality against the controls, speed."""
+    verification, quality = report["verification"], report["quality"]
+    checks = [check for entry in verification["parity"] for check in entry["verdict"]["checks"]]
+    said = _counted((*verification["identity"], *checks), "checks of the exported engines against PyTorch")
+    checks = [check for entry in verification.get("shapes", []) for check in entry["verdict"]["checks"]]
+    said += _counted(checks, "checks in other shapes (batches, padding, pieces, twice)")
     if verification.get("identity_note"):
         said.append(verification["identity_note"])
     said += [f"{label}: {why}." for label, why in sorted(verification.get("not_executed", {}).items())]

@@ -95,6 +95,12 @@ def _verification(verification: dict[str, Any]) -> tuple[str, Sheet]:
                 _number(routing.get("agreement"), "{:.4%}"),
                 said,
             )
+    for entry in verification.get("shapes", []):
+        found = list(entry["cases"].values())
+        errors = [case["rel_error"]["mean"] for case in found if case["rel_error"]["mean"] is not None]
+        tokens, worst = sum(case["tokens"] for case in found), max(errors, default=None)
+        shown = (f"{tokens:,}", _number(worst, "mean {:.1e}"), "", "", "")
+        table.add_row(escape(entry["name"]), *shown, mark(entry_outcome(entry)).cell)
     return f"the same numbers as PyTorch? (text {verification['text']})", table
 
 

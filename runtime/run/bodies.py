@@ -16,6 +16,7 @@ from moedge.runtime.run.engine import Context
 from moedge.runtime.run.fingerprint import top_files
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedModel
 
 # --- source ---------------------------------------------------------------------------------------------------------
@@ -226,16 +227,19 @@ def verify(context: Context) -> None:
     """Compare every ONNX engine with PyTorch, and every MoE with all experts selected with the dense parent."""
     from moedge.configs import tolerances
     from moedge.convert.sources import load_tokenizer
+    from moedge.runtime.parity import shapes
     from moedge.runtime.parity.suite import verify_run
 
     params = context.params
     given = params["tolerances"]
     profile, limits = tolerances.chosen(given if isinstance(given, str) else tolerances.Given(**given))
     (text,) = held_out.texts(params["texts"])
-    count = -(-params["tokens"] // params["window"])
-    windows = held_out.windows(
-        load_tokenizer(run_folder.dense(context.root)), text, params["window"], count, bos=False, name="verification"
-    )
+    tokenizer = load_tokenizer(run_folder.dense(context.root))
+
+    def read(length: int, count: int = 1) -> np.ndarray:
+        return held_out.windows(tokenizer, text, length, count, bos=False, name="verification")
+
+    windows = read(params["window"], -(-params["tokens"] // params["window"]))
     found, not_executed = run_folder.executable(run_folder.engines(context.root, dense_bundles=params["dense_parent"]))
     for label, reason in not_executed.items():
         context.note(f"{label}: {reason}")
@@ -248,6 +252,7 @@ def verify(context: Context) -> None:
         text=text.name,
         threads=params["threads"],
         pytorch={"device": params["device"]},
+        asked=shapes.asked(windows, read, thorough=params["thorough"], max_length=params["max_length"]),
         progress=context.progress,
         note=context.note,
     )

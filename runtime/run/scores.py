@@ -1,128 +1,162 @@
-"""Scores of models side by side: perplexity on held-out text, accuracy on lm-eval tasks."""
+"""Scores of models side by side: perplexity on held-out text, answers to lm-eval tasks. Every model is an engine."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moedge import MoEdgeError
 from moedge._progress import Progress
+from moedge.convert.tasks import Questions, TaskScore, data_files
+from moedge.export import manifest as manifests
+from moedge.runtime.engines import Engine, open_engine
+from moedge.runtime.engines.given import local
 from moedge.runtime.run import held_out, run_folder
+from moedge.runtime.text.tokenizer import Tokenizer, open_tokenizer
 
 if TYPE_CHECKING:
     from moedge.convert.calibration import TextSet
     from moedge.convert.plan import MoEPlan
     from moedge.convert.reads import Reads
+    from moedge.runtime.parity.results import PairedFacts
 
 SCHEMA = "moedge.scores/1"
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured of every model."""
+
+    texts: Sequence[str] = ("asset:wiki",)
+    """``asset:NAME`` or files."""
+    questions: Questions = field(default_factory=Questions)
+    tokens: int = 8192
+    """Of each text."""
+    window: int = 512
+    """Tokens scored together; windows do not overlap."""
+    bos: bool = False
+    """Start each window with the BOS token."""
+    holdout_every: int = 10
+    """Of a text that a model has seen, the documents with id modulo this = 0 are scored."""
+    batch_size: int = 4
+    """Windows or questions in a forward pass."""
+    device: str = "cpu"
+    """Where PyTorch computes."""
+    threads: int | None = None
+    """On the CPU; physical cores by default."""
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A model of the table, not open yet."""
+
+    label: str
+    folder: Path
+    plan: MoEPlan | None
+    """Of what was converted, where it is known."""
+
+    @property
+    def exported(self) -> bool:
+        """Whether it is a bundle or an engine, which a checkpoint was exported to."""
+        return manifests.read(self.folder) is not None
+
+
 def scores(
     paths: Sequence[str | Path],
+    evaluation: Evaluation,
     *,
-    texts: Sequence[str],
-    tasks: Sequence[str] = (),
-    task_data: Mapping[str, Path] | None = None,
-    shots: int = 0,
-    limit: int | None = None,
-    tokens: int = 8192,
-    window: int = 512,
-    bos: bool = False,
-    every: int = 10,
-    batch_size: int = 4,
-    device: str = "cpu",
     progress: Progress | None = None,
     note: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Score each model on each text and task; the models are loaded one after the other.
 
     Args:
-        paths: and all that is not named here: see :func:`moedge.runtime.measures.evaluate`.
-        every: of a text that a model has seen, the documents with id modulo this = 0.
-        progress: called with (windows done, windows in all) of each text; ``note`` with what is measured.
+        paths: checkpoints, dense models, bundles, engines and run folders.
+        evaluation: what is measured.
+        progress: called with (windows done, windows in all) of each text, (answers weighed, answers in all) of the
+            tasks; ``note`` with what is measured.
 
     Returns:
-        JSON of schema ``moedge.scores/1``: ``protocol`` and ``rows``, one a model: ``{"model", "perplexity": {text:
-        {"ppl", "nll", "tokens", "ffn_read_share"}}, "tasks": [...]}``, nll in nats a token; the last one is the share
-        of the dense parent's FFN weights that a token reads, None for experts inside experts.
+        JSON of schema ``moedge.scores/1``: ``protocol``; ``rows``, one a model: ``{"model", "engine", "perplexity":
+        {text: {"ppl", "nll", "tokens", "ffn_read_share"}}, "tasks": [...]}``, nll in nats a token; the last one is the
+        share of the dense parent's FFN weights that a token reads, None for experts inside experts and for what is no
+        checkpoint; and ``paired``, answers of two models to the same questions: ``{"reference", "test", "tasks":
+        {task: ...}, "overall"}``, each :class:`moedge.runtime.parity.results.PairedFacts`.
 
     Raises:
         MoEdgeError: a model, text or task that cannot be had, or windows beyond what a model was made for.
     """
     models = _models(paths)
-    from moedge.convert.plan import MoEPlan
-
-    if unused := set(task_data or {}) - set(tasks):
-        raise MoEdgeError(f"--task-data names {', '.join(sorted(unused))}, which --tasks does not.")
-    plans = {label: MoEPlan.load(folder) for label, folder in models.items() if (folder / "plan.json").is_file()}
-    read = [held_out.beside(plans.values(), spec, every) for spec in texts]
-    measure = _Measure(
-        texts=list({text.name: text for text, _ in read}.values()),
-        tasks=list(tasks),
-        task_data=dict(task_data or {}),
-        shots=shots,
-        limit=limit,
-        windows=-(-tokens // window),
-        window=window,
-        bos=bos,
-        batch_size=batch_size,
-        progress=progress,
-        note=note or (lambda _: None),
-    )
-    rows = []
-    for label, folder in models.items():
-        model, tokenizer = _open(folder, converted=label in plans, device=device)
-        rows.append(measure.row(label, model, tokenizer, plans.get(label)))
-        dtype = str(model.dtype).removeprefix("torch.")
-        del model
-    protocol = {"window": window, "bos": bos, "dtype": dtype, "device": device}
-    protocol |= {"documents": {text.name: how for text, how in read}, "shots": shots, "limit": limit}
-    return {"schema": SCHEMA, "protocol": protocol, "rows": rows}
+    data_files(evaluation.questions)
+    read = _texts(models, evaluation)
+    texts = list({text.name: text for text, _ in read}.values())
+    rows, answers = [], dict[str, list[TaskScore]]()
+    for model in models:
+        opening: dict[str, Any] = {"threads": evaluation.threads, "pytorch": {"device": evaluation.device}}
+        with closing(open_engine(model.folder, **opening)) as engine:
+            measure = _Measure(model, engine, open_tokenizer(model.folder), evaluation, progress)
+            row: dict[str, Any] = {"model": model.label, "engine": _facts(engine), "perplexity": {}, "tasks": []}
+            for text in texts:
+                if note:
+                    note(f"{model.label}: perplexity on {text.name}")
+                row["perplexity"][text.name] = measure.perplexity(text)
+            if evaluation.questions.tasks:
+                if note:
+                    note(f"{model.label}: {', '.join(evaluation.questions.tasks)}")
+                answers[model.label] = measure.answers()
+                row["tasks"] = [score.as_json() for score in answers[model.label]]
+            rows.append(row)
+    protocol = {"window": evaluation.window, "bos": evaluation.bos, "device": evaluation.device}
+    protocol |= {"documents": {text.name: how for text, how in read}}
+    protocol |= {"shots": evaluation.questions.shots, "limit": evaluation.questions.limit}
+    return {"schema": SCHEMA, "protocol": protocol, "rows": rows, "paired": list(_paired(models, answers))}
 
 
 @dataclass(frozen=True)
 class _Measure:
-    """What is measured of every model; see :func:`scores`."""
+    """One open model, and what is measured of it."""
 
-    texts: list[TextSet]
-    tasks: list[str]
-    task_data: dict[str, Path]
-    shots: int
-    limit: int | None
-    windows: int
-    window: int
-    bos: bool
-    batch_size: int
+    model: _Model
+    engine: Engine
+    tokenizer: Tokenizer
+    evaluation: Evaluation
     progress: Progress | None
-    note: Callable[[str], None]
 
-    def row(self, label: str, model: Any, tokenizer: Any, plan: MoEPlan | None) -> dict[str, Any]:
-        """Score one model; without a plan it is dense."""
-        from moedge.convert import reads, scoring, tasks
+    def perplexity(self, text: TextSet) -> dict[str, Any]:
+        """Score windows of a text, and count what a checkpoint reads there."""
+        from moedge.runtime.accuracy import likelihood
+        from moedge.runtime.engines.pytorch import TorchEngine
+        from moedge.runtime.text.windows import as_transformers
 
-        found: dict[str, Any] = {"model": label, "perplexity": {}, "tasks": []}
-        if self.texts:
-            held_out.check_window(model, self.window, "--window")
-        for text in self.texts:
-            self.note(f"{label}: perplexity on {text.name}")
-            windows = held_out.windows(tokenizer, text, self.window, self.windows, bos=self.bos, name="evaluation")
-            with reads.counted(model) as counts:
-                scored = scoring.perplexity(model, windows, batch_size=self.batch_size, progress=self.progress)
-            found["perplexity"][text.name] = {**scored, "ffn_read_share": _read_share(counts, plan)}
-        if self.tasks:
-            self.note(f"{label}: {', '.join(self.tasks)}")
-            found["tasks"] = tasks.run(
-                model,
-                tokenizer,
-                self.tasks,
-                data=self.task_data,
-                shots=self.shots,
-                limit=self.limit,
-                batch_size=self.batch_size,
-            )
-        return found
+        asked = self.evaluation
+        held_out.check_positions(self.engine.info.model.longest, asked.window, "--window")
+        count = -(-asked.tokens // asked.window)
+        windows = held_out.windows(
+            as_transformers(self.tokenizer), text, asked.window, count, bos=asked.bos, name="evaluation"
+        )
+        how: dict[str, Any] = {"batch_size": asked.batch_size, "progress": self.progress}
+        if not isinstance(self.engine, TorchEngine):
+            return {**likelihood.perplexity(self.engine, windows, **how), "ffn_read_share": None}
+        from moedge.convert import reads, scoring
+
+        with reads.counted(self.engine.module) as counts:
+            scored = scoring.perplexity(self.engine.module, windows, **how)
+        return {**scored, "ffn_read_share": _read_share(counts, self.model.plan)}
+
+    def answers(self) -> list[TaskScore]:
+        """Ask the questions."""
+        from moedge.runtime.accuracy.ask import ask
+
+        asked = self.evaluation
+        return ask(self.engine, self.tokenizer, asked.questions, batch_size=asked.batch_size, progress=self.progress)
+
+
+def _facts(engine: Engine) -> dict[str, Any]:
+    """What a row was measured on."""
+    return {name: value for name, value in engine.info.as_json().items() if name != "model"}
 
 
 def _read_share(counts: Reads, plan: MoEPlan | None) -> float | None:
@@ -134,26 +168,71 @@ def _read_share(counts: Reads, plan: MoEPlan | None) -> float | None:
     return counts.share(int(plan.model["intermediate_size"]))
 
 
-def _open(folder: Path, *, converted: bool, device: str) -> tuple[Any, Any]:
-    """A model and its tokenizer."""
-    from moedge.convert import modeling, sources
+def _paired(models: Sequence[_Model], answers: Mapping[str, list[TaskScore]]) -> Iterator[dict[str, Any]]:
+    """Compare the answers of each model with the first one's; of a bundle also with the checkpoint before it."""
+    from moedge.runtime.accuracy.paired import Paired
 
-    if converted:
-        model, _, tokenizer = modeling.load(folder, device=device)
-        return model, tokenizer
-    found = sources.resolve(str(folder)).folder
-    return sources.load_model(found, device=device), sources.load_tokenizer(found)
+    for number, test in enumerate(models if answers else ()):
+        before = list(models[:number])
+        references = before[:1]
+        if test.exported:
+            references += [one for one in before[1:] if not one.exported][-1:]
+        for reference in references:
+            found = {
+                one.task: Paired.of(one.answers, two.answers)
+                for one, two in zip(answers[reference.label], answers[test.label], strict=True)
+                if one.answers is not None and two.answers is not None
+            }
+            if found:
+                tasks: dict[str, PairedFacts] = {task: one.as_json() for task, one in found.items()}
+                overall = Paired.over(found.values()).as_json()
+                yield {"reference": reference.label, "test": test.label, "tasks": tasks, "overall": overall}
 
 
-def _models(paths: Sequence[str | Path]) -> dict[str, Path]:
-    """Label -> folder; a run folder stands for its dense parent and its checkpoint."""
+def _models(paths: Sequence[str | Path]) -> list[_Model]:
+    """Name and find every model; a run folder stands for its dense parent and its checkpoint."""
+    from moedge.convert.plan import MoEPlan
+
     found: dict[str, Path] = {}
     for given in paths:
         path = Path(given)
         if run_folder.is_run(path):
             found |= {f"{path} dense": run_folder.dense(path), f"{path} moe": run_folder.checkpoint(path)}
         else:
-            found[str(given)] = path
+            found[str(given)] = local(path)
     if not found:
         raise MoEdgeError("evaluate needs at least one model.")
-    return found
+    plans = {folder: MoEPlan.load(folder) for folder in found.values() if (folder / "plan.json").is_file()}
+    return [_Model(label, folder, plans.get(folder)) for label, folder in found.items()]
+
+
+def _texts(models: Sequence[_Model], evaluation: Evaluation) -> list[tuple[TextSet, str]]:
+    """Return the texts, without the documents that a model of the table has seen, and in words what they are."""
+    if not evaluation.texts:
+        return []
+    plans = [model.plan for model in models if model.plan is not None]
+    plans += [plan for model in models if (plan := _plan_of_bundle(model, plans)) is not None]
+    return [held_out.beside(plans, spec, evaluation.holdout_every) for spec in evaluation.texts]
+
+
+def _plan_of_bundle(model: _Model, known: Iterable[MoEPlan]) -> MoEPlan | None:
+    """Return the plan that a converted bundle was made by, where it is not among those ``known``; None for others.
+
+    Raises:
+        MoEdgeError: it cannot be found, so nobody can tell which documents the model has seen.
+    """
+    from moedge.convert.plan import MoEPlan
+
+    manifest = manifests.read(model.folder)
+    sha256 = manifest.moe.plan_sha256 if manifest and manifest.moe and manifest.kind == "moe" else None
+    if manifest is None or manifest.kind != "moe" or any(plan.sha256 == sha256 for plan in known):
+        return None
+    run = model.folder.absolute().parent.parent
+    if run_folder.is_run(run) and (run_folder.checkpoint(run) / "plan.json").is_file():
+        plan = MoEPlan.load(run_folder.checkpoint(run))
+        if plan.sha256 == sha256:
+            return plan
+    raise MoEdgeError(
+        f"{model.label} does not say on which documents its model was calibrated, so a perplexity might be measured on "
+        "text that it has seen; name its checkpoint as well, before it."
+    )

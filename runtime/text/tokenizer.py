@@ -91,7 +91,15 @@ class Tokenizer:
     @property
     def eos_token_id(self) -> int | None:
         """Id of the tokenizer's end-of-text token, if it names one."""
-        text = self._special_tokens.get("eos_token")
+        return self._special_id("eos_token")
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """Id of the tokenizer's begin-of-text token, if it names one."""
+        return self._special_id("bos_token")
+
+    def _special_id(self, name: str) -> int | None:
+        text = self._special_tokens.get(name)
         return self._tokenizer.token_to_id(text) if text else None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from moedge.runtime.text.tokenizer import open_tokenizer
+from moedge.runtime.text.tokenizer import Tokenizer, open_tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -15,13 +15,17 @@ if TYPE_CHECKING:
 class _Adapter:
     """The two things of a transformers tokenizer that ``calibration.windows`` uses."""
 
-    bos_token_id: int | None = None
-
-    def __init__(self, folder: Path) -> None:
-        self._tokenizer = open_tokenizer(folder)
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.bos_token_id = tokenizer.bos_token_id
 
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
         return {"input_ids": self._tokenizer.encode(text, add_special_tokens=False)}
+
+
+def as_transformers(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
+    """Return ``tokenizer`` as the functions take it that cut text into windows."""
+    return cast("PreTrainedTokenizerBase", _Adapter(tokenizer))
 
 
 def token_windows(folder: Path, spec: str, length: int, count: int) -> tuple[str, np.ndarray]:
@@ -33,5 +37,5 @@ def token_windows(folder: Path, spec: str, length: int, count: int) -> tuple[str
     from moedge.convert import calibration
 
     text = calibration.read_text(spec)
-    tokenizer = cast("PreTrainedTokenizerBase", _Adapter(folder))
+    tokenizer = as_transformers(open_tokenizer(folder))
     return text.name, calibration.windows(tokenizer, text, length, count, bos=False, name="given")

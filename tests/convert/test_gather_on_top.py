@@ -14,7 +14,7 @@ from moedge import MoEdgeError
 from moedge.configs.recipe import recipe_from
 from moedge.convert import calibration, diagnostics, forms, gather, methods, modeling, reads
 from moedge.convert.methods import METHODS, baselines
-from moedge.convert.plan import SMALLEST_RAMP, SMALLEST_THRESHOLD, MoEPlan
+from moedge.convert.plan import SMALLEST_RAMP, SMALLEST_THRESHOLD, THRESHOLDS, MoEPlan
 
 TAKING = [name for name, method in METHODS.items() if not method.no_gather]
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -52,7 +52,9 @@ def test_every_method_takes_it_and_reads_what_was_asked_for(
     assert plan.params["gather"]["share"] == 0.5
     assert METHODS[name].layout(plan.params) == f"{METHODS[name].layout(plain.params)}, gather 0.5"
     assert "gather" not in plain.params, "plans without it keep their hash"
-    bare = [replace(layer, x_threshold=None, h_threshold=None, ramp=own.ramp) for layer, own in both(plan, plain)]
+    none = dict.fromkeys(THRESHOLDS)
+    bare = [layer.with_thresholds(none, own.ramp) for layer, own in both(plan, plain)]
+    assert "qkv_threshold" in plan.layers[0].thresholds, "attention reads less too"
     assert replace(plan, layers=bare, params=plain.params, provenance=plain.provenance).sha256 == plain.sha256
 
 
@@ -69,10 +71,8 @@ def test_with_every_expert_and_the_smallest_thresholds_the_model_is_dense(
     assert plan.differs_from_dense() == "small inputs are left out"
 
     def everything(layer: Any) -> Any:
-        least = {
-            name: np.full_like(getattr(layer, name), SMALLEST_THRESHOLD) for name in ("x_threshold", "h_threshold")
-        }
-        return replace(layer, top_k=layer.num_experts, **least)
+        least = {name: np.full_like(value, SMALLEST_THRESHOLD) for name, value in layer.thresholds.items()}
+        return replace(layer.with_thresholds(least, layer.ramp), top_k=layer.num_experts)
 
     ids = torch.from_numpy(token_windows[:2])
     with torch.no_grad():

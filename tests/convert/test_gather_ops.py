@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moedge.convert import ops
+from moedge.convert.ops.gathered import limits_of
 
 moedge = torch.ops.moedge
 RAMP = 0.1
@@ -98,6 +99,30 @@ def test_every_shape_that_broadcasts_and_every_layout() -> None:
     turned = x.transpose(0, 1).contiguous().transpose(0, 1)
     torch.testing.assert_close(moedge.keep_large(turned, threshold, RAMP), want)
     assert moedge.keep_large(x[:0], threshold, RAMP).shape == (0, 5, 8)
+
+
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+def test_the_gathered_operators_are_the_products_of_kept_values(activation: str) -> None:
+    """What a gathered FFN is in PyTorch, with weights by channel."""
+    x, gate, up, down = (draw(*s, seed=i).double() for i, s in enumerate(((6, 8), (10, 8), (10, 8), (8, 10))))
+    kept = moedge.keep_large(x, limits(8), RAMP)
+    h = ops.activate(F.linear(kept, gate), activation) * F.linear(kept, up)
+    threshold = limits(10, seed=3)
+    want = F.linear(moedge.keep_large(h, threshold, RAMP), down)
+    table = torch.stack([threshold.double(), threshold.double() * RAMP])
+    got = moedge.gathered_linear(moedge.gathered_glu(kept, gate.T, up.T, table, activation), down.T)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(got, F.linear(h, down), rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_gathered_operators_pass_opcheck_and_round_as_keep_large_does(dtype: torch.dtype) -> None:
+    x, gate, up = draw(6, 8, dtype=dtype), draw(8, 10, seed=1, dtype=dtype), draw(8, 10, seed=2, dtype=dtype)
+    table = limits_of(limits(10), RAMP)
+    torch.library.opcheck(moedge.gathered_glu.default, (x, gate, up, table, "silu"))
+    torch.library.opcheck(moedge.gathered_linear.default, (x, gate))
+    h = F.silu(x @ gate) * (x @ up)
+    assert torch.equal(moedge.gathered_glu(x, gate, up, table, "silu"), moedge.keep_large(h, limits(10), RAMP))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -10,46 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
+from lm_eval.models.huggingface import HFLM
 
 from moedge import MoEdgeError
 from moedge.convert import modeling, tasks
-from moedge.runtime.cli import app
-
-WORDS = ("cat", "hat", "dog", "fog", "sun", "run", "sea", "tea")
+from moedge.convert.tasks import Questions
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """SciQ and ARC with eight short questions each."""
-    folder = tmp_path_factory.mktemp("tasks")
-    sciq = [
-        {
-            "support": "",
-            "question": f"what is {word}",
-            "distractor1": WORDS[i - 1] * 3,
-            "distractor2": WORDS[i - 2],
-            "distractor3": WORDS[i - 3] + " s",
-            "correct_answer": word,
-        }
-        for i, word in enumerate(WORDS)
-    ]
-    arc = [
-        {
-            "question": f"which is {word}?",
-            "choices": {"text": [word, WORDS[i - 1] * 2], "label": ["A", "B"]},
-            "answerKey": "AB"[i % 2],
-        }
-        for i, word in enumerate(WORDS)
-    ]
-    for name, rows in (("sciq", sciq), ("arc_easy", arc)):
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return {name: folder / f"{name}.jsonl" for name in ("sciq", "arc_easy")}
-
-
-def by_hand(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
-    """Whether the likeliest choice is right: by log-likelihood, and by log-likelihood over bytes (acc_norm)."""
-    plain, normed = [], []
+def by_hand(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> tuple[list[float], list[float], list[int]]:
+    """Whether the likeliest choice is right: by log-likelihood, and by log-likelihood over bytes (acc_norm); which."""
+    plain, normed, chosen = [], [], []
     for row in rows:
         choices = [row["distractor1"], row["distractor2"], row["distractor3"], row["correct_answer"]]
         scores = []
@@ -60,15 +30,16 @@ def by_hand(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> tuple[lis
                 logits = model(torch.tensor([context + target])).logits[0].float().log_softmax(-1)
             places = range(len(context) - 1, len(context) + len(target) - 1)
             scores.append(sum(float(logits[at, token]) for at, token in zip(places, target, strict=True)))
-        plain.append(float(np.argmax(scores) == 3))
+        chosen.append(int(np.argmax(scores)))
+        plain.append(float(chosen[-1] == 3))
         normed.append(float(np.argmax([score / len(c) for score, c in zip(scores, choices, strict=True)]) == 3))
-    return plain, normed
+    return plain, normed, chosen
 
 
 @pytest.mark.parametrize("converted", [False, True])
 def test_accuracy_is_what_the_log_likelihoods_say(
     converted: bool,
-    data: dict[str, Path],
+    task_files: dict[str, Path],
     tiny_llama: Callable[..., Any],
     tiny_tokenizer: Any,
     make_plan: Callable[..., Any],
@@ -77,51 +48,19 @@ def test_accuracy_is_what_the_log_likelihoods_say(
     model = tiny_llama()
     if converted:
         model = modeling.apply(make_plan(model)[0], model)
-    (row,) = tasks.run(model, tiny_tokenizer, ["sciq"], data=data, batch_size=2)
-    questions = [json.loads(line) for line in data["sciq"].read_text(encoding="utf-8").splitlines()]
-    plain, normed = by_hand(model, tiny_tokenizer, questions)
-    assert (row["questions"], row["shots"], row["data"]) == (8, 0, "sciq.jsonl")
+    lm = HFLM(pretrained=model, tokenizer=tiny_tokenizer, backend="causal", batch_size=2)
+    (score,) = tasks.run(lm, Questions(("sciq",), {"sciq": task_files["sciq"]}))
+    questions = [json.loads(line) for line in task_files["sciq"].read_text(encoding="utf-8").splitlines()]
+    plain, normed, chosen = by_hand(model, tiny_tokenizer, questions)
+    assert (score.questions, score.available, score.shots, score.data) == (8, 8, 0, "sciq.jsonl")
     for name, right in (("acc", plain), ("acc_norm", normed)):
-        assert row["metrics"][name]["value"] == pytest.approx(np.mean(right))
+        assert score.metrics[name]["value"] == pytest.approx(np.mean(right))
         # The standard error of a mean: sample deviation over the root of the number of questions.
-        assert row["metrics"][name]["stderr"] == pytest.approx(np.std(right, ddof=1) / 8**0.5)
-
-
-def test_the_command_compares_models_and_prints_the_protocol(
-    data: dict[str, Path],
-    tiny_llama: Callable[..., Any],
-    tiny_tokenizer: Any,
-    make_plan: Callable[..., Any],
-    moedge_cache: Path,
-    tmp_path: Path,
-) -> None:
-    model = tiny_llama()
-    for part in (model, tiny_tokenizer):
-        part.save_pretrained(tmp_path / "dense")
-    plan = make_plan(model)[0]
-    modeling.save(modeling.apply(plan, model), plan, tiny_tokenizer, tmp_path / "moe")
-    text = tmp_path / "text.txt"
-    text.write_text("\n".join("the cat sat on the mat" for _ in range(40)), encoding="utf-8")
-    options = [str(tmp_path / "dense"), str(tmp_path / "moe"), "--tasks", "sciq,arc_easy", "--shots", "2"]
-    options += [f"--task-data={name}={path}" for name, path in data.items()]
-    options += ["--limit", "4", "--text", str(text), "--tokens", "256", "--window", "64"]
-    options += ["--save", str(tmp_path / "scores.json")]
-    printed = CliRunner().invoke(app, ["evaluate", *options], catch_exceptions=False)
-    assert printed.exit_code == 0, printed.output
-    result = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
-    assert result["protocol"]["documents"] == {"text": "40 documents"}
-    assert [row["model"] for row in result["rows"]] == [str(tmp_path / "dense"), str(tmp_path / "moe")]
-    dense, moe = result["rows"]
-    assert dense["perplexity"]["text"]["tokens"] == moe["perplexity"]["text"]["tokens"] == 4 * 63
-    assert dense["perplexity"]["text"]["ppl"] != moe["perplexity"]["text"]["ppl"]
-    for row in result["rows"]:
-        assert [(task["task"], task["questions"], task["shots"]) for task in row["tasks"]] == [
-            ("sciq", 4, 2),
-            ("arc_easy", 4, 2),
-        ]
-        assert set(row["tasks"][1]["metrics"]) == {"acc", "acc_norm"}
-    assert "2 shots" in printed.output
-    assert "40 documents" in printed.output
+        assert score.metrics[name]["stderr"] == pytest.approx(np.std(right, ddof=1) / 8**0.5)
+    assert score.answers is not None
+    assert score.answers.metric == "acc"
+    assert list(score.answers.chosen) == chosen
+    assert score.answers.right.tolist() == [bool(right) for right in plain]
 
 
 @pytest.mark.parametrize(
@@ -129,13 +68,45 @@ def test_the_command_compares_models_and_prints_the_protocol(
     [
         (["lambada"], {}, "has no packaged data"),
         (["sciq"], {"sciq": Path("missing.jsonl")}, "must be an existing"),
+        (["sciq"], {"piqa": Path("piqa.jsonl")}, "--task-data names piqa, which --tasks does not"),
     ],
 )
-def test_refusals(
-    names: list[str], data: dict[str, Path], sentence: str, tiny_llama: Callable[..., Any], tiny_tokenizer: Any
-) -> None:
+def test_refusals(names: list[str], data: dict[str, Path], sentence: str) -> None:
     with pytest.raises(MoEdgeError, match=sentence):
-        tasks.run(tiny_llama(), tiny_tokenizer, names, data=data)
+        tasks.run(object(), Questions(tuple(names), data))  # type: ignore[arg-type]  # refused before it is asked
+
+
+def sample(metrics: dict[str, Any], *given: Any, filter: str = "none", doc_id: int = 0) -> dict[str, Any]:
+    facts = {"filter": filter, "doc_id": doc_id, "metrics": list(metrics), "filtered_resps": list(given)}
+    return {**facts, "doc_hash": str(doc_id), "prompt_hash": "p", **metrics}
+
+
+def test_the_answer_is_what_the_metric_judges() -> None:
+    one, two, three = (-3.0, False), (-1.0, False), (-2.0, True)
+
+    def found(*samples: dict[str, Any]) -> Any:
+        answers = tasks._answers(samples)
+        return answers and (answers.metric, answers.chosen, answers.right.tolist())
+
+    assert found(sample({"acc_norm": 0.0, "acc": 1.0}, one, two, three)) == ("acc", (1,), [True])
+    # Half of the likelihoods are of the choices without the question.
+    assert found(sample({"acc": 0.0, "acc_mutual_info": 1.0}, one, three, two, two)) == ("acc", (1,), [False])
+    assert found(sample({"perplexity": -1.0, "acc": 1}, three)) == ("acc", (1,), [True])
+    assert found(sample({"exact_match": 0.0}, "42")) == ("exact_match", ("42",), [False])
+    # Of two filters the first counts; the order is that of the data.
+    several = [sample({"acc": i % 2}, one, two, filter=name, doc_id=i) for name in ("b", "a") for i in (1, 0)]
+    assert found(*several) == ("acc", (1, 1), [False, True])
+    assert found(sample({"bleu": 0.3}, "text")) is None
+    assert found(sample({}, "text")) is None
+
+
+def test_the_questions_have_a_hash() -> None:
+    def asked(*ids: int) -> str:
+        answers = tasks._answers([sample({"acc": 1}, (-1.0, True), doc_id=i) for i in ids])
+        assert answers is not None
+        return answers.asked
+
+    assert asked(0, 1) == asked(1, 0) != asked(0, 2)
 
 
 def test_every_known_task_has_an_asset_and_an_lm_eval_task() -> None:

@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,20 @@ def source(bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     root = tmp_path_factory.mktemp("source")
     shutil.copytree(bundles["moe/portable"], root / "portable")
     return root
+
+
+@pytest.fixture(scope="session")
+def gathered_portable(
+    tiny_model: Any, tiny_tokenizer: Any, gather_only: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Bundle ``portable`` of a tiny model that leaves out small values and has no experts."""
+    from moedge.convert import modeling
+    from moedge.export.pipeline import export
+
+    root, model = tmp_path_factory.mktemp("gathered"), tiny_model("llama")
+    plan = gather_only(model)
+    modeling.save(modeling.apply(plan, model), plan, tiny_tokenizer, root / "model")
+    return export(root / "model", root / "bundles", [], label="gather")["portable"]
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,8 @@ from moedge.export.lowering.ort.gathered import FuseGather
 from moedge.export.lowering.ort.quantized import INT8_LIMIT
 from moedge.export.lowering.ort.routed import FuseRouted
 from moedge.export.lowering.trt import engine as tensorrt
+from moedge.export.lowering.trt import gathered as trt_gathered
+from moedge.export.lowering.trt.gathered import GatherProducts
 from moedge.export.pipeline import export, lower
 from moedge.export.quantize import moments
 from moedge.runtime.engines import open_engine
@@ -43,6 +45,7 @@ HALF = 4 * tensorrt.HALF_LIMIT * GROWTH
 INT8 = 2 * INT8_LIMIT
 KINDS = [
     "gather only",
+    "gather only, every linear layer",
     "routed",
     *(pytest.param(n, marks=pytest.mark.slow) for n in ("compensation", "biases", "GELU")),
 ]
@@ -83,7 +86,8 @@ def folders(
     tmp_path_factory: Any, tiny_model: Any, tiny_tokenizer: Any, convert_tiny: Any, gathered: Any, gather_only: Any
 ) -> Folders:
     def make(kind: str, path: Path) -> None:
-        options = {"biases": {"mlp_bias": True}, "GELU": {"hidden_act": "gelu_pytorch_tanh"}}.get(kind, {})
+        facts = {"biases": {"mlp_bias": True}, "GELU": {"hidden_act": "gelu_pytorch_tanh"}}
+        options = facts.get(kind.rpartition(", ")[2], {})
         options = {"hidden": 64, "width": 256} if "wide" in kind else options
         model = tiny_model("llama", **options)
         model.model.norm.weight.data *= 2  # logits with a standard deviation that the limits of verify are derived for
@@ -91,7 +95,7 @@ def folders(
         for layer in model.model.layers if "wide" in kind else ():  # weights of 0.2 make attention sharper than trained
             layer.self_attn.q_proj.weight.data *= 0.25
         plan = (
-            gather_only(model)
+            gather_only(model, **({"linears": "all", "ramp": 2.0} if "every" in kind else {}))
             if kind.startswith("gather only")
             else gathered(convert_tiny(model, "cmoe"), model, **parts)
         )
@@ -138,6 +142,75 @@ def test_half_precision_targets_are_the_model(
     path = folders.bundle(kind, target, **options)
     check(open_engine(path, taps=True), TorchEngine(folders.checkpoint(kind), taps=True), HALF)
     assert applied(path)["KeepLarge -> Abs, Sub, Div, Clip, Mul"]
+    assert (GatherProducts(None).name in applied(path)) == (target == "tensorrt")
+
+
+def plugins_of(path: Path) -> list[str]:
+    """The plugin nodes of a bundle's graph, in its order."""
+    graph = onnx.load(path / "model.onnx", load_external_data=False).graph
+    return [node.op_type for node in graph.node if node.domain == "moedge"]
+
+
+FFN = ["GatheredGLU", "GatheredLinear"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "layer"),
+    [
+        ("gather only", {"tensorrt": "10.13"}, FFN),
+        ("gather only", {"tensorrt": "10.13", "dtype": "bfloat16"}, FFN),
+        ("gather only", {"tensorrt": "10.3"}, []),
+        ("gather only", {"tensorrt": "10.13", "experts": "merged"}, []),
+        ("gather only, biases", {"tensorrt": "10.13"}, ["GatheredLinear"] * 3),
+        ("gather only, GELU", {"tensorrt": "10.13"}, ["GatheredLinear"] * 3),
+        ("routed", {"tensorrt": "10.13"}, FFN),  # of the shared block: thresholds of experts have no kernel
+        ("x alone", {"tensorrt": "10.13"},
+         ["Route", *["GatheredLinear"] * 2, "Dispatch", "GroupedGLU", "GroupedLinear", "Combine"]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_tensorrt_reads_the_weights_of_kept_values_where_it_takes_kernels(
+    folders: Folders, kind: str, options: dict[str, Any], layer: list[str]
+) -> None:
+    path = folders.bundle(kind, "tensorrt", **options)
+    assert sorted(plugins_of(path)) == sorted(layer * 2)
+    rewrites, manifest = applied(path), open_bundle(path).manifest
+    assert all(rewrites.values())
+    assert (GatherProducts(None).name in rewrites) == bool(layer)
+    assert (manifest.plugins is not None) == bool(layer)
+    assert any("multiplied by zeros" in limit for limit in manifest.limits) == (not layer)
+    if options.get("dtype") != "bfloat16":
+        check(open_engine(path, taps=True), TorchEngine(folders.checkpoint(kind), taps=True), HALF)
+
+
+def test_rtx_has_kernels_for_kept_values_where_they_are_asked_for(folders: Folders) -> None:
+    said = {
+        entry["rewrite"]: entry["reason"]
+        for entry in open_bundle(folders.bundle("gather only", "tensorrt-rtx")).manifest.document()["lowering"]
+        if entry["status"] == "refused"
+    }
+    assert "--expert-form plugins" in said[GatherProducts(None).name]
+    path = folders.bundle("gather only", "tensorrt-rtx", experts="plugins")
+    assert plugins_of(path) == FFN * 2
+    assert any("libmoedge_launch.so" in limit for limit in open_bundle(path).manifest.limits)
+    check(open_engine(path), TorchEngine(folders.checkpoint("gather only")), HALF)
+
+
+def test_the_bodies_of_plugins_are_the_standard_operators_bit_for_bit(folders: Folders) -> None:
+    """What is judged on a CPU is the same in both forms, and so the verdict is."""
+    paths = [
+        folders.bundle("gather only", "tensorrt", tensorrt="10.13", **more) for more in ({}, {"experts": "merged"})
+    ]
+    plugins, standard = (open_engine(path).prefill(IDS).logits for path in paths)
+    np.testing.assert_array_equal(plugins, standard)
+
+
+def test_a_weight_by_channel_is_stored_once(folders: Folders) -> None:
+    """Prompts and single tokens read the same rows."""
+    graph = onnx.load(folders.bundle("gather only", "tensorrt", tensorrt="10.13") / "model.onnx").graph
+    shapes = [tuple(tensor.dims) for tensor in graph.initializer if ".mlp." in tensor.name and len(tensor.dims) == 2]
+    wanted = [(32, 64), (32, 64), (2, 64), (64, 32)]  # gate, up, limits, down
+    assert sorted(shapes) == sorted(wanted * 2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -163,7 +236,11 @@ def test_quantised_targets_are_the_model_of_their_weights(folders: Folders, kind
     classes = {
         entry["tensor_class"]: entry for entry in open_bundle(path).manifest.document()["quantization"]["classes"]
     }
-    assert classes["thresholds"]["bytes"] == classes["thresholds"]["float_bytes"] == 4 * 2 * (32 + 64)
+    assert (
+        classes["thresholds"]["bytes"]
+        == classes["thresholds"]["float_bytes"]
+        == 4 * (2 * (32 + 64) + (2 * (32 + 32) + 32 if "every" in kind else 0))
+    )
 
 
 def test_cuda_takes_the_model_without_experts(folders: Folders) -> None:
@@ -245,9 +322,13 @@ def test_moments_for_gptq_are_of_the_values_that_are_kept(folders: Folders) -> N
             np.testing.assert_allclose(found[f"{name}.down"][expert], (h.T @ h).numpy(), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["gather only, wide", "routed"])
-def test_verify_passes_in_half_precision(folders: Folders, kind: str) -> None:
-    entry = verified(folders.portable(kind), folders.bundle(kind, "tensorrt-rtx"))
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("gather only, wide", {}), ("gather only, wide", {"experts": "plugins"}), ("routed", {})],
+    ids=str,
+)
+def test_verify_passes_in_half_precision(folders: Folders, kind: str, options: dict[str, Any]) -> None:
+    entry = verified(folders.portable(kind), folders.bundle(kind, "tensorrt-rtx", **options))
     assert not [check for check in entry["verdict"]["checks"] if not check["passed"]]
 
 
@@ -362,3 +443,68 @@ def test_a_mistake_in_standard_operators_fails_the_self_test(
     monkeypatch.setattr(gather, "keep_large", wrong(CHANGES[name]))
     with pytest.raises(MoEdgeError, match="Self-test of 'KeepLarge -> Abs, Sub, Div, Clip, Mul' failed"):
         lower("tensorrt-rtx", folders.portable("gather only"), tmp_path)
+
+
+def limits_of(change: Any) -> Any:
+    """The thresholds of hidden values, changed, and the ramps that belong to them."""
+    right = trt_gathered._limits
+
+    def limits(builder: Any, keep: Any) -> Any:
+        value = right(builder, keep)
+        array = array_of(value)
+        wrong = np.ascontiguousarray(change(array[0])).astype(np.float32)
+        return builder.initializer(f"{value.name}.wrong", np.stack([wrong, wrong * np.float32(0.1)]))
+
+    return limits
+
+
+BY_CHANNEL = trt_gathered._by_channel
+
+
+def unturned(builder: Any, product: Any) -> Any:
+    """The numbers of a weight in the order in which they were, one row for each output."""
+    right = BY_CHANNEL(builder, product)
+    array = array_of(right)
+    return builder.initializer(f"{right.name}.wrong", np.ascontiguousarray(array.T).reshape(array.shape))
+
+
+PLUGIN_MISTAKES = {
+    **{name: ("_limits", limits_of(change)) for name, change in CHANGES.items()},
+    "the weights are not turned": ("_by_channel", unturned),
+}
+
+
+@pytest.mark.parametrize("name", PLUGIN_MISTAKES)
+def test_a_mistake_in_plugins_fails_the_self_test(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(trt_gathered, *PLUGIN_MISTAKES[name])
+    with pytest.raises(MoEdgeError, match=r"Self-test of 'KeepLarge, products -> GatheredGLU.*' failed"):
+        lower("tensorrt", folders.portable("gather only"), tmp_path, tensorrt="10.13")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
+def test_an_engine_with_kernels_computes_what_its_graph_computes(folders: Folders, tmp_path: Path, target: str) -> None:
+    """On a GPU: built for it, run by it, prefill and decode, beside ONNX Runtime on the function bodies."""
+    from moedge.configs import devices
+    from moedge.runtime.device.moedge_cuda import Cuda
+    from moedge.runtime.engines import build
+
+    pytest.importorskip(target.replace("-", "_"))
+    cuda = Cuda()
+    here = cuda.capability()
+    cuda.close()
+    known = {name: devices.load(name) for name in devices.names()}
+    fitting = [name for name, device in known.items() if device.compute_capability == here and target in device.targets]
+    if not fitting or here == "7.5":
+        pytest.skip(f"{target} has no engines with kernels for compute capability {here}, or no profile has it")
+    path = folders.bundle("gather only", target, experts="plugins")
+    build.build(path, tmp_path / "engine", fitting[:1], max_length=64, max_prompt=24)
+    reference, engine = open_engine(path), open_engine(tmp_path / "engine")
+    want, got = reference.prefill(IDS[:, :20]), engine.prefill(IDS[:, :20])
+    for position in range(20, 24):
+        assert relative(got.logits, want.logits) < HALF
+        token = IDS[:, position : position + 1]
+        want, got = reference.decode(token, want.cache), engine.decode(token, got.cache)
+    engine.close()

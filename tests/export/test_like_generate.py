@@ -14,11 +14,13 @@ import torch
 
 from moedge import MoEdgeError
 from moedge.configs.generation_config import GenerationConfig
+from moedge.configs.tolerances import load as load_tolerances
 from moedge.export import rope
 from moedge.export.pipeline import export
 from moedge.runtime.engines import open_engine
 from moedge.runtime.engines.ort import OrtEngine
 from moedge.runtime.parity import compare as parity
+from moedge.runtime.parity import shapes
 from moedge.runtime.parity.suite import ALL_EXPERTS
 from moedge.runtime.text.generate import generate
 from moedge.runtime.text.tokenizer import Tokenizer
@@ -205,6 +207,30 @@ def test_the_longest_row_of_a_batch_decides_and_padding_does_not_count(name: str
         for found in (step.routes or {}).values():
             assert len(found) == more.size
     assert mask.sum(axis=1).max() > LIMIT
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_every_shape_is_held_to_one_reading_of_the_text(name: str, long: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces are compared from the boundary on; rows of a batch end before it, for the longest decides for all."""
+    if name not in long:
+        pytest.skip("the other family shows it")
+    monkeypatch.setattr(shapes, "LONG_PIECE", 17)
+    text = np.random.default_rng(0).integers(0, 250, (1, 40))
+    profile = load_tolerances().profile("float32", "ort-cpu")
+    engine, reference = opened(long, name, taps=name.startswith("moe")), opened(long, "dense")
+    rules = shapes.Rules(profile, profile, reference)
+    entry = shapes.check(engine, text, shapes.Asked(long=text[0]), rules)
+    assert entry["verdict"]["passed"], entry["verdict"]
+    assert entry["prompts"][0] + 5 == LIMIT
+    assert entry["cases"]["length.40.decode"]["tokens"] == shapes.LONG_STEPS
+    if name.startswith("moe"):  # what was chosen before the boundary is no choice of the long text
+        assert set(entry["not_run"]) == {"length.40.chunked"}
+        return
+    assert entry["cases"]["length.40.chunked"]["tokens"] == 40 - LIMIT
+    if name == "dense-ort-cpu":
+        engine._loaded = replace(engine._loaded, rope_boundary=None)  # it does not read again
+        entry = shapes.check(engine, text, shapes.Asked(long=text[0]), rules)
+        assert [part for part, passed in entry["verdict"]["parts"].items() if not passed] == ["length.40.chunked"]
 
 
 def test_an_older_bundle_takes_the_boundary_from_its_config(long: Made, tmp_path: Path) -> None:

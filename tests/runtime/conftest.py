@@ -341,6 +341,29 @@ class SampleRun:
             },
         }
 
+    def shapes(self, test: str) -> dict[str, Any]:
+        case = {"tokens": 34, "identical": 5, "replayed": 0, "excused": 0}
+        case |= {"rel_error": {"mean": 4e-7, "max": 1e-6}, "kl": {"mean": 1e-13, "max": 1e-12}}
+        names = ("determinism", "batch.padding.prefill.rel_error.mean")
+        checks = [
+            {"name": name, "value": 4e-7 * i, "relation": "<=", "limit": 1.4e-4 * i} for i, name in enumerate(names)
+        ]
+        return {
+            "schema": "moedge.shapes/1",
+            "name": f"{test} in other shapes",
+            "test": self.info(test),
+            "prompts": [21, 12, 1],
+            "cases": {"batch.padding.prefill": {**case, "worst": {"row": 1, "position": 3, "rel_error": 1e-6}}},
+            "not_run": {"batch.chunked": self.text},
+            "verdict": {
+                "passed": True,
+                "outcome": "passed",
+                "parts": {"determinism": True, "batch.padding.prefill": True},
+                "checks": [{**check, "passed": True, "decided": True} for check in checks],
+                "notes": [self.text],
+            },
+        }
+
     def verification(self) -> dict[str, Any]:
         identity = {
             "schema": "moedge.identity/1",
@@ -357,6 +380,7 @@ class SampleRun:
             "text": self.text,
             "identity": [identity],
             "parity": [self.parity("ort-cpu moe", "torch moe"), self.parity("ort-cpu dense", "torch dense")],
+            "shapes": [self.shapes("ort-cpu moe"), self.shapes("ort-cpu dense")],
             "passed": True,
         }
 

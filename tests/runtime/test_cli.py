@@ -417,3 +417,14 @@ def test_junit_counts_every_check_and_names_the_failed_ones() -> None:
     suite = ElementTree.fromstring(junit_xml(result))
     (failure,) = suite.iter("failure")
     assert (failure.get("message") or "").startswith("not decided: decode.top1 <&> is None")
+
+
+def test_junit_holds_what_was_not_run_as_skipped(sample_runs: Any) -> None:
+    result = sample_runs("no <padding> here").verification()
+    suite = ElementTree.fromstring(junit_xml(result))
+    (one, _) = (case for case in suite.iter("testcase") if case.find("skipped") is not None)
+    assert (one.get("classname"), one.get("name")) == ("ort-cpu moe in other shapes", "batch.chunked")
+    assert [skipped.get("message") for skipped in suite.iter("skipped")] == ["no <padding> here"] * 2
+    names = [case.get("name") for case in suite.iter("testcase")]
+    assert names.count("batch.padding.prefill.rel_error.mean") == 2
+    assert (suite.get("tests"), suite.get("skipped"), suite.get("failures")) == (str(len(names)), "2", "0")

@@ -42,6 +42,24 @@ def test_several_tokens_can_be_decoded_at_once(kind: str, toy_bundles: dict[str,
     np.testing.assert_allclose(step.logits[0], reference(IDS[0, :20])[0][9:], atol=ATOL)
 
 
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_tokens_of_several_rows_can_be_decoded_at_once(
+    kind: str, last: bool, toy_bundles: dict[str, Path], reference: Any
+) -> None:
+    """GroupQueryAttention takes them for one row only; padding stays hidden."""
+    engine = open_engine(toy_bundles[kind], threads=1, taps=True, last_logits=last)
+    ids, mask = np.concatenate([IDS[:, :12], IDS[:, 12:]]), np.ones((2, 9), dtype=np.int64)
+    mask[1, :4] = 0
+    step = engine.decode(ids[:, 9:], engine.prefill(ids[:, :9], mask).cache)
+    assert step.logits.shape[1] == (1 if last else 3)
+    assert step.routes is not None
+    for row, text in enumerate((ids[0], ids[1, 4:])):
+        logits, routes = reference(text)
+        np.testing.assert_allclose(step.logits[row], logits[-step.logits.shape[1] :], atol=ATOL)
+        np.testing.assert_array_equal(step.routes[0].reshape(2, 3, -1)[row], routes[-3:])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_left_padding_changes_nothing(kind: str, toy_bundles: dict[str, Path], reference: Any) -> None:
     engine = open_engine(toy_bundles[kind], threads=1, taps=True)

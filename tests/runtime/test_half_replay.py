@@ -22,6 +22,7 @@ from moedge.runtime.engines import open_engine, ort_loader
 from moedge.runtime.engines import ort as ort_engine
 from moedge.runtime.engines import ort_session as _session
 from moedge.runtime.parity.given import pair
+from moedge.runtime.parity.shapes import Asked
 from moedge.runtime.parity.suite import Judging
 
 HIDDEN, EXPERTS, TOP_K, LAYERS = 64, 30, 15, 2
@@ -89,6 +90,22 @@ def test_flipped_near_ties_pass_and_what_the_router_read_gives_its_choices(folde
     assert entry["replay"]["router"]["decisions"] == LAYERS * WINDOWS.size
     free, forced = (found["overall"]["kl_ref_test"]["mean"] for found in (entry, entry["replay"]))
     assert 0 < forced < free / 3
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_healthy_engine_is_itself_in_every_shape(folders, form):
+    """Its choices flip between shapes, too; then the reference replays them. What takes no padding says so."""
+    asked = Asked(long=WINDOWS.reshape(-1)[:64])
+    quiet: Any = lambda *_: None  # noqa: E731
+    result = pair(
+        folders["portable"], folders[form], "random", WINDOWS, 24, "float32", {"threads": 1}, quiet, asked=asked
+    )
+    (entry,) = result["shapes"]
+    assert entry["verdict"]["passed"], [check for check in entry["verdict"]["checks"] if not check["passed"]]
+    assert set(entry["not_run"]) == ({"batch.padding", "batch.chunked"} if form == "ort-cuda" else set())
+    assert entry["cases"]["length.64.reference"]["replayed"] == 64
+    assert "router" in entry["verdict"]["parts"]
+    assert not sum(case["excused"] for case in entry["cases"].values())
 
 
 def test_routers_of_tensorrt_graphs_read_float32_and_those_of_onnx_runtime_what_the_norm_left(folders):

@@ -15,15 +15,17 @@ from moedge import MoEdgeError
 from moedge.convert import modeling
 from moedge.export.pipeline import export
 from moedge.runtime.commands.verify import explained
-from moedge.runtime.engines import open_engine
+from moedge.runtime.engines import open_engine, ort
 from moedge.runtime.parity.given import pair
+from moedge.runtime.parity.shapes import Asked
 
 WINDOWS = np.random.default_rng(1).integers(0, 256, (2, 48))
 TARGETS = ["ort-cpu", "ort-cpu-int8", "tensorrt-rtx", "openvino"]
 RAMPS = {"narrow": 0.001, "0.1": 0.1, "0.5": 0.5}
 GELU = "GELU and biases"
 """Its FFNs are no GatherGLU: two GatherLinears each."""
-KINDS = [*RAMPS, GELU, "routed, x alone"]
+ALL, TIED = "every linear layer", "every linear layer, tied"
+KINDS = [*RAMPS, GELU, "routed, x alone", ALL, TIED, "routed, every linear layer"]
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +38,13 @@ def folders(
     def folder(kind: str, name: str) -> Path:
         if not (root / kind).exists():
             more = {"hidden_act": "gelu_pytorch_tanh", "mlp_bias": True} if kind == GELU else {}
-            model = tiny_model("llama", **more)
+            model = tiny_model("llama", **more, tie_word_embeddings="tied" in kind)
+            linears = "all" if "every" in kind else "ffn"
             model.model.norm.weight.data *= 2
             if "routed" not in kind:
-                plan = gather_only(model, ramp=RAMPS.get(kind, 0.1))
+                plan = gather_only(model, ramp=RAMPS.get(kind, 0.1), linears=linears)
             else:
-                plan = gathered(convert_tiny(model, "cmoe"), model, h=False)
+                plan = gathered(convert_tiny(model, "cmoe"), model, h=False, linears=linears)
             modeling.save(modeling.apply(plan, model), plan, tiny_tokenizer, root / kind / "checkpoint")
             targets = TARGETS if kind == "0.1" else TARGETS[:2]
             export(root / kind / "checkpoint", root / kind / "bundles", targets, label="tiny")
@@ -69,16 +72,44 @@ def test_a_healthy_engine_passes_whatever_the_ramp(folders: Any, kind: str, refe
     if (kind, target) == (GELU, "ort-cpu-int8"):
         del entries[0]  # what 8 bits cost random weights turns one token of 46: that says nothing
     for entry in entries:
-        parts = ["arithmetic", *(["router"] if kind == "routed, x alone" else []), "kept", "free"]
+        parts = ["arithmetic", *(["router"] if "routed" in kind else []), "kept", "free"]
         assert list(entry["verdict"]["parts"]) == parts
         assert not missed(entry)
         kept = entry["replay"]["kept"]
         assert entry["replay"]["tokens"] == WINDOWS.size
         assert kept["wrong"] == 0
         assert 0.3 < kept["kept"] < 0.9
-        values = 32 if kind == "routed, x alone" else 32 + 64
-        assert kept["decisions"] == 2 * values * WINDOWS.size
+        values = 2 * (32 if "routed" in kind else 32 + 64)
+        values += 2 * (32 + 32) + 32 if "every" in kind else 0
+        assert kept["decisions"] == values * WINDOWS.size
         assert "100.0000% of values rightly kept" in explained(entry, entry["replay"])
+
+
+def in_shapes(reference: Path, test: Path) -> dict[str, Any]:
+    asked = Asked(long=WINDOWS.reshape(-1)[:64])
+    found = pair(reference, test, "random", WINDOWS, 24, "float32", {"threads": 1}, lambda *_: None, asked=asked)
+    (entry,) = found["shapes"]
+    return dict(entry)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("target", ["portable", *TARGETS[:2]])
+def test_a_healthy_engine_is_itself_in_every_shape(folders: Any, kind: str, target: str) -> None:
+    entry = in_shapes(folders(kind, "checkpoint"), folders(kind, target))
+    assert not missed(entry)
+    assert not entry["not_run"]
+    assert "kept" in entry["verdict"]["parts"]
+    assert all(case["replayed"] == case["tokens"] for case in entry["cases"].values())
+
+
+def test_padding_that_is_seen_is_found_under_the_engines_own_choices(
+    folders: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ort, "check_batch", lambda ids, mask, vocab_size: np.ones_like(ids))
+    entry = in_shapes(folders("0.1", "checkpoint"), folders("0.1", "ort-cpu"))
+    wrong = {"batch.padding.prefill", "batch.padding.decode", "batch.chunked"}
+    assert {name for name, passed in entry["verdict"]["parts"].items() if not passed} >= wrong
+    assert entry["verdict"]["parts"]["batch.equal"]
 
 
 def test_operators_that_stand_for_it_show_it_too(folders: Any) -> None:
@@ -90,6 +121,8 @@ def test_half_precision_shows_nothing_and_says_so(folders: Any) -> None:
     """It would round before it compares."""
     (entry,) = verified(folders("0.1", "checkpoint"), folders("0.1", "tensorrt-rtx"))
     assert entry["replay"] is None
+    shaped = in_shapes(folders("0.1", "checkpoint"), folders("0.1", "tensorrt-rtx"))
+    assert shaped["verdict"]["outcome"] != "failed"  # what cannot be replayed is not decided at worst
     assert any("does not show all of the small values" in note for note in entry["verdict"]["notes"])
 
 

@@ -10,11 +10,13 @@ import pytest
 from onnx import helper, numpy_helper
 
 from moedge import MoEdgeError
+from moedge.configs import tolerances
 from moedge.export.pipeline import export
 from moedge.runtime.commands.verify import explained
 from moedge.runtime.engines import open_engine
 from moedge.runtime.engines.calls import FORCED, forcing
 from moedge.runtime.parity.given import pair
+from moedge.runtime.parity.shapes import Asked
 
 HIDDEN, WIDTH, EXPERTS, TOP_K, LAYERS = 64, 256, 6, 2, 2
 WINDOWS = np.random.default_rng(1).integers(0, 256, (3, 64))
@@ -67,6 +69,22 @@ def test_a_healthy_bundle_passes_although_its_choices_flip(folders, target):
     assert 0 < forced < free / 3
     assert kernels["replay"]["router"]["decisions"] == LAYERS * WINDOWS.size
     assert "free-running KL" in explained(kernels, kernels["replay"])
+
+
+@pytest.mark.parametrize("target", ["ort-cpu", "ort-cpu-int8", "ort-cpu-int4"])
+def test_a_healthy_bundle_is_itself_in_every_shape(folders, target):
+    """Under the limits of its kernels, not of what rounding the weights costs."""
+    result = pair(
+        folders["checkpoint"], folders[target], "random", WINDOWS, 24, "float32", {"threads": 1}, lambda *_: None,
+        asked=Asked(thorough=True, long=WINDOWS.reshape(-1)[:100]),
+    )  # fmt: skip
+    (entry,) = result["shapes"]
+    assert entry["verdict"]["passed"], [check for check in entry["verdict"]["checks"] if not check["passed"]]
+    assert not entry["not_run"]
+    limits = {check["name"]: check["limit"] for check in entry["verdict"]["checks"]}
+    name = "float32/ort-cpu" if target == "ort-cpu" else f"dequantized/{target}"
+    profile = tolerances.load().profiles[name]
+    assert profile.max_kl in {limit for name, limit in limits.items() if name.startswith("alone.")}
 
 
 def test_pytorch_and_the_portable_graph_replay_the_same(folders):

@@ -25,10 +25,7 @@ def control(plan: MoEPlan, method: str, layers: list[LayerPlan], **params: int |
 
 def with_gather(plan: MoEPlan, layers: list[LayerPlan]) -> list[LayerPlan]:
     """Return the layers of a control with the thresholds of the plan, so that both leave out the same values."""
-    return [
-        replace(made, x_threshold=own.x_threshold, h_threshold=own.h_threshold, ramp=own.ramp)
-        for made, own in zip(layers, plan.layers, strict=True)
-    ]
+    return [made.with_thresholds(own.thresholds, own.ramp) for made, own in zip(layers, plan.layers, strict=True)]
 
 
 def equal_widths(plan: MoEPlan) -> list[int]:

@@ -15,6 +15,9 @@ import torch
 from moedge.convert.ops.gather import kept
 from moedge.convert.ops.kernels import combine as _combine
 from moedge.convert.ops.kernels import dispatch as _dispatch
+from moedge.convert.ops.kernels import gathered as _gathered
+from moedge.convert.ops.kernels import gathered_glu as _gathered_glu
+from moedge.convert.ops.kernels import gathered_linear as _gathered_linear
 from moedge.convert.ops.kernels import grouped_glu as _glu
 from moedge.convert.ops.kernels import grouped_linear as _linear
 from moedge.convert.ops.kernels import route as _route
@@ -52,6 +55,8 @@ def supports(operator: str, arguments: Sequence[Any]) -> bool:
     tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
     if any(t.is_floating_point() and t.dtype not in floats for t in tensors):
         return False
+    if operator.startswith("gathered"):
+        return True
     if operator == "route":
         experts = arguments[0].shape[1]
     elif operator == "dispatch":
@@ -188,3 +193,25 @@ def sparse_glu(
     rows, offsets, inverse = dispatch(x, indices, gate.shape[0])
     hidden = grouped_glu(rows, offsets, gate, up, activation, h_threshold, ramp, tokens=tokens)
     return combine(grouped_linear(hidden, offsets, down, tokens=tokens), inverse, indices, weights, compensation)
+
+
+def gathered_glu(
+    x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, h_limits: torch.Tensor, activation: str
+) -> torch.Tensor:
+    """See :func:`moedge.convert.ops.gathered_glu`."""
+    hidden, width = gate.shape
+    path = _gathered.path_for(len(x))
+    launch = _gathered_glu.launch(hidden=hidden, width=width, activation=activation, dtype=_dtype(x), path=path)
+    y = x.new_empty((len(x), width))
+    run(launch, [x.contiguous(), gate.contiguous(), up.contiguous(), h_limits.contiguous()], [y], len(x))
+    return y
+
+
+def gathered_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """See :func:`moedge.convert.ops.gathered_linear`."""
+    inputs, outputs = weight.shape
+    path = _gathered.path_for(len(x))
+    launch = _gathered_linear.launch(inputs=inputs, outputs=outputs, dtype=_dtype(x), path=path)
+    y = x.new_empty((len(x), outputs))
+    run(launch, [x.contiguous(), weight.contiguous()], [y], len(x))
+    return y

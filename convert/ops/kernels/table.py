@@ -15,6 +15,9 @@ from moedge.convert.ops.kernels.launch import Launch
 HIDDEN, WIDTH, EXPERTS, TOP_K = 2048, 1024, 8, 2
 """The layer of the table: Llama-3.2-1B's FFN (H 2048, I 8192) cut into 8 experts, two of them active."""
 
+DENSE_WIDTH, KEEP = 8192, 0.5
+"""Of the gathered rows: that FFN uncut, and the share of its inputs and hidden values that a token keeps."""
+
 BANDWIDTH = 204.8e9
 """Bytes a second of a Jetson AGX Orin's memory (NVIDIA's data sheet), for the time that the bytes alone take."""
 
@@ -25,6 +28,7 @@ def cases() -> dict[str, Launch]:
     """Return the variants of the table by label."""
     from moedge.convert.ops.kernels import combine, dispatch, grouped_glu, grouped_linear, route
 
+    order = ("Route", "Dispatch", "GroupedGLU", "GroupedLinear", "Combine", "GatheredGLU", "GatheredLinear")
     shape: dict[str, Any] = {"hidden": HIDDEN, "width": WIDTH, "experts": EXPERTS}
     selected: dict[str, Any] = {"hidden": HIDDEN, "experts": EXPERTS, "top_k": TOP_K, "dtype": "fp16"}
     listed = {
@@ -46,14 +50,19 @@ def cases() -> dict[str, Launch]:
     listed["Combine, fp16"] = combine.launch(**selected, compensated=False)
     listed["Combine, bf16"] = combine.launch(**selected | {"dtype": "bf16"}, compensated=False)
     listed["Combine with compensation, fp16"] = combine.launch(**selected, compensated=True)
-    return dict(
-        sorted(
-            listed.items(),
-            key=lambda item: ("Route Dispatch GroupedGLU GroupedLinear Combine").index(
-                item[0].split(" ")[0].rstrip(",")
-            ),
-        )
-    )
+    listed |= _gathered_cases()
+    return dict(sorted(listed.items(), key=lambda item: order.index(item[0].split(" ")[0].rstrip(","))))
+
+
+def _gathered_cases() -> dict[str, Launch]:
+    from moedge.convert.ops.kernels import gathered, gathered_glu, gathered_linear
+
+    found = {}
+    for dtype, path in (*(("fp16", path) for path in gathered.PATHS), ("bf16", "gemv"), ("bf16", "gemm16")):
+        glu = gathered_glu.launch(hidden=HIDDEN, width=DENSE_WIDTH, activation="silu", dtype=dtype, path=path)
+        linear = gathered_linear.launch(inputs=DENSE_WIDTH, outputs=HIDDEN, dtype=dtype, path=path)
+        found |= {f"GatheredGLU {path}, {dtype}": glu, f"GatheredLinear {path}, {dtype}": linear}
+    return found
 
 
 def resources(capabilities: list[int], labels: list[str] | None = None) -> list[dict[str, Any]]:
@@ -86,7 +95,15 @@ def resources(capabilities: list[int], labels: list[str] | None = None) -> list[
 
 def costs() -> list[dict[str, Any]]:
     """Bytes and operations of one call of each operator for T = 1 and T = 512, float16 activations."""
-    from moedge.convert.ops.kernels import combine, dispatch, grouped_glu, grouped_linear, route
+    from moedge.convert.ops.kernels import (
+        combine,
+        dispatch,
+        gathered_glu,
+        gathered_linear,
+        grouped_glu,
+        grouped_linear,
+        route,
+    )
 
     rows = []
     for tokens in (1, 512):
@@ -98,6 +115,9 @@ def costs() -> list[dict[str, Any]]:
         listed["GroupedLinear"] = grouped_linear.cost(**options)
         listed["Combine"] = combine.cost(**chosen, compensated=False)
         listed["Combine with compensation"] = combine.cost(**chosen, compensated=True)
+        kept: dict[str, Any] = {"tokens": tokens, "itemsize": 2, "keep": KEEP}
+        listed["GatheredGLU"] = gathered_glu.cost(hidden=HIDDEN, width=DENSE_WIDTH, **kept)
+        listed["GatheredLinear"] = gathered_linear.cost(inputs=DENSE_WIDTH, outputs=HIDDEN, **kept)
         rows += [
             {"kernel": name, "tokens": tokens, "bytes": moved, "operations": operations}
             for name, (moved, operations) in listed.items()
@@ -114,7 +134,8 @@ def render(measured: list[dict[str, Any]]) -> str:
     for row in measured:
         by_kernel.setdefault(row["kernel"], {})[row["capability"]] = row
     lines = [
-        f"Triton {version('triton')}; H={HIDDEN}, I={WIDTH}, E={EXPERTS}, k={TOP_K}. Each cell: "
+        f"Triton {version('triton')}; H={HIDDEN}, I={WIDTH}, E={EXPERTS}, k={TOP_K}; gathered: I={DENSE_WIDTH}, "
+        f"{KEEP:.0%} kept. Each cell: "
         "registers a thread / KiB of shared memory a block, and bytes of spills a thread where there are any.",
         "",
         "| kernel | threads | " + " | ".join(f"sm_{c}" for c in capabilities) + " | PTX KiB |",

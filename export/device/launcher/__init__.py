@@ -219,20 +219,28 @@ def _kernel(binary: Binary, capability: int, most: int) -> Iterator[str]:
 
 
 def _tactics(node: ir.Node, plugin: Plugin, options: dict[str, Any]) -> list[tuple[int, int]]:
-    """Return (tactic, most rows that it is taken for), the rule of ``kernels/grouped.py: path_for`` for n rows.
+    """Return (tactic, most rows that it is taken for), for n rows the rule of the kernels' ``path_for``.
 
     TensorRT for RTX builds without a GPU and so cannot measure tactics.
     """
     if not plugin.tactics:
         return [(1, UNLIMITED)]
-    from moedge.convert.ops.kernels.grouped import GEMV_TOKENS, PATHS
+    from moedge.convert.ops.kernels import gathered, grouped
 
+    if plugin.name.startswith("Gathered"):
+        most = dict(gathered.MOST_TOKENS)
+    else:
+        top_k, experts = _routed(node), int(options["experts"])
+        most = {path: rows * experts if rows else grouped.GEMV_TOKENS * top_k for path, rows in grouped.PATHS.items()}
+    *first, last = zip(plugin.tactic_numbers, plugin.tactics, strict=True)
+    return [*((tactic, most[path]) for tactic, path in first), (last[0], UNLIMITED)]
+
+
+def _routed(node: ir.Node) -> int:
+    """Return how many experts a token has that a grouped product is for."""
     dispatch = node
     while dispatch.op_type != "Dispatch":
         producer = dispatch.inputs[0].producer() if dispatch.inputs[0] is not None else None
         assert producer is not None
         dispatch = producer
-    top_k, experts = size(dispatch.inputs[1], 1), int(options["experts"])
-    most = {path: rows * experts if rows else GEMV_TOKENS * top_k for path, rows in PATHS.items()}
-    limits = [(tactic, most[path]) for tactic, path in zip(plugin.tactic_numbers, plugin.tactics, strict=True)]
-    return [*limits[:-1], (limits[-1][0], UNLIMITED)]
+    return size(dispatch.inputs[1], 1)

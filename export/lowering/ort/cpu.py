@@ -20,6 +20,7 @@ from moedge.export.lowering.ort.moe import FuseMoE
 from moedge.export.lowering.ort.norms import FuseNorms, mark_rotary
 from moedge.export.lowering.ort.products import ExpertProducts, preferred
 from moedge.export.lowering.ort.routed import FuseRouted
+from moedge.export.lowering.ort.tied import LookUpColumns
 from moedge.export.lowering.rule import Work
 from moedge.export.manifest import CacheFacts
 
@@ -50,7 +51,9 @@ def lower(model: ir.Model, *, max_length: int) -> Lowered:
         work.first(FuseRouted(), FuseMoE(slower=preferred(model)), ExpertProducts())
         work.taps = work.taps or portable.taps(model)
     if nodes_of(model, "KeepLarge"):
-        work.run(FuseGather())
+        gather = FuseGather()
+        if work.run(gather):
+            work.run(LookUpColumns(gather.stored))
     work.run(FuseTransposed())
     work.run(MergeSiblings())
     remove_unused(model)

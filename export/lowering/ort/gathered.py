@@ -18,36 +18,14 @@ import onnx_ir as ir
 
 from moedge import MoEdgeError
 from moedge.export.graph import weights
-from moedge.export.graph.build import Builder, array_of, constant_of, remove_unused, required, sizes
+from moedge.export.graph.build import Builder, constant_of, remove_unused, required
+from moedge.export.graph.gathered import GatheredFFN, Product, joined_bias, products
 from moedge.export.graph.nodes import nodes_of
 from moedge.export.lowering import gather
 from moedge.export.lowering.rule import Applied, Block
 from moedge.export.manifest import PackedPlace
 from moedge.export.ort_ops import library, pack
 from moedge.export.quantize.format import BLOCK, Quantized
-
-
-@dataclass(frozen=True)
-class _Product:
-    """A product by a constant: its node, its weight, and its bias or None."""
-
-    node: ir.Node
-    weight: weights.Weight
-    value: ir.Value
-    bias: ir.Value | None
-
-    @classmethod
-    def of(cls, node: ir.Node) -> _Product | None:
-        found = weights.product_weight(node)
-        if found is None:
-            return None
-        value, layout = found
-        bias = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
-        return cls(node, weights.Weight(str(value.name), "", layout, sizes(value.const_value)), value, bias)
-
-    def rows(self) -> np.ndarray:
-        """The weight float32 [N, K]."""
-        return weights.array(self.value, self.weight)
 
 
 def refusal(packed: Mapping[str, Quantized] | None) -> str | None:
@@ -106,47 +84,43 @@ class FuseGather:
 
     def _glu(self, graph: ir.Model, second: ir.Node) -> Block | None:
         """Replace the FFN whose hidden values ``second`` chooses."""
-        down, product = _products(second), required(second.inputs[0]).producer()
-        if down is None or len(down) != 1 or product is None or product.op_type != "Mul":
+        ffn = GatheredFFN.of(second)
+        if ffn is None:
             return None
-        found = _gate_and_up(product)
-        if found is None:
-            return None
-        gate, up = found
-        first = required(gate.node.inputs[0]).producer()
-        if first is None or first.op_type != "KeepLarge" or up.node.inputs[0] is not gate.node.inputs[0]:
-            return None
+        first, gate, up, down = ffn.first, ffn.gate, ffn.up, ffn.down
         ramps = {node.attributes["ramp"].as_float() for node in (first, second)}
         if len(ramps) > 1:
             return None
-        builder, x = Builder(graph, before=product), required(first.inputs[0])
+        builder, x = Builder(graph, before=ffn.product), required(first.inputs[0])
         inner, hidden = gate.weight.rows, gate.weight.columns
-        bias = _joined_bias(builder, [gate, up])
+        bias = joined_bias(builder, [gate, up])
         inputs = [
             *(x, first.inputs[1], *self._weight(builder, [gate, up])),
-            *(second.inputs[1], *self._weight(builder, down), bias, down[0].bias),
+            *(second.inputs[1], *self._weight(builder, [down]), bias, down.bias),
         ]
         ramp = ramps.pop()
         facts = {"activation": "silu", "bits": bits_of(self.packed), "hidden": hidden, "inner": inner, "ramp": ramp}
-        block = _replace(builder, "GatherGLU", inputs, facts, x, down)
+        block = _replace(builder, "GatherGLU", inputs, facts, x, [down])
         return replace(block, growth=gather.narrower(ramp))
 
     def _linear(self, graph: ir.Model, node: ir.Node) -> Block | None:
         """Replace a KeepLarge and the products that read it."""
-        group = _products(node)
+        group = products(node)
         if not group:
             return None
         builder, x = Builder(graph, before=group[0].node), required(node.inputs[0])
-        inputs = [x, node.inputs[1], *self._weight(builder, group), _joined_bias(builder, group)]
+        inputs = [x, node.inputs[1], *self._weight(builder, group), joined_bias(builder, group)]
         outputs = sum(product.weight.rows for product in group)
         ramp = node.attributes["ramp"].as_float()
         facts = {"bits": bits_of(self.packed), "K": group[0].weight.columns, "N": outputs, "ramp": ramp}
         return _replace(builder, "GatherLinear", inputs, facts, x, group)
 
-    def _weight(self, builder: Builder, group: Sequence[_Product]) -> list[ir.Value | None]:
+    def _weight(self, builder: Builder, group: Sequence[Product]) -> list[ir.Value | None]:
         """Add the packed weight of products of one value, side by side; return it and its scales (None: floats)."""
         names = [product.weight.name for product in group]
-        joined = f"{self.class_of(names[0])}.{'+'.join(names)}"
+        kind = self.class_of(names[0])
+        # A tied output projection: the table that tokens are looked up in stays, under the name without "rows".
+        joined = f"{kind}{'.rows' if kind == 'embedding' else ''}.{'+'.join(names)}"
         total, start = sum(product.weight.rows for product in group), 0
         for product in group:
             end = start + product.weight.rows
@@ -171,7 +145,7 @@ def gathered_weights(graph: ir.Model) -> set[str]:
     What else reads a KeepLarge, such as routed experts, may be gone when the rule is applied.
     """
     uses = (use for node in nodes_of(graph, "KeepLarge") for use in node.outputs[0].uses() if use.idx == 0)
-    found = (_Product.of(use.node) for use in uses)
+    found = (Product.of(use.node) for use in uses)
     return {product.weight.name for product in found if product is not None}
 
 
@@ -188,46 +162,13 @@ def stored_bytes(place: PackedPlace, weight: weights.Weight, bits: int, *, half_
     return experts * columns * (inputs * bits // 8 + blocks * (2 if half_scales else 4))
 
 
-def _products(node: ir.Node) -> list[_Product] | None:
-    """Return the products that read a KeepLarge, or None when something else reads it too."""
-    found = [_Product.of(use.node) if use.idx == 0 else None for use in node.outputs[0].uses()]
-    known = [product for product in found if product is not None]
-    return known if known and len(known) == len(found) else None
-
-
-def _gate_and_up(product: ir.Node) -> tuple[_Product, _Product] | None:
-    """Return gate and up of ``SiLU(gate) * up``, the producer of a hidden value."""
-    for active, other in (product.inputs[:2], product.inputs[1::-1]):
-        silu, up = required(active).producer(), required(other).producer()
-        if silu is None or up is None or silu.op_type != "Mul":
-            continue
-        for value, factor in (silu.inputs[:2], silu.inputs[1::-1]):
-            sigmoid, gate = required(factor).producer(), required(value).producer()
-            if sigmoid is None or gate is None or sigmoid.op_type != "Sigmoid" or sigmoid.inputs[0] is not value:
-                continue
-            pair = _Product.of(gate), _Product.of(up)
-            if pair[0] is not None and pair[1] is not None:
-                return pair[0], pair[1]
-    return None
-
-
-def _joined_bias(builder: Builder, group: Sequence[_Product]) -> ir.Value | None:
-    if all(product.bias is None for product in group):
-        return None
-    parts = [
-        np.zeros(product.weight.rows, np.float32) if product.bias is None else array_of(product.bias)
-        for product in group
-    ]
-    return builder.initializer("+".join(f"{product.weight.name}.bias" for product in group), np.concatenate(parts))
-
-
 def _replace(
     builder: Builder,
     op_type: str,
     inputs: Sequence[ir.Value | None],
     facts: Mapping[str, object],
     x: ir.Value,
-    group: Sequence[_Product],
+    group: Sequence[Product],
 ) -> Block:
     """Insert the operator for the outputs of ``group``; return the block that shows that it is right."""
     given = list(inputs)

@@ -13,7 +13,7 @@ judged, because it is a property of the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,7 @@ from moedge.export.lowering.ort.nbits import QuantizeProducts
 from moedge.export.lowering.ort.products import ExpertProducts
 from moedge.export.lowering.ort.qmoe import FuseQMoE
 from moedge.export.lowering.ort.routed import FuseRouted, stack_weights
+from moedge.export.lowering.ort.tied import LookUpColumns, held
 from moedge.export.lowering.rule import Applied, Block, Rule, Work
 from moedge.export.manifest import PackedPlace, Place, Quantization, Rows, RowsPlace, StackPlace
 from moedge.export.ort_ops import library, pack
@@ -96,9 +97,15 @@ def lower(
     if nodes_of(model, "KeepLarge"):
         pending.append((gather, work.start(gather)))
     own = routed.stored | gather.stored
-    for products in _products(packed, {name: weight for name, weight in chosen.items() if name not in own}):
+    columns = LookUpColumns(gather.stored, bits)
+    if columns.refuse(model) is None:
+        pending.append((columns, work.start(columns)))
+    # A table that our operators multiply by (a tied output projection), and that is looked up in, is stored twice.
+    twice = {name for name in own if chosen[name].tensor_class == "embedding" and not held(own[name], bits)}
+    left = {name: one for name, one in chosen.items() if name not in own or name in twice}
+    for products in _products(packed, left):
         pending.append((products, work.start(products)))
-    should = _stored(work.before, table, bits, method, padded=isinstance(experts, FuseQMoE), own=own)
+    should = _stored(work.before, table, bits, method, padded=isinstance(experts, FuseQMoE), own=own, twice=twice)
     sizes = account_for(work.before, model, table, bits, should=should)
     merged, _ = ort_matmul.merge_siblings(model)
     remove_unused(model)
@@ -258,18 +265,20 @@ def _stored(
     *,
     padded: bool,
     own: Mapping[str, PackedPlace],
+    twice: Set[str],
 ) -> Callable[[str], int]:
     """Return the bytes that a weight of ``model`` takes in blocks.
 
     Args:
         padded: experts are as wide as QMoE needs.
-        own: weights in the layout of our own operators.
+        own: weights in the layout of our own operators. twice: those of them that are also stored as others are.
     """
 
     def should(name: str) -> int:
         weight = table[name]
         if name in own:
-            return own_bytes(own[name], weight, bits)
+            again = stored_bytes(weight.rows, weight.columns, bits, method) if name in twice else 0
+            return own_bytes(own[name], weight, bits) + again
         # QMoE's expert widths are padded to whole blocks: rows of gate and up, inputs of down.
         grown = padded and _is_gate_or_up(model, name)
         extra = ort_qmoe.padded_width(weight.shape[1]) / weight.shape[1] if grown else 1

@@ -1,9 +1,10 @@
 """Targets ``tensorrt`` and ``tensorrt-rtx``: one strongly typed half-precision graph with a concatenated KV cache.
 
-Rewrites, in order: attention with one mask for the graph, experts in the form that the device's TensorRT can take
-(``trt_experts.choose``: plugins from 10.9 on), half-precision types. One layer of each kind is executed in ONNX
-Runtime's CPU provider beside the float32 block it replaced: that proves the graph, not the engine, which only its
-device can run (``verify.py`` in the bundle, or ``moedge verify``). Plugins are executed there as their function bodies.
+Rewrites, in order: attention with one mask for the graph, products of kept values and experts in the form that the
+device's TensorRT can take (``trt_experts.choose``: plugins from 10.9 on), half-precision types. One layer of each kind
+is executed in ONNX Runtime's CPU provider beside the float32 block it replaced: that proves the graph, not the engine,
+which only its device can run (``verify.py`` in the bundle, or ``moedge verify``). Plugins are executed there as their
+function bodies.
 
 ``tensorrt`` stays at opset 18, which every parser since TensorRT 8.6 reads (JetPack 6 has 10.3).
 """
@@ -11,6 +12,7 @@ device can run (``verify.py`` in the bundle, or ``moedge verify``). Plugins are 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import onnx_ir as ir
@@ -29,6 +31,7 @@ from moedge.export.lowering.trt import native as trt_native
 from moedge.export.lowering.trt import plugins as trt_plugins
 from moedge.export.lowering.trt.attention import RewriteAttention, TurnRotary
 from moedge.export.lowering.trt.experts import RewriteExperts
+from moedge.export.lowering.trt.gathered import GatherProducts
 from moedge.export.manifest import CacheFacts, Kernel, Plugins, Tap
 from moedge.runtime.device.moedge_plugins import OLDEST
 
@@ -78,36 +81,53 @@ def lower_half(
             one of them fails.
     """
     _check(model, dtype)
-    sparse, taps, kept = nodes_of(model, "SparseGLU"), _taps(model), gather.outputs(model)
+    sparse, taps = nodes_of(model, "SparseGLU"), _taps(model)
     form, why = trt_experts.choose(model, tensorrt, experts)
     plugins = form == "plugins" and bool(sparse)
     work = Work(model, block_limit(dtype), f"The {dtype} graph does not compute what it replaced.")
-    rules: list[Rule] = [TurnRotary(attention), RewriteAttention(attention, dtype), RewriteExperts(form, why)]
-    done = [work.start(rule) for rule in (rules[:2] if plugins else rules)]
+    routed, gathers = RewriteExperts(form, why), bool(nodes_of(model, "KeepLarge"))
+    rules: list[Rule] = [TurnRotary(attention), RewriteAttention(attention, dtype)]
+    if gathers:
+        rules.append(GatherProducts(trt_experts.gather_refusal(tensorrt, experts)))
+    done = [(rule, work.start(rule)) for rule in rules]
+    kept = gather.outputs(model)
+    if not plugins:
+        done.append((routed, work.start(routed)))
     typed = half.convert(model, ir.DataType[dtype.upper()])
     if nodes_of(model, "KeepLarge"):
-        rules.append(gather.ExpandKeepLarge(kept))
-        done.append(work.start(rules[-1]))
+        expand = gather.ExpandKeepLarge(kept)
+        done.append((expand, work.start(expand)))
     if plugins:  # they need a graph whose types are known
-        done.insert(2, work.start(rules[2]))
+        done.append((routed, work.start(routed)))
     else:
         _inline(model)
         if form == "native" and sparse:
             trt_native.attach(model)
-    inside = next(each.inside for each in done if isinstance(each, Applied))  # the rotary table is no edge of any block
-    for rule, each in zip(rules, done, strict=True):
-        if isinstance(each, Applied) and each.count:
-            each.inside = inside
-            work.finish(rule, each, _Judge(work, dtype, experts=isinstance(rule, RewriteExperts)))
+        trt_plugins.attach(model)
+    _finish(work, done, dtype)
     name = f"float32 -> {dtype}; router, norm sums, rotary and softmax stay float32"
     work.rewrites.append(Rewrite(name, typed, "applied"))
     cache = CacheFacts(kind="concat", max_length=max_length, dtype=dtype)
-    limits = [_LIMITS["launcher" if form == "plugins" and tensorrt is None else form]] if sparse else []
-    lowered = Lowered(work.rewrites, taps, cache, limits=limits, experts=form if sparse else None)
-    if plugins:
-        kernels = [Kernel(**asdict(request)) for request in trt_plugins.requests(model)]
+    lowered = Lowered(work.rewrites, taps, cache, experts=form if sparse else None)
+    kernels = [Kernel(**asdict(request)) for request in trt_plugins.requests(model)]
+    if kernels:
         lowered.plugins = Plugins(oldest_tensorrt=".".join(map(str, OLDEST)), kernels=kernels)
+    forms: set[str] = {form} if sparse else set()
+    forms |= {"plugins" if kernels else "masked"} if gathers else set()
+    lowered.limits = [_LIMITS["launcher" if each == "plugins" and tensorrt is None else each] for each in sorted(forms)]
     return lowered
+
+
+def _finish(work: Work, done: Sequence[tuple[Rule, Applied | str]], dtype: str) -> None:
+    """Execute and record what the rules did."""
+    # The rotary table is no edge of any block.
+    inside = next(each.inside for _, each in done if isinstance(each, Applied))
+    for rule, each in done:
+        if isinstance(each, Applied) and each.count:
+            each.inside = inside
+        elif not isinstance(rule, GatherProducts):  # that a dense model has no experts says nothing
+            continue
+        work.finish(rule, each, _Judge(work, dtype, experts=isinstance(rule, RewriteExperts)))
 
 
 def _check(model: ir.Model, dtype: str) -> None:
@@ -136,6 +156,7 @@ _LIMITS = {
     "launcher": "engines are built and run with a plugin library, libmoedge_launch.so, which lies beside them",
     "native": "engines are built by TensorRT 11.0 or newer on SM100, SM103 and SM110 only",
     "merged": "every expert's weights are read for every token: the engine is no faster than its dense parent",
+    "masked": "the weights of values that are left out are read and multiplied by zeros, as the dense parent's are",
 }
 
 
@@ -154,9 +175,8 @@ class _Judge:
         if not done.blocks:  # a step inside of the blocks of another rule
             return None
         work, (block,) = self._work, done.blocks
-        test = selftest.compare(
-            name, work.before, work.model, block.outputs, work.limit, done.cases, inside=done.inside
-        )
+        limit = work.limit * block.growth
+        test = selftest.compare(name, work.before, work.model, block.outputs, limit, done.cases, inside=done.inside)
         if not math.isfinite(test.max_rel_error) and self._dtype == "float16":
             raise MoEdgeError(f"{test.failure()} {RANGE}")
         if not test.passed:

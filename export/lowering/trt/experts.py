@@ -46,11 +46,7 @@ def choose(model: ir.Model, tensorrt: str | None, wanted: str | None = None) -> 
         MoEdgeError: no such version, or a form that cannot be; the message names one that can.
     """
     check_form(wanted)
-    try:
-        reason = "TensorRT for RTX takes kernels from a plugin library only" if tensorrt is None else refusal(tensorrt)
-    except DeviceError as error:
-        raise MoEdgeError(str(error)) from None
-    reason = reason or trt_plugins.refusal(model)
+    reason = _no_plugins(tensorrt) or trt_plugins.refusal(model)
     if wanted == "native":
         parts = None if tensorrt is None else tuple(int(part) for part in tensorrt.split(".")[:2])
         if illegal := trt_native.refusal(model, parts):  # type: ignore[arg-type]
@@ -68,6 +64,28 @@ def choose(model: ir.Model, tensorrt: str | None, wanted: str | None = None) -> 
         f"a token reads {size(n.inputs[3], 0)} experts and needs {active_of(n)}" for n in nodes_of(model, "SparseGLU")
     }
     return "merged", "; ".join([reason, *sorted(read)])
+
+
+def _no_plugins(tensorrt: str | None) -> str | None:
+    """Say why an engine has no plugins unless they are asked for, or None.
+
+    Raises:
+        MoEdgeError: no such version.
+    """
+    try:
+        return "TensorRT for RTX takes kernels from a plugin library only" if tensorrt is None else refusal(tensorrt)
+    except DeviceError as error:
+        raise MoEdgeError(str(error)) from None
+
+
+def gather_refusal(tensorrt: str | None, wanted: str | None) -> str | None:
+    """Say why the products of gathered FFNs cannot be plugins, or None; the arguments are those of :func:`choose`."""
+    if wanted == "merged":
+        return "standard operators were asked for"
+    reason = _no_plugins(tensorrt)
+    if tensorrt is None:
+        return None if wanted == "plugins" else f"{reason}, which --expert-form plugins asks for"
+    return reason
 
 
 @dataclass(frozen=True)

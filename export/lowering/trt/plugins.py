@@ -1,7 +1,8 @@
-"""SparseGLU and Route as nodes that TensorRT takes as plugins, with their function bodies for everyone else.
+"""Nodes that TensorRT takes as plugins, with their function bodies for everyone else.
 
 ``SparseGLU`` becomes its chain in the graph: Dispatch, GroupedGLU, GroupedLinear, Combine. Only the weights of selected
-experts are read, which no combination of standard operators does in one graph for prefill and decode.
+experts are read, which no combination of standard operators does in one graph for prefill and decode. The products of a
+gathered FFN are plugins too (:mod:`gathered`), with experts or without.
 
 A node carries ``plugin_namespace`` and ``plugin_version``: without them NVIDIA's parser takes the function body
 although the plugin is registered (driven with TensorRT for RTX 1.7.1, with and without ENABLE_PLUGIN_OVERRIDE). ONNX
@@ -20,7 +21,7 @@ from moedge.export import functions
 from moedge.export.device import plugins
 from moedge.export.functions import DOMAIN
 from moedge.export.graph.build import Builder, remove_unused, required, size, sizes
-from moedge.export.graph.nodes import KEEPS, active_of, compensation_of, keeps_large, nodes_of
+from moedge.export.graph.nodes import KEEPS, active_of, keeps_large, nodes_of
 from moedge.runtime.device.moedge_plugins import PLUGINS, node_type
 
 MOST_EXPERTS = 512
@@ -43,28 +44,44 @@ def refusal(model: ir.Model) -> str | None:
 def rewrite(model: ir.Model) -> int:
     """Replace every SparseGLU of a typed graph in place and attach the bodies; return how many were replaced."""
     nodes = nodes_of(model, "SparseGLU")
-    rule = {node.attributes["rule"].as_string() for node in nodes_of(model, "Route")}
-    facts = {(node.attributes["activation"].as_string(), compensation_of(node) is not None) for node in nodes}
     for node in nodes:
         _chain(model, node)
     remove_unused(model)
-    used = set()
-    for node in model.graph:
-        if node.domain == DOMAIN:
-            operator, given = node.op_type, [value for value in node.inputs if value is not None]
-            node.op_type = node_type(operator, len(given))
-            node.attributes["plugin_namespace"] = ir.AttrString("plugin_namespace", DOMAIN)
-            node.attributes["plugin_version"] = ir.AttrString("plugin_version", "1")
-            used.add((operator, node.op_type))
-    # `trace` refuses a model that mixes rules, activations, or layers with and without compensation.
-    (activation, compensation), (weight_rule,) = next(iter(facts)), rule
-    bodies = functions.bodies(activation=activation, rule=weight_rule, compensation=compensation)
     model.functions.clear()
+    attach(model)
+    return len(nodes)
+
+
+def attach(model: ir.Model) -> int:
+    """Make plugins of the nodes of a typed graph that can be, with their bodies, in place; return how many are."""
+    nodes = _nodes(model)
+    used = set()
+    for node in nodes:
+        operator, given = node.op_type, [value for value in node.inputs if value is not None]
+        node.op_type = node_type(operator, len(given))
+        node.attributes["plugin_namespace"] = ir.AttrString("plugin_namespace", DOMAIN)
+        node.attributes["plugin_version"] = ir.AttrString("plugin_version", "1")
+        used.add((operator, node.op_type))
+    # `trace` refuses a model that mixes rules, activations, or layers with and without compensation.
+    facts = {
+        name: node.attributes[name].as_string()
+        for node in nodes
+        for name in ("activation", "rule")
+        if name in node.attributes
+    }
+    bodies = functions.bodies(**facts, compensation=any(name == "CombineCompensated" for _, name in used))
     for operator, name in sorted(used):
         bodies[operator].name = name
         function = ir.serde.deserialize_function(bodies[operator])
         model.functions[function.identifier()] = function
+    if used:
+        model.opset_imports[DOMAIN] = functions.VERSION
     return len(nodes)
+
+
+def _nodes(model: ir.Model) -> list[ir.Node]:
+    """The nodes that are plugins or become some; TensorRT's own MoE layer is none (``native.py``)."""
+    return [node for node in model.graph if node.domain == DOMAIN and node.op_type in PLUGINS]
 
 
 def _chain(model: ir.Model, node: ir.Node) -> None:
@@ -102,9 +119,7 @@ def _chain(model: ir.Model, node: ir.Node) -> None:
 def requests(model: ir.Model) -> list[plugins.Request]:
     """Return the distinct kernels that TensorRT will ask for when it builds this graph, as the nodes' own rules say."""
     found: list[plugins.Request] = []
-    for node in model.graph:
-        if node.domain != DOMAIN:
-            continue
+    for node in _nodes(model):
         plugin = PLUGINS[node.op_type]
         given = [value for value in node.inputs if value is not None]
         dims = [[dim if isinstance(dim, int) else None for dim in value.shape or ()] for value in given]

@@ -123,7 +123,8 @@ def test_launches_that_no_kernel_has_are_refused(wrong: dict[str, Any], said: st
         route.launch(experts=513, top_k=1, rule="unit")
 
 
-OPERATORS = ("route", "dispatch", "grouped_glu", "grouped_linear", "combine", "sparse_glu")
+OPERATORS = ("route", "dispatch", "grouped_glu", "grouped_linear", "combine", "sparse_glu", "gathered_glu",
+             "gathered_linear")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -143,6 +144,8 @@ def test_what_the_kernels_do_not_take_runs_in_pytorch() -> None:
     assert not cuda.supports("dispatch", (x.double(), indices, 2))
     assert not cuda.supports("dispatch", (x, indices, 1536))
     assert cuda.supports("grouped_glu", (x, offsets, gate, gate, "silu"))
+    assert cuda.supports("gathered_glu", (x, gate[0].T, gate[0].T, torch.ones(2, 4), "silu"))
+    assert not cuda.supports("gathered_linear", (x.double(), gate[0].T.double()))
     assert cuda.supports("combine", (x, indices, indices, weights, None))
     assert not cuda.supports("combine", (x, indices, indices, weights, torch.randn(1536, 8)))
     assert cuda.supports("sparse_glu", (x, indices, weights, gate, gate, down, None, "silu"))

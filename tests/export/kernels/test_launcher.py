@@ -22,6 +22,7 @@ from moedge import MoEdgeError
 from moedge._files import atomic_dir
 from moedge.configs import devices
 from moedge.convert import ops
+from moedge.convert.plan import RAMP
 from moedge.export import bundle
 from moedge.export.device import launcher
 from moedge.export.lowering.trt.engine import HALF_LIMIT
@@ -55,6 +56,24 @@ def written(sparse: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def gathered_bundle(gathered_portable: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gathered") / "tensorrt-rtx"
+    with atomic_dir(path) as partial:
+        lower("tensorrt-rtx", gathered_portable, partial, experts="plugins")
+    return path
+
+
+@pytest.fixture(scope="module")
+def written_gathered(gathered_bundle: Path, written: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as ``written`` of a model that leaves out small values, kernels for one GPU."""
+    folder = tmp_path_factory.mktemp("written_gathered")
+    launcher.write_launches(bundle.open_bundle(gathered_bundle), folder, ["8.6"])
+    shutil.copy(written / build.LIBRARY, folder)
+    (folder / "model.onnx.data").unlink()
+    return folder
+
+
 @pytest.fixture
 def compiled(written: Path, monkeypatch: Any) -> None:
     """Builds take what was compiled once."""
@@ -71,33 +90,16 @@ def attribute(node: onnx.NodeProto, name: str) -> Any:
     return next(onnx.helper.get_attribute_value(item) for item in node.attribute if item.name == name)
 
 
-@pytest.mark.parametrize(("tokens", "tactic"), [(1, 1), (8, 1), (9, 2)])
-def test_the_library_launches_what_computes_the_float32_experts(
-    sparse: Path, written: Path, bundles: dict[str, Path], tmp_path: Path, tokens: int, tactic: int
-) -> None:
-    """The C++ plugin chooses kernel, grid and arguments; each launch runs in Triton's interpreter on host memory."""
-    device = tmp_path / "libcuda.so.1"
-    (tmp_path / "cuda_runtime_api.h").write_text(launcher.CUDA_HEADER)
+def enqueued(written: Path, values: dict[str, Any], scratch: Path) -> tuple[list[dict[str, Any]], Any]:
+    """Let the compiled library enqueue every node of a graph whose inputs are known; return launches and values."""
+    device = scratch / "libcuda.so.1"
+    (scratch / "cuda_runtime_api.h").write_text(launcher.CUDA_HEADER)
     command = ["g++", "-std=c++17", "-fPIC", "-shared", "-Wl,-soname,libcuda.so.1", "-o", device]
-    includes = ["-isystem", launcher.headers(), "-isystem", tmp_path]
+    includes = ["-isystem", launcher.headers(), "-isystem", scratch]
     subprocess.run([*command, *includes, HERE / "launcher_device.cpp"], check=True, timeout=120)
-    plain = onnx.load(sparse / "model.onnx")
-    weights = {t.name: numpy_helper.to_array(t) for t in plain.graph.initializer}
-    route, dispatch, glu, _, combine = [node for node in plain.graph.node if node.domain == "moedge"][:5]
-    make = torch.Generator().manual_seed(3)
-    experts, _, hidden = weights[glu.input[2]].shape
-    scores, x = torch.randn(tokens, experts, generator=make), torch.randn(tokens, hidden, generator=make)
-    values = {**weights, route.input[0]: scores.numpy(), dispatch.input[0]: x.half().numpy()}
-    np.savez(tmp_path / "values.npz", **values)
+    np.savez(scratch / "values.npz", **values)
     done = subprocess.run(
-        [
-            sys.executable,
-            HERE / "launcher_driver.py",
-            written,
-            written / build.LIBRARY,
-            device,
-            tmp_path / "values.npz",
-        ],
+        [sys.executable, HERE / "launcher_driver.py", written, written / build.LIBRARY, device, scratch / "values.npz"],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
@@ -106,6 +108,22 @@ def test_the_library_launches_what_computes_the_float32_experts(
     )
     assert done.returncode == 0, done.stdout + done.stderr
     launches = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return launches, np.load(scratch / "values.npz")
+
+
+@pytest.mark.parametrize(("tokens", "tactic"), [(1, 1), (8, 1), (9, 2)])
+def test_the_library_launches_what_computes_the_float32_experts(
+    sparse: Path, written: Path, bundles: dict[str, Path], tmp_path: Path, tokens: int, tactic: int
+) -> None:
+    """The C++ plugin chooses kernel, grid and arguments; each launch runs in Triton's interpreter on host memory."""
+    plain = onnx.load(sparse / "model.onnx")
+    weights = {t.name: numpy_helper.to_array(t) for t in plain.graph.initializer}
+    route, dispatch, glu, _, combine = [node for node in plain.graph.node if node.domain == "moedge"][:5]
+    make = torch.Generator().manual_seed(3)
+    experts, _, hidden = weights[glu.input[2]].shape
+    scores, x = torch.randn(tokens, experts, generator=make), torch.randn(tokens, hidden, generator=make)
+    values = {**weights, route.input[0]: scores.numpy(), dispatch.input[0]: x.half().numpy()}
+    launches, computed = enqueued(written, values, tmp_path)
     assert [(each["plugin"], each["tactic"]) for each in launches] == [
         ("Route", 1), ("Dispatch", 1), ("GroupedGLU", tactic), ("GroupedLinear", tactic), ("Combine", 1)
     ]  # fmt: skip
@@ -115,8 +133,36 @@ def test_the_library_launches_what_computes_the_float32_experts(
     bias = torch.from_numpy(weights[route.input[1]].copy())
     chosen = ops.route._init_fn(scores, bias, None, attribute(route, "top_k"), attribute(route, "rule").decode())
     wanted = ops.sparse_glu._init_fn(x, *chosen, *(floats[name] for name in wide.input[3:6]), None, "silu")
-    got = np.load(tmp_path / "values.npz")[combine.output[0]].astype(np.float32)
+    got = computed[combine.output[0]].astype(np.float32)
     error = float(np.abs(got - wanted.numpy()).max() / wanted.abs().max())
+    assert 0 < error < HALF_LIMIT, error
+
+
+@pytest.mark.parametrize(("tokens", "tactic"), [(1, 1), (2, 2), (17, 3), (257, 4)])
+def test_the_library_launches_what_computes_a_gathered_ffn(
+    gathered_bundle: Path, written_gathered: Path, gathered_portable: Path, tmp_path: Path, tokens: int, tactic: int
+) -> None:
+    """The kernel by the number of tokens, on the values that the thresholds keep."""
+    plain = onnx.load(gathered_bundle / "model.onnx")
+    weights = {t.name: numpy_helper.to_array(t) for t in plain.graph.initializer}
+    glu, linear = [node for node in plain.graph.node if node.domain == "moedge"][:2]
+    floats = {
+        t.name.rpartition(".")[2]: torch.from_numpy(numpy_helper.to_array(t).copy())
+        for t in onnx.load(gathered_portable / "model.onnx").graph.initializer
+        if ".layers.0.mlp." in t.name
+    }
+    x = torch.randn(tokens, 32, generator=torch.Generator().manual_seed(3))
+    x = ops.keep_large(x, floats["x_threshold"], RAMP).half()
+    launches, computed = enqueued(written_gathered, {**weights, glu.input[0]: x.numpy()}, tmp_path)
+    assert [(each["plugin"], each["tactic"]) for each in launches] == [
+        ("GatheredGLU", tactic),
+        ("GatheredLinear", tactic),
+    ]
+    h = ops.activate(x.float() @ floats["shared_gate"].T, "silu") * (x.float() @ floats["shared_up"].T)
+    wanted = ops.keep_large(h, floats["shared_h_threshold"], RAMP) @ floats["shared_down"].T
+    error = float(
+        (torch.from_numpy(computed[linear.output[0]].astype(np.float32)) - wanted).abs().max() / wanted.abs().max()
+    )
     assert 0 < error < HALF_LIMIT, error
 
 
@@ -134,6 +180,17 @@ def test_an_engine_with_sparse_experts_is_built_without_a_gpu(sparse: Path, tmp_
         file.write(b"!")
     with pytest.raises(MoEdgeError, match=build.LIBRARY):
         build.open_file(tmp_path / "engine")
+
+
+def test_an_engine_of_a_gathered_model_is_built_without_a_gpu(
+    gathered_bundle: Path, written_gathered: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    kernels = written_gathered / "kernels"
+    monkeypatch.setattr(launcher.plugins, "compile_library", lambda folder, *_: shutil.copytree(kernels, folder))
+    library = written_gathered / build.LIBRARY
+    monkeypatch.setattr(launcher, "compile_library", lambda target: shutil.copy(library, target))
+    made = build.build(gathered_bundle, tmp_path / "engine", ["rtx-3090"], max_length=64, max_prompt=32).document()
+    assert made["build"]["plugins"] == 4  # two a layer
 
 
 def _swapped(node: ir.Node) -> None:

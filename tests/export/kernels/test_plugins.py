@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from moedge.convert import ops
+from moedge.convert.ops.gathered import limits_of
 from moedge.export import functions
 from moedge.export.device import plugins as compiling
 from moedge.runtime.device import moedge_plugins as plugins
@@ -51,12 +52,22 @@ def tensors() -> dict[str, torch.Tensor]:
     }
 
 
+def gathered() -> dict[str, torch.Tensor]:
+    """The tensors of a gathered FFN by input name: half of the inputs are zero, weights lie by channel."""
+    make = torch.Generator().manual_seed(1)
+    random = lambda *shape: torch.randn(shape, generator=make)  # noqa: E731
+    x = random(T, H)
+    found = {"x": torch.where(torch.rand(T, H, generator=make) < 0.5, x, 0.0)}
+    found |= {name: random(H, I) * 0.2 for name in ("gate", "up", "weight")}
+    return found | {"h_limits": limits_of(0.02 + random(I).abs() / 10, 0.5)}
+
+
 ATTRIBUTES = {"top_k": K, "rule": "softmax", "num_experts": E, "activation": "silu"}
 
 
 def case(name: str) -> tuple[plugins.Plugin, list[torch.Tensor], dict[str, Any]]:
     """Return a plugin with input tensors and attributes."""
-    plugin, found = plugins.PLUGINS[name], tensors()
+    plugin, found = plugins.PLUGINS[name], gathered() if name.startswith("Gathered") else tensors()
     attributes = {key: ATTRIBUTES[key] for key in plugin.attributes}
     if name == "RouteScaled":
         attributes["rule"] = "scaled"
@@ -74,6 +85,10 @@ def reference(name: str, given: list[torch.Tensor], attributes: dict[str, Any]) 
         return [ops.grouped_glu._init_fn(*given, "silu")]
     if name == "GroupedLinear":
         return [ops.grouped_linear._init_fn(*given)]
+    if name == "GatheredGLU":
+        return [ops.gathered_glu._init_fn(*given, "silu")]
+    if name == "GatheredLinear":
+        return [ops.gathered_linear._init_fn(*given)]
     return [ops.combine._init_fn(*(*given, None)[:5])]
 
 
@@ -113,9 +128,10 @@ def test_a_plugin_is_its_operator(place: str, name: str, tactic: int) -> None:
 
 def test_every_operator_of_the_graph_has_a_plugin_of_its_name_and_attributes() -> None:
     functions.register_schemas()
-    for operator in ("Route", "Dispatch", "GroupedGLU", "GroupedLinear", "Combine"):
+    grouped = ("Route", "Dispatch", "GroupedGLU", "GroupedLinear", "Combine")
+    for operator in (*grouped, "GatheredGLU", "GatheredLinear"):
         inputs, _, attributes = functions._SIGNATURES[operator]
-        # No kernel leaves out hidden values (lowering/trt/plugins.py refuses such a graph).
+        # No kernel leaves out hidden values of experts (lowering/trt/plugins.py refuses such a graph).
         inputs = inputs.replace(" h_threshold:tensor(float)?", "")
         names = [text.split(":")[0] for text in inputs.split()]
         for count in range(sum(not text.endswith("?") for text in inputs.split()), len(names) + 1):

@@ -68,6 +68,7 @@ def test_compiled_kernels_have_no_fault(tmp_path: Path) -> None:
     assert "1 failed, 1 passed" in named
     assert "past the end of the tensor passed as `y_ptr`" in named
 
-    done = run("-m", "gpu and not slow", Path(__file__).with_name("test_kernels.py"))
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert "passed" in done.stdout
+    for name in ("test_kernels.py", "test_gathered.py"):
+        done = run("-m", "gpu and not slow", Path(__file__).with_name(name))
+        assert done.returncode == 0, done.stdout[-4000:]
+        assert "passed" in done.stdout
