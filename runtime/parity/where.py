@@ -140,11 +140,14 @@ def _located(again: Again, reference: LayerEngine, test: LayerEngine) -> Locatio
     first, phases = departing[0]
     fault: Fault = "prefill and decode"
     more = ""
-    if not anew and len(phases) == 1:
+    # Every reading begins with a prefill, of the first token at least.
+    rest = {**rows, "prefill": slice(1, prefill)}
+    if list(phases) == ["prefill"] and not first.departs(rest["prefill"]):
+        more = " Only the first token departs, which every reading of a text begins with."
+    elif not anew and len(phases) == 1:
         (phase,) = phases
         other = _compared(again, reference, test, length if phase == "decode" else 1)
-        # Every reading begins with a prefill, of the first token at least.
-        if _same(other.parts, first).departs(rows[phase] if phase == "decode" else slice(1, prefill)):
+        if _same(other.parts, first).departs(rest[phase]):
             more = f" Read {_READ[phase]}, it departs there too: these tokens are at fault, not the way they are read."
         elif phase == "prefill":
             fault, more = "prefill", f" Read {_READ[phase]}, it is right there."

@@ -27,7 +27,10 @@ from moedge.runtime.report.verification import page
 
 HIDDEN, LAYERS, EXPERTS, TOP_K, VOCAB, HEAD = 64, 3, 6, 2, 260, 16
 PREFILL = 24
+BEGIN = 256
+"""The token that begins a text."""
 WINDOWS = np.random.default_rng(1).integers(0, 256, (2, 40))
+WINDOWS[:, 0] = BEGIN
 TARGETS = ["ort-cpu", "ort-cpu-int8", "tensorrt-rtx"]
 
 Graph = onnx.GraphProto
@@ -119,11 +122,13 @@ def constants(graph: Graph, **values: Any) -> None:
         graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
 
 
-def past_tokens(graph: Graph) -> list[onnx.NodeProto]:
+def past_tokens() -> list[onnx.NodeProto]:
     """Nodes that make ``fault.past`` int64 [1]: tokens in the cache."""
-    for name, source in (("new", "input_ids"), ("all", "attention_mask")):
-        graph.node.insert(0, helper.make_node("Shape", [source], [f"fault.{name}"], start=1, end=2))
-    return [helper.make_node("Sub", ["fault.all", "fault.new"], ["fault.past"])]
+    return [
+        helper.make_node("Shape", ["input_ids"], ["fault.new"], start=1, end=2),
+        helper.make_node("Shape", ["attention_mask"], ["fault.all"], start=1, end=2),
+        helper.make_node("Sub", ["fault.all", "fault.new"], ["fault.past"]),
+    ]
 
 
 # Mistakes, and what is said of them.
@@ -141,23 +146,25 @@ def a_head_exchanged(graph: Graph) -> None:
             rewrite(tensor(graph, name), lambda w: swapped(w, one, two))
 
 
-def a_slot_off_by_one(graph: Graph) -> None:
-    """While decoding, layer 1 takes the cache for one token shorter: each key overwrites the one before."""
-    for offset, node in enumerate(past_tokens(graph)):
-        graph.node.insert(2 + offset, node)
-    constants(graph, **{"fault.one": np.array([1], np.int64)})
-    node = attention(graph, 1)
-    place = list(graph.node).index(node)
-    lengths = node.input[5]
-    for offset, new in enumerate(
-        [
+def slots_off_by_one(*layers: int) -> Change:
+    """While decoding, these layers take the cache for one token shorter: each key overwrites the one before."""
+
+    def apply(graph: Graph) -> None:
+        constants(graph, **{"fault.one": np.array([1], np.int64)})
+        lengths = attention(graph, 0).input[5]
+        place = 1 + list(graph.node).index(maker(graph, lengths))
+        new = [
+            *past_tokens(),
             helper.make_node("Min", ["fault.past", "fault.one"], ["fault.short"]),
             helper.make_node("Cast", ["fault.short"], ["fault.short32"], to=onnx.TensorProto.INT32),
             helper.make_node("Sub", [lengths, "fault.short32"], ["fault.lengths"]),
         ]
-    ):
-        graph.node.insert(place + offset, new)
-    node.input[5] = "fault.lengths"
+        for offset, node in enumerate(new):
+            graph.node.insert(place + offset, node)
+        for layer in layers:
+            attention(graph, layer).input[5] = "fault.lengths"
+
+    return apply
 
 
 def a_cache_rolled(graph: Graph) -> None:
@@ -197,9 +204,15 @@ def head_rows_swapped(graph: Graph) -> None:
 
 
 def embedding_rows_swapped(graph: Graph) -> None:
-    """One token of the first window, which it begins with, has the row of another."""
+    """One token of the first window's prefill has the row of another."""
     (lookup,) = [node for node in graph.node if "Gather" in node.op_type and "input_ids" in node.input]
-    rewrite(tensor(graph, lookup.input[0]), lambda w: swapped(w, int(WINDOWS[0, 0]), VOCAB - 1))
+    rewrite(tensor(graph, lookup.input[0]), lambda w: swapped(w, int(WINDOWS[0, 5]), VOCAB - 1))
+
+
+def first_row_swapped(graph: Graph) -> None:
+    """The token that both windows begin with, and that is nowhere else, has the row of another."""
+    (lookup,) = [node for node in graph.node if "Gather" in node.op_type and "input_ids" in node.input]
+    rewrite(tensor(graph, lookup.input[0]), lambda w: swapped(w, BEGIN, VOCAB - 1))
 
 
 def ffn_scaled(only: str) -> Change:
@@ -254,8 +267,8 @@ ROUTED: dict[str, tuple[str, Change, int | None, str, str]] = {
     ),
     "a head exchanged": ("ort-cpu", a_head_exchanged, 1, "attention", BOTH),
     "a head exchanged, int8": ("ort-cpu-int8", a_head_exchanged, 1, "attention", BOTH),
-    "a cache slot off by one": ("ort-cpu", a_slot_off_by_one, 1, "attention", "cache"),
-    "a cache slot off by one, int8": ("ort-cpu-int8", a_slot_off_by_one, 1, "attention", "cache"),
+    "a cache slot off by one": ("ort-cpu", slots_off_by_one(1), 1, "attention", "cache"),
+    "a cache slot off by one, int8": ("ort-cpu-int8", slots_off_by_one(*range(LAYERS)), 0, "attention", "cache"),
     "a cache rolled": ("portable", a_cache_rolled, 1, "attention", "cache"),
     "an expert exchanged with another": ("ort-cpu", exchanged(1, 4), 1, "experts", BOTH),
     "an expert exchanged with another, int8": ("ort-cpu-int8", exchanged(1, 4), 1, "experts", BOTH),
@@ -265,6 +278,7 @@ ROUTED: dict[str, tuple[str, Change, int | None, str, str]] = {
     "rows of the head swapped": ("ort-cpu", head_rows_swapped, None, "head", BOTH),
     "rows of the head swapped, int8": ("ort-cpu-int8", head_rows_swapped, None, "head", BOTH),
     "rows of the embedding swapped": ("ort-cpu", embedding_rows_swapped, None, "embedding", BOTH),
+    "the first token's row of the embedding swapped": ("ort-cpu", first_row_swapped, None, "embedding", BOTH),
     "experts of another order in the router": ("ort-cpu-int8", permuted_router, 1, "router", BOTH),
     "experts too large, half precision": (
         "tensorrt-rtx", change("layers.1.", "mlp.down", by=lambda w: w * 1.2), 1, "experts", BOTH,
