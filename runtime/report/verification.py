@@ -53,7 +53,7 @@ def heat_map(heat: HeatMap, worst: WorstToken | None, prefill: int | None) -> Fi
     colours = LinearSegmentedColormap.from_list(
         "departs", [(0, "#ffffff"), (limit - 1e-3, "#bcd4f6"), (limit, "#f6c3b8"), (1, BAD)]
     )
-    colours.set_bad(INK)
+    colours = colours.with_extremes(bad=INK)
     # From -0.5: a token is as wide as its column, and its position is the middle.
     image = axis.imshow(
         values, cmap=colours, vmin=_LOW, vmax=_HIGH, aspect="auto", interpolation="nearest",
