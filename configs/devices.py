@@ -5,7 +5,7 @@ A profile is a small YAML file in ``configs/devices`` (or anywhere, given by pat
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -14,6 +14,10 @@ from moedge.configs.errors import checked, matching
 from moedge.export import targets
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+Figure = Literal["memory_gib", "bandwidth_gb_s", "fp16_tflops", "int8_tops"]
+FIGURES: tuple[Figure, ...] = get_args(Figure)
+"""What a profile says in numbers; the vendor's, peak."""
 
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 """What TensorRT for RTX 1.7 builds engines for (its ComputeCapability enumeration)."""
@@ -35,6 +39,14 @@ class Device(BaseModel):
     architecture: Annotated[str, Field(min_length=1)]
     memory_gib: Positive
     bandwidth_gb_s: Positive
+    fp16_tflops: Positive | None = None
+    """10^12 operations a second of its tensor cores in half precision, without sparsity."""
+    int8_tops: Positive | None = None
+    """The same of 8-bit integers."""
+    sources: dict[Figure, Annotated[str, matching(r"^https://\S+\Z", "a link that begins with https://")]] = {}
+    """Where the vendor states each figure."""
+    unconfirmed: Annotated[tuple[Figure, ...], Field(strict=False)] = ()
+    """Figures that were written down from memory: nobody of us has read them at their source."""
     unified_memory: bool
     targets: Annotated[tuple[Literal["tensorrt", "tensorrt-rtx"], ...], Field(min_length=1, strict=False)]
     tensorrt: Annotated[str, matching(r"^\d{1,2}\.\d{1,2}\Z", "a version, such as 10.3")] | None = None

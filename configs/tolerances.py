@@ -57,6 +57,9 @@ class Profile(BaseModel):
     kept_input_rel_error: Positive | None = None
     """For the values of which a gathered model leaves small ones out: |a - b| / |a| on average over the tokens of a
     place, under the engine's choices."""
+    layer_rel_error: Positive | None = None
+    """For each layer alone under the stream of a kept reference (:mod:`moedge.runtime.parity.against`): |a - b| over
+    what the reference's layer adds to the stream, on average over tokens. None where it is reported and not judged."""
     kl_ratio_to_dense: Positive | None = None
     """Quantised targets: mean KL of the MoE's bundle over that of its dense parent's bundle of the same target."""
     task_agreement: Share | None = None

@@ -55,6 +55,9 @@ class ModelFacts(Facts):
     dtype: str = "float32"
     """Of the checkpoint's weights."""
     parameters: int | None = None
+    """Numbers in its weights, a shared table once."""
+    tied_embedding: bool | None = None
+    """Whether the embedding's table is also the output projection."""
 
 
 class LayerFacts(Facts):
@@ -74,6 +77,8 @@ class MoEFacts(Facts):
 
     plan_sha256: str | None = None
     layers: dict[Layer, LayerFacts]
+    ffn_read_share: float | None = None
+    """Of the dense parent's FFN weights, what a token reads (:mod:`moedge.convert.reads`)."""
 
     @property
     def nested(self) -> bool:
@@ -268,6 +273,8 @@ class Sealed(Facts):
     files: dict[str, FileEntry]
     parent: str | None = None
     """Content hash of the bundle that it was made from."""
+    checkpoint: str | None = None
+    """Hash of the checkpoint that it was exported from (:func:`moedge.convert.sources.identity`)."""
 
     @property
     def layers(self) -> dict[int, LayerFacts]:

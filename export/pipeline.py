@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,6 +28,9 @@ from moedge.export.manifest import (
     MoEFacts,
     RewriteFacts,
 )
+
+if TYPE_CHECKING:
+    from moedge.convert.plan import MoEPlan
 
 
 def export(
@@ -104,11 +107,10 @@ def _export_portable(checkpoint: Path, partial: Path, label: str, max_length: in
     from moedge.export.trace import Architecture, trace
 
     converted = str(folder_check.read_config(checkpoint)["model_type"]).startswith(MOE_PREFIX)
-    plan_sha256 = None
+    plan = None
     bundle.write_companions(checkpoint, partial)  # first: a model without a tokenizer is refused before it is loaded
     if converted:
         model, plan, _ = modeling.load(checkpoint)
-        plan_sha256 = plan.sha256
     else:
         model = sources.load_model(checkpoint)
     facts = Architecture.of(model.config)
@@ -128,9 +130,11 @@ def _export_portable(checkpoint: Path, partial: Path, label: str, max_length: in
         rope_boundary=rope.boundary(model.config.to_dict()),
         dtype=str(model.dtype).removeprefix("torch."),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
+        tied_embedding=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
     )
-    moe = _moe_facts(model, plan_sha256) if converted else None
-    _seal(partial, graph, lowered, _Origin("portable", label, described, moe, parent=None))
+    moe = _moe_facts(model, plan) if plan is not None else None
+    identity = sources.identity(checkpoint)
+    _seal(partial, graph, lowered, _Origin("portable", label, described, moe, parent=None, checkpoint=identity))
 
 
 def _ids(value: object) -> int | list[int] | None:
@@ -140,7 +144,8 @@ def _ids(value: object) -> int | list[int] | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def _moe_facts(model: Any, plan_sha256: str | None) -> MoEFacts:
+def _moe_facts(model: Any, plan: MoEPlan) -> MoEFacts:
+    from moedge.convert import reads
     from moedge.convert.modeling import SparseFFN, hierarchical_ffns
 
     layers = {
@@ -163,7 +168,7 @@ def _moe_facts(model: Any, plan_sha256: str | None) -> MoEFacts:
             parents=split + nested.dense_parents,
             dense_parents=nested.dense_parents,
         )
-    return MoEFacts(plan_sha256=plan_sha256, layers=layers)
+    return MoEFacts(plan_sha256=plan.sha256, layers=layers, ffn_read_share=reads.of_plan(plan))
 
 
 def lower(
@@ -214,7 +219,8 @@ def lower(
     if ort_ops.DOMAIN in graph.opset_imports:
         lowered.operators = ort_ops.write(partial)
     facts = source.manifest
-    _seal(partial, graph, lowered, _Origin(target, facts.label, facts.model, facts.moe, parent=source.sha256))
+    origin = _Origin(target, facts.label, facts.model, facts.moe, parent=source.sha256, checkpoint=facts.checkpoint)
+    _seal(partial, graph, lowered, origin)
 
 
 @dataclass(frozen=True)
@@ -226,6 +232,7 @@ class _Origin:
     model: ModelFacts
     moe: MoEFacts | None
     parent: str | None
+    checkpoint: str | None
 
 
 def _seal(partial: Path, graph: Any, lowered: Lowered, origin: _Origin) -> None:
@@ -241,6 +248,7 @@ def _seal(partial: Path, graph: Any, lowered: Lowered, origin: _Origin) -> None:
         model=origin.model,
         moe=origin.moe,
         parent=origin.parent,
+        checkpoint=origin.checkpoint,
         kind="dense" if origin.moe is None else "moe",
         lowering=[RewriteFacts.model_validate(vars(rewrite)) for rewrite in lowered.rewrites],
         taps=lowered.taps,

@@ -77,6 +77,11 @@ COMMANDS = {
     "export-hf": Command(
         "Export", "Write a checkpoint that stock transformers, vLLM and SGLang load, without code of ours."
     ),
+    "estimate": Command(
+        "Export",
+        "Say whether a model fits on a device and what its bandwidth and arithmetic allow, before anything is built.",
+        {"device": "for"},
+    ),
     "build": Command(
         "Export",
         "Build a TensorRT engine. For TensorRT for RTX this needs no GPU; TensorRT builds on the device itself.",
@@ -94,7 +99,7 @@ COMMANDS = {
     ),
     "bench": Command(
         "Measure",
-        "Time engines side by side at batch 1: time to first token, time per token, memory, load time.",
+        "Time engines side by side: time to first token, time per token, memory, load time. Judges them when asked to.",
     ),
     "evaluate": Command(
         "Measure",

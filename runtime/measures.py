@@ -94,56 +94,69 @@ def bench(
     models: Sequence[PathLike] | Mapping[str, PathLike],
     *,
     text: PathLike = "asset:wiki",
-    prompt: int = 512,
-    decode: int = 64,
+    prompt: int | Sequence[int] = 512,
+    decode: int | Sequence[int] = 64,
+    batch: int | Sequence[int] = 1,
+    depth: int | Sequence[int] = 0,
+    threads: int | Sequence[int] | None = None,
     repeats: int = 10,
     warmup: int = 1,
+    min_duration: float = 0.0,
     memory: bool = True,
-    threads: int | None = None,
     device: str = "cpu",
     dtype: Dtype = "float32",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Time engines side by side at batch 1, greedy, in rounds whose order rotates.
+    """Time engines side by side, greedy, in rounds whose order rotates; a list of numbers makes a sweep.
 
     Args:
         models: bundles, engines and checkpoints, labelled by their paths or by the keys of a mapping.
-        text: whose first ``prompt`` tokens are the prompt, by the first model's tokenizer.
-        decode: tokens generated after the first one.
-        repeats: rounds that count, ``warmup``: rounds before them that do not.
-        memory: also measure peak memory and load time, each in a process of its own.
-        threads: on the CPU. device, dtype: of checkpoints, which PyTorch runs.
+        text: whose first tokens are the prompt, by the first model's tokenizer.
+        prompt: its tokens. decode: tokens generated after the first one. batch: rows that are read and decoded
+            together. depth: tokens in the cache before the prompt is read. threads: on the CPU.
+        repeats: rounds of a point that count, ``warmup``: rounds before them that do not, ``min_duration``: seconds
+            that they take; all at least.
+        memory: also measure peak memory and load time at the first point, each in a process of its own.
+        device, dtype: of checkpoints, which PyTorch runs.
         progress: in runs of an engine.
 
     Returns:
-        JSON of schema ``moedge.bench/1``. ``rows`` hold, per model, ``ttft_ms`` (time to first token) and ``tpot_ms``
-        (time per token), milliseconds with percentiles and a 95% interval, ``decode_tokens_per_s``, ``peak_rss_mib``
-        and ``load_s``; ``ratios`` hold the speed-ups.
+        JSON of schema ``moedge.bench/2`` (runtime/bench/bench.schema.json). ``engines`` hold, per model,
+        ``peak_rss_mib`` and ``load_s``; each of ``points`` has ``rows`` with ``label``, ``ttft_ms`` (time to first
+        token) and ``tpot_ms`` (time per token), milliseconds with percentiles and 95% intervals, and
+        ``decode_tokens_per_s``; its ``ratios`` hold the speed-ups.
 
     Raises:
         MoEdgeError: no model or one that cannot be opened, too little text, or an engine that fails.
     """
     from moedge.runtime.bench import latency
+    from moedge.runtime.bench.points import grid, tokens_of
     from moedge.runtime.engines.given import local
     from moedge.runtime.text.windows import token_windows
 
     named = models if isinstance(models, Mapping) else {str(path): path for path in models}
     if not named or len(named) < len(models):
         raise MoEdgeError("bench needs at least one model, and each one once.")
+    counts = [None] if threads is None else _several(threads)
+    points = grid(_several(prompt), _several(decode), _several(batch), _several(depth), counts)
     folders = {label: local(Path(path)) for label, path in named.items()}
-    name, windows = token_windows(next(iter(folders.values())), str(text), prompt, 1)
-    opening: dict[str, Any] = {"threads": threads, "pytorch": {"device": device, "dtype": dtype}, "last_logits": True}
+    name, windows = token_windows(next(iter(folders.values())), str(text), tokens_of(points), 1)
+    opening: dict[str, Any] = {"pytorch": {"device": device, "dtype": dtype}, "last_logits": True}
     result = latency.bench(
         {label: partial(open_engine, folder, **opening) for label, folder in folders.items()},
         windows[0],
-        prompt=prompt,
-        decode=decode,
+        points,
         repeats=repeats,
         warmup=warmup,
+        min_duration=min_duration,
         memory=memory,
         progress=progress,
     )
     return {**result, "text": name}
+
+
+def _several(given: int | Sequence[int]) -> Sequence[int]:
+    return [given] if isinstance(given, int) else given
 
 
 def evaluate(

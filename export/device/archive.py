@@ -31,7 +31,8 @@ from moedge.runtime.device.moedge_plugins import FOLDER
 
 SCRIPTS = (
     *("build_engine.py", "verify.py", "bench.py", "moedge_archive.py", "moedge_compare.py", "moedge_cuda.py"),
-    *("moedge_plugins.py", "moedge_session.py", "moedge_trt.py"),
+    *("moedge_guard.py", "moedge_jetson.py", "moedge_nvml.py", "moedge_plugins.py", "moedge_power.py"),
+    *("moedge_sensors.py", "moedge_session.py", "moedge_timing.py", "moedge_trt.py", "moedge_watch.py"),
 )
 PROMPTS = (
     "The capital of France is",
@@ -305,7 +306,11 @@ On the device, with numpy and TensorRT's Python package (JetPack has both):
 
     python3 build_engine.py     # minutes; writes engine.plan, engine.json, timing.cache
     python3 verify.py           # exit code 1 when the engine does not compute what was recorded, or that is not decided
-    python3 bench.py --prompt 512 --decode 64 --note "nvpmodel 0, jetson_clocks"
+    sudo nvpmodel -m 0 && sudo jetson_clocks                      # a Jetson's greatest power mode; others: leave it out
+    python3 bench.py --prompt 512 --decode 64
+
+bench.py records power mode, clocks, heat and energy where the device tells them (a Jetson's rails: run it with sudo),
+and times the dense parent in the same rounds where its archive lies beside this folder.
 
 Both results are JSON. Where MoEdge is installed: moedge device-report verify-result.json bench-result.json, and, for a
 model with experts, moedge verify CHECKPOINT verify-answers.npz, which judges every token whatever experts were chosen.

@@ -40,8 +40,7 @@ def fit(
 
     Args:
         model: the ``model`` section of a bundle's manifest.
-        weight_bytes: of the lowered graph. Its engine reads all of them for each token but ``unread``, and of an untied
-            embedding table it reads one row.
+        weight_bytes: of the lowered graph. Its engine reads all of them for each token but ``unread``.
         device: the profile.
         max_length: tokens of the cache.
         max_prompt: most tokens of a prefill.

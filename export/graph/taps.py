@@ -24,15 +24,16 @@ def edited(
     replay: bool = False,
     last_logits: bool = False,
     keeps: Mapping[GatherPlace, Kept] | None = None,
+    show_scores: bool = False,
 ) -> tuple[bytes, dict[int, str]]:
     """Return the model at ``path`` as bytes, with ``taps`` as outputs and every layer run with ``top_k`` experts.
 
     ``float32_activations`` sets ``accuracy_level`` of quantised products to 0: no rounding of activations to int8.
-    ``router_inputs`` (see the function) become outputs too, and what each layer ranks its experts by where the graph
-    shows it (:func:`_show_scores`): their names by layer are returned. With ``replay`` each routed layer gets an input
-    ``layers.N.forced`` float32 [T, E] that is added to the scores it selects by, and to no weight. ``last_logits``
-    makes the output projection read the last position alone. ``keeps``: what is left out becomes outputs, and with
-    ``replay`` what is left out can be forced (:mod:`moedge.export.graph.kept`).
+    ``router_inputs`` (see the function) become outputs too, and with them, or with ``show_scores``, what each layer
+    ranks its experts by where the graph shows it (:func:`_show_scores`): their names by layer are returned. With
+    ``replay`` each routed layer gets an input ``layers.N.forced`` float32 [T, E] that is added to the scores it selects
+    by, and to no weight. ``last_logits`` makes the output projection read the last position alone. ``keeps``: what is
+    left out becomes outputs, and with ``replay`` what is left out can be forced (:mod:`moedge.export.graph.kept`).
 
     Raises:
         MoEdgeError: ``onnx`` is missing, a tap is not in the graph, or there is no routing whose k could be changed.
@@ -51,7 +52,7 @@ def edited(
         if name not in outputs:
             # Without a type: the runtime infers it.
             model.graph.output.append(onnx.ValueInfoProto(name=name))
-    scores = _show_scores(model, taps) if router_inputs and not replay else {}
+    scores = _show_scores(model, taps) if (router_inputs or show_scores) and not replay else {}
     shown = dict.fromkeys([*(router_inputs or {}).values(), *scores.values()])
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in shown)
     if replay:

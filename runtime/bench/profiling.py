@@ -16,6 +16,7 @@ binding of inputs, the choice of the token. Where nothing ran undisturbed it is 
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import time
 from collections import defaultdict
@@ -50,7 +51,7 @@ def profile(
     Returns:
         JSON-ready dict of schema ``moedge.profile/1``: for ``prefill`` and ``decode`` the shortest unprofiled
         milliseconds ``ms``, ``recording_us`` subtracted from each node, and ``operators`` and ``groups``: rows of
-        name, nodes, ms and share of ``ms``.
+        name, nodes, ms and share of ``ms``. ``weights``: bytes that each group stores.
 
     Raises:
         MoEdgeError: no such bundle, or ``onnx`` is not installed.
@@ -73,6 +74,7 @@ def profile(
         engine.close()
         graph = onnx.load(Path(folder) / "optimized.onnx", load_external_data=False).graph
     groups = group_nodes(graph)
+    weights = group_weights(graph, groups)
     runs = split_runs(events)[decode + 1 :]
     phases = {
         "prefill": runs[:: decode + 1],
@@ -82,7 +84,7 @@ def profile(
         "prefill": min(first for first, _ in plain),
         "decode": min(step for _, steps in plain for step in steps),
     }
-    result: dict[str, Any] = {"schema": SCHEMA, "threads": engine.info.threads, "prompt": prompt}
+    result: dict[str, Any] = {"schema": SCHEMA, "threads": engine.info.threads, "prompt": prompt, "weights": weights}
     return result | {phase: summary(runs, groups, times[phase]) for phase, runs in phases.items()}
 
 
@@ -211,6 +213,29 @@ def group_nodes(graph: Any) -> dict[str, str]:
             groups[source.name] = "router"
             routing += [maker[name] for name in source.input if name in maker]
     return groups
+
+
+def group_weights(graph: Any, groups: dict[str, str]) -> dict[str, int]:
+    """Bytes of the weights of each group of an optimised graph; one that several nodes read counts where most is made.
+
+    A tied table is looked up in ``input`` and multiplied by in the head: it counts for the head, which reads all of it.
+    """
+    from onnx import helper
+
+    sizes = {
+        tensor.name: math.prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        for tensor in graph.initializer
+    }
+    owner: dict[str, str] = {}
+    for node in graph.node:
+        group = groups.get(node.name)
+        for name in node.input:
+            if name in sizes and group is not None and (name not in owner or owner[name] == "input"):
+                owner[name] = group
+    found: dict[str, int] = defaultdict(int)
+    for name, group in owner.items():
+        found[group] += sizes[name]
+    return dict(found)
 
 
 def _pieces(nodes: list[Any], norms: set[str], maker: dict[str, Any]) -> dict[str, str]:

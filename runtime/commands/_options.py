@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -56,3 +58,29 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the method (may be repeated)."),
 ]
+
+
+@dataclass(frozen=True, init=False)
+class Numbers:
+    """What an option of several whole numbers holds; written ``1,2,4``."""
+
+    values: tuple[int, ...]
+
+    def __init__(self, *values: int) -> None:
+        object.__setattr__(self, "values", values)
+
+    def __str__(self) -> str:
+        """As it is written on the command line."""
+        return ",".join(map(str, self.values))
+
+
+def numbers(help_: str, *, least: int) -> Any:
+    """Return an option of several numbers, none below ``least``."""
+
+    def parse(given: str | Numbers) -> Numbers:
+        words = str(given).split(",")
+        if not all(re.fullmatch(r"\s*\d+\s*", word) and int(word) >= least for word in words):
+            raise typer.BadParameter(f"{given!r} is not a list of numbers of at least {least}, such as 1,2,4.")
+        return Numbers(*map(int, words))
+
+    return typer.Option(parser=parse, metavar="N,N,...", help=help_)

@@ -1,8 +1,10 @@
-"""``moedge bench``: time engines side by side."""
+"""``moedge bench``: time engines side by side, and judge the times."""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,71 +14,248 @@ from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
+from moedge._files import read_json, write_json, write_text
 from moedge.runtime.bench import latency as benchmark
+from moedge.runtime.bench.headroom import add_headroom
+from moedge.runtime.bench.points import grid, tokens_of
 from moedge.runtime.bench.profiling import profiles
-from moedge.runtime.commands._options import Device, Dtype, Json, Text, Threads
+from moedge.runtime.bench.results import SCHEMA, Bench, Gate
+from moedge.runtime.commands._options import Device, Dtype, Json, Numbers, Save, Text, numbers
 from moedge.runtime.engines import open_engine
 from moedge.runtime.engines.given import local
+from moedge.runtime.gate import judge as judging
+from moedge.runtime.gate import limits
+from moedge.runtime.parity.outcomes import mark
+from moedge.runtime.parity.verdict import Outcome
 from moedge.runtime.progress import single
+from moedge.runtime.report import bench as tables
+from moedge.runtime.report import ci, headroom
 from moedge.runtime.report.profile import NOTE, table
 from moedge.runtime.run import run_folder
 from moedge.runtime.tables import Sheet
 from moedge.runtime.text.windows import token_windows
 
 
+def _share(given: str) -> float:
+    """``5%`` -> 0.05."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", given)
+    if not found or not 0 < float(found[1]) < 1000:
+        raise MoEdgeError(f"--max-slowdown {given!r} is not a share such as 5%.")
+    return float(found[1]) / 100
+
+
+_PROMPT, _DECODE, _DEPTH = Numbers(512), Numbers(64), Numbers(0)
+
+
 def bench(
-    engines: Annotated[list[Path], typer.Argument(help="One run folder, or bundles and checkpoints to time together.")],
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens in the prompt.")] = 512,
-    decode: Annotated[int, typer.Option(min=2, help="Tokens generated after it.")] = 64,
-    repeats: Annotated[int, typer.Option(min=3, help="Timed rounds.")] = 10,
-    threads: Threads = None,
+    engines: Annotated[
+        list[str],
+        typer.Argument(help="One run folder, or bundles and checkpoints to time together; NAME=PATH names one."),
+    ],
+    prompt: Annotated[Numbers, numbers("Tokens in the prompt.", least=1)] = _PROMPT,
+    decode: Annotated[Numbers, numbers("Tokens generated after it.", least=2)] = _DECODE,
+    batch: Annotated[
+        Numbers | None,
+        numbers("Rows of a call; 1, and a look at decoding 2, 4 and 8 where nothing is judged, by default.", least=1),
+    ] = None,
+    depth: Annotated[Numbers, numbers("Tokens in the cache before the prompt.", least=0)] = _DEPTH,
+    threads: Annotated[Numbers | None, numbers("CPU threads; all physical cores by default.", least=1)] = None,
+    repeats: Annotated[int, typer.Option(min=3, help="Timed rounds, at least.")] = 10,
+    warmup: Annotated[int, typer.Option(min=0, help="Rounds dropped before them, at least.")] = 1,
+    min_duration: Annotated[float, typer.Option(min=0, help="Seconds that they take at each point, at least.")] = 0.0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
     text: Text = "asset:wiki",
     profile: Annotated[
         bool, typer.Option("--profile", help="Then profile the bundles: time by operator and by part of the model.")
     ] = False,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OLD", help="Time the engine, or the run, beside its older one and judge it: the best test."
+        ),
+    ] = None,
+    baseline: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Judge against an older result of --save or --json.")
+    ] = None,
+    max_slowdown: Annotated[
+        str, typer.Option(metavar="SHARE", help="A slow-down as large as this must not pass.")
+    ] = "5%",
+    fail_if: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LIMIT", help='Limit of your own, such as "ttft.p99 > 800ms" (may be repeated).'),
+    ] = None,
     as_json: Json = False,
-) -> None:
-    """Time engines side by side at batch 1: time to first token, time per token, memory, load time.
+    save: Save = None,
+    junit: Annotated[Path | None, typer.Option(help="Also write the checks as JUnit XML to this file.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Also write the tables as Markdown to this file.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Also write a line for each engine and point to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the times into this .svg, .png or .pdf file.")] = None,
+) -> int:
+    """Time engines side by side: time to first token, time per token, memory, load time. Judges them when asked to.
 
     \b
     Examples:
       moedge bench runs/smollm2-135m
-      moedge bench build/dense/ort-cpu build/bundles/ort-cpu --decode 128 --profile
-      moedge bench ./my-llama build/moe --device cuda --dtype bfloat16
+      moedge bench build/dense/ort-cpu build/bundles/ort-cpu --batch 1,2,4,8 --depth 0,1024 --csv sweep.csv
+      moedge bench build/new --against build/old --max-slowdown 5% --junit bench.xml
+      moedge bench moe=build/moe dense=build/dense --baseline last.json --fail-if "moe: ttft.p99 > 800ms"
+      moedge bench ./my-llama build/moe --device cuda --dtype bfloat16 --profile
     """
-    if len(engines) == 1 and run_folder.is_run(engines[0]):
-        folders = {str(ref): folder for ref, folder in run_folder.engines(engines[0]).items()}
-        tokenizer = run_folder.checkpoint(engines[0])
-    else:
-        folders = {str(path): local(path) for path in engines}
-        if twice := next((path for path in engines if engines.count(path) > 1), None):
-            raise MoEdgeError(f"{twice} is given twice; name each engine once.")
-        tokenizer = next(iter(folders.values()))
-    if not folders:
-        raise MoEdgeError(f"{engines[0]} has no engines yet; finish it with `moedge run`.")
-    pytorch = {"device": device, "dtype": dtype}
+    share = _share(max_slowdown)
+    own = [limits.parse(text) for text in fail_if or []]
+    older = None if baseline is None else read_result(baseline)
+    judged = bool(own or older or against)
+    _check_files(judged, junit, plot)
+    folders, tokenizer = _given(engines)
+    beside = {} if against is None else _older(folders, against)
+    folders |= {label: path for label, (_, path) in beside.items()}
+    counts = threads.values if threads else (None,)
+    points = grid(prompt.values, decode.values, batch.values if batch else (1,), depth.values, counts)
     with single("bench", ", ".join(folders)) as reporter:
-        name, windows = token_windows(tokenizer, text, prompt, 1)
-        openers = {
-            label: partial(open_engine, path, threads=threads, pytorch=pytorch, last_logits=True)
-            for label, path in folders.items()
-        }
+        name, windows = token_windows(tokenizer, text, tokens_of(points), 1)
+        options: dict[str, Any] = {"pytorch": {"device": device, "dtype": dtype}, "last_logits": True}
         result = benchmark.bench(
-            openers, windows[0], prompt=prompt, decode=decode, repeats=repeats, progress=reporter.progress
+            {label: partial(open_engine, path, **options) for label, path in folders.items()},
+            windows[0],
+            points,
+            repeats=repeats,
+            warmup=warmup,
+            min_duration=min_duration,
+            batches=not batch and not judged,
+            progress=reporter.progress,
         )
+        result["text"] = name
         if profile:
-            sizes = {"prompt": prompt, "decode": decode, "repeats": repeats, "threads": threads}
+            first = points[0]
+            sizes = {"prompt": first.prompt, "decode": first.decode, "repeats": repeats, "threads": first.threads}
             result["profiles"] = profiles(folders, windows[0], progress=reporter.progress, **sizes)
-    result["text"] = name
+        add_headroom(result, folders)
+    if judged:
+        pairs = {new: old for old, (new, _) in beside.items()}
+        result["gate"] = judging.judge(result, baseline=older, against=pairs, max_slowdown=share, limits=own)
+    _write(result, save=save, junit=junit, markdown=markdown, csv=csv, plot=plot)
     if as_json:
         print(json.dumps(result, indent=2, allow_nan=False))
     else:
         console = Console()
-        show(result, console)
+        tables.show(result, console)
         if profile:
             show_profiles(result["profiles"], console)
+        headroom.show(result, console)
+        if judged:
+            tables.show_gate(result["gate"], console)
+    return mark(result["gate"]["outcome"]).exit_code if judged else 0
+
+
+def _check_files(judged: bool, junit: Path | None, plot: Path | None) -> None:
+    """Refuse files that could not be written, before an hour of timing.
+
+    Raises:
+        MoEdgeError: which, and why.
+    """
+    if junit and not judged:
+        raise MoEdgeError("--junit writes checks; give --against, --baseline or --fail-if, which make some.")
+    if plot:
+        from moedge.runtime.report import bench_plot
+
+        bench_plot.check_ending(plot)
+
+
+def _given(engines: list[str]) -> tuple[dict[str, Path], Path]:
+    """Label -> folder of every engine, and whose tokenizer reads the text.
+
+    Raises:
+        MoEdgeError: nothing to time, one given twice, or a model that cannot be had.
+    """
+    if len(engines) == 1 and run_folder.is_run(run := Path(engines[0])):
+        folders = {str(ref): folder for ref, folder in run_folder.engines(run).items()}
+        if not folders:
+            raise MoEdgeError(f"{run} has no engines yet; finish it with `moedge run`.")
+        return folders, run_folder.checkpoint(run)
+    folders = {}
+    for given in engines:
+        label, path = _named(given)
+        if label in folders:
+            raise MoEdgeError(f"{label} is given twice; name each engine once.")
+        folders[label] = local(path)
+    return folders, next(iter(folders.values()))
+
+
+def _named(given: str) -> tuple[str, Path]:
+    """``NAME=PATH`` -> both; a path that is there is one, whatever it holds."""
+    name, equals, path = given.partition("=")
+    return (name, Path(path)) if equals and name and path and not Path(given).exists() else (given, Path(given))
+
+
+def _older(folders: dict[str, Path], against: str) -> dict[str, tuple[str, Path]]:
+    """Label of an older engine -> label of the new one that it is compared with, and its folder.
+
+    Raises:
+        MoEdgeError: it is not said which of several engines it is the older one of.
+    """
+    if run_folder.is_run(run := Path(against)):
+        found = {str(ref): path for ref, path in run_folder.engines(run).items() if str(ref) in folders}
+        if not found:
+            raise MoEdgeError(f"--against {against}: that run has none of the engines {', '.join(folders)}.")
+        return {f"old {label}": (label, path) for label, path in found.items()}
+    label, path = _named(against)
+    new = label if label in folders and label != against else next(iter(folders))
+    if len(folders) > 1 and new != label:
+        raise MoEdgeError(
+            f"--against {against} is the older one of which engine? Give the new one alone, or its name: NAME=PATH, as "
+            f"in --against {new}={path}."
+        )
+    return {f"old {new}" if label == new else f"old {against}": (new, local(path))}
+
+
+def read_result(path: Path) -> Bench:
+    """Read a stored result.
+
+    Raises:
+        MoEdgeError: it is missing, damaged or not a result of this version's `moedge bench`.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    mend = "measure it again with `moedge bench --save`"
+    found = read_json(path, mend)
+    if found.get("schema") != SCHEMA:
+        raise MoEdgeError(f"{path} is no result of `moedge bench`, its schema is not {SCHEMA}; {mend}.")
+    try:
+        return TypeAdapter(Bench).validate_python(found)
+    except ValidationError as error:
+        place = ".".join(map(str, error.errors()[0]["loc"]))
+        raise MoEdgeError(f"{path} is damaged: {place} is not what it should be; {mend}.") from error
+
+
+def _write(result: Bench, **files: Path | None) -> None:
+    """Write every file that was asked for, and the summary of a GitHub job."""
+    writers: dict[str, Callable[[Path], None]] = {
+        "save": lambda path: write_json(path, result),
+        "junit": lambda path: write_text(path, junit_xml(result["gate"])),
+        "markdown": lambda path: write_text(path, tables.markdown(result)),
+        "csv": lambda path: write_text(path, tables.csv_text(result)),
+        "plot": lambda path: _draw(result, path),
+    }
+    for name, path in files.items():
+        if path is not None:
+            writers[name](path)
+    ci.step_summary(tables.markdown(result))
+
+
+def _draw(result: Bench, path: Path) -> None:
+    from moedge.runtime.report import bench_plot
+
+    bench_plot.save(result, path)
+
+
+def junit_xml(gate: Gate) -> str:
+    """The checks of a gate as JUnit XML."""
+    cases = (
+        ci.Case(check["label"], f"{check['what']} at {check['point']}", Outcome(check["outcome"]), check["sentence"])
+        for check in gate["checks"]
+    )
+    return ci.junit_xml("moedge bench", cases)
 
 
 def show_profiles(found: dict[str, Any], console: Console) -> None:
@@ -96,38 +275,3 @@ def show_profiles(found: dict[str, Any], console: Console) -> None:
                 )
             console.print(shown)
     console.print(NOTE, highlight=False, soft_wrap=True)
-
-
-def show(result: dict[str, Any], console: Console) -> None:
-    """Print the rows of a benchmark and what they were measured on."""
-    protocol, machine = result["protocol"], result["machine"]
-    table = Sheet(
-        title=f"batch 1, prompt {protocol['prompt']}, decode {protocol['decode']}, {protocol['repeats']} rounds"
-    )
-    table.add_column("engine")
-    gpu = any(row["info"]["device"] != "CPU" for row in result["rows"])
-    for column in ("first token ms", "per token ms", "95% CI", "tokens/s", "peak MiB", *(["GPU MiB"] * gpu), "load s"):
-        table.add_column(column, justify="right")
-    for row in result["rows"]:
-        low, high = row["tpot_ms"]["ci95"]
-        table.add_row(
-            escape(row["label"]),
-            f"{row['ttft_ms']['p50']:.1f}",
-            f"{row['tpot_ms']['p50']:.2f}",
-            f"{low:.2f}-{high:.2f}",
-            f"{row['decode_tokens_per_s']:.1f}",
-            "-" if row["peak_rss_mib"] is None else f"{row['peak_rss_mib']:.0f}",
-            *(["-" if row.get("peak_gpu_mib") is None else f"{row['peak_gpu_mib']:.0f}"] if gpu else []),
-            "-" if row["load_s"] is None else f"{row['load_s']:.1f}",
-        )
-    console.print(table)
-    for row in result["rows"]:
-        if reason := row.get("gpu_reason"):
-            console.print(escape(f"{row['label']}: no GPU MiB, for {reason}."), highlight=False, soft_wrap=True)
-    infos = [row["info"] for row in result["rows"]]
-    kinds = ", ".join(dict.fromkeys(f"{info['dtype']} on {info['device']}" for info in infos))
-    console.print(
-        escape(f"{machine['processor']}, {infos[0]['threads']} threads, {kinds}, text {result['text']}"),
-        highlight=False,
-        soft_wrap=True,
-    )

@@ -16,20 +16,33 @@ from moedge.runtime.commands._options import Json
 from moedge.runtime.device.moedge_archive import RESULT_SCHEMA
 from moedge.runtime.parity.outcomes import mark
 from moedge.runtime.parity.verdict import outcome_of
+from moedge.runtime.report import jetson_llm_benchmark
+from moedge.runtime.report.watched import lines as guard_lines
 from moedge.runtime.tables import Sheet
 
 
 def device_report(
     results: Annotated[list[Path], typer.Argument(help="verify-result.json and bench-result.json of a device.")],
+    form: Annotated[
+        str | None,
+        typer.Option("--format", metavar="FORMAT", help="Print benchmarks as JSON of others: jetson-llm-benchmark."),
+    ] = None,
     as_json: Json = False,
 ) -> int:
     """Print what verify.py and bench.py of a device archive wrote. Exits with 1 when a verification failed.
 
     \b
-    Example:
+    Examples:
       moedge device-report verify-result.json bench-result.json
+      moedge device-report bench-result.json --format jetson-llm-benchmark
     """
     loaded = {str(path): read(path) for path in results}
+    if form is not None:
+        if form != jetson_llm_benchmark.FORMAT:
+            raise MoEdgeError(f"Unknown format {form!r}; known: {jetson_llm_benchmark.FORMAT}.")
+        converted = [jetson_llm_benchmark.convert(result) for result in loaded.values()]
+        print(json.dumps(converted[0] if len(converted) == 1 else converted, indent=2, allow_nan=False))
+        return 0
     if as_json:
         print(json.dumps(loaded, indent=2, allow_nan=False))
     else:
@@ -70,15 +83,38 @@ def _print(path: str, result: dict[str, Any], console: Console) -> None:
         protocol = result["protocol"]
         for column in ("", "p50 ms", "p90", "p99", "95% CI of p50"):
             table.add_column(column, justify="right" if column else "left")
-        for name, key in (("first token", "ttft_ms"), ("per token", "tpot_ms")):
-            t = result[key]
-            interval = f"{t['ci95_low']:.3f}-{t['ci95_high']:.3f}"
-            table.add_row(name, f"{t['p50']:.3f}", f"{t['p90']:.3f}", f"{t['p99']:.3f}", interval)
+        dense = result.get("dense")
+        for engine, row in (("", result), *([(", dense parent", dense)] if dense else [])):
+            for name, key in (("first token", "ttft_ms"), ("per token", "tpot_ms")):
+                t = row[key]
+                interval = f"{t['ci95_low']:.3f}-{t['ci95_high']:.3f}"
+                table.add_row(name + engine, f"{t['p50']:.3f}", f"{t['p90']:.3f}", f"{t['p99']:.3f}", interval)
         caption = f"batch 1, prompt {protocol['prompt']}, decode {protocol['decode']}. {protocol['note']}"
     console.print(table)
-    if caption:
-        console.print(escape(caption), highlight=False, soft_wrap=True)
+    for line in (caption, *_measured(result)):
+        if line:
+            console.print(escape(line), highlight=False, soft_wrap=True)
     said = (
         f"{device['name']}, SM{device['compute_capability'].replace('.', '')}, {device['runtime']}, {device['system']}"
     )
     console.print(escape(said), highlight=False, soft_wrap=True)
+
+
+def _measured(result: dict[str, Any]) -> list[str]:
+    """What a benchmark says beside its times: gain, energy, power mode, and whether to trust it."""
+    said = []
+    if dense := result.get("dense"):
+        for name, words in (("tpot_ms", "per token"), ("ttft_ms", "first token")):
+            gain = dense["speedup"][name]
+            interval = f"{gain['ci95_low']:.2f} to {gain['ci95_high']:.2f}"
+            said.append(f"Against {dense['label']}, {words}: {gain['speedup']:.2f} times as fast ({interval}).")
+    if energy := result.get("energy"):
+        joules = energy["joules_per_token"]
+        told = f"not told: {energy['reason']}" if joules is None else f"{joules:.3f} J a token, {energy['source']}"
+        said.append(f"Energy {told}.")
+    if environment := result.get("environment"):
+        settings = environment["guard"]["settings"]
+        locked = {True: "locked", False: "not locked", None: "not told"}[settings["clocks_locked"]]
+        said.append(f"Power mode {settings['power_mode'] or 'not told'}, clocks {locked}.")
+        said += guard_lines(environment["guard"])
+    return said

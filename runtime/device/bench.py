@@ -2,84 +2,156 @@
 
     python3 bench.py --prompt 512 --decode 64
 
-Writes ``bench-result.json``. Set the power mode first (``nvpmodel``, ``jetson_clocks``) and say it with ``--note``.
+The archive of its dense parent is timed in the same rounds where it lies beside this one (unpacked, its engine built),
+or where ``--dense`` says. Writes ``bench-result.json`` with the power mode, clocks, heat and energy that the device
+tells, and says when the measurement is not to be trusted. Set the power mode first: ``sudo nvpmodel -m 0 && sudo
+jetson_clocks``.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING or __package__:
-    from moedge.runtime.device import moedge_archive, moedge_compare, moedge_trt
+    from moedge.runtime.device import moedge_archive, moedge_timing, moedge_trt, moedge_watch
 else:  # in an archive the files lie side by side
     import moedge_archive
-    import moedge_compare
+    import moedge_timing
     import moedge_trt
+    import moedge_watch
+
+MOE, DENSE = "this archive", "dense parent"
 
 
 def main() -> int:
     """Measure ``--repeats`` rounds after ``--warmup`` ones."""
     folder = Path(__file__).resolve().parent
+    options = _options(folder)
+    manifest, facts, session = moedge_archive.open_session(folder)
+    beside = None if options.alone else options.dense or _dense_beside(folder)
+    sessions = {MOE: session}
+    parent: dict[str, Any] | None = None
+    if beside is not None:
+        parent, _, sessions[DENSE] = moedge_archive.open_session(beside)
+        print(f"beside: {parent['label']} in {beside}", file=sys.stderr)
+    free_before = session.cuda.memory()[0]
+    protocol = _protocol(sessions, options)
+    recorded = np.concatenate([case["ids"][0] for case in moedge_archive.golden(folder)])
+    ids = np.resize(recorded, protocol.prompt)[None]  # repeated golden text: real tokens, so routing is not degenerate
+    lowest_free = free_before
+    with moedge_watch.Recorder(list(sessions)) as recorder:
+
+        def after() -> None:
+            nonlocal lowest_free
+            lowest_free = min(lowest_free, session.cuda.memory()[0])
+            recorder.after()
+
+        times = moedge_timing.time_engines(sessions, ids, protocol, recorder.mark, after)
+    rounds = {label: found.rounds() for label, found in times.items()}
+    judged = {label: {name: found[name] for name in ("ttft_ms", "tpot_ms")} for label, found in rounds.items()}
+    result = {
+        **{"schema": moedge_archive.RESULT_SCHEMA, "kind": "bench", "label": manifest["label"]},
+        **{"archive_sha256": manifest["content_sha256"], "device": moedge_archive.device_facts(session)},
+        "engine": facts,
+        "protocol": {"batch": 1, **vars(protocol), "note": options.note},
+        **_row(times[MOE], rounds[MOE], recorder.energy(MOE, protocol.repeats, protocol.decode)),
+        "cache_and_work_bytes": free_before - lowest_free,
+        "environment": recorder.environment(judged, protocol.warmup),
+    }
+    if parent is not None:
+        row = _row(times[DENSE], rounds[DENSE], recorder.energy(DENSE, protocol.repeats, protocol.decode))
+        gains = {
+            f"{name}_ms": moedge_timing.speedup(getattr(times[DENSE], name), getattr(times[MOE], name))
+            for name in ("ttft", "tpot")
+        }
+        about = {"label": parent["label"], "archive_sha256": parent["content_sha256"]}
+        result["dense"] = {**about, **row, "speedup": gains}
+    _print(result)
+    for opened in sessions.values():
+        opened.close()
+    moedge_archive.finish(result, options.out)
+    return 0
+
+
+def _options(folder: Path) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--decode", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--note", default="", help="power mode, cooling: stored with the result")
+    parser.add_argument("--dense", type=Path, help="folder of the dense parent's archive, its engine built")
+    parser.add_argument("--alone", action="store_true", help="time nothing beside it")
+    parser.add_argument(
+        "--note", default="", help="what the device cannot tell, such as cooling: stored with the result"
+    )
     parser.add_argument("--out", type=Path, default=folder / "bench-result.json")
     options = parser.parse_args()
     if min(options.prompt, options.decode, options.repeats) < 1 or options.warmup < 0:
         parser.error("--prompt, --decode and --repeats must be at least 1, --warmup at least 0")
-    manifest, facts, session = moedge_archive.open_session(folder)
-    free_before = session.cuda.memory()[0]
-    longest = session.limits["max_length"]
-    prompt = min(options.prompt, session.limits["max_prompt"], longest - options.decode)
+    return options
+
+
+def _dense_beside(folder: Path) -> Path | None:
+    """Find the one folder beside this one that holds the archive of a dense model with an engine."""
+    found = []
+    for path in sorted(folder.parent.glob("*/manifest.json")):
+        if path.parent == folder or not (path.parent / moedge_archive.ENGINE_FACTS).is_file():
+            continue
+        manifest = moedge_trt.read_json(path)
+        if manifest.get("schema") == "moedge.device-archive/1" and manifest.get("kind") == "dense":
+            found.append(path.parent)
+    return found[0] if len(found) == 1 else None
+
+
+def _protocol(sessions: dict[str, Any], options: argparse.Namespace) -> moedge_timing.Protocol:
+    """Shorten the prompt to what every engine holds; say so.
+
+    Raises:
+        moedge_trt.DeviceError: there is no room for a prompt.
+    """
+    longest = min(session.limits["max_length"] for session in sessions.values())
+    most = min(session.limits["max_prompt"] for session in sessions.values())
+    prompt = min(options.prompt, most, longest - options.decode)
     if prompt < 1:
         raise moedge_trt.DeviceError(
             f"--decode {options.decode} leaves no room for a prompt: this engine holds {longest} tokens."
         )
     if prompt < options.prompt:
         print(f"note: this engine takes {prompt} of {options.prompt} prompt tokens", file=sys.stderr)
-    recorded = np.concatenate([case["ids"][0] for case in moedge_archive.golden(folder)])
-    ids = np.resize(recorded, prompt)[None]  # repeated golden text: real tokens, so that routing is not degenerate
-    first, per_token = [], []
-    lowest_free = free_before
-    for number in range(options.warmup + options.repeats):
-        start = time.perf_counter()
-        logits, _, cache = session.start(ids, np.ones_like(ids), last=True)
-        token = int(logits[0, -1].argmax())
-        ttft = 1e3 * (time.perf_counter() - start)
-        steps = []
-        for _ in range(options.decode):
-            start = time.perf_counter()
-            logits, _, cache = session.step(np.array([[token]]), cache)
-            token = int(logits[0, -1].argmax())
-            steps.append(1e3 * (time.perf_counter() - start))
-        if number >= options.warmup:
-            first.append(ttft)
-            per_token += steps
-        lowest_free = min(lowest_free, session.cuda.memory()[0])
-    ttft_ms, tpot_ms = moedge_compare.timing(first), moedge_compare.timing(per_token)
-    print(
-        f"first token {ttft_ms['p50']:.2f} ms, per token {tpot_ms['p50']:.3f} ms, {1e3 / tpot_ms['p50']:.1f} tokens/s"
-    )
-    protocol = {"batch": 1, "prompt": prompt, "decode": options.decode, "repeats": options.repeats}
-    result = {
-        **{"schema": moedge_archive.RESULT_SCHEMA, "kind": "bench", "label": manifest["label"]},
-        **{"archive_sha256": manifest["content_sha256"], "device": moedge_archive.device_facts(session)},
-        **{"engine": facts, "protocol": {**protocol, "warmup": options.warmup, "note": options.note}},
-        **{"ttft_ms": ttft_ms, "tpot_ms": tpot_ms, "decode_tokens_per_s": 1e3 / tpot_ms["p50"]},
-        "cache_and_work_bytes": free_before - lowest_free,
+    return moedge_timing.Protocol(prompt, options.decode, options.repeats, options.warmup)
+
+
+def _row(times: moedge_timing.Times, rounds: dict[str, list[float]], energy: dict[str, Any]) -> dict[str, Any]:
+    """What was measured of one engine."""
+    ttft, tpot = moedge_timing.summary(times.ttft), moedge_timing.summary(times.tpot)
+    return {
+        **{"ttft_ms": ttft, "tpot_ms": tpot, "decode_tokens_per_s": 1e3 / tpot["p50"]},
+        **{"rounds": rounds, "energy": energy},
     }
-    session.close()
-    moedge_archive.finish(result, options.out)
-    return 0
+
+
+def _print(result: dict[str, Any]) -> None:
+    for row in (result, *([result["dense"]] if "dense" in result else [])):
+        joules = row["energy"]["joules_per_token"]
+        print(
+            f"{row['label']}: first token {row['ttft_ms']['p50']:.2f} ms, per token {row['tpot_ms']['p50']:.3f} ms, "
+            f"{row['decode_tokens_per_s']:.1f} tokens/s, "
+            + (f"energy not told ({row['energy']['reason']})" if joules is None else f"{joules:.3f} J a token")
+        )
+    for name, words in (("ttft_ms", "first token"), ("tpot_ms", "per token")):
+        if "dense" in result:
+            gain = result["dense"]["speedup"][name]
+            print(f"{words}: {gain['speedup']:.2f} times as fast ({gain['ci95_low']:.2f} to {gain['ci95_high']:.2f})")
+    guard = result["environment"]["guard"]
+    for concern in guard["concerns"]:
+        print(f"NOT TO BE TRUSTED: {concern['says']}")
+    for note in guard["notes"]:
+        print(f"note: {note}")
 
 
 if __name__ == "__main__":

@@ -99,17 +99,5 @@ def judge(found: dict[str, Any], clean: dict[str, Any] | None, limits: dict[str,
     return checks
 
 
-def timing(samples_ms: list[float]) -> dict[str, float]:
-    """Percentiles of a list of times, and a 95% bootstrap interval of the median, in ms."""
-    values = np.asarray(samples_ms, dtype=np.float64)
-    drawn = np.random.default_rng(0).integers(0, len(values), (1000, len(values)))
-    low, high = np.percentile(np.median(values[drawn], axis=1), [2.5, 97.5])
-    p50, p90, p99 = np.percentile(values, [50, 90, 99])
-    return {
-        **{"p50": float(p50), "p90": float(p90), "p99": float(p99), "mean": float(values.mean())},
-        **{"ci95_low": float(low), "ci95_high": float(high), "samples": float(len(values))},
-    }
-
-
 def _number(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None

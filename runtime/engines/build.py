@@ -214,6 +214,8 @@ def _of_bundle(bundle: Bundle) -> dict[str, Any]:
     """What an engine's manifest takes over from its bundle's."""
     manifest = bundle.manifest
     kept = {name: getattr(manifest, name) for name in ("target", "kind", "label", "model", "moe", "weight_bytes")}
+    if manifest.checkpoint:
+        kept["checkpoint"] = manifest.checkpoint
     if manifest.keeps:  # an engine shows none of it
         kept["keeps"] = {layer: {which: Kept() for which in places} for layer, places in manifest.keeps.items()}
     return {"schema": ENGINE_SCHEMA, **kept, "dtype": manifest.cache.dtype, "parent": bundle.sha256}

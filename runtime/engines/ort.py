@@ -7,6 +7,7 @@ bound as both, and the runtime writes the new keys and values in place. Only ids
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from moedge.export.graph import kept as left_out
 from moedge.export.graph import layers as _layers
 from moedge.export.graph import taps as _graph
 from moedge.export.graph.layers import LayerPoint
+from moedge.export.graph.stream import Streams
 from moedge.export.manifest import GatherPlace, Tap
 from moedge.runtime.engines import longrope
 from moedge.runtime.engines.calls import (
@@ -68,6 +70,8 @@ class OrtEngine:
             generation needs. Without the ``onnx`` package all are computed.
         layers: show the values between the parts of the model, or let the caller give them too (float32 graphs; needs
             ``onnx``), see :class:`moedge.runtime.engines.LayerEngine`.
+        streams: ``show`` what each layer reads, and what the final norm reads; or ``replace`` it by what the caller
+            gives, and show what each layer would have handed on (:mod:`moedge.export.graph.stream`; needs ``onnx``).
         trace: an existing folder: ONNX Runtime's profiler records every node, :meth:`end_trace` gives its file, and the
             optimised graph is written to ``optimized.onnx`` (its weights beside it).
 
@@ -91,6 +95,7 @@ class OrtEngine:
         last_logits: bool = False,
         layers: LayerMode | None = None,
         trace: str | Path | None = None,
+        streams: Streams | None = None,
     ) -> None:
         options = Options(
             threads=threads or default_threads(),
@@ -104,6 +109,7 @@ class OrtEngine:
             last_logits=last_logits,
             layers=layers,
             trace=trace,
+            streams=streams,
         )
         self._path = Path(bundle_path)
         self._loaded: Loaded | None = load(self._path, options)
@@ -121,13 +127,17 @@ class OrtEngine:
         experts: dict[int, np.ndarray] | None = None,
         factors: dict[GatherPlace, np.ndarray] | None = None,
         given: dict[LayerPoint, np.ndarray] | None = None,
+        streams: Sequence[np.ndarray] | None = None,
     ) -> Step:
-        """Run ``ids`` int64 [B, S] from an empty cache; see :class:`moedge.runtime.engines.Engine`."""
+        """Run ``ids`` int64 [B, S] from an empty cache; see :class:`moedge.runtime.engines.Engine`.
+
+        With ``streams="replace"``, ``streams`` are float32 [B, S, H], one a layer and one for the final norm.
+        """
         loaded = self._open()
         mask = check_batch(ids, attention_mask, loaded.model.vocab_size)
         if not loaded.info.padding and not mask.all():
             raise MoEdgeError(f"{self._path} takes no padding: give rows of equal length, or one row at a time.")
-        return self._run(ids, mask, _empty_cache(loaded, len(ids)), experts, factors, given)
+        return self._run(ids, mask, _empty_cache(loaded, len(ids)), experts, factors, streams, given)
 
     def decode(
         self,
@@ -136,6 +146,7 @@ class OrtEngine:
         *,
         experts: dict[int, np.ndarray] | None = None,
         factors: dict[GatherPlace, np.ndarray] | None = None,
+        streams: Sequence[np.ndarray] | None = None,
     ) -> Step:
         """Run ``ids`` int64 [B, S] after what ``cache`` holds; the cache is used up."""
         loaded = self._open()
@@ -155,7 +166,7 @@ class OrtEngine:
                 steps.append(self.decode(token, steps[-1].cache if steps else cache, experts=experts, factors=factors))
             whole = joined(steps)
             return replace(whole, logits=steps[-1].logits) if loaded.last_logits else whole
-        return self._run(ids, mask, cache, experts, factors)
+        return self._run(ids, mask, cache, experts, factors, streams)
 
     def cached(self, cache: Any) -> dict[int, tuple[np.ndarray, np.ndarray]]:
         """Return by layer the keys and values of a cache, float32 [B, G, T, D]."""
@@ -235,6 +246,7 @@ class OrtEngine:
         cache: _Cache,
         experts: dict[int, np.ndarray] | None,
         factors: dict[GatherPlace, np.ndarray] | None,
+        streams: Sequence[np.ndarray] | None = None,
         given: dict[LayerPoint, np.ndarray] | None = None,
     ) -> Step:
         """One session run; ``mask`` int64 [B, P + S] covers the cache and ``ids``."""
@@ -245,6 +257,7 @@ class OrtEngine:
         self._bind_inputs(binding, ids, mask, experts)
         self._bind_factors(binding, factors)
         self._bind_layers(binding, given or {})
+        self._bind_streams(binding, streams)
         rows = 1 if loaded.last_logits else new
         logits = np.empty((batch, rows, loaded.model.vocab_size), dtype=loaded.dtype)
         # Outputs come back in the order in which they were first bound: logits, taps, cache.
@@ -271,7 +284,9 @@ class OrtEngine:
         )
         layers = {point: _rows(seen[name]) for point, name in loaded.shown.layers.items()} or None
         held = _Cache(np.concatenate([cache.ids, ids], axis=1), mask, values, binding)
-        return Step(logits.astype(np.float32, copy=False), held, routes, read, scores, before, after, layers)
+        hidden = [seen[name].astype(np.float32, copy=False) for name in loaded.shown.streams] or None
+        found = logits.astype(np.float32, copy=False)
+        return Step(found, held, routes, read, scores, before, after, hidden, layers)
 
     def _execute(self, binding: Any, options: Any = None) -> None:
         try:
@@ -306,6 +321,15 @@ class OrtEngine:
             raise MoEdgeError(f"{self._path} takes layers for {len(known)} points, not for {len(given)}.")
         for point, name in known.items():
             binding.bind_cpu_input(_layers.given_input(name), np.ascontiguousarray(given[point], dtype=np.float32))
+
+    def _bind_streams(self, binding: Any, streams: Sequence[np.ndarray] | None) -> None:
+        loaded = self._open()
+        if len(loaded.replaced) != len(streams or ()):
+            raise MoEdgeError(
+                f"{self._path} reads {len(loaded.replaced)} streams of the caller's, {len(streams or ())} are given."
+            )
+        for name, values in zip(loaded.replaced, streams or (), strict=True):  # as wide as the graph's arithmetic
+            binding.bind_cpu_input(name, np.ascontiguousarray(values, dtype=loaded.dtype))
 
 
 def _empty_cache(loaded: Loaded, batch: int) -> _Cache:

@@ -24,6 +24,8 @@ class Step:
     or None where the runtime does not show it; ``left_out_of`` and ``kept`` with them, by layer and place
     (:mod:`moedge.export.graph.kept`), the values float32 [B*S, K] of which small ones are left out, and what is left;
     ``layers`` the values between the parts of the model, float32 [B*S, H] by point, when opened with ``layers``.
+    ``streams`` float32 [B, S, H], what each layer reads, and behind the last layer what the final norm reads, when
+    opened with ``streams``.
     """
 
     logits: np.ndarray
@@ -33,6 +35,7 @@ class Step:
     scores: dict[int, np.ndarray] | None = None
     left_out_of: dict[GatherPlace, np.ndarray] | None = None
     kept: dict[GatherPlace, np.ndarray] | None = None
+    streams: list[np.ndarray] | None = None
     layers: dict[LayerPoint, np.ndarray] | None = None
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -53,6 +53,7 @@ class TorchEngine:
         last_logits: compute the logits of each call's last position alone, ``Step.logits`` [B, 1, V].
         layers: show the values between the parts of the model, or let the caller give them, see
             :class:`moedge.runtime.engines.LayerEngine`.
+        streams: ``show`` what each layer reads, and behind the last what the final norm reads: ``Step.streams``.
 
     Raises:
         MoEdgeError: torch or transformers is missing, or the folder cannot be loaded.
@@ -72,6 +73,7 @@ class TorchEngine:
         replay: bool = False,
         last_logits: bool = False,
         layers: LayerMode | None = None,
+        streams: Literal["show"] | None = None,
     ) -> None:
         try:
             import torch
@@ -102,6 +104,9 @@ class TorchEngine:
         for module in pytorch_loader.gathered_layers(self._module) if replay else ():
             module.choose = self._chooser(module)
         self._layers = Layers(self._module, self._path, given=layers == "given") if layers else None
+        self._streams: list[Any] = []  # of the latest call
+        if streams:
+            pytorch_loader.watch_stream(self._module, self._streams)
         routed, gathered = bool(self._sparse), bool(self._thresholds)
         self.info = pytorch_loader.describe(
             self._module, self._path, dtype, self._threads, routed=routed, gathered=gathered, top_k=top_k
@@ -279,9 +284,12 @@ class TorchEngine:
         read = {layer: value.cpu().numpy() for layer, value in sorted(self._read.items())} or None
         shown = self._values if self._taps else {}
         left_out_of = {place: value.float().cpu().numpy() for place, value in sorted(shown.items())} or None
+        streams = [value.float().cpu().numpy() for value in self._streams] or None
+        self._streams.clear()
         layers = self._layers.shown() if self._layers else None
         # The cache has grown in place.
-        return Step(logits, _Cache(text, mask, past), routes, read, left_out_of=left_out_of, layers=layers)
+        held = _Cache(text, mask, past)
+        return Step(logits, held, routes, read, left_out_of=left_out_of, streams=streams, layers=layers)
 
 
 def _indices(routes: Any) -> np.ndarray:

@@ -87,6 +87,7 @@ def bench(context: Context) -> None:
 
     from moedge.convert.sources import load_tokenizer
     from moedge.runtime.bench import latency
+    from moedge.runtime.bench.points import grid
     from moedge.runtime.engines import open_engine
 
     params = context.params
@@ -103,19 +104,18 @@ def bench(context: Context) -> None:
         label: partial(open_engine, context.root / place, threads=params["threads"], last_logits=True)
         for label, place in params["engines"].items()
     }
-    options = {name: params[name] for name in ("prompt", "decode", "repeats", "warmup")}
+    options = {name: params[name] for name in ("repeats", "warmup")}
     sizes = {label: bundle_bytes(context.root / place) for label, place in params["engines"].items()}
     parents = [label for label in engines if label.startswith("dense ")]
     together = groups(sizes, parents, int(params["machine"].get("memory_gib", 16) * 2**30))
-    results = []
-    for batch in params["batches"]:
-        runs = []
-        for number, labels in enumerate(together, 1):
-            context.note(f"batch {batch}" + (f", group {number} of {len(together)}" if len(together) > 1 else ""))
-            some = {label: engines[label] for label in labels}
-            runs.append(latency.bench(some, ids, **options, batch=batch, memory=False, progress=context.progress))
-        results.append(runs)
-    write_json(context.out / "bench.json", {"text": text.name, "sizes": sizes, "results": results})
+    points = grid([params["prompt"]], [params["decode"]], batch=params["batches"])
+    runs = []
+    for number, labels in enumerate(together, 1):
+        if len(together) > 1:
+            context.note(f"group {number} of {len(together)}")
+        some = {label: engines[label] for label in labels}
+        runs.append(latency.bench(some, ids, points, **options, memory=False, progress=context.progress))
+    write_json(context.out / "bench.json", {"text": text.name, "sizes": sizes, "runs": runs})
 
 
 def groups(sizes: dict[str, int], parents: list[str], memory: int) -> list[list[str]]:

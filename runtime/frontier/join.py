@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from moedge.runtime.bench.results import Bench, Metric, PointResult
 from moedge.runtime.bench.stats import RESAMPLES, bootstrap_ci
 from moedge.runtime.frontier.schema import (
     Estimate,
@@ -43,7 +44,8 @@ def join(root: Path, params: dict[str, Any]) -> Frontier:
     benches = {target: run_folder.read_json(root / place / "bench.json") for target, place in params["bench"].items()}
     measured = []
     for target, one in benches.items():
-        measured += [_measured(target, runs, one["sizes"], quality, params) for runs in one["results"]]
+        every = range(len(one["runs"][0]["points"]))
+        measured += [_measured(target, one["runs"], number, one["sizes"], quality, params) for number in every]
     protocol: FrontierProtocol = {
         "window": params["window"],
         "bos": params["bos"],
@@ -60,7 +62,7 @@ def join(root: Path, params: dict[str, Any]) -> Frontier:
         "dense_ppl": {name: _exp(values.mean()) for name, values in nll.items()},
         "variants": [_variant(one, found[one["label"]], quality[one["label"]]) for one in params["variants"]],
         "measured": measured,
-        "machine": first["results"][0][0]["machine"],
+        "machine": first["runs"][0]["machine"],
         "text": first["text"],
     }
 
@@ -143,10 +145,15 @@ def _variant(given: dict[str, Any], found: dict[str, Any], quality: Quality) -> 
 
 
 def _measured(
-    target: str, runs: list[dict[str, Any]], sizes: dict[str, int], quality: dict[str, Quality], params: dict[str, Any]
+    target: str,
+    runs: list[Bench],
+    number: int,
+    sizes: dict[str, int],
+    quality: dict[str, Quality],
+    params: dict[str, Any],
 ) -> Measured:
-    """The benchmark of one target and batch size: a row for each engine, and which variant wins."""
-    times = Times(runs, f"dense {target}")
+    """The benchmark of one target at its point ``number``: a row for each engine, and which variant wins."""
+    times = Times([run["points"][number] for run in runs], f"dense {target}")
     kl = {label: mean_kl(one) for label, one in quality.items()}
 
     def lower(one: str, other: str) -> bool:
@@ -173,16 +180,16 @@ def _measured(
                 "dominated_by": [other for other in quality if own and other != label and dominates(other, label)],
             }
         )
-    protocol = runs[0]["protocol"]
-    where = target if protocol["batch"] == 1 else f"{target}, batch {protocol['batch']}"
+    point = runs[0]["points"][number]
+    where = target if point["batch"] == 1 else f"{target}, batch {point['batch']}"
     speed = {row["label"]: row["decode_speedup"] for row in rows if row["variant"]}
     return {
         "target": target,
-        "batch": protocol["batch"],
-        "prompt": protocol["prompt"],
-        "decode": protocol["decode"],
-        "repeats": protocol["repeats"],
-        "threads": runs[0]["rows"][0]["info"]["threads"],
+        "batch": point["batch"],
+        "prompt": point["prompt"],
+        "decode": point["decode"],
+        "repeats": point["rounds"],
+        "threads": next(iter(runs[0]["engines"].values()))["info"]["threads"],
         "load_average_before": runs[0]["machine"].get("load_average_before"),
         "rows": rows,
         "verdict": judge(where, params["speedup"], kl, speed, as_fast=times.as_fast, lower=lower),
@@ -190,14 +197,14 @@ def _measured(
 
 
 class Times:
-    """The benchmarks of one target: one, or several where not all engines fit into memory, each with the parents.
+    """One point of the benchmarks of one target: one, or several where not all engines fit into memory.
 
     Args:
-        runs: of schema ``moedge.bench/1``.
+        runs: the point in each of them; the parents are in every one.
         parent: label of the dense parent on the same target.
     """
 
-    def __init__(self, runs: list[dict[str, Any]], parent: str) -> None:
+    def __init__(self, runs: Sequence[PointResult], parent: str) -> None:
         self.parent = parent
         found = [(number, row) for number, run in enumerate(runs) for row in run["rows"]]
         self.rows = {row["label"]: row for _, row in reversed(found)}  # of a parent the first run's
@@ -209,7 +216,7 @@ class Times:
         every = (entry for run in reversed(runs) for entry in run["ratios"])
         self._ratios = {(entry["metric"], entry["label"], entry["baseline"]): entry for entry in every}
 
-    def speedup(self, metric: str, label: str) -> Estimate:
+    def speedup(self, metric: Metric, label: str) -> Estimate:
         """Speed over the dense parent's, in the same run."""
         if label == self.parent:
             return {"value": 1.0, "ci95": [1.0, 1.0]}

@@ -93,7 +93,7 @@ def compare_all(
     }
     done, cursor = 0, Cursor(prefill)
     for window in windows:
-        for phase, ids, one, others, targets in _steps(reference, engines, window[None], prefill, None):
+        for phase, ids, one, others, targets in steps(reference, engines, window[None], prefill, None):
             at = cursor.at(phase, ids)
             for comparison, two in zip(found.values(), others, strict=True):
                 comparison.add(phase, ids, one, two, targets, at)
@@ -156,7 +156,7 @@ class _Comparison:
 
     def _again(self, replay: Replay, window: np.ndarray, prefill: int) -> None:
         cursor = Cursor(prefill, self._number)
-        for phase, ids, two, _, targets in _steps(self._test, [], window[None], prefill, None):
+        for phase, ids, two, _, targets in steps(self._test, [], window[None], prefill, None):
             replay.add(phase, ids, two, targets, cursor.at(phase, ids))
 
     def end(self) -> None:
@@ -168,7 +168,10 @@ class _Comparison:
 class Described(Protocol):
     """An engine, or what is left of one: it says what it is."""
 
-    info: EngineInfo
+    @property
+    def info(self) -> EngineInfo:
+        """What it is."""
+        ...
 
 
 def _both_choose(reference: Described, test: Described) -> bool:
@@ -205,8 +208,36 @@ def judged(
     replay: Replay | None,
 ) -> Parity:
     """Return the result of a comparison, as :func:`compare` describes it; ``windows`` is their shape [N, L]."""
+    result = measured(reference, test, windows, prefill, phases, routes, limits, replay)
+    compared = _both_routed(reference, test) or result["routing"]["compared"]
+    found = verdict.judge(result, limits, routing=routing and compared)
+    result["verdict"] = found.as_json(verdict.explain(result, found, limits))
+    arithmetic = all(check.passed for check in found.parts.get("arithmetic", ()))
+    worst = _worst(replay.phases, replay.wrong_choice() if arithmetic else None) if replay else _worst(phases, None)
+    if worst is not None:
+        result["worst"] = worst
+    return json_ready(result)
+
+
+def measured(
+    reference: Described,
+    test: Described,
+    windows: tuple[int, ...],
+    prefill: int,
+    phases: dict[str, TokenErrors],
+    routes: RouteAgreement,
+    limits: Profile,
+    replay: Replay | None = None,
+) -> Parity:
+    """Return the result of a comparison without its verdict; numbers may still be NaN."""
     summaries = {name: tokens.summary() for name, tokens in phases.items()}
-    result = cast(
+    sizes = {"prefill": prefill, "decode": windows[1] - prefill}
+    by_window = {name: tokens.by_window(windows[0], sizes[name]) for name, tokens in phases.items()}
+    replayed = replay.summary() if replay else None
+    if replay and replayed:
+        found = {name: tokens.by_window(windows[0], sizes[name]) for name, tokens in replay.phases.items()}
+        replayed["by_window"] = found
+    return cast(
         "Parity",
         {
             "schema": SCHEMA,
@@ -221,19 +252,11 @@ def judged(
             "phases": summaries,
             "overall": TokenErrors.merged(list(phases.values())).summary(),
             "routing": routes.summary(),
-            "replay": replay.summary() if replay else None,
+            "by_window": by_window,
+            "replay": replayed,
             "tolerances": limits.model_dump(),
         },
     )
-    compared = _both_routed(reference, test) or result["routing"]["compared"]
-    found = verdict.judge(result, limits, routing=routing and compared)
-    result["verdict"] = found.as_json(verdict.explain(result, found, limits))
-    arithmetic = all(check.passed for check in found.parts.get("arithmetic", ()))
-    worst = _worst(replay.phases, replay.wrong_choice() if arithmetic else None) if replay else _worst(phases, None)
-    if worst is not None:
-        result["worst"] = worst
-    ready: Parity = _json_ready(result)
-    return ready
 
 
 def _worst(phases: dict[str, TokenErrors], wrong: At | None) -> WorstToken | None:
@@ -277,7 +300,7 @@ def identity_all(
     windows = _check(reference, engines, token_windows, prefill)
     phases = {label: {name: TokenErrors(0.0) for name in ("prefill", "decode")} for label in tests}
     cursor = Cursor(prefill)
-    for phase, ids, one, others, targets in _steps(reference, engines, windows, prefill, progress):
+    for phase, ids, one, others, targets in steps(reference, engines, windows, prefill, progress):
         at = cursor.at(phase, ids)
         for label, two in zip(tests, others, strict=True):
             phases[label][phase].add(one.logits[0], two.logits[0], targets, at=at)
@@ -299,7 +322,7 @@ def _identical(reference: Engine, test: Engine, phases: dict[str, TokenErrors], 
     }
     if worst := _worst(phases, None):
         result["worst"] = worst
-    ready: Identity = _json_ready(result)
+    ready: Identity = json_ready(result)
     return ready
 
 
@@ -332,7 +355,7 @@ def same_vocabulary(reference: Described, test: Described) -> None:
         raise MoEdgeError(f"The engines have vocabularies of {size} and {other} tokens: not the same model.")
 
 
-def _steps(
+def steps(
     reference: Engine, tests: list[Engine], windows: np.ndarray, prefill: int, progress: Progress | None
 ) -> Iterator[tuple[str, np.ndarray, Step, list[Step], np.ndarray]]:
     """Yield (phase, fed ids, reference step, test steps, the tokens that follow: -1 after the last).
@@ -364,12 +387,12 @@ def _steps(
                 progress(done, total)
 
 
-def _json_ready(value: Any) -> Any:
+def json_ready(value: Any) -> Any:
     """Replace NaN and infinity, which JSON does not know, with None."""
     if isinstance(value, dict):
-        return {key: _json_ready(item) for key, item in value.items()}
+        return {key: json_ready(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_json_ready(item) for item in value]
+        return [json_ready(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -105,6 +105,33 @@ def verify_given(
     return pair(one, two, name, windows, prefill, profile, opening, step, limits, asked(two, windows))
 
 
+def against_kept(
+    test: Path,
+    file: Path,
+    *,
+    tolerances: str | Path = "float32",
+    threads: int | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Verification:
+    """Judge an engine by a kept reference, on the reference's text (:mod:`moedge.runtime.parity.against`).
+
+    Args:
+        test: bundle, engine or checkpoint.
+        file: what ``moedge verify ... --save-reference`` wrote.
+        tolerances, threads, device, progress: as in :func:`verify_given`.
+
+    Raises:
+        MoEdgeError: something named is not there, or the reference is of another model.
+    """
+    from moedge.runtime.parity.against import verify_kept
+
+    profile, limits = tolerance_files.chosen(tolerance_files.given_as(tolerances))
+    opening: dict[str, Any] = {"threads": threads, "pytorch": {"device": device}}
+    step = progress or (lambda done, total: None)
+    return verify_kept(local(test), file, tolerances=profile, limits=limits, opening=opening, progress=step)
+
+
 def pair(
     reference: Path,
     test: Path,

@@ -6,6 +6,7 @@ Symbols: a reference logits, b test logits, p = softmax(a), q = softmax(b), V vo
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -89,14 +90,12 @@ class TokenErrors:
     def _add(
         self, a32: np.ndarray, b32: np.ndarray, targets: np.ndarray, changed: np.ndarray, window: int, first: int
     ) -> None:
-        self.tokens += len(targets)
         good = np.isfinite(a32).all(1) & np.isfinite(b32).all(1)
-        self.non_finite += int((~good).sum())
         # Kernels that fail silently return zeros: a flat row is a fault even where its error happens to be small.
         flat = good & (b32.max(1) == b32.min(1))
-        self.constant += int(flat.sum())
         self.broken += [(window, first + int(row)) for row in np.flatnonzero(~good | flat)]
         positions = first + np.flatnonzero(good)
+        self.count(len(targets), non_finite=int((~good).sum()), constant=int(flat.sum()))
         if not good.all():
             a32, b32, targets, changed = a32[good], b32[good], targets[good], changed[good]
         if not len(targets):
@@ -108,7 +107,7 @@ class TokenErrors:
         log_p, log_q = _log_softmax(a), _log_softmax(b)
         difference = log_p - log_q
         k = min(5, a.shape[1] - 1)
-        best_a, best_b = _best(a32, k + 1), _best(b32, k + 1)
+        best_a, best_b = best(a32, k + 1), best(b32, k + 1)
         top = np.take_along_axis(a, best_a, 1)
         nll = np.full((2, len(targets)), np.nan)
         known = np.flatnonzero(targets >= 0)
@@ -133,8 +132,18 @@ class TokenErrors:
             "window": np.full(len(targets), float(window)),
             "position": positions.astype(np.float64),
         }
-        for name, value in values.items():
-            self.columns[name].append(value)
+        self.append(values)
+
+    def count(self, tokens: int, *, non_finite: int, constant: int) -> None:
+        """Count tokens, and of them those with logits that are no finite numbers, or with equal ones in the test."""
+        self.tokens += tokens
+        self.non_finite += non_finite
+        self.constant += constant
+
+    def append(self, values: Mapping[str, np.ndarray]) -> None:
+        """Take the columns float64 [n] of n tokens whose logits are finite."""
+        for name, column in self.columns.items():
+            column.append(values[name])
 
     @classmethod
     def by_phase(cls, limits: Profile) -> dict[str, TokenErrors]:
@@ -175,6 +184,24 @@ class TokenErrors:
             if len(rows):
                 return float(values[rows[0]])
         return None
+
+    def by_window(self, windows: int, size: int) -> dict[str, list[float]]:
+        """Return figures of each window, by the names that checks have; empty unless each gave ``size`` tokens.
+
+        ``perplexity.drift`` is the logarithm of the ratio, with its sign.
+        """
+        if self.non_finite or self.tokens != windows * size or not size:
+            return {}
+        v = {name: np.concatenate(parts).reshape(windows, size) for name, parts in self.columns.items()}
+        found = {
+            "rel_error.median": np.median(v["rel"], axis=1),
+            "rel_error.mean": v["rel"].mean(1),
+            "kl_ref_test.mean": v["kl"].mean(1),
+            "kl_ref_test.max": v["kl"].max(1),
+            "kl_test_ref.mean": v["kl_back"].mean(1),
+            "perplexity.drift": np.nanmean(v["nll_test"] - v["nll"], axis=1),
+        }
+        return {name: values.tolist() for name, values in found.items() if np.isfinite(values).all()}
 
     def summary(self) -> Phase:
         """The phase as plain numbers; NaN where nothing could be measured."""
@@ -219,7 +246,14 @@ def _log_softmax(x: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
 
 
-def _best(x: np.ndarray, k: int) -> np.ndarray:
+def log_sum_exp(x: np.ndarray) -> np.ndarray:
+    """Logarithm [T] of the sum of the exponentials of float64 [T, V]."""
+    top = x.max(1)
+    found: np.ndarray = top + np.log(np.exp(x - top[:, None]).sum(1))
+    return found
+
+
+def best(x: np.ndarray, k: int) -> np.ndarray:
     """Indices [T, k] of the k largest of each row, by decreasing value."""
     chosen = np.argpartition(x, x.shape[1] - k, axis=1)[:, -k:]
     order = np.argsort(-np.take_along_axis(x, chosen, 1), axis=1, kind="stable")
@@ -252,6 +286,18 @@ def _agreement(same: np.ndarray, gap: np.ndarray, margin: np.ndarray) -> Agreeme
     }
 
 
+def _shared(one: np.ndarray, two: np.ndarray) -> np.ndarray:
+    """How many experts [T] two choices [T, k] have in common."""
+    found: np.ndarray = (one[:, :, None] == two[:, None, :]).any(2).sum(1)
+    return found
+
+
+def same_sets(one: np.ndarray, two: np.ndarray) -> np.ndarray:
+    """Whether two choices [T, k] are the same set of experts: bool [T]."""
+    found: np.ndarray = _shared(one, two) == one.shape[1]
+    return found
+
+
 @dataclass
 class RouteAgreement:
     """Expert sets of both engines, counted per layer as [tokens, tokens with the same set, shared picks, picks]."""
@@ -274,7 +320,7 @@ class RouteAgreement:
                 raise MoEdgeError(
                     f"Layer {layer} selects {one.shape[1]} experts in the reference, {two.shape[1]} in the test engine."
                 )
-            shared = (one[:, :, None] == two[:, None, :]).any(2).sum(1)
+            shared = _shared(one, two)
             other = shared != one.shape[1]
             changed = other if changed is None else changed | other
             counted = [len(one), int((~other).sum()), int(shared.sum()), one.size]

@@ -68,18 +68,13 @@ class Replay:
 
     def __init__(self, reference: ReplayEngine, limits: Profile) -> None:
         self._reference = reference
-        self._phases = TokenErrors.by_phase(limits)
+        self.phases = TokenErrors.by_phase(limits)
         self._router = RouterChoices(limits.router_tie_margin)
         self._kept = KeptChoices()
         self._step: Step | None = None
         self._places: list[At] = []
         self.tokens = 0
         """How many were run under the engine's choice; the others were taken over."""
-
-    @property
-    def phases(self) -> dict[str, TokenErrors]:
-        """Errors under the engine's choices, by phase."""
-        return self._phases
 
     def wrong_choice(self) -> At | None:
         """Return where the engine's routers chose wrong in most layers; None: nowhere."""
@@ -92,7 +87,7 @@ class Replay:
         ``ids`` stand at ``at``, ``targets`` int64 [S] follow them.
         """
         one = self.step(phase, ids, test)
-        self._phases[phase].add(one.logits[0], test.logits[0], targets, at=at)
+        self.phases[phase].add(one.logits[0], test.logits[0], targets, at=at)
         if test.routes is not None:
             self._places += [(at[0], at[1] + row) for row in range(ids.size)]
 
@@ -136,14 +131,14 @@ class Replay:
     def alike(self, phases: dict[str, TokenErrors]) -> None:
         """Take over what was measured on a window in which the engine and the reference chose the same experts."""
         for name, tokens in phases.items():
-            self._phases[name].extend(tokens)
+            self.phases[name].extend(tokens)
 
     def summary(self) -> Replayed:
         """``phases`` and ``overall`` as in :func:`moedge.runtime.parity.compare`, ``router``, ``kept``, ``tokens``."""
         found: Replayed = {
             "tokens": self.tokens,
-            "phases": cast("Phases", {name: tokens.summary() for name, tokens in self._phases.items()}),
-            "overall": TokenErrors.merged(list(self._phases.values())).summary(),
+            "phases": cast("Phases", {name: tokens.summary() for name, tokens in self.phases.items()}),
+            "overall": TokenErrors.merged(list(self.phases.values())).summary(),
             "router": self._router.summary(),
         }
         if self._kept.counts:

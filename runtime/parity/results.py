@@ -182,6 +182,10 @@ class KeptFacts(TypedDict):
     layers: NotRequired[dict[str, dict[str, Measured]]]
 
 
+ByWindow = dict[str, dict[str, list[float]]]
+"""Phase -> figure, as checks name it -> its value in each window of the text; empty where windows are not alike."""
+
+
 @opened
 class Replayed(TypedDict):
     """The comparison under the test's own choices (:mod:`moedge.runtime.parity.replay`)."""
@@ -192,6 +196,52 @@ class Replayed(TypedDict):
     router: RouterFacts
     kept: NotRequired[KeptFacts]
     """Of a model that leaves small values out."""
+    by_window: NotRequired[ByWindow]
+
+
+@closed
+class LayerErrors(TypedDict):
+    """One layer under the reference's stream: error of what it adds, mean over tokens by phase, and the worst token."""
+
+    prefill: Measured
+    decode: Measured
+    max: Measured
+    changed: NotRequired[Count]
+    """Tokens for which it chose other experts than the reference; they are not in the errors."""
+
+
+@closed
+class LayersFacts(TypedDict):
+    """Every layer by itself, see :mod:`moedge.runtime.parity.against`."""
+
+    tokens: Count
+    embedding_rel_error: Measured
+    layers: dict[str, LayerErrors]
+    worst_layer: int | None
+    worst_rel_error: Measured
+    router: RouterFacts
+    head: Phase
+    """The final norm and the output projection by themselves."""
+
+
+@closed
+class KeptReferenceFacts(TypedDict):
+    """The file that took the place of a running reference."""
+
+    file: str
+    sha256: str
+    bytes: Count
+    largest: Count
+    """Logits of a token that it holds."""
+    judged_tokens: Count
+    """Tokens of the text that are held to limits of arithmetic: none where choices differ everywhere, else those before
+    the first changed choice of their window."""
+    probability_left: Measured
+    """Of the tokens whose logits it does not hold, on average."""
+    known_kl: Measured
+    """Mean KL of the text run without what these may hide: it is no less."""
+    hidden_kl: Measured
+    """Most that these may hide of it; ``kl_ref_test`` is the sum of both: it is no more."""
 
 
 PhaseName = Literal["prefill", "decode"]
@@ -271,8 +321,13 @@ class Parity(TypedDict):
     phases: Phases
     overall: Phase
     routing: Routing
+    by_window: NotRequired[ByWindow]
     replay: NotRequired[Replayed | None]
     """Where that is judged; None elsewhere."""
+    kept_reference: NotRequired[KeptReferenceFacts]
+    """Where the reference did not run: a file of its answers."""
+    by_layer: NotRequired[LayersFacts | None]
+    """Beside a kept reference; None where the engine's layers cannot be run one by one."""
     tolerances: dict[str, float | None]
     verdict: VerdictFacts
     worst: NotRequired[WorstToken]
@@ -356,6 +411,36 @@ class IdentityEntry(Identity):
     name: str
 
 
+BaselineOutcome = Literal["worse", "not worse", "not compared"]
+
+
+@closed
+class BaselineCheck(TypedDict):
+    """One check beside the same of an older result, see :mod:`moedge.runtime.parity.baseline`."""
+
+    comparison: str
+    name: str
+    before: float | None
+    now: float | None
+    relation: Relation
+    limit: float
+    interval: list[float] | None
+    """Of how much further off it is, over windows; so wide that all intervals together are wrong 1 time in 100."""
+    worse: bool
+    reason: str
+
+
+@closed
+class BaselineFacts(TypedDict):
+    """A result beside an older one."""
+
+    file: str
+    sha256: str
+    outcome: BaselineOutcome
+    sentences: list[str]
+    checks: list[BaselineCheck]
+
+
 @closed
 class PairedFacts(TypedDict):
     """Two engines' answers to the same questions, see :class:`moedge.runtime.accuracy.paired.Paired`."""
@@ -421,6 +506,8 @@ class Verification(TypedDict):
     """Where tasks were asked."""
     tolerances: NotRequired[dict[str, Any]]
     """The user's file of limits, where there is one."""
+    baseline: NotRequired[BaselineFacts]
+    """Beside an older result, where one is given."""
     passed: bool
     outcome: NotRequired[Outcome]
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import jinja2
 
 SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
+VERIFY_SCHEMA_FILE = Path(__file__).with_name("verify.schema.json")
+"""Of what ``moedge verify --json`` prints."""
 
 
 def write(run: Path, out: Path, *, recipe: dict[str, Any]) -> dict[str, Any]:
@@ -59,11 +61,12 @@ def render(report: dict[str, Any], template: str) -> str:
     from moedge.runtime.report.build import ratio
     from moedge.runtime.report.plots import draw_all
     from moedge.runtime.report.profile import NOTE, table
+    from moedge.runtime.report.watched import sentences
 
     html = template.endswith(".html.j2")
     templates = environment(html=html)
     templates.filters |= {"zeros": zeros_sentence, "zeros_note": zeros_note}
-    templates.globals |= {"ratio": ratio, "profile_table": table, "profile_note": NOTE}
+    templates.globals |= {"ratio": ratio, "profile_table": table, "profile_note": NOTE, "watched": sentences}
     # The SVG comes from matplotlib, which escapes the text it draws; everything else is escaped by jinja2.
     plots = {name: Markup(svg) for name, svg in draw_all(report).items()} if html else {}
     drawn = draw(report["frontier"]) if html and "frontier" in report else []

@@ -152,7 +152,7 @@ def _bundle(label: str, folder: Path) -> dict[str, Any]:
 
 def ratio(report: dict[str, Any], metric: str, label: str, baseline: str) -> dict[str, Any] | None:
     """The benchmark's paired ratio of two engines (> 1: ``label`` is faster), or None when one was not measured."""
-    for entry in report["speed"]["ratios"]:
+    for entry in report["speed"]["points"][0]["ratios"]:
         if (entry["metric"], entry["label"], entry["baseline"]) == (metric, label, baseline):
             return dict(entry)
     return None

@@ -111,14 +111,14 @@ def divergence(verification: Mapping[str, Any]) -> Figure | None:
 
 
 def _speed(report: dict[str, Any]) -> Figure:
-    rows = report["speed"]["rows"]
+    rows, engines = report["speed"]["points"][0]["rows"], report["speed"]["engines"]
     figure, axes = figure_of(9.4, 0.36 * len(rows) + 0.9, 2)
     titles = {"ttft_ms": "time to first token, ms", "tpot_ms": "time per decoded token, ms"}
     for column, (axis, (metric, title)) in enumerate(zip(axes, titles.items(), strict=True)):
         values = [row[metric]["p50"] for row in rows]
         low = [max(value - row[metric]["ci95"][0], 0) for value, row in zip(values, rows, strict=True)]
         high = [max(row[metric]["ci95"][1] - value, 0) for value, row in zip(values, rows, strict=True)]
-        colours = [MOE if row["info"]["model"].get("moe") else DENSE for row in rows]
+        colours = [MOE if engines[row["label"]]["info"]["model"].get("moe") else DENSE for row in rows]
         axis.barh(range(len(rows)), values, xerr=[low, high], color=colours, height=0.66, ecolor=INK, capsize=2)
         axis.set_yticks(range(len(rows)), [short(row["label"]) for row in rows] if column == 0 else [""] * len(rows))
         axis.invert_yaxis()

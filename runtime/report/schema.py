@@ -1,6 +1,7 @@
-"""The types of report.json, and its JSON schema, which is made from them.
+"""The types of report.json, and the JSON schemas that are made from types: of a report and of a verification.
 
-``python -m moedge.runtime.report.schema`` writes ``report.schema.json`` again after a change of a type.
+``python -m moedge.runtime.report.schema`` writes ``report.schema.json`` and ``verify.schema.json`` again after a change
+of a type.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from typing_extensions import NotRequired, TypedDict
 
 from moedge._files import write_json
 from moedge.convert.forms import Form
+from moedge.runtime.bench.results import Bench
 from moedge.runtime.frontier.schema import Frontier
-from moedge.runtime.parity.results import Count, EngineFacts, Outcome, Verification, closed, figures, opened
+from moedge.runtime.parity.results import Count, Outcome, Verification, closed, opened
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Share = Annotated[float, Field(ge=0, le=1)]
-Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
 ByText = dict[str, float]
 
 
@@ -106,64 +107,6 @@ class Quality(TypedDict):
     rows: Annotated[list[QualityRow], Field(min_length=2)]
     verdict: QualityVerdict
     where: list[str]
-
-
-@opened
-class BenchProtocol(TypedDict):
-    """How speed was measured."""
-
-    batch: Count
-    prompt: Count
-    decode: Count
-    repeats: Count
-
-
-@figures
-class Times(TypedDict):
-    """Milliseconds; the interval is that of the median."""
-
-    p50: float
-    p90: float
-    p99: float
-    mean: float
-    ci95: Interval
-
-
-@opened
-class SpeedRow(TypedDict):
-    """The speed of one engine."""
-
-    label: str
-    info: EngineFacts
-    ttft_ms: Times
-    tpot_ms: Times
-    prefill_tokens_per_s: float
-    decode_tokens_per_s: float
-    peak_rss_mib: float | None
-    load_s: float | None
-
-
-@closed
-class Ratio(TypedDict):
-    """One engine beside another; above 1 ``label`` is faster."""
-
-    metric: Literal["ttft_ms", "tpot_ms"]
-    label: str
-    baseline: str
-    speedup: float
-    ci95: Interval
-    verdict: Literal["faster", "slower", "no difference shown"]
-
-
-@opened
-class Speed(TypedDict):
-    """All engines, timed in turns."""
-
-    schema: Literal["moedge.bench/1"]
-    protocol: BenchProtocol
-    machine: dict[str, Any]
-    rows: Annotated[list[SpeedRow], Field(min_length=1)]
-    ratios: list[Ratio]
 
 
 @closed
@@ -280,7 +223,7 @@ class Report(TypedDict):
     conversion: Conversion
     quality: Quality
     verification: Verification
-    speed: Speed
+    speed: Bench
     bundles: list[BundleFacts]
     machine: dict[str, Any]
     versions: dict[str, str]
@@ -288,6 +231,16 @@ class Report(TypedDict):
     recipe: RecipeFacts
     diagnostics: NotRequired[Diagnostics]
     frontier: NotRequired[Frontier]
+
+
+def verification() -> dict[str, Any]:
+    """Return the JSON schema of what ``moedge verify --json`` prints."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": "urn:moedge:verify:1",
+        **TypeAdapter(Verification).json_schema(),
+        "title": "Result of moedge verify, moedge.verify/1",
+    }
 
 
 def generate() -> dict[str, Any]:
@@ -301,6 +254,7 @@ def generate() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    from moedge.runtime.report import SCHEMA_FILE
+    from moedge.runtime.report import SCHEMA_FILE, VERIFY_SCHEMA_FILE
 
     write_json(SCHEMA_FILE, generate())
+    write_json(VERIFY_SCHEMA_FILE, verification())

@@ -112,10 +112,10 @@ def _speed(report: dict[str, Any]) -> tuple[str, Sheet]:
     from moedge.runtime.report.build import ratio
 
     speed, sizes = report["speed"], {bundle["label"]: bundle["bytes"] for bundle in report["bundles"]}
-    protocol, machine = speed["protocol"], report["machine"]
-    threads = speed["rows"][0]["info"]["threads"]
+    point, engines, machine = speed["points"][0], speed["engines"], report["machine"]
+    threads = next(iter(engines.values()))["info"]["threads"]
     title = (
-        f"speed, batch 1, prompt {protocol['prompt']}, {protocol['decode']} tokens decoded, {threads} threads, "
+        f"speed, batch 1, prompt {point['prompt']}, {point['decode']} tokens decoded, {threads} threads, "
         f"{machine['processor']}"
     )
     table = Sheet()
@@ -130,7 +130,7 @@ def _speed(report: dict[str, Any]) -> tuple[str, Sheet]:
         "disk MiB",
     ):
         table.add_column(column, justify="right")
-    for row in speed["rows"]:
+    for row in point["rows"]:
         gains = [ratio(report, "tpot_ms", row["label"], baseline) for baseline in ("ort-cpu dense", "torch dense")]
         size = sizes.get(row["label"])
         table.add_row(
@@ -139,7 +139,7 @@ def _speed(report: dict[str, Any]) -> tuple[str, Sheet]:
             f"{row['tpot_ms']['p50']:.1f}",
             f"{row['decode_tokens_per_s']:.1f}",
             *("" if gain is None else f"{gain['speedup']:.2f}x" for gain in gains),
-            _number(row["peak_rss_mib"], "{:.0f}"),
+            _number(engines[row["label"]]["peak_rss_mib"], "{:.0f}"),
             "" if size is None else f"{size / 2**20:.0f}",
         )
     return title, table

@@ -266,11 +266,14 @@ def bench(context: Context) -> None:
     from moedge.convert.sources import load_tokenizer
     from moedge.runtime.bench import latency as benchmark
     from moedge.runtime.bench import profiling
+    from moedge.runtime.bench.headroom import add_headroom
+    from moedge.runtime.bench.points import Point
     from moedge.runtime.engines import open_engine
     from moedge.runtime.run.refs import EngineRef
 
     params = context.params
     (text,) = held_out.texts(params["texts"])
+    points = [Point(prompt=params["prompt"], decode=params["decode"])]
     ids = held_out.windows(
         load_tokenizer(run_folder.dense(context.root)), text, params["prompt"], 1, bos=False, name="benchmark"
     )[0]
@@ -281,11 +284,12 @@ def bench(context: Context) -> None:
         str(ref): partial(open_engine, path, threads=params["threads"], pytorch=pytorch, last_logits=True)
         for ref, path in found.items()
     }
-    options = {name: params[name] for name in ("prompt", "decode", "repeats", "warmup")}
-    result = benchmark.bench(engines, ids, **options, progress=context.progress)
+    options = {name: params[name] for name in ("repeats", "warmup")}
+    result = benchmark.bench(engines, ids, points, **options, batches=True, progress=context.progress)
     if params["profile"]:
         sizes = {name: params[name] for name in ("prompt", "decode", "repeats", "threads")}
         result["profiles"] = profiling.profiles({str(ref): path for ref, path in found.items()}, ids, **sizes)
+    add_headroom(result, {str(ref): path for ref, path in found.items()})
     write_json(context.out / "bench.json", {**result, "text": text.name, "not_executed": not_executed})
 
 

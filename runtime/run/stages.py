@@ -47,7 +47,10 @@ _CONFIGS = (
 )
 _STATS = ("runtime/bench/__init__.py", "runtime/bench/stats.py")
 _ENGINE_CODE = (*CONVERT_CODE, "export", "runtime/engines", *_GENERATION, *_STATS)
-BENCH_CODE = (*_ENGINE_CODE, "runtime/bench")
+BENCH_CODE = (
+    *(*_ENGINE_CODE, "runtime/bench", "runtime/run/fingerprint.py"),
+    *("runtime/parity/__init__.py", "runtime/parity/results.py"),
+)
 _TORCH = ("torch", "transformers")
 _ONNX = ("onnx", "onnx-ir", "onnxscript", "onnxruntime")
 

@@ -16,10 +16,8 @@ to_gguf.py makes llama.cpp's file of it, ``python -m onnxruntime_genai.models.bu
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import side_by_side
@@ -69,23 +67,12 @@ def checkpoint(folder: Path, layout: tuple[int, int, int] | None, options: argpa
     modeling.save(modeling.apply(plan, model), plan, tokenizer, folder)
 
 
-def costs(manifest: dict[str, Any], options: argparse.Namespace) -> tuple[float, float]:
-    """(multiplications of the prompt, bytes read for one token after it), from a quantised bundle's manifest."""
-    read = products = 0.0
-    layers = (manifest["moe"] or {"layers": {}})["layers"].values()
-    share = [layer["top_k"] / layer["num_experts"] for layer in layers if layer["num_experts"]]
-    for entry in manifest["quantization"]["classes"]:
-        active = float(np.mean(share)) if entry["tensor_class"] == "experts" else 1.0
-        read += active * entry["bytes"]  # the tied embedding is read whole, as the output projection
-        rows = {"norms": 0, "other": 0, "embedding": 1}.get(entry["tensor_class"], options.prompt)
-        products += rows * active * entry["parameters"]
-    model = manifest["model"]
-    values = 2 * model["num_layers"] * model["head_dim"]  # keys and values, one head, one position
-    read += 4 * values * model["num_kv_heads"] * options.prompt
-    products += (
-        values * (options.hidden // model["head_dim"]) * options.prompt**2 / 2
-    )  # each token sees those before it
-    return products, read
+def costs(folder: Path, prompt: int) -> tuple[float, float]:
+    """(multiplications of the prompt, bytes read for one token after it) of a bundle."""
+    from moedge.export.needs import of_folder
+
+    needs = of_folder(folder)
+    return needs.prompt_products(prompt), needs.decode_bytes(prompt)
 
 
 def main() -> None:
@@ -110,10 +97,7 @@ def main() -> None:
     ids = np.random.default_rng(0).integers(0, options.vocab, options.prompt).tolist()
     result = side_by_side.compare(engines, [*map("/".join, pairs), *options.ratio], ids, options)
     side_by_side.print_tables(result, options)
-    cost = {
-        label: costs(json.loads((path / "manifest.json").read_text("utf-8")), options)
-        for label, path in bundles.items()
-    }
+    cost = {label: costs(path, options.prompt) for label, path in bundles.items()}
     print(
         "\nspeed-up over the dense parent in the same precision, and its share of the ideal one (wall time, cpu time)"
     )

@@ -18,6 +18,15 @@ def test_every_packaged_profile_is_valid_and_consistent(name: str) -> None:
         assert (reason is None) == (target in device.targets)
 
 
+@pytest.mark.parametrize("name", devices.names())
+def test_every_figure_of_a_packaged_profile_has_a_source(name: str) -> None:
+    device = devices.load(name)
+    assert set(device.sources) == set(devices.FIGURES)
+    assert all(getattr(device, figure) for figure in devices.FIGURES)
+    assert all("nvidia.com/" in source for source in device.sources.values()), "the vendor's own pages"
+    assert device.int8_tops == pytest.approx(2 * device.fp16_tflops, rel=0.04), "twice, as on all of these"
+
+
 def test_every_capability_of_tensorrt_rtx_has_a_device() -> None:
     assert {devices.load(name).compute_capability for name in devices.names()} >= set(devices.RTX_CAPABILITIES)
 

@@ -30,7 +30,7 @@ def test_the_page_runs_as_it_stands(
     (tmp_path / "my-limits.yaml").write_text(limits, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     # In a process of its own for each engine, which tests/runtime/test_bench.py measures.
-    monkeypatch.setattr(latency, "_footprint", lambda *_: {"peak_rss_mib": None, "load_s": None, "reason": "a test"})
+    monkeypatch.setattr(latency, "footprint", lambda *_: {"peak_rss_mib": None, "load_s": None, "reason": "a test"})
     names: dict[str, Any] = {}
     for number, block in enumerate(blocks):
         exec(compile(block, f"{PAGE.name}, block {number + 1}", "exec"), names)
@@ -42,7 +42,7 @@ def test_the_page_runs_as_it_stands(
     assert names["verdict"]["tolerances"]["profiles"]["float32/ort-cpu"]["mean_kl"] == 1e-8
     limits = {check["name"]: check["limit"] for check in names["verdict"]["parity"][0]["verdict"]["checks"]}
     assert 1e-8 in limits.values()
-    assert [row["label"] for row in names["times"]["rows"]] == ["dense", "moe"]
+    assert [row["label"] for row in names["times"]["points"][0]["rows"]] == ["dense", "moe"]
 
 
 def test_the_page_names_the_whole_api() -> None:

@@ -53,12 +53,12 @@ class Session:
     """ONNX Runtime on the archived graph, with the methods of moedge_session.Session. BREAK scales the logits."""
 
     def __init__(self, plan, facts):
-        with open("../emulated.onnx", "rb") as file:
+        with open(facts["emulated"], "rb") as file:
             model = file.read()
         self.dtype = facts["dtype"]
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", ".")
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", facts["weights"])
         self.session = onnxruntime.InferenceSession(model, options, ["CPUExecutionProvider"])
         self.facts, self.limits, self.cuda, self.version = facts, facts["profiles"], Cuda(), "stand-in"
 
@@ -113,22 +113,31 @@ def in_bfloat16(source, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def dense_archive(checkpoints, tmp_path_factory):
+    out = tmp_path_factory.mktemp("archive") / "dense.tar"
+    orin = devices.load("jetson-agx-orin")
+    device_archive.write(checkpoints["dense"], out, orin, label="parent", max_length=64, max_prompt=48)
+    return out
+
+
 @pytest.fixture
 def unpacked(archive, tmp_path):
     return unpack(archive, tmp_path)
 
 
-def unpack(archive: Path, tmp_path: Path) -> Path:
+def unpack(archive: Path, tmp_path: Path, name: str = "moedge-jetson-agx-orin") -> Path:
     """The archive's folder, with a file in place of the engine (nothing here can deserialize one)."""
     with tarfile.open(archive) as tar:
-        tar.extractall(tmp_path, filter="data")
-    folder = tmp_path / "moedge-jetson-agx-orin"
+        tar.extractall(tmp_path / f"{name}.unpacked", filter="data")
+    folder = (tmp_path / f"{name}.unpacked" / "moedge-jetson-agx-orin").rename(tmp_path / name)
+    emulated = tmp_path / f"{name}.onnx"
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "engine.plan").write_bytes(b"stand-in")
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     for tap in manifest["taps"].values():
         model.graph.output.extend(onnx.ValueInfoProto(name=tap[key]) for key in ("output", "reads"))
-    (tmp_path / "emulated.onnx").write_bytes(emulation.emulated(model).SerializeToString())
+    emulated.write_bytes(emulation.emulated(model).SerializeToString())
     facts = {
         **{
             "target": "tensorrt",
@@ -138,6 +147,7 @@ def unpack(archive: Path, tmp_path: Path) -> Path:
             "taps": manifest["taps"],
         },
         "archive_taps": manifest["taps"],
+        **{"emulated": str(emulated), "weights": str(folder)},
         "graph_sha256": manifest["files"]["model.onnx"]["sha256"],
         "sha256": "04bd79e8d6a6b2bba9d3ba97e5eaa72ae1dd3d7d9a3ee58a9a7d9a3e2d8b1b4f",
     }
@@ -287,10 +297,48 @@ def test_bench_times_and_report_reads_the_result(unpacked, capsys):
     assert child.returncode == 0, child.stdout + child.stderr
     result = json.loads((unpacked / "bench-result.json").read_text())
     assert result["protocol"] == {"batch": 1, "prompt": 20, "decode": 3, "repeats": 3, "warmup": 2, "note": "test"}
-    assert result["tpot_ms"]["samples"] == 9
+    assert (result["tpot_ms"]["samples"], result["tpot_ms"]["rounds"]) == (9, 3)
+    assert [len(values) for values in result["rounds"].values()] == [3, 3, 3]
+    guard = result["environment"]["guard"]
+    assert guard["readings"] == 1 + 3
+    assert guard["seconds"] > 0
+    assert result["energy"]["joules_per_token"] is not None or "NVML" in result["energy"]["reason"]
+    assert "dense" not in result
     assert 0 < result["tpot_ms"]["ci95_low"] <= result["tpot_ms"]["p50"] <= result["tpot_ms"]["p99"]
     assert device_report.device_report([unpacked / "bench-result.json"], as_json=False) == 0
-    assert "per token" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "per token" in shown
+    assert "Energy " in shown
+    assert "Power mode" in shown
+
+
+def test_the_dense_parent_is_timed_in_the_same_rounds_where_its_archive_lies_beside(
+    unpacked, dense_archive, tmp_path, capsys
+):
+    dense = unpack(dense_archive, tmp_path, "dense")
+    sizes = ("--prompt", "20", "--decode", "3", "--repeats", "3")
+    child = run(unpacked, "bench.py", *sizes)
+    assert child.returncode == 0, child.stdout + child.stderr
+    assert f"beside: parent in {dense}" in child.stderr
+    result = json.loads((unpacked / "bench-result.json").read_text())
+    assert result["dense"]["label"] == "parent"
+    assert result["dense"]["archive_sha256"] != result["archive_sha256"]
+    assert result["environment"]["guard"]["readings"] == 1 + 2 * 3, "two engines took turns"
+    assert {spread["label"] for spread in result["environment"]["guard"]["spread"]} == {"this archive", "dense parent"}
+    gain = result["dense"]["speedup"]["tpot_ms"]
+    assert gain["speedup"] == pytest.approx(result["dense"]["tpot_ms"]["p50"] / result["tpot_ms"]["p50"])
+    assert gain["ci95_low"] <= gain["speedup"] <= gain["ci95_high"]
+    assert device_report.device_report([unpacked / "bench-result.json"], as_json=False) == 0
+    assert "Against parent, per token: " in capsys.readouterr().out
+
+    assert run(unpacked, "bench.py", *sizes, "--alone").returncode == 0
+    assert "dense" not in json.loads((unpacked / "bench-result.json").read_text())
+    dense.joinpath("engine.json").unlink()
+    assert run(unpacked, "bench.py", *sizes).returncode == 0, "an archive without an engine is not timed"
+    assert "dense" not in json.loads((unpacked / "bench-result.json").read_text())
+    child = run(unpacked, "bench.py", *sizes, "--dense", str(dense))
+    assert child.returncode == 2
+    assert "has no engine yet" in child.stderr
 
 
 @pytest.mark.parametrize(

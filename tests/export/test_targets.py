@@ -25,6 +25,7 @@ from moedge.export.lowering import portable
 from moedge.export.pipeline import export
 from moedge.runtime import doctor
 from moedge.runtime.bench import latency as bench
+from moedge.runtime.bench.points import Point
 from moedge.runtime.cli import app
 from moedge.runtime.device import moedge_trt
 from moedge.runtime.engines import open_engine
@@ -64,8 +65,8 @@ def test_a_new_target_is_one_lowering_and_one_row(
     found = parity.compare(reference, engine, ids, prefill=6, tolerances=limits)
     assert found["verdict"]["outcome"] == "passed"
     opened = {"toy dense": partial(open_engine, made["toy"])}
-    timed = bench.bench(opened, ids[0], prompt=8, decode=2, repeats=3, warmup=0, memory=False)
-    assert [row["label"] for row in timed["rows"]] == ["toy dense"]
+    timed = bench.bench(opened, ids[0], [Point(prompt=8, decode=2)], repeats=3, warmup=0, memory=False)
+    assert [row["label"] for row in timed["points"][0]["rows"]] == ["toy dense"]
 
     assert "toy" in {entry["target"] for entry in doctor.examine()["targets"]}
     recipe = {"name": "x", "model": {"source": "y"}, "export": {"targets": ["toy"]}}

@@ -386,7 +386,8 @@ class SampleRun:
 
     def speed(self) -> dict[str, Any]:
         labels = ["torch dense", "torch moe", "ort-cpu dense", "ort-cpu moe"]
-        times = {"p50": 20.0, "p90": 22.0, "p99": 25.0, "mean": 20.5, "ci95": [19.5, 20.4]}
+        tails = {name: [19.0, 26.0] for name in ("p90", "p99", "mean")}
+        times = {"p50": 20.0, "p90": 22.0, "p99": 25.0, "mean": 20.5, "ci95": [19.5, 20.4], "ci95_of": tails}
         ratios = [
             {"metric": metric, "label": one, "baseline": two, "speedup": 1.5, "ci95": [1.4, 1.6], "verdict": "faster"}
             for metric in ("ttft_ms", "tpot_ms")
@@ -395,23 +396,23 @@ class SampleRun:
             if one != two
         ]
         row = {"ttft_ms": times, "tpot_ms": times, "prefill_tokens_per_s": 900.0, "decode_tokens_per_s": 50.0}
-        memory = {"peak_rss_mib": 900.5, "load_s": 1.2}
-        protocol = {
-            "batch": 1,
-            "prompt": 512,
-            "decode": 64,
-            "repeats": 10,
-            "order": "o",
-            "intervals": "i",
-            "memory": "m",
-        }
+        row["rounds"] = {"ttft_ms": [20.0] * 10, "tpot_ms": [20.0] * 10}
+        engine = {"sha256": SHA, "peak_rss_mib": 900.5, "load_s": 1.2}
+        point = {"prompt": 512, "decode": 64, "batch": 1, "depth": 0, "threads": None, "rounds": 10}
+        point |= {"warmup_rounds": 1, "settled": True, "seconds": 60.0, "ratios": ratios}
+        protocol = {"repeats": 10, "warmup": 1, "min_duration_s": 0.0, "seed": 0, "sampling": "s", "steady": "w"}
         return {
-            "schema": "moedge.bench/1",
+            "schema": "moedge.bench/2",
             "text": "wiki",
-            "protocol": protocol,
+            "protocol": {**protocol, "order": "o", "intervals": "i", "memory": "m"},
             "machine": {"processor": self.text, "cores": 2, "memory_gib": 8.0},
-            "rows": [{"label": label, "info": self.info(label), **row, **memory} for label in labels],
-            "ratios": ratios,
+            "engines": {label: {**engine, "info": self.info(label)} for label in labels},
+            "points": [{**point, "rows": [{"label": label, **row} for label in labels]}],
+            "batches": [
+                {**point, "prompt": 8, "decode": 3, "batch": batch, "rows": [{"label": one, **row} for one in labels]}
+                for batch in (1, 2, 4, 8)
+            ],
+            "not_batched": {},
         }
 
     def quality(self) -> dict[str, Any]:

@@ -11,15 +11,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
+from pydantic import TypeAdapter
 
 from moedge import MoEdgeError
+from moedge.runtime.bench import footprint, timing
 from moedge.runtime.bench import latency as module
-from moedge.runtime.bench.latency import bench
-from moedge.runtime.bench.stats import bootstrap_ci, percentiles
+from moedge.runtime.bench.points import Point
+from moedge.runtime.bench.results import Bench
+from moedge.runtime.bench.stats import bootstrap_ci, percentiles, t_quantile
 from moedge.runtime.engines import Step, open_engine
 from moedge.runtime.engines.info import EngineInfo, EngineModel
 
 IDS = np.arange(20) % 7
+
+
+def bench(engines: Any, ids: Any, *, prompt: int, decode: int, **options: Any) -> Bench:
+    """A benchmark of one point."""
+    return module.bench(engines, ids, [Point(prompt=prompt, decode=decode)], **options)
 
 
 class Clock:
@@ -62,7 +71,7 @@ class Scripted:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     fake = SimpleNamespace(perf_counter=lambda: clock.now, sleep=lambda seconds: None)
-    monkeypatch.setattr(module, "time", fake)
+    monkeypatch.setattr(timing, "time", fake)
     return clock
 
 
@@ -78,7 +87,7 @@ def test_times_are_what_the_engines_took(clock: Clock) -> None:
         memory=False,
         progress=lambda done, total: seen.append((done, total)),
     )
-    row = result["rows"][0]
+    row = result["points"][0]["rows"][0]
     assert row["ttft_ms"]["p50"] == pytest.approx(50)
     assert row["ttft_ms"]["ci95"] == pytest.approx([50, 50])
     assert row["tpot_ms"]["p50"] == pytest.approx(25)
@@ -91,7 +100,7 @@ def test_times_are_what_the_engines_took(clock: Clock) -> None:
     assert engine.runs + 1 == 4, "one warm-up round that does not count, three that do"
     assert engine.closed
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    json.dumps(result, allow_nan=False)
+    TypeAdapter(Bench).validate_python(json.loads(json.dumps(result, allow_nan=False)))
 
 
 def test_engines_take_turns_and_the_first_place_rotates(clock: Clock) -> None:
@@ -108,9 +117,9 @@ def test_ratios_are_paired_by_round(clock: Clock) -> None:
         "fast": lambda: Scripted(clock, "fast", 10, [10], drift),
     }
     result = bench(engines, IDS, prompt=10, decode=2, repeats=6, warmup=1, memory=False)
-    low, high = result["rows"][0]["tpot_ms"]["ci95"]
+    low, high = result["points"][0]["rows"][0]["tpot_ms"]["ci95"]
     assert high > 2 * low
-    found = {(r["metric"], r["label"], r["baseline"]): r for r in result["ratios"]}
+    found = {(r["metric"], r["label"], r["baseline"]): r for r in result["points"][0]["ratios"]}
     assert len(found) == 4
     assert found["tpot_ms", "fast", "slow"]["speedup"] == pytest.approx(2)
     assert found["tpot_ms", "fast", "slow"]["ci95"] == pytest.approx([2, 2])
@@ -123,7 +132,7 @@ def test_equal_engines_show_no_difference(clock: Clock) -> None:
     noise = np.random.default_rng(0).uniform(1, 1.5, (2, 9)).tolist()
     engines = {name: functools.partial(Scripted, clock, name, 10, [10], noise[i]) for i, name in enumerate("ab")}
     result = bench(engines, IDS, prompt=10, decode=2, repeats=8, memory=False)
-    assert {ratio["verdict"] for ratio in result["ratios"]} == {"no difference shown"}
+    assert {ratio["verdict"] for ratio in result["points"][0]["ratios"]} == {"no difference shown"}
 
 
 def test_engines_are_closed_when_one_fails(clock: Clock) -> None:
@@ -141,8 +150,7 @@ def test_engines_are_closed_when_one_fails(clock: Clock) -> None:
     ("options", "message"),
     [
         ({"prompt": 21}, "20 tokens, fewer than the prompt of 21"),
-        ({"repeats": 0}, "at least 1"),
-        ({"decode": 0}, "at least 1"),
+        ({"repeats": 0}, "at least one engine, one point and one round"),
     ],
 )
 def test_impossible_protocols_are_refused(options: dict[str, int], message: str, clock: Clock) -> None:
@@ -159,12 +167,14 @@ def test_memory_belongs_to_the_engines_own_process(toy_bundles: dict[str, Path])
         "lambda": lambda: open_engine(toy_bundles["shared_buffer"], threads=1),
     }
     result = bench(engines, np.arange(30), prompt=16, decode=4, repeats=2)
-    measured, unknown = result["rows"]
+    measured, unknown = (result["engines"][label] for label in ("toy", "lambda"))
     assert 20 < measured["peak_rss_after_load_mib"] <= measured["peak_rss_mib"] < 400 < ballast.nbytes / 2**20
     assert 0 < measured["load_s"] < 60
     assert unknown["peak_rss_mib"] is None
     assert "functools.partial" in unknown["reason"]
     assert measured["info"]["runtime"].startswith("onnxruntime 1.")
+    assert len(str(measured["sha256"])) == 64
+    assert unknown["sha256"] is None
     assert result["machine"]["cores"] >= 1
     json.dumps(result, allow_nan=False)
 
@@ -181,8 +191,8 @@ def test_gpu_memory_is_pytorchs_peak_and_others_say_why_not(
     """What the fresh process answers, with stand-ins for PyTorch on CUDA and for ONNX Runtime on CUDA."""
     from rich.console import Console
 
-    from moedge.runtime.commands.bench import show
     from moedge.runtime.engines.pytorch import TorchEngine
+    from moedge.runtime.report.bench import show
 
     peaks = {0: 7 * 2**20, 1: 1536 * 2**20}
     torch = TorchEngine.__new__(TorchEngine)
@@ -192,27 +202,29 @@ def test_gpu_memory_is_pytorchs_peak_and_others_say_why_not(
     on_cpu._torch, on_cpu._module = None, SimpleNamespace(device=SimpleNamespace(type="cpu", index=None))
     assert on_cpu.peak_gpu_mib() is None
 
-    rows = []
+    found: dict[str, Any] = {}
     engines = [gpu_engine("torch 2.13", peak_gpu_mib=torch.peak_gpu_mib), gpu_engine("onnxruntime 1.31.1")]
     for engine in engines:
-        monkeypatch.setattr(module, "open_engine", lambda path, engine=engine: engine)
-        monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps({"path": "x", "options": {}, "ids": [1, 2]})))
-        module._child()
+        monkeypatch.setattr(footprint, "open_engine", lambda path, engine=engine: engine)
+        request = {"path": "x", "options": {}, "ids": [[1, 2]], "depth": 0}
+        monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(request)))
+        footprint._child()
         answer = json.loads(capsys.readouterr().out)
-        times = {"p50": 1.0, "ci95": [1.0, 1.0]}
-        timed = {"ttft_ms": times, "tpot_ms": times, "decode_tokens_per_s": 1e3}
-        rows.append({"label": engine.info.name, "info": engine.info.as_json(), **timed, **answer})
-    assert [row["peak_gpu_mib"] for row in rows] == [1536, None]
-    assert "gpu_reason" not in rows[0]
-    protocol = {"prompt": 2, "decode": 1, "repeats": 1}
-    result = {"rows": rows, "protocol": protocol, "machine": {"processor": "x"}, "text": "t"}
+        found[engine.info.name] = {"info": engine.info.as_json(), **answer}
+    assert [entry["peak_gpu_mib"] for entry in found.values()] == [1536, None]
+    assert "gpu_reason" not in found["torch"]
+    times = {"p50": 1.0, "p90": 1.0, "p99": 1.0, "ci95": [1.0, 1.0]}
+    rows = [{"label": label, "ttft_ms": times, "tpot_ms": times, "decode_tokens_per_s": 1e3} for label in found]
+    point = {"prompt": 2, "decode": 1, "batch": 1, "depth": 0, "threads": None, "rows": rows}
+    point |= {"rounds": 3, "warmup_rounds": 1, "settled": True}
+    result: Any = {"engines": found, "points": [point], "machine": {"processor": "x"}, "text": "t"}
     shown = io.StringIO()
     show(result, Console(file=shown, width=200))
     assert "GPU MiB" in shown.getvalue()
     assert "1536" in shown.getvalue()
     assert "onnxruntime: no GPU MiB, for onnxruntime 1.31.1 does not tell how much" in shown.getvalue()
-    for row in rows:
-        row["info"]["device"] = "CPU"
+    for entry in found.values():
+        entry["info"]["device"] = "CPU"
     shown = io.StringIO()
     show(result, Console(file=shown, width=200))
     assert "GPU MiB |" not in shown.getvalue().replace("\u2503", "|")
@@ -245,3 +257,9 @@ def test_bootstrap_interval_covers_the_truth_at_its_rate() -> None:
 def test_percentiles_of_nothing_are_nan() -> None:
     assert np.isnan(percentiles(np.zeros(0), (50,))["p50"])
     assert percentiles(np.arange(101.0), (50, 99.9)) == {"p50": 50.0, "p99.9": pytest.approx(99.9)}
+
+
+@pytest.mark.parametrize("df", [1, 2, 4.7, 9, 30, 400])
+@pytest.mark.parametrize("p", [0.75, 0.975, 0.995, 0.9999])
+def test_the_quantile_of_student_is_scipys(p: float, df: float) -> None:
+    assert t_quantile(p, df) == pytest.approx(scipy.stats.t.ppf(p, df), rel=2e-5)

@@ -22,7 +22,7 @@ from moedge.convert.methods import METHODS
 from moedge.convert.plan import LayerPlan, MoEPlan, RouterPlan
 from moedge.runtime import commands
 from moedge.runtime.cli import COMMANDS, INTERRUPTED, app, load
-from moedge.runtime.commands.verify import junit_xml
+from moedge.runtime.report.checks import junit_xml
 
 HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "scipy", "matplotlib", "accelerate", "gguf", "huggingface_hub")
 BLOCKED = f"""

@@ -18,6 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 from moedge.runtime.cli import COMMANDS, app, load
+from moedge.runtime.commands._options import Numbers
 
 FORMER_COMMANDS = [("bundle", "pack"), ("report", "device-report")]
 FORMER = [
@@ -28,6 +29,7 @@ FORMER = [
     ("export", "experts", "expert-form"),
     ("export", "dtype", "half"),
     ("build", "device", "for"),
+    ("estimate", "device", "for"),
     ("pack", "target", "for"),
     ("pack", "experts", "expert-form"),
     ("pack", "dtype", "half"),
@@ -36,7 +38,7 @@ FORMER = [
 ]
 """Promised until the next release: command, former name of an option, today's."""
 MEANINGS: dict[str, tuple[type, str]] = {
-    "--batch": (int, "^Most rows of a call"),
+    "--batch": (int, "^(Most r|R)ows of a call"),
     "--batch-size": (int, "per forward pass"),
     "--dense": (str, "^[Tt]he dense parent|^Dense parent"),
     "--device": (str, "^Where PyTorch computes"),
@@ -48,6 +50,7 @@ MEANINGS: dict[str, tuple[type, str]] = {
     "--half": (str, "float16 .default., or bfloat16"),
     "--holdout-every": (int, "documents? .*(held-out|never trained on)"),
     "--json": (bool, "^Print the whole result as JSON"),
+    "--junit": (Path, "^Also write the checks as JUnit XML"),
     "--k-a": (int, "[Ss]trongest"),
     "--label": (str, "^Name of the model in (reports|results)"),
     "--length": (int, "^Tokens (in a|per calibration) window"),
@@ -55,6 +58,7 @@ MEANINGS: dict[str, tuple[type, str]] = {
     "--max-length": (int, "^Longest (sequence|prompt . answer)"),
     "--max-prompt": (int, "^Most prompt tokens in one call"),
     "--out": (Path, "^Run folder"),
+    "--plot": (Path, r"^Also draw .* \.svg"),
     "--redo": (str, "^Redo this stage"),
     "--save": (Path, "^Also write the whole result to this JSON file"),
     "--set": (str, "[Aa](ny other|nother)? (setting|parameter)"),
@@ -82,6 +86,8 @@ def one_value(kind: Any) -> Any:
     """``list[str] | None`` -> ``str``: an option may be repeatable in one command and single in another."""
     if get_origin(kind) in (typing.Union, UnionType):
         (kind,) = (part for part in get_args(kind) if part is not type(None))
+    if kind is Numbers:  # 1,2,4 where another command takes one number
+        return int
     return get_args(kind)[0] if get_origin(kind) is list else kind
 
 

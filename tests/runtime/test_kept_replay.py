@@ -14,10 +14,10 @@ from onnx import numpy_helper
 from moedge import MoEdgeError
 from moedge.convert import modeling
 from moedge.export.pipeline import export
-from moedge.runtime.commands.verify import explained
 from moedge.runtime.engines import open_engine, ort
 from moedge.runtime.parity.given import pair
 from moedge.runtime.parity.shapes import Asked
+from moedge.runtime.report.checks import explained
 
 WINDOWS = np.random.default_rng(1).integers(0, 256, (2, 48))
 TARGETS = ["ort-cpu", "ort-cpu-int8", "tensorrt-rtx", "openvino"]

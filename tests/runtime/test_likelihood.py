@@ -168,6 +168,10 @@ def test_rows_beyond_longropes_boundary_are_read_alone(toy_bundles: dict[str, Pa
     engine.info = replace(engine.info, model=engine.info.model.model_copy(update={"rope_boundary": 10}))
     likelihood.log_likelihoods(engine, [(ids(4), ids(2)), (ids(4), ids(2)), (ids(12), ids(2)), (ids(13), ids(2))])
     assert [shape[0] for shape in engine.calls] == [1, 1, 2]
+    engine.calls.clear()
+    context = ids(40)  # would be shared
+    likelihood.log_likelihoods(engine, [(context, ids(3)) for _ in range(3)])
+    assert engine.calls == [(1, 42)] * 3
 
 
 def test_contexts_of_other_lengths_are_not_read_together(toy_bundles: dict[str, Path]) -> None:

@@ -88,7 +88,7 @@ def test_a_run_of_every_method_passes_and_its_report_is_complete(
 ) -> None:
     # The memory of an engine is measured in a process of its own, which has nothing to do with the method.
     unknown = {"peak_rss_mib": None, "load_s": None, "reason": "not measured in this test"}
-    monkeypatch.setattr(bench, "_footprint", lambda *_: unknown)
+    monkeypatch.setattr(bench, "footprint", lambda *_: unknown)
     settings = dict(SETTINGS[name])
     if "domains" in METHODS[name].needs:
         settings["domains"] = {domain: f"{home}/{domain}.txt" for domain in DOMAINS}

@@ -22,6 +22,7 @@ from moedge.runtime.parity.outcomes import mark
 from moedge.runtime.parity.suite import finished
 from moedge.runtime.parity.verdict import Check, Outcome, Verdict, run_outcome
 from moedge.runtime.report.build import build
+from moedge.runtime.report.checks import junit_xml
 
 CHECKS = {
     Outcome.PASSED: Check("prefill.top1.agreement", 1.0, ">=", 0.99),
@@ -87,7 +88,7 @@ def test_every_surface_shows_the_same_outcome(
     said = capsys.readouterr().out
     assert last in said
     shows(next(line for line in said.splitlines() if line.startswith("prefill.top1")))
-    suite = ElementTree.fromstring(verify_command.junit_xml(result))
+    suite = ElementTree.fromstring(junit_xml(result))
     failures = [found.get("message", "") for found in suite.iter("failure")]
     assert suite.get("failures") == str(len(failures)) == str(code)
     assert all(message.startswith(f"{outcome.value}: ") for message in failures)

@@ -130,6 +130,22 @@ def test_numbers_equal_their_definitions() -> None:
     assert got["tokens"] == sum(phase["tokens"] for phase in result["phases"].values())
 
 
+def test_figures_are_known_window_by_window() -> None:
+    noise = np.random.default_rng(5).normal(0, 0.3, (LENGTH, VOCAB)).astype(np.float32)
+    result = run(lambda logits, position, phase: logits + noise[position])
+    for phase in ("prefill", "decode"):
+        found, summary = result["by_window"][phase], result["phases"][phase]
+        assert {len(values) for values in found.values()} == {WINDOWS}
+        for name in ("rel_error.mean", "kl_ref_test.mean", "kl_test_ref.mean", "kl_ref_test.max"):
+            figure, _, kind = name.partition(".")
+            over = np.max if kind == "max" else np.mean
+            assert over(found[name]) == pytest.approx(summary[figure][kind], rel=1e-9)
+    drift = np.mean(result["by_window"]["prefill"]["perplexity.drift"])
+    assert np.exp(drift) == pytest.approx(result["phases"]["prefill"]["perplexity"]["ratio"], rel=1e-9)
+    broken = run(lambda logits, position, phase: np.full_like(logits, np.nan) if position == 2 else logits)
+    assert broken["by_window"]["prefill"] == {}, "windows that are not alike are not paired"
+
+
 def exchange_best_two(gap: float) -> tuple[Damage, Damage]:
     """(reference, test): at position 7 the best two logits are ``gap`` apart, and exchanged in the test."""
 

@@ -12,11 +12,11 @@ from onnx import helper, numpy_helper
 from moedge import MoEdgeError
 from moedge.configs import tolerances
 from moedge.export.pipeline import export
-from moedge.runtime.commands.verify import explained
 from moedge.runtime.engines import open_engine
 from moedge.runtime.engines.calls import FORCED, forcing
 from moedge.runtime.parity.given import pair
 from moedge.runtime.parity.shapes import Asked
+from moedge.runtime.report.checks import explained
 
 HIDDEN, WIDTH, EXPERTS, TOP_K, LAYERS = 64, 256, 6, 2, 2
 WINDOWS = np.random.default_rng(1).integers(0, 256, (3, 64))

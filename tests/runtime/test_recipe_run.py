@@ -101,7 +101,7 @@ def test_the_run_ends_with_a_passed_verdict_and_a_valid_report(run: Path) -> Non
         assert entry["routing"]["compared"], "expert sets must have been compared, not skipped"
         assert entry["overall"]["tokens"] >= 2048
     everything = {f"{target} {kind}" for target in ("torch", *targets.default()) for kind in ("moe", "dense")}
-    assert {row["label"] for row in report["speed"]["rows"]} == everything - {"portable dense"}
+    assert {row["label"] for row in report["speed"]["points"][0]["rows"]} == everything - {"portable dense"}
     assert (run / "report.html").is_file()
     assert (run / "report.md").is_file()
 

@@ -26,7 +26,9 @@ from moedge.runtime.engines.info import EngineInfo, EngineModel
 from moedge.runtime.engines.ort_session import ort_value
 from moedge.runtime.parity import readings, shapes
 from moedge.runtime.parity.shape_cases import Between, Case
-from moedge.runtime.parity.verdict import Outcome, entry_outcome, part_outcome
+from moedge.runtime.parity.suite import verify_run
+from moedge.runtime.parity.verdict import Outcome, entry_outcome, part_outcome, run_outcome
+from moedge.runtime.run.refs import TORCH_DENSE, TORCH_MOE, EngineRef
 
 KINDS = ["concat", "shared_buffer"]
 WINDOWS = np.random.default_rng(2).integers(0, 256, (4, 50))
@@ -408,6 +410,24 @@ def test_a_long_text_is_cut_to_what_both_engines_hold(toy_bundles: dict[str, Pat
         "length.50.chunked",
         "length.50.reference",
     }
+
+
+def test_every_engine_of_a_run_is_read_in_other_shapes_once(
+    bundles: dict[str, Path], checkpoints: dict[str, Path]
+) -> None:
+    engines = {TORCH_MOE: checkpoints["moe"], TORCH_DENSE: checkpoints["dense"]}
+    engines |= {EngineRef(name.split("/")[1], name.split("/")[0]): path for name, path in bundles.items()}
+    notes: list[str] = []
+    result = verify_run(
+        engines, WINDOWS, prefill=40, tolerances="float32", text="random", threads=1, note=notes.append,
+        asked=shapes.Asked(long=LONG),
+    )  # fmt: skip
+    found = {entry["name"]: entry_outcome(entry) for entry in result["shapes"]}
+    assert found == {f"{name.split('/')[1]} {name.split('/')[0]} in other shapes": Outcome.PASSED for name in bundles}
+    assert "ort-cpu moe in other shapes: passed, every check passed" in notes
+    assert "shapes" not in verify_run(engines, WINDOWS[:1], prefill=40, tolerances="float32", text="random", threads=1)
+    result["shapes"][0]["verdict"]["checks"][0]["passed"] = False
+    assert run_outcome({**result, "identity": [], "parity": []}) is Outcome.FAILED
 
 
 # --- changed choices -------------------------------------------------------------------------------------------------

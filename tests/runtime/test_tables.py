@@ -14,6 +14,7 @@ from rich.console import Console
 from moedge.configs.recipe import parse_recipe
 from moedge.runtime import doctor
 from moedge.runtime.commands import bench, build, diagnose, evaluate, methods, verify
+from moedge.runtime.report.bench import show as show_bench
 from moedge.runtime.report.build import build as build_report
 from moedge.runtime.report.summary import show
 from moedge.runtime.tables import Sheet
@@ -39,7 +40,9 @@ def report(tmp_path: Path, sample_runs: Any) -> dict[str, Any]:
         entry["verdict"]["checks"] = checks
         entry["replay"] = {"overall": entry["overall"], "router": {"agreement": 1.0}, "phases": entry["phases"]}
         verification["parity"].append(entry)
-        speed["rows"].append({**speed["rows"][0], "label": label})
+        for point in (*speed["points"], *speed["batches"]):
+            point["rows"].append({**point["rows"][0], "label": label})
+        speed["engines"][label] = copy.deepcopy(speed["engines"]["ort-cpu moe"])
     return found
 
 
@@ -93,10 +96,10 @@ def test_verify(report: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_bench(report: dict[str, Any]) -> None:
     speed = copy.deepcopy(report["speed"])
-    for row in speed["rows"]:
-        row["info"]["device"] = "NVIDIA H200"
-        row["peak_gpu_mib"] = 12345.0
-    check(lambda console: bench.show(speed, console), " ".join(LABELS) + " tokens/s 19.50-20.40 12345 MiB")
+    for engine in speed["engines"].values():
+        engine["info"]["device"] = "NVIDIA H200"
+        engine["peak_gpu_mib"] = 12345.0
+    check(lambda console: show_bench(speed, console), " ".join(LABELS) + " tokens/s 19.50-20.40 12345 MiB p99 batch")
     cell = [{"name": "attention", "nodes": 2, "ms": 1234.5, "share": 0.75}]
     phase = {"ms": 1234.5, "groups": cell, "operators": [{**cell[0], "name": "SkipSimplifiedLayerNormalization"}]}
     profiles = {label: {"prefill": phase, "decode": phase} for label in (*LABELS, "ort-cpu moe", "ort-cpu dense")}

@@ -19,10 +19,10 @@ from moedge.configs import tolerances
 from moedge.convert import modeling
 from moedge.export.graph import layers as points
 from moedge.export.pipeline import export
-from moedge.runtime.commands.verify import junit_xml
 from moedge.runtime.engines import open_engine
 from moedge.runtime.parity import where
 from moedge.runtime.parity.given import pair
+from moedge.runtime.report.checks import junit_xml
 from moedge.runtime.report.verification import page
 
 HIDDEN, LAYERS, EXPERTS, TOP_K, VOCAB, HEAD = 64, 3, 6, 2, 260, 16

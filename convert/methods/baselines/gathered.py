@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from moedge.convert import kept_inputs, reads
+from moedge.convert import reads
 from moedge.convert.plan import SMALLEST_RAMP, MoEPlan
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def wina(plan: MoEPlan, model: PreTrainedModel, token_windows: np.ndarray) -> Mo
 def _gathered(
     plan: MoEPlan, model: PreTrainedModel, token_windows: np.ndarray, name: str, scores: Literal["magnitude", "norms"]
 ) -> MoEPlan:
-    from moedge.convert import gather
+    from moedge.convert import gather, kept_inputs
     from moedge.convert.methods import gather as method
 
     share = reads.of_plan(plan)

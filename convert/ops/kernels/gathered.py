@@ -103,8 +103,7 @@ def shapes(
     block_k, block_n = power_of_two(k, least=16, most=most_k), power_of_two(n, least=16, most=most_n)
     blocks: dict[str, int | bool] = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
     blocks["SKIP"] = path == "gemm16"
-    stages = 4 if path == "gemm16" else 3
-    return blocks, (cover(block_m), fixed(-(-n // block_n))), 8 if path == "gemm128" else 4, stages
+    return blocks, (cover(block_m), fixed(-(-n // block_n))), 8 if path == "gemm128" else 4, 3
 
 
 def reads(*, keep: float, tokens: int) -> float:

@@ -4,7 +4,7 @@ Gate and up share one pass over x and one mask of rows. What the thresholds leav
 GatheredLinear reads no weight for it. The result is rounded to its own type before it is compared with its threshold,
 as the operators that this one takes the place of do.
 
-Bytes: the rows of gate and up whose input is kept, T*H of x, 8*I of limits; T*I written. FLOPs: 4*T*I*H, fewer kept.
+Bytes: the rows of gate and up whose input is kept, T*H of x, 8*I of limits; T*I written. FLOPs: 4*T*I for each of those rows.
 """
 
 from __future__ import annotations
@@ -109,6 +109,6 @@ def launch(*, hidden: int, width: int, activation: str, dtype: str, path: str) -
 
 def cost(*, tokens: int, hidden: int, width: int, itemsize: int, keep: float) -> tuple[int, int]:
     """Return (bytes moved, FLOPs) of one call; ``keep``: share of the inputs that a token keeps."""
-    weights = round(gathered.reads(keep=keep, tokens=tokens) * hidden) * 2 * width
-    moved = (weights + tokens * (hidden + width)) * itemsize + 8 * width
-    return moved, 4 * tokens * round(keep * hidden) * width
+    channels = round(gathered.reads(keep=keep, tokens=tokens) * hidden)
+    moved = (channels * 2 * width + tokens * (hidden + width)) * itemsize + 8 * width
+    return moved, 4 * tokens * channels * width

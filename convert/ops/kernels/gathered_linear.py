@@ -1,6 +1,6 @@
 """GatheredLinear: ``x weight`` of the inputs that are kept: the down projection of a gathered FFN, or another product.
 
-Bytes: the rows of the weight whose input is kept, T*K of x; T*N written. FLOPs: 2*T*K*N, fewer kept.
+Bytes: the rows of the weight whose input is kept, T*K of x; T*N written. FLOPs: 2*T*N for each of those rows.
 """
 
 from __future__ import annotations
@@ -81,5 +81,5 @@ def launch(*, inputs: int, outputs: int, dtype: str, path: str) -> Launch:
 
 def cost(*, tokens: int, inputs: int, outputs: int, itemsize: int, keep: float) -> tuple[int, int]:
     """Return (bytes moved, FLOPs) of one call; ``keep``: share of the inputs that a token keeps."""
-    weights = round(gathered.reads(keep=keep, tokens=tokens) * inputs) * outputs
-    return (weights + tokens * (inputs + outputs)) * itemsize, 2 * tokens * round(keep * inputs) * outputs
+    channels = round(gathered.reads(keep=keep, tokens=tokens) * inputs)
+    return (channels * outputs + tokens * (inputs + outputs)) * itemsize, 2 * tokens * channels * outputs

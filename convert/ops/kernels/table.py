@@ -57,7 +57,7 @@ def cases() -> dict[str, Launch]:
 def _gathered_cases() -> dict[str, Launch]:
     from moedge.convert.ops.kernels import gathered, gathered_glu, gathered_linear
 
-    found = {}
+    found: dict[str, Launch] = {}
     for dtype, path in (*(("fp16", path) for path in gathered.PATHS), ("bf16", "gemv"), ("bf16", "gemm16")):
         glu = gathered_glu.launch(hidden=HIDDEN, width=DENSE_WIDTH, activation="silu", dtype=dtype, path=path)
         linear = gathered_linear.launch(inputs=DENSE_WIDTH, outputs=HIDDEN, dtype=dtype, path=path)
@@ -135,7 +135,7 @@ def render(measured: list[dict[str, Any]]) -> str:
         by_kernel.setdefault(row["kernel"], {})[row["capability"]] = row
     lines = [
         f"Triton {version('triton')}; H={HIDDEN}, I={WIDTH}, E={EXPERTS}, k={TOP_K}; gathered: I={DENSE_WIDTH}, "
-        f"{KEEP:.0%} kept. Each cell: "
+        f"{KEEP:g} of the values kept. Each cell: "
         "registers a thread / KiB of shared memory a block, and bytes of spills a thread where there are any.",
         "",
         "| kernel | threads | " + " | ".join(f"sm_{c}" for c in capabilities) + " | PTX KiB |",

@@ -24,6 +24,8 @@ from moedge.export.graph.build import Builder, remove_unused, required, size, si
 from moedge.export.graph.nodes import KEEPS, active_of, keeps_large, nodes_of
 from moedge.runtime.device.moedge_plugins import PLUGINS, node_type
 
+_NAMED = ("activation", "rule")
+"""Attributes that a function body depends on."""
 MOST_EXPERTS = 512
 """What the Route kernel takes (``kernels/route.py``, which needs Triton to be imported)."""
 
@@ -63,13 +65,12 @@ def attach(model: ir.Model) -> int:
         node.attributes["plugin_version"] = ir.AttrString("plugin_version", "1")
         used.add((operator, node.op_type))
     # `trace` refuses a model that mixes rules, activations, or layers with and without compensation.
-    facts = {
-        name: node.attributes[name].as_string()
-        for node in nodes
-        for name in ("activation", "rule")
-        if name in node.attributes
-    }
-    bodies = functions.bodies(**facts, compensation=any(name == "CombineCompensated" for _, name in used))
+    facts = {name: found.as_string() for node in nodes for name, found in node.attributes.items() if name in _NAMED}
+    bodies = functions.bodies(
+        activation=facts.get("activation", "silu"),
+        rule=facts.get("rule", "unit"),
+        compensation=any(name == "CombineCompensated" for _, name in used),
+    )
     for operator, name in sorted(used):
         bodies[operator].name = name
         function = ir.serde.deserialize_function(bodies[operator])

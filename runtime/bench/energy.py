@@ -1,0 +1,89 @@
+"""Joules of a prompt and of a token, for each engine of an interleaved benchmark.
+
+A counter is read before an engine's turn, between its prompt and its decoding, and after it: the differences belong to
+that engine. They hold everything that the counter counts (a whole processor package, a GPU's board, a Jetson's board),
+what it takes when idle and what other programs do included. Where no counter is, the entry says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from moedge.runtime.bench.stats import bootstrap_ci
+from moedge.runtime.bench.watched import Energy
+from moedge.runtime.device.moedge_power import NotTold, Source, open_source
+
+
+class Meter:
+    """The counter of one kind of engine (on the CPU, or on the GPU), or the reason why there is none."""
+
+    def __init__(self, *, gpu: bool, opener: Callable[..., Source] = open_source) -> None:
+        self.source: Source | None = None
+        self.reason: str | None = None
+        try:
+            self.source = opener(gpu=gpu)
+        except NotTold as error:
+            self.reason = str(error)
+
+    def joules(self) -> float | None:
+        """Joules until now; None where the machine does not tell (any more)."""
+        if self.source is None:
+            return None
+        try:
+            return self.source.joules()
+        except NotTold as error:
+            self.close()
+            self.reason = str(error)
+            return None
+
+    def close(self) -> None:
+        """Stop counting."""
+        if self.source is not None:
+            self.source.close()
+        self.source = None
+
+
+Turn = tuple[float | None, float | None, float | None]
+"""Joules before an engine's turn, between its prompt and its decoding, and after it."""
+
+
+def energy(
+    turns: Sequence[Turn],
+    seconds: Sequence[float],
+    *,
+    source: str | None,
+    reason: str | None,
+    tokens: int,
+    batch: int,
+    seed: int,
+) -> Energy:
+    """Sum up the turns of one engine.
+
+    Args:
+        turns: of the rounds that count.
+        seconds: that each round's decoding took.
+        source: name of the counter.
+        reason: why there is none.
+        tokens: decoded in each round, by each row.
+        batch: rows.
+        seed: of the bootstrap.
+    """
+    told = [(before, between, after) for before, between, after in turns if None not in (before, between, after)]
+    if source is None or len(told) < len(turns) or not told:
+        unknown = reason or "the counter stopped"
+        return Energy(
+            source=source, reason=unknown, joules_per_prompt=None, joules_per_token=None, ci95=None, watts=None
+        )
+    counted = np.diff(np.asarray(told, np.float64), axis=1)  # [rounds, 2]: joules of the prompt, of decoding
+    each = counted[:, 1] / (tokens * batch)
+    interval = bootstrap_ci(len(each), lambda drawn: np.asarray(each[drawn].mean(axis=-1)), seed=seed)
+    return Energy(
+        source=source,
+        reason=None,
+        joules_per_prompt=float(counted[:, 0].mean()) / batch,
+        joules_per_token=float(each.mean()),
+        ci95=interval,
+        watts=float(counted[:, 1].sum() / sum(seconds)),
+    )

@@ -1,0 +1,241 @@
+"""Judge a bundle against a reference that is kept (:mod:`.reference`): no torch, no second model.
+
+Nobody can ask a file to run the engine's own choices of experts, as route replay does. Instead the engine is given the
+reference's numbers, and two questions are asked:
+
+* **layers**: does each layer, alone, compute what the reference's layer computes? The engine runs the probe with the
+  reference's stream in place of its own before every layer and before the final norm
+  (:mod:`moedge.export.graph.stream`). What a layer hands on is compared with what the reference's layer handed on. No
+  error of another layer enters, and a decision that rounding turns (an expert, a value at its threshold) changes that
+  layer's output and nothing else. There is no chaos at depth one, so the limit is that of one layer's rounding, for
+  dense, routed and gathered models of every precision. Attention reads a cache that the engine wrote from the same
+  stream, in the prefill and one token at a time.
+  A router behind the attention reads the reference's stream and one attention's rounding, so it may choose otherwise
+  only where the reference's scores nearly tie: within ``router_tie_margin`` and twice what the limit of a layer allows
+  that input to be off. Tokens of another choice are left out of a layer's error. ``head`` is the final norm and the
+  output projection under the reference's last stream.
+* **text**: the engine runs the whole text by itself. Where the model decides nothing, every token is held to the limits
+  of arithmetic, from the kept logits (:mod:`.shortened`). In float32 a routed model, too, as long as it chose what the
+  reference chose: the tokens of a window before its first changed choice, which see the same composition of products.
+  Otherwise the distance of the two runs says how steady the model is, and only ``free`` is judged: broken rows, and a
+  loss of perplexity beyond chance.
+
+By induction over layers: the embedding is right, each layer is right for the right stream, the head is right for the
+right stream; so is the model, up to rounding. A fault that the probe's tokens do not show is left to the second.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moedge import MoEdgeError
+from moedge._progress import Progress
+from moedge.configs import tolerances as tolerance_files
+from moedge.configs.tolerances import Profile
+from moedge.export import manifest as manifests
+from moedge.export.manifest import EngineManifest, Manifest
+from moedge.runtime.engines import Engine, open_engine
+from moedge.runtime.parity import alone, shortened, verdict
+from moedge.runtime.parity.compare import json_ready, measured, same_vocabulary, steps
+from moedge.runtime.parity.metrics import RouteAgreement, TokenErrors
+from moedge.runtime.parity.reference import Reference, identity_of, load
+from moedge.runtime.parity.results import KeptReferenceFacts, Parity, ParityEntry, Verification
+from moedge.runtime.parity.suite import FREE, SCHEMA, finished, graph_dtype
+from moedge.runtime.parity.verdict import Check, Outcome, Verdict
+
+
+def verify_kept(
+    test: Path,
+    file: Path,
+    *,
+    tolerances: str,
+    limits: tolerance_files.Tolerances,
+    opening: dict[str, Any],
+    progress: Progress,
+) -> Verification:
+    """Judge a bundle or engine by a kept reference; its text is the reference's.
+
+    Args:
+        test: bundle, engine folder or checkpoint.
+        file: of :func:`moedge.runtime.parity.reference.keep`.
+        tolerances: weight dtype, the first half of a profile's name. limits: the profiles.
+        opening: ``threads`` and ``pytorch`` of the engine.
+        progress: called with (tokens done, tokens in all).
+
+    Raises:
+        MoEdgeError: the file cannot be read, or is of another model.
+    """
+    reference = load(file)
+    _check_same(reference, test)
+    manifest = manifests.read(test)
+    target = manifest.target if manifest else "torch"
+    routed = bool(manifest.routed_layers) if isinstance(manifest, Manifest) else bool(reference.routes)
+    if isinstance(manifest, EngineManifest):
+        routed = bool(manifest.taps)  # it may have been built without
+    judged = limits.profile(tolerances, target, graph_dtype(test))
+    with closing(open_engine(test, **opening, taps=routed)) as whole:
+        same_vocabulary(reference, whole)
+        run = _Run.of(reference, whole, judged, progress)
+    layers, reason = None, "PyTorch and engine folders run as a whole"
+    if isinstance(manifest, Manifest):
+        try:
+            single: Any = open_engine(test, **opening, taps=routed, streams="replace")
+        except MoEdgeError as error:
+            reason = str(error).rstrip(".")
+        else:
+            with closing(single):
+                layers = alone.Alone.of(reference, single, judged)
+    if layers is None and run.routes.summary()["compared"] and f"{FREE}/{target}" in limits.profiles:
+        judged = limits.profile(FREE, target, graph_dtype(test))
+    entry = _entry(reference, whole, run, layers, judged, reason)
+    named: ParityEntry = {"name": f"{test} vs {file.name}", **entry}
+    return finished({"schema": SCHEMA, "text": reference.facts.text, "identity": [], "parity": [named]}, limits)
+
+
+def _check_same(reference: Reference, test: Path) -> None:
+    kept = reference.facts.identity
+    found = identity_of(test)
+    same = kept.same(found)
+    if same is None:
+        raise MoEdgeError(
+            f"{test} and {reference.path} share no hash by which to tell whether they are of one model; export the "
+            "checkpoint again, or keep the reference of the portable bundle that this one was lowered from."
+        )
+    if not same:
+        raise MoEdgeError(
+            f"{reference.path} is the reference of another model than {test}: {kept.told()} there, {found.told()} "
+            "here; keep one of this bundle's checkpoint with `moedge verify CHECKPOINT --save-reference FILE`."
+        )
+
+
+@dataclass
+class _Run:
+    """The engine on the whole text beside the kept answers."""
+
+    phases: dict[str, TokenErrors]
+    steady: dict[str, TokenErrors]
+    """Of the tokens of each window before its first changed choice."""
+    routes: RouteAgreement = field(default_factory=RouteAgreement)
+    tail: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    """By phase [n, 2], see :func:`moedge.runtime.parity.shortened.add`."""
+
+    @classmethod
+    def of(cls, reference: Reference, engine: Engine, limits: Profile, progress: Progress) -> _Run:
+        run = cls(TokenErrors.by_phase(limits), TokenErrors.by_phase(limits))
+        at, turned = 0, False
+        for phase, ids, step, _, targets in steps(engine, [], reference.windows, reference.facts.prefill, progress):
+            rows = slice(at, at + ids.size)
+            at += ids.size
+            kept = reference.answers.rows(rows)
+            chosen = {layer: found[rows] for layer, found in reference.routes.items()}
+            changed = run.routes.add(chosen, step.routes)
+            one = TokenErrors.by_phase(limits)[phase]
+            run.tail.setdefault(phase, []).append(shortened.add(one, kept, step.logits[0], targets, changed))
+            run.phases[phase].extend(one)
+            turned = turned and phase != "prefill"
+            after = np.full(ids.size, turned)
+            if changed is not None:
+                after |= np.maximum.accumulate(changed)
+            turned = bool(after[-1])
+            if not after.any():
+                run.steady[phase].extend(one)
+            elif not after.all():
+                before = ~after
+                shortened.add(run.steady[phase], kept.rows(before), step.logits[0][before], targets[before])
+        if at != len(reference.answers.log_sum):
+            raise MoEdgeError(
+                f"{engine.info.name} reads the text of {reference.path} in other steps than the reference did: they "
+                "are not the same model."
+            )
+        return run
+
+
+def _entry(
+    reference: Reference, engine: Engine, run: _Run, layers: alone.Alone | None, limits: Profile, reason: str
+) -> Parity:
+    windows, prefill = reference.windows.shape, reference.facts.prefill
+    result = measured(reference, engine, windows, prefill, run.phases, run.routes, limits)
+    result["replay"] = None
+    result["by_layer"] = layers.summary() if layers else None
+    tails = np.concatenate([part for parts in run.tail.values() for part in parts])
+    facts: KeptReferenceFacts = {
+        "file": str(reference.path),
+        "sha256": reference.sha256,
+        "bytes": reference.path.stat().st_size,
+        "largest": int(reference.answers.tokens.shape[1]),
+        "judged_tokens": sum(tokens.tokens for tokens in run.steady.values()),
+        "probability_left": _mean(tails[:, 0]),
+        "known_kl": result["overall"]["kl_ref_test"]["mean"] - _mean(tails[:, 1]),
+        "hidden_kl": _mean(tails[:, 1]),
+    }
+    result["kept_reference"] = facts
+    found, notes = _judged(result, run, limits, reason)
+    if result["by_layer"] and "text" not in found.parts:
+        facts["judged_tokens"] = 0
+    result["verdict"] = found.as_json([*notes, *verdict.explain(result, found, limits)])
+    return json_ready(result)
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def _judged(result: Parity, run: _Run, limits: Profile, reason: str) -> tuple[Verdict, list[str]]:
+    """Hold the figures to their limits; see the head of this file for which."""
+    layers, model = result["by_layer"], result["test"]["model"]
+    routed, gathered = bool(model.get("routed")), bool(model.get("gathered"))
+    if layers is None and not gathered:
+        said = [f"No layer was looked at by itself: {reason}."]
+        found = verdict.judge(result, limits, routing=routed)
+        if routed and limits.expert_set_agreement is None:  # limits under equal choices, which nobody made sure of
+            found = found.undecided(check.name for check in found.missed)
+        return _undecided(found, run.phases, run.tail, limits), said
+    parts: dict[str, tuple[Check, ...]] = {}
+    notes = []
+    if not gathered and (not routed or limits.expert_set_agreement is not None):
+        steady = {phase: tokens for phase, tokens in run.steady.items() if tokens.tokens}
+        checks = [verdict.phase_checks(f"text.{phase}", one.summary(), limits) for phase, one in steady.items()]
+        parts["text"] = tuple(check for found in checks for check in found)
+        if flips := result["routing"].get("flips"):
+            judged, total = result["kept_reference"]["judged_tokens"], result["overall"]["tokens"]
+            notes.append(
+                f"{flips:,} of {result['routing']['decisions']:,} choices of experts differ from the reference's. Held "
+                f"to the limits of arithmetic are {judged:,} of {total:,} tokens: each window's before its first "
+                "other choice."
+            )
+    if layers is None:
+        notes.append(
+            f"Not decided: no layer could be looked at by itself ({reason}), and two right runs of a model that leaves "
+            "out small values may go apart; compare with the checkpoint: moedge verify CHECKPOINT ENGINE."
+        )
+        parts["layers"] = (Check("layers.rel_error", None, "<=", limits.layer_rel_error or 0.0, decided=False),)
+    else:
+        parts |= alone.parts(layers, limits, routed=routed)
+        notes += alone.departing(layers, limits)
+        if any(check.outcome is Outcome.NOT_DECIDED for check in parts.get("router", ())):
+            notes.append(
+                "Not decided: of experts inside experts no scores are kept, so nobody can tell whether the choices "
+                "that differ were nearly ties; compare with the checkpoint: moedge verify CHECKPOINT BUNDLE."
+            )
+    if routed or gathered:
+        parts["free"] = verdict.free_checks(result, limits)
+    return _undecided(Verdict(parts), run.steady, run.tail, limits), notes
+
+
+def _undecided(
+    found: Verdict, phases: dict[str, TokenErrors], tails: dict[str, list[np.ndarray]], limits: Profile
+) -> Verdict:
+    """Do not decide a mean KL that is beyond its limit only by what the kept logits may hide."""
+    open_ones = set()
+    for phase, tokens in phases.items():
+        hidden = _mean(np.concatenate(tails[phase])[:, 1]) if phase in tails else 0.0
+        for name, column in (("kl_ref_test", "kl"), ("kl_test_ref", "kl_back")):
+            parts = tokens.columns[column]
+            if parts and _mean(np.concatenate(parts)) - hidden <= limits.mean_kl:
+                open_ones |= {f"{phase}.{name}.mean", f"text.{phase}.{name}.mean"}
+    return found.undecided(open_ones)

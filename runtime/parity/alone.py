@@ -1,0 +1,175 @@
+"""Each layer by itself: an engine that runs under the stream of a kept reference (:mod:`.against` says why)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import numpy as np
+
+from moedge.configs.tolerances import Profile
+from moedge.runtime.engines import Step
+from moedge.runtime.engines.ort import OrtEngine
+from moedge.runtime.parity import shortened
+from moedge.runtime.parity.metrics import RouterChoices, TokenErrors, same_sets
+from moedge.runtime.parity.reference import Probe, Reference, probing
+from moedge.runtime.parity.results import LayersFacts
+from moedge.runtime.parity.verdict import Check
+
+_PHASES: tuple[Literal["prefill", "decode"], ...] = ("prefill", "decode")
+_LEAST = 1 / 20
+"""Share of the stream that a layer is taken to add at least: what rounding of the stream itself leaves is no error of a
+layer that adds less (a token with a massive activation, arXiv 2402.17762)."""
+
+
+@dataclass
+class Alone:
+    """The engine on the probe, under the reference's stream."""
+
+    errors: dict[str, list[list[np.ndarray]]]
+    """Phase -> layer -> per step, of the tokens of the same choice."""
+    head: TokenErrors
+    router: RouterChoices
+    embedding: list[np.ndarray] = field(default_factory=list)
+    changed: dict[int, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, reference: Reference, engine: OrtEngine, limits: Profile) -> Alone:
+        """Run the probe; ``engine`` was opened with ``streams="replace"``, and with ``taps`` if it is routed."""
+        probe, facts = reference.probe, reference.facts
+        layers = len(probe.streams) - 1
+        margin = limits.router_tie_margin + 2 * (limits.layer_rel_error or 0.0)
+        head = TokenErrors(limits.near_tie_margin, limits.near_tie_scale)
+        found = cls({phase: [[] for _ in range(layers)] for phase in _PHASES}, head, RouterChoices(margin))
+        cache: Any = None
+        for phase, rows, ids, targets in probing(reference.windows[0], facts.probe, facts.probe_prefill):
+            streams = [stream[rows] for stream in probe.streams.values()]
+            given = [stream[None] for stream in streams]
+            prefill = phase == "prefill"
+            step = engine.prefill(ids, streams=given) if prefill else engine.decode(ids, cache, streams=given)
+            cache = step.cache
+            same = found._routed(probe, step, rows)
+            shown = [stream[0] for stream in step.streams or ()]
+            found.embedding.append(_relative(shown[0], streams[0]))
+            for layer in range(layers):
+                error = _layer_error(shown[layer + 1], streams[layer + 1], streams[layer])
+                found.errors[phase][layer].append(error[same[layer]] if layer in same else error)
+            shortened.add(head, probe.answers.rows(rows), step.logits[0], targets)
+        return found
+
+    def _routed(self, probe: Probe, step: Step, rows: slice) -> dict[int, np.ndarray]:
+        """Judge the routers of one step; return by layer which tokens [T] have the reference's experts."""
+        if not probe.routes or not step.routes:
+            return {}
+        same = {layer: same_sets(found[rows], step.routes[layer]) for layer, found in probe.routes.items()}
+        for layer, equal in same.items():
+            self.changed[layer] = self.changed.get(layer, 0) + int((~equal).sum())
+        if probe.scores:
+            self.router.add({layer: found[rows] for layer, found in probe.scores.items()}, step.routes, step.scores)
+        return same
+
+    def summary(self) -> LayersFacts:
+        """See :class:`moedge.runtime.parity.results.LayersFacts`."""
+        by_phase = {phase: [np.concatenate(parts) for parts in found] for phase, found in self.errors.items()}
+        layers = {}
+        for layer, (one, two) in enumerate(zip(*by_phase.values(), strict=True)):
+            layers[str(layer)] = {
+                "prefill": _mean(one),
+                "decode": _mean(two),
+                "max": float(np.max(np.append(one, two), initial=0.0)),
+            }
+            if layer in self.changed:
+                layers[str(layer)]["changed"] = self.changed[layer]
+        worst = {name: np.max([each["prefill"], each["decode"]]) for name, each in layers.items()}  # NaN is the worst
+        last = max(worst, key=lambda name: np.inf if np.isnan(worst[name]) else worst[name], default=None)
+        return cast(
+            "LayersFacts",
+            {
+                "tokens": self.head.tokens,
+                "embedding_rel_error": _mean(np.concatenate(self.embedding)),
+                "layers": layers,
+                "worst_layer": None if last is None else int(last),
+                "worst_rel_error": float("nan") if last is None else float(worst[last]),
+                "router": self.router.summary(),
+                "head": self.head.summary(),
+            },
+        )
+
+
+def _relative(shown: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """|a - b| / |a| [T] of streams float32 [T, H]."""
+    norms = np.maximum(np.linalg.norm(right.astype(np.float64), axis=1), np.finfo(np.float64).tiny)
+    found: np.ndarray = np.linalg.norm(shown.astype(np.float64) - right, axis=1) / norms
+    return found
+
+
+def _layer_error(shown: np.ndarray, right: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """|a - b| [T] of what a layer adds to streams [T, H], of the size of what the reference's layer adds."""
+    wide = right.astype(np.float64)
+    added, least = np.linalg.norm(wide - before, axis=1), np.linalg.norm(wide, axis=1) * _LEAST
+    size = np.maximum(np.maximum(added, least), np.finfo(np.float64).tiny)
+    found: np.ndarray = np.linalg.norm(shown.astype(np.float64) - wide, axis=1) / size
+    return found
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def parts(layers: LayersFacts, limits: Profile, *, routed: bool) -> dict[str, tuple[Check, ...]]:
+    """Hold what :meth:`Alone.summary` found to its limits: parts ``layers``, ``router`` and ``head`` of a verdict."""
+    found: dict[str, tuple[Check, ...]] = {}
+    if limits.layer_rel_error is not None:
+        limit = limits.layer_rel_error
+        rows = [("embedding", layers["embedding_rel_error"])]
+        for phase in _PHASES:
+            errors = [layer[phase] for layer in layers["layers"].values()]
+            rows.append((f"{phase}.rel_error", float(np.max(errors))))
+        found["layers"] = tuple(Check(f"layers.{name}", value, "<=", limit) for name, value in rows)
+    if routed:
+        found["router"] = _router_checks(layers, limits)
+    head = layers["head"]
+    found["head"] = (
+        Check("head.non_finite_tokens", head["non_finite"], "<=", 0),
+        Check("head.constant_tokens", head["constant"], "<=", 0),
+        Check("head.rel_error.median", head["rel_error"]["p50"], "<=", limits.median_rel_error),
+        Check("head.rel_error.mean", head["rel_error"]["mean"], "<=", limits.mean_rel_error),
+    )
+    return found
+
+
+def _router_checks(layers: LayersFacts, limits: Profile) -> tuple[Check, ...]:
+    router = layers["router"]
+    least = limits.router_set_agreement or limits.expert_set_agreement or 0.0
+    if router["compared"]:
+        checks = [Check("router.expert_set_agreement", router.get("agreement"), ">=", least)]
+        if router.get("own_order") is not None:
+            checks.append(Check("router.own_order", router["own_order"], ">=", 1.0))
+        return tuple(checks)
+    # Without the reference's scores (experts inside experts) a tie looks like a fault, and rounding turns many.
+    changed = [each["changed"] for each in layers["layers"].values() if "changed" in each]
+    agreement = 1 - sum(changed) / (len(changed) * layers["tokens"]) if changed else None
+    decided = limits.expert_set_agreement is not None
+    return (Check("router.expert_set_agreement", agreement, ">=", least, decided=decided),)
+
+
+def departing(layers: LayersFacts, limits: Profile) -> list[str]:
+    """Say which layers are beyond their limit, in sentences."""
+    limit = limits.layer_rel_error
+    if limit is None:
+        return []
+    said = [] if layers["embedding_rel_error"] <= limit else ["The embedding is not the reference's."]
+    each = layers["layers"].items()
+    prefill, decode = ({layer for layer, errors in each if not errors[phase] <= limit} for phase in _PHASES)
+    found = sorted(prefill | decode, key=int)
+    if not found:
+        return said
+    where = "when they prefill and when they decode"
+    if not (prefill and decode):
+        where = "when they prefill only" if prefill else "when they decode only: the cache, or what reads it"
+    listed = ", ".join(found[:8]) + (", ..." if len(found) > 8 else "")
+    return [
+        *said,
+        f"Of {len(layers['layers'])} layers {len(found)} compute something else under the reference's own stream, "
+        f"{where}: {listed}. Each is looked at by itself, so no other layer has a part in it.",
+    ]

@@ -1,0 +1,68 @@
+"""What a benchmark found beside its times, in sentences: for a terminal, reports and devices alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moedge.runtime.bench.results import PointResult
+
+
+def sentences(point: PointResult) -> list[str]:
+    """Say what a conversion gained of what it could, what was not told, the joules, and what the guard found."""
+    said = []
+    if found := point.get("headroom"):
+        for gain in found["gains"]:
+            said.append(
+                f"{gain['label']}, {gain['phase']}: {gain['measured']:.2f} times {gain['dense']}'s speed, "
+                f"{gain['reached']:.0%} of the ideal {gain['ideal']:.2f}."
+            )
+        for row in found["rows"]:
+            if reason := row.get("reason"):
+                said.append(f"{row['label']}: headroom not told, {reason}.")
+    said += _energy(point)
+    if guard := point.get("guard"):
+        said += lines(guard)
+    return said
+
+
+def _energy(point: PointResult) -> list[str]:
+    told, reasons = [], []
+    for row in point["rows"]:
+        energy = row.get("energy")
+        if energy is None:
+            continue
+        if energy["joules_per_token"] is None:
+            reasons.append(str(energy["reason"]))
+        else:
+            told.append(f"{row['label']} {energy['joules_per_token']:.3f} J a token ({energy['source']})")
+    return [
+        *([f"Energy: {', '.join(told)}."] if told else []),
+        *(f"Energy not told: {r}." for r in dict.fromkeys(reasons)),
+    ]
+
+
+def lines(guard: Mapping[str, Any]) -> list[str]:
+    """Say what the guard found, for people: the first line is the verdict."""
+    if guard["trusted"]:
+        said = ["The measurement can be trusted: " + ", ".join(_told(guard)) + "."]
+    else:
+        said = ["NOT TO BE TRUSTED: " + guard["concerns"][0]["says"]]
+        said += [concern["says"] for concern in guard["concerns"][1:]]
+        said.append("Seen: " + ", ".join(_told(guard)) + ".")
+    return [*said, *guard["notes"]]
+
+
+def _told(guard: Mapping[str, Any]) -> list[str]:
+    """What was seen, and what the machine does not tell."""
+    worst = max((spread["cv"] for spread in guard["spread"]), default=None)
+    cores, mhz, hot = guard["others_cores"], guard["mhz"] or guard["gpu_mhz"], guard["hottest_c"]
+    stolen = guard["stolen_cores"]
+    return [
+        "spread of rounds not told" if worst is None else f"rounds vary by at most {worst:.1%}",
+        "other programs not told" if cores is None else f"other programs took {cores:.2f} cores",
+        *([] if not stolen else [f"the host took {stolen:.2f}"]),
+        "clock not told" if mhz is None else f"clock {mhz[0]:.0f} to {mhz[1]:.0f} MHz",
+        "heat not told" if hot is None else f"at most {hot:.0f} C",
+    ]

@@ -1,0 +1,183 @@
+"""Worse than last time is said, noise and trifles are not."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from moedge import MoEdgeError
+from moedge._files import write_json
+from moedge.configs import tolerances
+from moedge.runtime.parity import baseline
+from moedge.runtime.parity.suite import finished
+
+LIMITS = tolerances.load()
+WINDOWS = 8
+NOISE = np.random.default_rng(0).normal(0, 1, WINDOWS)
+
+
+def check(name: str, value: float | None, relation: str, limit: float) -> dict[str, Any]:
+    passed = value is not None and (value <= limit if relation == "<=" else value >= limit)
+    return {"name": name, "value": value, "relation": relation, "limit": limit, "passed": passed, "decided": True}
+
+
+def entry(kl: np.ndarray, flips: int = 0, most: float = 1e-3, name: str = "a vs b") -> dict[str, Any]:
+    decisions = 600_000
+    return {
+        "schema": "moedge.parity/1",
+        "name": name,
+        "reference": {"name": "torch moe"},
+        "test": {"name": "ort-cpu moe"},
+        "tokens": {"windows": WINDOWS, "window": 256, "prefill": 224},
+        "overall": {"tokens": WINDOWS * 256},
+        "routing": {"compared": True, "decisions": decisions, "flips": flips},
+        "by_window": {"prefill": {"kl_ref_test.mean": kl.tolist()}},
+        "verdict": {
+            "notes": [],
+            "checks": [
+                check("prefill.kl_ref_test.mean", float(kl.mean()), "<=", 0.03),
+                check("decode.rel_error.median", most, "<=", 0.1),
+                check("routing.expert_set_agreement", 1 - flips / decisions, ">=", 0.9999),
+            ],
+        },
+    }
+
+
+def result(*entries: dict[str, Any], text: str = "wiki") -> Any:
+    identity = {"schema": "moedge.identity/1", "name": "c = d", "tokens": 64, "max_rel_error": 3e-6, "limit": 1e-4}
+    identity |= {"reference": {"name": "torch dense"}, "test": {"name": "torch moe"}, "passed": True}
+    document = {"schema": "moedge.verify/1", "text": text, "identity": [identity], "parity": list(entries)}
+    return finished(document, LIMITS)
+
+
+def beside(old: Any, new: Any) -> Any:
+    return baseline.compare(new, baseline.Baseline(Path("old.json"), "0" * 64, old))
+
+
+KL = 0.004 + 0.0005 * np.linspace(-1, 1, WINDOWS)
+
+
+def test_a_figure_that_grew_in_every_window_is_worse_though_within_its_limit() -> None:
+    found = beside(result(entry(KL)), result(entry(KL * 1.2)))
+    assert found["outcome"] == "worse"
+    (worse,) = (each for each in found["checks"] if each["worse"])
+    assert worse["name"] == "prefill.kl_ref_test.mean"
+    assert 0 < worse["interval"][0] < 0.2 * 0.004 < worse["interval"][1]
+    (sentence,) = found["sentences"]
+    assert "prefill.kl_ref_test.mean is 0.0048, was 0.004 (limit <= 0.03; paired over 8 windows, +0.0007" in sentence
+
+
+@pytest.mark.parametrize(
+    ("new", "why"),
+    [
+        (KL, "equal"),
+        (KL * 0.7, "better"),
+        (KL + 0.0012 * NOISE, "windows differ both ways: noise"),
+        (KL * 1.05, "in every window, but by less than a hundredth of the limit"),
+    ],
+)
+def test_noise_and_trifles_are_not_worse(new: np.ndarray, why: str) -> None:
+    found = beside(result(entry(KL)), result(entry(new)))
+    assert found["outcome"] == "not worse", why
+    assert not found["sentences"]
+
+
+def test_rounding_in_another_order_is_not_worse_and_a_jump_far_below_the_limit_is() -> None:
+    """Float32: a KL of 1e-11 may double; of 1e-7, a three hundred thousandth of the limit, it must be said."""
+    quiet = KL * 1e-9
+    assert beside(result(entry(quiet)), result(entry(quiet * 3)))["outcome"] == "not worse"
+    assert beside(result(entry(quiet)), result(entry(quiet * 1e4)))["outcome"] == "worse"
+
+
+def test_without_windows_a_value_must_double() -> None:
+    assert beside(result(entry(KL, most=0.002)), result(entry(KL, most=0.0038)))["outcome"] == "not worse"
+    found = beside(result(entry(KL, most=0.002)), result(entry(KL, most=0.0041)))
+    assert found["outcome"] == "worse"
+    assert "decode.rel_error.median is 0.0041, was 0.002" in found["sentences"][0]
+    assert "more than 2 times as large" in found["sentences"][0]
+    few = copy.deepcopy(entry(KL * 1.2))
+    few["by_window"]["prefill"]["kl_ref_test.mean"] = [0.0048] * 4
+    assert beside(result(few), result(few))["outcome"] == "not worse"
+
+
+def test_a_count_must_be_more_than_chance() -> None:
+    """Four checks, so each has a chance of 1 in 400: 2^-8 is more, 2^-9 less."""
+    assert beside(result(entry(KL, flips=0)), result(entry(KL, flips=8)))["outcome"] == "not worse"
+    found = beside(result(entry(KL, flips=0)), result(entry(KL, flips=9)))
+    assert found["outcome"] == "worse"
+    assert "too many of 600,000 for chance" in found["sentences"][0]
+
+
+def test_equal_engines_that_round_otherwise_raise_an_alarm_in_less_than_one_verification_in_a_hundred() -> None:
+    """Twelve figures of eight windows each are drawn anew: 400 pairs of results."""
+    generator = np.random.default_rng(7)
+
+    def drawn() -> Any:
+        found = []
+        for number in range(12):
+            found.append(entry(0.004 * generator.lognormal(0, 0.5, WINDOWS), name=f"{number} vs b"))
+            found[-1]["test"] = {"name": str(number)}
+        return result(*found)
+
+    alarms = sum(beside(drawn(), drawn())["outcome"] == "worse" for _ in range(400))
+    assert alarms <= 9, "of 400; were the chance 1 in 100, more than 9 would come in 8 of 1,000 such tests"
+
+
+@pytest.mark.parametrize(("share", "freedom"), [(0.975, 7), (0.9999, 7), (0.999975, 4), (0.99, 40)])
+def test_students_quantiles_are_those_of_scipy(share: float, freedom: int) -> None:
+    assert baseline._student(share, freedom) == pytest.approx(stats.t.ppf(share, freedom), rel=1e-4)
+
+
+def test_a_check_that_passed_before_and_does_not_now_is_worse_whatever_it_is() -> None:
+    lost = entry(KL)
+    lost["verdict"]["checks"][0] = check("prefill.kl_ref_test.mean", None, "<=", 0.03)
+    found = beside(result(entry(KL)), result(lost))
+    assert found["outcome"] == "worse"
+    assert "is none, was 0.004" in found["sentences"][0]
+    assert "it passed before" in found["sentences"][0]
+    assert beside(result(lost), result(lost))["outcome"] == "not worse"
+
+
+def test_what_has_no_counterpart_is_not_compared() -> None:
+    moved = beside(result(entry(KL)), result(entry(KL, name="other/folder vs b")))
+    assert moved["outcome"] == "not worse", "a folder may have moved"
+    gone = beside(result(entry(KL), entry(KL, name="x vs y")), result(entry(KL)))
+    assert gone["outcome"] == "not compared"
+    assert gone["sentences"] == ["x vs y is only in the baseline."]
+    other = beside(result(entry(KL), text="c4"), result(entry(KL)))
+    assert other["outcome"] == "not compared"
+    assert not other["checks"]
+    short = entry(KL)
+    short["tokens"] = {**short["tokens"], "windows": 4}
+    assert beside(result(short), result(entry(KL)))["outcome"] == "not compared"
+    new = beside(result(entry(KL)), result(entry(KL), entry(KL * 9, name="x vs y")))
+    assert new["outcome"] == "not worse", "what the baseline lacks cannot be worse than it"
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ("{", "not valid JSON"),
+        (json.dumps({"schema": "moedge.bench/1"}), "is not of schema moedge.verify/1"),
+        (json.dumps({"schema": "moedge.verify/1", "parity": 3}), "is not of schema"),
+    ],
+)
+def test_anything_else_is_refused_in_a_sentence(tmp_path: Path, content: str, match: str) -> None:
+    file = tmp_path / "old.json"
+    file.write_text(content)
+    with pytest.raises(MoEdgeError, match=match):
+        baseline.read(file)
+
+
+def test_a_damaged_baseline_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    old = result(entry(KL))
+    del old["parity"][0]["verdict"]["checks"][0]["limit"], old["parity"][0]["test"]
+    write_json(tmp_path / "old.json", old)
+    with pytest.raises(MoEdgeError, match="is damaged"):
+        baseline.compare(result(entry(KL, name="z vs b")), baseline.read(tmp_path / "old.json"))
