@@ -50,10 +50,8 @@ def heat_map(heat: HeatMap, worst: WorstToken | None, prefill: int | None) -> Fi
     end = starts[-1] + width
     figure, (axis,) = figure_of(7.6, 1.2 + 0.13 * len(rows))
     limit = -_LOW / (_HIGH - _LOW)
-    colours = LinearSegmentedColormap.from_list(
-        "departs", [(0, "#ffffff"), (limit - 1e-3, "#bcd4f6"), (limit, "#f6c3b8"), (1, BAD)]
-    )
-    colours = colours.with_extremes(bad=INK)
+    steps = [(0, "#ffffff"), (limit - 1e-3, "#bcd4f6"), (limit, "#f6c3b8"), (1, BAD)]
+    colours = LinearSegmentedColormap.from_list("departs", steps).with_extremes(bad=INK)
     # From -0.5: a token is as wide as its column, and its position is the middle.
     image = axis.imshow(
         values, cmap=colours, vmin=_LOW, vmax=_HIGH, aspect="auto", interpolation="nearest",
