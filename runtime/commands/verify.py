@@ -79,6 +79,7 @@ def verify(
     ] = False,
     as_json: Json = False,
     junit: Annotated[Path | None, typer.Option(help="Also write the checks as JUnit XML to this file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write the result as one HTML page to this file.")] = None,
     markdown: Annotated[
         Path | None, typer.Option(help="Also write the outcome as Markdown, for a pull request, to this file.")
     ] = None,
@@ -86,6 +87,8 @@ def verify(
 ) -> int:
     """Compare two engines on real text: logits, KL, top-1 and top-5, expert sets; and the tested one with itself in
     batches, with padding, in pieces and twice. Exits with 1 when a check fails.
+
+    Where one does, the worst window runs once more, and the layer and the part that departs first are named.
 
     \b
     Examples:
@@ -135,6 +138,10 @@ def verify(
     assert result is not None
     if old:
         result["baseline"] = baselines.compare(result, old)
+    if html:
+        from moedge.runtime.report.verification import page
+
+        write_text(html, page(result))
     _write(result, junit, markdown, gate=fail_on_worse)
     if as_json:
         print(json.dumps(result, indent=2, allow_nan=False))

@@ -44,7 +44,9 @@ def junit_xml(result: Verification, *, gate: bool = False) -> str:
 
     What is worse than a baseline is a further test case: skipped with its reason, or with ``gate`` a failure.
     """
-    cases = [_case(row) for row in rows(result)]
+    compared = [*result["identity"], *result["parity"]]
+    where = {entry["name"]: entry["location"]["sentence"] for entry in compared if "location" in entry}
+    cases = [_case(row, where.get(row.comparison)) for row in rows(result)]
     for shaped in result.get("shapes", []):
         cases += [ci.Case(shaped["name"], name, "skipped", reason) for name, reason in shaped["not_run"].items()]
     if baseline := result.get("baseline"):
@@ -56,11 +58,11 @@ def junit_xml(result: Verification, *, gate: bool = False) -> str:
     return ci.junit_xml("moedge verify", cases)
 
 
-def _case(row: Row) -> ci.Case:
+def _case(row: Row, where: str | None) -> ci.Case:
     if row.outcome is verdict.Outcome.PASSED:
         return ci.Case(row.comparison, row.name)
     said = f"{row.outcome.value}: {row.name} is {row.value}, must be {row.relation} {row.limit}"
-    return ci.Case(row.comparison, row.name, "failure", said)
+    return ci.Case(row.comparison, row.name, "failure", said if where is None else f"{said}. {where}")
 
 
 def markdown(result: Verification) -> str:
@@ -103,6 +105,9 @@ def used(row: Row) -> float | None:
 def said(result: Verification) -> list[str]:
     """What the comparisons found beside their checks, in lines for people."""
     found: list[str] = []
+    for same in result["identity"]:
+        if "location" in same:  # a parity check has it among its notes
+            found.append(f"{same['name']}: {same['location']['sentence']}")
     for entry in result["parity"]:
         if replay := entry.get("replay"):
             found += [explained(entry, replay), parts(entry)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +16,6 @@ from onnx import numpy_helper
 from moedge import MoEdgeError
 from moedge._files import atomic_dir
 from moedge.convert import modeling
-from moedge.export import bundle
 from moedge.export.bundle import open_bundle
 from moedge.export.graph.build import Builder, array_of, constant_of
 from moedge.export.graph.nodes import KEEPS
@@ -424,18 +422,8 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_verify_catches_a_mistake(folders: Folders, tmp_path: Path, mistake: str) -> None:
-    broken = tmp_path / "broken"
-    shutil.copytree(folders.portable("routed"), broken)
-    manifest = open_bundle(broken).manifest.document()
-    model = onnx.load(broken / "model.onnx")
-    before = model.SerializeToString()
-    MISTAKES[mistake](model.graph)
-    assert model.SerializeToString() != before
-    for name in ("model.onnx.data", bundle.MANIFEST):
-        (broken / name).unlink()
-    onnx.save(model, broken / "model.onnx")
-    bundle.seal(broken, bundle.Manifest.model_validate(manifest))
+def test_verify_catches_a_mistake(folders: Folders, tmp_path: Path, broken_copy: Any, mistake: str) -> None:
+    broken = broken_copy(folders.portable("routed"), tmp_path / "broken", MISTAKES[mistake])
     assert not verified(folders.checkpoint("routed"), broken)["verdict"]["passed"]
 
 
