@@ -95,7 +95,8 @@ COMMANDS = {
     ),
     "verify": Command(
         "Measure",
-        "Compare two engines on real text: logits, KL, top-1 and top-5, expert sets. Exits with 1 when a check fails.",
+        "Compare two engines on real text: logits, KL, top-1 and top-5, expert sets; and the tested one with itself in "
+        "batches, with padding, in pieces and twice. Exits with 1 when a check fails.",
     ),
     "bench": Command(
         "Measure",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -217,6 +218,33 @@ def bundles(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
         for target, path in export(checkpoint, root / kind, ["portable", "ort-cpu"], label=kind).items():
             made[f"{kind}/{target}"] = path
     return made
+
+
+@pytest.fixture(scope="session")
+def broken_copy() -> Callable[..., Path]:
+    """Return a function (bundle, new folder, change of its graph) -> the folder, a sealed bundle of the changed graph.
+
+    The change gets an ``onnx.GraphProto`` with its weights, and must change something.
+    """
+
+    def copied(source: Path, folder: Path, change: Callable[[Any], None]) -> Path:
+        import onnx
+
+        from moedge.export import bundle
+
+        shutil.copytree(source, folder)
+        manifest = bundle.open_bundle(folder).manifest.document()
+        model = onnx.load(folder / "model.onnx")
+        before = model.SerializeToString()
+        change(model.graph)
+        assert model.SerializeToString() != before
+        for name in ("model.onnx.data", bundle.MANIFEST):
+            (folder / name).unlink()
+        onnx.save(model, folder / "model.onnx")
+        bundle.seal(folder, bundle.Manifest.model_validate(manifest))
+        return folder
+
+    return copied
 
 
 @pytest.fixture(scope="session")

@@ -36,10 +36,8 @@ class Precision:
 
 PRECISIONS = (
     Precision("float16", 2.0, None),
-    # A scale a row is nothing beside its weights.
-    Precision("int8", 1.0, 8),
-    # A half-precision scale for 128 weights.
-    Precision("int4", 0.5 + 2 / 128, 4),
+    # A scale a row is nothing beside its weights; of four bits there is a half-precision scale for 128 weights.
+    *(Precision(f"int{bits}", size, bits) for bits, size in ((8, 1.0), (4, 0.5 + 2 / 128))),
 )
 _CACHED = 2.0
 """Bytes of a cached number: half precision."""

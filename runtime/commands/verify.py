@@ -23,7 +23,7 @@ from moedge.runtime.parity.given import against_kept, verify_given
 from moedge.runtime.parity.outcomes import mark
 from moedge.runtime.parity.results import Verification
 from moedge.runtime.progress import single
-from moedge.runtime.report import checks
+from moedge.runtime.report import checks, ci
 from moedge.runtime.tables import Sheet
 
 
@@ -79,6 +79,7 @@ def verify(
     ] = False,
     as_json: Json = False,
     junit: Annotated[Path | None, typer.Option(help="Also write the checks as JUnit XML to this file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write the result as one HTML page to this file.")] = None,
     markdown: Annotated[
         Path | None, typer.Option(help="Also write the outcome as Markdown, for a pull request, to this file.")
     ] = None,
@@ -86,6 +87,8 @@ def verify(
 ) -> int:
     """Compare two engines on real text: logits, KL, top-1 and top-5, expert sets; and the tested one with itself in
     batches, with padding, in pieces and twice. Exits with 1 when a check fails.
+
+    Where one does, the worst window runs once more, and the layer and the part that departs first are named.
 
     \b
     Examples:
@@ -135,6 +138,10 @@ def verify(
     assert result is not None
     if old:
         result["baseline"] = baselines.compare(result, old)
+    if html:
+        from moedge.runtime.report.verification import page
+
+        write_text(html, page(result))
     _write(result, junit, markdown, gate=fail_on_worse)
     if as_json:
         print(json.dumps(result, indent=2, allow_nan=False))
@@ -160,9 +167,7 @@ def _check(
     if kept and test:
         raise MoEdgeError(f"--reference takes the reference's place: name what is to be judged alone, not {test} too.")
     if kept and more:
-        raise MoEdgeError(
-            "--reference judges by what the file holds; --tasks, --thorough and --max-length need more."
-        )
+        raise MoEdgeError("--reference judges by what the file holds; --tasks, --thorough and --max-length need more.")
     if fail_on_worse and not baseline:
         raise MoEdgeError("--fail-on-worse needs an older result to compare with: --baseline FILE.")
 
@@ -182,7 +187,7 @@ def _write(result: Verification, junit: Path | None, markdown: Path | None, *, g
     shown = checks.markdown(result)
     if markdown:
         write_text(markdown, shown)
-    checks.step_summary(shown)
+    ci.step_summary(shown)
 
 
 def _print(result: Verification) -> None:

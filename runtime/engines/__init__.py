@@ -17,6 +17,8 @@ from moedge.export import targets
 from moedge.export.manifest import MANIFEST
 from moedge.runtime.engines.protocol import BranchingEngine as BranchingEngine
 from moedge.runtime.engines.protocol import Engine as Engine
+from moedge.runtime.engines.protocol import LayerEngine as LayerEngine
+from moedge.runtime.engines.protocol import LayerMode as LayerMode
 from moedge.runtime.engines.protocol import ReplayEngine as ReplayEngine
 from moedge.runtime.engines.protocol import Step as Step
 

@@ -16,7 +16,9 @@ import numpy as np
 
 from moedge import MoEdgeError
 from moedge.export.graph import kept as left_out
+from moedge.export.graph import layers as _layers
 from moedge.export.graph import taps as _graph
+from moedge.export.graph.layers import LayerPoint
 from moedge.export.graph.stream import Streams
 from moedge.export.manifest import GatherPlace, Tap
 from moedge.runtime.engines import longrope
@@ -31,7 +33,7 @@ from moedge.runtime.engines.calls import (
 )
 from moedge.runtime.engines.ort_loader import Loaded, Options, load
 from moedge.runtime.engines.ort_session import ort_value, session_options
-from moedge.runtime.engines.protocol import Step
+from moedge.runtime.engines.protocol import LayerMode, Step
 from moedge.runtime.engines.steps import joined
 
 
@@ -66,6 +68,8 @@ class OrtEngine:
             :class:`moedge.runtime.engines.ReplayEngine`.
         last_logits: compute the logits of each call's last position alone, ``Step.logits`` [B, 1, V]: all that
             generation needs. Without the ``onnx`` package all are computed.
+        layers: show the values between the parts of the model, or let the caller give them too (float32 graphs; needs
+            ``onnx``), see :class:`moedge.runtime.engines.LayerEngine`.
         streams: ``show`` what each layer reads, and what the final norm reads; or ``replace`` it by what the caller
             gives, and show what each layer would have handed on (:mod:`moedge.export.graph.stream`; needs ``onnx``).
         trace: an existing folder: ONNX Runtime's profiler records every node, :meth:`end_trace` gives its file, and the
@@ -89,6 +93,7 @@ class OrtEngine:
         router_inputs: bool = False,
         replay: bool = False,
         last_logits: bool = False,
+        layers: LayerMode | None = None,
         trace: str | Path | None = None,
         streams: Streams | None = None,
     ) -> None:
@@ -102,6 +107,7 @@ class OrtEngine:
             router_inputs=router_inputs,
             replay=replay,
             last_logits=last_logits,
+            layers=layers,
             trace=trace,
             streams=streams,
         )
@@ -120,6 +126,7 @@ class OrtEngine:
         *,
         experts: dict[int, np.ndarray] | None = None,
         factors: dict[GatherPlace, np.ndarray] | None = None,
+        given: dict[LayerPoint, np.ndarray] | None = None,
         streams: Sequence[np.ndarray] | None = None,
     ) -> Step:
         """Run ``ids`` int64 [B, S] from an empty cache; see :class:`moedge.runtime.engines.Engine`.
@@ -130,7 +137,7 @@ class OrtEngine:
         mask = check_batch(ids, attention_mask, loaded.model.vocab_size)
         if not loaded.info.padding and not mask.all():
             raise MoEdgeError(f"{self._path} takes no padding: give rows of equal length, or one row at a time.")
-        return self._run(ids, mask, _empty_cache(loaded, len(ids)), experts, factors, streams)
+        return self._run(ids, mask, _empty_cache(loaded, len(ids)), experts, factors, streams, given)
 
     def decode(
         self,
@@ -160,6 +167,16 @@ class OrtEngine:
             whole = joined(steps)
             return replace(whole, logits=steps[-1].logits) if loaded.last_logits else whole
         return self._run(ids, mask, cache, experts, factors, streams)
+
+    def cached(self, cache: Any) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """Return by layer the keys and values of a cache, float32 [B, G, T, D]."""
+        loaded, length = self._open(), cache.mask.shape[1]
+        arrays = [value.numpy()[:, :, :length].astype(np.float32) for value in cache.values]
+        named = dict(zip(loaded.past, arrays, strict=True))
+        return {
+            layer: (named[f"past_key_values.{layer}.key"], named[f"past_key_values.{layer}.value"])
+            for layer in range(loaded.model.num_layers)
+        }
 
     def read(self, ids: np.ndarray) -> Any:
         """Return the cache of ``ids`` int64 [B, S]; see :class:`moedge.runtime.engines.BranchingEngine`."""
@@ -229,7 +246,8 @@ class OrtEngine:
         cache: _Cache,
         experts: dict[int, np.ndarray] | None,
         factors: dict[GatherPlace, np.ndarray] | None,
-        streams: Sequence[np.ndarray] | None,
+        streams: Sequence[np.ndarray] | None = None,
+        given: dict[LayerPoint, np.ndarray] | None = None,
     ) -> Step:
         """One session run; ``mask`` int64 [B, P + S] covers the cache and ``ids``."""
         loaded = self._open()
@@ -238,6 +256,7 @@ class OrtEngine:
         binding = cache.binding or loaded.session.io_binding()
         self._bind_inputs(binding, ids, mask, experts)
         self._bind_factors(binding, factors)
+        self._bind_layers(binding, given or {})
         self._bind_streams(binding, streams)
         rows = 1 if loaded.last_logits else new
         logits = np.empty((batch, rows, loaded.model.vocab_size), dtype=loaded.dtype)
@@ -263,9 +282,11 @@ class OrtEngine:
             {place: _rows(seen[name]) for place, name in names.items()} or None
             for names in (loaded.shown.left_out_of, loaded.shown.kept)
         )
+        layers = {point: _rows(seen[name]) for point, name in loaded.shown.layers.items()} or None
         held = _Cache(np.concatenate([cache.ids, ids], axis=1), mask, values, binding)
         hidden = [seen[name].astype(np.float32, copy=False) for name in loaded.shown.streams] or None
-        return Step(logits.astype(np.float32, copy=False), held, routes, read, scores, before, after, hidden)
+        found = logits.astype(np.float32, copy=False)
+        return Step(found, held, routes, read, scores, before, after, hidden, layers)
 
     def _execute(self, binding: Any, options: Any = None) -> None:
         try:
@@ -293,6 +314,13 @@ class OrtEngine:
         for place in known:
             given = (factors or {}).get(place, np.full((1, 1), left_out.OWN))
             binding.bind_cpu_input(left_out.factor_input(place), np.ascontiguousarray(given, dtype=np.float32))
+
+    def _bind_layers(self, binding: Any, given: dict[LayerPoint, np.ndarray]) -> None:
+        known = self._open().given
+        if given.keys() != known.keys():
+            raise MoEdgeError(f"{self._path} takes layers for {len(known)} points, not for {len(given)}.")
+        for point, name in known.items():
+            binding.bind_cpu_input(_layers.given_input(name), np.ascontiguousarray(given[point], dtype=np.float32))
 
     def _bind_streams(self, binding: Any, streams: Sequence[np.ndarray] | None) -> None:
         loaded = self._open()

@@ -15,11 +15,14 @@ from moedge.configs.generation_config import GenerationConfig
 from moedge.export import rope, targets
 from moedge.export.bundle import Bundle, check_external_data, open_bundle
 from moedge.export.graph import kept as left_out
+from moedge.export.graph import layers as _layers
 from moedge.export.graph import stream
 from moedge.export.graph import taps as _graph
+from moedge.export.graph.layers import LayerPoint
 from moedge.export.manifest import GatherPlace, Kept, Manifest, ModelFacts, Tap
 from moedge.runtime.engines.info import EngineInfo, EngineModel
 from moedge.runtime.engines.ort_session import check_cuda, open_session, ort_value
+from moedge.runtime.engines.protocol import LayerMode
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,14 @@ class Options:
     router_inputs: bool
     replay: bool
     last_logits: bool
+    layers: LayerMode | None
     trace: str | Path | None
     streams: stream.Streams | None = None
 
 
 @dataclass(frozen=True)
 class Shown:
-    """What a graph shows of its routing beside the logits, by layer: names of outputs."""
+    """What a graph shows beside the logits, of its routing by layer and of its layers by point: names of outputs."""
 
     taps: dict[int, Tap]
     router_inputs: dict[int, str]
@@ -49,6 +53,7 @@ class Shown:
     left_out_of: dict[GatherPlace, str] = field(default_factory=dict)
     kept: dict[GatherPlace, str] = field(default_factory=dict)
     streams: list[str] = field(default_factory=list)
+    layers: dict[LayerPoint, str] = field(default_factory=dict)
 
     @property
     def outputs(self) -> list[str]:
@@ -57,7 +62,7 @@ class Shown:
         by_layer = (self.router_inputs, self.scores)
         by_place = (self.left_out_of, self.kept)
         more = [name for found in (*by_layer, *by_place) for name in found.values()]
-        return list(dict.fromkeys([*names, *more, *self.streams]))
+        return list(dict.fromkeys([*names, *more, *self.streams, *self.layers.values()]))
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,8 @@ class Loaded:
     past: list[str]
     """Inputs of the cache."""
     shown: Shown
+    given: dict[LayerPoint, str]
+    """Values between parts that the caller gives."""
     forced: dict[int, tuple[int, int]]
     """Layers whose experts can be forced -> number of experts, how many of them run."""
     factors: dict[GatherPlace, Kept]
@@ -134,6 +141,7 @@ def load(path: Path, options: Options) -> Loaded:
         rope_boundary=boundary,
         past=_past(path, manifest, session),
         shown=shown,
+        given=_layers.given_names(shown.layers) if options.layers == "given" else {},
         forced=_forced(manifest) if options.replay else {},
         factors=left_out.named(manifest.keeps) if options.replay else {},
         replaced=[stream.stream_input(layer) for layer in range(len(shown.streams))] * (options.streams == "replace"),
@@ -147,7 +155,7 @@ def _graph_for(bundle: Bundle, options: Options, *, last_logits: bool) -> tuple[
     manifest, path = bundle.manifest, bundle.model_path
     taps = manifest.taps if options.taps else {}
     asked = (options.top_k is not None, options.float32_activations, options.router_inputs, options.replay, last_logits)
-    if not (taps or any(asked) or options.streams):
+    if not (taps or any(asked) or options.streams or options.layers):
         return None, Shown({}, {}, {})
     reads = _graph.router_inputs(path, manifest) if options.router_inputs else {}
     if options.replay:
@@ -171,7 +179,25 @@ def _graph_for(bundle: Bundle, options: Options, *, last_logits: bool) -> tuple[
         graph, streams = stream.edited(graph, options.streams, manifest.model.num_layers, str(path))
     before = {place: str(kept.reads) for place, kept in keeps.items()}
     after = {} if options.replay else {place: str(kept.output) for place, kept in keeps.items()}
-    return graph, Shown(_with_top_k(taps, manifest, options.top_k), reads, scores, before, after, streams)
+    layers: dict[LayerPoint, str] = {}
+    if options.layers:
+        graph, layers = _with_layers(bundle, graph, given=options.layers == "given")
+    return graph, Shown(_with_top_k(taps, manifest, options.top_k), reads, scores, before, after, streams, layers)
+
+
+def _with_layers(bundle: Bundle, graph: bytes, *, given: bool) -> tuple[bytes, dict[LayerPoint, str]]:
+    """Let a graph, which :func:`moedge.export.graph.taps.edited` gave, show its layers too.
+
+    Raises:
+        MoEdgeError: it cannot.
+    """
+    import onnx
+
+    if given and bundle.manifest.cache.dtype not in (None, "float32"):
+        raise MoEdgeError(f"{bundle.path} computes in {bundle.manifest.cache.dtype}: its parts cannot be given values.")
+    model = onnx.ModelProto.FromString(graph)
+    names = _layers.show(model, bundle.model_path, bundle.manifest.model.num_layers, given=given)
+    return bytes(model.SerializeToString()), names
 
 
 def _with_top_k(taps: Mapping[int, Tap], manifest: Manifest, top_k: int | None) -> dict[int, Tap]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
+from moedge.export.graph.layers import LayerPoint
 from moedge.export.manifest import GatherPlace
 from moedge.runtime.engines.info import EngineInfo
 
@@ -22,6 +23,7 @@ class Step:
     ``scores`` with them, per layer, what the engine ranked its experts by (selection bias included), float32 [B*S, E],
     or None where the runtime does not show it; ``left_out_of`` and ``kept`` with them, by layer and place
     (:mod:`moedge.export.graph.kept`), the values float32 [B*S, K] of which small ones are left out, and what is left;
+    ``layers`` the values between the parts of the model, float32 [B*S, H] by point, when opened with ``layers``.
     ``streams`` float32 [B, S, H], what each layer reads, and behind the last layer what the final norm reads, when
     opened with ``streams``.
     """
@@ -34,6 +36,12 @@ class Step:
     left_out_of: dict[GatherPlace, np.ndarray] | None = None
     kept: dict[GatherPlace, np.ndarray] | None = None
     streams: list[np.ndarray] | None = None
+    layers: dict[LayerPoint, np.ndarray] | None = None
+
+
+LayerMode = Literal["shown", "given"]
+"""How an engine is opened: its steps hold ``layers``; and each part also reads what it is given instead of what the
+part before made (:class:`LayerEngine`)."""
 
 
 class Engine(Protocol):
@@ -125,6 +133,44 @@ class ReplayEngine(Protocol):
 
         The selection bias is included: the k best are selected, ties to the lower index.
         """
+        ...
+
+    def close(self) -> None:
+        """Free the runtime's memory."""
+        ...
+
+
+class LayerEngine(Protocol):
+    """An engine, opened with ``layers="given"``, whose every part computes alone, from values that it is given.
+
+    ``Step.layers`` then holds what each part made of what it was given: its own error, without those of the parts
+    before it. ``layers="shown"`` gives :meth:`cached` and ``Step.layers`` of an ordinary run.
+    """
+
+    info: EngineInfo
+
+    def prefill(
+        self,
+        ids: np.ndarray,
+        attention_mask: np.ndarray | None = None,
+        *,
+        experts: dict[int, np.ndarray] | None = None,
+        factors: dict[GatherPlace, np.ndarray] | None = None,
+        given: dict[LayerPoint, np.ndarray] | None = None,
+    ) -> Step:
+        """As :meth:`ReplayEngine.prefill`.
+
+        Args:
+            given: by point float32 [B*S, H]; every point that the engine shows.
+        """
+        ...
+
+    def decode(self, ids: np.ndarray, cache: Any) -> Step:
+        """As :meth:`Engine.decode`."""
+        ...
+
+    def cached(self, cache: Any) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """Return by layer the keys and the values that a cache holds, float32 [B, G, T, D]; it is not used up."""
         ...
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from moedge import MoEdgeError
 from moedge.convert.compat import cache_argument
+from moedge.export.graph.layers import LayerPoint
 from moedge.export.manifest import GatherPlace, Which
 from moedge.runtime.engines import longrope, pytorch_loader
 from moedge.runtime.engines.calls import (
@@ -23,7 +24,8 @@ from moedge.runtime.engines.calls import (
     known_places,
     position_ids,
 )
-from moedge.runtime.engines.protocol import Step
+from moedge.runtime.engines.protocol import LayerMode, Step
+from moedge.runtime.engines.pytorch_layers import Layers
 
 
 @dataclass
@@ -49,6 +51,8 @@ class TorchEngine:
             both copies and has ended when it returns.
         replay: let the caller force the experts and what is left out, see :class:`moedge.runtime.engines.ReplayEngine`.
         last_logits: compute the logits of each call's last position alone, ``Step.logits`` [B, 1, V].
+        layers: show the values between the parts of the model, or let the caller give them, see
+            :class:`moedge.runtime.engines.LayerEngine`.
         streams: ``show`` what each layer reads, and behind the last what the final norm reads: ``Step.streams``.
 
     Raises:
@@ -68,6 +72,7 @@ class TorchEngine:
         device: str = "cpu",
         replay: bool = False,
         last_logits: bool = False,
+        layers: LayerMode | None = None,
         streams: Literal["show"] | None = None,
     ) -> None:
         try:
@@ -98,6 +103,7 @@ class TorchEngine:
         self._values: dict[GatherPlace, Any] = {}  # of which small ones were left out in the latest call
         for module in pytorch_loader.gathered_layers(self._module) if replay else ():
             module.choose = self._chooser(module)
+        self._layers = Layers(self._module, self._path, given=layers == "given") if layers else None
         self._streams: list[Any] = []  # of the latest call
         if streams:
             pytorch_loader.watch_stream(self._module, self._streams)
@@ -116,11 +122,16 @@ class TorchEngine:
         *,
         experts: dict[int, np.ndarray] | None = None,
         factors: dict[GatherPlace, np.ndarray] | None = None,
+        given: dict[LayerPoint, np.ndarray] | None = None,
     ) -> Step:
         """Run ``ids`` int64 [B, S] from an empty cache; see :class:`moedge.runtime.engines.Engine`."""
         from transformers import DynamicCache
 
         mask = check_batch(ids, attention_mask, self._vocab_size)
+        if self._layers is not None:
+            self._layers.give(given or {}, self._tensor, self._path)
+        elif given:
+            raise MoEdgeError(f"{self._path} was not opened to be given layers.")
         with self._forced(experts, factors, ids.size):
             return self._run(ids, ids, mask, DynamicCache())
 
@@ -144,6 +155,12 @@ class TorchEngine:
             return longrope.last(self.prefill(text, mask), ids.shape[1])
         with self._forced(experts, factors, ids.size):
             return self._run(ids, text, mask, cache.past)
+
+    def cached(self, cache: Any) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """Return by layer the keys and values of a cache, float32 [B, G, T, D]."""
+        both = ((layer.keys, layer.values) for layer in cache.past.layers)
+        found = (tuple(part.float().cpu().numpy() for part in pair) for pair in both)
+        return {layer: (keys, values) for layer, (keys, values) in enumerate(found)}
 
     def read(self, ids: np.ndarray) -> Any:
         """Return the cache of ``ids`` int64 [B, S]; see :class:`moedge.runtime.engines.BranchingEngine`."""
@@ -269,8 +286,10 @@ class TorchEngine:
         left_out_of = {place: value.float().cpu().numpy() for place, value in sorted(shown.items())} or None
         streams = [value.float().cpu().numpy() for value in self._streams] or None
         self._streams.clear()
+        layers = self._layers.shown() if self._layers else None
         # The cache has grown in place.
-        return Step(logits, _Cache(text, mask, past), routes, read, left_out_of=left_out_of, streams=streams)
+        held = _Cache(text, mask, past)
+        return Step(logits, held, routes, read, left_out_of=left_out_of, streams=streams, layers=layers)
 
 
 def _indices(routes: Any) -> np.ndarray:

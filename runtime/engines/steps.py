@@ -12,7 +12,7 @@ import numpy as np
 
 from moedge.runtime.engines.protocol import Step
 
-SHOWN = ("routes", "router_inputs", "scores", "left_out_of", "kept")
+SHOWN = ("routes", "router_inputs", "scores", "left_out_of", "kept", "layers")
 """Fields of a step that hold one row a token."""
 
 

@@ -20,7 +20,7 @@ from moedge.runtime.device.moedge_trt import DeviceError
 from moedge.runtime.engines.build import open_file
 from moedge.runtime.engines.calls import check_batch, check_length
 from moedge.runtime.engines.info import EngineInfo, EngineModel
-from moedge.runtime.engines.protocol import Step
+from moedge.runtime.engines.protocol import LayerMode, Step
 
 
 @dataclass
@@ -40,6 +40,7 @@ class TensorRTEngine:
         router_inputs: also return what each layer's router read; the same.
         top_k: refused: an engine's graph is fixed.
         last_logits: return the logits of the last position only; the engine computes all, the others are not copied.
+        layers: refused: an engine has no place where the values between its parts could be read.
 
     Raises:
         MoEdgeError: a damaged folder, no GPU or no TensorRT here, another GPU than the engine was built for.
@@ -54,7 +55,13 @@ class TensorRTEngine:
         router_inputs: bool = False,
         top_k: int | None = None,
         last_logits: bool = False,
+        layers: LayerMode | None = None,
     ) -> None:
+        if layers is not None:
+            raise MoEdgeError(
+                f"Engine {engine_path} does not show its layers, for a built engine has no place to read them; verify "
+                "the bundle that it was built from, whose graph shows them."
+            )
         file = open_file(Path(engine_path))
         limit = rope.of_bundle(Path(engine_path), file.manifest.model)
         model = file.manifest.model.model_copy(update={rope.FACT: limit})

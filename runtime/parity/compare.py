@@ -21,9 +21,9 @@ from moedge.configs.tolerances import Profile
 from moedge.runtime.engines import Engine, ReplayEngine, Step
 from moedge.runtime.engines.info import EngineInfo
 from moedge.runtime.parity import verdict
-from moedge.runtime.parity.metrics import RouteAgreement, TokenErrors
+from moedge.runtime.parity.metrics import At, Cursor, RouteAgreement, TokenErrors
 from moedge.runtime.parity.replay import Replay
-from moedge.runtime.parity.results import Identity, Parity, Phase
+from moedge.runtime.parity.results import Identity, Parity, WorstToken
 
 SCHEMA = "moedge.parity/1"
 Name = TypeVar("Name", bound=Hashable)
@@ -91,11 +91,12 @@ def compare_all(
         label: _Comparison(reference, test, limits[label], routing and _both_choose(reference, test))
         for label, (test, _) in tests.items()
     }
-    done = 0
+    done, cursor = 0, Cursor(prefill)
     for window in windows:
         for phase, ids, one, others, targets in steps(reference, engines, window[None], prefill, None):
+            at = cursor.at(phase, ids)
             for comparison, two in zip(found.values(), others, strict=True):
-                comparison.add(phase, ids, one, two, targets)
+                comparison.add(phase, ids, one, two, targets, at)
             done += ids.size
             if progress:
                 progress(done, windows.size)
@@ -122,21 +123,23 @@ class _Comparison:
         self._window, self._changed, self._shown = TokenErrors.by_phase(limits), False, False
         self._alike = TokenErrors.by_phase(limits)  # of windows without a changed choice
         self.phases, self.routes = TokenErrors.by_phase(limits), RouteAgreement()
+        self._number = 0  # of the window
         self.replay: Replay | None = None
         if self._may_replay and not self._free_first and _both_routed(reference, test):
             self.replay = Replay(replaying(reference, test), limits)
 
-    def add(self, phase: str, ids: np.ndarray, one: Step, two: Step, targets: np.ndarray) -> None:
+    def add(self, phase: str, ids: np.ndarray, one: Step, two: Step, targets: np.ndarray, at: At) -> None:
         """Compare one step of both."""
+        self._number = at[0]
         changed = self.routes.add(one.routes, two.routes)
-        self._window[phase].add(one.logits[0], two.logits[0], targets, changed)
+        self._window[phase].add(one.logits[0], two.logits[0], targets, changed, at)
         self._changed |= changed is not None and bool(changed.any())
         self._shown = two.router_inputs is not None
         if self._may_replay and two.kept is not None and self.replay is None:
             # Some value of some layer lies at its threshold in nearly every window: what is left out always differs.
             self.replay, self._free_first = Replay(replaying(self._reference, self._test), self._limits), False
         if self.replay and not self._free_first:
-            self.replay.add(phase, ids, two, targets)
+            self.replay.add(phase, ids, two, targets, at)
 
     def end_window(self, window: np.ndarray, prefill: int) -> None:
         """Take the window over, or run it again under the engine's own choices where one of them differs."""
@@ -152,8 +155,9 @@ class _Comparison:
         self._window, self._changed = TokenErrors.by_phase(self._limits), False
 
     def _again(self, replay: Replay, window: np.ndarray, prefill: int) -> None:
+        cursor = Cursor(prefill, self._number)
         for phase, ids, two, _, targets in steps(self._test, [], window[None], prefill, None):
-            replay.add(phase, ids, two, targets)
+            replay.add(phase, ids, two, targets, cursor.at(phase, ids))
 
     def end(self) -> None:
         """Give the replay, if there was one, the windows that needed none."""
@@ -208,6 +212,10 @@ def judged(
     compared = _both_routed(reference, test) or result["routing"]["compared"]
     found = verdict.judge(result, limits, routing=routing and compared)
     result["verdict"] = found.as_json(verdict.explain(result, found, limits))
+    arithmetic = all(check.passed for check in found.parts.get("arithmetic", ()))
+    worst = _worst(replay.phases, replay.wrong_choice() if arithmetic else None) if replay else _worst(phases, None)
+    if worst is not None:
+        result["worst"] = worst
     return json_ready(result)
 
 
@@ -251,6 +259,18 @@ def measured(
     )
 
 
+def _worst(phases: dict[str, TokenErrors], wrong: At | None) -> WorstToken | None:
+    """Return the token that is furthest off, or the one at ``wrong``, whose experts are chosen wrong."""
+    if wrong is None:
+        found = [(*worst, name) for name, tokens in phases.items() if (worst := tokens.worst())]
+    else:
+        found = [(kl, wrong, name) for name, tokens in phases.items() if (kl := tokens.of("kl", wrong)) is not None]
+    if not found:
+        return None
+    kl, (window, position), phase = max(found, key=lambda each: each[0])
+    return {"window": window, "position": position, "phase": "decode" if phase == "decode" else "prefill", "kl": kl}
+
+
 def identity_all(
     reference: Engine,
     tests: Mapping[Name, tuple[Engine, float]],
@@ -278,29 +298,32 @@ def identity_all(
     prefill = token_windows.shape[-1] // 2 if prefill is None else prefill
     engines = [test for test, _ in tests.values()]
     windows = _check(reference, engines, token_windows, prefill)
-    tokens = {label: TokenErrors(0.0) for label in tests}
-    for _, _, one, others, targets in steps(reference, engines, windows, prefill, progress):
+    phases = {label: {name: TokenErrors(0.0) for name in ("prefill", "decode")} for label in tests}
+    cursor = Cursor(prefill)
+    for phase, ids, one, others, targets in steps(reference, engines, windows, prefill, progress):
+        at = cursor.at(phase, ids)
         for label, two in zip(tests, others, strict=True):
-            tokens[label].add(one.logits[0], two.logits[0], targets)
-    return {
-        label: _identical(reference, test, tokens[label].summary(), limit) for label, (test, limit) in tests.items()
-    }
+            phases[label][phase].add(one.logits[0], two.logits[0], targets, at=at)
+    return {label: _identical(reference, test, phases[label], limit) for label, (test, limit) in tests.items()}
 
 
-def _identical(reference: Engine, test: Engine, summary: Phase, limit: float) -> Identity:
+def _identical(reference: Engine, test: Engine, phases: dict[str, TokenErrors], limit: float) -> Identity:
+    summary = TokenErrors.merged(list(phases.values())).summary()
     clean = summary["non_finite"] == 0 and summary["constant"] == 0
-    worst = summary["rel_error"]["max"] if clean else float("nan")
-    return json_ready(
-        {
-            "schema": "moedge.identity/1",
-            "reference": reference.info.as_json(),
-            "test": test.info.as_json(),
-            "tokens": summary["tokens"],
-            "max_rel_error": worst,
-            "limit": limit,
-            "passed": bool(worst <= limit),
-        }
-    )
+    largest = summary["rel_error"]["max"] if clean else float("nan")
+    result: dict[str, Any] = {
+        "schema": "moedge.identity/1",
+        "reference": reference.info.as_json(),
+        "test": test.info.as_json(),
+        "tokens": summary["tokens"],
+        "max_rel_error": largest,
+        "limit": limit,
+        "passed": bool(largest <= limit),
+    }
+    if worst := _worst(phases, None):
+        result["worst"] = worst
+    ready: Identity = json_ready(result)
+    return ready
 
 
 def _check(reference: Engine, tests: list[Engine], token_windows: np.ndarray, prefill: int) -> np.ndarray:

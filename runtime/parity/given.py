@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from moedge.export import manifest as manifests
 from moedge.runtime.engines import open_engine
 from moedge.runtime.engines.given import local
 from moedge.runtime.parity import compare as parity
-from moedge.runtime.parity import shapes, verdict
+from moedge.runtime.parity import shapes, verdict, where
 from moedge.runtime.parity.results import ParityEntry, ShapesEntry, Verification
 from moedge.runtime.parity.suite import (
     DEQUANTIZED,
     SCHEMA,
     Judging,
+    exact_limits,
     finished,
     kernel_limits,
     reference_options,
@@ -157,8 +159,11 @@ def pair(
     shaped: list[ShapesEntry] = []
     for number, (folder, name, dtype, options) in enumerate(jobs):
         how = Judging.of(test, limits, dtype, target or "torch")
-        one = open_engine(folder, **opening, **_reference_options(folder, how, target), **options)
-        two = open_engine(test, **opening, **how.options(moe=_is_moe(test)))
+        openers = (
+            partial(open_engine, folder, **opening, **_reference_options(folder, how, target), **options),
+            partial(open_engine, test, **opening, **how.options(moe=_is_moe(test))),
+        )
+        one, two = (opener() for opener in openers)
 
         def step(done: int, total: int, number: int = number) -> None:
             progress(done + number * total, total * len(jobs))
@@ -171,7 +176,10 @@ def pair(
         finally:
             one.close()
             two.close()
-        entries.append({"name": name, **how.explained(entry)})
+        exact = exact_limits(limits, how.limits, tolerances, target)
+        again = where.Again(*openers, windows[0], prefill, how.limits, exact)
+        entry = where.explained(how.explained(entry), list(windows), again.on, test)
+        entries.append({"name": name, **entry})
     if len(entries) > 1:
         entries[0] = verdict.with_notes(entries[0], verdict.quantised_notes(entries[0], entries[1], target))
     result: dict[str, Any] = {"schema": SCHEMA, "text": text, "identity": [], "parity": entries}
@@ -200,9 +208,16 @@ def answers_of_device(
         one.close()
     if one.info.model.gathered:  # nobody recorded what was left out
         entry = verdict.with_notes(entry, [Judging.unshown(answers)])
+    cases = [case["ids"] for case in found.cases]
+    entry = where.explained(entry, cases, _RECORDED, reference)
     parity_entries: list[ParityEntry] = [{"name": f"{answers} vs {reference}", **entry}]
     text = f"the prompts of {answers.name}"
     return finished({"schema": SCHEMA, "text": text, "identity": [], "parity": parity_entries}, limits)
+
+
+_RECORDED = (
+    "a device records its answers and no layers; verify the bundle that its engine was built from, which shows them."
+)
 
 
 def _target(folder: Path) -> str:

@@ -23,8 +23,33 @@ _PERCENTILES = (50, 90, 99, 99.9)
 
 _VALUES = (
     *("abs_max", "abs_mean", "scale", "rel", "cosine", "kl", "kl_back"),
-    *("gap1", "gap5", "top1", "top5", "nll", "nll_test", "changed"),
+    *("gap1", "gap5", "top1", "top5", "nll", "nll_test", "changed", "window", "position"),
 )
+
+At = tuple[int, int]
+"""Number of a window, position of a token in it."""
+
+
+class Cursor:
+    """Counts windows and positions along the steps of an engine.
+
+    Args:
+        prefill: tokens with which each window begins; a longer prefill reads the same window again (longrope). None:
+            every prefill begins a window.
+        window: number of the first.
+    """
+
+    def __init__(self, prefill: int | None = None, window: int = 0) -> None:
+        self._prefill, self._window, self._position = prefill, window - 1, 0
+
+    def at(self, phase: str, ids: np.ndarray) -> At:
+        """Return where the first token of a step stands, of which ``ids`` int64 [1, S] were fed."""
+        if phase == "prefill":
+            self._window += self._prefill in (None, ids.size)
+            self._position = 0
+        start = self._position
+        self._position += ids.size
+        return self._window, start
 
 
 @dataclass
@@ -41,24 +66,36 @@ class TokenErrors:
     tokens: int = 0
     non_finite: int = 0
     constant: int = 0
+    broken: list[At] = field(default_factory=list)
+    """Where logits are no numbers, or all alike."""
 
     def add(
-        self, reference: np.ndarray, test: np.ndarray, targets: np.ndarray, changed: np.ndarray | None = None
+        self,
+        reference: np.ndarray,
+        test: np.ndarray,
+        targets: np.ndarray,
+        changed: np.ndarray | None = None,
+        at: At = (0, 0),
     ) -> None:
         """Reduce logits [T, V] of both engines; ``targets`` int64 [T], -1 where no token follows.
 
-        ``changed`` bool [T]: some layer of the test engine chose other experts for this token; None: not known.
+        ``changed`` bool [T]: some layer of the test engine chose other experts for this token; None: not known. ``at``:
+        where the first token stands.
         """
         known = np.full(len(targets), np.nan) if changed is None else changed.astype(np.float64)
         for start in range(0, len(targets), _ROWS):
             rows = slice(start, start + _ROWS)
-            self._add(reference[rows], test[rows], targets[rows], known[rows])
+            self._add(reference[rows], test[rows], targets[rows], known[rows], at[0], at[1] + start)
 
-    def _add(self, a32: np.ndarray, b32: np.ndarray, targets: np.ndarray, changed: np.ndarray) -> None:
+    def _add(
+        self, a32: np.ndarray, b32: np.ndarray, targets: np.ndarray, changed: np.ndarray, window: int, first: int
+    ) -> None:
         good = np.isfinite(a32).all(1) & np.isfinite(b32).all(1)
         # Kernels that fail silently return zeros: a flat row is a fault even where its error happens to be small.
-        constant = int((b32[good].max(1) == b32[good].min(1)).sum())
-        self.count(len(targets), non_finite=int((~good).sum()), constant=constant)
+        flat = good & (b32.max(1) == b32.min(1))
+        self.broken += [(window, first + int(row)) for row in np.flatnonzero(~good | flat)]
+        positions = first + np.flatnonzero(good)
+        self.count(len(targets), non_finite=int((~good).sum()), constant=int(flat.sum()))
         if not good.all():
             a32, b32, targets, changed = a32[good], b32[good], targets[good], changed[good]
         if not len(targets):
@@ -92,6 +129,8 @@ class TokenErrors:
             "nll": nll[0],
             "nll_test": nll[1],
             "changed": changed,
+            "window": np.full(len(targets), float(window)),
+            "position": positions.astype(np.float64),
         }
         self.append(values)
 
@@ -124,8 +163,27 @@ class TokenErrors:
         self.tokens += other.tokens
         self.non_finite += other.non_finite
         self.constant += other.constant
+        self.broken += other.broken
         for name, values in other.columns.items():
             self.columns[name].extend(values)
+
+    def worst(self) -> tuple[float, At] | None:
+        """Return the KL of the token that is furthest off, and where: the first whose logits are no numbers at all."""
+        if self.broken:
+            return math.inf, min(self.broken)
+        if not self.columns["kl"]:
+            return None
+        kl, windows, positions = (np.concatenate(self.columns[name]) for name in ("kl", "window", "position"))
+        row = int(kl.argmax())
+        return float(kl[row]), (int(windows[row]), int(positions[row]))
+
+    def of(self, measure: str, at: At) -> float | None:
+        """Return a measure of one token; None where it is not among these."""
+        for values, windows, positions in zip(*(self.columns[n] for n in (measure, "window", "position")), strict=True):
+            (rows,) = np.nonzero((windows == at[0]) & (positions == at[1]))
+            if len(rows):
+                return float(values[rows[0]])
+        return None
 
     def by_window(self, windows: int, size: int) -> dict[str, list[float]]:
         """Return figures of each window, by the names that checks have; empty unless each gave ``size`` tokens.
@@ -348,6 +406,13 @@ class RouterChoices:
             a = one.astype(np.float64)
             norms = np.maximum(np.linalg.norm(a, axis=1), np.finfo(np.float64).tiny)
             self.errors.setdefault(layer, []).append(np.linalg.norm(a - test[layer], axis=1) / norms)
+
+    def wrong(self) -> np.ndarray:
+        """Count the layers with a wrong choice, int64 [T]: no tie by the reference's scores."""
+        beyond = [
+            np.concatenate(parts) > self.margin * self.largest[layer] for layer, parts in sorted(self.gaps.items())
+        ]
+        return np.sum(beyond, axis=0) if beyond else np.zeros(0, dtype=np.int64)
 
     def summary(self) -> RouterFacts:
         """``flips``: other sets than the reference's router selects; ``ties`` of them tie with it, which is right."""

@@ -21,7 +21,7 @@ from moedge.runtime.device.moedge_archive import ANSWERS_SCHEMA
 from moedge.runtime.engines import Engine, Step
 from moedge.runtime.engines.info import EngineInfo, EngineModel
 from moedge.runtime.parity import compare as parity
-from moedge.runtime.parity.metrics import RouteAgreement, TokenErrors
+from moedge.runtime.parity.metrics import Cursor, RouteAgreement, TokenErrors
 from moedge.runtime.parity.replay import Replay
 from moedge.runtime.parity.results import Parity
 
@@ -96,13 +96,14 @@ def compare(reference: Engine, recorded: Recorded, limits: Profile, progress: Pr
     phases, routes = TokenErrors.by_phase(limits), RouteAgreement()
     replay = Replay(parity.replaying(reference, recorded), limits) if recorded.routed else None
     cache: Any = None
-    done = 0
+    done, cursor = 0, Cursor()
     for phase, ids, test, targets in recorded.steps():
+        at = cursor.at(phase, ids)
         one = reference.prefill(ids) if phase == "prefill" else reference.decode(ids, cache)
         cache = one.cache
-        phases[phase].add(one.logits[0], test.logits[0], targets, routes.add(one.routes, test.routes))
+        phases[phase].add(one.logits[0], test.logits[0], targets, routes.add(one.routes, test.routes), at)
         if replay is not None:
-            replay.add(phase, ids, test, targets)
+            replay.add(phase, ids, test, targets, at)
         done += ids.size
         if progress:
             progress(done, recorded.tokens)

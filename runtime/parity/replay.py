@@ -47,7 +47,7 @@ from moedge.configs.tolerances import Profile
 from moedge.export.manifest import GatherPlace
 from moedge.runtime.engines import ReplayEngine, Step
 from moedge.runtime.parity.kept import KeptChoices
-from moedge.runtime.parity.metrics import RouterChoices, TokenErrors
+from moedge.runtime.parity.metrics import At, RouterChoices, TokenErrors
 from moedge.runtime.parity.results import Phases, Replayed
 
 
@@ -72,13 +72,24 @@ class Replay:
         self._router = RouterChoices(limits.router_tie_margin)
         self._kept = KeptChoices()
         self._step: Step | None = None
+        self._places: list[At] = []
         self.tokens = 0
         """How many were run under the engine's choice; the others were taken over."""
 
-    def add(self, phase: str, ids: np.ndarray, test: Step, targets: np.ndarray) -> None:
-        """Replay one step (:meth:`step`) and compare its logits; ``targets`` int64 [S] follow ``ids``."""
+    def wrong_choice(self) -> At | None:
+        """Return where the engine's routers chose wrong in most layers; None: nowhere."""
+        wrong = self._router.wrong()
+        return self._places[int(wrong.argmax())] if wrong.any() else None
+
+    def add(self, phase: str, ids: np.ndarray, test: Step, targets: np.ndarray, at: At = (0, 0)) -> None:
+        """Replay one step (:meth:`step`) and compare its logits.
+
+        ``ids`` stand at ``at``, ``targets`` int64 [S] follow them.
+        """
         one = self.step(phase, ids, test)
-        self.phases[phase].add(one.logits[0], test.logits[0], targets)
+        self.phases[phase].add(one.logits[0], test.logits[0], targets, at=at)
+        if test.routes is not None:
+            self._places += [(at[0], at[1] + row) for row in range(ids.size)]
 
     def step(self, phase: str, ids: np.ndarray, test: Step) -> Step:
         """Replay one step of the engine, ``ids`` int64 [1, S] were fed, and judge its choices.

@@ -244,6 +244,72 @@ class KeptReferenceFacts(TypedDict):
     """Most that these may hide of it; ``kl_ref_test`` is the sum of both: it is no more."""
 
 
+PhaseName = Literal["prefill", "decode"]
+Fault = Literal["prefill", "decode", "cache", "prefill and decode"]
+PartName = Literal["embedding", "norm", "attention", "cache", "router", "experts", "FFN", "residual sum", "head"]
+
+
+@closed
+class WorstToken(TypedDict):
+    """The token that is furthest off, and where it stands; ``text`` and the text before it where a tokenizer is."""
+
+    window: Count
+    position: Count
+    phase: PhaseName
+    kl: Measured
+    """Null where its logits are no numbers, or all alike."""
+    id: NotRequired[int]
+    text: NotRequired[str]
+    before: NotRequired[str]
+
+
+@closed
+class PartError(TypedDict):
+    """A part whose output departs, see :mod:`moedge.runtime.parity.parts`."""
+
+    layer: int | None
+    """None for the embedding and the head."""
+    part: PartName
+    what: str
+    """The value, in words."""
+    error: float | None
+    """Relative, of the kind that is furthest beyond its limit; null: no number."""
+    limit: float
+    kind: Literal["median", "mean", "largest"]
+    phases: list[PhaseName]
+    first_position: Count
+    """The first token whose error is beyond what one token may have."""
+    tokens: Count
+    """How many are."""
+    experts: NotRequired[list[int]]
+    """Experts that every such token chose one of, where they are few."""
+
+
+@closed
+class HeatMap(TypedDict):
+    """Relative errors over their limits, the largest of a row's parts and of a column's tokens."""
+
+    rows: list[str]
+    positions: list[Count]
+    """First position of each column."""
+    ratios: list[list[float | None]]
+    """log10; null: no number, and far beyond any limit."""
+
+
+@closed
+class Location(TypedDict):
+    """Where a comparison that failed departs, see :mod:`moedge.runtime.parity.where`."""
+
+    sentence: str
+    fault: Fault | None
+    """None: could not be told."""
+    first: PartError | None
+    """The first part that departs, in the order in which a model computes; None: no single one does."""
+    departing: list[PartError]
+    """All parts that do, the first 20."""
+    heat: NotRequired[HeatMap]
+
+
 @opened
 class Parity(TypedDict):
     """One engine beside its reference, schema ``moedge.parity/1``."""
@@ -264,6 +330,9 @@ class Parity(TypedDict):
     """Beside a kept reference; None where the engine's layers cannot be run one by one."""
     tolerances: dict[str, float | None]
     verdict: VerdictFacts
+    worst: NotRequired[WorstToken]
+    location: NotRequired[Location]
+    """Where it failed."""
 
 
 @opened
@@ -277,6 +346,9 @@ class Identity(TypedDict):
     max_rel_error: Measured
     limit: float
     passed: bool
+    worst: NotRequired[WorstToken]
+    location: NotRequired[Location]
+    """Where it failed."""
 
 
 @closed

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from moedge.export import targets
 from moedge.export.manifest import EngineManifest, Manifest
 from moedge.runtime.engines import Engine, open_engine
 from moedge.runtime.parity import compare as parity
-from moedge.runtime.parity import outcomes, shapes, verdict
+from moedge.runtime.parity import outcomes, shapes, verdict, where
 from moedge.runtime.parity.comparisons import Comparison, Group, comparisons, grouped, identity_reference
 from moedge.runtime.parity.results import Identity, Parity, Shapes, Verification
 from moedge.runtime.run.refs import TORCH_DENSE, TORCH_MOE, EngineRef
@@ -240,28 +241,53 @@ def _compare(
     progress: Callable[[int, int], None],
     read: Callable[[EngineRef, Engine, shapes.Rules], None],
 ) -> Mapping[EngineRef, Parity | Identity]:
-    """Open the engines of one group, compare, let ``read`` run those under test in other shapes, and close them."""
+    """Open the engines of one group, compare, let ``read`` run those under test in other shapes, and close them.
+
+    Where a comparison failed, its engines are opened once more to look where.
+    """
     moe = group.reference.role == "moe"
     every: dict[str, Any] = {"top_k": ALL_EXPERTS}
     kept = DEQUANTIZED if group.kind == "kernels" else tolerances
     judged = {test: Judging.of(engines[test], limits, kept, test.target) for test in tests}
+    options = {"weights_of": engines[group.rounded]} if group.rounded else {}
+    if group.kind == "identity":
+        reference = {"taps": moe, **(every if moe else {})}
+        shown = dict.fromkeys(tests, every)
+    else:
+        reference = {**reference_options(judged.values(), moe=moe), **options}
+        shown = {test: how.options(moe=moe) for test, how in judged.items()}
+    one = partial(open_engine, engines[group.reference], **opening, **reference)
+    two = {test: partial(open_engine, engines[test], **opening, **shown[test]) for test in tests}
     with ExitStack() as stack:
-
-        def opened(ref: EngineRef, **options: Any) -> Engine:
-            return stack.enter_context(closing(open_engine(engines[ref], **opening, **options)))
-
+        against = stack.enter_context(closing(one()))
+        opened = {test: stack.enter_context(closing(opener())) for test, opener in two.items()}
+        found: Mapping[EngineRef, Any]
         if group.kind == "identity":
-            one = opened(group.reference, taps=moe, **(every if moe else {}))
-            checked = {test: (opened(test, **every), judged[test].limits.identity_rel_error) for test in tests}
-            return parity.identity_all(one, checked, windows, prefill=prefill, progress=progress)
-        options = {"weights_of": engines[group.rounded]} if group.rounded else {}
-        one = opened(group.reference, **reference_options(judged.values(), moe=moe), **options)
-        compared = {test: (opened(test, **how.options(moe=moe)), how.limits) for test, how in judged.items()}
-        found = parity.compare_all(one, compared, windows, prefill=prefill, progress=progress)
-        for test, how in judged.items():
-            own = kernel_limits(engines[test], limits, tolerances, test.target)
-            read(test, compared[test][0], how.rules(own, one, compared[test][0]))
-        return {test: judged[test].explained(entry) for test, entry in found.items()}
+            checked = {test: (engine, judged[test].limits.identity_rel_error) for test, engine in opened.items()}
+            found = parity.identity_all(against, checked, windows, prefill=prefill, progress=progress)
+        else:
+            compared = {test: (engine, judged[test].limits) for test, engine in opened.items()}
+            entries = parity.compare_all(against, compared, windows, prefill=prefill, progress=progress)
+            for test, how in judged.items():
+                own = kernel_limits(engines[test], limits, tolerances, test.target)
+                read(test, opened[test], how.rules(own, against, opened[test]))
+            found = {test: judged[test].explained(entry) for test, entry in entries.items()}
+
+    def located(test: EngineRef, entry: Any) -> Any:
+        own = judged[test].limits
+        exact = exact_limits(limits, own, tolerances, test.target)
+        again = where.Again(one, two[test], windows[0], prefill, own, exact)
+        return where.explained(entry, list(windows), again.on, engines[test])
+
+    return {test: located(test, entry) for test, entry in found.items()}
+
+
+def exact_limits(
+    limits: tolerance_files.Tolerances, own: tolerance_files.Profile, dtype: str, target: str
+) -> tolerance_files.Profile:
+    """Return the limits of what holds no quantised weight: those of the target without, or the target's ``own``."""
+    row = targets.known(target)
+    return limits.profiles.get(f"{dtype}/{row.unquantised}", own) if row and row.unquantised else own
 
 
 def _said(entry: Mapping[str, Any]) -> str:

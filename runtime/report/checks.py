@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import NamedTuple
-from xml.etree import ElementTree
 
 from moedge.runtime.parity import verdict
 from moedge.runtime.parity.outcomes import mark
 from moedge.runtime.parity.results import CheckFacts, LayersFacts, ParityEntry, Replayed, Verification
-
-STEP_SUMMARY = "GITHUB_STEP_SUMMARY"
-"""GitHub Actions names by this variable the file whose Markdown it shows on a job's page."""
+from moedge.runtime.report import ci
 
 
 class Row(NamedTuple):
@@ -49,25 +44,25 @@ def junit_xml(result: Verification, *, gate: bool = False) -> str:
 
     What is worse than a baseline is a further test case: skipped with its reason, or with ``gate`` a failure.
     """
-    suite = ElementTree.Element("testsuite", name="moedge verify")
-    for row in rows(result):
-        case = ElementTree.SubElement(suite, "testcase", classname=row.comparison, name=row.name)
-        if row.outcome is not verdict.Outcome.PASSED:
-            said = f"{row.outcome.value}: {row.name} is {row.value}, must be {row.relation} {row.limit}"
-            ElementTree.SubElement(case, "failure", message=said)
+    compared = [*result["identity"], *result["parity"]]
+    where = {entry["name"]: entry["location"]["sentence"] for entry in compared if "location" in entry}
+    cases = [_case(row, where.get(row.comparison)) for row in rows(result)]
     for shaped in result.get("shapes", []):
-        for name, reason in shaped["not_run"].items():
-            case = ElementTree.SubElement(suite, "testcase", classname=shaped["name"], name=name)
-            ElementTree.SubElement(case, "skipped", message=reason)
+        cases += [ci.Case(shaped["name"], name, "skipped", reason) for name, reason in shaped["not_run"].items()]
     if baseline := result.get("baseline"):
-        case = ElementTree.SubElement(suite, "testcase", classname="baseline", name=baseline["file"])
+        case = ci.Case("baseline", baseline["file"])
         if baseline["outcome"] != "not worse":
             said = "; ".join([baseline["outcome"], *baseline["sentences"]])
-            ElementTree.SubElement(case, "failure" if gate else "skipped", message=said)
-    for attribute, tag in (("tests", "testcase"), ("failures", "failure"), ("skipped", "skipped")):
-        suite.set(attribute, str(sum(1 for _ in suite.iter(tag))))
-    ElementTree.indent(suite)
-    return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"
+            case = case._replace(state="failure" if gate else "skipped", said=said)
+        cases.append(case)
+    return ci.junit_xml("moedge verify", cases)
+
+
+def _case(row: Row, where: str | None) -> ci.Case:
+    if row.outcome is verdict.Outcome.PASSED:
+        return ci.Case(row.comparison, row.name)
+    said = f"{row.outcome.value}: {row.name} is {row.value}, must be {row.relation} {row.limit}"
+    return ci.Case(row.comparison, row.name, "failure", said if where is None else f"{said}. {where}")
 
 
 def markdown(result: Verification) -> str:
@@ -107,16 +102,12 @@ def used(row: Row) -> float | None:
     return value / limit if limit > 0 else None
 
 
-def step_summary(shown: str) -> None:
-    """Append Markdown to the summary of the GitHub job that this runs in; does nothing elsewhere."""
-    if path := os.environ.get(STEP_SUMMARY):
-        with Path(path).open("a", encoding="utf-8") as stream:
-            stream.write(shown + "\n")
-
-
 def said(result: Verification) -> list[str]:
     """What the comparisons found beside their checks, in lines for people."""
     found: list[str] = []
+    for same in result["identity"]:
+        if "location" in same:  # a parity check has it among its notes
+            found.append(f"{same['name']}: {same['location']['sentence']}")
     for entry in result["parity"]:
         if replay := entry.get("replay"):
             found += [explained(entry, replay), parts(entry)]

@@ -1,40 +1,41 @@
-"""What a CI server reads of cases with an outcome: JUnit XML, and the summary page of a GitHub job."""
+"""What a CI server reads: JUnit XML of cases, and the summary page of a GitHub job."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 from xml.etree import ElementTree
 
-from moedge.runtime.parity.verdict import Outcome
+STEP_SUMMARY = "GITHUB_STEP_SUMMARY"
+"""GitHub Actions names by this variable the file whose Markdown it shows on a job's page."""
 
 
 class Case(NamedTuple):
-    """One test case: what is not passed is a failure that says so."""
+    """One test case; ``said`` is why it is a failure or skipped."""
 
     group: str
     name: str
-    outcome: Outcome
-    said: str
+    state: Literal["passed", "failure", "skipped"] = "passed"
+    said: str = ""
 
 
-def junit_xml(suite: str, cases: Iterable[Case]) -> str:
-    """JUnit XML, one test case each."""
-    every = list(cases)
-    failures = sum(case.outcome is not Outcome.PASSED for case in every)
-    root = ElementTree.Element("testsuite", name=suite, tests=str(len(every)), failures=str(failures))
-    for case in every:
-        entry = ElementTree.SubElement(root, "testcase", classname=case.group, name=case.name)
-        if case.outcome is not Outcome.PASSED:
-            ElementTree.SubElement(entry, "failure", message=f"{case.outcome.value}: {case.said}")
-    ElementTree.indent(root)
-    return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
+def junit_xml(name: str, cases: Iterable[Case]) -> str:
+    """JUnit XML of one suite."""
+    suite = ElementTree.Element("testsuite", name=name)
+    for case in cases:
+        entry = ElementTree.SubElement(suite, "testcase", classname=case.group, name=case.name)
+        if case.state != "passed":
+            ElementTree.SubElement(entry, case.state, message=case.said)
+    for attribute, tag in (("tests", "testcase"), ("failures", "failure"), ("skipped", "skipped")):
+        suite.set(attribute, str(sum(1 for _ in suite.iter(tag))))
+    ElementTree.indent(suite)
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"
 
 
 def step_summary(markdown: str) -> None:
     """Append to the summary of the GitHub job that this runs in; does nothing elsewhere."""
-    if path := os.environ.get("GITHUB_STEP_SUMMARY"):
+    if path := os.environ.get(STEP_SUMMARY):
         with Path(path).open("a", encoding="utf-8") as stream:
             stream.write(markdown + "\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,9 +16,8 @@ from onnx import numpy_helper
 from moedge import MoEdgeError
 from moedge._files import atomic_dir
 from moedge.convert import modeling
-from moedge.export import bundle
 from moedge.export.bundle import open_bundle
-from moedge.export.graph.build import array_of
+from moedge.export.graph.build import Builder, array_of, constant_of
 from moedge.export.graph.nodes import KEEPS
 from moedge.export.lowering import gather
 from moedge.export.lowering.ort import products
@@ -205,6 +203,24 @@ def test_the_bodies_of_plugins_are_the_standard_operators_bit_for_bit(folders: F
     ]
     plugins, standard = (open_engine(path).prefill(IDS).logits for path in paths)
     np.testing.assert_array_equal(plugins, standard)
+
+
+def test_every_linear_layer_is_a_plugin_for_rows_of_tokens(folders: Folders, values_match_their_shapes: Any) -> None:
+    """The kernels take [T, K]: attention and the output projection read [B, S, K]. A tied table is stored once."""
+    kind = "gather only, every linear layer"
+    path, standard = (
+        folders.bundle(kind, "tensorrt", tensorrt="10.13", **more) for more in ({}, {"experts": "merged"})
+    )
+    found = plugins_of(path)
+    assert (found.count("GatheredGLU"), found.count("GatheredLinear")) == (2, 2 * 5 + 1)
+    graph = onnx.load(path / "model.onnx", load_external_data=False).graph
+    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in graph.value_info}
+    assert {ranks[name] for n in graph.node if n.domain == "moedge" for name in (n.input[0], n.output[0])} == {2}
+    assert [list(tensor.dims) for tensor in graph.initializer if 260 in tensor.dims] == [[32, 260]]
+    assert values_match_their_shapes(path) > len(found)
+    check(open_engine(path), TorchEngine(folders.checkpoint(kind)), HALF)
+    plugins, masked = (open_engine(each).prefill(IDS).logits for each in (path, standard))
+    np.testing.assert_array_equal(plugins, masked)
 
 
 def test_a_weight_by_channel_is_stored_once(folders: Folders) -> None:
@@ -406,18 +422,8 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_verify_catches_a_mistake(folders: Folders, tmp_path: Path, mistake: str) -> None:
-    broken = tmp_path / "broken"
-    shutil.copytree(folders.portable("routed"), broken)
-    manifest = open_bundle(broken).manifest.document()
-    model = onnx.load(broken / "model.onnx")
-    before = model.SerializeToString()
-    MISTAKES[mistake](model.graph)
-    assert model.SerializeToString() != before
-    for name in ("model.onnx.data", bundle.MANIFEST):
-        (broken / name).unlink()
-    onnx.save(model, broken / "model.onnx")
-    bundle.seal(broken, bundle.Manifest.model_validate(manifest))
+def test_verify_catches_a_mistake(folders: Folders, tmp_path: Path, broken_copy: Any, mistake: str) -> None:
+    broken = broken_copy(folders.portable("routed"), tmp_path / "broken", MISTAKES[mistake])
     assert not verified(folders.checkpoint("routed"), broken)["verdict"]["passed"]
 
 
@@ -493,6 +499,24 @@ def test_a_mistake_in_plugins_fails_the_self_test(
     monkeypatch.setattr(trt_gathered, *PLUGIN_MISTAKES[name])
     with pytest.raises(MoEdgeError, match=r"Self-test of 'KeepLarge, products -> GatheredGLU.*' failed"):
         lower("tensorrt", folders.portable("gather only"), tmp_path, tensorrt="10.13")
+
+
+def test_a_tied_embedding_that_is_looked_up_wrongly_fails_the_self_test(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = trt_gathered._looked_up
+
+    def next_token(graph: Any, product: Any) -> list[str]:
+        names = right(graph, product)
+        for node in [node for node in graph.graph if node.op_type == "Gather" and "axis" in node.attributes]:
+            if names and node.inputs[0].name.endswith(".by_channel"):
+                builder = Builder(graph, before=node)
+                node.replace_input_with(1, builder.node("Sub", [node.inputs[1], constant_of(builder, 1)]))
+        return names
+
+    monkeypatch.setattr(trt_gathered, "_looked_up", next_token)
+    with pytest.raises(MoEdgeError, match=r"Self-test of 'KeepLarge, products -> GatheredGLU.*' failed"):
+        lower("tensorrt", folders.portable("gather only, every linear layer"), tmp_path, tensorrt="10.13")
 
 
 @pytest.mark.gpu

@@ -56,9 +56,9 @@ def test_a_sweep_is_one_call_and_writes_every_file(home: Path) -> None:
     result = json.loads(Path(files["json"]).read_text(encoding="utf-8"))
     assert len(result["points"]) == 4
     assert "batches" not in result
-    deep = bench("one", "dense", *QUICK, "--depth", "0,3")
+    deep = bench("one", "dense", *QUICK, "--depth", "0,3", "--batch", "1,2")
     assert deep.exit_code == 0, deep.output
-    assert "batch 1, prompt 8, decode 2, depth 3, 1 threads, 6 rounds after " in deep.output
+    assert "batch 2, prompt 8, decode 2, depth 3, 1 threads, 6 rounds after " in deep.output
     assert {point["threads"] for point in result["points"]} == {1}
     assert len(Path(files["csv"]).read_text(encoding="utf-8").splitlines()) == 9
     assert Path(files["svg"]).read_text(encoding="utf-8").startswith("<?xml")

@@ -39,12 +39,13 @@ FORMER = [
 """Promised until the next release: command, former name of an option, today's."""
 MEANINGS: dict[str, tuple[type, str]] = {
     "--batch": (int, "^(Most r|R)ows of a call"),
+    "--baseline": (Path, "older result"),
     "--batch-size": (int, "per forward pass"),
     "--dense": (str, "^[Tt]he dense parent|^Dense parent"),
     "--device": (str, "^Where PyTorch computes"),
     "--dry-run": (bool, "(do|write) nothing"),
     "--dtype": (str, "^Of checkpoints in PyTorch"),
-    "--expert-form": (str, "^Target tensorrt: plugins, merged"),
+    "--expert-form": (str, "Target tensorrt: plugins, merged"),
     "--for": (str, "^Device profile"),
     "--force": (bool, "^Replace the output if it exists"),
     "--half": (str, "float16 .default., or bfloat16"),
@@ -55,6 +56,7 @@ MEANINGS: dict[str, tuple[type, str]] = {
     "--label": (str, "^Name of the model in (reports|results)"),
     "--length": (int, "^Tokens (in a|per calibration) window"),
     "--limit": (int, "^Only the first so many questions"),
+    "--markdown": (Path, "^Also write the .* as Markdown"),
     "--max-length": (int, "^Longest (sequence|prompt . answer)"),
     "--max-prompt": (int, "^Most prompt tokens in one call"),
     "--out": (Path, "^Run folder"),

@@ -156,19 +156,9 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_fails_the_part_that_it_is_in(folders, tmp_path, mistake):
+def test_a_mistake_fails_the_part_that_it_is_in(folders, tmp_path, broken_copy, mistake):
     mutation, failed = MISTAKES[mistake]
-    broken = tmp_path / "broken"
-    shutil.copytree(folders["tensorrt-rtx"], broken)
-    manifest = bundle.open_bundle(broken).manifest.document()
-    model = onnx.load(broken / "model.onnx")
-    before = model.SerializeToString()
-    mutation(model.graph)
-    assert model.SerializeToString() != before
-    for name in ("model.onnx.data", bundle.MANIFEST):
-        (broken / name).unlink()
-    onnx.save(model, broken / "model.onnx")
-    bundle.seal(broken, bundle.Manifest.model_validate(manifest))
+    broken = broken_copy(folders["tensorrt-rtx"], tmp_path / "broken", mutation)
     assert parts(verified(folders["portable"], broken)) - {"free"} == failed
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from onnx import numpy_helper
 
 from moedge import MoEdgeError
 from moedge.convert import modeling
-from moedge.export import bundle
 from moedge.export.pipeline import export
 from moedge.runtime.engines import open_engine, ort
 from moedge.runtime.parity.given import pair
@@ -202,22 +200,8 @@ MUTATIONS: dict[str, tuple[Callable[[onnx.GraphProto], None], str]] = {
 }
 
 
-def broken_copy(source: Path, target: Path, change: Callable[[onnx.GraphProto], None]) -> Path:
-    shutil.copytree(source, target)
-    manifest = bundle.open_bundle(target).manifest.document()
-    model = onnx.load(target / "model.onnx")
-    before = model.SerializeToString()
-    change(model.graph)
-    assert model.SerializeToString() != before
-    for name in ("model.onnx.data", bundle.MANIFEST):
-        (target / name).unlink()
-    onnx.save(model, target / "model.onnx")
-    bundle.seal(target, bundle.Manifest.model_validate(manifest))
-    return target
-
-
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_mistake_fails_the_part_that_it_is_in(folders: Any, tmp_path: Path, name: str) -> None:
+def test_a_mistake_fails_the_part_that_it_is_in(folders: Any, tmp_path: Path, broken_copy: Any, name: str) -> None:
     change, part = MUTATIONS[name]
     broken = broken_copy(folders("0.1", "ort-cpu"), tmp_path / "broken", change)
     for reference in ("checkpoint", "portable"):
@@ -228,7 +212,7 @@ def test_a_mistake_fails_the_part_that_it_is_in(folders: Any, tmp_path: Path, na
             assert any("its thresholds or its ramp are others" in note for note in entry["verdict"]["notes"])
 
 
-def test_leaving_out_of_another_value_is_found(folders: Any, tmp_path: Path) -> None:
+def test_leaving_out_of_another_value_is_found(folders: Any, tmp_path: Path, broken_copy: Any) -> None:
     """What it shows is kept as the thresholds say: only it is not what the FFN should read."""
     broken = broken_copy(folders("0.1", "ort-cpu"), tmp_path / "broken", the_next_layer_reads_the_same)
     (entry,) = verified(folders("0.1", "checkpoint"), broken)

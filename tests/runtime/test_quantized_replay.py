@@ -1,6 +1,5 @@
 """Route replay: a healthy quantised bundle passes although its choices flip; a broken router or kernel is named."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from onnx import helper, numpy_helper
 
 from moedge import MoEdgeError
 from moedge.configs import tolerances
-from moedge.export import bundle
 from moedge.export.pipeline import export
 from moedge.runtime.engines import open_engine
 from moedge.runtime.engines.calls import FORCED, forcing
@@ -144,19 +142,9 @@ MUTATIONS: dict[Callable[[onnx.GraphProto], None], tuple[set[str], set[str]]] = 
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
-def test_a_mistake_fails_the_part_that_it_is_in(folders, tmp_path, mutation):
-    shutil.copytree(folders["ort-cpu-int8"], tmp_path / "ort-cpu-int8")
+def test_a_mistake_fails_the_part_that_it_is_in(folders, tmp_path, broken_copy, mutation):
     (tmp_path / "portable").symlink_to(folders["portable"])
-    broken = tmp_path / "ort-cpu-int8"
-    manifest = bundle.open_bundle(broken).manifest.document()
-    model = onnx.load(broken / "model.onnx")
-    before = model.SerializeToString()
-    mutation(model.graph)
-    assert model.SerializeToString() != before
-    for name in ("model.onnx.data", bundle.MANIFEST):
-        (broken / name).unlink()
-    onnx.save(model, broken / "model.onnx")
-    bundle.seal(broken, bundle.Manifest.model_validate(manifest))
+    broken = broken_copy(folders["ort-cpu-int8"], tmp_path / "ort-cpu-int8", mutation)
     result = verified(folders["portable"], broken)
     assert {name: failed(entry) - {"free"} for name, entry in result.items()} == dict(
         zip(("float32", "kernels"), MUTATIONS[mutation], strict=True)

@@ -21,16 +21,21 @@ from typer.testing import CliRunner
 
 from moedge import MoEdgeError
 from moedge._files import write_json
+from moedge.configs import tolerances
 from moedge.convert import modeling
 from moedge.export import bundle
 from moedge.export.pipeline import export
 from moedge.runtime import report
 from moedge.runtime.cli import app
 from moedge.runtime.engines import open_engine
+from moedge.runtime.parity import against
 from moedge.runtime.parity import reference as references
+from moedge.runtime.parity.compare import compare
 from moedge.runtime.parity.given import against_kept
+from moedge.runtime.parity.metrics import TokenErrors
+from moedge.runtime.parity.verdict import Check, Outcome, Verdict
 from moedge.runtime.report import schema
-from moedge.runtime.report.checks import STEP_SUMMARY, junit_xml, markdown
+from moedge.runtime.report.checks import junit_xml, markdown
 
 LAYERS, BROKEN = 4, 2
 WINDOWS = np.random.default_rng(1).integers(0, 256, (3, 120))
@@ -117,9 +122,6 @@ def test_a_right_bundle_passes_part_by_part(folders: Any, kind: str, target: str
 
 def test_free_running_figures_are_those_of_a_running_reference(folders: Any) -> None:
     """The vocabulary of these models has 259 tokens, of which 256 are kept."""
-    from moedge.configs import tolerances
-    from moedge.runtime.parity.compare import compare
-
     limits = tolerances.load().profile("float32", "ort-cpu-int8")
     one, two = (open_engine(folders("dense", name), threads=1) for name in ("checkpoint", "ort-cpu-int8"))
     whole = compare(one, two, WINDOWS, prefill=PREFILL, tolerances=limits)
@@ -130,6 +132,19 @@ def test_free_running_figures_are_those_of_a_running_reference(folders: Any) -> 
         assert b["perplexity"]["ratio"] == pytest.approx(a["perplexity"]["ratio"], rel=1e-9)
         assert a["kl_ref_test"]["mean"] <= b["kl_ref_test"]["mean"] < 1.1 * a["kl_ref_test"]["mean"] + 1e-4
         assert b["rel_error"]["mean"] == pytest.approx(a["rel_error"]["mean"], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "outcome"), [(1.5e-6, Outcome.NOT_DECIDED), (0.5e-6, Outcome.FAILED), (0.0, Outcome.FAILED)]
+)
+def test_a_kl_that_only_the_hidden_logits_put_beyond_its_limit_is_not_decided(hidden: float, outcome: Outcome) -> None:
+    limits = tolerances.load().profile("float32", "ort-cpu")
+    phases = TokenErrors.by_phase(limits)
+    for column in ("kl", "kl_back"):
+        phases["prefill"].columns[column].append(np.array([2e-6, 2e-6]))
+    check = Check("text.prefill.kl_ref_test.mean", 2e-6, "<=", limits.mean_kl)
+    tails = {"prefill": [np.array([[0.1, hidden], [0.1, hidden]])]}
+    assert against._undecided(Verdict({"text": (check,)}), phases, tails, limits).outcome is outcome
 
 
 Change = Callable[[onnx.GraphProto], None]
@@ -324,7 +339,11 @@ def test_no_torch_is_needed_and_every_surface_tells_the_same(folders: Any, tmp_p
         "--reference", str(folders("gathered", "reference")), "--junit", str(names["verify.xml"]), "--markdown",
         str(names["verify.md"]),
     ]  # fmt: skip
-    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path), STEP_SUMMARY: str(names["summary.md"])}
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "PYTHONPATH": ":".join(sys.path),
+        "GITHUB_STEP_SUMMARY": str(names["summary.md"]),
+    }
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)

@@ -4,7 +4,7 @@ Gate and up share one pass over x and one mask of rows. What the thresholds leav
 GatheredLinear reads no weight for it. The result is rounded to its own type before it is compared with its threshold,
 as the operators that this one takes the place of do.
 
-Bytes: the rows of gate and up whose input is kept, T*H of x, 8*I of limits; T*I written. FLOPs: 4*T*I for each of those rows.
+Bytes: the rows of gate and up whose input is kept, T*H of x, 8*I of limits; T*I written. FLOPs: 4*T*I a row of them.
 """
 
 from __future__ import annotations

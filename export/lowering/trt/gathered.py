@@ -1,11 +1,13 @@
 """KeepLarge and the products that read it -> GatheredGLU and GatheredLinear, which read the weights of kept values.
 
 ``x -> KeepLarge -> gate, up -> SiLU * up -> KeepLarge -> down`` becomes ``x -> KeepLarge -> GatheredGLU ->
-GatheredLinear``; any other product that reads a KeepLarge becomes a GatheredLinear (of FFNs with biases or another
-activation). The first KeepLarge stays, for routed experts may read it too: a few operators on single values, of the
-kind that TensorRT fuses with the norm before them. The second becomes the end of GatheredGLU.
+GatheredLinear``; any other product that reads a KeepLarge becomes a GatheredLinear (attention, the output projection,
+FFNs with biases or another activation). The KeepLarge before a product stays, for others may read it too: a few
+operators on single values, of the kind that TensorRT fuses with the norm before them. The second of an FFN becomes the
+end of GatheredGLU.
 
-Weights are turned to one row for each input, and there is one copy of them: the kernels for prompts read the same rows.
+Weights are turned to one row for each input, and there is one copy of them: the kernels for prompts read the same rows,
+and tokens are looked up in the columns of a tied output projection.
 
 Shapes: T tokens, H hidden, I inner width, K inputs and N outputs of a product.
 """
@@ -18,7 +20,8 @@ import numpy as np
 import onnx_ir as ir
 
 from moedge.export.functions import DOMAIN
-from moedge.export.graph.build import Builder, array_of, remove_unused, required
+from moedge.export.graph import weights
+from moedge.export.graph.build import Builder, array_of, constant_of, remove_unused, required
 from moedge.export.graph.gathered import GatheredFFN, Product
 from moedge.export.graph.nodes import nodes_of
 from moedge.export.lowering import gather
@@ -40,18 +43,20 @@ class GatherProducts:
         return self.refusal if nodes_of(graph, "KeepLarge") else "no values are left out"
 
     def apply(self, graph: ir.Model) -> Applied:
-        """Replace whole FFNs first, then what is left; the first and the last place are tested together."""
-        made: list[str] = []
+        """Replace whole FFNs first, then what is left; the first and the last places of either are tested together."""
+        made: list[list[str]] = [[], []]
         ramps = [node.attributes["ramp"].as_float() for node in nodes_of(graph, "KeepLarge")]
-        for replace in (_ffn, _products):
+        for kind, replace in enumerate((_ffn, _products)):
             for node in nodes_of(graph, "KeepLarge"):
                 if node.graph is not None and (names := replace(graph, node)):
-                    made += names
+                    made[kind] += names
                     remove_unused(graph)
-        if not made:
+        if not any(made):
             return Applied(0, reason="no value that is left out is multiplied by a constant of two dimensions")
         growth = max(map(gather.narrower, ramps))
-        return Applied(len(made), [Block(tuple(dict.fromkeys((made[0], made[-1]))), growth=growth)])
+        # The last of all may be a tied embedding, behind its output projection.
+        ends = dict.fromkeys(name for names in made for name in (*names[:1], *names[-2:]))
+        return Applied(sum(map(len, made)), [Block(tuple(ends), growth=growth)])
 
 
 def _ffn(graph: ir.Model, second: ir.Node) -> list[str]:
@@ -67,23 +72,71 @@ def _ffn(graph: ir.Model, second: ir.Node) -> list[str]:
 
 
 def _products(graph: ir.Model, node: ir.Node) -> list[str]:
-    """Replace the products that read a KeepLarge; return the names of what they give."""
-    found = [Product.of(use.node) for use in node.outputs[0].uses() if use.idx == 0]
-    return [_linear(graph, product, node.outputs[0]) for product in found if product is not None]
+    """Replace the products that read a KeepLarge; return the names of what they give, and of a tied embedding."""
+    kept = node.outputs[0]
+    found = [Product.of(use.node) for use in kept.uses() if use.idx == 0]
+    group = [product for product in found if product is not None]
+    if not group:
+        return []
+    order = list(graph.graph)
+    first = min((product.node for product in group), key=order.index)
+    x = _flat(Builder(graph, before=first), kept)
+    return [name for product in group for name in (_linear(graph, product, x, kept), *_looked_up(graph, product))]
 
 
-def _linear(graph: ir.Model, product: Product, x: ir.Value) -> str:
+def _flat(builder: Builder, x: ir.Value) -> ir.Value:
+    """Return x [B, S, K] as [T, K], which the kernels take."""
+    *leading, inputs = x.shape or []
+    if len(leading) < 2:
+        return x
+    flat: ir.Value = builder.node("Reshape", [x, constant_of(builder, [-1, inputs])])
+    flat.type, flat.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(["*".join(map(_name, leading)), inputs])
+    return flat
+
+
+def _name(dim: object) -> str:
+    return str(getattr(dim, "value", dim))
+
+
+def _linear(graph: ir.Model, product: Product, x: ir.Value, like: ir.Value | None = None) -> str:
+    """Replace a product by one of x [T, K]; what it gives has the leading dimensions of ``like``, if it is given."""
     builder, output = Builder(graph, before=product.node), product.node.outputs[0]
     y = _node(builder, "GatheredLinear", [x, _by_channel(builder, product)], product.weight.rows)
     if product.bias is not None:
         total: ir.Value = builder.node("Add", [y, product.bias])
         total.type, total.shape, y = y.type, y.shape, total
+    if like is not None and like is not x:
+        leading = builder.node("Shape", [like], attributes={"start": 0, "end": -1})
+        width = constant_of(builder, [product.weight.rows])
+        shape = builder.node("Concat", [leading, width], attributes={"axis": 0})
+        shaped: ir.Value = builder.node("Reshape", [y, shape])
+        shaped.type, y = y.type, shaped
     builder.replace_output(output, y)
     return str(y.name)
 
 
+def _looked_up(graph: ir.Model, product: Product) -> list[str]:
+    """Look tokens up in the columns of a tied output projection: one copy is stored.
+
+    A token's row is then one number of each of the H rows, a sector of memory each: little beside one product.
+    """
+    made = []
+    for use in list(product.value.uses()):
+        if product.weight.layout == "KN" or not weights.is_embedding(use.node):
+            continue
+        builder, output = Builder(graph, before=use.node), use.node.outputs[0]
+        columns = builder.node("Gather", [_by_channel(builder, product), use.node.inputs[1]], attributes={"axis": 1})
+        rows: ir.Value = builder.node("Transpose", [columns], attributes={"perm": [1, 2, 0]})
+        for value in (columns, rows):
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+        builder.replace_output(output, rows)
+        made.append(str(rows.name))
+    return made
+
+
 def _node(builder: Builder, op_type: str, inputs: list[ir.Value], width: int, **attributes: object) -> ir.Value:
     """Insert a node for x [T, K]; return its output float32 [T, width]."""
+    assert len(inputs[0].shape or ()) == 2, "the kernels take rows of tokens"
     y: ir.Value = builder.node(op_type, inputs, domain=DOMAIN, attributes=attributes)
     y.type = ir.TensorType(ir.DataType.FLOAT)
     y.shape = ir.Shape([(inputs[0].shape or [None])[0], width])
