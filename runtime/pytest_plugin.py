@@ -97,10 +97,10 @@ def moedge_parity(pytestconfig: pytest.Config) -> Verification:
     bundle = _bundle(pytestconfig)
     with _in_a_sentence():
         result = _verified(bundle, pytestconfig)
-    from moedge.runtime.report import checks
+    from moedge.runtime.report import checks, ci
 
     pytestconfig.stash[_RESULT] = _told(result)
-    checks.step_summary(checks.markdown(result))
+    ci.step_summary(checks.markdown(result))
     return result
 
 

@@ -161,7 +161,7 @@ def test_the_steps_of_the_action_gate_a_bundle(runner: Runner) -> None:
     assert json.loads((out / "verify.json").read_text())["outcome"] == "passed"
     assert ElementTree.parse(out / "verify.xml").getroot().get("failures") == "0"
     assert "### moedge verify: passed" in said
-    assert sorted(path.name for path in out.iterdir()) == ["verify.json", "verify.md", "verify.xml"]
+    assert sorted(path.name for path in out.iterdir()) == ["verify.html", "verify.json", "verify.md", "verify.xml"]
 
     (out / "verify.json").rename(runner.folder / "last.json")
     more = {"against": "old", "bench_options": f"{QUICK} --text text.txt", "max_slowdown": "900%"}
