@@ -111,6 +111,7 @@ def test_every_package_imports_from_it(wheel: Path, installed: Path) -> None:
 def test_the_command_and_the_public_names_work_from_it(installed: Path) -> None:
     (entry,) = installed.glob("*.dist-info/entry_points.txt")
     assert "moedge = moedge.runtime.cli:main" in entry.read_text(encoding="utf-8")
+    assert "[pytest11]\nmoedge = moedge.runtime.pytest_plugin\n" in entry.read_text(encoding="utf-8")
     done = run(installed, "-c", "import sys; from moedge.runtime.cli import main; main()", "--help")
     assert done.returncode == 0, done.stderr
     for name in ("convert", "export", "verify", "bench"):

@@ -42,7 +42,7 @@ from moedge.export.manifest import EngineManifest, Manifest
 from moedge.runtime.engines import Engine, open_engine
 from moedge.runtime.parity import alone, shortened, verdict
 from moedge.runtime.parity.compare import json_ready, measured, same_vocabulary, steps
-from moedge.runtime.parity.metrics import RouteAgreement, TokenErrors
+from moedge.runtime.parity.metrics import Cursor, RouteAgreement, TokenErrors
 from moedge.runtime.parity.reference import Reference, identity_of, load
 from moedge.runtime.parity.results import KeptReferenceFacts, Parity, ParityEntry, Verification
 from moedge.runtime.parity.suite import FREE, SCHEMA, finished, graph_dtype
@@ -127,15 +127,15 @@ class _Run:
     @classmethod
     def of(cls, reference: Reference, engine: Engine, limits: Profile, progress: Progress) -> _Run:
         run = cls(TokenErrors.by_phase(limits), TokenErrors.by_phase(limits))
-        at, turned = 0, False
+        first, turned, cursor = 0, False, Cursor(reference.facts.prefill)
         for phase, ids, step, _, targets in steps(engine, [], reference.windows, reference.facts.prefill, progress):
-            rows = slice(at, at + ids.size)
-            at += ids.size
+            rows, at = slice(first, first + ids.size), cursor.at(phase, ids)
+            first += ids.size
             kept = reference.answers.rows(rows)
             chosen = {layer: found[rows] for layer, found in reference.routes.items()}
             changed = run.routes.add(chosen, step.routes)
             one = TokenErrors.by_phase(limits)[phase]
-            run.tail.setdefault(phase, []).append(shortened.add(one, kept, step.logits[0], targets, changed))
+            run.tail.setdefault(phase, []).append(shortened.add(one, kept, step.logits[0], targets, changed, at))
             run.phases[phase].extend(one)
             turned = turned and phase != "prefill"
             after = np.full(ids.size, turned)
@@ -146,8 +146,9 @@ class _Run:
                 run.steady[phase].extend(one)
             elif not after.all():
                 before = ~after
-                shortened.add(run.steady[phase], kept.rows(before), step.logits[0][before], targets[before])
-        if at != len(reference.answers.log_sum):
+                logits = step.logits[0][before]  # these come first, so they begin where the step does
+                shortened.add(run.steady[phase], kept.rows(before), logits, targets[before], at=at)
+        if first != len(reference.answers.log_sum):
             raise MoEdgeError(
                 f"{engine.info.name} reads the text of {reference.path} in other steps than the reference did: they "
                 "are not the same model."

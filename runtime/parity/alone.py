@@ -54,7 +54,7 @@ class Alone:
             for layer in range(layers):
                 error = _layer_error(shown[layer + 1], streams[layer + 1], streams[layer])
                 found.errors[phase][layer].append(error[same[layer]] if layer in same else error)
-            shortened.add(head, probe.answers.rows(rows), step.logits[0], targets)
+            shortened.add(head, probe.answers.rows(rows), step.logits[0], targets, at=(0, rows.start))
         return found
 
     def _routed(self, probe: Probe, step: Step, rows: slice) -> dict[int, np.ndarray]:

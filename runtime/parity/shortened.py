@@ -28,7 +28,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from moedge.runtime.parity.metrics import TokenErrors, best, log_sum_exp
+from moedge.runtime.parity.metrics import At, TokenErrors, best, log_sum_exp
 
 LARGEST = 256
 """Logits of a token that are kept: on SmolLM2-135M and wiki text the others have 6 % of the probability together."""
@@ -113,12 +113,17 @@ def largest_error(difference: np.ndarray, vocabulary: int) -> np.ndarray:
 
 
 def add(
-    errors: TokenErrors, kept: Shortened, test: np.ndarray, targets: np.ndarray, changed: np.ndarray | None = None
+    errors: TokenErrors,
+    kept: Shortened,
+    test: np.ndarray,
+    targets: np.ndarray,
+    changed: np.ndarray | None = None,
+    at: At = (0, 0),
 ) -> np.ndarray:
     """Compare logits float32 [T, V] with what was kept of the reference's, and add the tokens to ``errors``.
 
     Args:
-        targets, changed: as in :meth:`moedge.runtime.parity.metrics.TokenErrors.add`.
+        targets, changed, at: as in :meth:`moedge.runtime.parity.metrics.TokenErrors.add`.
 
     Returns:
         float64 [n, 2] of the n tokens whose logits are finite: the probability of what was not kept, and the KL that it
@@ -126,15 +131,26 @@ def add(
     """
     known = np.full(len(targets), np.nan) if changed is None else changed.astype(np.float64)
     parts = [
-        _add(errors, kept.rows(rows), test[rows], targets[rows], known[rows])
+        _add(errors, kept.rows(rows), test[rows], targets[rows], known[rows], at[0], at[1] + rows.start)
         for rows in (slice(start, start + _ROWS) for start in range(0, len(targets), _ROWS))
     ]
     return np.concatenate(parts) if parts else np.zeros((0, 2))
 
 
-def _add(errors: TokenErrors, kept: Shortened, b32: np.ndarray, targets: np.ndarray, changed: np.ndarray) -> np.ndarray:
+def _add(
+    errors: TokenErrors,
+    kept: Shortened,
+    b32: np.ndarray,
+    targets: np.ndarray,
+    changed: np.ndarray,
+    window: int,
+    first: int,
+) -> np.ndarray:
     good = np.isfinite(kept.log_sum) & np.isfinite(b32).all(1)
-    errors.count(len(good), non_finite=int((~good).sum()), constant=int((b32[good].max(1) == b32[good].min(1)).sum()))
+    flat = good & (b32.max(1) == b32.min(1))
+    errors.broken += [(window, first + int(row)) for row in np.flatnonzero(~good | flat)]
+    errors.count(len(good), non_finite=int((~good).sum()), constant=int(flat.sum()))
+    positions = first + np.flatnonzero(good)
     kept, b32, targets, changed = kept.rows(good), b32[good], targets[good], changed[good]
     if not len(targets):
         return np.zeros((0, 2))
@@ -167,6 +183,8 @@ def _add(errors: TokenErrors, kept: Shortened, b32: np.ndarray, targets: np.ndar
             "nll": np.where(follows, kept.log_sum - kept.following, np.nan),
             "nll_test": np.where(follows, log_q - _at(b, targets), np.nan),
             "changed": changed,
+            "window": np.full(len(targets), float(window)),
+            "position": positions.astype(np.float64),
         }
     )
     return np.stack([tail, hidden], axis=1)

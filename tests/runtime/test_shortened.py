@@ -19,9 +19,12 @@ TARGETS = np.append(GENERATOR.integers(0, VOCAB, TOKENS - 1), -1)
 def both(test: np.ndarray, largest: int, reference: np.ndarray = LOGITS) -> tuple[dict[str, Any], dict[str, Any], Any]:
     """The summary from all logits, that from the kept ones, and what may be hidden."""
     whole, part = TokenErrors(0.01, 50), TokenErrors(0.01, 50)
-    whole.add(reference, test, TARGETS)
-    hidden = shortened.add(part, shortened.shortened(reference, TARGETS, largest), test, TARGETS)
+    whole.add(reference, test, TARGETS, at=(3, 5))
+    hidden = shortened.add(part, shortened.shortened(reference, TARGETS, largest), test, TARGETS, at=(3, 5))
     assert whole.tokens == part.tokens
+    assert whole.broken == part.broken
+    for name in ("window", "position"):
+        np.testing.assert_array_equal(np.concatenate(whole.columns[name]), np.concatenate(part.columns[name]))
     return dict(whole.summary()), dict(part.summary()), (hidden, whole.columns, part.columns)
 
 
