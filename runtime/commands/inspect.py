@@ -192,8 +192,8 @@ def _checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _thresholds(layer: Any) -> list[str]:
-    """Of what a layer leaves out small values: its inputs x, its hidden values h."""
-    return [name for name in ("x", "h") if getattr(layer, f"{name}_threshold") is not None]
+    """Of what a layer leaves out small values: ``x``, ``h``, ``qkv``, ``o``, ``head``."""
+    return [name.removesuffix("_threshold") for name in layer.thresholds]
 
 
 def _nested(index: int, children: list[Any], width: int) -> dict[str, Any]:

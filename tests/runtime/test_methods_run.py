@@ -169,9 +169,11 @@ def test_a_gather_on_top_goes_through_convert_evaluate_and_inspect(home: Path, t
     said = moedge("convert", model, out, *arguments, *settings).stdout
     assert "cmoe S2A4E8, gather 0.5, plan" in said
     facts = json.loads(moedge("inspect", out, "--json").stdout)
-    assert facts["params"]["gather"] == {"share": 0.5, "scores": "norms", "score_tokens": 4096, "ramp": 0.1}
+    expected = {"share": 0.5, "linears": "all", "scores": "norms", "score_tokens": 4096, "ramp": 0.1}
+    assert facts["params"]["gather"] == expected
     assert facts["ffn_read_share"] == pytest.approx(0.5, abs=0.003)
-    assert {layer["thresholds of"] for layer in facts["layers"]} == {"x, h"}
+    *others, last = (layer["thresholds of"] for layer in facts["layers"])
+    assert (set(others), last) == ({"x, h, qkv, o"}, "x, h, qkv, o, head")
     options = ["--text", home / "text.txt", "--window", 64, "--tokens", 256]
     scores = json.loads(moedge("evaluate", model, out, *options, "--json").stdout)
     read = [row["perplexity"]["text"]["ffn_read_share"] for row in scores["rows"]]

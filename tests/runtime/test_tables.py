@@ -112,6 +112,7 @@ def test_evaluate(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [
         {
             "model": name,
+            "engine": {"runtime": "onnxruntime 1.31.1", "dtype": "int8 weights"},
             "perplexity": {text: {"ppl": 123.456, "tokens": 9, "ffn_read_share": 0.754} for text in texts},
             "tasks": [
                 {"task": "arc_challenge", "questions": 1172, "metrics": metrics, "version": 1, "shots": 0, "data": "x"}
@@ -120,8 +121,12 @@ def test_evaluate(monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("build/moe/checkpoint", "SmolLM2-135M-Instruct", "build/tuned", "build/other")
     ]
     protocol = {"window": 512, "dtype": "float32", "documents": dict.fromkeys(texts, "x"), "shots": 0}
-    result = {"protocol": protocol, "rows": rows}
+    found = {"questions": 1172, "agreement": 0.976, "test_accuracy": 0.51, "drop": 0.0123, "mcnemar_p": 0.03}
+    found |= {"drop_interval": [-0.0012, 0.0234]}
+    pair = {"test": "build/other", "reference": "build/tuned", "tasks": {"arc_challenge": found, "piqa": found}}
+    result = {"protocol": protocol, "rows": rows, "paired": [{**pair, "overall": found}]}
     expected = " ".join(texts) + " build/moe/checkpoint SmolLM2-135M-Instruct arc_challenge 0.5123 0.0123 75.4%"
+    expected += " 97.6% +1.23% -0.12% +2.34% 0.03"
     check(printing(monkeypatch, evaluate, lambda: evaluate._print(result)), expected)
 
 
