@@ -42,6 +42,7 @@ from moedge._files import atomic_dir, write_json
 from moedge.convert import modeling
 from moedge.convert.adapters import MOE_PREFIX
 from moedge.convert.errors import quiet
+from moedge.convert.kept_inputs import KeepsLarge
 from moedge.convert.sources import tokenizer_files
 from moedge.export.stock import check as hf_check
 
@@ -98,6 +99,8 @@ def refusal(model: PreTrainedModel) -> str | None:
             f"a converted model of type {family!r} has no stock equivalent; supported: {', '.join(FAMILIES)}. "
             "Serve it with `moedge export` or with transformers after `import moedge.convert.modeling`"
         )
+    if any(isinstance(part, KeepsLarge) and part.thresholds() for part in model.modules()):
+        return "it leaves out small inputs, which no stock checkpoint does; convert without gather"
     routed = any(ffn.num_experts for ffn in ffns)  # else it becomes a model of its own family
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if routed and window and window < config.max_position_embeddings:

@@ -235,6 +235,19 @@ def test_a_static_plan_with_an_output_bias_fits_llama_only(
         assert float((logits(stock) - want).abs().max()) <= 1e-5 * float(want.abs().max())
 
 
+@pytest.mark.parametrize("linears", ["ffn", "all"])
+def test_thresholds_are_refused(
+    linears: str, tiny_model: Any, tiny_tokenizer: Any, gather_only: Any, tmp_path: Path
+) -> None:
+    """Without them the checkpoint would be another model, and its loader would not say so."""
+    model = tiny_model("llama")
+    plan = gather_only(model, linears=linears)
+    saved(plan, model, tiny_tokenizer, tmp_path / "moe")
+    with pytest.raises(MoEdgeError, match="leaves out small inputs.*without gather"):
+        hf.export_hf(tmp_path / "moe", tmp_path / "stock", IDS)
+    assert not (tmp_path / "stock").exists()
+
+
 def test_what_has_no_stock_form_is_refused_with_the_reason(
     tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
