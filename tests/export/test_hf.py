@@ -243,7 +243,7 @@ def test_thresholds_are_refused(
     model = tiny_model("llama")
     plan = gather_only(model, linears=linears)
     saved(plan, model, tiny_tokenizer, tmp_path / "moe")
-    with pytest.raises(MoEdgeError, match="leaves out small inputs.*without gather"):
+    with pytest.raises(MoEdgeError, match=r"leaves out small inputs.*without gather"):
         hf.export_hf(tmp_path / "moe", tmp_path / "stock", IDS)
     assert not (tmp_path / "stock").exists()
 
