@@ -21,6 +21,7 @@ H hidden size, D neurons.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ import torch
 
 from moedge import MoEdgeError
 from moedge.convert import adapters, budgets, kept_inputs, modeling, reads, scoring
+from moedge.convert.kept_inputs import Reader
 from moedge.convert.plan import SMALLEST_THRESHOLD, LayerPlan
 
 if TYPE_CHECKING:
@@ -48,61 +50,38 @@ _ROWS = 1024
 """Tokens whose values a ladder is made of, about."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """Values that linear layers read: whose small ones may be left out."""
-
-    layer: int
-    """Whose plan has the thresholds."""
-    name: str
-    """``x``, ``h``, ``qkv``, ``o`` or ``head``: a threshold of the layer's plan without ``_threshold``."""
-    readers: tuple[torch.nn.Linear, ...]
-    """The linear layers that read the values."""
-    hooked: torch.nn.Module
-    """The module whose first argument, or ``hidden_states``, they are."""
-
-    @property
-    def weights(self) -> int:
-        """Weights that one value is multiplied by."""
-        return sum(linear.out_features for linear in self.readers)
-
-
-def places(model: PreTrainedModel, linears: Linears) -> list[Place]:
+def places(model: PreTrainedModel, linears: Linears) -> list[Reader]:
     """List where a dense model's linear layers read values, in the order in which they are computed.
 
     Raises:
         MoEdgeError: attention or an output projection that is not written as usual, where all linear layers are meant.
     """
-    outside = {(r.layer, r.place): r for r in kept_inputs.readers(model)} if linears == "all" else {}
     found = []
-    blocks = adapters.ffns(model)
-    for block in blocks:
-        for name in ("qkv", "o"):
-            if reader := outside.get((block.index, name)):
-                found.append(Place(block.index, name, reader.linears, reader.module))
-        linears_of = {name: part for name, part in block.module.named_children() if isinstance(part, torch.nn.Linear)}
-        down = linears_of.pop("down_proj")
-        first = tuple(linears_of.values())
-        found += [Place(block.index, "x", first, block.module), Place(block.index, "h", (down,), down)]
-    if reader := outside.get((len(blocks), "head")):
-        found.append(Place(len(blocks) - 1, "head", reader.linears, reader.module))
-    return found
+    outside = deque(kept_inputs.readers(model) if linears == "all" else ())
+    for block in adapters.ffns(model):
+        while outside and outside[0].layer == block.index and outside[0].place != "head":
+            found.append(outside.popleft())
+        products = {name: part for name, part in block.module.named_children() if isinstance(part, torch.nn.Linear)}
+        down = products.pop("down_proj")
+        found.append(Reader("x", block.index, block.module, tuple(products.values())))
+        found.append(Reader("h", block.index, down, (down,)))
+    return [*found, *outside]
 
 
-Scores = list[tuple[Place, np.ndarray]]
+Scores = list[tuple[Reader, np.ndarray]]
 """float32 [K] for each place; those of an FFN in the dense neuron order."""
 
 
 def static_scores(model: PreTrainedModel, kind: Kind, linears: Linears = "ffn") -> Scores:
     """Return the scores that need no text."""
 
-    def norms(place: Place) -> np.ndarray:
-        squares = torch.stack([linear.weight.float().square().sum(dim=0) for linear in place.readers])
+    def norms(place: Reader) -> np.ndarray:
+        squares = torch.stack([linear.weight.float().square().sum(dim=0) for linear in place.linears])
         return np.asarray(squares.sum(dim=0).sqrt().cpu().numpy())
 
     found = places(model, linears)
     if kind == "magnitude":
-        return [(place, np.ones(place.readers[0].in_features, np.float32)) for place in found]
+        return [(place, np.ones(place.inputs, np.float32)) for place in found]
     return [(place, norms(place)) for place in found]
 
 
@@ -138,7 +117,7 @@ def fisher_scores(
 
 
 @contextmanager
-def _at(found: list[Place], see: Callable[[int, torch.Tensor], torch.Tensor]) -> Iterator[None]:
+def _at(found: list[Reader], see: Callable[[int, torch.Tensor], torch.Tensor]) -> Iterator[None]:
     """Give every place what ``see(number, values)`` returns in place of its values."""
 
     def hook(index: int) -> Callable[..., Any]:
@@ -150,7 +129,7 @@ def _at(found: list[Place], see: Callable[[int, torch.Tensor], torch.Tensor]) ->
         return changed
 
     handles = [
-        place.hooked.register_forward_pre_hook(hook(index), with_kwargs=True) for index, place in enumerate(found)
+        place.module.register_forward_pre_hook(hook(index), with_kwargs=True) for index, place in enumerate(found)
     ]
     try:
         yield
@@ -169,12 +148,12 @@ def with_thresholds(layers: list[LayerPlan], scores: Scores, level: float, ramp:
     return _placed(layers, values, ramp)
 
 
-def _placed(layers: list[LayerPlan], values: list[tuple[Place, np.ndarray]], ramp: float) -> list[LayerPlan]:
+def _placed(layers: list[LayerPlan], values: list[tuple[Reader, np.ndarray]], ramp: float) -> list[LayerPlan]:
     """Return the layers with these thresholds, of a size that plans hold."""
     made: list[dict[str, np.ndarray | None]] = [{} for _ in layers]
     for place, value in values:
         limited = np.clip(value, SMALLEST_THRESHOLD, 1e30).astype(np.float32)
-        made[place.layer][f"{place.name}_threshold"] = limited
+        made[place.layer][place.threshold] = limited
     return [layer.with_thresholds(found, ramp) for layer, found in zip(layers, made, strict=True)]
 
 
@@ -182,7 +161,7 @@ def _placed(layers: list[LayerPlan], values: list[tuple[Place, np.ndarray]], ram
 class Ladder:
     """Of one place: scores, and the quantiles 0, 1/1000, ... 1 of score * |value| of its values."""
 
-    place: Place
+    place: Reader
     score: np.ndarray
     steps: np.ndarray
 
@@ -190,6 +169,7 @@ class Ladder:
 @torch.no_grad()
 def ladders(model: PreTrainedModel, scores: Scores, token_windows: np.ndarray) -> list[Ladder]:
     """Measure how large the values of every place are on windows int64 [N, L]."""
+    found = [place for place, _ in scores]
     every = max(1, token_windows.size // _ROWS)
     rows: list[list[torch.Tensor]] = [[] for _ in scores]
 
@@ -197,9 +177,11 @@ def ladders(model: PreTrainedModel, scores: Scores, token_windows: np.ndarray) -
         rows[index].append(values.flatten(0, -2)[::every].float().cpu())
         return values
 
-    with _at([place for place, _ in scores], see):
+    with _at(found, see):
         for window in torch.from_numpy(token_windows).to(model.device):
-            model(input_ids=window[None], use_cache=False)
+            hidden = model.base_model(input_ids=window[None], use_cache=False).last_hidden_state
+            if found[-1].place == "head":  # its inputs alone: no logits are needed
+                see(len(found) - 1, hidden)
     quantiles = np.linspace(0, 1, 1001)
     return [
         Ladder(place, score, np.quantile(torch.cat(seen).abs().numpy() * score, quantiles))
@@ -300,6 +282,5 @@ def read_share(model: PreTrainedModel, layers: list[LayerPlan], token_windows: n
 def _counted(model: PreTrainedModel, token_windows: np.ndarray, width: int) -> float:
     """Return the share that the converted FFNs of a model read, of dense ones of ``width`` neurons."""
     with reads.counted(model) as counts:
-        for window in token_windows:
-            scoring.last_hidden_states(model, {"": window[None]}, batch_size=1)
+        scoring.last_hidden_states(model, {"": token_windows}, batch_size=1)
     return counts.share(width)

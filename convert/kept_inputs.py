@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -24,8 +24,7 @@ from moedge.convert.plan import RAMP, LayerPlan
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Place = Literal["qkv", "o", "head"]
-PLACES: tuple[Place, ...] = ("qkv", "o", "head")
+PLACES = ("qkv", "o", "head")
 """Outside FFNs: the inputs of attention, of its output projection, and of the model's output projection."""
 FLOAT32 = ("self_attn.qkv_threshold", "o_proj.o_threshold", "lm_head.head_threshold")
 """Buffers that stay in float32 whatever the model's dtype."""
@@ -86,7 +85,7 @@ class KeepsLarge(nn.Module):
 class KeepsInputs(KeepsLarge):
     """Mixin in front of a module's own class: its first argument, or ``hidden_states``, loses its small values."""
 
-    place: Place
+    place: str
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module on what is kept."""
@@ -98,7 +97,7 @@ class KeepsInputs(KeepsLarge):
 
     def keep_inputs(self, values: torch.Tensor) -> torch.Tensor:
         """Return inputs [..., K] without the small ones."""
-        return self.kept(self.place, values, getattr(self, f"{self.place}_threshold"))
+        return self.kept(self.place, values, self.thresholds()[self.place])
 
     def thresholds(self) -> dict[str, torch.Tensor]:
         """Return the thresholds [K] of the module's place."""
@@ -112,13 +111,21 @@ def _keeping(kind: type[nn.Module]) -> type[nn.Module]:
 
 @dataclass(frozen=True)
 class Reader:
-    """What reads the values of a place: the module that leaves small ones out, and how many weights each one costs."""
+    """What reads the values of a place, whose small ones may be left out."""
 
-    place: Place
+    place: str
+    """One of :data:`PLACES`, or ``x`` or ``h`` of an FFN (:func:`moedge.convert.gather.places`)."""
     layer: int
+    """Whose plan has the thresholds; of the output projection that is the last one."""
     module: nn.Module
+    """Its first argument, or ``hidden_states``, are the values."""
     linears: tuple[nn.Linear, ...]
-    """The products that read the values."""
+    """The products that read them."""
+
+    @property
+    def threshold(self) -> str:
+        """Name of the thresholds in a layer's plan and in the module."""
+        return f"{self.place}_threshold"
 
     @property
     def keeps(self) -> bool:
@@ -153,7 +160,7 @@ def readers(model: PreTrainedModel) -> list[Reader]:
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise MoEdgeError("The output projection is no linear layer, so its small inputs cannot be left out.")
-    return [*found, Reader("head", len(model.base_model.layers), head, (head,))]
+    return [*found, Reader("head", index, head, (head,))]
 
 
 def wanted(layers: list[LayerPlan]) -> list[dict[str, Any] | None]:
@@ -165,17 +172,26 @@ def wanted(layers: list[LayerPlan]) -> list[dict[str, Any] | None]:
     return specs
 
 
-def prepare(model: PreTrainedModel, specs: list[dict[str, Any] | None]) -> list[Reader]:
-    """Let the places that :func:`wanted` names leave small inputs out, by thresholds of 1 for now; return them.
+def apply(model: PreTrainedModel, layers: list[LayerPlan]) -> list[dict[str, Any] | None]:
+    """Let a dense model's places outside its FFNs leave out what the layers say; return :func:`wanted`.
+
+    Raises:
+        MoEdgeError: the model has no such place, or the plan was made for a model of another shape.
+    """
+    specs = wanted(layers)
+    prepare(model, specs)
+    set_thresholds(model, layers)
+    return specs
+
+
+def prepare(model: PreTrainedModel, specs: list[dict[str, Any] | None]) -> None:
+    """Let the places that :func:`wanted` names leave small inputs out, by thresholds of 1 for now.
 
     Raises:
         MoEdgeError: the model has no such place.
     """
-    if not any(specs):
-        return []
-    found = []
-    for reader in readers(model):
-        spec = specs[min(reader.layer, len(specs) - 1)]
+    for reader in readers(model) if any(specs) else ():
+        spec = specs[reader.layer]
         if spec is None or reader.place not in spec["places"]:
             continue
         module = reader.module
@@ -183,20 +199,16 @@ def prepare(model: PreTrainedModel, specs: list[dict[str, Any] | None]) -> list[
             module.__class__ = _keeping(type(module))  # type: ignore[arg-type]  # a class is hashable
         assert isinstance(module, KeepsInputs)
         module.place = reader.place
-        module._start_keeping(reader.layer, float(spec.get("ramp", RAMP)))
+        module._start_keeping(reader.layer + (reader.place == "head"), float(spec.get("ramp", RAMP)))
         ones = torch.ones(reader.inputs, dtype=torch.float32, device=reader.linears[0].weight.device)
-        module.register_buffer(f"{reader.place}_threshold", ones)
-        found.append(reader)
-    return found
+        module.register_buffer(reader.threshold, ones)
 
 
 def restore(model: PreTrainedModel) -> None:
     """Undo :func:`prepare`: every module outside the FFNs reads all of its inputs again."""
-    for reader in readers(model):
-        module = reader.module
-        if isinstance(module, KeepsInputs):
-            delattr(module, f"{reader.place}_threshold")
-            module.__class__ = type(module).__bases__[1]
+    for module in [part for part in model.modules() if isinstance(part, KeepsInputs)]:
+        delattr(module, f"{module.place}_threshold")
+        module.__class__ = type(module).__bases__[1]
 
 
 def set_thresholds(model: PreTrainedModel, layers: list[LayerPlan]) -> None:
@@ -205,10 +217,8 @@ def set_thresholds(model: PreTrainedModel, layers: list[LayerPlan]) -> None:
     Raises:
         MoEdgeError: the plan was made for a model of another shape.
     """
-    if not any(wanted(layers)):
-        return
-    for reader in readers(model):
-        value = layers[min(reader.layer, len(layers) - 1)].thresholds.get(f"{reader.place}_threshold")
+    for reader in readers(model) if any(wanted(layers)) else ():
+        value = layers[reader.layer].thresholds.get(reader.threshold)
         if value is None:
             continue
         if len(value) != reader.inputs:
@@ -217,7 +227,7 @@ def set_thresholds(model: PreTrainedModel, layers: list[LayerPlan]) -> None:
                 f"{reader.inputs} values; convert again."
             )
         device = reader.linears[0].weight.device
-        setattr(reader.module, f"{reader.place}_threshold", torch.from_numpy(value).to(device, copy=True))
+        setattr(reader.module, reader.threshold, torch.from_numpy(value).to(device, copy=True))
 
 
 def keep_for_head(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:

@@ -87,9 +87,7 @@ def apply(plan: MoEPlan, model: PreTrainedModel) -> PreTrainedModel:
         model.set_submodule(block.name, build(block, plan.layers[block.index]))
     del block
     gc.collect()
-    kept = kept_inputs.wanted(plan.layers)
-    kept_inputs.prepare(model, kept)
-    kept_inputs.set_thresholds(model, plan.layers)
+    kept = kept_inputs.apply(model, plan.layers)
     if nested:  # names of the hub's files for the parent's experts; these tensors are others
         model.__dict__.pop("_weight_conversions", None)
     dense = model.config

@@ -81,17 +81,14 @@ def swapped(model: PreTrainedModel, plan: MoEPlan) -> Iterator[PreTrainedModel]:
 @contextmanager
 def in_place(model: PreTrainedModel, layers: list[LayerPlan]) -> Iterator[None]:
     """Run a block with some layers' FFNs and thresholds in a dense model; what was there comes back afterwards."""
-    blocks, kept = adapters.ffns(model), kept_inputs.wanted(layers)
+    blocks = adapters.ffns(model)
     try:
         for block, layer in zip(blocks, layers, strict=True):
             model.set_submodule(block.name, modeling.build_ffn(block, layer))
-        if any(kept):
-            kept_inputs.prepare(model, kept)
-            kept_inputs.set_thresholds(model, layers)
+        kept_inputs.apply(model, layers)
         yield
     finally:
-        if any(kept):
-            kept_inputs.restore(model)
+        kept_inputs.restore(model)
         for block in blocks:
             model.set_submodule(block.name, block.module)
 

@@ -326,7 +326,7 @@ def test_fisher_scores_are_the_gradients_that_autograd_gives(tiny_llama: Any) ->
             del block.module.forward
         for index, grad in enumerate(grads):
             squares[index // 2][index % 2] += grad.double().square().sum(0)
-    assert [(place.layer, place.name) for place, _ in got] == [(0, "x"), (0, "h"), (1, "x"), (1, "h")]
+    assert [(place.layer, place.place) for place, _ in got] == [(0, "x"), (0, "h"), (1, "x"), (1, "h")]
     for (_, score), square in zip(got, [one for pair in squares for one in pair], strict=True):
         np.testing.assert_allclose(score, (square / 60).sqrt().numpy(), rtol=1e-3)
 
@@ -335,18 +335,18 @@ def test_fisher_scores_are_the_gradients_that_autograd_gives(tiny_llama: Any) ->
 def test_one_level_decides_by_loss_over_weights_read(tiny_llama: Any, linears: Any) -> None:
     generator, model = np.random.default_rng(0), tiny_llama()
     places = gather.places(model, linears)
-    scores = [(place, generator.random(place.readers[0].in_features).astype(np.float32)) for place in places]
+    scores = [(place, generator.random(place.inputs).astype(np.float32)) for place in places]
     read_by = {"x": 2 * 64, "h": 32, "qkv": 32 + 2 * 16, "o": 32, "head": 260}
     scores[0][1][3] = 0.0  # nobody reads it
     every = [LayerPlan(np.arange(64, dtype=np.int32), [], 0)] * 2
     layers = gather.with_thresholds(every, scores, 0.01, 0.1)
     for place, score in scores:
-        whole, value = score > 0, layers[place.layer].thresholds[f"{place.name}_threshold"]
-        np.testing.assert_allclose((score * value)[whole] ** 2 / read_by[place.name], 1e-4, rtol=1e-5)
+        whole, value = score > 0, layers[place.layer].thresholds[place.threshold]
+        np.testing.assert_allclose((score * value)[whole] ** 2 / read_by[place.place], 1e-4, rtol=1e-5)
     for layer in layers:
         layer.validate(64, "x", 32)
     place = scores[0][0]
-    assert layers[0].thresholds[f"{place.name}_threshold"][3] == np.float32(1e30)
+    assert layers[0].thresholds[place.threshold][3] == np.float32(1e30)
     expected = {"x", "h"} | ({"qkv", "o"} if linears == "all" else set())
     assert set(layers[0].thresholds) == {f"{name}_threshold" for name in expected}
     assert ("head_threshold" in layers[1].thresholds) == (linears == "all")
