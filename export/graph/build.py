@@ -37,6 +37,15 @@ class Builder:
         self.graph.register_initializer(value)
         return value
 
+    def lazy(self, name: str, shape: Sequence[int], dtype: ir.DataType, make: Callable[[], np.ndarray]) -> ir.Value:
+        """Add a weight whose array is made when it is written, one at a time; return its value."""
+        tensor = ir.LazyTensor(
+            lambda: ir.tensor(np.ascontiguousarray(make()), name=name), dtype=dtype, shape=ir.Shape(shape), name=name
+        )
+        value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=tensor)
+        self.graph.register_initializer(value)
+        return value
+
     def node(
         self,
         op_type: str,

@@ -86,6 +86,15 @@ def _gate_and_up(product: ir.Node) -> tuple[Product, Product] | None:
     return None
 
 
+def columns(builder: Builder, rows: ir.Value, ids: ir.Value) -> ir.Value:
+    """Return float32 [B, S, K] of tokens ids int64 [B, S]: the columns of rows [K, V], a turned embedding."""
+    picked = builder.node("Gather", [rows, ids], attributes={"axis": 1})  # [K, B, S]
+    found: ir.Value = builder.node("Transpose", [picked], attributes={"perm": [1, 2, 0]})
+    for value in (picked, found):
+        value.type = ir.TensorType(ir.DataType.FLOAT)
+    return found
+
+
 def joined_bias(builder: Builder, group: Sequence[Product]) -> ir.Value | None:
     """Return the biases of products side by side, zeros where one has none; None where none has."""
     if all(product.bias is None for product in group):

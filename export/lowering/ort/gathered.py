@@ -134,7 +134,7 @@ class FuseGather:
             def floats() -> np.ndarray:
                 return pack.pack_floats(np.concatenate([product.rows() for product in group])).weights
 
-            return [lazy(builder, f"{joined}.rows", shape, np.dtype(np.float32), floats), None]
+            return [builder.lazy(f"{joined}.rows", shape, ir.DataType.FLOAT, floats), None]
         parts = [self.packed[name] for name in names]
         return stored_integers(builder, joined, pack.pack(parts[0].rows(*parts[1:]), self.half_scales))
 
@@ -185,16 +185,3 @@ def _replace(
         for output, piece in zip(outputs, pieces, strict=True):
             builder.replace_output(output, piece)
     return Block(names, inputs=(str(x.name),))
-
-
-def lazy(
-    builder: Builder, name: str, shape: tuple[int, ...], dtype: np.dtype, make: Callable[[], np.ndarray]
-) -> ir.Value:
-    """Return an initializer whose array is made when it is written, one at a time."""
-    kind = ir.DataType.from_numpy(dtype)
-    tensor = ir.LazyTensor(
-        lambda: ir.tensor(np.ascontiguousarray(make()), name=name), dtype=kind, shape=ir.Shape(shape), name=name
-    )
-    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(kind), const_value=tensor)
-    builder.graph.register_initializer(value)
-    return value

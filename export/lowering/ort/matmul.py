@@ -105,13 +105,9 @@ def _merge(model: ir.Model, group: list[ir.Node], name: str) -> None:
     parts = [_columns(node) for node in group]
     builder = Builder(model, before=group[0])
     # Lazy: the merged matrix exists when it is written to disk, one group at a time, not for the whole model at once.
-    shape = ir.Shape((parts[0].shape[0], sum(part.shape[1] for part in parts)))
+    shape = (parts[0].shape[0], sum(part.shape[1] for part in parts))
     dtype = ir.DataType.from_numpy(parts[0].dtype)
-    tensor = ir.LazyTensor(
-        lambda: ir.tensor(np.concatenate(parts, axis=1), name=name), dtype=dtype, shape=shape, name=name
-    )
-    weight = ir.Value(name=name, shape=shape, type=ir.TensorType(dtype), const_value=tensor)
-    model.graph.register_initializer(weight)
+    weight = builder.lazy(name, shape, dtype, lambda: np.concatenate(parts, axis=1))
     sizes = builder.initializer(f"{name}.sizes", np.array([part.shape[1] for part in parts], np.int64))
     product = builder.node("MatMul", [group[0].inputs[0], weight])
     pieces = builder.node("Split", [product, sizes], outputs=len(group), attributes={"axis": -1})

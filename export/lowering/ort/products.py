@@ -127,14 +127,7 @@ def _matrix(builder: Builder, stack: ir.Value | None, expert: int) -> ir.Value:
     source, name = stack.const_value, matrix_name(str(stack.name), expert)
     _, rows, columns = sizes(stack.const_value)
 
-    def matrix() -> ir.TensorProtocol:
-        return ir.tensor(np.ascontiguousarray(source.numpy()[expert].T), name=name)
-
-    shape = ir.Shape((columns, rows))
-    tensor = ir.LazyTensor(matrix, dtype=source.dtype, shape=shape, name=name)
-    value = ir.Value(name=name, shape=shape, type=ir.TensorType(source.dtype), const_value=tensor)
-    builder.graph.register_initializer(value)
-    return value
+    return builder.lazy(name, (columns, rows), source.dtype, lambda: source.numpy()[expert].T)
 
 
 def _compensation(builder: Builder, chosen: ir.Value, compensation: ir.Value, experts: int) -> ir.Value:

@@ -28,7 +28,7 @@ from moedge.export.graph.nodes import (
     routed_directly,
 )
 from moedge.export.lowering.ort import moe as ort_moe
-from moedge.export.lowering.ort.gathered import bits_of, lazy, refusal, stored_integers
+from moedge.export.lowering.ort.gathered import bits_of, refusal, stored_integers
 from moedge.export.lowering.rule import Applied, ends
 from moedge.export.manifest import PackedPlace, Tap
 from moedge.export.ort_ops import library, pack
@@ -124,7 +124,7 @@ class FuseRouted:
             def floats() -> np.ndarray:
                 return pack.pack_floats(np.concatenate([array_of(value) for value in group], axis=1)).weights
 
-            return [lazy(builder, f"{joined}.rows", (experts, inputs, total), np.dtype(np.float32), floats), None]
+            return [builder.lazy(f"{joined}.rows", (experts, inputs, total), ir.DataType.FLOAT, floats), None]
         made = pack.pack(_joined([self.packed[name] for name in names]), self.half_scales, interleaved)
         return stored_integers(builder, joined, made)
 

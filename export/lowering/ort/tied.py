@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from moedge.export.graph.build import Builder, constant_of, remove_unused, required, sizes
+from moedge.export.graph.gathered import columns
 from moedge.export.graph.weights import is_embedding
 from moedge.export.lowering.rule import Applied, Block
 from moedge.export.manifest import PackedPlace
@@ -65,10 +66,7 @@ class LookUpColumns:
 
 
 def _floats(builder: Builder, place: PackedPlace, ids: ir.Value) -> ir.Value:
-    rows = builder.graph.initializers[f"{place.tensor}.rows"]
-    columns = builder.node("Gather", [rows, ids], attributes={"axis": 1})  # [H, B, S]
-    found: ir.Value = builder.node("Transpose", [columns], attributes={"perm": [1, 2, 0]})
-    return found
+    return columns(builder, builder.graph.initializers[f"{place.tensor}.rows"], ids)
 
 
 def _integers(builder: Builder, place: PackedPlace, ids: ir.Value) -> ir.Value:
@@ -97,8 +95,8 @@ def _integers(builder: Builder, place: PackedPlace, ids: ir.Value) -> ir.Value:
     return found
 
 
-def positions(columns: int) -> np.ndarray:
-    """Return the byte of a stored row of 8 bits at which each column lies, int32 [columns]."""
-    column = np.arange(columns)
+def positions(count: int) -> np.ndarray:
+    """Return the byte of a stored row of 8 bits at which each column lies, int32 [count]."""
+    column = np.arange(count)
     line, (i, lane, e) = column // pack.LINE, np.unravel_index(column % pack.LINE, (4, 4, 4))
     return (line * pack.LINE + 16 * lane + 4 * i + e).astype(np.int32)

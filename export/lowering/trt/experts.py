@@ -227,12 +227,9 @@ def _lazy(builder: Builder, source: ir.Value, shape: tuple[int, ...], turn: bool
     if existing is not None:
         return existing
 
-    def make() -> ir.TensorProtocol:
+    def make() -> np.ndarray:
         array = array_of(source)
-        return ir.tensor(np.ascontiguousarray((array.transpose(0, 2, 1) if turn else array).reshape(shape)), name=name)
+        return (array.transpose(0, 2, 1) if turn else array).reshape(shape)
 
     assert source.dtype is not None
-    tensor = ir.LazyTensor(make, dtype=source.dtype, shape=ir.Shape(shape), name=name)
-    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(source.dtype), const_value=tensor)
-    builder.graph.register_initializer(value)
-    return value
+    return builder.lazy(name, shape, source.dtype, make)

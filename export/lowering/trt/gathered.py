@@ -22,7 +22,7 @@ import onnx_ir as ir
 from moedge.export.functions import DOMAIN
 from moedge.export.graph import weights
 from moedge.export.graph.build import Builder, array_of, constant_of, remove_unused, required
-from moedge.export.graph.gathered import GatheredFFN, Product
+from moedge.export.graph.gathered import GatheredFFN, Product, columns
 from moedge.export.graph.nodes import nodes_of
 from moedge.export.lowering import gather
 from moedge.export.lowering.rule import Applied, Block
@@ -125,12 +125,9 @@ def _looked_up(graph: ir.Model, product: Product) -> list[str]:
         if product.weight.layout == "KN" or not weights.is_embedding(use.node):
             continue
         builder, output = Builder(graph, before=use.node), use.node.outputs[0]
-        columns = builder.node("Gather", [_by_channel(builder, product), use.node.inputs[1]], attributes={"axis": 1})
-        rows: ir.Value = builder.node("Transpose", [columns], attributes={"perm": [1, 2, 0]})
-        for value in (columns, rows):
-            value.type = ir.TensorType(ir.DataType.FLOAT)
-        builder.replace_output(output, rows)
-        made.append(str(rows.name))
+        found = columns(builder, _by_channel(builder, product), required(use.node.inputs[1]))
+        builder.replace_output(output, found)
+        made.append(str(found.name))
     return made
 
 
@@ -151,15 +148,8 @@ def _by_channel(builder: Builder, product: Product) -> ir.Value:
     existing = builder.graph.initializers.get(name)
     if existing is not None:
         return existing
-    source, shape = product.value, ir.Shape([product.weight.columns, product.weight.rows])
-
-    def make() -> ir.TensorProtocol:
-        return ir.tensor(np.ascontiguousarray(array_of(source).T), name=name)
-
-    tensor = ir.LazyTensor(make, dtype=ir.DataType.FLOAT, shape=shape, name=name)
-    value = ir.Value(name=name, shape=shape, type=ir.TensorType(ir.DataType.FLOAT), const_value=tensor)
-    builder.graph.register_initializer(value)
-    return value
+    shape = (product.weight.columns, product.weight.rows)
+    return builder.lazy(name, shape, ir.DataType.FLOAT, lambda: array_of(product.value).T)
 
 
 def _limits(builder: Builder, keep: ir.Node) -> ir.Value:
