@@ -16,42 +16,20 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moedge.convert import ops
 from moedge.convert.ops.gather import kept
 from moedge.convert.ops.gathered import limits_of
 from moedge.convert.plan import SMALLEST_THRESHOLD
+from moedge.tests.export.kernels.bounds import DTYPES, gamma, many, random, rounding, within
 
 pytest.importorskip("triton")  # Linux only
 
-U = 2.0**-24
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SKIP = ("gemv", "gemm16")
 """Paths that skip rows."""
 NAN = float("nan")
-
-
-def gamma(n: int) -> float:
-    return n * U / (1 - n * U)
-
-
-def rounding(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Half a unit in the last place of y in ``dtype``, subnormals included."""
-    info = torch.finfo(dtype)
-    return y.abs() * (info.eps / 2) + info.smallest_normal * info.eps / 2
-
-
-def within(actual: torch.Tensor, expected: torch.Tensor, bound: torch.Tensor) -> None:
-    actual = actual.double().cpu()
-    assert actual.isfinite().all()
-    worst = ((actual - expected).abs() / bound).max()
-    assert worst <= 1, f"{worst:.3g} times the bound"
-
-
-def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32, size: float = 1.0) -> torch.Tensor:
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * size).to(dtype)
 
 
 def left_out(tokens: int, inputs: int, keep: float, dtype: torch.dtype) -> torch.Tensor:
@@ -297,13 +275,6 @@ def test_a_launch_that_no_kernel_has_is_refused() -> None:
 
 # ---- the whole grid
 
-many = settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    print_blob=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
 PATHS = st.sampled_from(("gemv", "gemm16", "gemm64", "gemm128"))
 KEEP = st.sampled_from((0.0, 0.05, 0.5, 1.0))
 
