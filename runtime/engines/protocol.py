@@ -140,14 +140,12 @@ class ReplayEngine(Protocol):
         ...
 
 
-class LayerEngine(Protocol):
+class LayerEngine(ReplayEngine, Protocol):
     """An engine, opened with ``layers="given"``, whose every part computes alone, from values that it is given.
 
     ``Step.layers`` then holds what each part made of what it was given: its own error, without those of the parts
     before it. ``layers="shown"`` gives :meth:`cached` and ``Step.layers`` of an ordinary run.
     """
-
-    info: EngineInfo
 
     def prefill(
         self,
@@ -165,14 +163,6 @@ class LayerEngine(Protocol):
         """
         ...
 
-    def decode(self, ids: np.ndarray, cache: Any) -> Step:
-        """As :meth:`Engine.decode`."""
-        ...
-
     def cached(self, cache: Any) -> dict[int, tuple[np.ndarray, np.ndarray]]:
         """Return by layer the keys and the values that a cache holds, float32 [B, G, T, D]; it is not used up."""
-        ...
-
-    def close(self) -> None:
-        """Free the runtime's memory."""
         ...

@@ -42,7 +42,7 @@ from moedge.export.manifest import EngineManifest, Manifest
 from moedge.runtime.engines import Engine, open_engine
 from moedge.runtime.parity import alone, shortened, verdict
 from moedge.runtime.parity.compare import json_ready, measured, same_vocabulary, steps
-from moedge.runtime.parity.metrics import Cursor, RouteAgreement, TokenErrors
+from moedge.runtime.parity.metrics import Cursor, RouteAgreement, TokenErrors, mean
 from moedge.runtime.parity.reference import Reference, identity_of, load
 from moedge.runtime.parity.results import KeptReferenceFacts, Parity, ParityEntry, Verification
 from moedge.runtime.parity.suite import FREE, SCHEMA, finished, graph_dtype
@@ -170,9 +170,9 @@ def _entry(
         "bytes": reference.path.stat().st_size,
         "largest": int(reference.answers.tokens.shape[1]),
         "judged_tokens": sum(tokens.tokens for tokens in run.steady.values()),
-        "probability_left": _mean(tails[:, 0]),
-        "known_kl": result["overall"]["kl_ref_test"]["mean"] - _mean(tails[:, 1]),
-        "hidden_kl": _mean(tails[:, 1]),
+        "probability_left": mean(tails[:, 0]),
+        "known_kl": result["overall"]["kl_ref_test"]["mean"] - mean(tails[:, 1]),
+        "hidden_kl": mean(tails[:, 1]),
     }
     result["kept_reference"] = facts
     found, notes = _judged(result, run, limits, reason)
@@ -180,10 +180,6 @@ def _entry(
         facts["judged_tokens"] = 0
     result["verdict"] = found.as_json([*notes, *verdict.explain(result, found, limits)])
     return json_ready(result)
-
-
-def _mean(values: np.ndarray) -> float:
-    return float(values.mean()) if len(values) else float("nan")
 
 
 def _judged(result: Parity, run: _Run, limits: Profile, reason: str) -> tuple[Verdict, list[str]]:
@@ -234,9 +230,9 @@ def _undecided(
     """Do not decide a mean KL that is beyond its limit only by what the kept logits may hide."""
     open_ones = set()
     for phase, tokens in phases.items():
-        hidden = _mean(np.concatenate(tails[phase])[:, 1]) if phase in tails else 0.0
+        hidden = mean(np.concatenate(tails[phase])[:, 1]) if phase in tails else 0.0
         for name, column in (("kl_ref_test", "kl"), ("kl_test_ref", "kl_back")):
             parts = tokens.columns[column]
-            if parts and _mean(np.concatenate(parts)) - hidden <= limits.mean_kl:
+            if parts and mean(np.concatenate(parts)) - hidden <= limits.mean_kl:
                 open_ones |= {f"{phase}.{name}.mean", f"text.{phase}.{name}.mean"}
     return found.undecided(open_ones)

@@ -11,7 +11,7 @@ from moedge.configs.tolerances import Profile
 from moedge.runtime.engines import Step
 from moedge.runtime.engines.ort import OrtEngine
 from moedge.runtime.parity import shortened
-from moedge.runtime.parity.metrics import RouterChoices, TokenErrors, same_sets
+from moedge.runtime.parity.metrics import RouterChoices, TokenErrors, distance, mean, same_sets
 from moedge.runtime.parity.reference import Probe, Reference, probing
 from moedge.runtime.parity.results import LayersFacts
 from moedge.runtime.parity.verdict import Check
@@ -50,7 +50,7 @@ class Alone:
             cache = step.cache
             same = found._routed(probe, step, rows)
             shown = [stream[0] for stream in step.streams or ()]
-            found.embedding.append(_relative(shown[0], streams[0]))
+            found.embedding.append(distance(streams[0], shown[0]))
             for layer in range(layers):
                 error = _layer_error(shown[layer + 1], streams[layer + 1], streams[layer])
                 found.errors[phase][layer].append(error[same[layer]] if layer in same else error)
@@ -74,8 +74,8 @@ class Alone:
         layers = {}
         for layer, (one, two) in enumerate(zip(*by_phase.values(), strict=True)):
             layers[str(layer)] = {
-                "prefill": _mean(one),
-                "decode": _mean(two),
+                "prefill": mean(one),
+                "decode": mean(two),
                 "max": float(np.max(np.append(one, two), initial=0.0)),
             }
             if layer in self.changed:
@@ -86,7 +86,7 @@ class Alone:
             "LayersFacts",
             {
                 "tokens": self.head.tokens,
-                "embedding_rel_error": _mean(np.concatenate(self.embedding)),
+                "embedding_rel_error": mean(np.concatenate(self.embedding)),
                 "layers": layers,
                 "worst_layer": None if last is None else int(last),
                 "worst_rel_error": float("nan") if last is None else float(worst[last]),
@@ -96,13 +96,6 @@ class Alone:
         )
 
 
-def _relative(shown: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """|a - b| / |a| [T] of streams float32 [T, H]."""
-    norms = np.maximum(np.linalg.norm(right.astype(np.float64), axis=1), np.finfo(np.float64).tiny)
-    found: np.ndarray = np.linalg.norm(shown.astype(np.float64) - right, axis=1) / norms
-    return found
-
-
 def _layer_error(shown: np.ndarray, right: np.ndarray, before: np.ndarray) -> np.ndarray:
     """|a - b| [T] of what a layer adds to streams [T, H], of the size of what the reference's layer adds."""
     wide = right.astype(np.float64)
@@ -110,10 +103,6 @@ def _layer_error(shown: np.ndarray, right: np.ndarray, before: np.ndarray) -> np
     size = np.maximum(np.maximum(added, least), np.finfo(np.float64).tiny)
     found: np.ndarray = np.linalg.norm(shown.astype(np.float64) - wide, axis=1) / size
     return found
-
-
-def _mean(values: np.ndarray) -> float:
-    return float(values.mean()) if len(values) else float("nan")
 
 
 def parts(layers: LayersFacts, limits: Profile, *, routed: bool) -> dict[str, tuple[Check, ...]]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from moedge import MoEdgeError
 from moedge.export.manifest import GatherPlace
+from moedge.runtime.parity.metrics import distance
 from moedge.runtime.parity.results import KeptFacts
 
 _ROUNDING = 8 * 2.0**-24
@@ -58,9 +59,7 @@ class KeptChoices:
             changed = (factor > 0) != (own[place] > 0)
             counted = [shown.size, (factor > 0).sum(), wrong.sum(), changed.sum()]
             self.counts[place] = self.counts.get(place, np.zeros(4, dtype=np.int64)) + np.array(counted)
-            wide = a.astype(np.float64)
-            norms = np.maximum(np.linalg.norm(wide, axis=1), np.finfo(np.float64).tiny)
-            self.errors.setdefault(place, []).append(np.linalg.norm(wide - shown, axis=1) / norms)
+            self.errors.setdefault(place, []).append(distance(a, shown))
 
     def summary(self) -> KeptFacts:
         """How many values were rightly kept or left out, and how near the values are to the reference's."""

@@ -91,11 +91,7 @@ class TokenErrors:
         self, a32: np.ndarray, b32: np.ndarray, targets: np.ndarray, changed: np.ndarray, window: int, first: int
     ) -> None:
         good = np.isfinite(a32).all(1) & np.isfinite(b32).all(1)
-        # Kernels that fail silently return zeros: a flat row is a fault even where its error happens to be small.
-        flat = good & (b32.max(1) == b32.min(1))
-        self.broken += [(window, first + int(row)) for row in np.flatnonzero(~good | flat)]
-        positions = first + np.flatnonzero(good)
-        self.count(len(targets), non_finite=int((~good).sum()), constant=int(flat.sum()))
+        positions = self.count(good, b32, (window, first))
         if not good.all():
             a32, b32, targets, changed = a32[good], b32[good], targets[good], changed[good]
         if not len(targets):
@@ -134,11 +130,24 @@ class TokenErrors:
         }
         self.append(values)
 
-    def count(self, tokens: int, *, non_finite: int, constant: int) -> None:
-        """Count tokens, and of them those with logits that are no finite numbers, or with equal ones in the test."""
-        self.tokens += tokens
-        self.non_finite += non_finite
-        self.constant += constant
+    def count(self, good: np.ndarray, test: np.ndarray, at: At) -> np.ndarray:
+        """Count tokens, and of them those with logits that are no finite numbers, or with equal ones in the test.
+
+        Args:
+            good: bool [T], all logits of the reference and the test are finite. test: float32 [T, V]. at: of the first.
+
+        Returns:
+            Positions of the good ones.
+        """
+        # Kernels that fail silently return zeros: a flat row is a fault even where its error happens to be small.
+        flat = good & (test.max(1) == test.min(1))
+        window, first = at
+        self.tokens += len(good)
+        self.non_finite += int((~good).sum())
+        self.constant += int(flat.sum())
+        self.broken += [(window, first + int(row)) for row in np.flatnonzero(~good | flat)]
+        found: np.ndarray = first + np.flatnonzero(good)
+        return found
 
     def append(self, values: Mapping[str, np.ndarray]) -> None:
         """Take the columns float64 [n] of n tokens whose logits are finite."""
@@ -207,7 +216,7 @@ class TokenErrors:
         """The phase as plain numbers; NaN where nothing could be measured."""
         v = {name: np.concatenate(parts) if parts else np.zeros(0) for name, parts in self.columns.items()}
         known = ~np.isnan(v["nll"])
-        nll = [_mean(v[name][known]) for name in ("nll", "nll_test")]
+        nll = [mean(v[name][known]) for name in ("nll", "nll_test")]
         same = v["changed"] == 0
         margin = self.margin * np.minimum(1.0, v["scale"] / self.scale)
         moved = _distribution(v["nll_test"][known] - v["nll"][known])
@@ -215,17 +224,17 @@ class TokenErrors:
             "tokens": self.tokens,
             "non_finite": self.non_finite,
             "constant": self.constant,
-            "abs_error": {"max": _max(v["abs_max"]), "mean": _mean(v["abs_mean"])},
+            "abs_error": {"max": _max(v["abs_max"]), "mean": mean(v["abs_mean"])},
             "rel_error": cast(
                 "Distribution",
-                {"mean": _mean(v["rel"]), **percentiles(v["rel"], _PERCENTILES), "max": _max(v["rel"])},
+                {"mean": mean(v["rel"]), **percentiles(v["rel"], _PERCENTILES), "max": _max(v["rel"])},
             ),
-            "cosine": {"mean": _mean(v["cosine"]), "min": -_max(-v["cosine"])},
+            "cosine": {"mean": mean(v["cosine"]), "min": -_max(-v["cosine"])},
             "kl_ref_test": _distribution(v["kl"]),
             "kl_test_ref": _distribution(v["kl_back"]),
             "same_choices": {  # tokens for which every layer chose the same experts; not judged, but explains
                 "tokens": int(same.sum()),
-                "rel_error_mean": _mean(v["rel"][same]),
+                "rel_error_mean": mean(v["rel"][same]),
                 "kl_max": _max(v["kl"][same]),
                 "cosine_min": -_max(-v["cosine"][same]),
             },
@@ -253,6 +262,14 @@ def log_sum_exp(x: np.ndarray) -> np.ndarray:
     return found
 
 
+def distance(reference: np.ndarray, test: np.ndarray) -> np.ndarray:
+    """|a - b| / |a| float64 [T] of float32 [T, H], a of the reference."""
+    a = reference.astype(np.float64)
+    norms = np.maximum(np.linalg.norm(a, axis=1), np.finfo(np.float64).tiny)
+    found: np.ndarray = np.linalg.norm(a - test, axis=1) / norms
+    return found
+
+
 def best(x: np.ndarray, k: int) -> np.ndarray:
     """Indices [T, k] of the k largest of each row, by decreasing value."""
     chosen = np.argpartition(x, x.shape[1] - k, axis=1)[:, -k:]
@@ -260,7 +277,8 @@ def best(x: np.ndarray, k: int) -> np.ndarray:
     return np.take_along_axis(chosen, order, 1)
 
 
-def _mean(values: np.ndarray) -> float:
+def mean(values: np.ndarray) -> float:
+    """Mean of numbers [n]; NaN of none."""
     return float(values.mean()) if len(values) else float("nan")
 
 
@@ -270,19 +288,19 @@ def _max(values: np.ndarray) -> float:
 
 def _distribution(values: np.ndarray) -> Distribution:
     error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else float("nan")
-    found = {"mean": _mean(values), "standard_error": error, **percentiles(values, _PERCENTILES), "max": _max(values)}
+    found = {"mean": mean(values), "standard_error": error, **percentiles(values, _PERCENTILES), "max": _max(values)}
     return cast("Distribution", found)
 
 
 def _agreement(same: np.ndarray, gap: np.ndarray, margin: np.ndarray) -> Agreement:
     clear = gap >= margin
     return {
-        "agreement": _mean(same[clear]),
+        "agreement": mean(same[clear]),
         "compared": int(clear.sum()),
         "disagreements": int((same[clear] == 0).sum()),
         "near_ties_excluded": int((~clear).sum()),
-        "near_tie_share": _mean((~clear).astype(np.float64)),
-        "agreement_with_near_ties": _mean(same),
+        "near_tie_share": mean((~clear).astype(np.float64)),
+        "agreement_with_near_ties": mean(same),
     }
 
 
@@ -388,24 +406,19 @@ class RouterChoices:
             chosen = routes[layer]
             if chosen.min() < 0 or chosen.max() >= scores.shape[1]:
                 raise MoEdgeError(f"Layer {layer} of the test engine names an expert that it does not have.")
-            taken = _taken(chosen, scores.shape[1])
-            wide = scores.astype(np.float64)
-            gap = np.where(taken, -np.inf, wide).max(1) - np.where(taken, wide, np.inf).min(1)
-            gap[(taken.sum(1) != chosen.shape[1]) | np.isnan(gap)] = np.inf
-            self.gaps.setdefault(layer, []).append(gap)
-            self.changed.setdefault(layer, []).append((taken != _best_taken(scores, chosen.shape[1])).any(1))
-            self.largest[layer] = max(self.largest.get(layer, 0.0), float(np.abs(wide).max()))
+            experts = taken(chosen, scores.shape[1])
+            self.gaps.setdefault(layer, []).append(gap(scores, chosen))
+            self.changed.setdefault(layer, []).append((experts != _best_taken(scores, chosen.shape[1])).any(1))
+            self.largest[layer] = max(self.largest.get(layer, 0.0), float(np.abs(scores).max()))
             if own is not None:
-                right = (taken == _best_taken(own[layer], chosen.shape[1])).all(1)
+                right = (experts == _best_taken(own[layer], chosen.shape[1])).all(1)
                 before = self.ordered or [0, 0]
                 self.ordered = [before[0] + len(right), before[1] + int(right.sum())]
 
     def add_inputs(self, reference: dict[int, np.ndarray] | None, test: dict[int, np.ndarray]) -> None:
         """Compare what the routers read, float32 [T, H] by layer, the reference under the engine's choices."""
         for layer, one in (reference or {}).items():
-            a = one.astype(np.float64)
-            norms = np.maximum(np.linalg.norm(a, axis=1), np.finfo(np.float64).tiny)
-            self.errors.setdefault(layer, []).append(np.linalg.norm(a - test[layer], axis=1) / norms)
+            self.errors.setdefault(layer, []).append(distance(one, test[layer]))
 
     def wrong(self) -> np.ndarray:
         """Count the layers with a wrong choice, int64 [T]: no tie by the reference's scores."""
@@ -429,7 +442,7 @@ class RouterChoices:
             }
             decisions, flips, wrong = decisions + len(beyond), flips + int(changed.sum()), wrong + int(beyond.sum())
         worst = min(layers, key=lambda layer: layers[layer]["agreement"])
-        errors = [_mean(np.concatenate(parts)) for parts in self.errors.values()]
+        errors = [mean(np.concatenate(parts)) for parts in self.errors.values()]
         return {
             "compared": True,
             "decisions": decisions,
@@ -444,13 +457,25 @@ class RouterChoices:
         }
 
 
-def _taken(chosen: np.ndarray, num_experts: int) -> np.ndarray:
+def taken(chosen: np.ndarray, num_experts: int) -> np.ndarray:
     """Experts [T, k] as bool [T, E]."""
-    taken = np.zeros((len(chosen), num_experts), dtype=bool)
-    np.put_along_axis(taken, chosen.astype(np.int64), True, axis=1)
-    return taken
+    found = np.zeros((len(chosen), num_experts), dtype=bool)
+    np.put_along_axis(found, chosen.astype(np.int64), True, axis=1)
+    return found
+
+
+def gap(scores: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """How much the best expert that was left out scores above the worst taken, float64 [T]; infinite: no choice of k.
+
+    Args:
+        scores: [T, E]. chosen: experts [T, k].
+    """
+    wide, experts = scores.astype(np.float64), taken(chosen, scores.shape[1])
+    found: np.ndarray = np.where(experts, -np.inf, wide).max(1) - np.where(experts, wide, np.inf).min(1)
+    found[(experts.sum(1) != chosen.shape[1]) | np.isnan(found)] = np.inf
+    return found
 
 
 def _best_taken(scores: np.ndarray, k: int) -> np.ndarray:
     """The k best of scores [T, E], ties to the lower index, as bool [T, E]."""
-    return _taken(np.argsort(-scores, axis=1, kind="stable")[:, :k], scores.shape[1])
+    return taken(np.argsort(-scores, axis=1, kind="stable")[:, :k], scores.shape[1])

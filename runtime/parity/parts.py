@@ -37,6 +37,7 @@ import numpy as np
 from moedge.configs.tolerances import Profile
 from moedge.export.graph.layers import LayerPoint, Spot
 from moedge.export.manifest import GatherPlace
+from moedge.runtime.parity.metrics import gap, taken
 from moedge.runtime.parity.results import PartName
 
 LOGITS_STD = 4.0
@@ -236,19 +237,10 @@ def _beside_others(parts: list[Part]) -> list[Part]:
 def _router(layer: int, scores: np.ndarray, shown: Shown, margin: float) -> Part:
     """How much better the best expert that was left out is than the worst taken, over the layer's largest score."""
     assert shown.routes is not None
-    chosen = shown.routes[layer].astype(np.int64)
-
-    def gap(ranked: np.ndarray) -> np.ndarray:
-        taken = np.zeros(ranked.shape, dtype=bool)
-        np.put_along_axis(taken, chosen, True, axis=1)
-        wide = ranked.astype(np.float64)
-        found: np.ndarray = np.where(taken, -np.inf, wide).max(1) - np.where(taken, wide, np.inf).min(1)
-        found[(taken.sum(1) != chosen.shape[1]) | np.isnan(found)] = np.inf
-        return found
-
-    values = np.maximum(gap(scores), 0.0) / max(float(np.abs(scores).max()), float(np.finfo(np.float32).tiny))
+    chosen = shown.routes[layer]
+    values = np.maximum(gap(scores, chosen), 0.0) / max(float(np.abs(scores).max()), float(np.finfo(np.float32).tiny))
     if shown.scores is not None:  # not even the best of its own scores: no rounding explains that
-        values = np.where(gap(shown.scores[layer]) > 0, np.maximum(values, 1.0), values)
+        values = np.where(gap(shown.scores[layer], chosen) > 0, np.maximum(values, 1.0), values)
     return Part(layer, "router", "the router's choice", values, Allowed(math.inf, math.inf, margin))
 
 
@@ -282,8 +274,7 @@ def responsible(routes: np.ndarray, departing: np.ndarray) -> list[int] | None:
     if departing.all() or not departing.any():
         return None
     count = int(routes.max()) + 1
-    chose = np.zeros((len(routes), count), dtype=bool)
-    np.put_along_axis(chose, routes.astype(np.int64), True, axis=1)
+    chose = taken(routes, count)
     share = (chose & departing[:, None]).sum(0) / np.maximum(chose.sum(0), 1)
     found: list[int] = []
     left = departing.copy()

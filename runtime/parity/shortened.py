@@ -147,10 +147,7 @@ def _add(
     first: int,
 ) -> np.ndarray:
     good = np.isfinite(kept.log_sum) & np.isfinite(b32).all(1)
-    flat = good & (b32.max(1) == b32.min(1))
-    errors.broken += [(window, first + int(row)) for row in np.flatnonzero(~good | flat)]
-    errors.count(len(good), non_finite=int((~good).sum()), constant=int(flat.sum()))
-    positions = first + np.flatnonzero(good)
+    positions = errors.count(good, b32, (window, first))
     kept, b32, targets, changed = kept.rows(good), b32[good], targets[good], changed[good]
     if not len(targets):
         return np.zeros((0, 2))

@@ -22,6 +22,7 @@ from moedge import MoEdgeError
 from moedge.configs.tolerances import Profile
 from moedge.export.graph.layers import place
 from moedge.runtime.engines import Engine, LayerEngine, ReplayEngine, Step
+from moedge.runtime.engines.steps import joined
 from moedge.runtime.parity import parts as _parts
 from moedge.runtime.parity import said, verdict
 from moedge.runtime.parity.parts import Allowed, Departure, Part, Shown
@@ -108,20 +109,21 @@ def _without_layers(again: Again, reason: str) -> Location:
 def _phase(again: Again) -> Fault | None:
     """Compare logits, in which all parts are, in both ways of reading the window; the reference takes the choices."""
     ids, prefill, length = again.window[None], again.prefill, len(again.window)
-    with closing(again.reference()) as reference, closing(again.test()) as test:
+    with closing(again.reference()) as opened, closing(again.test()) as test:
+        reference = cast("ReplayEngine", opened)
 
-        def departs(read_at_once: int, rows: slice) -> bool:
-            step = test.prefill(ids[:, :read_at_once])
-            shown = _joined([step, *_decode(test, ids, read_at_once, step)])
-            one = cast("ReplayEngine", reference).prefill(ids, **_choices(reference, shown))
+        def read(at_once: int) -> Part:
+            step = test.prefill(ids[:, :at_once])
+            shown = _joined([step, *_decode(test, ids, at_once, step)])
+            one = reference.prefill(ids, **_choices(reference, shown))
             values = _parts.relative_logits(one.logits[0], shown.logits)
-            return Part(None, "head", "the logits", values, Allowed.of(again.limits)).departs(rows) is not None
+            return Part(None, "head", "the logits", values, Allowed.of(again.limits))
 
-        first, later = slice(0, prefill), slice(prefill, length)
-        wrong = departs(prefill, first), departs(prefill, later)
-        if wrong == (False, True) and not departs(length, later):
+        as_it_did, later = read(prefill), slice(prefill, length)
+        wrong = as_it_did.departs(slice(0, prefill)) is not None, as_it_did.departs(later) is not None
+        if wrong == (False, True) and not read(length).departs(later):
             return "decode"
-        if wrong[0] and not departs(1, slice(1, length)):  # what follows read the cache of a wrong prefill
+        if wrong[0] and not read(1).departs(slice(1, length)):  # what follows read the cache of a wrong prefill
             return "prefill"
     return "prefill and decode" if any(wrong) else None
 
@@ -191,21 +193,21 @@ def _compared(again: Again, reference: LayerEngine, test: LayerEngine, prefill: 
     shown.cached = _joined_slots(_by_slot(behind), shown.held)
     own: dict[int, np.ndarray] = {}
     if "experts" in choices and shown.router_inputs:
-        own = cast("ReplayEngine", reference).scores(shown.router_inputs)
+        own = reference.scores(shown.router_inputs)
     return _Found(shown, alone, _parts.errors(shown, alone, again.limits, again.exact, own))
 
 
-def _choices(reference: Engine | LayerEngine, shown: Shown) -> dict[str, Any]:
+def _choices(reference: ReplayEngine, shown: Shown) -> dict[str, Any]:
     """What the reference is told to choose; nothing where the engine does not show it."""
     found: dict[str, Any] = {}
     if shown.routes and shown.router_inputs and reference.info.model.routed:
         found["experts"] = shown.routes
     if shown.left_out_of:
-        found["factors"] = cast("ReplayEngine", reference).factors(shown.left_out_of)
+        found["factors"] = reference.factors(shown.left_out_of)
     return found
 
 
-def _decode(engine: Engine | LayerEngine, ids: np.ndarray, prefill: int, step: Step) -> list[Step]:
+def _decode(engine: Engine, ids: np.ndarray, prefill: int, step: Step) -> list[Step]:
     """Decode what follows the prefill that gave ``step``."""
     steps = [step]
     for position in range(prefill, ids.shape[1]):
@@ -213,26 +215,17 @@ def _decode(engine: Engine | LayerEngine, ids: np.ndarray, prefill: int, step: S
     return steps[1:]
 
 
-Key = TypeVar("Key")
-
-
 def _joined(steps: list[Step]) -> Shown:
     """Put the steps of an engine one behind the other."""
-
-    def rows(found: list[dict[Key, np.ndarray] | None]) -> dict[Key, np.ndarray] | None:
-        there = [each for each in found if each is not None]
-        if len(there) != len(steps):
-            return None
-        return {key: np.concatenate([each[key] for each in there]) for key in there[0]}
-
-    layers = rows([step.layers for step in steps]) or {}
+    whole = joined(steps)
+    layers = whole.layers or {}
     return Shown(
-        logits=np.concatenate([step.logits[0] for step in steps]),
+        logits=whole.logits[0],
         layers={point: layers[point] for point in sorted(layers, key=place)},
-        routes=rows([step.routes for step in steps]),
-        router_inputs=rows([step.router_inputs for step in steps]),
-        scores=rows([step.scores for step in steps]),
-        left_out_of=rows([step.left_out_of for step in steps]),
+        routes=whole.routes,
+        router_inputs=whole.router_inputs,
+        scores=whole.scores,
+        left_out_of=whole.left_out_of,
     )
 
 

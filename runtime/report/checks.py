@@ -33,10 +33,13 @@ def rows(result: Verification) -> list[Row]:
         value, outcome = same["max_rel_error"], verdict.entry_outcome(same)
         found.append(Row(same["name"], "identity.max_rel_error", value, "<=", same["limit"], outcome))
     for entry in (*result["parity"], *result.get("shapes", []), *result.get("accuracy", [])):
-        for check in entry["verdict"]["checks"]:
-            values = (check["name"], check["value"], check["relation"], check["limit"], verdict.outcome_of(check))
-            found.append(Row(entry["name"], *values))
+        found += [_row(entry["name"], check) for check in entry["verdict"]["checks"]]
     return found
+
+
+def _row(comparison: str, check: CheckFacts) -> Row:
+    values = (check["name"], check["value"], check["relation"], check["limit"], verdict.outcome_of(check))
+    return Row(comparison, *values)
 
 
 def junit_xml(result: Verification, *, gate: bool = False) -> str:
@@ -70,25 +73,22 @@ def markdown(result: Verification) -> str:
     from moedge.runtime.report import environment
 
     template = environment(html=False).get_template("checks.md.j2")
+    every = rows(result)
     return template.render(
         result=result,
         verdict=mark(result["outcome"]).verdict,
         entries=[(entry, _worst_margin(entry)) for entry in result["parity"]],
         more=[*result.get("shapes", []), *result.get("accuracy", [])],
-        missed=[row for row in rows(result) if row.outcome is not verdict.Outcome.PASSED],
-        count=len(rows(result)),
+        missed=[row for row in every if row.outcome is not verdict.Outcome.PASSED],
+        count=len(every),
     )
 
 
 def _worst_margin(entry: ParityEntry) -> Row | None:
     """The check that is nearest to its limit, of those with a limit other than 0."""
-    own = [Row(entry["name"], *_values(check), verdict.outcome_of(check)) for check in entry["verdict"]["checks"]]
+    own = [_row(entry["name"], check) for check in entry["verdict"]["checks"]]
     shares = {row: share for row in own if (share := used(row)) is not None}
     return max(shares, key=lambda row: shares[row], default=None)
-
-
-def _values(check: CheckFacts) -> tuple[str, float | None, str, float]:
-    return check["name"], check["value"], check["relation"], check["limit"]
 
 
 def used(row: Row) -> float | None:
