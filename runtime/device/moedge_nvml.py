@@ -92,3 +92,11 @@ class Nvml:
     def close(self) -> None:
         """Let NVML go."""
         self._lib.nvmlShutdown()
+
+
+def found() -> Nvml | None:
+    """Open the GPU, or return None where there is none."""
+    try:
+        return Nvml()
+    except NoNvml:
+        return None

@@ -210,3 +210,36 @@ def open_source(*, gpu: bool, root: Path = ROOT) -> Source:
         except NotTold as error:
             said.append(str(error))
     raise NotTold("; ".join(reversed(said)))
+
+
+class Meter:
+    """The counter of one kind of engine (on the CPU, or on the GPU), or the reason why there is none."""
+
+    def __init__(self, *, gpu: bool, opener: Callable[..., Source] = open_source) -> None:
+        self.name: str | None = None
+        """Of the counter, also after it has stopped; None where there was none."""
+        self.reason: str | None = None
+        self._source: Source | None = None
+        try:
+            self._source = opener(gpu=gpu)
+        except NotTold as error:
+            self.reason = str(error)
+        else:
+            self.name = self._source.name
+
+    def joules(self) -> float | None:
+        """Joules until now; None where the machine does not tell (any more)."""
+        if self._source is None:
+            return None
+        try:
+            return self._source.joules()
+        except NotTold as error:
+            self.close()
+            self.reason = str(error)
+            return None
+
+    def close(self) -> None:
+        """Stop counting."""
+        if self._source is not None:
+            self._source.close()
+        self._source = None
