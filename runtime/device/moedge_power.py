@@ -34,7 +34,11 @@ class Source(Protocol):
     """What it counts, for people."""
 
     def joules(self) -> float:
-        """Joules since the source was opened."""
+        """Joules since the source was opened.
+
+        Raises:
+            NotTold: it has stopped.
+        """
         ...
 
     def close(self) -> None:
@@ -117,7 +121,9 @@ class Board:
     def joules(self) -> float:
         """Joules since the source was opened."""
         now = self._nvml.joules()
-        return (self._start if now is None else now) - self._start
+        if now is None:
+            raise NotTold("this GPU does not tell its energy any more")
+        return now - self._start
 
     def close(self) -> None:
         """Let NVML go."""

@@ -166,6 +166,9 @@ def test_a_gpu_board_counts_from_when_it_was_opened(monkeypatch: pytest.MonkeyPa
     board = Board(nvml)  # type: ignore[arg-type]
     nvml.value = 1012.5
     assert board.joules() == 12.5
+    nvml.value = None
+    with pytest.raises(NotTold, match="any more"):  # no zero, which would be 12.5 J less than before
+        board.joules()
     with pytest.raises(NotTold, match="Volta and newer"):
         Board(FakeNvml(None))  # type: ignore[arg-type]
 
