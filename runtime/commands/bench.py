@@ -44,7 +44,7 @@ def _share(given: str) -> float:
     return float(found[1]) / 100
 
 
-_PROMPT, _DECODE, _DEPTH = Numbers(512), Numbers(64), Numbers(0)
+_PROMPT, _DECODE, _DEPTH = Numbers((512,)), Numbers((64,)), Numbers((0,))
 
 
 def bench(
