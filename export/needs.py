@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
 """Of a weight or a cached number by its type."""
+_HEAD = "lm_head.weight"
 FFN = ("ffn", "shared", "experts")
 """Classes of :data:`moedge.export.quantize.format.QUANTISED` that are FFNs."""
 
@@ -223,9 +224,10 @@ def facts_of_checkpoint(folder: Path) -> tuple[ModelFacts, MoEFacts | None, floa
     from moedge.convert.sources import folder_check
 
     config = read_json(folder / "config.json", "download or save the model again")
-    tied = bool(config.get("tie_word_embeddings"))
     shapes = {name: shape for name, (_, shape) in folder_check.tensors(folder).items()}
-    parameters = sum(math.prod(shape) for name, shape in shapes.items() if not (tied and name == "lm_head.weight"))
+    # Gemma's configs leave the key out, for theirs is tied by default: then no file holds the output projection.
+    tied = bool(config.get("tie_word_embeddings")) or _HEAD not in shapes
+    parameters = sum(math.prod(shape) for name, shape in shapes.items() if not (tied and name == _HEAD))
     plan = _plan(folder)
     if plan is None and (config.get("num_experts") or config.get("num_local_experts")):
         raise MoEdgeError("what a token reads of the experts that a model has by itself is not told by its files")

@@ -190,6 +190,19 @@ def test_bundles_and_checkpoints_of_one_model_need_the_same(
     assert of_folder(bundles["dense/portable"]).decode_bytes(10) > found.decode_bytes(10)
 
 
+def test_a_config_that_does_not_say_whether_the_embedding_is_tied_is_read_by_the_files(
+    tiny_model: Any, tmp_path: Path
+) -> None:
+    """As of Gemma on the hub: the weights hold no output projection, so the embedding is it, and is read whole."""
+    tiny_model("gemma2").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    said = of_folder(tmp_path)
+    del config["tie_word_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert of_folder(tmp_path) == said
+    assert said.decode_bytes(0) == said.stored
+
+
 def test_a_checkpoint_whose_files_do_not_say_enough_is_refused(tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
