@@ -21,18 +21,26 @@ def quiet() -> Iterator[None]:
     shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity(max(level, logging.ERROR))
-    accelerate = standard.getLogger("accelerate")
-    own = accelerate.level
-    accelerate.setLevel(standard.ERROR)
     try:
-        with warnings.catch_warnings():
+        with errors_alone("accelerate"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        accelerate.setLevel(own)
         logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def errors_alone(library: str) -> Iterator[None]:
+    """Let a library's logger pass errors on, and nothing below."""
+    logger = standard.getLogger(library)
+    level = logger.level
+    logger.setLevel(standard.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager

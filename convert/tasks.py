@@ -7,11 +7,9 @@ instead, so nothing is fetched but the packaged assets ``task-NAME``, and nothin
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moedge import MoEdgeError
+from moedge.convert.errors import errors_alone
 from moedge.convert.sources import assets
 
 if TYPE_CHECKING:
@@ -121,7 +120,8 @@ def run(model: LM, questions: Questions) -> list[TaskScore]:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise MoEdgeError(NEEDS.format(error=error)) from error
-    with tempfile.TemporaryDirectory(prefix="moedge-tasks-") as folder, _quiet():
+    # lm-eval warns that the shots are given, which is what was asked.
+    with tempfile.TemporaryDirectory(prefix="moedge-tasks-") as folder, errors_alone("lm_eval"):
         specs = [str(_write(task, file, Path(folder))) for task, file in files.items()]
         try:
             found = lm_eval.simple_evaluate(
@@ -140,18 +140,6 @@ def run(model: LM, questions: Questions) -> list[TaskScore]:
                 f"lm-eval cannot run {names}: {error}. Does each file have its task's columns?"
             ) from error
     return [_score(task, file, found) for task, file in files.items()]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Switch lm-eval's warnings off: that the shots are given is what was asked."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def data_files(questions: Questions) -> dict[str, Path]:

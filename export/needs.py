@@ -10,7 +10,7 @@ Symbols: V vocabulary, H hidden, L layers, A heads, G key/value heads, D head si
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
 """Of a weight or a cached number by its type."""
+_HEAD = "lm_head.weight"
 FFN = ("ffn", "shared", "experts")
 """Classes of :data:`moedge.export.quantize.format.QUANTISED` that are FFNs."""
 
@@ -217,11 +218,16 @@ def facts_of_checkpoint(folder: Path) -> tuple[ModelFacts, MoEFacts | None, floa
     Weights are not read, only the headers of their files.
 
     Raises:
-        MoEdgeError: no checkpoint, a family whose config has other names, or experts that no plan describes.
+        MoEdgeError: no checkpoint or one that is not whole, a family whose config has other names, or experts that no
+            plan describes.
     """
+    from moedge.convert.sources import folder_check
+
     config = read_json(folder / "config.json", "download or save the model again")
-    tied = bool(config.get("tie_word_embeddings"))
-    parameters = sum(count for name, count in _tensors(folder) if not (tied and name == "lm_head.weight"))
+    shapes = {name: shape for name, (_, shape) in folder_check.tensors(folder).items()}
+    # Gemma's configs leave the key out, for theirs is tied by default: then no file holds the output projection.
+    tied = bool(config.get("tie_word_embeddings")) or _HEAD not in shapes
+    parameters = sum(math.prod(shape) for name, shape in shapes.items() if not (tied and name == _HEAD))
     plan = _plan(folder)
     if plan is None and (config.get("num_experts") or config.get("num_local_experts")):
         raise MoEdgeError("what a token reads of the experts that a model has by itself is not told by its files")
@@ -271,23 +277,3 @@ def _model_facts(config: Mapping[str, Any], parameters: int, tied: bool) -> Mode
         parameters=parameters,
         tied_embedding=tied,
     )
-
-
-def _tensors(folder: Path) -> list[tuple[str, int]]:
-    """Name and size of every tensor, from the headers of the safetensors files."""
-    found = []
-    for path in sorted(folder.glob("model*.safetensors")):
-        with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > 100_000_000:  # the format's own limit
-                raise MoEdgeError(f"{path} is damaged; download it again.")
-            header = json.loads(stream.read(length))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                count = 1
-                for size in entry["shape"]:
-                    count *= int(size)
-                found.append((name, count))
-    if not found:
-        raise MoEdgeError(f"{folder} holds no model*.safetensors")
-    return found

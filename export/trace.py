@@ -8,7 +8,6 @@ nodes with model-local function bodies in standard operators (:mod:`moedge.expor
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from moedge import MoEdgeError
 from moedge.convert import ops as _ops  # noqa: F401 - registers torch.ops.moedge
 from moedge.convert.adapters import MOE_PREFIX
 from moedge.convert.compat import cache_argument
+from moedge.convert.errors import errors_alone
 from moedge.export import attention, functions
 from moedge.export.graph import nodes
 
@@ -168,15 +168,9 @@ def _translations() -> dict[Any, Any]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporter's notes about its own registry and deprecations away from the user."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    with errors_alone("torch.onnx"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 class _LongRope(torch.nn.Module):

@@ -7,43 +7,12 @@ what it takes when idle and what other programs do included. Where no counter is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from moedge.runtime.bench.stats import bootstrap_ci
 from moedge.runtime.bench.watched import Energy
-from moedge.runtime.device.moedge_power import NotTold, Source, open_source
-
-
-class Meter:
-    """The counter of one kind of engine (on the CPU, or on the GPU), or the reason why there is none."""
-
-    def __init__(self, *, gpu: bool, opener: Callable[..., Source] = open_source) -> None:
-        self.source: Source | None = None
-        self.reason: str | None = None
-        try:
-            self.source = opener(gpu=gpu)
-        except NotTold as error:
-            self.reason = str(error)
-
-    def joules(self) -> float | None:
-        """Joules until now; None where the machine does not tell (any more)."""
-        if self.source is None:
-            return None
-        try:
-            return self.source.joules()
-        except NotTold as error:
-            self.close()
-            self.reason = str(error)
-            return None
-
-    def close(self) -> None:
-        """Stop counting."""
-        if self.source is not None:
-            self.source.close()
-        self.source = None
-
 
 Turn = tuple[float | None, float | None, float | None]
 """Joules before an engine's turn, between its prompt and its decoding, and after it."""

@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
-from moedge.runtime.bench.energy import Meter, Turn, energy
+from moedge.runtime.bench.energy import Turn, energy
 from moedge.runtime.bench.watched import Energy, Guard
-from moedge.runtime.device import moedge_jetson
+from moedge.runtime.device import moedge_jetson, moedge_nvml
 from moedge.runtime.device.moedge_guard import Watch
-from moedge.runtime.device.moedge_nvml import NoNvml, Nvml
-from moedge.runtime.device.moedge_power import Source, open_source
+from moedge.runtime.device.moedge_power import Meter, Source, open_source
 from moedge.runtime.device.moedge_sensors import Gpu
 from moedge.runtime.engines.info import EngineInfo
 
@@ -38,11 +37,10 @@ class Observer:
         opener: Callable[..., Source] = open_source,
     ) -> None:
         self._infos = infos
-        self._nvml = _nvml() if any(info.device != CPU for info in infos.values()) else None
+        self._nvml = moedge_nvml.found() if any(info.device != CPU for info in infos.values()) else None
         self._watch = watch or _watch(self._nvml.read if self._nvml else None)
         kinds = {info.device != CPU for info in infos.values()}
         self._meters = {gpu: Meter(gpu=gpu, opener=opener) for gpu in sorted(kinds)}
-        self._names = {gpu: meter.source.name if meter.source else None for gpu, meter in self._meters.items()}
         self._turns: dict[str, list[Turn]] = {label: [] for label in infos}
         self._marks: list[float | None] = []
 
@@ -82,9 +80,8 @@ class Observer:
             seed: of the bootstrap.
         """
         turns = self._turns[label][-len(seconds) :]
-        source = self._names[self._infos[label].device != CPU]
-        reason = self._meter(label).reason
-        return energy(turns, seconds, source=source, reason=reason, tokens=tokens, batch=batch, seed=seed)
+        meter = self._meter(label)
+        return energy(turns, seconds, source=meter.name, reason=meter.reason, tokens=tokens, batch=batch, seed=seed)
 
     def close(self) -> None:
         """Stop counting."""
@@ -95,13 +92,6 @@ class Observer:
 
     def _meter(self, label: str) -> Meter:
         return self._meters[self._infos[label].device != CPU]
-
-
-def _nvml() -> Nvml | None:
-    try:
-        return Nvml()
-    except NoNvml:
-        return None
 
 
 def _watch(gpu: Callable[[], Gpu] | None) -> Watch:

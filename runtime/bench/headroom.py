@@ -154,14 +154,15 @@ def _row(label: str, one: Timed, needs: Needs, sizes: Sizes, roof: Roof) -> Head
 def _gains(timed: Mapping[str, Timed], rows: list[HeadroomRow]) -> list[Gain]:
     """Pairs of a converted model and a dense one on the same target, in the same type."""
     known = {row["label"]: row for row in rows if "reason" not in row}
+    converted = [label for label in known if _converted(timed[label].folder)]
     dense: dict[tuple[str, str], str] = {}
     for label in known:
-        if not _converted(timed[label].folder):
+        if label not in converted:
             dense.setdefault((timed[label].target, timed[label].dtype), label)
     found: list[Gain] = []
-    for label, row in known.items():
-        parent = dense.get((timed[label].target, timed[label].dtype))
-        if parent is None or not _converted(timed[label].folder):
+    for label in converted:
+        row, parent = known[label], dense.get((timed[label].target, timed[label].dtype))
+        if parent is None:
             continue
         for name in PHASES:
             one, other = row[name], known[parent][name]

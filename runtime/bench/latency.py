@@ -26,7 +26,7 @@ from moedge.runtime.bench.footprint import footprint
 from moedge.runtime.bench.guard import Observer
 from moedge.runtime.bench.identity import identity
 from moedge.runtime.bench.machine import machine as machine
-from moedge.runtime.bench.points import BATCH_ROUNDS, BATCHES, Point
+from moedge.runtime.bench.points import BATCH_ROUNDS, BATCHES, Point, tokens_of
 from moedge.runtime.bench.results import (
     METRICS,
     SCHEMA,
@@ -115,7 +115,7 @@ def bench(
     if batches:
         with _opened(engines, points[0].threads) as live:
             # A short text begins again; its rows differ all the same.
-            enough = np.resize(ids, max(point.tokens for point in BATCHES))
+            enough = np.resize(ids, tokens_of(BATCHES))
             result["batches"], result["not_batched"] = _batches(live, enough, points[0].threads, seed, advance)
     return result
 

@@ -72,9 +72,7 @@ def grid(
         if not values or len(set(values)) < len(values):
             raise MoEdgeError(f"{name} is a list of different numbers, not {list(values)}; name each value once.")
         least = 0 if name == "depth" else 1
-        if wrong := next((value for value in values if value is not None and value < least), None):
-            raise MoEdgeError(f"{name} must be at least {least}, not {wrong}.")
-        if name != "depth" and 0 in values:
-            raise MoEdgeError(f"{name} must be at least 1, not 0.")
+        if wrong := [value for value in values if value is not None and value < least]:
+            raise MoEdgeError(f"{name} must be at least {least}, not {wrong[0]}.")
     found = itertools.product(threads, depth, batch, prompt, decode)
     return [Point(prompt=p, decode=n, batch=b, depth=d, threads=t) for t, d, b, p, n in found]

@@ -37,9 +37,10 @@ class Roof:
 
     def bandwidth(self, size: float) -> float:
         """Bytes a second of reading ``size`` bytes again and again."""
-        whole = int(min(max(size, 2**16), _LARGEST, _spare()))
+        # Not by what is spare: that changes all the time, and one size would be measured again and again.
+        whole = int(min(max(size, 2**16), _LARGEST))
         if whole not in self._bandwidths:
-            self._bandwidths[whole] = measure_bandwidth(whole, self.threads)
+            self._bandwidths[whole] = measure_bandwidth(min(whole, _spare()), self.threads)
         return self._bandwidths[whole]
 
     def rate(self, rows: int, bits: int) -> float:

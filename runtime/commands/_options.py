@@ -60,14 +60,11 @@ Settings = Annotated[
 ]
 
 
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True)
 class Numbers:
     """What an option of several whole numbers holds; written ``1,2,4``."""
 
     values: tuple[int, ...]
-
-    def __init__(self, *values: int) -> None:
-        object.__setattr__(self, "values", values)
 
     def __str__(self) -> str:
         """As it is written on the command line."""
@@ -81,6 +78,6 @@ def numbers(help_: str, *, least: int) -> Any:
         words = str(given).split(",")
         if not all(re.fullmatch(r"\s*\d+\s*", word) and int(word) >= least for word in words):
             raise typer.BadParameter(f"{given!r} is not a list of numbers of at least {least}, such as 1,2,4.")
-        return Numbers(*map(int, words))
+        return Numbers(tuple(map(int, words)))
 
     return typer.Option(parser=parse, metavar="N,N,...", help=help_)

@@ -44,7 +44,7 @@ def _share(given: str) -> float:
     return float(found[1]) / 100
 
 
-_PROMPT, _DECODE, _DEPTH = Numbers(512), Numbers(64), Numbers(0)
+_PROMPT, _DECODE, _DEPTH = Numbers((512,)), Numbers((64,)), Numbers((0,))
 
 
 def bench(
@@ -138,13 +138,7 @@ def bench(
     if as_json:
         print(json.dumps(result, indent=2, allow_nan=False))
     else:
-        console = Console()
-        tables.show(result, console)
-        if profile:
-            show_profiles(result["profiles"], console)
-        headroom.show(result, console)
-        if judged:
-            tables.show_gate(result["gate"], console)
+        _print(result)
     return mark(result["gate"]["outcome"]).exit_code if judged else 0
 
 
@@ -247,6 +241,17 @@ def _draw(result: Bench, path: Path) -> None:
     from moedge.runtime.report import bench_plot
 
     bench_plot.save(result, path)
+
+
+def _print(result: Bench) -> None:
+    """Print the tables of everything that was measured, and what the gate says."""
+    console = Console()
+    tables.show(result, console)
+    if "profiles" in result:
+        show_profiles(result["profiles"], console)
+    headroom.show(result, console)
+    if "gate" in result:
+        tables.show_gate(result["gate"], console)
 
 
 def junit_xml(gate: Gate) -> str:

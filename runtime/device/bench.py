@@ -99,11 +99,11 @@ def _options(folder: Path) -> argparse.Namespace:
 def _dense_beside(folder: Path) -> Path | None:
     """Find the one folder beside this one that holds the archive of a dense model with an engine."""
     found = []
-    for path in sorted(folder.parent.glob("*/manifest.json")):
+    for path in sorted(folder.parent.glob(f"*/{moedge_archive.MANIFEST}")):
         if path.parent == folder or not (path.parent / moedge_archive.ENGINE_FACTS).is_file():
             continue
         manifest = moedge_trt.read_json(path)
-        if manifest.get("schema") == "moedge.device-archive/1" and manifest.get("kind") == "dense":
+        if manifest.get("schema") == moedge_archive.SCHEMA and manifest.get("kind") == "dense":
             found.append(path.parent)
     return found[0] if len(found) == 1 else None
 

@@ -18,6 +18,7 @@ else:  # in an archive the files lie side by side
     import moedge_session
     import moedge_trt
 
+SCHEMA = "moedge.device-archive/1"
 MANIFEST = "manifest.json"
 ENGINE = "engine.plan"
 ENGINE_FACTS = "engine.json"
@@ -32,10 +33,8 @@ def open_archive(folder: Path) -> dict[str, Any]:
         moedge_trt.DeviceError: another schema, or a file that is missing or changed.
     """
     manifest = moedge_trt.read_json(folder / MANIFEST)
-    if manifest.get("schema") != "moedge.device-archive/1":
-        raise moedge_trt.DeviceError(
-            f"{folder / MANIFEST} is not of schema moedge.device-archive/1; make the archive again."
-        )
+    if manifest.get("schema") != SCHEMA:
+        raise moedge_trt.DeviceError(f"{folder / MANIFEST} is not of schema {SCHEMA}; make the archive again.")
     for name, entry in manifest["files"].items():
         path = folder / name
         if path.is_symlink() or not path.is_file() or moedge_trt.sha256(path) != entry["sha256"]:

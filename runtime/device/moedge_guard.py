@@ -154,7 +154,7 @@ def judge(
     found = spreads(rounds)
     trend = drift(rounds)
     concerns = [
-        *_of_spread(found, len(next(iter(next(iter(rounds.values())).values()))) if rounds else 0),
+        *_of_spread(found, rounds),
         *_of_drift(trend),
         *(_of_cores(seen, settings, threads) if threads else []),
         *_of_heat(seen),
@@ -233,16 +233,17 @@ def _range(values: Sequence[float]) -> tuple[float, float] | None:
     return (min(values), max(values)) if values else None
 
 
-def _of_spread(found: list[Spread], rounds: int) -> list[Concern]:
+def _of_spread(found: list[Spread], rounds: Mapping[str, Mapping[str, Sequence[float]]]) -> list[Concern]:
     """The least certain engine speaks for all."""
     worst = max(found, key=lambda spread: spread.resolution, default=None)
     if worst is None or worst.resolution <= WANTED:
         return []
     what = {"ttft_ms": "first token", "tpot_ms": "time per token"}.get(worst.metric, worst.metric)
+    count = len(rounds[worst.label][worst.metric])
     return [
         Concern(
             "spread",
-            f"The rounds of {worst.label} vary ({what}, coefficient of variation {worst.cv:.1%}): with {rounds} rounds "
+            f"The rounds of {worst.label} vary ({what}, coefficient of variation {worst.cv:.1%}): with {count} rounds "
             f"a difference to another run below {worst.resolution:.0%} cannot be told. Take {rounds_needed(worst.cv)} "
             "rounds (--repeats), or a quieter machine. Ratios within this run are paired by round and hold better.",
         )

@@ -81,11 +81,6 @@ class Nvml:
         millijoules = self._get("nvmlDeviceGetTotalEnergyConsumption", ctypes.c_ulonglong)
         return None if millijoules is None else millijoules / 1e3
 
-    def watts(self) -> float | None:
-        """Power that the board takes, or None."""
-        milliwatts = self._get("nvmlDeviceGetPowerUsage", ctypes.c_uint)
-        return None if milliwatts is None else milliwatts / 1e3
-
     def _get(self, name: str, kind: Any, *arguments: int) -> float | None:
         """One number of a query of this GPU; None where the driver or the GPU does not know it."""
         value = kind()
@@ -97,3 +92,11 @@ class Nvml:
     def close(self) -> None:
         """Let NVML go."""
         self._lib.nvmlShutdown()
+
+
+def found() -> Nvml | None:
+    """Open the GPU, or return None where there is none."""
+    try:
+        return Nvml()
+    except NoNvml:
+        return None

@@ -34,7 +34,11 @@ class Source(Protocol):
     """What it counts, for people."""
 
     def joules(self) -> float:
-        """Joules since the source was opened."""
+        """Joules since the source was opened.
+
+        Raises:
+            NotTold: it has stopped.
+        """
         ...
 
     def close(self) -> None:
@@ -117,7 +121,9 @@ class Board:
     def joules(self) -> float:
         """Joules since the source was opened."""
         now = self._nvml.joules()
-        return (self._start if now is None else now) - self._start
+        if now is None:
+            raise NotTold("this GPU does not tell its energy any more")
+        return now - self._start
 
     def close(self) -> None:
         """Let NVML go."""
@@ -210,3 +216,36 @@ def open_source(*, gpu: bool, root: Path = ROOT) -> Source:
         except NotTold as error:
             said.append(str(error))
     raise NotTold("; ".join(reversed(said)))
+
+
+class Meter:
+    """The counter of one kind of engine (on the CPU, or on the GPU), or the reason why there is none."""
+
+    def __init__(self, *, gpu: bool, opener: Callable[..., Source] = open_source) -> None:
+        self.name: str | None = None
+        """Of the counter, also after it has stopped; None where there was none."""
+        self.reason: str | None = None
+        self._source: Source | None = None
+        try:
+            self._source = opener(gpu=gpu)
+        except NotTold as error:
+            self.reason = str(error)
+        else:
+            self.name = self._source.name
+
+    def joules(self) -> float | None:
+        """Joules until now; None where the machine does not tell (any more)."""
+        if self._source is None:
+            return None
+        try:
+            return self._source.joules()
+        except NotTold as error:
+            self.close()
+            self.reason = str(error)
+            return None
+
+    def close(self) -> None:
+        """Stop counting."""
+        if self._source is not None:
+            self._source.close()
+        self._source = None

@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING or __package__:
-    from moedge.runtime.device import moedge_jetson
+    from moedge.runtime.device import moedge_jetson, moedge_nvml
     from moedge.runtime.device.moedge_guard import Watch
-    from moedge.runtime.device.moedge_nvml import NoNvml, Nvml
-    from moedge.runtime.device.moedge_power import NotTold, Source, open_source
+    from moedge.runtime.device.moedge_power import Meter
 else:  # in an archive the files lie side by side
     import moedge_jetson
+    import moedge_nvml
     from moedge_guard import Watch
-    from moedge_nvml import NoNvml, Nvml
-    from moedge_power import NotTold, Source, open_source
+    from moedge_power import Meter
 
 RELEASE = Path("/etc/nv_tegra_release")
 
@@ -29,23 +28,15 @@ class Recorder:
     """Watches a device while engines take turns on its GPU."""
 
     def __init__(self, labels: Sequence[str]) -> None:
-        try:
-            self._nvml: Nvml | None = Nvml()
-        except NoNvml:
-            self._nvml = None
-        self._source: Source | None = None
-        self._reason: str | None = None
-        try:
-            self._source = open_source(gpu=True)
-        except NotTold as error:
-            self._reason = str(error)
+        self._nvml = moedge_nvml.found()
+        self._meter = Meter(gpu=True)
         mode = moedge_jetson.power_mode(moedge_jetson.said_by("nvpmodel", "-q"))
         self._watch = Watch(gpu=self._nvml.read if self._nvml else None, power_mode=mode)
         locked = moedge_jetson.clocks_locked(moedge_jetson.said_by("jetson_clocks", "--show"))
         if locked is not None:
             self._watch.settings = replace(self._watch.settings, clocks_locked=locked)
         self._tegrastats = moedge_jetson.Tegrastats()
-        self._joules: dict[str, list[float]] = {label: [] for label in labels}
+        self._joules: dict[str, list[float | None]] = {label: [] for label in labels}
 
     def __enter__(self) -> Recorder:
         self._tegrastats.__enter__()
@@ -54,21 +45,13 @@ class Recorder:
 
     def __exit__(self, *_: object) -> None:
         self._tegrastats.__exit__()
-        if self._source is not None:
-            self._source.close()
+        self._meter.close()
         if self._nvml is not None:
             self._nvml.close()
 
     def mark(self, label: str, _: str) -> None:
         """Note the joules at the beginning of a turn, between its prompt and decoding, and at its end."""
-        if self._source is None:
-            return
-        try:
-            self._joules[label].append(self._source.joules())
-        except NotTold as error:
-            self._reason = str(error)
-            self._source.close()
-            self._source = None
+        self._joules[label].append(self._meter.joules())
 
     def after(self) -> None:
         """Take a reading after a turn."""
@@ -90,12 +73,12 @@ class Recorder:
 
     def energy(self, label: str, repeats: int, decode: int) -> dict[str, Any]:
         """Return joules of a prompt and of a token, means over the last ``repeats`` rounds, or why none are told."""
-        marks = self._joules[label][-3 * repeats :]
-        if self._source is None or len(marks) < 3 * repeats:
-            return {"source": None, "reason": self._reason, "joules_per_prompt": None, "joules_per_token": None}
+        marks = [joules for joules in self._joules[label][-3 * repeats :] if joules is not None]
+        if self._meter.reason is not None or len(marks) < 3 * repeats:
+            return {"source": None, "reason": self._meter.reason, "joules_per_prompt": None, "joules_per_token": None}
         prompts = sum(marks[1::3]) - sum(marks[::3])
         tokens = sum(marks[2::3]) - sum(marks[1::3])
         return {
-            **{"source": self._source.name, "reason": None},
+            **{"source": self._meter.name, "reason": None},
             **{"joules_per_prompt": prompts / repeats, "joules_per_token": tokens / (repeats * decode)},
         }

@@ -280,16 +280,17 @@ def bench(context: Context) -> None:
     found, not_executed = run_folder.executable(run_folder.engines(context.root, dense_bundles=params["dense_parent"]))
     found.pop(EngineRef("portable", "dense"), None)  # nobody's choice for speed: the lowered parent is the one to beat
     pytorch = {name: params[name] for name in ("device", "dtype")}
+    folders = {str(ref): path for ref, path in found.items()}
     engines = {
-        str(ref): partial(open_engine, path, threads=params["threads"], pytorch=pytorch, last_logits=True)
-        for ref, path in found.items()
+        label: partial(open_engine, path, threads=params["threads"], pytorch=pytorch, last_logits=True)
+        for label, path in folders.items()
     }
     options = {name: params[name] for name in ("repeats", "warmup")}
     result = benchmark.bench(engines, ids, points, **options, batches=True, progress=context.progress)
     if params["profile"]:
         sizes = {name: params[name] for name in ("prompt", "decode", "repeats", "threads")}
-        result["profiles"] = profiling.profiles({str(ref): path for ref, path in found.items()}, ids, **sizes)
-    add_headroom(result, {str(ref): path for ref, path in found.items()})
+        result["profiles"] = profiling.profiles(folders, ids, **sizes)
+    add_headroom(result, folders)
     write_json(context.out / "bench.json", {**result, "text": text.name, "not_executed": not_executed})
 
 

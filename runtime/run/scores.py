@@ -224,8 +224,10 @@ def _plan_of_bundle(model: _Model, known: Iterable[MoEPlan]) -> MoEPlan | None:
     from moedge.convert.plan import MoEPlan
 
     manifest = manifests.read(model.folder)
-    sha256 = manifest.moe.plan_sha256 if manifest and manifest.moe and manifest.kind == "moe" else None
-    if manifest is None or manifest.kind != "moe" or any(plan.sha256 == sha256 for plan in known):
+    if manifest is None or manifest.kind != "moe":
+        return None
+    sha256 = manifest.moe.plan_sha256 if manifest.moe else None
+    if any(plan.sha256 == sha256 for plan in known):
         return None
     run = model.folder.absolute().parent.parent
     if run_folder.is_run(run) and (run_folder.checkpoint(run) / "plan.json").is_file():

@@ -47,9 +47,11 @@ _CONFIGS = (
 )
 _STATS = ("runtime/bench/__init__.py", "runtime/bench/stats.py")
 _ENGINE_CODE = (*CONVERT_CODE, "export", "runtime/engines", *_GENERATION, *_STATS)
+_WATCH = ("__init__", "moedge_guard", "moedge_jetson", "moedge_nvml", "moedge_power", "moedge_sensors")
 BENCH_CODE = (
     *(*_ENGINE_CODE, "runtime/bench", "runtime/run/fingerprint.py"),
     *("runtime/parity/__init__.py", "runtime/parity/results.py"),
+    *(f"runtime/device/{name}.py" for name in _WATCH),
 )
 _TORCH = ("torch", "transformers")
 _ONNX = ("onnx", "onnx-ir", "onnxscript", "onnxruntime")

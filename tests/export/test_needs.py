@@ -190,12 +190,25 @@ def test_bundles_and_checkpoints_of_one_model_need_the_same(
     assert of_folder(bundles["dense/portable"]).decode_bytes(10) > found.decode_bytes(10)
 
 
+def test_a_config_that_does_not_say_whether_the_embedding_is_tied_is_read_by_the_files(
+    tiny_model: Any, tmp_path: Path
+) -> None:
+    """As of Gemma on the hub: the weights hold no output projection, so the embedding is it, and is read whole."""
+    tiny_model("gemma2").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    said = of_folder(tmp_path)
+    del config["tie_word_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert of_folder(tmp_path) == said
+    assert said.decode_bytes(0) == said.stored
+
+
 def test_a_checkpoint_whose_files_do_not_say_enough_is_refused(tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
     config = {"model_type": "x", "hidden_size": 4, "vocab_size": 5, "num_hidden_layers": 1, "num_attention_heads": 1}
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_experts": 8}))
-    with pytest.raises(MoEdgeError, match="no model"):
+    with pytest.raises(MoEdgeError, match=r"holds no \*\.safetensors weights"):
         of_folder(tmp_path)
     save_file({"a": np.zeros((3, 4), np.float16), "lm_head.weight": np.zeros((5, 4))}, tmp_path / "model.safetensors")
     with pytest.raises(MoEdgeError, match="experts that a model has by itself"):
@@ -209,6 +222,14 @@ def test_a_checkpoint_whose_files_do_not_say_enough_is_refused(tmp_path: Path) -
         json.dumps({**config, "max_position_embeddings": 9, "tie_word_embeddings": True})
     )
     assert needs.facts_of_checkpoint(tmp_path)[0].parameters == 12, "a tied head that was saved too counts once"
+    save_file({"a": np.zeros((3, 4), np.float16)}, tmp_path / "model-00001-of-00002.safetensors")
+    index = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    with pytest.raises(MoEdgeError, match="two sets of weights"):  # which were counted together
+        of_folder(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(MoEdgeError, match=r"model-00002-of-00002\.safetensors is missing"):
+        of_folder(tmp_path)
 
 
 # --- on a device ----------------------------------------------------------------------------------------------------

@@ -8,12 +8,23 @@ from types import SimpleNamespace
 
 import pytest
 
-from moedge.runtime.bench.energy import Meter, energy
+from moedge.runtime.bench.energy import energy
 from moedge.runtime.bench.guard import Observer
 from moedge.runtime.device import moedge_power as power
 from moedge.runtime.device.moedge_guard import Watch
 from moedge.runtime.device.moedge_nvml import NoNvml
-from moedge.runtime.device.moedge_power import Board, NotTold, Rapl, Sensor, grown, jetson, open_source, whole_board
+from moedge.runtime.device.moedge_power import (
+    Board,
+    Meter,
+    NotTold,
+    Rapl,
+    Sensor,
+    grown,
+    jetson,
+    open_source,
+    whole_board,
+)
+from moedge.runtime.device.moedge_watch import Recorder
 from moedge.runtime.engines.info import EngineInfo, EngineModel
 from moedge.runtime.report.watched import lines
 
@@ -155,6 +166,9 @@ def test_a_gpu_board_counts_from_when_it_was_opened(monkeypatch: pytest.MonkeyPa
     board = Board(nvml)  # type: ignore[arg-type]
     nvml.value = 1012.5
     assert board.joules() == 12.5
+    nvml.value = None
+    with pytest.raises(NotTold, match="any more"):  # no zero, which would be 12.5 J less than before
+        board.joules()
     with pytest.raises(NotTold, match="Volta and newer"):
         Board(FakeNvml(None))  # type: ignore[arg-type]
 
@@ -199,6 +213,43 @@ def test_a_counter_that_breaks_off_is_told_and_breaks_nothing() -> None:
     assert meter.joules() is None
     assert (meter.reason, source.closed) == ("the sensor is gone", True)
     assert meter.joules() is None
+
+
+def recorded(joules: list[float]) -> Recorder:
+    """What a device's benchmark of two engines records: a warm-up and two rounds, with a counter that then ends."""
+    left = iter(joules)
+
+    def tell() -> float:
+        if (now := next(left, None)) is None:
+            raise NotTold("the sensor is gone")
+        return now
+
+    recorder = Recorder(["a", "b"])
+    counter = SimpleNamespace(name="test", joules=tell, close=lambda: None)
+    recorder._meter = Meter(gpu=True, opener=lambda *, gpu: counter)
+    with recorder:
+        for _ in range(3):
+            for label in ("a", "b"):
+                for moment in ("begin", "between", "end"):
+                    recorder.mark(label, moment)
+                recorder.after()
+    return recorder
+
+
+def test_a_device_records_the_joules_of_each_engine_or_why_there_are_none() -> None:
+    a, b = [0.0, 100.0, 200.0], [200.0, 210.0, 250.0]  # the warm-up
+    a1, b1 = [300.0, 301.0, 303.0], [400.0, 410.0, 430.0]
+    a2, b2 = [500.0, 503.0, 509.0], [600.0, 630.0, 690.0]
+    told = recorded([*a, *b, *a1, *b1, *a2, *b2])
+    assert told.energy("a", 2, decode=4) == {
+        **{"source": "test", "reason": None},
+        **{"joules_per_prompt": (1 + 3) / 2, "joules_per_token": (2 + 6) / 8},
+    }
+    assert told.energy("b", 2, decode=4)["joules_per_token"] == (20 + 60) / 8
+    ended = recorded([*a, *b, *a1, *b1, *a2, *b2[:2]])
+    nothing = {"source": None, "reason": "the sensor is gone", "joules_per_prompt": None, "joules_per_token": None}
+    assert ended.energy("b", 2, decode=4) == nothing
+    assert ended.energy("a", 2, decode=4) == nothing, "two engines are compared by the same counter, or not at all"
 
 
 def info(name: str, device: str = "CPU") -> EngineInfo:

@@ -253,6 +253,9 @@ def test_each_measurement_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofline, "_spare", lambda: 2**20)
     roof.bandwidth(1e12)
     assert calls[-1] == (2**20, 2), "never more than a quarter of what is free"
+    monkeypatch.setattr(roofline, "_spare", lambda: 2**19)
+    roof.bandwidth(1e12)
+    assert len(calls) == 4, "not again where a little less is free"
 
 
 def test_without_onnx_the_reason_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

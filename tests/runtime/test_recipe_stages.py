@@ -174,7 +174,7 @@ NOT_RUN = {
     *("configs/__init__.py", "configs/devices.py", "configs/errors.py", "configs/files.py"),
     *("export/device/plugins.py", "runtime/engines/build.py", "export/device/estimate.py"),
 }
-"""Behind the engine of TensorRT, which no stage opens, and the device's scripts in ``runtime/device``."""
+"""Behind the engine of TensorRT, which no stage opens."""
 
 
 def imported(node: ast.AST) -> set[Path]:
@@ -233,7 +233,7 @@ EVERY_BODY = {
 def test_a_change_of_any_code_that_a_stage_runs_makes_it_stale(stage: Stage) -> None:
     keyed = {path for path, _ in source_digests(stage.sources)}
     unkeyed = code_of(stage.body) - keyed - ENGINE_OF_STAGES - (set() if stage.name == "build" else NOT_RUN)
-    assert {path for path in unkeyed if not path.startswith("runtime/device/")} == set()
+    assert unkeyed == set()
 
 
 def test_the_recipe_knows_what_the_packages_offer() -> None:
