@@ -1,4 +1,4 @@
-"""What a GPU says, in one run: device tests, the MoE and the gather beside the dense parent, kernels beside their limits.
+"""What a GPU says, in one run: device tests, MoE and gather beside the dense parent, kernels beside their limits.
 
     make test-gpu                                           # here: .venv, results in build/gpu
     python3 tests/gpu/run.py --out OUT --wheels .whl        # a machine without a network (wheels.py fills .whl)

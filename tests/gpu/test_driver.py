@@ -75,7 +75,9 @@ def test_all_passed_is_a_pass_and_a_rehearsal_shows_no_times(run: ModuleType, tm
 def test_files_with_device_tests_are_found_without_collecting(run: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "conftest.py").write_text(
-        "import pytest\n@pytest.fixture(params=[pytest.param('cuda', marks=pytest.mark.gpu)])\ndef place(request): ...\n"
+        "import pytest\n"
+        "@pytest.fixture(params=[pytest.param('cuda', marks=pytest.mark.gpu)])\n"
+        "def place(request): ...\n"
     )
     for name, code in {
         "test_mark.py": "@pytest.mark.gpu\ndef test_a(): ...\n",
