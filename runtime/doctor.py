@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,13 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 
 from moedge.export import targets as registry
+from moedge.runtime import ranges
 from moedge.runtime.bench.machine import machine, processor_features
 from moedge.runtime.tables import Sheet
 
 SCHEMA = "moedge.doctor/1"
+
+Tested = dict[str, ranges.Ranges]
 
 # What each part needs: distribution names, one of several where they are alternatives.
 _ONNX = (("onnx",), ("onnx-ir",), ("onnxscript",))
@@ -54,11 +56,12 @@ def examine() -> dict[str, Any]:
 
     Returns:
         JSON-ready dict of schema ``moedge.doctor/1``: ``machine``; ``runtimes`` (name, package, version or None, tested
-        versions, warning or None, providers); ``devices`` (cpu, gpus, jetson); ``convert`` and ``targets`` with
-        ``possible``, the ``reasons`` why not, and ``warnings`` about versions that nobody has tested. A target has
-        ``export`` (make its bundle here) and ``run`` (here).
+        versions, warning or None, providers); ``devices`` (cpu, gpus, jetson); ``dependencies``, every package of
+        MoEdge's metadata (:class:`moedge.runtime.ranges.Dependency`); ``convert`` and ``targets`` with ``possible``,
+        the ``reasons`` why not, and ``warnings`` about versions that nobody has tested. A target has ``export`` (make
+        its bundle here) and ``run`` (here).
     """
-    tested = _tested()
+    tested = ranges.tested()
     providers = _providers()
     gpus, gpu_note = _gpus()
     runtimes = []
@@ -69,7 +72,7 @@ def examine() -> dict[str, Any]:
                 "name": name,
                 "package": package,
                 "version": installed,
-                "tested": tested.get(package),
+                "tested": str(tested[package]) if package in tested else None,
                 "warning": _warning(packages, tested),
                 "use": use,
                 "providers": providers if name == "ONNX Runtime" and installed else None,
@@ -85,6 +88,7 @@ def examine() -> dict[str, Any]:
             "gpu_note": gpu_note,
             "jetson": _jetson(),
         },
+        "dependencies": ranges.dependencies(tested),
         "convert": _answer(_CONVERT, [], tested),
         "targets": [_target(row, providers, gpus, gpu_note, tested) for row in registry.every()],
     }
@@ -95,7 +99,7 @@ def _target(
     providers: list[str] | str,
     gpus: list[dict[str, Any]],
     gpu_note: str,
-    tested: dict[str, str],
+    tested: Tested,
 ) -> dict[str, Any]:
     unfit = []
     if row.engine is None:
@@ -116,7 +120,7 @@ def _target(
     }
 
 
-def _answer(needs: Sequence[tuple[str, ...]], reasons: Sequence[str], tested: dict[str, str]) -> dict[str, Any]:
+def _answer(needs: Sequence[tuple[str, ...]], reasons: Sequence[str], tested: Tested) -> dict[str, Any]:
     missing = [f"{packages[0]} is not installed" for packages in needs if _installed(packages)[1] is None]
     warnings = [warning for warning in (_warning(packages, tested) for packages in needs) if warning]
     return {"possible": not reasons and not missing, "reasons": [*reasons, *missing], "warnings": warnings}
@@ -125,56 +129,15 @@ def _answer(needs: Sequence[tuple[str, ...]], reasons: Sequence[str], tested: di
 def _installed(packages: Sequence[str]) -> tuple[str, str | None]:
     """First installed of several alternative packages: (name, version); the first name and None when there is none."""
     for package in packages:
-        try:
-            return package, metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
+        version = ranges.installed(package)
+        if version is not None:
+            return package, version
     return packages[0], None
 
 
-def _warning(packages: Sequence[str], tested: dict[str, str]) -> str | None:
+def _warning(packages: Sequence[str], tested: Tested) -> str | None:
     package, installed = _installed(packages)
-    if installed is not None and package in tested and not satisfies(installed, tested[package]):
-        return f"{package} {installed} is installed, tested with {tested[package]}"
-    return None
-
-
-def _tested() -> dict[str, str]:
-    """Package -> version range, as MoEdge's own metadata (pyproject.toml) states it."""
-    try:
-        lines = metadata.requires("moedge") or []
-    except metadata.PackageNotFoundError:
-        return {}
-    pattern = re.compile(r"^([A-Za-z0-9._-]+)(?:\[[^]]*\])?\s*([<>=!~][^;]*)?")
-    parsed = [match.groups() for match in map(pattern.match, lines) if match]
-    return {name.lower(): ranges.strip() for name, ranges in parsed if ranges}
-
-
-_COMPARE = {
-    ">=": lambda a, b: a >= b,
-    "<=": lambda a, b: a <= b,
-    "==": lambda a, b: a == b,
-    ">": lambda a, b: a > b,
-    "<": lambda a, b: a < b,
-}
-
-
-def satisfies(version: str, ranges: str) -> bool:
-    """Whether ``version`` lies in ``ranges`` like ``">=2.13,<2.14"``; a build tag (``+cpu``) does not count."""
-    for part in ranges.split(","):
-        match = re.match(r"\s*(>=|<=|==|>|<)\s*([0-9.]+)", part)
-        if match:
-            one, two = _release(version), _release(match[2])
-            size = max(len(one), len(two))
-            padded = [(*numbers, *[0] * (size - len(numbers))) for numbers in (one, two)]
-            if not _COMPARE[match[1]](*padded):
-                return False
-    return True
-
-
-def _release(version: str) -> tuple[int, ...]:
-    match = re.match(r"\d+(\.\d+)*", version)
-    return tuple(int(part) for part in match[0].split(".")) if match else ()
+    return None if installed is None else ranges.warning(package, installed, tested)
 
 
 def _providers() -> list[str] | str:
@@ -270,6 +233,13 @@ def render(result: dict[str, Any]) -> RenderableType:
         text = ", ".join(providers) if isinstance(providers, list) else providers
         runtimes.add_row(row["name"], version, escape(row["use"] + (f" ({text})" if text else "")))
 
+    outside = Sheet(title="versions that nobody has tested")
+    for column in ("package", "version", "", "tested with"):
+        outside.add_column(column)
+    for row in result["dependencies"]:
+        if row["verdict"].startswith("too"):
+            outside.add_row(row["package"], escape(row["version"]), f"[yellow]{row['verdict']}[/yellow]", row["tested"])
+
     possible = Sheet(title="what is possible here")
     for column in ("", "make", "run", "notes"):
         possible.add_column(column)
@@ -278,7 +248,7 @@ def render(result: dict[str, Any]) -> RenderableType:
         name = f"{target['target']}\n[dim]{escape(target['what'])}[/dim]"
         notes = _notes(target["export"], target["run"])
         possible.add_row(name, _mark(target["export"]), _mark(target["run"]), notes)
-    return Group(where, "", runtimes, "", possible)
+    return Group(where, "", runtimes, "", *([outside, ""] if outside.rows else []), possible)
 
 
 def _mark(answer: dict[str, Any]) -> str:
