@@ -82,7 +82,7 @@ def calibration_curves(model: PreTrainedModel, token_windows: np.ndarray, tokens
 
 
 def spread(curves: list[np.ndarray], shared: int, widths: list[int], active: int, most_skipped: float) -> list[int]:
-    """Return the active experts of each layer, on average ``active``, that cost least by the layers' curves.
+    """Return the active experts of each layer, on average ``active`` at most, that lose least by the layers' curves.
 
     Args:
         curves: of :func:`loss_curves`.

@@ -11,6 +11,7 @@ In one process all of this gives back what it is given.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ from moedge import MoEdgeError
 if TYPE_CHECKING:
     import torch
 
+_GONE = re.compile(r"connection (closed|reset)|broken pipe|remote process exited", re.IGNORECASE)
+"""What gloo and NCCL say when the process at the other end has ended."""
 _state: Any = None
 """Accelerate's PartialState, where there are several processes."""
 
@@ -50,11 +53,18 @@ def rank() -> int:
 @contextmanager
 def first_alone() -> Iterator[None]:
     """Run a block in the first process before the others: what it leaves in a cache is then there."""
-    if _state is None:
-        yield
-        return
-    with _ended_together(), _state.main_process_first():
-        yield
+    if rank():
+        _wait()
+    yield
+    if not rank():
+        _wait()
+
+
+def _wait() -> None:
+    """Wait until all processes are here."""
+    if _state is not None:
+        with _ended_together():
+            _state.wait_for_everyone()
 
 
 def span(windows: int) -> slice:
@@ -117,7 +127,7 @@ def _ended_together() -> Iterator[None]:
     """End quietly where another process has ended: it has said why."""
     try:
         yield
-    except RuntimeError:
-        if _state is None:
+    except RuntimeError as error:
+        if not _GONE.search(str(error)):
             raise
         raise SystemExit(MoEdgeError.exit_code) from None
