@@ -60,6 +60,7 @@ MEANINGS: dict[str, tuple[type, str]] = {
     "--max-length": (int, "^Longest (sequence|prompt . answer)"),
     "--max-prompt": (int, "^Most prompt tokens in one call"),
     "--out": (Path, "^Run folder"),
+    "--peer": (str, "another program"),
     "--plot": (Path, r"^Also draw .* \.svg"),
     "--redo": (str, "^Redo this stage"),
     "--save": (Path, "^Also write the whole result to this JSON file"),
