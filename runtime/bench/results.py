@@ -190,6 +190,10 @@ class Bench(TypedDict):
     """What :func:`moedge.runtime.bench.latency.bench` returns. The first point is the one that reports print."""
 
     schema: Literal["moedge.bench/2"]
+    created: NotRequired[str]
+    """ISO 8601, UTC; results of older versions have none."""
+    commit: NotRequired[str | None]
+    """Of the working folder, where that is known."""
     protocol: BenchProtocol
     machine: dict[str, Any]
     engines: Annotated[dict[str, EngineEntry], Field(min_length=1)]

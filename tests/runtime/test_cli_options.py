@@ -50,6 +50,7 @@ MEANINGS: dict[str, tuple[type, str]] = {
     "--force": (bool, "^Replace the output if it exists"),
     "--half": (str, "float16 .default., or bfloat16"),
     "--holdout-every": (int, "documents? .*(held-out|never trained on)"),
+    "--html": (Path, "^Also write .* as one HTML page to this file"),
     "--json": (bool, "^Print the whole result as JSON"),
     "--junit": (Path, "^Also write the checks as JUnit XML"),
     "--k-a": (int, "[Ss]trongest"),
