@@ -2,7 +2,8 @@
 
 What a token needs (:mod:`moedge.export.needs`) over what the machine can do (:mod:`moedge.runtime.bench.roofline`) is
 the least time that a step can take; that over the measured time is what was *reached*. The ideal gain of a converted
-model is the ratio of the two least times. A roof is measured with kernels of others, so a better one may pass 100 %.
+model is the ratio of the two least times: 1 for a prompt of a gathered one, of which no kernel leaves anything out. A
+roof is measured with kernels of others, so a better one may pass 100 %.
 """
 
 from __future__ import annotations
