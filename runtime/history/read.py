@@ -54,6 +54,8 @@ def collect(paths: Sequence[Path]) -> tuple[list[Series], int, list[str]]:
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             notes.append(f"{path} is damaged and left out ({type(error).__name__}: {error})")
             continue
+        if document and (older := _older(document)):
+            notes.append(f"{path} holds {' and '.join(older)} of an older version, which is left out")
         count += bool(readings)
         for one in readings:
             key = (order.index(one.metric), one.machine, one.engine, one.setting)
@@ -182,11 +184,20 @@ def _frontier(document: dict[str, Any]) -> Iterator[Reading]:
 def _report(document: dict[str, Any]) -> Iterator[Reading]:
     """All parts were made on the report's machine."""
     machine = _machine(document)
-    parts = [_bench(document["speed"]), _verify(document["verification"])]
-    parts += [_frontier(document["frontier"])] if "frontier" in document else []
-    for part in parts:
-        for one in part:
+    for part in _parts(document):
+        for one in _READERS[part["schema"]](part) if part["schema"] in _READERS else ():
             yield replace(one, machine=machine)
+
+
+def _parts(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """The results that a report holds; none of any other result."""
+    names = ("speed", "verification", "frontier")
+    return [document[name] for name in names if name in document] if document["schema"] == "moedge.report/1" else []
+
+
+def _older(document: dict[str, Any]) -> list[str]:
+    """Schemas of parts that an older version wrote."""
+    return [str(part["schema"]) for part in _parts(document) if part["schema"] not in _READERS]
 
 
 _READERS: dict[str, Callable[[dict[str, Any]], Iterator[Reading]]] = {

@@ -126,6 +126,11 @@ def test_a_report_stands_for_its_run(tmp_path: Path) -> None:
     assert files == 1
     assert {one["machine"] for one in series} == {"Here, 2 cores, 24 GiB"}
     assert {point["when"] for one in series for point in one["points"]} == {"2026-11-09T00:00:00+00:00"}
+    report = json.loads((run_folder / "report.json").read_text(encoding="utf-8"))
+    write(run_folder, report=report | {"speed": {"schema": "moedge.bench/1", "rows": []}})
+    series, _, notes = read.collect([tmp_path])
+    assert {one["metric"] for one in series} == {"kl", "accuracy"}
+    assert notes == [f"{run_folder / 'report.json'} holds moedge.bench/1 of an older version, which is left out"]
     (run_folder / "report.json").unlink()  # a run that was stopped before its report
     assert read.collect([tmp_path])[1] == 1
 
