@@ -86,8 +86,8 @@ class Costs:
 
         def bound(share: float) -> Bound:
             need = needs.of_model(model, whole, weight=size, cached=2.0, share=share)
-            read, products = (of(work.context, work.batch) for of in (need.decode_bytes, need.decode_products))
-            return outlook.step_bound(read, products, device)
+            read = need.decode_bytes(work.context, work.batch)
+            return outlook.step_bound(read, need.decode_products(work.context, work.batch), device)
 
         shares = [round(MOST - _STEP * step, 3) for step in range(round((MOST - LEAST) / _STEP) + 1)]
         return cls({share: bound(share) for share in (1.0, *shares)}, dense_ms)
