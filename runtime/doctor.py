@@ -17,7 +17,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 
 from moedge.export import targets as registry
-from moedge.runtime import ranges
+from moedge.runtime import peers, ranges
 from moedge.runtime.bench.machine import machine, processor_features
 from moedge.runtime.tables import Sheet
 
@@ -59,7 +59,7 @@ def examine() -> dict[str, Any]:
         versions, warning or None, providers); ``devices`` (cpu, gpus, jetson); ``dependencies``, every package of
         MoEdge's metadata (:class:`moedge.runtime.ranges.Dependency`); ``convert`` and ``targets`` with ``possible``,
         the ``reasons`` why not, and ``warnings`` about versions that nobody has tested. A target has ``export`` (make
-        its bundle here) and ``run`` (here).
+        its bundle here) and ``run`` (here); a peer has ``run``.
     """
     tested = ranges.tested()
     providers = _providers()
@@ -91,7 +91,17 @@ def examine() -> dict[str, Any]:
         "dependencies": ranges.dependencies(tested),
         "convert": _answer(_CONVERT, [], tested),
         "targets": [_target(row, providers, gpus, gpu_note, tested) for row in registry.every()],
+        "peers": [_peer(row, tested) for row in peers.every()],
     }
+
+
+def _peer(row: peers.Peer, tested: Tested) -> dict[str, Any]:
+    """Whether another program can be timed here (``moedge bench --peer``), and what to install where it cannot."""
+    answer = _answer([(name,) for name in row.packages], [], tested)
+    if not answer["possible"]:
+        answer["reasons"].append(f"pip install 'moedge[{row.extra}]'")
+    versions = " ".join(version for name in row.packages if (version := _installed((name,))[1]))
+    return {"peer": row.name, "what": row.summary, "takes": row.takes, "version": versions or None, "run": answer}
 
 
 def _target(
@@ -233,13 +243,6 @@ def render(result: dict[str, Any]) -> RenderableType:
         text = ", ".join(providers) if isinstance(providers, list) else providers
         runtimes.add_row(row["name"], version, escape(row["use"] + (f" ({text})" if text else "")))
 
-    outside = Sheet(title="versions that nobody has tested")
-    for column in ("package", "version", "", "tested with"):
-        outside.add_column(column)
-    for row in result["dependencies"]:
-        if row["verdict"].startswith("too"):
-            outside.add_row(row["package"], escape(row["version"]), f"[yellow]{row['verdict']}[/yellow]", row["tested"])
-
     possible = Sheet(title="what is possible here")
     for column in ("", "make", "run", "notes"):
         possible.add_column(column)
@@ -248,7 +251,24 @@ def render(result: dict[str, Any]) -> RenderableType:
         name = f"{target['target']}\n[dim]{escape(target['what'])}[/dim]"
         notes = _notes(target["export"], target["run"])
         possible.add_row(name, _mark(target["export"]), _mark(target["run"]), notes)
-    return Group(where, "", runtimes, "", *([outside, ""] if outside.rows else []), possible)
+    others = Sheet(title="other programs that bench can time (--peer)")
+    for column in ("", "run", "notes"):
+        others.add_column(column)
+    for peer in result["peers"]:
+        name = f"{peer['peer']}\n[dim]{escape(peer['what'])}[/dim]"
+        others.add_row(name, _mark(peer["run"]), _notes(peer["run"]))
+    return Group(where, "", runtimes, "", *_outside(result["dependencies"]), possible, "", others)
+
+
+def _outside(dependencies: Sequence[ranges.Dependency]) -> list[RenderableType]:
+    """Return the table of what is too old or too new, nothing where there is no such package."""
+    table = Sheet(title="versions that nobody has tested")
+    for column in ("package", "version", "", "tested with"):
+        table.add_column(column)
+    for row in dependencies:
+        if row["version"] is not None and row["verdict"] != "tested":
+            table.add_row(row["package"], escape(row["version"]), f"[yellow]{row['verdict']}[/yellow]", row["tested"])
+    return [table, ""] if table.rows else []
 
 
 def _mark(answer: dict[str, Any]) -> str:

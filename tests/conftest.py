@@ -96,7 +96,33 @@ def tiny_tokenizer() -> Any:
 
 
 @pytest.fixture(scope="session")
-def tiny_model() -> Callable[..., Any]:
+def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of this session share."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reused_traces(session_folder: Path) -> Iterator[None]:
+    """Models of one form are traced once a session (``tests/traced.py``)."""
+    from moedge.tests import traced
+
+    with traced.reused(session_folder):
+        yield
+
+
+@pytest.fixture
+def traced_anew(reused_traces: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every export of this test traces: it is about tracing, or changes code that is traced."""
+    import torch
+
+    monkeypatch.setattr(torch.onnx, "export", torch.onnx.export.__wrapped__)  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(reused_traces: None) -> Callable[..., Any]:
     """Return a factory of tiny random models: ``tiny_model("llama", layers=2, width=64, seed=0, **config)``.
 
     float32, eval mode, no gradients. Weights are larger than usual (0.2), so that activations matter and expert scores
