@@ -2,8 +2,12 @@
 
 At batch 1 a decode step takes at least as long as it takes to read the weights that its token needs and the keys and
 values of the tokens before it; a prompt takes at least its multiplications. What a router does not select and what a
-threshold leaves out is not needed, even where a runtime reads it. Activations, the logits and the writing of the cache
-are left out: under a hundredth of the rest.
+threshold leaves out is not needed, even where a runtime reads it. Thresholds, though, save something for few tokens at
+a time only: a kernel reads a weight if any of the tokens that are computed together keeps its value, and multiplies it
+for all of them; beyond :data:`FEW` tokens no kernel leaves anything out (docs/kernels-cpu.md, docs/kernels.md). So a
+prompt of a gathered model needs what its dense parent's does. (What its output projection saves for the last token of a
+prompt is not told apart from the FFNs, and not counted.) Activations, the logits and the writing of the cache are left
+out: under a hundredth of the rest.
 
 Symbols: V vocabulary, H hidden, L layers, A heads, G key/value heads, D head size, E experts, k chosen, I expert width.
 """
@@ -27,6 +31,9 @@ if TYPE_CHECKING:
 BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
 """Of a weight or a cached number by its type."""
 _HEAD = "lm_head.weight"
+FEW, FEW_FLOATS = 16, 48
+"""Most tokens that are computed together for which a kernel leaves values out; float32 on a CPU
+(``few_tokens`` in export/ort_ops/product.h; the tiles of :mod:`moedge.convert.ops.kernels.gathered` on a GPU)."""
 FFN = ("ffn", "shared", "experts")
 """Classes of :data:`moedge.export.quantize.format.QUANTISED` that are FFNs."""
 
@@ -40,10 +47,35 @@ class Part:
     bytes: float
     share: float = 1.0
     """That one token reads."""
+    thresholds: Thresholds | None = None
+    """Where a token reads less than what its router selects."""
 
     def read(self, tokens: int) -> float:
         """Bytes that ``tokens`` together read, if each takes its share of them at random."""
-        return self.bytes * (1 - (1 - self.share) ** tokens)
+        return self.bytes * self._together(tokens)
+
+    def multiplied(self, tokens: int) -> float:
+        """Multiplications of ``tokens`` that are computed together."""
+        share = self.share
+        if self.thresholds is not None:  # a value that one of them keeps is multiplied for all of them
+            share = min(self._together(tokens), self.thresholds.selected)
+        return tokens * self.parameters * share
+
+    def _together(self, tokens: int) -> float:
+        """Share of the weights that at least one of the tokens reads."""
+        many = self.thresholds is not None and tokens > self.thresholds.few
+        share = self.thresholds.selected if self.thresholds and many else self.share
+        return 1 - (1 - share) ** tokens
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What leaves small values out."""
+
+    selected: float = 1.0
+    """Share of the weights that a router selects for a token."""
+    few: int = FEW
+    """Most tokens that are computed together for which values are left out."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +100,8 @@ class Needs:
 
     def decode_products(self, context: float, batch: int = 1) -> float:
         """Multiplications of the same step."""
-        each = sum(part.parameters * part.share for part in self.parts if part.name != "embedding")
-        return batch * (each + context * self.attention)
+        weights = sum(part.multiplied(batch) for part in self.parts if part.name != "embedding")
+        return weights + batch * context * self.attention
 
     def prompt_bytes(self, tokens: int, batch: int = 1, past: int = 0) -> float:
         """Bytes read for prompts of ``tokens`` after ``past`` others: each weight once, however many tokens need it."""
@@ -78,10 +110,10 @@ class Needs:
 
     def prompt_products(self, tokens: int, batch: int = 1, past: int = 0) -> float:
         """Multiplications of prompts of ``tokens`` after ``past`` others; the last token alone gives logits."""
-        head = sum(part.parameters for part in self.parts if part.name == "head")
-        each = sum(part.parameters * part.share for part in self.parts if part.name not in ("head", "embedding"))
+        head = sum(part.multiplied(batch) for part in self.parts if part.name == "head")
+        rest = sum(part.multiplied(batch * tokens) for part in self.parts if part.name not in ("head", "embedding"))
         seen = tokens * past + tokens * (tokens + 1) / 2  # each token sees itself and those before it
-        return batch * (tokens * each + head + seen * self.attention)
+        return head + rest + batch * seen * self.attention
 
 
 def facts(folder: Path) -> tuple[ModelFacts, MoEFacts | None, float | None]:
@@ -107,7 +139,8 @@ def of_folder(folder: Path, dtype: str = "float32") -> Needs:
     if manifest is not None:
         return of_manifest(with_tied(manifest, folder))
     model, moe, share = facts(folder)
-    return of_model(model, moe, weight=BYTES[dtype], cached=BYTES[dtype], share=share)
+    few = FEW_FLOATS if dtype == "float32" else FEW
+    return of_model(model, moe, weight=BYTES[dtype], cached=BYTES[dtype], share=share, few=few)
 
 
 def of_manifest(manifest: Manifest | EngineManifest) -> Needs:
@@ -121,7 +154,8 @@ def of_manifest(manifest: Manifest | EngineManifest) -> Needs:
     share = _gathered(manifest)
     sizes = manifest.quantization.classes if isinstance(manifest, Manifest) and manifest.quantization else None
     if sizes is None:
-        return of_model(model, layers, weight=BYTES[dtype or "float32"], cached=BYTES[dtype or "float32"], share=share)
+        wide, few = BYTES[dtype or "float32"], FEW_FLOATS if dtype in (None, "float32") else FEW
+        return of_model(model, layers, weight=wide, cached=wide, share=share, few=few)
     parts = [_class_part(size, model, layers, share) for size in sizes]
     if not any(part.name == "head" for part in parts):  # one table that is looked up and multiplied by
         parts = [Part("head", part.parameters, part.bytes) if part.name == "embedding" else part for part in parts]
@@ -129,7 +163,13 @@ def of_manifest(manifest: Manifest | EngineManifest) -> Needs:
 
 
 def of_model(
-    model: ModelFacts, moe: MoEFacts | None, *, weight: float, cached: float, share: float | None = None
+    model: ModelFacts,
+    moe: MoEFacts | None,
+    *,
+    weight: float,
+    cached: float,
+    share: float | None = None,
+    few: int = FEW,
 ) -> Needs:
     """Return what a model needs if each of its weights takes ``weight`` bytes and a cached number ``cached``.
 
@@ -139,6 +179,7 @@ def of_model(
         weight: bytes.
         cached: bytes.
         share: of the FFN weights that a token reads, where values are left out; see :mod:`moedge.convert.reads`.
+        few: most tokens that are computed together for which they are.
 
     Raises:
         MoEdgeError: ``model`` does not say how many parameters it has, or whether its embedding is tied.
@@ -155,7 +196,8 @@ def of_model(
         parts.append(Part("embedding", table, table * weight, 1 / model.vocab_size))
     if share is not None:
         whole = shared + sum(count for count, _ in routed)
-        parts.append(Part("gathered FFNs", whole, whole * weight, share))
+        selected = shared + sum(count * one.top_k / one.num_experts for count, one in routed)
+        parts.append(Part("gathered FFNs", whole, whole * weight, share, Thresholds(selected / whole, few)))
     else:
         if shared:
             parts.append(Part("shared experts", shared, shared * weight))
@@ -192,14 +234,14 @@ def _class_part(size: ClassSize, model: ModelFacts, moe: MoEFacts | None, gather
     name, share = size.tensor_class, 1.0
     if name == "other":  # tables of rotary factors, of which a token reads a row, and single numbers
         share = 0.0
-    elif name in FFN and gathered is not None:
-        share = gathered
     elif name == "experts":
         routed = [layer for layer in _layers(moe) if layer.num_experts]
         stored = sum(layer.num_experts * layer.expert_width for layer in routed)
         share = sum(layer.top_k * layer.expert_width for layer in routed) / stored if stored else 1.0
     elif name == "embedding":
         share = 1 / model.vocab_size
+    if name in FFN and gathered is not None:
+        return Part(name, size.parameters, size.bytes, gathered, Thresholds(share, FEW))
     return Part(name, size.parameters, size.bytes, share)
 
 

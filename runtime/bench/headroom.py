@@ -2,7 +2,8 @@
 
 What a token needs (:mod:`moedge.export.needs`) over what the machine can do (:mod:`moedge.runtime.bench.roofline`) is
 the least time that a step can take; that over the measured time is what was *reached*. The ideal gain of a converted
-model is the ratio of the two least times. A roof is measured with kernels of others, so a better one may pass 100 %.
+model is the ratio of the two least times: 1 for a prompt of a gathered one, of which no kernel leaves anything out. A
+roof is measured with kernels of others, so a better one may pass 100 %.
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ def _row(label: str, one: Timed, needs: Needs, sizes: Sizes, roof: Roof) -> Head
 def _gains(timed: Mapping[str, Timed], rows: list[HeadroomRow]) -> list[Gain]:
     """Pairs of a converted model and a dense one on the same target, in the same type."""
     known = {row["label"]: row for row in rows if "reason" not in row}
-    converted = [label for label in known if _converted(timed[label].folder)]
+    converted = [label for label in known if converted(timed[label].folder)]
     dense: dict[tuple[str, str], str] = {}
     for label in known:
         if label not in converted:
@@ -187,7 +188,8 @@ def _least(step: Reached, roof: HeadroomRow) -> float:
     return 1e3 * max(memory, step["multiplications"] / (roof["gmul_s"] * 1e9))
 
 
-def _converted(folder: Path) -> bool:
+def converted(folder: Path) -> bool:
+    """Whether a bundle, engine or checkpoint is of a converted model; its dense parent is not."""
     manifest = manifests.read(folder)
     return (folder / "plan.json").is_file() if manifest is None else manifest.kind == "moe"
 

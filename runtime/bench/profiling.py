@@ -1,7 +1,9 @@
 """Where an ONNX Runtime bundle spends its time: milliseconds by operator and by part of the model.
 
-ONNX Runtime's own profiler times every node of the graph that it runs. Prefill and decode are kept apart, and each node
-counts with the shortest of its times: what else a machine does only adds to them. Nodes are grouped by what they
+ONNX Runtime's own profiler times every node of the graph that it runs. Prefill and decode are kept apart. The same text
+is read and decoded several times, and of one step a node counts with the shortest of its times: what else a machine
+does only adds to them. Over the steps of decode it counts with the mean: their work differs where the cache grows and
+where small values are left out, so that the shortest step is a step of less work. Nodes are grouped by what they
 compute: the optimised graph is cut at its fused norms, the piece with an attention node is attention, the piece that
 makes the logits is the head, the others are FFNs; inside an FFN, what the ``MoE``, ``QMoE`` or ``RoutedGLU`` node takes
 its experts and weights from is the router (in float32 with the shared experts' gate and up, which are one product with
@@ -49,9 +51,10 @@ def profile(
         ids: int64 [>= prompt].
 
     Returns:
-        JSON-ready dict of schema ``moedge.profile/1``: for ``prefill`` and ``decode`` the shortest unprofiled
-        milliseconds ``ms``, ``recording_us`` subtracted from each node, and ``operators`` and ``groups``: rows of
-        name, nodes, ms and share of ``ms``. ``weights``: bytes that each group stores.
+        JSON-ready dict of schema ``moedge.profile/1``: for ``prefill`` and ``decode`` the unprofiled milliseconds
+        ``ms`` (each step's shortest, mean over the steps), ``recording_us`` subtracted from each node, and
+        ``operators`` and ``groups``: rows of name, nodes, ms and share of ``ms``. ``weights``: bytes that each group
+        stores.
 
     Raises:
         MoEdgeError: no such bundle, or ``onnx`` is not installed.
@@ -82,10 +85,11 @@ def profile(
     }
     times = {
         "prefill": min(first for first, _ in plain),
-        "decode": min(step for _, steps in plain for step in steps),
+        "decode": float(np.min([steps for _, steps in plain], axis=0).mean()),
     }
     result: dict[str, Any] = {"schema": SCHEMA, "threads": engine.info.threads, "prompt": prompt, "weights": weights}
-    return result | {phase: summary(runs, groups, times[phase]) for phase, runs in phases.items()}
+    steps = {"prefill": 1, "decode": decode}
+    return result | {phase: summary(runs, groups, times[phase], steps[phase]) for phase, runs in phases.items()}
 
 
 def profiles(
@@ -143,29 +147,38 @@ def split_runs(events: list[dict[str, Any]]) -> list[dict[str, tuple[str, float]
     return runs
 
 
-def summary(runs: list[dict[str, tuple[str, float]]], groups: dict[str, str], total_ms: float) -> dict[str, Any]:
+def summary(
+    runs: list[dict[str, tuple[str, float]]], groups: dict[str, str], total_ms: float, steps: int = 1
+) -> dict[str, Any]:
     """Reduce the runs of one phase to rows by operator and by group; see :func:`profile`.
+
+    Args:
+        runs: of :func:`split_runs`: ``steps`` of them, and the same again in every repeat.
+        groups: of :func:`group_nodes`.
+        total_ms: what a step took without the recorder.
+        steps: how many differ.
 
     Raises:
         MoEdgeError: no run, or none with a node.
     """
     samples: dict[str, list[float]] = defaultdict(list)
     kinds: dict[str, str] = {}
-    for run in runs:
-        for name, (kind, duration) in run.items():
+    for step in range(steps):
+        for name, (kind, duration) in _shortest(runs[step::steps]).items():
             samples[name].append(duration)
             kinds[name] = kind
     if not samples:
         raise MoEdgeError(
             "ONNX Runtime's profiler recorded no node; this is a bug, report it with the runtime version."
         )
-    times = {name: min(values) for name, values in samples.items()}
+    times = {name: sum(values) / len(values) for name, values in samples.items()}
     recording = min(times.values())
 
     def rows(key: Callable[[str], str]) -> list[dict[str, Any]]:
         found: dict[str, list[float]] = defaultdict(list)
         for name, value in times.items():
-            found[key(name)].append((value - recording) / 1e3)
+            part = len(samples[name]) / steps  # of the steps, in which the node ran
+            found[key(name)].append(part * (value - recording) / 1e3)
         table = [
             {"name": name, "nodes": len(values), "ms": sum(values), "share": sum(values) / total_ms}
             for name, values in found.items()
@@ -183,6 +196,15 @@ def summary(runs: list[dict[str, tuple[str, float]]], groups: dict[str, str], to
         "operators": [*operators, outside],
         "groups": grouped,
     }
+
+
+def _shortest(repeats: list[dict[str, tuple[str, float]]]) -> dict[str, tuple[str, float]]:
+    """Node -> operator and the shortest of its times in repeats of one step."""
+    found: dict[str, tuple[str, float]] = {}
+    for run in repeats:
+        for name, (kind, duration) in run.items():
+            found[name] = (kind, min(duration, found.get(name, (kind, duration))[1]))
+    return found
 
 
 def group_nodes(graph: Any) -> dict[str, str]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,16 +16,18 @@ from rich.markup import escape
 
 from moedge import MoEdgeError
 from moedge._files import read_json, write_json, write_text
+from moedge._progress import Progress
 from moedge.runtime.bench import latency as benchmark
 from moedge.runtime.bench.headroom import add_headroom
-from moedge.runtime.bench.points import grid, tokens_of
+from moedge.runtime.bench.points import Point, grid, tokens_of
 from moedge.runtime.bench.profiling import profiles
 from moedge.runtime.bench.results import SCHEMA, Bench, Gate
+from moedge.runtime.commands import _peers
 from moedge.runtime.commands._options import Device, Dtype, Json, Numbers, Save, Text, numbers
 from moedge.runtime.engines import open_engine
 from moedge.runtime.engines.given import local
-from moedge.runtime.gate import judge as judging
 from moedge.runtime.gate import limits
+from moedge.runtime.gate.judge import judge
 from moedge.runtime.parity.outcomes import mark
 from moedge.runtime.parity.verdict import Outcome
 from moedge.runtime.progress import single
@@ -34,6 +37,9 @@ from moedge.runtime.report.profile import NOTE, table
 from moedge.runtime.run import run_folder
 from moedge.runtime.tables import Sheet
 from moedge.runtime.text.windows import token_windows
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def _share(given: str) -> float:
@@ -66,6 +72,7 @@ def bench(
     device: Device = "cpu",
     dtype: Dtype = "float32",
     text: Text = "asset:wiki",
+    peer: _peers.Timed = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="Then profile the bundles: time by operator and by part of the model.")
     ] = False,
@@ -101,45 +108,94 @@ def bench(
       moedge bench build/new --against build/old --max-slowdown 5% --junit bench.xml
       moedge bench moe=build/moe dense=build/dense --baseline last.json --fail-if "moe: ttft.p99 > 800ms"
       moedge bench ./my-llama build/moe --device cuda --dtype bfloat16 --profile
+      moedge bench build/bundles/ort-cpu-int4 build/dense/ort-cpu-int4 --peer genai:build/peers/genai-int4
     """
-    share = _share(max_slowdown)
-    own = [limits.parse(text) for text in fail_if or []]
-    older = None if baseline is None else read_result(baseline)
-    judged = bool(own or older or against)
-    _check_files(judged, junit, plot)
+    judging = _Judging.of(baseline, against, max_slowdown, fail_if)
+    _check_files(judging.asked, junit, plot)
     folders, tokenizer = _given(engines)
     beside = {} if against is None else _older(folders, against)
     folders |= {label: path for label, (_, path) in beside.items()}
     counts = threads.values if threads else (None,)
     points = grid(prompt.values, decode.values, batch.values if batch else (1,), depth.values, counts)
-    with single("bench", ", ".join(folders)) as reporter:
+    options: dict[str, Any] = {"pytorch": {"device": device, "dtype": dtype}, "last_logits": True}
+    openers = {label: partial(open_engine, path, **options) for label, path in folders.items()}
+    others, peers = _peers.timed(peer, folders, points, options["pytorch"])
+    with single("bench", ", ".join((*folders, *others))) as reporter:
         name, windows = token_windows(tokenizer, text, tokens_of(points), 1)
-        options: dict[str, Any] = {"pytorch": {"device": device, "dtype": dtype}, "last_logits": True}
         result = benchmark.bench(
-            {label: partial(open_engine, path, **options) for label, path in folders.items()},
+            {**openers, **others},
             windows[0],
             points,
             repeats=repeats,
             warmup=warmup,
             min_duration=min_duration,
-            batches=not batch and not judged,
+            batches=not batch and not judging.asked,
+            peers=peers,
             progress=reporter.progress,
         )
         result["text"] = name
         if profile:
-            first = points[0]
-            sizes = {"prompt": first.prompt, "decode": first.decode, "repeats": repeats, "threads": first.threads}
-            result["profiles"] = profiles(folders, windows[0], progress=reporter.progress, **sizes)
+            result["profiles"] = _profiled(folders, windows[0], points[0], repeats, reporter.progress)
         add_headroom(result, folders)
-    if judged:
-        pairs = {new: old for old, (new, _) in beside.items()}
-        result["gate"] = judging.judge(result, baseline=older, against=pairs, max_slowdown=share, limits=own)
+    if judging.asked:
+        result["gate"] = judging.judge(result, beside)
     _write(result, save=save, junit=junit, markdown=markdown, csv=csv, plot=plot)
     if as_json:
         print(json.dumps(result, indent=2, allow_nan=False))
     else:
         _print(result)
-    return mark(result["gate"]["outcome"]).exit_code if judged else 0
+    return mark(result["gate"]["outcome"]).exit_code if judging.asked else 0
+
+
+@dataclass(frozen=True)
+class _Judging:
+    """What the times are judged by; read and refused before an hour of timing."""
+
+    older: Bench | None
+    """A stored result, of the same machine."""
+    beside: bool
+    """An older engine is timed in the same rounds."""
+    max_slowdown: float
+    limits: Sequence[limits.Limit]
+    """The user's own."""
+
+    @classmethod
+    def of(
+        cls, baseline: Path | None, against: str | None, max_slowdown: str, fail_if: Sequence[str] | None
+    ) -> _Judging:
+        """Read the options.
+
+        Raises:
+            MoEdgeError: one that cannot be read.
+        """
+        share = _share(max_slowdown)
+        own = [limits.parse(text) for text in fail_if or []]
+        return cls(None if baseline is None else read_result(baseline), against is not None, share, own)
+
+    @property
+    def asked(self) -> bool:
+        """Whether there is anything to judge by."""
+        return bool(self.limits or self.older or self.beside)
+
+    def judge(self, result: Bench, beside: Mapping[str, tuple[str, Path]]) -> Gate:
+        """Judge a benchmark; ``beside``: what :func:`_older` found."""
+        pairs = {new: old for old, (new, _) in beside.items()}
+        return judge(result, baseline=self.older, against=pairs, max_slowdown=self.max_slowdown, limits=self.limits)
+
+
+def _profiled(
+    folders: Mapping[str, Path], ids: np.ndarray, point: Point, repeats: int, progress: Progress
+) -> dict[str, Any]:
+    """Profile the bundles at one point's prompt, decoded tokens and threads, at batch 1; ids int64 [>= prompt]."""
+    return profiles(
+        folders,
+        ids,
+        progress=progress,
+        prompt=point.prompt,
+        decode=point.decode,
+        repeats=repeats,
+        threads=point.threads,
+    )
 
 
 def _check_files(judged: bool, junit: Path | None, plot: Path | None) -> None:

@@ -14,6 +14,7 @@ from rich.markup import escape
 from moedge import MoEdgeError
 from moedge._files import write_text
 from moedge._progress import Progress
+from moedge.runtime.bench.machine import machine, stamp
 from moedge.runtime.commands._options import Device, Force, Json, Text, Threads, Tolerances
 from moedge.runtime.commands._questions import Limit, Shots, TaskData, Tasks, questions
 from moedge.runtime.parity import accuracy
@@ -136,6 +137,8 @@ def verify(
         if gate is not None:
             result = gate.added(result, threads=threads, device=device, **watched)
     assert result is not None
+    told = stamp()
+    result["created"], result["commit"], result["machine"] = told["created"], told["commit"], machine()
     if old:
         result["baseline"] = baselines.compare(result, old)
     if html:

@@ -495,6 +495,11 @@ class Verification(TypedDict):
     """All comparisons of one verification, schema ``moedge.verify/1``."""
 
     schema: Literal["moedge.verify/1"]
+    created: NotRequired[str]
+    """ISO 8601, UTC; with the two below written by `moedge verify`, for `moedge history`."""
+    commit: NotRequired[str | None]
+    """Of the working folder, where that is known."""
+    machine: NotRequired[dict[str, Any]]
     text: str
     not_executed: NotRequired[dict[str, str]]
     identity_note: NotRequired[str | None]

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 NOTE = (
-    "Shortest times, one engine after the other. The recorder's own cost a node is subtracted; 'outside' is what the "
-    "unprofiled run takes beyond the nodes. Rows below 0.5 % everywhere are left out."
+    "Shortest time of each step over its repeats, mean over the steps, one engine after the other. The recorder's own "
+    "cost a node is subtracted; 'outside' is what the unprofiled run takes beyond the nodes. Rows below 0.5 % "
+    "everywhere are left out."
 )
 """What a reader of the tables must know."""
 

@@ -152,6 +152,70 @@ def test_a_gathered_model_reads_the_share_that_was_measured() -> None:
     assert quantised.decode_bytes(0) == pytest.approx(60 + 70)
 
 
+GATHERED = 3 * 50 * H
+PRUNED = {0: LayerFacts(num_experts=0, top_k=0, shared_width=50, expert_width=0)}
+
+
+def gathered(dtype: str, share: float) -> needs.Needs:
+    """That share of the FFN weights is read for a token; no experts."""
+    facts: dict[str, Any] = {"moe": MoEFacts(layers=PRUNED, ffn_read_share=share), "model": model(ffn=GATHERED)}
+    return of_manifest(manifest(**facts, keeps={0: {"x": Kept()}}, cache=CacheFacts(kind="concat", dtype=dtype)))
+
+
+@pytest.mark.parametrize(("dtype", "few"), [("float32", 48), ("float16", 16)])
+def test_a_prompt_reads_and_multiplies_what_a_threshold_leaves_out(dtype: str, few: int) -> None:
+    """No kernel leaves anything out for more tokens than ``few``: from there on it is the dense model."""
+    found = gathered(dtype, share=0.05)  # so small that 48 tokens still drop something: 0.95 ^ 48 is 0.085
+    dense = of_model(model(ffn=GATHERED), None, weight=needs.BYTES[dtype], cached=needs.BYTES[dtype])
+    for tokens in (few + 1, 512):
+        assert found.prompt_products(tokens) == dense.prompt_products(tokens)
+        assert found.prompt_bytes(tokens) == dense.prompt_bytes(tokens)
+    assert found.prompt_products(few) < dense.prompt_products(few)
+    assert found.prompt_bytes(few) < dense.prompt_bytes(few)
+    # Rows of a batch are one call, too.
+    assert found.decode_bytes(9, batch=few + 1) == dense.decode_bytes(9, batch=few + 1)
+    assert found.decode_products(9, batch=few + 1) == dense.decode_products(9, batch=few + 1)
+    half = (few + 2) // 2
+    assert found.prompt_products(half, batch=2) == dense.prompt_products(half, batch=2)
+
+
+def test_few_tokens_multiply_what_any_of_them_keeps() -> None:
+    """Three rows leave out a weight that all three drop, 0.3 ^ 3 of them, and multiply the rest for each."""
+    found = gathered("float32", share=0.7)
+    union = 1 - 0.3**3
+    assert found.decode_bytes(0, batch=3) == pytest.approx(4 * (TABLE + ATTENTION + union * GATHERED))
+    assert found.decode_products(0, batch=3) == pytest.approx(3 * (TABLE + ATTENTION + union * GATHERED))
+    assert found.decode_products(0) == pytest.approx(TABLE + ATTENTION + 0.7 * GATHERED)
+    seen = (1 + 2 + 3) * LAYERS * 2 * HEADS * D
+    assert found.prompt_products(3) == pytest.approx(3 * (ATTENTION + union * GATHERED) + TABLE + seen)
+
+
+def test_experts_with_thresholds_keep_what_their_router_leaves_out_of_a_prompt() -> None:
+    facts: dict[str, Any] = {"moe": MoEFacts(layers=MOE.layers, ffn_read_share=0.2), "keeps": {0: {"x": Kept()}}}
+    found = of_manifest(manifest(**facts))
+    seen = sum(range(1, 101)) * LAYERS * 2 * HEADS * D
+    selected = ALWAYS + ROUTED * K / E
+    assert found.prompt_products(100) == pytest.approx(100 * (ATTENTION + selected) + TABLE + seen)
+    assert found.decode_products(0) == pytest.approx(TABLE + ATTENTION + 0.2 * (ALWAYS + ROUTED))
+    classes = sized(shared=(ALWAYS, 100), experts=(ROUTED, 900), head=(TABLE, 500))
+    whole = of_manifest(manifest(**facts, quantization=classes))
+    assert whole.prompt_products(17) == pytest.approx(
+        17 * selected + TABLE + sum(range(1, 18)) * LAYERS * 2 * HEADS * D
+    )
+    assert whole.prompt_products(16) < 16 * selected + TABLE + sum(range(1, 17)) * LAYERS * 2 * HEADS * D
+    assert whole.decode_bytes(0) == pytest.approx(0.2 * 1000 + 500)
+
+
+def test_few_tokens_are_as_many_as_the_kernels_take() -> None:
+    source = (Path(needs.__file__).parent / "ort_ops" / "product.h").read_text(encoding="utf-8")
+    assert f"few_tokens(int bits) {{ return bits == 32 ? {needs.FEW_FLOATS} : {needs.FEW}; }}" in source
+    pytest.importorskip("triton")
+    from moedge.convert.ops.kernels.gathered import MOST_TOKENS, PATHS
+
+    assert MOST_TOKENS["gemm16"] == needs.FEW
+    assert list(PATHS) == ["gemv", "gemm16", "gemm64", "gemm128"], "the two that follow skip nothing"
+
+
 def test_what_is_not_known_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MoEdgeError, match="whether the embedding is tied: export again"):
         of_manifest(manifest(model=model(tied=None)))

@@ -12,6 +12,7 @@ import onnx
 import pytest
 
 from moedge import MoEdgeError
+from moedge.runtime.bench import profiling
 from moedge.runtime.bench.profiling import GROUPS, group_nodes, profile, profiles, split_runs, summary
 from moedge.runtime.engines.ort import OrtEngine
 from moedge.runtime.report.profile import table
@@ -53,6 +54,25 @@ def test_rows_are_the_shortest_times_less_the_recording_and_sum_to_the_whole() -
         ("head", 2, 0.5),
         ("outside", 0, 0.5),
     ]
+
+
+def test_a_step_counts_with_its_shortest_time_and_all_steps_count() -> None:
+    """A gathered node whose second step has three times the work, disturbed once in each step."""
+    work = {1: 1000.0, 2: 3000.0}  # microseconds, as if the machine did nothing else
+    disturbed = {(0, 2): 5000.0, (1, 1): 700.0}  # (repeat, step) -> what another program added
+
+    def run(repeat: int, step: int) -> dict[str, tuple[str, float]]:
+        more = disturbed.get((repeat, step), 0.0)
+        found = {"down": ("GatherLinear", work[step] + more + 2), "shape": ("Shape", 2.0)}
+        return found | ({"late": ("If", 102.0)} if step == 2 else {})
+
+    runs = [run(repeat, step) for repeat in range(2) for step in (1, 2)]
+    found = summary(runs, {}, 4.0, steps=2)
+    assert found["recording_us"] == 2
+    # (1000 + 3000) / 2 microseconds; of what runs in every second step, half. The shortest of all would be 1.0.
+    assert {row["name"]: row["ms"] for row in found["operators"]} == pytest.approx(
+        {"GatherLinear": 2.0, "If": 0.05, "Shape": 0.0, "outside": 1.95}
+    )
 
 
 def _graph(folder: Path, bundle: Path) -> tuple[Any, set[str]]:
@@ -99,6 +119,22 @@ def test_a_profile_adds_up(bundles: dict[str, Path]) -> None:
             assert sum(row["share"] for row in rows) == pytest.approx(1)
     assert {row["name"] for row in found["decode"]["groups"]} == {*GROUPS, "outside"}
     json.dumps(found, allow_nan=False)
+
+
+def test_a_profile_takes_the_shortest_of_each_step_and_the_mean_over_steps(
+    bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first repeat is dropped; of the others each step's shortest counts: (1 + 4) / 2 and (1.5 + 5) / 2 ms."""
+    plain = [(9.0, [0.1, 0.1]), (7.0, [1.5, 6.0]), (8.0, [2.5, 5.0])]
+    nodes = [[100.0, 1.0, 1.0], [6002.0, 1002.0, 5002.0], [7002.0, 2002.0, 4002.0]]  # microseconds: prompt, steps
+    times = iter([*plain, *plain])
+    monkeypatch.setattr(profiling, "_run", lambda *_: next(times))
+    runs = [{"a": ("MatMul", us), "b": ("Shape", 2.0)} for repeat in nodes for us in repeat]
+    monkeypatch.setattr(profiling, "split_runs", lambda _: runs)
+    found = profile(bundles["dense/ort-cpu"], np.arange(12), prompt=10, decode=2, repeats=2, threads=1)
+    assert (found["prefill"]["ms"], found["decode"]["ms"]) == (7.0, 3.25)
+    assert found["prefill"]["operators"][0]["ms"] == pytest.approx(6.0)
+    assert found["decode"]["operators"][0]["ms"] == pytest.approx(2.5)
 
 
 def test_a_graph_without_fused_norms_has_operators_only(bundles: dict[str, Path]) -> None:
