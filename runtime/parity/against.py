@@ -5,7 +5,7 @@ reference's numbers, and two questions are asked:
 
 * **layers**: does each layer, alone, compute what the reference's layer computes? The engine runs the probe with the
   reference's stream in place of its own before every layer and before the final norm
-  (:mod:`moedge.export.graph.stream`). What a layer hands on is compared with what the reference's layer handed on. No
+  (:mod:`moedge.export.graph.layers`). What a layer hands on is compared with what the reference's layer handed on. No
   error of another layer enters, and a decision that rounding turns (an expert, a value at its threshold) changes that
   layer's output and nothing else. There is no chaos at depth one, so the limit is that of one layer's rounding, for
   dense, routed and gathered models of every precision. Attention reads a cache that the engine wrote from the same
@@ -38,6 +38,7 @@ from moedge._progress import Progress
 from moedge.configs import tolerances as tolerance_files
 from moedge.configs.tolerances import Profile
 from moedge.export import manifest as manifests
+from moedge.export.graph.layers import STREAM
 from moedge.export.manifest import EngineManifest, Manifest
 from moedge.runtime.engines import Engine, open_engine
 from moedge.runtime.parity import alone, shortened, verdict
@@ -84,7 +85,7 @@ def verify_kept(
     layers, reason = None, "PyTorch and engine folders run as a whole"
     if isinstance(manifest, Manifest):
         try:
-            single: Any = open_engine(test, **opening, taps=routed, streams="replace")
+            single: Any = open_engine(test, **opening, taps=routed, layers="given", spots=STREAM)
         except MoEdgeError as error:
             reason = str(error).rstrip(".")
         else:

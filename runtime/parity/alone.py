@@ -8,8 +8,8 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from moedge.configs.tolerances import Profile
-from moedge.runtime.engines import Step
-from moedge.runtime.engines.ort import OrtEngine
+from moedge.export.graph.layers import LayerPoint
+from moedge.runtime.engines import LayerEngine, Step
 from moedge.runtime.parity import shortened
 from moedge.runtime.parity.metrics import RouterChoices, TokenErrors, distance, mean, same_sets
 from moedge.runtime.parity.reference import Probe, Reference, probing
@@ -34,8 +34,8 @@ class Alone:
     changed: dict[int, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, reference: Reference, engine: OrtEngine, limits: Profile) -> Alone:
-        """Run the probe; ``engine`` was opened with ``streams="replace"``, and with ``taps`` if it is routed."""
+    def of(cls, reference: Reference, engine: LayerEngine, limits: Profile) -> Alone:
+        """Run the probe; ``engine`` was opened to be given the stream, and with ``taps`` if it is routed."""
         probe, facts = reference.probe, reference.facts
         layers = len(probe.streams) - 1
         margin = limits.router_tie_margin + 2 * (limits.layer_rel_error or 0.0)
@@ -44,12 +44,12 @@ class Alone:
         cache: Any = None
         for phase, rows, ids, targets in probing(reference.windows[0], facts.probe, facts.probe_prefill):
             streams = [stream[rows] for stream in probe.streams.values()]
-            given = [stream[None] for stream in streams]
+            given: dict[LayerPoint, np.ndarray] = {(layer, "stream"): each for layer, each in enumerate(streams)}
             prefill = phase == "prefill"
-            step = engine.prefill(ids, streams=given) if prefill else engine.decode(ids, cache, streams=given)
+            step = engine.prefill(ids, given=given) if prefill else engine.decode(ids, cache, given=given)
             cache = step.cache
             same = found._routed(probe, step, rows)
-            shown = [stream[0] for stream in step.streams or ()]
+            shown = [each for _, each in sorted((step.layers or {}).items())]
             found.embedding.append(distance(streams[0], shown[0]))
             for layer in range(layers):
                 error = _layer_error(shown[layer + 1], streams[layer + 1], streams[layer])

@@ -2,7 +2,7 @@
 
 ``ref.safetensors`` holds the text as token ids, what :mod:`.shortened` keeps of the logits of every token, which
 experts each layer chose for it, and, for the first tokens of the text (the *probe*), the stream that passes from layer
-to layer (:mod:`moedge.export.graph.stream`) and what each router ranked its experts by. :mod:`.against` says what these
+to layer (:mod:`moedge.export.graph.layers`) and what each router ranked its experts by. :mod:`.against` says what these
 judge.
 """
 
@@ -25,6 +25,7 @@ from moedge._progress import Progress
 from moedge.convert.adapters import MOE_PREFIX
 from moedge.convert.moe_adapters import FAMILIES as NATIVE
 from moedge.export import manifest as manifests
+from moedge.export.graph.layers import STREAM
 from moedge.export.manifest import EngineManifest, Manifest
 from moedge.runtime.engines import Engine, ReplayEngine, open_engine
 from moedge.runtime.engines.info import EngineInfo, EngineModel
@@ -172,7 +173,7 @@ def how_to_open(folder: Path) -> dict[str, Any]:
     else:
         routed = bool(manifest.layers)
         replay = bool(manifest.routed_layers) and not (manifest.moe and manifest.moe.nested)
-    return {"taps": routed, "replay": replay, "streams": "show"}
+    return {"taps": routed, "replay": replay, "layers": "shown", "spots": STREAM}
 
 
 def keep_given(
@@ -223,8 +224,8 @@ def keep(
     """Run the text and write what a later comparison needs.
 
     Args:
-        engine: opened with ``streams="show"``; a routed one with ``taps`` and, unless it holds experts inside experts,
-            ``replay``.
+        engine: opened to show the stream that layers read; a routed one with ``taps`` and, unless it holds experts
+            inside experts, ``replay``.
         windows: int64 [N, L], the text. path: the file; it is replaced.
         text: its name. prefill: tokens of each window that are read at once.
         identity: of the model.
@@ -285,7 +286,7 @@ def _probed(engine: Engine, window: np.ndarray, probe: int, prefill: int) -> Pro
         scores: dict[int, np.ndarray] = {}
         if step.router_inputs and isinstance(engine, ReplayEngine):
             scores = engine.scores(step.router_inputs)
-        streams = {layer: values[0] for layer, values in enumerate(step.streams or ())}
+        streams = {layer: values for (layer, _), values in (step.layers or {}).items()}
         for name, by_layer in (("routes", step.routes or {}), ("streams", streams), ("scores", scores)):
             for layer, values in by_layer.items():
                 found[name].setdefault(layer, []).append(values)
