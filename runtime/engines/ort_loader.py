@@ -256,6 +256,6 @@ def _dequantized(bundle: Bundle, other: str | Path) -> dict[str, tuple[np.ndarra
     from moedge.export.quantize.stored import dequantized_weights
 
     quantised = open_bundle(Path(other))
-    if bundle.manifest.target != "portable" or quantised.manifest.parent != bundle.sha256:
+    if bundle.manifest.target != targets.PORTABLE or quantised.manifest.parent != bundle.sha256:
         raise MoEdgeError(f"{other} was not lowered from {bundle.path}; give the portable bundle of the same export.")
     return {name: (array, ort_value(array)) for name, array in dequantized_weights(quantised)}
