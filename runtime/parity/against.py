@@ -41,11 +41,14 @@ from moedge.export import manifest as manifests
 from moedge.export.graph.layers import STREAM
 from moedge.export.manifest import EngineManifest, Manifest
 from moedge.runtime.engines import Engine, open_engine
+from moedge.runtime.engines.protocol import Opening
 from moedge.runtime.parity import alone, shortened, verdict
 from moedge.runtime.parity.compare import json_ready, measured, same_vocabulary, steps
-from moedge.runtime.parity.metrics import Cursor, RouteAgreement, TokenErrors, mean
+from moedge.runtime.parity.figures import KeptReferenceFacts
+from moedge.runtime.parity.metrics import Cursor, TokenErrors, mean
 from moedge.runtime.parity.reference import Reference, identity_of, load
-from moedge.runtime.parity.results import KeptReferenceFacts, Parity, ParityEntry, Verification
+from moedge.runtime.parity.results import Parity, ParityEntry, Verification
+from moedge.runtime.parity.routing import RouteAgreement
 from moedge.runtime.parity.suite import FREE, SCHEMA, finished, graph_dtype
 from moedge.runtime.parity.verdict import Check, Outcome, Verdict
 
@@ -56,7 +59,7 @@ def verify_kept(
     *,
     tolerances: str,
     limits: tolerance_files.Tolerances,
-    opening: dict[str, Any],
+    opening: Opening,
     progress: Progress,
 ) -> Verification:
     """Judge a bundle or engine by a kept reference; its text is the reference's.

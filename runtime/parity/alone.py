@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 
@@ -11,9 +11,10 @@ from moedge.configs.tolerances import Profile
 from moedge.export.graph.layers import LayerPoint
 from moedge.runtime.engines import LayerEngine, Step
 from moedge.runtime.parity import shortened
-from moedge.runtime.parity.metrics import RouterChoices, TokenErrors, distance, mean, same_sets
+from moedge.runtime.parity.figures import LayerErrors, LayersFacts
+from moedge.runtime.parity.metrics import TokenErrors, distance, mean
 from moedge.runtime.parity.reference import Probe, Reference, probing
-from moedge.runtime.parity.results import LayersFacts
+from moedge.runtime.parity.routing import RouterChoices, same_sets
 from moedge.runtime.parity.verdict import Check
 
 _PHASES: tuple[Literal["prefill", "decode"], ...] = ("prefill", "decode")
@@ -71,29 +72,27 @@ class Alone:
     def summary(self) -> LayersFacts:
         """See :class:`moedge.runtime.parity.results.LayersFacts`."""
         by_phase = {phase: [np.concatenate(parts) for parts in found] for phase, found in self.errors.items()}
-        layers = {}
+        layers: dict[str, LayerErrors] = {}
         for layer, (one, two) in enumerate(zip(*by_phase.values(), strict=True)):
-            layers[str(layer)] = {
+            errors: LayerErrors = {
                 "prefill": mean(one),
                 "decode": mean(two),
                 "max": float(np.max(np.append(one, two), initial=0.0)),
             }
             if layer in self.changed:
-                layers[str(layer)]["changed"] = self.changed[layer]
+                errors["changed"] = self.changed[layer]
+            layers[str(layer)] = errors
         worst = {name: np.max([each["prefill"], each["decode"]]) for name, each in layers.items()}  # NaN is the worst
         last = max(worst, key=lambda name: np.inf if np.isnan(worst[name]) else worst[name], default=None)
-        return cast(
-            "LayersFacts",
-            {
-                "tokens": self.head.tokens,
-                "embedding_rel_error": mean(np.concatenate(self.embedding)),
-                "layers": layers,
-                "worst_layer": None if last is None else int(last),
-                "worst_rel_error": float("nan") if last is None else float(worst[last]),
-                "router": self.router.summary(),
-                "head": self.head.summary(),
-            },
-        )
+        return {
+            "tokens": self.head.tokens,
+            "embedding_rel_error": mean(np.concatenate(self.embedding)),
+            "layers": layers,
+            "worst_layer": None if last is None else int(last),
+            "worst_rel_error": float("nan") if last is None else float(worst[last]),
+            "router": self.router.summary(),
+            "head": self.head.summary(),
+        }
 
 
 def _layer_error(shown: np.ndarray, right: np.ndarray, before: np.ndarray) -> np.ndarray:

@@ -27,12 +27,14 @@ from moedge.convert.moe_adapters import FAMILIES as NATIVE
 from moedge.export import manifest as manifests
 from moedge.export.graph.layers import STREAM
 from moedge.export.manifest import EngineManifest, Manifest
+from moedge.export.targets import PORTABLE
 from moedge.runtime.engines import Engine, ReplayEngine, open_engine
 from moedge.runtime.engines.info import EngineInfo, EngineModel
+from moedge.runtime.engines.protocol import Opening
 from moedge.runtime.parity.compare import steps
+from moedge.runtime.parity.sample import Sample
 from moedge.runtime.parity.shortened import Shortened, joined, shortened
 from moedge.runtime.run import run_folder
-from moedge.runtime.text.windows import token_windows
 
 PROBE = 96
 """Tokens at the beginning of the text whose stream is kept, two thirds of them of one prefill, the others decoded."""
@@ -141,7 +143,7 @@ def identity_of(folder: Path) -> Identity:
     """
     manifest = manifests.read(folder)
     if manifest is not None:
-        own = manifests.content_hash(folder) if manifest.target == "portable" else manifest.parent
+        own = manifests.content_hash(folder) if manifest.target == PORTABLE else manifest.parent
         # An engine's parent is the bundle that it was built of, not the portable one.
         bundle = None if isinstance(manifest, EngineManifest) else own
         return Identity(
@@ -166,7 +168,7 @@ def how_to_open(folder: Path) -> dict[str, Any]:
         kind = str(config.get("model_type", ""))
         routed = kind.startswith(MOE_PREFIX)
         replay = routed and kind.removeprefix(MOE_PREFIX) not in NATIVE
-    elif not isinstance(manifest, Manifest) or manifest.target != "portable":
+    elif not isinstance(manifest, Manifest) or manifest.target != PORTABLE:
         raise MoEdgeError(
             f"A reference is kept of a checkpoint or of a portable bundle; {folder} is of target {manifest.target}."
         )
@@ -180,11 +182,8 @@ def keep_given(
     folder: Path,
     path: Path,
     *,
-    text: str,
-    tokens: int,
-    window: int,
-    prefill: int,
-    opening: dict[str, Any],
+    sample: Sample,
+    opening: Opening,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Reference:
@@ -193,7 +192,7 @@ def keep_given(
     Args:
         folder: checkpoint, portable bundle, or a run folder, whose converted checkpoint is taken.
         path: the file to write.
-        text, tokens, window, prefill: as in :func:`moedge.runtime.parity.given.verify_given`.
+        sample: the text.
         opening: ``threads`` and ``pytorch`` of the engine.
         force: replace ``path``.
 
@@ -205,10 +204,10 @@ def keep_given(
     if run_folder.is_run(folder):
         folder = run_folder.checkpoint(folder)
     how = how_to_open(folder)
-    name, windows = token_windows(folder, text, window, -(-tokens // window))
+    name, windows = sample.windows(folder)
     identity = identity_of(folder)
     with closing(open_engine(folder, **opening, **how)) as engine:
-        return keep(engine, windows, path, text=name, prefill=prefill, identity=identity, progress=progress)
+        return keep(engine, windows, path, text=name, prefill=sample.prefill, identity=identity, progress=progress)
 
 
 def keep(
