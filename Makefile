@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: demo test test-slow interop lint docs clean
+.PHONY: demo test test-slow test-gpu interop lint docs clean
 
 demo: .venv/cpu.done
 	$(BIN)/moedge run smollm2-135m
@@ -13,6 +13,10 @@ test: .venv/test.done
 
 test-slow: .venv/test.done
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m "(slow or network) and not gpu" --ignore tests/interop
+
+# Device tests, MoE and gather beside dense, kernels beside their limits; a rehearsal where there is no GPU (docs/gpu.md).
+test-gpu: .venv/test.done
+	$(BIN)/python tests/gpu/run.py --out build/gpu
 
 # optimum, onnxruntime-genai and OpenVINO in an environment of their own; of your bundles: make interop BUNDLES="a b"
 interop: .venv/test.done

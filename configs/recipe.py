@@ -81,6 +81,7 @@ ControlName = Literal[
     "MoEfication, centre router",
     "TEAL",
     "WINA",
+    "GRIFFIN",
     "oracle router",
     "neuron top-k",
 ]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from moedge.convert import adapters, streaming
+from moedge.convert import adapters, allocation, processes, streaming
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,7 +41,8 @@ def loss_curves(model: PreTrainedModel, token_windows: np.ndarray) -> list[np.nd
         float64 [D + 1] for each layer, nats a token; entry n belongs to n kept neurons, the last one is 0.
     """
     blocks = adapters.ffns(model)
-    ids = torch.from_numpy(token_windows).to(model.device)
+    own = processes.span(len(token_windows))
+    ids, tokens = torch.from_numpy(token_windows[own]).to(model.device), token_windows.size
     sums = [torch.zeros(2, len(block.gate), dtype=torch.float64, device=model.device) for block in blocks]
 
     def add_moments(index: int, x: torch.Tensor, y: torch.Tensor) -> None:
@@ -51,18 +52,18 @@ def loss_curves(model: PreTrainedModel, token_windows: np.ndarray) -> list[np.nd
     with torch.no_grad(), _watched(blocks, add_moments):
         for window in ids:
             model.base_model(input_ids=window[None], use_cache=False)
-    means = [total[0] / ids.numel() for total in sums]
+    sums = [processes.total(total) for total in sums]
+    means = [total[0] / tokens for total in sums]
     orders = []
     for block, total, mean in zip(blocks, sums, means, strict=True):
-        score = (total[1] / ids.numel() - mean.square()) * block.down.double().square().sum(dim=0)
+        score = (total[1] / tokens - mean.square()) * block.down.double().square().sum(dim=0)
         orders.append(score.argsort(descending=False, stable=True))
 
     curves = [torch.zeros(len(block.gate) + 1, dtype=torch.float64, device=model.device) for block in blocks]
-    generator = torch.Generator().manual_seed(SEED)
     seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    for window in ids:
+    for number, window in enumerate(ids):
         with torch.enable_grad(), with_gradients(model), _watched(blocks, lambda i, x, y: seen.update({i: (x, y)})):
-            score = drawn_score(model, window, generator)
+            score = drawn_score(model, window, generator(own.start + number))
             gradients = torch.autograd.grad(score, [seen[index][1] for index in range(len(blocks))])
         with torch.no_grad():
             for index, (block, gradient) in enumerate(zip(blocks, gradients, strict=True)):
@@ -71,7 +72,7 @@ def loss_curves(model: PreTrainedModel, token_windows: np.ndarray) -> list[np.nd
                 # Entry n of the cumulative sum: the n worst neurons are left out.
                 together = change[:, orders[index]].cumsum(dim=1)
                 curves[index][1:] += together.square().sum(dim=0).double() / 2
-    return [(curve / ids.numel()).flip(0).cpu().numpy() for curve in curves]
+    return [(processes.total(curve) / tokens).flip(0).cpu().numpy() for curve in curves]
 
 
 def calibration_curves(model: PreTrainedModel, token_windows: np.ndarray, tokens: int) -> list[np.ndarray]:
@@ -81,10 +82,7 @@ def calibration_curves(model: PreTrainedModel, token_windows: np.ndarray, tokens
 
 
 def spread(curves: list[np.ndarray], shared: int, widths: list[int], active: int, most_skipped: float) -> list[int]:
-    """Return the active experts of each layer, on average ``active``, that cost least by the layers' curves.
-
-    Curves are made convex (a layer's gains from one more expert never rise), so that the best spread takes the largest
-    gains of all layers, whole experts at a time.
+    """Return the active experts of each layer, on average ``active`` at most, that lose least by the layers' curves.
 
     Args:
         curves: of :func:`loss_curves`.
@@ -92,27 +90,24 @@ def spread(curves: list[np.ndarray], shared: int, widths: list[int], active: int
         active: mean number of active experts.
         most_skipped: no layer skips more than this times the mean skipped share.
     """
-    from scipy.optimize import isotonic_regression
-
     routed = len(widths)
     least = max(1, math.ceil(routed - most_skipped * (routed - active)))
     kept = np.round(shared + np.arange(routed + 1) * np.mean(widths)).astype(int)
-    gains = []
-    for curve in curves:
-        falls = -np.diff(curve[kept[least:]])
-        gains.append(isotonic_regression(falls, increasing=False).x if len(falls) else falls)
-    flat = np.concatenate(gains)
-    layer = np.repeat(np.arange(len(curves)), [len(values) for values in gains])
-    step = np.concatenate([np.arange(len(values)) for values in gains])
-    # Among equal gains the earlier step of a layer comes first: what is taken of a layer is always its first steps.
-    best = np.lexsort((layer, step, -flat))[: len(curves) * (active - least)]
-    return [int(least + count) for count in np.bincount(layer[best], minlength=len(curves))]
+    counts = np.arange(least, routed + 1)
+    menus = [allocation.Menu(counts.astype(np.float64), curve[kept[least:]]) for curve in curves]
+    return [int(counts[way]) for way in allocation.cheapest(menus, len(curves) * active)]
 
 
-def drawn_score(model: PreTrainedModel, window: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def generator(window: int) -> torch.Generator:
+    """Return what draws the tokens of a window of that number, whichever process reads it."""
+    # On a CPU 32 bits of a seed count.
+    return torch.Generator().manual_seed((SEED * 1_000_003 + window) % 2**32)
+
+
+def drawn_score(model: PreTrainedModel, window: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
     """Return the summed log-probability of tokens drawn from the model's own predictions on a window of ids [L]."""
     logits = model(input_ids=window[None], use_cache=False).logits[0].float()
-    drawn = torch.multinomial(logits.detach().softmax(dim=-1).cpu(), 1, generator=generator).to(logits.device)
+    drawn = torch.multinomial(logits.detach().softmax(dim=-1).cpu(), 1, generator=draw).to(logits.device)
     return logits.log_softmax(dim=-1).gather(1, drawn).sum()
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from moedge import MoEdgeError
 from moedge._files import canonical_json, sha256_file
+from moedge.convert import processes
 from moedge.convert.sources import assets
 
 if TYPE_CHECKING:
@@ -235,6 +236,7 @@ def collect(
     from moedge.convert import adapters, offload, streaming
 
     blocks = adapters.ffns(model)
+    token_windows = token_windows[processes.span(len(token_windows))]
     weights = _sample_weights(token_windows, gate) if gate else None
     results = []
     with torch.inference_mode():
@@ -249,7 +251,8 @@ def collect(
             states = after
             results.append(stream.result())
             if watched:
-                results[-1].gate_profile, results[-1].gate_sampling = np.concatenate(watched.means), gate
+                means = processes.joined(torch.from_numpy(np.concatenate(watched.means))).numpy()
+                results[-1].gate_profile, results[-1].gate_sampling = means, gate
             if progress:
                 progress(len(results), len(blocks))
     return results
@@ -346,8 +349,18 @@ class _Stream:
         self.top[start : start + h.shape[0]] = marked.cpu().numpy()
 
     def result(self) -> LayerStatistics:
-        variance = self.deviations / max(self.count, 1)
-        return LayerStatistics(self.top, self.mean.astype(np.float32), variance.astype(np.float32), self.profile)
+        """Return the statistics of the tokens of all processes."""
+        top, mean, deviations, count = self.top, self.mean, self.deviations, self.count
+        if processes.count() > 1:
+            import torch
+
+            top = processes.joined(torch.from_numpy(top.astype(np.int32))).numpy().astype(top.dtype)
+            count = len(top)
+            mean = processes.total(torch.from_numpy(self.mean * self.count)).numpy() / count
+            within = deviations + self.count * np.square(self.mean - mean)
+            deviations = processes.total(torch.from_numpy(within)).numpy()
+        variance = deviations / max(count, 1)
+        return LayerStatistics(top, mean.astype(np.float32), variance.astype(np.float32), self.profile)
 
 
 def save(statistics: list[LayerStatistics], path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import moedge.convert.ops  # noqa: F401  registers torch.ops.moedge
-from moedge.convert import routers
+from moedge.convert import processes, routers
 from moedge.convert.plan import LayerPlan
 from moedge.convert.rounding import six
 from moedge.convert.streaming import LayerTokens
@@ -67,6 +67,12 @@ class Moments:
         for name in ("gram", "cross", "square", "total"):
             setattr(both, name, getattr(self, name) + getattr(other, name))
         return both
+
+    def of_all(self) -> Moments:
+        """Make these the moments over the tokens of all processes; return them."""
+        self.gram, self.cross = processes.total(self.gram), processes.total(self.cross)
+        self.square, self.total = processes.added(self.square), processes.added(self.total)
+        return self
 
     def solve(self, ridge: float, intercepts: int) -> torch.Tensor:
         """Return B [n, m] that minimises the weighted sum of |y - B^T z|^2 plus the ridge on B.
@@ -129,11 +135,12 @@ class RouterFit:
         """
         fitted, held = self._moments(targets, held=False), self._moments(targets, held=True)
         x, gains = self.x[self.held], gains[self.held]
-        best = float((select(gains, top_k) * gains).sum(dtype=torch.float64)) or 1.0
+        best = processes.added(float((select(gains, top_k) * gains).sum(dtype=torch.float64))) or 1.0
         shares = {}
         for ridge in ridges:
             scores = self._scores(fitted.solve(ridge, 1))
-            shares[ridge] = float((select(scores(x), top_k) * gains).sum(dtype=torch.float64)) / best
+            gained = float((select(scores(x), top_k) * gains).sum(dtype=torch.float64))
+            shares[ridge] = processes.added(gained) / best
         ridge = max(ridges, key=lambda r: shares[r])
         result = self._scores((fitted + held).solve(ridge, 1))
         return replace(result, ridge=ridge, held_out_share=shares[ridge])
@@ -141,10 +148,11 @@ class RouterFit:
     def calibrated(self, scores: LinearScores, targets: torch.Tensor) -> LinearScores:
         """Rescale each expert's score to regress its target with slope 1 and no offset on held-out tokens."""
         score, target = scores(self.x[self.held]).double(), targets[self.held].double()
-        w = self.weight[self.held].double()[:, None] / self.weight[self.held].double().sum()
-        score_mean, target_mean = (w * score).sum(0), (w * target).sum(0)
-        covariance = (w * (score - score_mean) * (target - target_mean)).sum(0)
-        slope = (covariance / (w * (score - score_mean).square()).sum(0).clamp_min(1e-30)).clamp(0.1, 10)
+        w = self.weight[self.held].double()[:, None] / processes.total(self.weight[self.held].double().sum())
+        score_mean, target_mean = processes.total((w * score).sum(0)), processes.total((w * target).sum(0))
+        covariance = processes.total((w * (score - score_mean) * (target - target_mean)).sum(0))
+        variance = processes.total((w * (score - score_mean).square()).sum(0))
+        slope = (covariance / variance.clamp_min(1e-30)).clamp(0.1, 10)
         bias = slope * scores.bias.double() + target_mean - slope * score_mean
         return replace(scores, weight=(scores.weight.double() * slope[:, None]).float(), bias=bias.float())
 
@@ -154,8 +162,9 @@ class RouterFit:
         for rows in torch.nonzero(self.held == held).squeeze(1).split(4096):
             z = F.pad(self.x[rows].double(), (0, 1), value=1.0)
             moments.add(z, targets[rows].double(), self.weight[rows], gram=known is None)
-        moments.gram = self._grams.setdefault(held, moments.gram)
-        return moments
+        whole = moments.of_all()
+        whole.gram = self._grams.setdefault(held, whole.gram)
+        return whole
 
     @staticmethod
     def _scores(solution: torch.Tensor) -> LinearScores:
@@ -227,6 +236,7 @@ def relative_error(tokens: LayerTokens, layer: LayerPlan) -> float:
         weight = (tokens.weight * tokens.held)[part].double()
         missed += float((weight * residual.double().square().sum(dim=1)).sum())
         wanted += float((weight * target.double().square().sum(dim=1)).sum())
+    missed, wanted = processes.added(missed), processes.added(wanted)
     return missed / wanted if wanted else 0.0
 
 
@@ -251,7 +261,8 @@ def refit(tokens: LayerTokens, layer: LayerPlan) -> LayerPlan:
         for mask, moments in ((~held, sums[0]), (held, sums[1])):
             if mask.any():
                 moments.add(z[mask], residual[mask], tokens.weight[part][mask])
-    fitted, held_out = sums
+    fitted, held_out = (moments.of_all() for moments in sums)
+    wanted = processes.added(wanted)
     ridge, lost = _best_ridge(fitted, held_out, free)
     before, after = (six(value / (wanted or 1.0)) for value in (held_out.square, lost))
     report: dict[str, Any] = {"ridge": ridge, "held_out_error": {"before": before, "after": after}}

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 
-from moedge.convert import forms, reads, scoring
+from moedge.convert import forms, modeling, prompted, reads, scoring
 from moedge.convert.methods import METHODS
 from moedge.convert.methods.baselines import CEILINGS
 from moedge.convert.plan import MoEPlan
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
     from moedge._progress import Progress
 
+_Means = tuple[list[float], list[float]]
+"""(Mean NLL, dense first; mean KL), of all variants."""
+_Scores = dict[str, _Means]
+"""By text."""
 EVALUATION_SCHEMA = "moedge.evaluation/1"
 READ_TOLERANCE = 0.02
 """Rows whose shares of the FFN weights read differ by no more than this count as equal. Controls have the active width
@@ -55,30 +59,58 @@ def evaluate(
 
     Returns:
         ``moedge.evaluation/1``: schema, protocol, rows, verdict, and ``where``: who can run which rows faster.
+        ``second_half`` has the same rows over the second half of every window, and those of plans whose neurons the
+        first half chooses (:mod:`moedge.convert.prompted`), which stand there alone.
     """
     variants = {label: [plan] if isinstance(plan, MoEPlan) else list(plan) for label, plan in plans.items()}
     every = [plan for group in variants.values() for plan in group]
     dense, others, shares = _states(dense_model, every, texts, batch_size, dense_states, progress)
-    scores = {
-        name: scoring.score_all(dense_model, ids[:, 1:], dense[name], [other[name] for other in others])
-        for name, ids in texts.items()
-    }
-    dense_ppl = {name: _perplexity(nll[0]) for name, (nll, _) in scores.items()}
-    rows = [_row("dense", "dense", 1.0, [dense_ppl], None, None)]
-    rows[0] |= {"form": "dense", "ffn_read_share": 1.0, "ffn_read_shares": dict.fromkeys(texts, 1.0)}
-    position = 0
-    for label, group in variants.items():
-        part = range(position, position := position + len(group))
-        rows.append(_row_of(label, group, scores, part) | _reads(group, [shares[i] for i in part]))
+    scores: _Scores = {}
+    behind: _Scores = {}
+    for name, ids in texts.items():
+        scores[name], behind[name] = _score(dense_model, ids, dense[name], [other[name] for other in others])
+    rows = [row for row in _rows(variants, scores, shares) if row["form"] != "prompted"]
+    second = _rows(variants, behind, shares)
     printed = {**protocol, "dtype": str(dense_model.dtype).removeprefix("torch.")}
     printed["tokens"] = {name: int(ids[:, 1:].size) for name, ids in texts.items()}
+    tokens = {name: len(ids) * (ids.shape[1] - 1 - prompted.prompt_length(ids.shape[1])) for name, ids in texts.items()}
     return {
         "schema": EVALUATION_SCHEMA,
         "protocol": printed,
         "rows": rows,
-        "verdict": verdict(rows),
-        "where": forms.sentences(rows),
+        "second_half": {"tokens": tokens, "rows": second},
+        "verdict": verdict(rows, second),
+        "where": forms.sentences([*rows, *(row for row in second if row["form"] == "prompted")]),
     }
+
+
+def _score(
+    model: PreTrainedModel, ids: np.ndarray, dense: torch.Tensor, others: list[torch.Tensor]
+) -> tuple[_Means, _Means]:
+    """Return (NLL, dense first; KL) over windows [N, L], and the same of what stands behind their first halves."""
+    prompt = prompted.prompt_length(ids.shape[1])
+    found, counts = [], []
+    for part in (slice(0, prompt), slice(prompt, None)):
+        targets = ids[:, 1:][:, part]
+        if targets.size:
+            found.append(scoring.score_all(model, targets, dense[:, part], [states[:, part] for states in others]))
+            counts.append(targets.size)
+    nll, kl = (np.average(np.array(values), axis=0, weights=counts) for values in zip(*found, strict=True))
+    return (nll.tolist(), kl.tolist()), found[-1]
+
+
+def _rows(
+    variants: Mapping[str, list[MoEPlan]], scores: _Scores, shares: list[dict[str, float]]
+) -> list[dict[str, Any]]:
+    """Return the dense parent's row and those of the variants."""
+    dense_ppl = {name: _perplexity(nll[0]) for name, (nll, _) in scores.items()}
+    rows = [_row("dense", "dense", 1.0, [dense_ppl], None, None)]
+    rows[0] |= {"form": "dense", "ffn_read_share": 1.0, "ffn_read_shares": dict.fromkeys(scores, 1.0)}
+    position = 0
+    for label, group in variants.items():
+        part = range(position, position := position + len(group))
+        rows.append(_row_of(label, group, scores, part) | _reads(group, [shares[i] for i in part]))
+    return rows
 
 
 def _states(
@@ -117,17 +149,25 @@ def _states(
     dense = known or hidden_states(1)[0]
     others, read = [], []
     for plan in plans:
-        with scoring.swapped(dense_model, plan):
-            states, shares = hidden_states(int(plan.model["intermediate_size"]))
+        width = int(plan.model["intermediate_size"])
+        if prompted.is_prompted(plan):
+            modeling.check_fits(plan, dense_model)
+            with prompted.in_place(dense_model, plan.layers):
+                states, _ = hidden_states(width)
+            shares = dict.fromkeys(texts, cast("float", reads.of_plan(plan)))  # of the tokens behind the prompts
+        else:
+            with scoring.swapped(dense_model, plan):
+                states, shares = hidden_states(width)
         others.append(states)
         read.append(shares)
     return dense, others, read
 
 
-def verdict(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def verdict(rows: list[dict[str, Any]], second: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
     """Say whether the first method beats each control that reads as many weights (within :data:`READ_TOLERANCE`).
 
     It beats a control when its perplexity is lower on every text (for seeded controls, than the mean over seeds).
+    Controls that are chosen by a window's first half are compared by ``second``, the rows of the second halves.
 
     Returns:
         ``{"router_beats": {control: bool}, "sentences": [...]}``.
@@ -138,12 +178,14 @@ def verdict(rows: list[dict[str, Any]]) -> dict[str, Any]:
         return {"router_beats": {}, "sentences": []}
     method = methods[0]
     beats, sentences, apart = {}, [], []
-    for control in controls:
+    behind = next((row for row in second if row["label"] == method["label"]), method)
+    pairs = [(method, control) for control in controls]
+    for own_row, control in [*pairs, *((behind, row) for row in second if row["form"] == "prompted")]:
         if abs(control["ffn_read_share"] - method["ffn_read_share"]) > READ_TOLERANCE:
             apart.append(f"{control['label']} ({control['ffn_read_share']:.1%})")
             continue
-        pairs = {name: (ppl, control["ppl"][name]) for name, ppl in method["ppl"].items()}
-        lost = [f"{name} ({own:.2f} against {other:.2f})" for name, (own, other) in pairs.items() if not own < other]
+        ppl = {name: (value, control["ppl"][name]) for name, value in own_row["ppl"].items()}
+        lost = [f"{name} ({own:.2f} against {other:.2f})" for name, (own, other) in ppl.items() if not own < other]
         beats[control["label"]] = not lost
         if lost:
             sentences.append(f"{method['label']} loses to the control '{control['label']}' on {' and '.join(lost)}.")
@@ -156,9 +198,7 @@ def verdict(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"router_beats": beats, "sentences": sentences}
 
 
-def _row_of(
-    label: str, group: list[MoEPlan], scores: dict[str, tuple[list[float], list[float]]], part: range
-) -> dict[str, Any]:
+def _row_of(label: str, group: list[MoEPlan], scores: _Scores, part: range) -> dict[str, Any]:
     """Return the row of a variant; ``part`` says where its plans are in the scores, (NLL, dense first; KL) by text."""
     perplexities = [{name: _perplexity(nll[1 + i]) for name, (nll, _) in scores.items()} for i in part]
     divergences = [{name: kl[i] for name, (_, kl) in scores.items()} for i in part]

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from moedge import MoEdgeError
-from moedge.convert import adapters, budgets, kept_inputs, modeling, reads, scoring
+from moedge.convert import adapters, budgets, kept_inputs, modeling, processes, reads, scoring
 from moedge.convert.kept_inputs import Reader
 from moedge.convert.plan import SMALLEST_THRESHOLD, LayerPlan
 
@@ -96,10 +96,10 @@ def fisher_scores(
         progress: called with (windows done, windows).
     """
     found = places(model, linears)
-    sums: list[Any] = [0.0] * len(found)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.from_numpy(token_windows).to(model.device)
-    for number, window in enumerate(ids):
+    sums: list[Any] = [torch.zeros(place.inputs, dtype=torch.float64) for place in found]
+    mine = processes.span(len(token_windows))
+    ids = torch.from_numpy(token_windows[mine]).to(model.device)
+    for number, window in enumerate(ids, start=mine.start):
         seen: dict[int, torch.Tensor] = {}
 
         def own(index: int, values: torch.Tensor, seen: dict[int, torch.Tensor] = seen) -> torch.Tensor:
@@ -107,13 +107,14 @@ def fisher_scores(
             return seen[index]
 
         with torch.enable_grad(), budgets.with_gradients(model), _at(found, own):
-            score = budgets.drawn_score(model, window, generator)
+            score = budgets.drawn_score(model, window, budgets.generator(number))
             gradients = torch.autograd.grad(score, list(seen.values()))
         for index, gradient in zip(seen, gradients, strict=True):
             sums[index] = sums[index] + gradient.flatten(0, -2).double().square().sum(dim=0).cpu()
         if progress:
-            progress(number + 1, len(ids))
-    return [(place, (total / ids.numel()).sqrt().float().numpy()) for place, total in zip(found, sums, strict=True)]
+            progress(number - mine.start + 1, len(ids))
+    means = [processes.total(squares) / token_windows.size for squares in sums]
+    return [(place, mean.sqrt().float().numpy()) for place, mean in zip(found, means, strict=True)]
 
 
 @contextmanager
@@ -171,6 +172,7 @@ def ladders(model: PreTrainedModel, scores: Scores, token_windows: np.ndarray) -
     """Measure how large the values of every place are on windows int64 [N, L]."""
     found = [place for place, _ in scores]
     every = max(1, token_windows.size // _ROWS)
+    own = token_windows[processes.span(len(token_windows))]
     rows: list[list[torch.Tensor]] = [[] for _ in scores]
 
     def see(index: int, values: torch.Tensor) -> torch.Tensor:
@@ -178,13 +180,13 @@ def ladders(model: PreTrainedModel, scores: Scores, token_windows: np.ndarray) -
         return values
 
     with _at(found, see):
-        for window in torch.from_numpy(token_windows).to(model.device):
+        for window in torch.from_numpy(own).to(model.device):
             hidden = model.base_model(input_ids=window[None], use_cache=False).last_hidden_state
             if found[-1].place == "head":  # its inputs alone: no logits are needed
                 see(len(found) - 1, hidden)
     quantiles = np.linspace(0, 1, 1001)
     return [
-        Ladder(place, score, np.quantile(torch.cat(seen).abs().numpy() * score, quantiles))
+        Ladder(place, score, np.quantile(processes.joined(torch.cat(seen)).abs().numpy() * score, quantiles))
         for (place, score), seen in zip(scores, rows, strict=True)
     ]
 
@@ -282,5 +284,6 @@ def read_share(model: PreTrainedModel, layers: list[LayerPlan], token_windows: n
 def _counted(model: PreTrainedModel, token_windows: np.ndarray, width: int) -> float:
     """Return the share that the converted FFNs of a model read, of dense ones of ``width`` neurons."""
     with reads.counted(model) as counts:
-        scoring.last_hidden_states(model, {"": token_windows}, batch_size=1)
+        scoring.last_hidden_states(model, {"": token_windows[processes.span(len(token_windows))]}, batch_size=1)
+    counts.add_up()
     return counts.share(width)

@@ -46,6 +46,10 @@ softmax over the selected scores; ``probability`` softmax over all scores, not r
 ``normalised`` score over the sum of the selected scores, which only a sigmoid router may use."""
 
 
+PROMPT_ROUTER = "prompt"
+"""Kind of router of a plan whose experts each prompt chooses: for evaluation alone (:mod:`moedge.convert.prompted`)."""
+
+
 @dataclass
 class RouterPlan:
     """A router kind (a key of ``convert.routers.ROUTERS``) with its float32 tensors and options."""

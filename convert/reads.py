@@ -38,6 +38,7 @@ class LayerReads:
     """Hidden values of active neurons that were kept."""
     active: int = 0
     """Active neurons: the shared ones, and those of the selected experts without padding."""
+    COUNTED = ("tokens", "x", "h", "active")
 
     def add(self, which: str, values: torch.Tensor, threshold: torch.Tensor | None) -> None:
         """Count values of ``x`` [T, H] (once a token) or ``h``, those above their threshold."""
@@ -60,6 +61,7 @@ class OutsideReads:
     """Values of a token."""
     tokens: int = 0
     kept: int = 0
+    COUNTED = ("tokens", "kept")
 
     def add(self, which: str, values: torch.Tensor, threshold: torch.Tensor | None) -> None:
         """Count values [T, K], those above their threshold."""
@@ -106,6 +108,15 @@ class Reads:
         """Return the shares of x, and of the active neurons' h, that a layer kept."""
         seen = self.layers[layer]
         return seen.x / (seen.tokens or 1) / self._hidden, seen.h / (seen.active or 1)
+
+    def add_up(self) -> None:
+        """Add the counts of all processes, which read different tokens."""
+        from moedge.convert import processes
+
+        for one in (*self.layers.values(), *self.outside.values()):
+            for name in one.COUNTED:
+                kind = type(getattr(one, name))
+                setattr(one, name, kind(processes.added(getattr(one, name))))
 
     def watch(self, ffn: SparseFFN) -> None:
         """Count what ``ffn`` reads from now on."""

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from moedge import MoEdgeError
-from moedge.convert import adapters, offload
+from moedge.convert import adapters, offload, processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,7 +56,9 @@ BlockT = TypeVar("BlockT", bound=Block)
 
 @dataclass
 class LayerTokens:
-    """One FFN and what reaches it: q tokens, in the order of the windows.
+    """One FFN and what reaches it: q tokens, in the order of the windows; those of this process alone.
+
+    Whoever sums over them sums over the processes too (:mod:`moedge.convert.processes`).
 
     Attributes:
         block: the dense FFN.
@@ -67,6 +69,7 @@ class LayerTokens:
             normalised (``Family.post_norm``), also divided by the mean square of that output.
         held: bool [q], tokens to choose settings on, whole windows, one in five.
         shift: [q, H] or None: what the dense stream has and this one lacks in front of the FFN (see :func:`walk`).
+        first: tokens of the processes before this one.
         replacement: set it to a module, and the following layers see its output instead of the dense FFN's.
     """
 
@@ -75,6 +78,7 @@ class LayerTokens:
     weight: torch.Tensor
     held: torch.Tensor
     shift: torch.Tensor | None = None
+    first: int = 0
     replacement: torch.nn.Module | None = None
     _hidden: torch.Tensor | None = field(default=None, repr=False)
     _output: torch.Tensor | None = field(default=None, repr=False)
@@ -83,6 +87,10 @@ class LayerTokens:
     def count(self) -> int:
         """q."""
         return int(self.x.shape[0])
+
+    def every(self, step: int) -> slice:
+        """Rows of every ``step``-th token, counted over all processes."""
+        return slice(-self.first % step, None, step)
 
     def parts(self) -> Iterator[slice]:
         """Yield blocks of rows that cover all tokens."""
@@ -133,14 +141,20 @@ def walk(
             f"fit_to: stream cannot be used for {model.config.model_type}: it normalises the FFN's output, so no FFN "
             "output brings the stream back; use fit_to: ffn."
         )
-    runner = Runner(model, token_windows)
+    own = processes.span(count)
+    runner = Runner(model, token_windows[own])
     states = runner.embed()
     dense = states.clone() if dense_stream else None
-    held = torch.from_numpy(held_out(count)).to(states.device).repeat_interleave(length)
+    held = torch.from_numpy(held_out(count)[own]).to(states.device).repeat_interleave(length)
     for block in blocks:
         with offload.loaded(runner.layers[block.index]):
             seen = runner.watch(block, states)
-            tokens = LayerTokens(block, seen.x, _weights(seen.after), held, _hidden=seen.hidden, _output=seen.output)
+            tokens = LayerTokens(
+                *(block, seen.x, _weights(seen.after), held),
+                first=own.start * length,
+                _hidden=seen.hidden,
+                _output=seen.output,
+            )
             if dense is not None:
                 dense_after = runner.run(block, dense)[1]
                 # after = r + F(x) on this stream, so target = dense_after - r = F(x) + (dense_after - after).
@@ -182,14 +196,14 @@ def inputs(
 
 def _weights(after: torch.Tensor) -> torch.Tensor:
     weight = 1 / after.flatten(0, 1).float().square().mean(dim=1).clamp_min(1e-12)
-    return weight / weight.mean()
+    return weight / processes.mean(weight)
 
 
 def _post_norm_weights(tokens: LayerTokens) -> torch.Tensor:
     """Weights of a family that normalises the FFN's output: an error also counts in proportion to that output."""
     squares = [tokens.target(part).square().mean(dim=1) for part in tokens.parts()]
     weight = tokens.weight / torch.cat(squares).clamp_min(1e-12)
-    return weight / weight.mean()
+    return weight / processes.mean(weight)
 
 
 @dataclass

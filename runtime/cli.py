@@ -121,6 +121,10 @@ COMMANDS = {
         "Measure",
         "Compare conversions on several targets: perplexity and KL beside measured speed and size, and who wins.",
     ),
+    "history": Command(
+        "Measure",
+        "Show how KL, accuracy and times changed over stored results, and where they stepped.",
+    ),
     "device-report": Command(
         "Measure",
         "Print what verify.py and bench.py of a device archive wrote. Exits with 1 when a verification failed.",

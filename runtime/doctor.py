@@ -18,6 +18,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 
 from moedge.export import targets as registry
+from moedge.runtime import peers
 from moedge.runtime.bench.machine import machine, processor_features
 from moedge.runtime.tables import Sheet
 
@@ -56,7 +57,7 @@ def examine() -> dict[str, Any]:
         JSON-ready dict of schema ``moedge.doctor/1``: ``machine``; ``runtimes`` (name, package, version or None, tested
         versions, warning or None, providers); ``devices`` (cpu, gpus, jetson); ``convert`` and ``targets`` with
         ``possible``, the ``reasons`` why not, and ``warnings`` about versions that nobody has tested. A target has
-        ``export`` (make its bundle here) and ``run`` (here).
+        ``export`` (make its bundle here) and ``run`` (here); a peer has ``run``.
     """
     tested = _tested()
     providers = _providers()
@@ -87,7 +88,17 @@ def examine() -> dict[str, Any]:
         },
         "convert": _answer(_CONVERT, [], tested),
         "targets": [_target(row, providers, gpus, gpu_note, tested) for row in registry.every()],
+        "peers": [_peer(row, tested) for row in peers.every()],
     }
+
+
+def _peer(row: peers.Peer, tested: dict[str, str]) -> dict[str, Any]:
+    """Whether another program can be timed here (``moedge bench --peer``), and what to install where it cannot."""
+    answer = _answer([(name,) for name in row.packages], [], tested)
+    if not answer["possible"]:
+        answer["reasons"].append(f"pip install 'moedge[{row.extra}]'")
+    versions = " ".join(version for name in row.packages if (version := _installed((name,))[1]))
+    return {"peer": row.name, "what": row.summary, "takes": row.takes, "version": versions or None, "run": answer}
 
 
 def _target(
@@ -278,7 +289,13 @@ def render(result: dict[str, Any]) -> RenderableType:
         name = f"{target['target']}\n[dim]{escape(target['what'])}[/dim]"
         notes = _notes(target["export"], target["run"])
         possible.add_row(name, _mark(target["export"]), _mark(target["run"]), notes)
-    return Group(where, "", runtimes, "", possible)
+    others = Sheet(title="other programs that bench can time (--peer)")
+    for column in ("", "run", "notes"):
+        others.add_column(column)
+    for peer in result["peers"]:
+        name = f"{peer['peer']}\n[dim]{escape(peer['what'])}[/dim]"
+        others.add_row(name, _mark(peer["run"]), _notes(peer["run"]))
+    return Group(where, "", runtimes, "", possible, "", others)
 
 
 def _mark(answer: dict[str, Any]) -> str:

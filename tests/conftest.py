@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-# Before torch is imported: tiny matrix products lose more to a second thread than they gain, on a busy machine 5 times.
+# Before torch is imported: tiny matrix products lose more to a second thread than they gain, on a busy machine 5 to 20
+# times, for idle threads spin. See one_thread and pytest_runtest_setup, too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
@@ -40,6 +41,24 @@ def pytest_runtest_call() -> None:
         gc.collect()
         gc.freeze()
         _modules_frozen = len(sys.modules)
+
+
+def pytest_runtest_setup() -> None:
+    """torch has one number of threads for the process: what an engine of an earlier test set must not stay."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """An engine has one thread where a test asks for no number, not all physical cores: every worker needs them."""
+    from moedge.runtime.engines import ort, pytorch
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (ort, pytorch):
+            patch.setattr(module, "default_threads", lambda: 1)
+        yield
 
 
 VOCAB = 260
@@ -96,7 +115,33 @@ def tiny_tokenizer() -> Any:
 
 
 @pytest.fixture(scope="session")
-def tiny_model() -> Callable[..., Any]:
+def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of this session share."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reused_traces(session_folder: Path) -> Iterator[None]:
+    """Models of one form are traced once a session (``tests/traced.py``)."""
+    from moedge.tests import traced
+
+    with traced.reused(session_folder):
+        yield
+
+
+@pytest.fixture
+def traced_anew(reused_traces: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every export of this test traces: it is about tracing, or changes code that is traced."""
+    import torch
+
+    monkeypatch.setattr(torch.onnx, "export", torch.onnx.export.__wrapped__)  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(reused_traces: None) -> Callable[..., Any]:
     """Return a factory of tiny random models: ``tiny_model("llama", layers=2, width=64, seed=0, **config)``.
 
     float32, eval mode, no gradients. Weights are larger than usual (0.2), so that activations matter and expert scores

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from moedge import MoEdgeError
 from moedge.configs.errors import checked
-from moedge.convert import adapters, moe_adapters
+from moedge.convert import adapters, moe_adapters, processes
 from moedge.convert.methods import cmoe, cmoe_hierarchical, dive, expertweaver, mlpmoe, moedge
 from moedge.convert.methods import gather as gathered
 from moedge.convert.methods.baselines import splits, static
@@ -48,6 +48,8 @@ class Method:
     """Format string over the parameters: the layout in a few words."""
     parents: Literal["dense", "moe"] = "dense"
     """What it converts: dense models, or the experts of a Mixture-of-Experts (``moe_adapters.FAMILIES``)."""
+    one_process: bool = False
+    """It reads all tokens at once; the others split the windows over processes (:mod:`moedge.convert.processes`)."""
     no_gather: str = ""
     """Why its layers take no thresholds on top (``gather``); empty where they do."""
 
@@ -70,6 +72,7 @@ METHODS: dict[str, Method] = {
         "CMoE on the experts of a Mixture-of-Experts, arXiv 2502.04416v3",
         _SHARED_ACTIVE,
         parents="moe",
+        one_process=True,
         no_gather="cmoe-hierarchical has experts inside experts, whose small values cannot be left out.",
     ),
     "expertweaver": Method(
@@ -92,6 +95,7 @@ METHODS: dict[str, Method] = {
         ("domains",),
         "DIVE, ACL 2025, 2025.acl-long.951",
         "{active} of {experts} domain experts of {keep:.0%}",
+        one_process=True,
         no_gather="dive is trained after it is converted, which moves the values that thresholds are measured on.",
     ),
     "moedge": Method(moedge.plan, moedge.MoEdgeParams, ("tokens",), "this project", _SHARED_ACTIVE),
@@ -107,7 +111,12 @@ METHODS: dict[str, Method] = {
         splits.llamamoe_plan, splits.LlamaMoEParams, (), "LLaMA-MoE, arXiv 2406.16554, before training", _ALL_ROUTED
     ),
     "moefication": Method(
-        splits.moefication_plan, splits.MoEficationParams, ("tokens",), "MoEfication, arXiv 2110.01786", _ALL_ROUTED
+        splits.moefication_plan,
+        splits.MoEficationParams,
+        ("tokens",),
+        "MoEfication, arXiv 2110.01786",
+        _ALL_ROUTED,
+        one_process=True,
     ),
     "atopk": Method(
         static.atopk_plan, static.ATopKParams, ("statistics",), "CMoE's activation rates as a static mask", _KEPT
@@ -154,6 +163,8 @@ def convert(
     method = METHODS.get(name)
     if method is None:
         raise MoEdgeError(f"Unknown method {name!r}; known: {', '.join(METHODS)}.")
+    if method.one_process and processes.count() > 1:
+        raise MoEdgeError(f"{name} runs in one process; start it without torchrun.")
     settings = checked(method.params, params, where=name)
     wanted = _gather_settings(name, method, gather)
     made = method.plan(data, model, settings, progress)

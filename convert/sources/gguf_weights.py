@@ -63,7 +63,7 @@ def plan(file: GGUF, config: Any) -> dict[str, str]:
     shapes = {name: tuple(value.shape) for name, value in skeleton.state_dict().items()}
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]
-    found = {name: _tensor(name, config.model_type) for name in shapes}
+    found = {name: tensor_name(name, config.model_type) for name in shapes}
     left = sorted(set(file.tensors) - set(found.values()) - set(ROPE))
     if left:
         raise file.refuse(_no_place(left, config))
@@ -80,7 +80,7 @@ def plan(file: GGUF, config: Any) -> dict[str, str]:
     return found
 
 
-def _tensor(name: str, model_type: str) -> str:
+def tensor_name(name: str, model_type: str) -> str:
     """Return what llama.cpp calls a weight of transformers."""
     module, _, kind = name.rpartition(".")
     if module in _WHOLE:

@@ -2,7 +2,7 @@
 //
 // Products read chosen rows of a matrix that is stored with one row for each *input*, so that an input that is zero
 // costs nothing. Tokens that are computed together are cut into tiles; the inputs of a tile of w tokens that begins at
-// token t lie at `x + t * rows`, element [row][token in tile].
+// token t lie at `x + t * rows`, element [row][token in tile] (but for float_strips(), which takes them as they are).
 #pragma once
 
 #include <cstddef>
@@ -23,7 +23,8 @@ struct FloatProduct {
   size_t columns;        // also the distance of two rows
   const uint32_t* rows;  // which rows of `weights`; null: all, in order
   size_t num_rows;
-  const float* x;
+  const float* x;   // of float_strips(): [token][row], as the caller has it
+  size_t x_stride;  // of two tokens there; float_rows() has tiles
   size_t tokens;
   float* y;
   size_t y_stride;

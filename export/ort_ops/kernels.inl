@@ -39,11 +39,14 @@ struct Ahead {
   size_t lines() const { return rows * ((STRIP * sizeof(float) + LINE - 1) / LINE); }
 };
 
-// y [W][STRIP] = or += rows of a strip times x [row][W].
+// y [W][STRIP] = or += rows of a strip times x [W][row].
 template <size_t W>
-void strip_block(const float* weights, size_t rows, const float* x, float* y, size_t y_stride, bool add,
+void strip_block(const float* weights, size_t rows, const float* x, size_t x_stride, float* y, size_t y_stride, bool add,
                  const Ahead& ahead) {
-  constexpr size_t N = STRIP / LANES;
+  constexpr size_t N = STRIP / LANES, GROUP = 3;  // tokens that are reached from one pointer, as registers are few
+  const float* tokens[(W + GROUP - 1) / GROUP];
+  MOEDGE_UNROLL
+  for (size_t g = 0; g < (W + GROUP - 1) / GROUP; ++g) tokens[g] = x + g * GROUP * x_stride;
   Float sums[W][N];
   if (add) {
     MOEDGE_UNROLL
@@ -64,7 +67,7 @@ void strip_block(const float* weights, size_t rows, const float* x, float* y, si
     for (size_t i = 0; i < N; ++i) w[i] = V::load(weights + r * STRIP + i * LANES);
     MOEDGE_UNROLL
     for (size_t t = 0; t < W; ++t) {
-      const Float value = V::set(x[r * W + t]);
+      const Float value = V::set(tokens[t / GROUP][r + t % GROUP * x_stride]);
       MOEDGE_UNROLL
       for (size_t i = 0; i < N; ++i) sums[t][i] = V::fma(value, w[i], sums[t][i]);
     }
@@ -75,7 +78,7 @@ void strip_block(const float* weights, size_t rows, const float* x, float* y, si
     for (size_t i = 0; i < N; ++i) V::store(y + t * y_stride + i * LANES, sums[t][i]);
 }
 
-using StripBlock = void (*)(const float*, size_t, const float*, float*, size_t, bool, const Ahead&);
+using StripBlock = void (*)(const float*, size_t, const float*, size_t, float*, size_t, bool, const Ahead&);
 
 // Of each width, [0] unused.
 template <size_t... W>
@@ -223,14 +226,14 @@ inline void strip_of_tile(const FloatProduct& p, const Strip& strip, const float
                           size_t tile, const Ahead& ahead) {
   static constexpr auto BLOCKS = strip_blocks(std::make_index_sequence<V::FLOAT_TILE>());
   const size_t t = tiles.begin(tile), w = tiles.width(tile), rows = strip.end - strip.begin;
-  const float* x = p.x + t * p.num_rows + strip.begin * w;
+  const float* x = p.x + t * p.x_stride + strip.begin;
   float* y = p.y + t * p.y_stride + strip.column;
   const bool add = strip.begin != 0;
-  if (strip.width == STRIP) return BLOCKS[w](weights, rows, x, y, p.y_stride, add, ahead);
+  if (strip.width == STRIP) return BLOCKS[w](weights, rows, x, p.x_stride, y, p.y_stride, add, ahead);
   float edge[V::FLOAT_TILE * STRIP] = {};
   for (size_t i = 0; i < w && add; ++i)
     std::copy(y + i * p.y_stride, y + i * p.y_stride + strip.width, edge + i * STRIP);
-  BLOCKS[w](weights, rows, x, edge, STRIP, true, ahead);
+  BLOCKS[w](weights, rows, x, p.x_stride, edge, STRIP, true, ahead);
   for (size_t i = 0; i < w; ++i) std::copy(edge + i * STRIP, edge + i * STRIP + strip.width, y + i * p.y_stride);
 }
 

@@ -175,7 +175,7 @@ void Few::find_floats(const float* x, size_t stride, const Segments* segments) {
   float* packed = memory.x.get<float>(tokens_ * count);
   for (size_t tile = 0; tile < tiles.count; ++tile) into_tiles(x, stride, source, count, tiles, tile, packed);
   size_ = count;
-  floats_ = {nullptr, 0, rows, count, packed, tokens_, nullptr, 0};
+  floats_ = {nullptr, 0, rows, count, packed, 0, tokens_, nullptr, 0};
 }
 
 void Few::find_integers(const float* x, size_t stride, const Segments* segments) {
@@ -309,12 +309,8 @@ void Product::multiply(const Matrix& matrix, const Few& few, size_t tokens, floa
 }
 
 void Product::many_floats(const Matrix& matrix, const float* x, size_t tokens, float* y, size_t y_stride) const {
-  const size_t stride = stride_of(matrix.inputs), count = matrix.inputs;
-  const Tiles tiles(tokens, kernels_.float_tile);
-  float* packed = memory.x.get<float>(tokens * count);
-  threads_.run(tiles.count, [=](size_t tile) { into_tiles(x, stride, nullptr, count, tiles, tile, packed); });
-  const FloatProduct p{static_cast<const float*>(matrix.weights), matrix.outputs, nullptr, count, packed, tokens, y,
-                       y_stride};
+  const FloatProduct p{static_cast<const float*>(matrix.weights), matrix.outputs, nullptr, matrix.inputs, x,
+                       stride_of(matrix.inputs), tokens, y, y_stride};
   const size_t strips = (matrix.outputs + FLOAT_STRIP_COLUMNS - 1) / FLOAT_STRIP_COLUMNS, tasks = strip_tasks(strips);
   float* scratch = memory.parts.get<float>(tasks * FLOAT_STRIP_SCRATCH);
   const Kernels& kernels = kernels_;

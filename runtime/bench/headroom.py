@@ -155,7 +155,7 @@ def _row(label: str, one: Timed, needs: Needs, sizes: Sizes, roof: Roof) -> Head
 def _gains(timed: Mapping[str, Timed], rows: list[HeadroomRow]) -> list[Gain]:
     """Pairs of a converted model and a dense one on the same target, in the same type."""
     known = {row["label"]: row for row in rows if "reason" not in row}
-    converted = [label for label in known if _converted(timed[label].folder)]
+    converted = [label for label in known if converted(timed[label].folder)]
     dense: dict[tuple[str, str], str] = {}
     for label in known:
         if label not in converted:
@@ -188,7 +188,8 @@ def _least(step: Reached, roof: HeadroomRow) -> float:
     return 1e3 * max(memory, step["multiplications"] / (roof["gmul_s"] * 1e9))
 
 
-def _converted(folder: Path) -> bool:
+def converted(folder: Path) -> bool:
+    """Whether a bundle, engine or checkpoint is of a converted model; its dense parent is not."""
     manifest = manifests.read(folder)
     return (folder / "plan.json").is_file() if manifest is None else manifest.kind == "moe"
 

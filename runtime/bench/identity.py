@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from moedge._files import digest
+from moedge._files import digest, sha256_file
 from moedge.export import manifest as manifests
 from moedge.runtime.bench.footprint import path_of
 from moedge.runtime.engines import Engine
@@ -13,6 +13,8 @@ from moedge.runtime.engines import Engine
 
 def identity(opener: Callable[..., Engine]) -> str | None:
     """Return the hash of the files of a bundle, an engine folder or a checkpoint; None where it is not known.
+
+    Of a peer that is a file, its own.
 
     Of a bundle the hashes of its manifest are taken, without the versions that it was made with: what a rebuild makes
     byte for byte again is the same engine. A checkpoint's files are read once in a process.
@@ -24,6 +26,8 @@ def identity(opener: Callable[..., Engine]) -> str | None:
         MoEdgeError: the manifest cannot be read.
     """
     path = path_of(opener)
+    if path is not None and Path(path).is_file():
+        return sha256_file(Path(path))
     if path is None or not (folder := Path(path)).is_dir():
         return None
     if manifest := manifests.read(folder):

@@ -26,6 +26,8 @@ from moedge.runtime.bench.footprint import footprint
 from moedge.runtime.bench.guard import Observer
 from moedge.runtime.bench.identity import identity
 from moedge.runtime.bench.machine import machine as machine
+from moedge.runtime.bench.machine import stamp
+from moedge.runtime.bench.peers import Peers
 from moedge.runtime.bench.points import BATCH_ROUNDS, BATCHES, Point, tokens_of
 from moedge.runtime.bench.results import (
     METRICS,
@@ -60,6 +62,7 @@ def bench(
     min_duration: float = 0.0,
     memory: bool = True,
     batches: bool = False,
+    peers: Peers | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Bench:
@@ -77,6 +80,7 @@ def bench(
         min_duration: seconds that the rounds of a point take, at least.
         memory: measure memory and load time, at the first point.
         batches: also look at decoding at batch 1, 2, 4 and 8, in few rounds.
+        peers: which of the engines are other programs, and the dense parent whose tokens they must choose, too.
         seed: of the bootstrap.
         progress: called with (engine runs done, in all); a warm-up that takes longer makes them more.
 
@@ -104,9 +108,13 @@ def bench(
         with _opened(engines, threads) as live:
             for label, engine in live.items():
                 entries[label].setdefault("info", cast("Any", engine.info.as_json()))
+            if peers and not timed:  # calls that also let a peer compile before anything is timed
+                for label, asked in peers.ask(live, _rows_of(ids, points[0])[:1], points[0].decode + 1).items():
+                    entries[label]["peer"] = asked
             timed += [_timed(live, ids, point, rules, seed, advance) for point in _fitting(live, list(group))]
     result: Bench = {
         "schema": SCHEMA,
+        **stamp(),
         "protocol": _protocol(rules, seed),
         "machine": facts,
         "engines": cast("dict[str, EngineEntry]", entries),

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import shutil
+import subprocess
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,27 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "moedge": __version__,
     }
+
+
+def stamp() -> dict[str, Any]:
+    """When a result was made, and of which commit of the working folder: what ``moedge history`` joins results by."""
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"created": now, "commit": commit()}
+
+
+def commit() -> str | None:
+    """The commit that a CI server says, else that of the working folder's repository; None where there is none."""
+    for name in ("GITHUB_SHA", "CI_COMMIT_SHA", "GIT_COMMIT"):
+        if told := os.environ.get(name):
+            return told
+    git = shutil.which("git")
+    if git is None:
+        return None
+    try:
+        asked = subprocess.run([git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return asked.stdout.strip() or None if asked.returncode == 0 else None
 
 
 def processor_name() -> str:

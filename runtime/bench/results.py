@@ -100,6 +100,30 @@ class PointResult(TypedDict):
     """What the models need of this machine at least, beside what they took."""
 
 
+@closed
+class Agreement(TypedDict):
+    """Whether a peer runs the model that it is compared with: its choices after the dense parent's own greedy text."""
+
+    parent: str
+    """Label of the dense parent that wrote the text."""
+    tokens: Count
+    same: Count
+    """Of them, those that the peer would have chosen, too."""
+    first_other: Count | None
+    """The first one that it would not, from 0."""
+
+
+@closed
+class PeerFacts(TypedDict):
+    """Another program, beside the engines of ours."""
+
+    peer: str
+    """Name of its row in :mod:`moedge.runtime.peers`."""
+    bits: int | None
+    """Of its integer weights; None: floating point, or not told."""
+    agreement: Agreement
+
+
 @opened
 class EngineEntry(TypedDict):
     """One engine, and what it needs: memory and load time in a process of its own, at the first point."""
@@ -114,6 +138,7 @@ class EngineEntry(TypedDict):
     gpu_reason: NotRequired[str]
     reason: NotRequired[str]
     """Why memory and load time are None."""
+    peer: NotRequired[PeerFacts]
 
 
 @opened
@@ -166,6 +191,10 @@ class Bench(TypedDict):
     """What :func:`moedge.runtime.bench.latency.bench` returns. The first point is the one that reports print."""
 
     schema: Literal["moedge.bench/2"]
+    created: NotRequired[str]
+    """ISO 8601, UTC; results of older versions have none."""
+    commit: NotRequired[str | None]
+    """Of the working folder, where that is known."""
     protocol: BenchProtocol
     machine: dict[str, Any]
     engines: Annotated[dict[str, EngineEntry], Field(min_length=1)]

@@ -22,6 +22,7 @@ from moedge.runtime.bench.headroom import add_headroom
 from moedge.runtime.bench.points import Point, grid, tokens_of
 from moedge.runtime.bench.profiling import profiles
 from moedge.runtime.bench.results import SCHEMA, Bench, Gate
+from moedge.runtime.commands import _peers
 from moedge.runtime.commands._options import Device, Dtype, Json, Numbers, Save, Text, numbers
 from moedge.runtime.engines import open_engine
 from moedge.runtime.engines.given import local
@@ -71,6 +72,7 @@ def bench(
     device: Device = "cpu",
     dtype: Dtype = "float32",
     text: Text = "asset:wiki",
+    peer: _peers.Timed = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="Then profile the bundles: time by operator and by part of the model.")
     ] = False,
@@ -106,6 +108,7 @@ def bench(
       moedge bench build/new --against build/old --max-slowdown 5% --junit bench.xml
       moedge bench moe=build/moe dense=build/dense --baseline last.json --fail-if "moe: ttft.p99 > 800ms"
       moedge bench ./my-llama build/moe --device cuda --dtype bfloat16 --profile
+      moedge bench build/bundles/ort-cpu-int4 build/dense/ort-cpu-int4 --peer genai:build/peers/genai-int4
     """
     judging = _Judging.of(baseline, against, max_slowdown, fail_if)
     _check_files(judging.asked, junit, plot)
@@ -114,17 +117,20 @@ def bench(
     folders |= {label: path for label, (_, path) in beside.items()}
     counts = threads.values if threads else (None,)
     points = grid(prompt.values, decode.values, batch.values if batch else (1,), depth.values, counts)
-    with single("bench", ", ".join(folders)) as reporter:
+    options: dict[str, Any] = {"pytorch": {"device": device, "dtype": dtype}, "last_logits": True}
+    openers = {label: partial(open_engine, path, **options) for label, path in folders.items()}
+    others, peers = _peers.timed(peer, folders, points, options["pytorch"])
+    with single("bench", ", ".join((*folders, *others))) as reporter:
         name, windows = token_windows(tokenizer, text, tokens_of(points), 1)
-        options: dict[str, Any] = {"pytorch": {"device": device, "dtype": dtype}, "last_logits": True}
         result = benchmark.bench(
-            {label: partial(open_engine, path, **options) for label, path in folders.items()},
+            {**openers, **others},
             windows[0],
             points,
             repeats=repeats,
             warmup=warmup,
             min_duration=min_duration,
             batches=not batch and not judging.asked,
+            peers=peers,
             progress=reporter.progress,
         )
         result["text"] = name

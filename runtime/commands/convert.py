@@ -9,12 +9,13 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from moedge.configs.recipe import conversion_from
+from moedge.configs.recipe import Conversion, conversion_from
+from moedge.convert import processes
 from moedge.runtime.commands._options import Device, Force, Model, Settings
 from moedge.runtime.commands._settings import parse_settings
 from moedge.runtime.progress import single
 from moedge.runtime.run import run_folder, stages
-from moedge.runtime.run.conversion import write_checkpoint
+from moedge.runtime.run.conversion import one_message, write_checkpoint
 
 
 def convert(
@@ -58,24 +59,32 @@ def convert(
       moedge convert ./my-llama build/moe --method moedge --device cuda
       moedge convert ./my-llama build/moe --method expertweaver --set experts=32 --set k=24
       moedge convert ./my-llama build/moe --method moedge --set gather.share=.6
+      torchrun --nproc-per-node 2 -m moedge convert ./my-llama build/moe --method moedge
     """
     named = {"shared": shared, "active": active, "experts": experts, "k_a": k_a, "padding": padding}
-    chosen = {"method": method, **parse_settings(settings or [], named)}
-    recipe = conversion_from(
-        {
-            "name": "convert",
-            "model": {"source": model, "revision": revision, "device": device},
-            "text": {"calibration": text or ["asset:wiki"]},  # nothing is measured here
-            "calibration": {"windows": windows, "length": length},
-            "convert": chosen,
-        },
-        where=_WHERE,
-        called=_option,
-    )
+    processes.start(device)
+    with one_message():
+        recipe = conversion_from(
+            {
+                "name": "convert",
+                "model": {"source": model, "revision": revision, "device": device},
+                "text": {"calibration": text or ["asset:wiki"]},  # nothing is measured here
+                "calibration": {"windows": windows, "length": length},
+                "convert": {"method": method, **parse_settings(settings or [], named)},
+            },
+            where=_WHERE,
+            called=_option,
+        )
+        _write(recipe, model, out, force=force)
 
+
+def _write(recipe: Conversion, model: str, out: Path, *, force: bool) -> None:
     def check(config: dict[str, Any]) -> None:
         recipe.check_model(config, _WHERE, called=_option)
 
+    if processes.rank():  # the first process writes, and speaks
+        write_checkpoint(recipe, out, force=force, check=check, progress=lambda *_: None, note=lambda _: None)
+        return
     with single("convert", f"{model} -> {out}") as reporter:
         write_checkpoint(recipe, out, force=force, check=check, progress=reporter.progress, note=reporter.note)
     digest = run_folder.read_json(out / "plan.json")["sha256"]

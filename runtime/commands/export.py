@@ -16,6 +16,7 @@ from moedge._progress import named
 from moedge.export import manifest as manifests
 from moedge.export import targets
 from moedge.export.manifest import Manifest
+from moedge.runtime.commands import _peers
 from moedge.runtime.commands._options import ExpertForm, Force, Half, TensorRT
 from moedge.runtime.engines.given import local
 from moedge.runtime.progress import single
@@ -58,6 +59,14 @@ def export(
         bool,
         typer.Option("--stock-operators", help="ort-cpu: ONNX Runtime's own operators alone, for other programs."),
     ] = False,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PEER[:PRECISION]",
+            help="Instead of bundles: what another program opens of a dense model, for `moedge bench --peer` "
+            f"({_peers.MADE}; may be repeated).",
+        ),
+    ] = None,
     force: Force = False,
 ) -> None:
     """Write an ONNX bundle with KV cache for each target.
@@ -70,7 +79,24 @@ def export(
       moedge export ./my-llama build/dense --target ort-cpu
       moedge export build/moe build/bundles --target ort-cpu-int4 --gptq my.txt
       moedge export build/moe build/bundles --target tensorrt-rtx --half bfloat16
+      moedge export ./my-llama build/peers --peer genai --peer llama.cpp:Q8_0
     """
+    if peer:
+        _peers.alone(
+            target=target,
+            gptq=gptq,
+            max_length=max_length,
+            label=label,
+            half=half,
+            tensorrt=tensorrt,
+            expert_form=expert_form,
+            zero_points=zero_points,
+            stock_operators=stock_operators,
+        )
+        dense = local(checkpoint)
+        exporting.check_checkpoint(dense, None, "--max-length")
+        _peers.export(peer, dense, out, force=force)
+        return
     asked = exporting.Asked(tensorrt, expert_form, half, gptq is not None, zero_points, stock_operators)
     wanted = exporting.check(target, asked, asked.in_command())
     if zero_points and gptq is not None:

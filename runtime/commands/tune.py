@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
+from moedge.configs import devices
+from moedge.configs.devices import Device
 from moedge.configs.recipe import load_recipe, recipe_from
 from moedge.export import targets
 from moedge.runtime.bench.machine import machine
@@ -26,32 +28,49 @@ _HERE = targets.names(lambda row: row.engine is None)
 
 def tune(
     model: Model,
-    target: Annotated[str, typer.Option(help=f"One of {', '.join(_HERE)}.")] = "ort-cpu",
+    target: Annotated[
+        str | None, typer.Option(help=f"One of {', '.join(_HERE)}; ort-cpu by default. With --for one of the device.")
+    ] = None,
     speedup: Annotated[float | None, typer.Option(help="Wanted decode speed over the dense parent, e.g. 1.3.")] = None,
+    max_ms: Annotated[float | None, typer.Option(help="Most milliseconds a token at batch 1, e.g. 15.")] = None,
     max_kl: Annotated[float | None, typer.Option(help="Most KL to the dense parent, nats a token, e.g. 0.1.")] = None,
     max_ratio: Annotated[float | None, typer.Option(help="Most perplexity over the dense parent's, e.g. 1.05.")] = None,
     recipe: Annotated[
         str | None,
         typer.Option(help="Recipe whose texts, lengths and rounds are used, and its gather if it has one."),
     ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="PROFILE",
+            help="Device profile, a name or a .yaml file: times are predicted, not measured.",
+        ),
+    ] = None,
+    device_result: Annotated[
+        Path | None, typer.Option(help="bench-result.json of that device with the dense parent's times.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/tune-<model>-<target> by default.")] = None,
     as_json: Json = False,
 ) -> int:
     """Find how much of the FFN weights to read for a wanted speed or loss; convert, export, verify and time it.
 
-    Give one of --speedup, --max-kl and --max-ratio. Exits with 1 when the goal was not reached or a check failed.
+    Give one of --speedup, --max-ms, --max-kl and --max-ratio. Exits with 1 when the goal was not reached or a check
+    failed; with --for a speed counts as reached when it is predicted.
 
     \b
     Examples:
       moedge tune asset:smollm2-135m-instruct --target ort-cpu-int8 --speedup 1.3
       moedge tune ./my-llama --target ort-cpu --max-ratio 1.05 --out runs/tuned
       moedge tune ./my-llama --max-kl 0.1 --recipe my-recipe.yaml
+      moedge tune ./my-llama --max-ms 15 --for jetson-agx-thor
     """
+    from moedge.runtime.tune.device import DeviceTuning
     from moedge.runtime.tune.work import Tuning
 
-    goal = _goal(speedup, max_kl, max_ratio)
-    if targets.find(target).engine is not None:
-        raise MoEdgeError(f"--target {target} runs on a device only; name a target that this machine executes.")
+    goal = _goal(speedup=speedup, ms=max_ms, kl=max_kl, ratio=max_ratio)
+    device, dense_ms = _device(profile, device_result)
+    target = _target(target, device)
     base = _sections(recipe)
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name).strip("-._") or "model"
     name = f"tune-{slug}-{target}"[:64]
@@ -60,11 +79,14 @@ def tune(
     run_folder.check_free(root)
     reporter = Reporter(Console(stderr=True))
     with reporter.show():
-        result = Tuning(wanted, target, goal, root, machine(), reporter).run()
+        given = (wanted, target, goal, root, machine(), reporter)
+        result = (DeviceTuning(*given, device, dense_ms) if device else Tuning(*given)).run()
     if as_json:
         print(json.dumps(result, indent=2, allow_nan=False))
     else:
         show(result, root, Console())
+        if device:
+            _show_next(device, target, root, Console())
     return 0 if result["reached"] and result["verified"] == "passed" else 1
 
 
@@ -77,54 +99,109 @@ def _sections(recipe: str | None) -> dict[str, Any]:
     return base
 
 
-def _goal(speedup: float | None, max_kl: float | None, max_ratio: float | None) -> Goal:
+def _device(name: str | None, result: Path | None) -> tuple[Device | None, float | None]:
+    """Read the device profile, and what a token of the dense parent took there."""
+    from moedge.runtime.tune.device import dense_ms
+
+    if name is None and result is not None:
+        raise MoEdgeError("--device-result is of a device; name its profile with --for.")
+    return devices.load(name) if name else None, dense_ms(result) if result else None
+
+
+def _target(name: str | None, device: Device | None) -> str:
+    """Return the target that is meant.
+
+    Raises:
+        MoEdgeError: it runs on devices alone and none is given, or it skips no weights on the one that is.
+    """
+    from moedge.runtime.tune.device import target_for
+
+    if device is not None:
+        return target_for(device, name)
+    found = name or "ort-cpu"
+    if targets.find(found).engine is not None:
+        raise MoEdgeError(
+            f"--target {found} runs on a device only; name its profile with --for, and times are predicted."
+        )
+    return found
+
+
+def _goal(**given: float | None) -> Goal:
     """Read the one goal.
 
     Raises:
         MoEdgeError: there is none, or more than one, or it asks for nothing.
     """
-    given = [(kind, value) for kind, value in (("speedup", speedup), ("kl", max_kl), ("ratio", max_ratio)) if value]
-    if len(given) != 1:
-        raise MoEdgeError("Give one of --speedup, --max-kl and --max-ratio.")
-    kind, value = given[0]
+    wanted = [(kind, value) for kind, value in given.items() if value is not None]
+    if len(wanted) != 1:
+        raise MoEdgeError("Give one of --speedup, --max-ms, --max-kl and --max-ratio.")
+    ((kind, value),) = wanted
     return Goal(kind, value)  # type: ignore[arg-type]
 
 
-_WORDS = {"speedup": "decode speed-up", "kl": "KL", "ratio": "perplexity ratio"}
+_WORDS = {"speedup": "decode speed-up", "ms": "milliseconds a token", "kl": "KL", "ratio": "perplexity ratio"}
 
 
 def show(result: dict[str, Any], root: Path, console: Console) -> None:
     """Print the tries, what was predicted and what came out."""
-    goal = result["goal"]
-    if ffn := result["dense_decode"]:
+    goal, device = result["goal"], result.get("device")
+    title = f"{_WORDS[goal['kind']]}, {'at least' if goal['kind'] == 'speedup' else 'at most'} {goal['limit']:g}"
+    if ffn := result.get("dense_decode"):
         console.print(
             f"dense parent on {result['target']}: {ffn['ms']:.2f} ms a token, of which the FFNs take "
             f"{ffn['ffn_ms']:.2f} ms ({ffn['part']:.0%})",
             highlight=False,
         )
-    sheet = Sheet(
-        title=f"{_WORDS[goal['kind']]}, {'at least' if goal['kind'] == 'speedup' else 'at most'} {goal['limit']:g}"
-    )
+    if result["tries"]:
+        console.print(_tries(result, title))
+    else:
+        console.print(title, highlight=False)
+    lines = [
+        f"{'reached' if result['reached'] else 'NOT reached'}: reads {result['ffn_read_share']:.1%} of the FFN weights",
+        *(_predicted(result["target"], device) if device else _timed(result)),
+        f"KL {_within(result['kl'], 3)}, perplexity ratio {_within(result['ppl_ratio'], 3)} (brackets: 95 % intervals)",
+        f"ONNX against PyTorch: {result['verified']}",
+    ]
+    for line in lines:
+        console.print(escape(line), highlight=False)
+    for kind in ("checkpoint", "portable" if device else result["target"]):
+        console.print(escape(f"{kind}: {root / 'tuned' / kind}"), highlight=False, soft_wrap=True)
+
+
+def _tries(result: dict[str, Any], title: str) -> Sheet:
+    sheet = Sheet(title=title)
     for title in ("weights to read", "predicted", "measured"):
         sheet.add_column(title, justify="right")
     for one in result["tries"]:
         predicted = "" if one["predicted"] is None else f"{one['predicted']:.3f}"
         kept = one["share"] == result["share"]
         sheet.add_row(f"{one['share']:.1%}", predicted, f"{one['value']:.3f}", style="bold" if kept else "")
-    console.print(sheet)
+    return sheet
 
-    def within(found: dict[str, Any], digits: int) -> str:
-        low, high = found["ci95"]
-        return f"{found['value']:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
-    lines = [
-        f"{'reached' if result['reached'] else 'NOT reached'}: reads {result['ffn_read_share']:.1%} of the FFN weights",
-        f"decode {within(result['decode_speedup'], 2)} times the dense parent, prompt "
-        f"{within(result['prompt_speedup'], 2)} times",
-        f"KL {within(result['kl'], 3)}, perplexity ratio {within(result['ppl_ratio'], 3)} (in brackets 95 % intervals)",
-        f"ONNX against PyTorch: {result['verified']}",
+def _within(found: dict[str, Any], digits: int) -> str:
+    low, high = found["ci95"]
+    return f"{found['value']:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def _timed(result: dict[str, Any]) -> list[str]:
+    return [
+        f"decode {_within(result['decode_speedup'], 2)} times the dense parent, prompt "
+        f"{_within(result['prompt_speedup'], 2)} times",
+        f"{_within(result['tpot_ms'], 2)} ms a token, the dense parent {_within(result['dense']['tpot_ms'], 2)}",
     ]
-    for line in lines:
-        console.print(escape(line), highlight=False)
-    for kind in ("checkpoint", result["target"]):
-        console.print(escape(f"{kind}: {root / 'tuned' / kind}"), highlight=False, soft_wrap=True)
+
+
+def _predicted(target: str, device: dict[str, Any]) -> list[str]:
+    of = "timed on the device" if device["dense_timed"] else "the least that its bandwidth and arithmetic allow"
+    return [
+        f"PREDICTED, nothing was timed: {target} on {device['label']}, {device['context']} tokens in the cache:",
+        f"{device['ms']:.2f} ms a token, {device['dense_ms'] / device['ms']:.2f} times the dense parent "
+        f"({device['dense_ms']:.2f} ms, {of})",
+    ]
+
+
+def _show_next(device: Device, target: str, root: Path, console: Console) -> None:
+    from moedge.runtime.tune.device import next_step
+
+    console.print(escape(f"next: {next_step(device, target, root)}"), highlight=False, soft_wrap=True)

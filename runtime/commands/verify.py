@@ -14,6 +14,7 @@ from rich.markup import escape
 from moedge import MoEdgeError
 from moedge._files import write_text
 from moedge._progress import Progress
+from moedge.runtime.bench.machine import machine, stamp
 from moedge.runtime.commands._options import Device, Force, Json, Text, Threads, Tolerances
 from moedge.runtime.commands._questions import Limit, Shots, TaskData, Tasks, questions
 from moedge.runtime.engines.protocol import Opening
@@ -120,6 +121,8 @@ def verify(
         else:
             shaped: dict[str, Any] = {"thorough": thorough, "max_length": max_length, "tolerances": tolerances}
             result = _compared(reference, test, sample, gate, shaped, {**how, "note": reporter.note})
+    told = stamp()
+    result["created"], result["commit"], result["machine"] = told["created"], told["commit"], machine()
     if old:
         result["baseline"] = baselines.compare(result, old)
     _write(result, junit=junit, html=html, markdown=markdown, gate=fail_on_worse)

@@ -30,18 +30,27 @@ _CLASSES = {
 """What a folder may hold -> ``module:class`` that runs it, imported when one is opened."""
 
 
-def open_engine(path: str | Path, *, pytorch: Mapping[str, Any] | None = None, **options: Any) -> Engine:
+def open_engine(
+    path: str | Path, *, pytorch: Mapping[str, Any] | None = None, peer: str | None = None, **options: Any
+) -> Engine:
     """Open a bundle folder (ONNX) or a checkpoint folder (PyTorch, dense or MoE) by what the folder holds.
 
     Args:
         path: folder with ``manifest.json`` (bundle) or ``config.json`` (checkpoint).
         pytorch: ``device`` and ``dtype`` of a checkpoint that runs in PyTorch. A bundle's own target says both.
+        peer: another program that runs it, and what ``path`` then is: :mod:`moedge.runtime.peers`.
         options: passed to the engine: ``threads``, ``taps``, ``top_k``, ...
 
     Raises:
         MoEdgeError: the folder is neither, or its target has no engine in this release.
     """
     folder = Path(path)
+    if peer is not None:
+        from moedge.runtime import peers
+
+        row = peers.find(peer)
+        other: Engine = row.engine(folder, **(pytorch or {} if row.pytorch else {}), **options)
+        return other
     kind = _kind(folder)
     if kind == "checkpoint":
         options = {**(pytorch or {}), **options}

@@ -60,7 +60,7 @@ def join(root: Path, params: dict[str, Any]) -> Frontier:
         "model": run_folder.source(root)["label"],
         "protocol": protocol,
         "dense_ppl": {name: _exp(values.mean()) for name, values in nll.items()},
-        "variants": [_variant(one, found[one["label"]], quality[one["label"]]) for one in params["variants"]],
+        "variants": [variant_facts(one, found[one["label"]], quality[one["label"]]) for one in params["variants"]],
         "measured": measured,
         "machine": first["runs"][0]["machine"],
         "text": first["text"],
@@ -119,7 +119,8 @@ def _ratio(loss: np.ndarray) -> np.ndarray:
     return np.asarray(np.exp(np.minimum(loss, 700.0)))
 
 
-def _variant(given: dict[str, Any], found: dict[str, Any], quality: Quality) -> VariantFacts:
+def variant_facts(given: dict[str, Any], found: dict[str, Any], quality: Quality) -> VariantFacts:
+    """Return what is known of a variant on every target."""
     from moedge.convert.methods import METHODS
 
     texts: dict[str, TextQuality] = {

@@ -279,6 +279,11 @@ class Compared(TypedDict):
     """All comparisons of one verification, before anybody says what they come to."""
 
     schema: Literal["moedge.verify/1"]
+    created: NotRequired[str]
+    """ISO 8601, UTC; with the two below written by `moedge verify`, for `moedge history`."""
+    commit: NotRequired[str | None]
+    """Of the working folder, where that is known."""
+    machine: NotRequired[dict[str, Any]]
     text: str
     not_executed: NotRequired[dict[str, str]]
     identity_note: NotRequired[str | None]

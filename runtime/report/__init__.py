@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moedge._files import write_json, write_text
+from moedge.convert import forms
 from moedge.runtime.report.text import filters
 from moedge.runtime.report.zeros import zeros_note, zeros_sentence
 
@@ -65,7 +66,7 @@ def render(report: dict[str, Any], template: str) -> str:
 
     html = template.endswith(".html.j2")
     templates = environment(html=html)
-    templates.filters |= {"zeros": zeros_sentence, "zeros_note": zeros_note}
+    templates.filters |= {"zeros": zeros_sentence, "zeros_note": zeros_note, "prompted": forms.prompted}
     templates.globals |= {"ratio": ratio, "profile_table": table, "profile_note": NOTE, "watched": sentences}
     # The SVG comes from matplotlib, which escapes the text it draws; everything else is escaped by jinja2.
     plots = {name: Markup(svg) for name, svg in draw_all(report).items()} if html else {}

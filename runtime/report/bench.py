@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from moedge.runtime.bench.peers import sentence
 from moedge.runtime.bench.results import Bench, EngineEntry, Gate, PointResult, Row
 from moedge.runtime.gate.judge import words
 from moedge.runtime.parity.outcomes import mark
@@ -66,6 +67,15 @@ def tables(result: Bench) -> Iterator[tuple[str, list[str], list[list[str]]]]:
         yield f"tokens/s of all rows together, after {one['prompt']} tokens, {one['rounds']} rounds", headers, body
 
 
+def peers(result: Bench) -> list[str]:
+    """A sentence for each peer: whether it runs the dense parent's model."""
+    return [
+        sentence(label, engine["peer"], engine["info"]["dtype"])
+        for label, engine in result["engines"].items()
+        if "peer" in engine
+    ]
+
+
 def footer(result: Bench) -> str:
     """What it was measured on, in a line."""
     infos = [engine["info"] for engine in result["engines"].values()]
@@ -90,6 +100,7 @@ def show(result: Bench, console: Console) -> None:
         if engine.get("gpu_reason")
     ]
     said += [f"{label} decodes no batches: {why}" for label, why in result.get("not_batched", {}).items()]
+    said += peers(result)
     for line in (*said, footer(result)):
         console.print(escape(line), highlight=False, soft_wrap=True)
 
@@ -133,6 +144,7 @@ def markdown(result: Bench) -> str:
     for name, headers, rows in tables(result):
         lines += [f"**{name}**", ""]
         table(headers, rows)
+    lines += [*(f"- {cell(line)}" for line in peers(result)), *[""] * bool(peers(result))]
     return "\n".join([*lines, cell(footer(result)), ""])
 
 
@@ -144,6 +156,7 @@ def csv_text(result: Bench) -> str:
             engine = result["engines"][row["label"]]
             line: dict[str, Any] = {"engine": row["label"], "sha256": engine["sha256"]}
             line |= {fact: engine["info"][fact] for fact in ("runtime", "device", "dtype")}
+            line |= {"peer": engine["peer"]["peer"] if "peer" in engine else ""}
             line |= {key: point[key] for key in ("prompt", "decode", "batch", "depth")}
             line |= {"threads": point["threads"] or engine["info"]["threads"]}
             line |= {"rounds": point["rounds"], "warmup_rounds": point["warmup_rounds"]}

@@ -91,6 +91,14 @@ class QualityRow(TypedDict):
     seeds: list[int] | None
 
 
+@opened
+class SecondHalf(TypedDict):
+    """The same rows over the second half of every window, and those that its first half chooses for; tokens by text."""
+
+    tokens: dict[str, int]
+    rows: Annotated[list[QualityRow], Field(min_length=2)]
+
+
 @closed
 class QualityVerdict(TypedDict):
     """Which controls the router beats, and that in sentences."""
@@ -106,6 +114,7 @@ class Quality(TypedDict):
     schema: Literal["moedge.evaluation/1"]
     protocol: QualityProtocol
     rows: Annotated[list[QualityRow], Field(min_length=2)]
+    second_half: NotRequired[SecondHalf]
     verdict: QualityVerdict
     where: list[str]
 

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from moedge.convert import forms
 from moedge.runtime.parity.outcomes import mark
 from moedge.runtime.parity.verdict import entry_outcome, run_outcome
 from moedge.runtime.report.zeros import zeros_note
@@ -28,7 +29,7 @@ def show(report: dict[str, Any], console: Console) -> None:
         soft_wrap=True,
     )
     for title, table in (
-        _quality(report["quality"]),
+        *_quality(report["quality"]),
         _verification(report["verification"]),
         _speed(report),
     ):
@@ -39,11 +40,19 @@ def show(report: dict[str, Any], console: Console) -> None:
     console.print(mark(run_outcome(report["verification"])).line)
 
 
-def _quality(quality: dict[str, Any]) -> tuple[str, Sheet]:
+def _quality(quality: dict[str, Any]) -> list[tuple[str, Sheet]]:
     protocol = quality["protocol"]
     names = protocol["texts"]
     tokens = ", ".join(f"{name} {protocol['tokens'][name]:,} tokens" for name in names)
     title = f"quality on held-out text ({tokens}, window {protocol['window']}, {protocol['dtype']})"
+    found = [(title, _rows(names, quality["rows"]))]
+    if prompted := forms.prompted(quality):
+        title = f"the second halves of these windows: {', '.join(prompted)} takes the first half as its prompt"
+        found.append((title, _rows(names, quality["second_half"]["rows"])))
+    return found
+
+
+def _rows(names: list[str], rows: list[dict[str, Any]]) -> Sheet:
     table = Sheet()
     table.add_column("")
     table.add_column("active", justify="right")
@@ -52,7 +61,7 @@ def _quality(quality: dict[str, Any]) -> tuple[str, Sheet]:
         table.add_column(escape(f"ppl {name}"), justify="right")
     for name in names:
         table.add_column(escape(f"KL {name}"), justify="right")
-    for row in quality["rows"]:
+    for row in rows:
         kl = row["kl_to_dense"] or {}
         table.add_row(
             escape(row["label"]),
@@ -62,7 +71,7 @@ def _quality(quality: dict[str, Any]) -> tuple[str, Sheet]:
             *(f"{kl[name]:.3g}" if name in kl else "-" for name in names),
             style="bold" if row["kind"] == "method" else "",
         )
-    return title, table
+    return table
 
 
 def _verification(verification: dict[str, Any]) -> tuple[str, Sheet]:

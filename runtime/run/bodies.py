@@ -116,7 +116,7 @@ def convert_stage(context: Context) -> None:
     import torch
     from safetensors.numpy import load_file
 
-    from moedge.convert import calibration, domains, methods, modeling, offload
+    from moedge.convert import calibration, domains, methods, modeling, offload, processes
     from moedge.convert.sources import load_tokenizer, own_dtype
 
     folder, calibrated = run_folder.dense(context.root), context.root / "calibrate"
@@ -142,6 +142,8 @@ def convert_stage(context: Context) -> None:
         provenance={} if windows is None else run_folder.read_json(calibrated / "calibration.json"),
         progress=context.progress,
     )
+    if processes.rank():  # the first process writes
+        return
     offload.cast(modeling.apply(plan, model), getattr(torch, own_dtype(folder)))
     modeling.save(model, plan, load_tokenizer(folder), context.out / "checkpoint")
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from moedge import MoEdgeError
 from moedge._files import atomic_dir
 from moedge._progress import Progress
 from moedge.configs.recipe import Conversion
+from moedge.convert import processes
 from moedge.runtime.run import run_folder, stages
 from moedge.runtime.run.engine import Context
 
@@ -25,6 +30,9 @@ def write_checkpoint(
 ) -> None:
     """Convert as a recipe says and write the MoE checkpoint to ``out``, whole or not at all.
 
+    Under ``torchrun`` every process calls this, the processes split the calibration windows, and the first one writes
+    (:mod:`moedge.convert.processes`).
+
     Args:
         recipe: its sections that the stages up to ``convert`` read.
         check: called with the model's ``config.json`` before anything is measured; raises what does not fit.
@@ -36,15 +44,44 @@ def write_checkpoint(
     local = Path(recipe.model.source).expanduser() / "config.json"
     if local.is_file():
         check(run_folder.read_json(local, "download or save the model again"))
-    with atomic_dir(out, force=force, inputs=(recipe.model.source, *recipe.text.calibration)) as partial:
+    with _place(out, force=force, inputs=[recipe.model.source, *recipe.text.calibration]) as partial:
         work = partial / ".stages"
         for stage in stages.to_convert(recipe):
             note(stage.what)
             folder = work / stage.name
             folder.mkdir(parents=True)
-            stage.body(Context(folder, work, stage.params, progress, note))
+            with processes.first_alone() if stage.name == "source" else nullcontext():
+                stage.body(Context(folder, work, stage.params, progress, note))
             if stage.name == "source":
                 check(run_folder.source(work)["config"])
-        for path in run_folder.checkpoint(work).iterdir():
-            path.rename(partial / path.name)
+        if not processes.rank():
+            for path in run_folder.checkpoint(work).iterdir():
+                path.rename(partial / path.name)
         shutil.rmtree(work)
+
+
+@contextmanager
+def _place(out: Path, *, force: bool, inputs: list[str]) -> Iterator[Path]:
+    """A folder that becomes ``out``; in the processes that do not write one that is thrown away."""
+    if not processes.rank():
+        with atomic_dir(out, force=force, inputs=inputs) as partial:
+            yield partial
+        return
+    with tempfile.TemporaryDirectory(prefix="moedge-convert-") as folder:
+        yield Path(folder)
+
+
+_PATIENCE = 15.0
+"""Seconds: longer than torchrun needs to end all processes when one has ended."""
+
+
+@contextmanager
+def one_message() -> Iterator[None]:
+    """Let one process say what is wrong: the first, or where it sees nothing wrong the one that does."""
+    try:
+        yield
+    except MoEdgeError as error:
+        if processes.rank():
+            time.sleep(_PATIENCE)
+            raise MoEdgeError(f"process {processes.rank()}: {error}") from error
+        raise

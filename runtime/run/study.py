@@ -232,11 +232,15 @@ def _measure(context: Context, model: Any, plans: list[Any], kind: str, seconds:
         dense_states=states,
         progress=context.progress,
     )
-    first, row = result["rows"]
+    half = result["second_half"]
+    first, *rows = result["rows"]
     first |= {"tokens": result["protocol"]["tokens"]}
-    row |= {"kind": kind, "sparsity": context.params["sparsity"], "seconds": seconds}
-    row |= {"plans": [plan.sha256 for plan in plans], "params": context.params["params"]}
-    write_json(context.out / "row.json", {"schema": STUDY_SCHEMA, "dense": first, "row": row})
+    half["rows"][0] |= {"tokens": half["tokens"]}
+    about = {"kind": kind, "sparsity": context.params["sparsity"], "seconds": seconds}
+    about |= {"plans": [plan.sha256 for plan in plans], "params": context.params["params"]}
+    whole = {**rows[0], **about} if rows else None  # None: scored on second halves alone
+    behind = {"dense": half["rows"][0], "row": {**half["rows"][1], **about}}
+    write_json(context.out / "row.json", {"schema": STUDY_SCHEMA, "dense": first, "row": whole, "second_half": behind})
 
 
 def table(context: Context) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,13 +14,14 @@ from moedge.configs.recipe import Recipe, recipe_from
 from moedge.runtime.bench import profiling
 from moedge.runtime.frontier import page
 from moedge.runtime.frontier import stages as frontier
+from moedge.runtime.frontier.join import Quality, mean_kl, mean_ratio
 from moedge.runtime.frontier.schema import Frontier
 from moedge.runtime.frontier.variants import Variant, variants
 from moedge.runtime.progress import Reporter
 from moedge.runtime.run import held_out, run_folder, stages
 from moedge.runtime.run.engine import Context, Stage, execute
 from moedge.runtime.run.stages import BENCH_CODE, Facts
-from moedge.runtime.tune.search import Goal, Try, best, first_speed_share, search
+from moedge.runtime.tune.search import Decode, Goal, Try, best, first_speed_share, search
 
 SCHEMA = "moedge.tune/1"
 FIRST_SHARE = 0.75
@@ -42,6 +44,11 @@ class Tuning:
     machine: dict[str, Any]
     reporter: Reporter
 
+    @property
+    def bundle(self) -> str:
+        """Target of the bundle that is written."""
+        return self.target
+
     def run(self) -> dict[str, Any]:
         """Search, then convert, export, verify and time what was found.
 
@@ -52,16 +59,16 @@ class Tuning:
         Raises:
             MoEdgeError: the goal is out of reach, or what a stage refuses.
         """
-        ffn = self._profiled() if self.goal.kind == "speedup" else None
-        part = ffn["part"] if ffn else 1.0
-        first = (first_speed_share(self.goal, part), self.goal.limit) if ffn else (FIRST_SHARE, None)
-        done = search(self.goal, first, self._measured, part, TRIES)
+        ffn = self._profiled() if self.goal.of_speed else None
+        decode = Decode(ffn["ms"], ffn["part"]) if ffn else None
+        first = first_speed_share(self.goal, decode) if decode else (FIRST_SHARE, None)
+        done = search(self.goal, first, self._measured, decode, TRIES)
         chosen = best(self.goal, done)
         recipe = self._at(chosen.share)
         self._do(recipe, [*frontier.build(recipe, self.machine), self._verify(recipe)])
         found = page.read(self.root / frontier.TABLE / "frontier.json")
         (variant,) = variants(recipe)
-        verification = run_folder.read_json(self.root / _folder(variant) / "verify" / "verify.json")
+        verification = run_folder.read_json(self.root / folder_of(variant) / "verify" / "verify.json")
         result = self._result(chosen, done, ffn, found, verification)
         self._keep(variant)
         write_json(self.root / "tune.json", result)
@@ -73,9 +80,9 @@ class Tuning:
         gather = value["convert"] if value["convert"]["method"] == "gather" else {"method": "gather"}
         one = {"label": f"gather {share:.3f}", "convert": {**gather, "share": share}}
         value["convert"] = {**gather, "share": 1.0}
-        value["export"] |= {"targets": [self.target], "build": []}
+        value["export"] |= {"targets": [self.bundle], "build": []}
         level = self.goal.limit if self.goal.kind == "speedup" else 1.0
-        value["frontier"] |= {"targets": [self.target], "variants": [one], "speedup": level, "batches": [1]}
+        value["frontier"] |= {"targets": [self.bundle], "variants": [one], "speedup": level, "batches": [1]}
         return recipe_from(value, where="moedge tune")
 
     def _do(self, recipe: Recipe, todo: Sequence[Stage]) -> None:
@@ -104,22 +111,28 @@ class Tuning:
         self._do(recipe, [*needed, stage])
         return dict(run_folder.read_json(self.root / stage.name / "profile.json")["ffn"])
 
-    def _measured(self, share: float) -> float:
-        """Convert at a share and measure the goal: quality alone where only that is asked for."""
+    def _measured(self, share: float) -> tuple[float, float | None]:
+        """Convert at a share and measure the goal: quality alone where only that is asked for.
+
+        Returns:
+            The value, and milliseconds of the dense parent timed beside it.
+        """
         recipe = self._at(share)
         todo = frontier.build(recipe, self.machine)
-        if self.goal.kind == "speedup":
+        if self.goal.of_speed:
             self._do(recipe, todo)
-            found = page.read(self.root / frontier.TABLE / "frontier.json")
-            return found["measured"][0]["rows"][0]["decode_speedup"]["value"]
+            row, parent = page.read(self.root / frontier.TABLE / "frontier.json")["measured"][0]["rows"]
+            value = row["decode_speedup"] if self.goal.kind == "speedup" else row["tpot_ms"]
+            return value["value"], parent["tpot_ms"]["value"]
         (variant,) = variants(recipe)
-        last = [stage.name for stage in todo].index(f"{_folder(variant)}/quality")
+        last = [stage.name for stage in todo].index(f"{folder_of(variant)}/quality")
         self._do(recipe, todo[: last + 1])
-        return loss_of(run_folder.read_json(self.root / todo[last].name / "quality.json"), self.root, self.goal)
+        one, _ = quality_of(self.root, variant)
+        return (mean_kl(one) if self.goal.kind == "kl" else mean_ratio(one))["value"], None
 
     def _verify(self, recipe: Recipe) -> Stage:
         (variant,) = variants(recipe)
-        folder = _folder(variant)
+        folder = folder_of(variant)
         alone = variant.recipe.model_copy(
             update={"export": variant.recipe.export.model_copy(update={"dense_parent": False})}
         )
@@ -132,7 +145,8 @@ class Tuning:
     ) -> dict[str, Any]:
         (variant,), (measured,) = found["variants"], found["measured"]
         row, parent = measured["rows"]
-        value = {"speedup": row["decode_speedup"], "kl": variant["kl"], "ratio": variant["ppl_ratio"]}[self.goal.kind]
+        of_speed = {"speedup": row["decode_speedup"], "ms": row["tpot_ms"]}
+        value = {**of_speed, "kl": variant["kl"], "ratio": variant["ppl_ratio"]}[self.goal.kind]
         return {
             "schema": SCHEMA,
             "model": found["model"],
@@ -151,29 +165,25 @@ class Tuning:
         }
 
     def _keep(self, variant: Variant) -> None:
-        """Put checkpoint and bundle where people look for them; hard links, for they are big."""
-        folder = self.root / _folder(variant)
-        sources = {"checkpoint": folder / "convert" / "checkpoint", self.target: folder / "export" / self.target}
+        """Put checkpoint and bundle where people look for them.
+
+        The checkpoint's files are hard links; the bundle's are not, for onnx opens no external data with two names.
+        """
+        folder = self.root / folder_of(variant)
         with atomic_dir(self.root / "tuned", force=True) as out:
-            for name, source in sources.items():
-                for path in sorted(source.rglob("*")):
-                    if path.is_file():
-                        place = out / name / path.relative_to(source)
-                        place.parent.mkdir(parents=True, exist_ok=True)
-                        link_or_copy(path, place)
+            shutil.copytree(folder / "convert/checkpoint", out / "checkpoint", copy_function=link_or_copy)
+            shutil.copytree(folder / "export" / self.bundle, out / self.bundle)
 
 
-def _folder(variant: Variant) -> str:
+def folder_of(variant: Variant) -> str:
+    """Folder of a variant's stages in the run folder."""
     return f"{frontier.ROOM}/{variant.folder}"
 
 
-def loss_of(quality: dict[str, Any], root: Path, goal: Goal) -> float:
-    """Return the KL or the perplexity ratio of a variant, the mean of the texts (of the ratio the geometric one)."""
-    from moedge.runtime.frontier.join import Quality, mean_kl, mean_ratio
-
-    dense = run_folder.read_json(root / frontier.ROOM / "dense" / "quality" / "quality.json")
-    one = Quality.of(quality, dense)
-    return (mean_kl(one) if goal.kind == "kl" else mean_ratio(one))["value"]
+def quality_of(root: Path, variant: Variant) -> tuple[Quality, dict[str, Any]]:
+    """Return a variant's quality on the held-out windows beside its parent's, and what its stage wrote."""
+    found = run_folder.read_json(root / folder_of(variant) / "quality" / "quality.json")
+    return Quality.of(found, run_folder.read_json(root / frontier.ROOM / "dense" / "quality" / "quality.json")), found
 
 
 def profile(context: Context) -> None:

@@ -156,7 +156,7 @@ def test_overlap_and_biases_are_checked_and_the_hash_of_other_plans_stands(plan:
 def test_controls_that_need_a_partition_are_refused(plan: MoEPlan) -> None:
     refused = {name for name in baselines.CONTROLS if baselines.refusal(name, plan)}
     assert set(baselines.CONTROLS) - refused == {
-        "static mask", "FLAP-MLP", "Wanda-structured", "random router", "TEAL", "WINA", "neuron top-k"
+        "static mask", "FLAP-MLP", "Wanda-structured", "random router", "TEAL", "WINA", "GRIFFIN", "neuron top-k"
     }  # fmt: skip
 
 

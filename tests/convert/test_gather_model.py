@@ -313,14 +313,13 @@ def test_fisher_scores_are_the_gradients_that_autograd_gives(tiny_llama: Any) ->
     windows = np.random.default_rng(4).integers(0, 256, size=(3, 20))
     got = gather.fisher_scores(model, windows)
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    generator = torch.Generator().manual_seed(0)
     squares = [[torch.zeros(32, dtype=torch.float64), torch.zeros(64, dtype=torch.float64)] for _ in range(2)]
-    for window in torch.from_numpy(windows):
+    for number, window in enumerate(torch.from_numpy(windows)):
         zeros = [[torch.zeros(20, 32, requires_grad=True), torch.zeros(20, 64, requires_grad=True)] for _ in range(2)]
         for block, (zero_x, zero_h) in zip(adapters.ffns(model), zeros, strict=True):
             block.module.forward = partial(shifted, block, zero_x, zero_h)
         with torch.enable_grad():
-            score = budgets.drawn_score(model, window, generator)
+            score = budgets.drawn_score(model, window, budgets.generator(number))
             grads = torch.autograd.grad(score, [zero for pair in zeros for zero in pair])
         for block in adapters.ffns(model):
             del block.module.forward

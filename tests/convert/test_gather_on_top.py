@@ -167,7 +167,7 @@ def test_a_plan_that_only_gathers_has_static_controls_at_its_share(
     plan = methods.convert("gather", token_windows, model, share=0.5)
     statistics = calibration.collect(model, token_windows, k_a=6)
     taken = {name for name in baselines.CONTROLS if baselines.refusal(name, plan) is None}
-    assert taken == {"static mask", "FLAP-MLP", "Wanda-structured", "TEAL", "WINA", "neuron top-k"}
+    assert taken == {"static mask", "FLAP-MLP", "Wanda-structured", "TEAL", "WINA", "GRIFFIN", "neuron top-k"}
     control = baselines.CONTROLS["static mask"](plan, statistics, model, 0, token_windows)
     assert {layer.active_width for layer in control.layers} == {32}
 

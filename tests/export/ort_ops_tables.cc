@@ -49,7 +49,8 @@ void floats(const Kernels& mine, size_t tokens, size_t columns) {
     const std::vector<float> packed = tiled(x, rows, tokens, kernels->float_tile);
     for (int strips = 0; strips < 2; ++strips) {
       std::vector<float> y(tokens * columns), scratch(FLOAT_STRIP_SCRATCH + 16);
-      const FloatProduct p{weights.data(), columns, nullptr, rows, packed.data(), tokens, y.data(), columns};
+      const float* inputs = strips ? x.data() : packed.data();
+      const FloatProduct p{weights.data(), columns, nullptr, rows, inputs, rows, tokens, y.data(), columns};
       if (strips)
         kernels->float_strips(p, 0, columns, scratch.data());
       else

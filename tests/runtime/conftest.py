@@ -443,6 +443,14 @@ class SampleRun:
                 row("static mask", "control", 30.0),
                 row("random partition", "control", 9e5, ppl_std={"wiki": 1.0, self.text: 2.0}, seeds=[0, 1]),
             ],
+            "second_half": {
+                "tokens": {"wiki": 2040, self.text: 2040},
+                "rows": [
+                    row("dense", "dense", 22.0),
+                    row("cmoe", "method", 30.5),
+                    row("GRIFFIN", "control", 41.5, form="prompted"),
+                ],
+            },
             "verdict": {"router_beats": {"static mask": False}, "sentences": [f"cmoe loses {self.text}."]},
             "where": [f"cmoe, {self.text} gain in decoding."],
         }

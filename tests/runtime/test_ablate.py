@@ -166,6 +166,7 @@ rows:
   - {{label: TEAL, control: TEAL}}
   - {{label: WINA, control: WINA, of: both}}
   - {{label: mask, control: static mask}}
+  - {{label: GRIFFIN, control: GRIFFIN}}
   - {{label: FLAP, method: flap}}
 """
     (tmp_path / "study.yaml").write_text(study, encoding="utf-8")
@@ -181,6 +182,14 @@ rows:
     table = (tmp_path / "run/table/results.md").read_text()
     assert "### 50 % of the FFN weights read for a token" in table
     assert "- mask, FLAP are narrower dense models" in table
+    behind = json.loads((tmp_path / "run/table/results.json").read_text())["second_half"]["rows"]
+    assert {row["label"] for row in behind} == {*rows, "GRIFFIN"}
+    assert "GRIFFIN" not in rows, "nothing of it is known before half of a window"
+    (griffin,) = (row for row in behind if row["label"] == "GRIFFIN")
+    assert (griffin["form"], griffin["ffn_read_share"]) == ("prompted", 0.5)
+    # Windows of 64: the tokens behind the first 32 are scored but the first of them, which the prompt predicts.
+    assert "Second halves of the windows (1,240 of other, 62 of text tokens), as GRIFFIN needs the first:" in table
+    assert "- GRIFFIN gain in decoding alone" in table
     # 40 windows of 64 are more than a split's quarter of the 60 lines holds: nothing is kept back for calibration.
     assert "2,520 of other, 126 of text predicted tokens" in table
 

@@ -12,27 +12,36 @@ import pytest
 from typer.testing import CliRunner
 
 from moedge import MoEdgeError
+from moedge.configs import devices
 from moedge.convert.plan import MoEPlan
+from moedge.export.device.outlook import Work
 from moedge.runtime.cli import app
 from moedge.runtime.engines import open_engine
-from moedge.runtime.tune.search import LEAST, Goal, Try, best, first_speed_share, next_share, search
+from moedge.runtime.tune.device import Costs, dense_ms
+from moedge.runtime.tune.search import LEAST, Decode, Goal, Try, best, first_speed_share, next_share, search
 
 # --- the search -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kept", [0.6, 0.85, 1.0, 1.2])
 def test_a_speed_is_found_in_a_few_tries_where_not_all_saved_bytes_save_time(kept: float) -> None:
-    goal, part = Goal("speedup", 1.25), 0.6
+    goal, decode = Goal("speedup", 1.25), Decode(20.0, 0.6)
 
-    def measure(share: float) -> float:
-        return 1 / (1 - part * kept * (1 - share)) - 0.01 * (1 - share)  # an overhead that the model does not know
+    def speed(share: float) -> float:
+        return 1 / (1 - 0.6 * kept * (1 - share)) - 0.01 * (1 - share)  # an overhead that the model does not know
 
-    first = first_speed_share(goal, part)
-    assert 1 / (1 - part * (1 - first)) == pytest.approx(1.25, rel=2e-3)
-    done = search(goal, (first, 1.25), measure, part, 5)
+    first = first_speed_share(goal, decode)
+    assert 1 / (1 - 0.6 * (1 - first[0])) == pytest.approx(1.25, rel=2e-3)
+    done = search(goal, first, lambda share: (speed(share), None), decode, 5)
     found = best(goal, done)
     assert 1.25 <= found.value <= 1.25 * 1.05
     assert len(done) <= 4
+    # The same wish as a time: the parent takes 22 ms beside the tries, 20 in the profile.
+    wish = Goal("ms", 22 / 1.25)
+    times = search(wish, first_speed_share(wish, decode), lambda share: (22 / speed(share), 22.0), decode, 5)
+    assert wish.limit / 1.05 <= best(wish, times).value <= wish.limit
+    assert len(times) <= 5
+    assert times[-1].predicted == pytest.approx(times[-1].value, rel=0.03)
 
 
 @pytest.mark.parametrize("power", [1.5, 2.5, 4.0])
@@ -40,11 +49,11 @@ def test_a_speed_is_found_in_a_few_tries_where_not_all_saved_bytes_save_time(kep
 def test_a_loss_is_found_in_a_few_tries_whatever_its_power(kind: Any, limit: float, power: float) -> None:
     goal = Goal(kind, limit)
 
-    def measure(share: float) -> float:
+    def measure(share: float) -> tuple[float, None]:
         loss = 0.6 * (1 - share) ** power
-        return loss if kind == "kl" else 2.718281828**loss
+        return loss if kind == "kl" else 2.718281828**loss, None
 
-    done = search(goal, (0.75, None), measure, 1.0, 5)
+    done = search(goal, (0.75, None), measure, None, 5)
     found = best(goal, done)
     assert goal.close(found.value)
     assert done[0].predicted is None
@@ -53,11 +62,18 @@ def test_a_loss_is_found_in_a_few_tries_whatever_its_power(kind: Any, limit: flo
 
 def test_a_speed_beyond_the_ffns_part_is_refused_before_anything_is_converted() -> None:
     with pytest.raises(MoEdgeError, match=r"--speedup 1.5 is out of reach: the FFNs take 30% of a decode step"):
-        first_speed_share(Goal("speedup", 1.5), 0.3)
+        first_speed_share(Goal("speedup", 1.5), Decode(20, 0.3))
+    with pytest.raises(MoEdgeError, match=r"--max-ms 12 is out of reach: .* gives 15.2 ms at best"):
+        first_speed_share(Goal("ms", 12), Decode(20, 0.3))
+    with pytest.raises(MoEdgeError, match=r"--max-ms 20 asks for nothing: the dense parent takes 20 ms a token"):
+        first_speed_share(Goal("ms", 20), Decode(20, 0.3))
 
 
 def test_what_reaches_the_goal_at_the_least_cost_is_kept_and_else_the_nearest() -> None:
-    speed, loss = Goal("speedup", 1.2), Goal("kl", 0.1)
+    speed, loss, time = Goal("speedup", 1.2), Goal("kl", 0.1), Goal("ms", 15)
+    tries = [Try(0.5, None, 12), Try(0.6, None, 14.9), Try(0.8, None, 17)]
+    assert best(time, tries).share == 0.6
+    assert best(time, tries[2:]).share == 0.8
     tries = [Try(0.5, None, 1.4), Try(0.6, None, 1.25), Try(0.8, None, 1.1)]
     assert best(speed, tries).share == 0.6
     assert best(speed, tries[2:]).share == 0.8
@@ -67,14 +83,20 @@ def test_what_reaches_the_goal_at_the_least_cost_is_kept_and_else_the_nearest() 
 
 
 def test_a_share_stays_within_what_is_tried() -> None:
-    share, _ = next_share(Goal("speedup", 3.0), [Try(0.5, None, 1.01)], 0.5)
+    share, _ = next_share(Goal("speedup", 3.0), [Try(0.5, None, 1.01)], Decode(20, 0.5))
     assert share == LEAST
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ([], "Give one of --speedup, --max-kl and --max-ratio"),
+        ([], "Give one of --speedup, --max-ms, --max-kl and --max-ratio"),
+        (["--max-ms", "0"], "--max-ms 0 asks for nothing"),
+        (["--max-ms", "15", "--speedup", "1.2"], "Give one of"),
+        (["--max-ms", "15", "--for", "nope"], "nope"),
+        (["--max-ms", "15", "--device-result", "x.json"], "name its profile with --for"),
+        (["--max-ms", "15", "--for", "jetson-agx-orin"], "reads all weights on NVIDIA Jetson AGX Orin"),
+        (["--max-ms", "15", "--for", "jetson-agx-thor", "--target", "ort-cpu"], "needs no engine"),
         (["--speedup", "1.2", "--max-kl", "0.1"], "Give one of"),
         (["--speedup", "0.9"], "--speedup 0.9 asks for nothing"),
         (["--max-ratio", "1"], "--max-ratio 1 asks for nothing"),
@@ -153,3 +175,65 @@ def test_a_speed_is_predicted_from_the_profile_and_what_came_out_is_said(
     assert found["tries"][0]["predicted"] == 1.01
     assert result.exit_code == (0 if found["reached"] else 1)
     assert found["reached"] == (found["decode_speedup"]["value"] >= 1.01)
+
+
+# --- a device that is not here ---------------------------------------------------------------------------------------
+
+
+def test_a_time_on_a_device_is_predicted_from_its_bandwidth_and_said_to_be(home: Path) -> None:
+    """The tiny model takes some microseconds there; the bound of its bytes is computed here a second time."""
+    thor = devices.load("jetson-agx-thor")
+    config = json.loads((home / "model/config.json").read_text())
+    hidden, width, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
+    ffns = 2.0 * 3 * hidden * width * layers / (thor.bandwidth_gb_s * 1e6)  # ms of their bytes in half precision
+    costs = device_costs(home / "model", "jetson-agx-thor")
+    dense = costs.ms(1.0)
+    limit = dense - 0.3 * ffns
+    result = tune(home, "--max-ms", str(limit), "--for", "jetson-agx-thor", "--out", str(home / "thor"))
+    assert result.exit_code == 0, result.output
+    found = json.loads((home / "thor/tune.json").read_text(encoding="utf-8"))
+    assert found["share"] == pytest.approx(0.7, abs=0.0011)
+    assert found["device"]["ms"] <= limit
+    assert found["predicted"] == found["device"]["ms"]
+    assert (found["target"], found["tries"], found["device"]["dense_timed"]) == ("tensorrt", [], False)
+    assert "tpot_ms" not in found
+    assert "PREDICTED, nothing was timed: tensorrt on NVIDIA Jetson AGX Thor" in result.stdout
+    assert f"next: moedge pack {home / 'thor/tuned'}" in result.stdout
+    plan = MoEPlan.load(home / "thor/tuned/checkpoint")
+    assert (plan.sha256, plan.params["share"]) == (found["plan_sha256"], found["share"])
+    assert (home / "thor/tuned/portable/manifest.json").is_file()
+    assert not list((home / "thor").glob("frontier/bench-*"))
+    packed = CliRunner().invoke(app, result.stdout.rsplit("next: moedge ", 1)[1].split())
+    assert packed.exit_code == 0, packed.output
+
+
+def test_a_measured_parent_takes_the_place_of_the_bound(home: Path, tmp_path: Path) -> None:
+    bound = device_costs(home / "model", "jetson-agx-thor")
+    result = {"schema": "moedge.device-result/1", "kind": "bench", "dense": {"tpot_ms": {"p50": 3.0}}}
+    (tmp_path / "bench-result.json").write_text(json.dumps(result))
+    assert dense_ms(tmp_path / "bench-result.json") == 3.0
+    costs = device_costs(home / "model", "jetson-agx-thor", 3.0)
+    assert costs.ms(1.0) == 3.0
+    assert costs.ms(0.5) == pytest.approx(3.0 - (bound.ms(1.0) - bound.ms(0.5)))
+    with pytest.raises(MoEdgeError, match=r"--speedup 1.5 is out of reach: a token is predicted to take 3 ms"):
+        costs.share_for(Goal("speedup", 1.5))
+    with pytest.raises(MoEdgeError, match="--max-ms 3 asks for nothing"):
+        costs.share_for(Goal("ms", 3.0))
+    for broken, said in ({}, "is no bench-result.json"), ({**result, "dense": {}}, "no time of the dense parent"):
+        (tmp_path / "bench-result.json").write_text(json.dumps(broken))
+        with pytest.raises(MoEdgeError, match=said):
+            dense_ms(tmp_path / "bench-result.json")
+
+
+def test_a_loss_for_a_device_is_measured_and_its_time_predicted(home: Path) -> None:
+    result = tune(home, "--max-kl", "0.02", "--for", "rtx-4090", "--target", "tensorrt-rtx", "--out", str(home / "rtx"))
+    assert result.exit_code == 0, result.output
+    found = json.loads((home / "rtx/tune.json").read_text(encoding="utf-8"))
+    assert found["kl"]["value"] <= 0.02
+    assert found["tries"][0]["share"] == 0.75
+    assert found["device"]["ms"] < found["device"]["dense_ms"]
+    assert "--target tensorrt-rtx --expert-form plugins" in result.stdout
+
+
+def device_costs(model: Path, profile: str, measured: float | None = None) -> Costs:
+    return Costs.of(model, devices.load(profile), "tensorrt", Work(context=36, prompt=32), measured)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from moedge.convert.methods.baselines.gathered import teal, wina
-from moedge.convert.methods.baselines.routing import neuron_top_k, oracle, random_partition, random_router
+from moedge.convert.methods.baselines.routing import griffin, neuron_top_k, oracle, random_partition, random_router
 from moedge.convert.methods.baselines.splits import llamamoe, moefication
 from moedge.convert.methods.baselines.static import flap, static_mask, wanda
 from moedge.convert.plan import MoEPlan
@@ -38,6 +38,7 @@ CONTROLS: dict[str, _Make] = {
     "MoEfication, centre router": lambda plan, statistics, model, seed, windows: moefication(plan, model, seed),
     "TEAL": lambda plan, statistics, model, seed, windows: teal(plan, model, windows),
     "WINA": lambda plan, statistics, model, seed, windows: wina(plan, model, windows),
+    "GRIFFIN": lambda plan, statistics, model, seed, windows: griffin(plan),
     "oracle router": lambda plan, statistics, model, seed, windows: oracle(plan),
     "neuron top-k": lambda plan, statistics, model, seed, windows: neuron_top_k(plan),
 }
@@ -72,6 +73,7 @@ __all__ = [
     "SEEDED",
     "STANDARD",
     "flap",
+    "griffin",
     "llamamoe",
     "moefication",
     "neuron_top_k",

@@ -10,7 +10,7 @@ import numpy as np
 from moedge import MoEdgeError
 from moedge.convert import adapters, partition, reads
 from moedge.convert.methods.cmoe import representative_router
-from moedge.convert.plan import LayerPlan, MoEPlan, RouterPlan
+from moedge.convert.plan import PROMPT_ROUTER, LayerPlan, MoEPlan, RouterPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,16 +93,28 @@ def oracle(plan: MoEPlan) -> MoEPlan:
     return control(plan, "oracle router", layers)
 
 
+def griffin(plan: MoEPlan) -> MoEPlan:
+    """GRIFFIN (arXiv 2404.01365): each prompt chooses the neurons of its answer (:mod:`moedge.convert.prompted`).
+
+    As many as the plan reads weights; the prompt itself runs all of them.
+    """
+    return control(plan, "GRIFFIN", _single_neurons(plan, PROMPT_ROUTER))
+
+
 def neuron_top_k(plan: MoEPlan) -> MoEPlan:
     """Keep for each token the k neurons with the largest ``|h_i| |down_i|``, k the active width: a ceiling.
 
     Every neuron is an expert of its own, chosen by the oracle router. It has strictly more freedom than any choice
     among wider experts (docs/methods.md 5.5), computes every neuron to choose, and is therefore for evaluation only.
     """
+    return control(plan, "neuron top-k", _single_neurons(plan, "oracle"))
+
+
+def _single_neurons(plan: MoEPlan, router: str) -> list[LayerPlan]:
+    """Return layers in which every neuron is an expert of its own, as many of them active as the plan reads."""
     width = int(plan.model["intermediate_size"])
     alone = np.arange(width, dtype=np.int32)
-    layers = [
-        LayerPlan(alone[:0], np.split(alone, width), min(active, width), RouterPlan("oracle"))
+    return [
+        LayerPlan(alone[:0], np.split(alone, width), min(active, width), RouterPlan(router))
         for active in equal_widths(plan)
     ]
-    return control(plan, "neuron top-k", layers)

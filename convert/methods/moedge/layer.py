@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from moedge.convert import closed_form, energy, partition
+from moedge.convert import closed_form, energy, partition, processes
 from moedge.convert.calibration import LayerStatistics
 from moedge.convert.methods import cmoe
 from moedge.convert.methods.layout import LayoutParams
@@ -59,12 +59,13 @@ def neuron_energy(tokens: LayerTokens) -> tuple[torch.Tensor, torch.Tensor, torc
     mean = torch.zeros(down.shape[1], dtype=torch.float64, device=down.device)
     for part in tokens.parts():
         mean += tokens.weight[part].double() @ tokens.hidden(part).double()
-    mean = (mean / tokens.weight.sum(dtype=torch.float64)).float()
+    whole = processes.total(tokens.weight.sum(dtype=torch.float64))
+    mean = (processes.total(mean) / whole).float()
     variance = torch.zeros_like(mean, dtype=torch.float64)
     for part in tokens.parts():
         variance += (tokens.weight[part] @ (tokens.hidden(part) - mean).square()).double()
     norms = down.square().sum(dim=0)
-    return mean, (variance / tokens.weight.sum(dtype=torch.float64)).float() * norms, norms
+    return mean, (processes.total(variance) / whole).float() * norms, norms
 
 
 class Loss:
@@ -93,7 +94,7 @@ class Loss:
             for part in tokens.parts():
                 h = tokens.hidden(part)
                 moments.add(h[:, self.shared] - self.centre, h[:, self.neurons] - self.mean, tokens.weight[part])
-            self.predict = moments.solve(1e-3, 0).float()
+            self.predict = moments.of_all().solve(1e-3, 0).float()
 
     def __call__(self, rows: slice) -> torch.Tensor:
         """Return what is lost of h, [n, routed neurons], without the weights of tokens or neurons."""
@@ -123,8 +124,9 @@ def _partition(
     loss = Loss(tokens, rest, mean, norms, shared if params.loss == "shared" else None)
     if params.partition == "cmoe":
         return shared, found.experts, loss, report
-    rows = slice(0, None, max(1, tokens.count // params.partition_tokens))
-    energies = loss.energy(rows)
+    rows = tokens.every(max(1, int(processes.added(tokens.count)) // params.partition_tokens))
+    own = loss.energy(rows)
+    energies = processes.joined(own)
     labels = energy.by_correlation(energies, widths)
     if params.partition == "energy":
         ascent = energy.ascend(energies, labels, widths, params.active, params.iterations)
@@ -132,7 +134,7 @@ def _partition(
         total = float(energies.sum(dtype=torch.float64)) or 1.0
         report["captured"] = [six(value / total) for value in ascent.objective[::2]]
         if params.router_rounds:
-            labels, report["router_rounds"] = _predictable(tokens, rows, energies, labels, widths, params)
+            labels, report["router_rounds"] = _predictable(tokens, rows, own, labels, widths, params)
     return shared, [rest[labels == e] for e in range(len(widths))], loss, report
 
 
@@ -150,24 +152,25 @@ def _predictable(
     """
     held = tokens.held[rows]
     fit = closed_form.RouterFit(tokens.x[rows], torch.ones_like(tokens.weight[rows]), held)
-    total = float(energies[held].sum(dtype=torch.float64)) or 1.0
+    total = processes.added(float(energies[held].sum(dtype=torch.float64))) or 1.0
+    fitted = processes.joined(energies[~held])
     best, shares = labels, []
     for _ in range(params.router_rounds + 1):
         gains = energy.by_expert(energies, labels, len(widths))
         scores = fit.fit(gains.sqrt(), gains, params.active)
         mask = closed_form.select(scores(fit.x), params.active)
-        shares.append(six(float((mask * gains)[held].sum(dtype=torch.float64)) / total))
+        shares.append(six(processes.added(float((mask * gains)[held].sum(dtype=torch.float64))) / total))
         if len(shares) > 1 and shares[-1] <= max(shares[:-1]):
             break
         best = labels
-        labels, _ = energy.reassign(energies[~held], mask[~held], widths)
+        labels, _ = energy.reassign(fitted, processes.joined(mask[~held]), widths)
     return best, shares
 
 
 def _marks(tokens: LayerTokens, mean: torch.Tensor, k_a: int = 10) -> LayerStatistics:
     """Return CMoE's statistics of these tokens."""
     top = [tokens.hidden(part).abs().topk(k_a, dim=1).indices.sort(dim=1).values for part in tokens.parts()]
-    marks = torch.cat(top).cpu().numpy().astype(np.int32)
+    marks = processes.joined(torch.cat(top)).cpu().numpy().astype(np.int32)
     return LayerStatistics(marks, mean.cpu().numpy(), np.zeros(len(mean), dtype=np.float32))
 
 
@@ -205,7 +208,7 @@ def _compensation(
         sums = torch.zeros(len(experts), len(mean), dtype=torch.float64, device=device)
         for part in tokens.parts():
             sums += (weights[part].T @ tokens.hidden(part)).double()
-        total = weights.sum(dim=0, dtype=torch.float64)[:, None]
+        sums, total = processes.total(sums), processes.total(weights.sum(dim=0, dtype=torch.float64))[:, None]
         hidden = torch.where(total > 0, sums / total.clamp_min(1e-30), mean.double()).float()
     rows = []
     for e, expert in enumerate(experts):

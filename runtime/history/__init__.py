@@ -1,0 +1,1 @@
+"""``moedge history``: stored results over time."""
