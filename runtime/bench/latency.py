@@ -112,9 +112,11 @@ def bench(
                 for label, asked in peers.ask(live, _rows_of(ids, points[0])[:1], points[0].decode + 1).items():
                     entries[label]["peer"] = asked
             timed += [_timed(live, ids, point, rules, seed, advance) for point in _fitting(live, list(group))]
+    told = stamp()
     result: Bench = {
         "schema": SCHEMA,
-        **stamp(),
+        "created": told["created"],
+        "commit": told["commit"],
         "protocol": _protocol(rules, seed),
         "machine": facts,
         "engines": cast("dict[str, EngineEntry]", entries),

@@ -59,7 +59,7 @@ def collect(paths: Sequence[Path]) -> tuple[list[Series], int, list[str]]:
         count += bool(readings)
         for one in readings:
             key = (order.index(one.metric), one.machine, one.engine, one.setting)
-            found.setdefault(key, []).append(_point(one, document, path))
+            found.setdefault(key, []).append(_point(one, document or {}, path))
     if not found:
         given = ", ".join(map(str, paths))
         raise MoEdgeError(
@@ -136,7 +136,7 @@ def _bench(document: dict[str, Any]) -> Iterator[Reading]:
             for metric in ("ttft_ms", "tpot_ms"):
                 times = row[metric]
                 setting = ", ".join([*said, where])
-                yield Reading(metric, row["label"], setting, float(times["p50"]), list(times["ci95"]), machine)  # type: ignore[arg-type]
+                yield Reading(metric, row["label"], setting, float(times["p50"]), list(times["ci95"]), machine)
 
 
 def _verify(document: dict[str, Any]) -> Iterator[Reading]:
@@ -178,7 +178,7 @@ def _frontier(document: dict[str, Any]) -> Iterator[Reading]:
         for row in one["rows"]:
             engine = f"{one['target']} {row['label']}"
             for metric in ("ttft_ms", "tpot_ms"):
-                yield Reading(metric, engine, setting, row[metric]["value"], list(row[metric]["ci95"]), machine)  # type: ignore[arg-type]
+                yield Reading(metric, engine, setting, row[metric]["value"], list(row[metric]["ci95"]), machine)
 
 
 def _report(document: dict[str, Any]) -> Iterator[Reading]:
