@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,13 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 
 from moedge.export import targets as registry
-from moedge.runtime import peers
+from moedge.runtime import peers, ranges
 from moedge.runtime.bench.machine import machine, processor_features
 from moedge.runtime.tables import Sheet
 
 SCHEMA = "moedge.doctor/1"
+
+Tested = dict[str, ranges.Ranges]
 
 # What each part needs: distribution names, one of several where they are alternatives.
 _ONNX = (("onnx",), ("onnx-ir",), ("onnxscript",))
@@ -55,11 +56,12 @@ def examine() -> dict[str, Any]:
 
     Returns:
         JSON-ready dict of schema ``moedge.doctor/1``: ``machine``; ``runtimes`` (name, package, version or None, tested
-        versions, warning or None, providers); ``devices`` (cpu, gpus, jetson); ``convert`` and ``targets`` with
-        ``possible``, the ``reasons`` why not, and ``warnings`` about versions that nobody has tested. A target has
-        ``export`` (make its bundle here) and ``run`` (here); a peer has ``run``.
+        versions, warning or None, providers); ``devices`` (cpu, gpus, jetson); ``dependencies``, every package of
+        MoEdge's metadata (:class:`moedge.runtime.ranges.Dependency`); ``convert`` and ``targets`` with ``possible``,
+        the ``reasons`` why not, and ``warnings`` about versions that nobody has tested. A target has ``export`` (make
+        its bundle here) and ``run`` (here); a peer has ``run``.
     """
-    tested = _tested()
+    tested = ranges.tested()
     providers = _providers()
     gpus, gpu_note = _gpus()
     runtimes = []
@@ -70,7 +72,7 @@ def examine() -> dict[str, Any]:
                 "name": name,
                 "package": package,
                 "version": installed,
-                "tested": tested.get(package),
+                "tested": str(tested[package]) if package in tested else None,
                 "warning": _warning(packages, tested),
                 "use": use,
                 "providers": providers if name == "ONNX Runtime" and installed else None,
@@ -86,13 +88,14 @@ def examine() -> dict[str, Any]:
             "gpu_note": gpu_note,
             "jetson": _jetson(),
         },
+        "dependencies": ranges.dependencies(tested),
         "convert": _answer(_CONVERT, [], tested),
         "targets": [_target(row, providers, gpus, gpu_note, tested) for row in registry.every()],
         "peers": [_peer(row, tested) for row in peers.every()],
     }
 
 
-def _peer(row: peers.Peer, tested: dict[str, str]) -> dict[str, Any]:
+def _peer(row: peers.Peer, tested: Tested) -> dict[str, Any]:
     """Whether another program can be timed here (``moedge bench --peer``), and what to install where it cannot."""
     answer = _answer([(name,) for name in row.packages], [], tested)
     if not answer["possible"]:
@@ -106,7 +109,7 @@ def _target(
     providers: list[str] | str,
     gpus: list[dict[str, Any]],
     gpu_note: str,
-    tested: dict[str, str],
+    tested: Tested,
 ) -> dict[str, Any]:
     unfit = []
     if row.engine is None:
@@ -127,7 +130,7 @@ def _target(
     }
 
 
-def _answer(needs: Sequence[tuple[str, ...]], reasons: Sequence[str], tested: dict[str, str]) -> dict[str, Any]:
+def _answer(needs: Sequence[tuple[str, ...]], reasons: Sequence[str], tested: Tested) -> dict[str, Any]:
     missing = [f"{packages[0]} is not installed" for packages in needs if _installed(packages)[1] is None]
     warnings = [warning for warning in (_warning(packages, tested) for packages in needs) if warning]
     return {"possible": not reasons and not missing, "reasons": [*reasons, *missing], "warnings": warnings}
@@ -136,56 +139,15 @@ def _answer(needs: Sequence[tuple[str, ...]], reasons: Sequence[str], tested: di
 def _installed(packages: Sequence[str]) -> tuple[str, str | None]:
     """First installed of several alternative packages: (name, version); the first name and None when there is none."""
     for package in packages:
-        try:
-            return package, metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
+        version = ranges.installed(package)
+        if version is not None:
+            return package, version
     return packages[0], None
 
 
-def _warning(packages: Sequence[str], tested: dict[str, str]) -> str | None:
+def _warning(packages: Sequence[str], tested: Tested) -> str | None:
     package, installed = _installed(packages)
-    if installed is not None and package in tested and not satisfies(installed, tested[package]):
-        return f"{package} {installed} is installed, tested with {tested[package]}"
-    return None
-
-
-def _tested() -> dict[str, str]:
-    """Package -> version range, as MoEdge's own metadata (pyproject.toml) states it."""
-    try:
-        lines = metadata.requires("moedge") or []
-    except metadata.PackageNotFoundError:
-        return {}
-    pattern = re.compile(r"^([A-Za-z0-9._-]+)(?:\[[^]]*\])?\s*([<>=!~][^;]*)?")
-    parsed = [match.groups() for match in map(pattern.match, lines) if match]
-    return {name.lower(): ranges.strip() for name, ranges in parsed if ranges}
-
-
-_COMPARE = {
-    ">=": lambda a, b: a >= b,
-    "<=": lambda a, b: a <= b,
-    "==": lambda a, b: a == b,
-    ">": lambda a, b: a > b,
-    "<": lambda a, b: a < b,
-}
-
-
-def satisfies(version: str, ranges: str) -> bool:
-    """Whether ``version`` lies in ``ranges`` like ``">=2.13,<2.14"``; a build tag (``+cpu``) does not count."""
-    for part in ranges.split(","):
-        match = re.match(r"\s*(>=|<=|==|>|<)\s*([0-9.]+)", part)
-        if match:
-            one, two = _release(version), _release(match[2])
-            size = max(len(one), len(two))
-            padded = [(*numbers, *[0] * (size - len(numbers))) for numbers in (one, two)]
-            if not _COMPARE[match[1]](*padded):
-                return False
-    return True
-
-
-def _release(version: str) -> tuple[int, ...]:
-    match = re.match(r"\d+(\.\d+)*", version)
-    return tuple(int(part) for part in match[0].split(".")) if match else ()
+    return None if installed is None else ranges.warning(package, installed, tested)
 
 
 def _providers() -> list[str] | str:
@@ -295,7 +257,18 @@ def render(result: dict[str, Any]) -> RenderableType:
     for peer in result["peers"]:
         name = f"{peer['peer']}\n[dim]{escape(peer['what'])}[/dim]"
         others.add_row(name, _mark(peer["run"]), _notes(peer["run"]))
-    return Group(where, "", runtimes, "", possible, "", others)
+    return Group(where, "", runtimes, "", *_outside(result["dependencies"]), possible, "", others)
+
+
+def _outside(dependencies: Sequence[ranges.Dependency]) -> list[RenderableType]:
+    """Return the table of what is too old or too new, nothing where there is no such package."""
+    table = Sheet(title="versions that nobody has tested")
+    for column in ("package", "version", "", "tested with"):
+        table.add_column(column)
+    for row in dependencies:
+        if row["version"] is not None and row["verdict"] != "tested":
+            table.add_row(row["package"], escape(row["version"]), f"[yellow]{row['verdict']}[/yellow]", row["tested"])
+    return [table, ""] if table.rows else []
 
 
 def _mark(answer: dict[str, Any]) -> str:

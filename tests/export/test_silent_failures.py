@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from moedge.export.lowering.check import selftest
 from moedge.export.lowering.ort import moe as ort_moe
+from moedge.runtime.ranges import satisfies
 
 TOKENS, HIDDEN, WIDTH, EXPERTS, TOP_K = 5, 32, 16, 4, 2
 GENERATOR = np.random.default_rng(0)
@@ -67,10 +68,13 @@ def test_the_form_that_is_written_is_right() -> None:
     assert 0 < selftest.relative_error(run(np.float32), wanted(True)) < 2e-6
 
 
-def test_half_precision_without_normalisation_gives_zeros_and_is_refused() -> None:
-    wrong = run(np.float16, normalize_routing_weights=0)
-    assert not wrong.any()
-    assert selftest.relative_error(wrong, wanted(False)) == 1
+def test_half_precision_without_normalisation_gives_zeros_before_1_32_and_is_refused() -> None:
+    error = selftest.relative_error(run(np.float16, normalize_routing_weights=0), wanted(False))
+    if satisfies(onnxruntime.__version__, ">=1.32"):
+        # Mended, and as exact as four roundings to float16 (x, hidden, each expert's output, y), 2^-11 each.
+        assert 2**-13 < error < 4 * 2**-11
+    else:
+        assert error == 1
     assert "zeros" in str(ort_moe.cpu_refusal(dtype="float16", activations={"silu"}, smallest_weight=1.0))
 
 

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from moedge.export import targets
-from moedge.runtime import doctor
+from moedge.runtime import doctor, ranges
 
 H200 = "NVIDIA H200, 143771, 9.0, 570.86.15\n"
 
@@ -40,7 +40,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
             raise metadata.PackageNotFoundError(name)
         return packages[name]
 
-    monkeypatch.setattr(doctor.metadata, "version", version)
+    monkeypatch.setattr(ranges.metadata, "version", version)
     monkeypatch.setattr(doctor, "_providers", lambda: ["CPUExecutionProvider"] if "onnxruntime" in packages else [])
     monkeypatch.setattr(doctor, "_gpus", lambda: ([], "no NVIDIA GPU found (test)"))
     return packages
@@ -142,18 +142,18 @@ def test_the_lowering_needs_its_runtime_where_the_bundle_is_made(installed: dict
 def test_untested_versions_are_a_warning_not_a_refusal(
     installed: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor.metadata, "requires", lambda name: ['torch<2.14,>=2.13; extra == "convert"', "numpy<3"])
+    monkeypatch.setattr(ranges.metadata, "requires", lambda name: ['torch<2.14,>=2.13; extra == "convert"', "numpy<3"])
     installed.update(CONVERT, torch="2.4.1+cu121")
     result = doctor.examine()
     assert result["convert"]["possible"]
-    assert result["convert"]["warnings"] == ["torch 2.4.1+cu121 is installed, tested with <2.14,>=2.13"]
+    assert result["convert"]["warnings"] == ["torch 2.4.1+cu121 is too old: tested with <2.14,>=2.13"]
     assert "untested" in text_of(result)
     installed["torch"] = "2.13.0+cpu"
     assert doctor.examine()["convert"]["warnings"] == []
 
 
 @pytest.mark.parametrize(
-    ("version", "ranges", "fits"),
+    ("version", "allowed", "fits"),
     [
         ("2.13.0+cpu", ">=2.13,<2.14", True),
         ("2.14.0", ">=2.13,<2.14", False),
@@ -165,8 +165,28 @@ def test_untested_versions_are_a_warning_not_a_refusal(
         ("3", "", True),
     ],
 )
-def test_version_ranges(version: str, ranges: str, fits: bool) -> None:
-    assert doctor.satisfies(version, ranges) is fits
+def test_version_ranges(version: str, allowed: str, fits: bool) -> None:
+    assert ranges.satisfies(version, allowed) is fits
+
+
+def test_every_package_of_the_metadata_is_judged(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two extras with ranges of their own: either will do. What is too old says so, what is too new too."""
+    lines = ["triton<3.10,>=3.7.1; extra == 'cuda'", "triton<3.8,>=3.7.1; extra == 'plugins'", "Rich<16,>=13.9",
+             "typer<1,>=0.15", "kernel-lens==2.0.1; extra == 'test'", "moedge[convert]; extra == 'cpu'"]  # fmt: skip
+    monkeypatch.setattr(ranges.metadata, "requires", lambda name: lines)
+    installed.update({"triton": "3.9.0", "rich": "13.8.1", "kernel-lens": "2.0.2"})
+    result = doctor.examine()
+    assert {row["package"]: row["verdict"] for row in result["dependencies"]} == {
+        "triton": "tested",
+        "rich": "too old",
+        "typer": "not installed",
+        "kernel-lens": "too new",
+    }
+    shown = [" ".join(line.split()) for line in text_of(result).splitlines()]
+    assert any("rich 13.8.1 too old <16,>=13.9" in line for line in shown), shown
+    assert any("kernel-lens 2.0.2 too new ==2.0.1" in line for line in shown)
+    installed.update({"rich": "14.0", "kernel-lens": "2.0.1"})
+    assert "nobody has tested" not in text_of(doctor.examine())
 
 
 def test_a_broken_onnxruntime_is_reported_and_does_not_stop_doctor(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,7 @@ def cpu_refusal(*, dtype: str, activations: set[str], smallest_weight: float) ->
         smallest_weight: lower bound of the combination weights; the log-weight form needs it positive.
     """
     if dtype == "float16":
-        return "the CPU kernel's float16 path returns zeros without normalisation and loses 3 digits with it [M]"
+        return "the CPU kernel's float16 path loses 3 digits, and before 1.32 returns zeros without normalisation [M]"
     if dtype != "float32":
         return f"the CPU kernel has no {dtype} implementation [M]"
     if activations - {"silu"}:
