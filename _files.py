@@ -169,7 +169,16 @@ def atomic_dir(path: Path, *, force: bool = False, inputs: Iterable[Path | str] 
         os.replace(partial, path)
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder, also when a signal ends the program in between: torchrun ends whom an error has just ended."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def partial_of(path: Path) -> Path:

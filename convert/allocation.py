@@ -56,7 +56,7 @@ def cheapest(menus: Sequence[Menu], most: float) -> list[int]:
     one_each = csr_array((np.ones(len(owner)), (owner, np.arange(len(owner)))), shape=(len(ways), len(owner)))
     found = milp(
         losses / (np.abs(losses).max() or 1.0),
-        integrality=np.ones(len(losses)),
+        integrality=np.ones(len(losses), dtype=np.int64),
         bounds=Bounds(0, np.where(extra > 1, 0.0, 1.0)),
         constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(extra[None], -np.inf, 1.0)],
         options={"mip_rel_gap": _GAP, "time_limit": 60.0},

@@ -113,7 +113,8 @@ class Reads:
         """Add the counts of all processes, which read different tokens."""
         from moedge.convert import processes
 
-        for one in (*self.layers.values(), *self.outside.values()):
+        every: list[LayerReads | OutsideReads] = [*self.layers.values(), *self.outside.values()]
+        for one in every:
             for name in one.COUNTED:
                 kind = type(getattr(one, name))
                 setattr(one, name, kind(processes.added(getattr(one, name))))

@@ -77,17 +77,17 @@ def export(
     from moedge.export.ort_ops import library
 
     registry.check(targets)
-    order = registry.names(lambda row: row.name in targets or row.name == "portable")
+    order = registry.names(lambda row: row.name in targets or row.name == registry.PORTABLE)
     report = progress or (lambda *_: None)
     written: dict[str, Path] = {}
     for step, target in enumerate(order):
-        report(f"{'tracing' if target == 'portable' else 'lowering'} {target}", step, len(order))
+        report(f"{'tracing' if target == registry.PORTABLE else 'lowering'} {target}", step, len(order))
         destination = out / target
         with atomic_dir(destination, force=force, inputs=[checkpoint]) as partial:
-            if target == "portable":
+            if target == registry.PORTABLE:
                 _export_portable(checkpoint, partial, label, max_length)
             else:
-                source = out / "portable"
+                source = out / registry.PORTABLE
                 forms = {"tensorrt": tensorrt, "experts": experts, "dtype": dtype}
                 with library.stock_operators(stock_operators):
                     lower(target, source, partial, **forms, calibration=calibration, zero_points=zero_points)
@@ -116,7 +116,7 @@ def _export_portable(checkpoint: Path, partial: Path, label: str, max_length: in
     facts = Architecture.of(model.config)
     longest = min(max_length or model.config.max_position_embeddings, model.config.max_position_embeddings)
     graph = trace(model)
-    lowered = registry.find("portable").lowering()(graph, max_length=longest)
+    lowered = registry.find(registry.PORTABLE).lowering()(graph, max_length=longest)
     lowered.taps = nodes.name_reads(graph, nodes.router_inputs(graph), lowered.taps)
     lowered.keeps = kept.kept_places(graph) or None
     ir.save(graph, partial / bundle.MODEL, external_data=bundle.WEIGHTS)
@@ -134,7 +134,7 @@ def _export_portable(checkpoint: Path, partial: Path, label: str, max_length: in
     )
     moe = _moe_facts(model, plan) if plan is not None else None
     identity = sources.identity(checkpoint)
-    _seal(partial, graph, lowered, _Origin("portable", label, described, moe, parent=None, checkpoint=identity))
+    _seal(partial, graph, lowered, _Origin(registry.PORTABLE, label, described, moe, parent=None, checkpoint=identity))
 
 
 def _ids(value: object) -> int | list[int] | None:

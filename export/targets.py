@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 from moedge import MoEdgeError
 
+PORTABLE = "portable"
+"""The traced graph in standard operators, of which every other target is lowered."""
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 ONNXRUNTIME = (("onnxruntime", "onnxruntime-gpu"),)
 RTX = (("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"),)
@@ -81,7 +83,7 @@ class Target:
 _LOWERING = "moedge.export.lowering"
 _ROWS = (
     Target(
-        "portable", "standard ONNX operators, any ONNX runtime",
+        PORTABLE, "standard ONNX operators, any ONNX runtime",
         f"{_LOWERING}.portable:lower", "portable", genai=True, default=True,
     ),
     Target(

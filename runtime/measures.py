@@ -64,6 +64,7 @@ def verify(
     """
     from moedge.runtime.parity.accuracy import Gate
     from moedge.runtime.parity.given import verify_given
+    from moedge.runtime.parity.sample import Sample
 
     one, two = Path(reference), None if test is None else Path(test)
     gate = Gate.of(one, two, _questions(tasks, task_data, shots, limit), tolerances)
@@ -74,10 +75,7 @@ def verify(
         found = verify_given(
             one,
             two,
-            text=str(text),
-            tokens=tokens,
-            window=window,
-            prefill=prefill,
+            sample=Sample(str(text), tokens, window, prefill),
             tolerances=tolerances,
             threads=threads,
             device=device,

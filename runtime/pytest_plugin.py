@@ -137,6 +137,7 @@ def _verified(bundle: Path, config: pytest.Config) -> Verification:
     if not reference:
         raise MoEdgeError(f"Nothing to judge {bundle} by: give {REFERENCE} with a kept reference or a checkpoint.")
     from moedge.runtime.parity import given
+    from moedge.runtime.parity.sample import Sample
 
     options: dict[str, Any] = {
         "tolerances": config.getoption(TOLERANCES) or "float32",
@@ -146,7 +147,8 @@ def _verified(bundle: Path, config: pytest.Config) -> Verification:
         if text or tokens:
             raise MoEdgeError(f"{reference} holds the text that it judges on; leave out {TEXT} and {TOKENS}.")
         return given.against_kept(bundle, Path(reference), **options)
-    return given.verify_given(Path(reference), bundle, text=text or _TEXT, tokens=tokens or _TOKENS, **options)
+    sample = Sample(text or _TEXT, tokens or _TOKENS)
+    return given.verify_given(Path(reference), bundle, sample=sample, **options)
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-# Before torch is imported: tiny matrix products lose more to a second thread than they gain, on a busy machine 5 times.
+# Before torch is imported: tiny matrix products lose more to a second thread than they gain, on a busy machine 5 to 20
+# times, for idle threads spin. See one_thread and pytest_runtest_setup, too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
@@ -40,6 +41,24 @@ def pytest_runtest_call() -> None:
         gc.collect()
         gc.freeze()
         _modules_frozen = len(sys.modules)
+
+
+def pytest_runtest_setup() -> None:
+    """torch has one number of threads for the process: what an engine of an earlier test set must not stay."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """An engine has one thread where a test asks for no number, not all physical cores: every worker needs them."""
+    from moedge.runtime.engines import ort, pytorch
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (ort, pytorch):
+            patch.setattr(module, "default_threads", lambda: 1)
+        yield
 
 
 VOCAB = 260

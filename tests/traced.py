@@ -17,7 +17,7 @@ import functools
 import hashlib
 import json
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any

@@ -59,7 +59,7 @@ def load(folder: Path) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    import moedge.convert.modeling  # noqa: F401  registers the model types of checkpoints
+    import moedge.convert.model_types  # noqa: F401  which AutoTokenizer must know
 
     found = {path.name for pattern in _VOCABULARY for path in folder.glob(pattern) if path.is_file()}
     if not found:

@@ -26,6 +26,7 @@ from moedge.export.bundle import MODEL, Bundle, copy_companions, open_bundle
 from moedge.export.device.estimate import fit, too_large
 from moedge.export.device.plugins import Request, compile_library
 from moedge.export.manifest import ARCHIVE_SCHEMA, MANIFEST, ArchiveManifest, FileEntry, Profiles
+from moedge.export.targets import PORTABLE
 from moedge.runtime.device import moedge_trt
 from moedge.runtime.device.moedge_plugins import FOLDER
 
@@ -246,14 +247,14 @@ def _bundles(
     """Return the graph for the device, lowered for its version of TensorRT, and the float32 graph."""
     from moedge.export import pipeline
 
-    if (source / "portable" / "manifest.json").is_file():
-        portable = open_bundle(source / "portable")
+    if (source / PORTABLE / "manifest.json").is_file():
+        portable = open_bundle(source / PORTABLE)
         with atomic_dir(scratch / "tensorrt") as partial:
             pipeline.lower("tensorrt", portable.path, partial, tensorrt=tensorrt, experts=experts, dtype=dtype)
     else:
-        targets = ["portable", "tensorrt"]
+        targets = [PORTABLE, "tensorrt"]
         pipeline.export(source, scratch, targets, label=label, tensorrt=tensorrt, experts=experts, dtype=dtype)
-        portable = open_bundle(scratch / "portable")
+        portable = open_bundle(scratch / PORTABLE)
     return open_bundle(scratch / "tensorrt"), portable
 
 

@@ -71,11 +71,7 @@ def convert(model: ir.Model, dtype: ir.DataType = ir.DataType.FLOAT16) -> int:
         if node in wide:
             wanted = ir.DataType.FLOAT
         count += wanted == dtype
-        kept = _FLOAT_INPUTS.get(node.op_type, set()) if node.domain == DOMAIN else set()
-        for index, source in enumerate(node.inputs):
-            if source is not None and source.dtype in (ir.DataType.FLOAT, dtype):
-                target = ir.DataType.FLOAT if index in kept else wanted
-                node.replace_input_with(index, _as(model, node, source, target, casts))
+        _type_inputs(model, node, wanted, dtype, casts)
         _type_outputs(node, wanted)
     for index, result in enumerate(model.graph.outputs):
         if result.name == "logits" and dtype == ir.DataType.BFLOAT16:
@@ -86,6 +82,21 @@ def convert(model: ir.Model, dtype: ir.DataType = ir.DataType.FLOAT16) -> int:
     for name in unused:
         del model.graph.initializers[name]
     return count
+
+
+def _type_inputs(
+    model: ir.Model,
+    node: ir.Node,
+    wanted: ir.DataType,
+    dtype: ir.DataType,
+    casts: dict[tuple[int, ir.DataType], ir.Value],
+) -> None:
+    """Let a node read what it computes in, ``wanted``; of our own operators some inputs stay float32."""
+    kept = _FLOAT_INPUTS.get(node.op_type, set()) if node.domain == DOMAIN else set()
+    for index, source in enumerate(node.inputs):
+        if source is not None and source.dtype in (ir.DataType.FLOAT, dtype):
+            target = ir.DataType.FLOAT if index in kept else wanted
+            node.replace_input_with(index, _as(model, node, source, target, casts))
 
 
 def _type_outputs(node: ir.Node, dtype: ir.DataType) -> None:

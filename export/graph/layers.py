@@ -5,13 +5,18 @@ are found by following the stream from the embedding to the logits, so no bundle
 graphs of every target and of older versions. Between two additions a part ends where a single value holds all that it
 passes on (an articulation of the graph): the norm before the products, the products before a norm.
 
+What is read between the parts can also be given. A part then computes from right inputs, whatever the parts before it
+did: an error stays where it is made, and a decision that rounding turns (which experts, which small values) changes
+what that part makes and nothing after it. Given are all values, so that every part is alone, or the stream that layers
+read (:data:`STREAM`), so that every layer is.
+
 Needs the ``onnx`` package; a graph of another structure shows nothing.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -44,10 +49,14 @@ SPOTS: tuple[Spot, ...] = (
     "ffn_normed",
     "head_input",
 )
+STREAM: tuple[Spot, ...] = ("stream",)
+"""What each layer reads, and behind the last one what the last norm reads."""
 LayerPoint = tuple[int, Spot]
 """A layer and a value of it."""
 
 _SKIP = "SkipSimplifiedLayerNormalization"
+_SUM = 3
+"""The output of that node which holds the sum."""
 _NORMS = {"ReduceMean", "SimplifiedLayerNormalization", _SKIP, "RMSNormalization", "LayerNormalization"}
 _PRODUCTS = {
     *("MatMul", "Gemm", "FusedMatMul", "MatMulNBits", "MoE", "QMoE", "RoutedGLU", "GatherGLU", "GatherLinear"),
@@ -96,15 +105,15 @@ class _Wiring:
         self.points = Points()
 
     def embedding(self) -> str | None:
-        """The stream before the first layer: what was looked up, scaled where the family does that."""
-        looked_up = (number for number in self.readers.get("input_ids", []) if "Gather" in self.nodes[number].op_type)
-        number = next(looked_up, None)
-        if number is None:
-            return None
-        value: str = self.nodes[number].output[0]
-        while len(after := self.readers[value]) == 1 and self.nodes[after[0]].op_type in _THIN:
-            value = self.nodes[after[0]].output[0]
-        return value
+        """The stream before the first layer: what was looked up, scaled where the family does that.
+
+        The last single value that holds all that is known of the ids before a norm or a product reads it: a lookup may
+        be many nodes (levels and scales of integers, columns of a tied table).
+        """
+        region = self.region({"input_ids"}, "logits")
+        first = next((number for number in region if self.nodes[number].op_type in _NORMS | _PRODUCTS), -1)
+        found = [name for number, name in self.cuts(region, {"input_ids"}, "logits").items() if number < first]
+        return found[-1] if found else None
 
     def addition(self, stream: str, number: int) -> _Addition | None:
         """The addition number ``number`` of the model: the one whose summand ``stream`` is."""
@@ -116,9 +125,9 @@ class _Wiring:
             if node.op_type == "Add":
                 return _Addition(others[0], node.output[0])
             if node.op_type == _SKIP:
-                total = node.output[3] if len(node.output) > 3 and node.output[3] else f"stream.{number}"
+                total = (node.output[_SUM] if len(node.output) > _SUM else "") or f"stream.{number}"
                 if total not in self.maker:
-                    self.points.unnamed[total] = (reader, 3)
+                    self.points.unnamed[total] = (reader, _SUM)
                 return _Addition(others[0], total, node.output[0])
         return None
 
@@ -235,13 +244,17 @@ def given_names(shown: Mapping[LayerPoint, str]) -> dict[LayerPoint, str]:
     return {point: name.removesuffix(_OWN) for point, name in shown.items()}
 
 
-def show(model: Any, path: Path, num_layers: int, *, given: bool = False) -> dict[LayerPoint, str]:
+def show(
+    model: Any, path: Path, num_layers: int, *, spots: Collection[Spot] = SPOTS, given: bool = False
+) -> dict[LayerPoint, str]:
     """Make the values between the parts outputs of a graph (``onnx.ModelProto``), in place; return their names.
 
     Args:
         model: of the bundle at ``path``, which errors name.
-        given: each value also gets an input float32 [T, H] (:func:`given_input`), which what follows reads in its
-            place: every part then computes alone, from what it is given. The output is what the part before made.
+        spots: which of the values.
+        given: each of them also gets an input [T, H] (:func:`given_input`) of the value's type, which what follows
+            reads in its place: every part then computes alone, from what it is given. The output is what the part
+            before made.
 
     Raises:
         MoEdgeError: the graph is no such chain of additions.
@@ -254,13 +267,14 @@ def show(model: Any, path: Path, num_layers: int, *, given: bool = False) -> dic
             f"{path} does not show its layers: its graph is no chain of {num_layers} layers that each add twice to one "
             "stream."
         )
+    names = {point: name for point, name in points.names.items() if point[1] in spots}
     for name, (number, output) in points.unnamed.items():
         made = model.graph.node[number].output
         made.extend([""] * (output + 1 - len(made)))
         made[output] = name
-    shown = dict(points.names)
+    shown = dict(names)
     if given:
-        _give(model, points.names.values())
+        _give(model.graph, set(names.values()))
         shown = {point: f"{name}{_OWN}" for point, name in shown.items()}
     there = {value.name for value in model.graph.output}
     # Without a type: the runtime infers it.
@@ -269,21 +283,42 @@ def show(model: Any, path: Path, num_layers: int, *, given: bool = False) -> dic
     return shown
 
 
-def _give(model: Any, names: Iterable[str]) -> None:
+def _give(graph: Any, wanted: set[str]) -> None:
     """Let an input take the place of each value; what made it keeps it under another name."""
     from onnx import TensorProto, helper
 
-    wanted, nodes = set(names), []
-    for node in model.graph.node:
+    kinds = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}  # of every bundle's values
+    nodes = []
+    for node in _unfused(graph.node, wanted):
         nodes.append(node)
         for index, name in enumerate(node.output):
             if name not in wanted:
                 continue
+            kind = kinds.get(name) or kinds.get(node.input[0], TensorProto.FLOAT)  # a sum has its summands' type
             node.output[index] = f"{name}{_OWN}"
             given = given_input(name)
-            model.graph.input.append(helper.make_tensor_value_info(given, TensorProto.FLOAT, [None, None]))
+            graph.input.append(helper.make_tensor_value_info(given, kind, [None, None]))
             nodes.append(helper.make_node("Shape", [f"{name}{_OWN}"], [f"{name}.shape"]))
             nodes.append(helper.make_node("Reshape", [given, f"{name}.shape"], [name]))
     copies = [type(node).FromString(node.SerializeToString()) for node in nodes]
-    del model.graph.node[:]
-    model.graph.node.extend(copies)
+    del graph.node[:]
+    graph.node.extend(copies)
+
+
+def _unfused(nodes: Iterable[Any], wanted: set[str]) -> Iterator[Any]:
+    """The nodes, those that add and normalise at once apart where another value takes the place of their sum."""
+    from onnx import helper
+
+    for node in nodes:
+        total = node.output[_SUM] if node.op_type == _SKIP and len(node.output) > _SUM else ""
+        if total not in wanted:
+            yield node
+            continue
+        normed = node.output[0]
+        node.output[0] = f"{normed}.unread"
+        yield node  # whose reader gives its outputs other names
+        epsilon = {item.name: item.f for item in node.attribute}.get("epsilon", 1e-5)
+        yield helper.make_node(
+            "SimplifiedLayerNormalization", [total, node.input[2]], [normed], name=f"{normed}.norm",
+            axis=-1, epsilon=epsilon, stash_type=1,
+        )  # fmt: skip

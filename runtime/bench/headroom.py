@@ -155,13 +155,13 @@ def _row(label: str, one: Timed, needs: Needs, sizes: Sizes, roof: Roof) -> Head
 def _gains(timed: Mapping[str, Timed], rows: list[HeadroomRow]) -> list[Gain]:
     """Pairs of a converted model and a dense one on the same target, in the same type."""
     known = {row["label"]: row for row in rows if "reason" not in row}
-    routed = [label for label in known if converted(timed[label].folder)]
+    changed = [label for label in known if converted(timed[label].folder)]
     dense: dict[tuple[str, str], str] = {}
     for label in known:
-        if label not in routed:
+        if label not in changed:
             dense.setdefault((timed[label].target, timed[label].dtype), label)
     found: list[Gain] = []
-    for label in routed:
+    for label in changed:
         row, parent = known[label], dense.get((timed[label].target, timed[label].dtype))
         if parent is None:
             continue

@@ -25,8 +25,8 @@ from moedge._progress import Progress
 from moedge.runtime.bench.footprint import footprint
 from moedge.runtime.bench.guard import Observer
 from moedge.runtime.bench.identity import identity
+from moedge.runtime.bench.machine import commit, created
 from moedge.runtime.bench.machine import machine as machine
-from moedge.runtime.bench.machine import stamp
 from moedge.runtime.bench.peers import Peers
 from moedge.runtime.bench.points import BATCH_ROUNDS, BATCHES, Point, tokens_of
 from moedge.runtime.bench.results import (
@@ -114,7 +114,8 @@ def bench(
             timed += [_timed(live, ids, point, rules, seed, advance) for point in _fitting(live, list(group))]
     result: Bench = {
         "schema": SCHEMA,
-        **stamp(),
+        "created": created(),
+        "commit": commit(),
         "protocol": _protocol(rules, seed),
         "machine": facts,
         "engines": cast("dict[str, EngineEntry]", entries),

@@ -28,10 +28,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def stamp() -> dict[str, Any]:
-    """When a result was made, and of which commit of the working folder: what ``moedge history`` joins results by."""
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return {"created": now, "commit": commit()}
+def created() -> str:
+    """Now, as results tell when they were made: ISO 8601, UTC. With :func:`commit` what ``moedge history`` reads."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def commit() -> str | None:

@@ -14,7 +14,8 @@ from typing_extensions import NotRequired, TypedDict
 
 from moedge._files import write_json
 from moedge.runtime.bench.watched import Energy, Guard, Headroom
-from moedge.runtime.parity.results import Count, EngineFacts, Outcome, closed, opened
+from moedge.runtime.engines.info import EngineFacts
+from moedge.runtime.parity.figures import Count, Outcome, closed, opened
 
 SCHEMA: Literal["moedge.bench/2"] = "moedge.bench/2"
 SCHEMA_FILE = Path(__file__).with_name("bench.schema.json")

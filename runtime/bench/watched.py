@@ -6,7 +6,7 @@ from typing import Literal
 
 from typing_extensions import NotRequired, TypedDict
 
-from moedge.runtime.parity.results import Count, closed
+from moedge.runtime.parity.figures import Count, closed
 
 Phase = Literal["prompt", "decode"]
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from moedge._files import write_json
-from moedge.runtime.bench.machine import machine, stamp
+from moedge.runtime.bench.machine import commit, created, machine
 from moedge.runtime.commands._options import Device, HoldoutEvery, Json, Save, Threads
 from moedge.runtime.commands._questions import Limit, Shots, TaskData, Tasks, questions
 from moedge.runtime.progress import single
@@ -66,7 +66,7 @@ def evaluate(
     )
     with single("evaluate", ", ".join(map(str, models))) as reporter:
         result = scores(models, evaluation, progress=reporter.progress, note=reporter.note)
-    result |= {**stamp(), "machine": machine()}
+    result |= {"created": created(), "commit": commit(), "machine": machine()}
     if save is not None:
         write_json(save, result)
     if as_json:

@@ -171,11 +171,11 @@ def _keep(there: dict[str, Path], partial: Path, *, force: bool) -> None:
     Raises:
         MoEdgeError: one stems from another graph and ``force``, which drops it, is not given.
     """
-    graph = manifests.content_hash(partial / "portable")
+    graph = manifests.content_hash(partial / targets.PORTABLE)
     for name, folder in there.items():
         manifest = manifests.read(folder, "delete the folder and export again")
         parent = manifest.parent if manifest else None
-        if not force and graph != (manifests.content_hash(folder) if name == "portable" else parent):
+        if not force and graph != (manifests.content_hash(folder) if name == targets.PORTABLE else parent):
             raise MoEdgeError(
                 f"{folder} is of another model, or was exported with other settings; choose another output folder, or "
                 "pass --force to replace it."

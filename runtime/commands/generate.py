@@ -17,6 +17,7 @@ from moedge.runtime.commands._options import Device, Dtype, Threads
 from moedge.runtime.engines import open_engine
 from moedge.runtime.engines.given import local
 from moedge.runtime.engines.info import EngineInfo
+from moedge.runtime.engines.protocol import Opening
 from moedge.runtime.run import run_folder
 from moedge.runtime.run.refs import Role
 from moedge.runtime.text import generate as generation
@@ -84,11 +85,11 @@ def generate(
     folder = run_folder.pick(model, model=MODELS[which], target=engine) if run_folder.is_run(model) else local(model)
     sampling = {"sample": sample, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     options = sampling | {"max_new_tokens": max_new_tokens, "seed": seed, "stop": stop or []}
-    opening = {"threads": threads, "pytorch": {"device": device, "dtype": dtype}}
+    opening: Opening = {"threads": threads, "pytorch": {"device": device, "dtype": dtype}}
     _generate(folder, _given(prompt), chat, options, opening)
 
 
-def _generate(folder: Path, text: str, chat: bool, options: dict[str, Any], opening: dict[str, Any]) -> None:
+def _generate(folder: Path, text: str, chat: bool, options: dict[str, Any], opening: Opening) -> None:
     """Print the answer as it comes, and then what ran."""
     tokenizer = open_tokenizer(folder)
     request: str | list[Message] = [{"role": "user", "content": text}] if chat else text

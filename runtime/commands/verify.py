@@ -14,15 +14,17 @@ from rich.markup import escape
 from moedge import MoEdgeError
 from moedge._files import write_text
 from moedge._progress import Progress
-from moedge.runtime.bench.machine import machine, stamp
+from moedge.runtime.bench.machine import commit, created, machine
 from moedge.runtime.commands._options import Device, Force, Json, Text, Threads, Tolerances
 from moedge.runtime.commands._questions import Limit, Shots, TaskData, Tasks, questions
+from moedge.runtime.engines.protocol import Opening
 from moedge.runtime.parity import accuracy
 from moedge.runtime.parity import baseline as baselines
 from moedge.runtime.parity.accuracy import Gate
 from moedge.runtime.parity.given import against_kept, verify_given
 from moedge.runtime.parity.outcomes import mark
 from moedge.runtime.parity.results import Verification
+from moedge.runtime.parity.sample import Sample
 from moedge.runtime.progress import single
 from moedge.runtime.report import checks, ci
 from moedge.runtime.tables import Sheet
@@ -108,44 +110,21 @@ def verify(
     if not tokens and gate is None:
         raise MoEdgeError("There is nothing to compare: --tokens 0 takes no text, and there are no --tasks.")
     old = baselines.read(baseline) if baseline else None
-    result: Verification | None = None
+    sample = Sample(text, tokens, window, prefill)
     with single("verify", str(reference)) as reporter:
-        watched: dict[str, Any] = {"progress": reporter.progress, "note": reporter.note}
         if save_reference:
-            read: dict[str, Any] = {"text": text, "tokens": tokens, "window": window, "prefill": prefill}
-            opening = {"threads": threads, "pytorch": {"device": device}}
-            return _save(reference, save_reference, as_json, reporter.progress, force=force, opening=opening, **read)
+            opening: Opening = {"threads": threads, "pytorch": {"device": device}}
+            return _save(reference, save_reference, sample, opening, as_json, reporter.progress, force=force)
+        how: dict[str, Any] = {"threads": threads, "device": device, "progress": reporter.progress}
         if kept:
-            result = against_kept(
-                reference, kept, tolerances=tolerances, threads=threads, device=device, progress=reporter.progress
-            )
-        elif tokens:
-            result = verify_given(
-                reference,
-                test,
-                text=text,
-                tokens=tokens,
-                window=window,
-                prefill=prefill,
-                tolerances=tolerances,
-                threads=threads,
-                device=device,
-                thorough=thorough,
-                max_length=max_length,
-                **watched,
-            )
-        if gate is not None:
-            result = gate.added(result, threads=threads, device=device, **watched)
-    assert result is not None
-    told = stamp()
-    result["created"], result["commit"], result["machine"] = told["created"], told["commit"], machine()
+            result = against_kept(reference, kept, tolerances=tolerances, **how)
+        else:
+            shaped: dict[str, Any] = {"thorough": thorough, "max_length": max_length, "tolerances": tolerances}
+            result = _compared(reference, test, sample, gate, shaped, {**how, "note": reporter.note})
+    result["created"], result["commit"], result["machine"] = created(), commit(), machine()
     if old:
         result["baseline"] = baselines.compare(result, old)
-    if html:
-        from moedge.runtime.report.verification import page
-
-        write_text(html, page(result))
-    _write(result, junit, markdown, gate=fail_on_worse)
+    _write(result, junit=junit, html=html, markdown=markdown, gate=fail_on_worse)
     if as_json:
         print(json.dumps(result, indent=2, allow_nan=False))
     else:
@@ -175,16 +154,39 @@ def _check(
         raise MoEdgeError("--fail-on-worse needs an older result to compare with: --baseline FILE.")
 
 
-def _save(folder: Path, file: Path, as_json: bool, progress: Progress, **options: Any) -> int:
+def _compared(
+    reference: Path, test: Path | None, sample: Sample, gate: Gate | None, shaped: dict[str, Any], how: dict[str, Any]
+) -> Verification:
+    """Compare on text, where there is some, and on answers, where there are tasks.
+
+    Args:
+        reference, test, sample, shaped, how: of :func:`moedge.runtime.parity.given.verify_given`.
+        gate: that asks the tasks.
+    """
+    found = verify_given(reference, test, sample=sample, **shaped, **how) if sample.tokens else None
+    if gate is not None:
+        found = gate.added(found, **how)
+    assert found is not None  # one of the two was asked
+    return found
+
+
+def _save(
+    folder: Path, file: Path, sample: Sample, opening: Opening, as_json: bool, progress: Progress, *, force: bool
+) -> int:
+    """Keep what a model answers, and say what was kept."""
     from moedge.runtime.parity.reference import keep_given
 
-    saved = keep_given(folder, file, progress=progress, **options)
+    saved = keep_given(folder, file, sample=sample, opening=opening, progress=progress, force=force)
     print(json.dumps(saved.as_json(), indent=2) if as_json else saved.told())
     return 0
 
 
-def _write(result: Verification, junit: Path | None, markdown: Path | None, *, gate: bool) -> None:
+def _write(result: Verification, *, junit: Path | None, html: Path | None, markdown: Path | None, gate: bool) -> None:
     """Write what was asked for, and the summary page of a GitHub job where this runs in one."""
+    if html:
+        from moedge.runtime.report.verification import page
+
+        write_text(html, page(result))
     if junit:
         write_text(junit, checks.junit_xml(result, gate=gate))
     shown = checks.markdown(result)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import ConfigDict, Field, with_config
+from typing_extensions import TypedDict
 
 from moedge.configs.generation_config import GenerationConfig
 from moedge.export.manifest import Facts
@@ -56,6 +57,18 @@ class EngineModel(Facts):
         return self.max_length or self.max_position_embeddings
 
 
+@with_config(ConfigDict(extra="forbid"))
+class EngineFacts(TypedDict):
+    """What a number was measured on, see :class:`moedge.runtime.engines.info.EngineInfo`."""
+
+    name: str
+    runtime: str
+    device: str
+    dtype: str
+    threads: Annotated[int, Field(ge=0)]
+    model: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class EngineInfo:
     """What a number was measured on: printed beside every number."""
@@ -80,7 +93,13 @@ class EngineInfo:
         """Whether it computes on the CPU, where kernels add in the same order in every call."""
         return self.device == "CPU"
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> EngineFacts:
         """Return the entry of results."""
-        said = ("name", "runtime", "device", "dtype", "threads")
-        return {name: getattr(self, name) for name in said} | {"model": self.model.document()}
+        return {
+            "name": self.name,
+            "runtime": self.runtime,
+            "device": self.device,
+            "dtype": self.dtype,
+            "threads": self.threads,
+            "model": self.model.document(),
+        }

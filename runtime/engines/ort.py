@@ -7,7 +7,7 @@ bound as both, and the runtime writes the new keys and values in place. Only ids
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,7 @@ from moedge import MoEdgeError
 from moedge.export.graph import kept as left_out
 from moedge.export.graph import layers as _layers
 from moedge.export.graph import taps as _graph
-from moedge.export.graph.layers import LayerPoint
-from moedge.export.graph.stream import Streams
+from moedge.export.graph.layers import SPOTS, LayerPoint, Spot
 from moedge.export.manifest import GatherPlace, Tap
 from moedge.runtime.engines import longrope
 from moedge.runtime.engines.calls import (
@@ -68,10 +67,10 @@ class OrtEngine:
             :class:`moedge.runtime.engines.ReplayEngine`.
         last_logits: compute the logits of each call's last position alone, ``Step.logits`` [B, 1, V]: all that
             generation needs. Without the ``onnx`` package all are computed.
-        layers: show the values between the parts of the model, or let the caller give them too (float32 graphs; needs
-            ``onnx``), see :class:`moedge.runtime.engines.LayerEngine`.
-        streams: ``show`` what each layer reads, and what the final norm reads; or ``replace`` it by what the caller
-            gives, and show what each layer would have handed on (:mod:`moedge.export.graph.stream`; needs ``onnx``).
+        layers: show the values between the parts of the model, or let the caller give them too (needs ``onnx``), see
+            :class:`moedge.runtime.engines.LayerEngine`.
+        spots: which of these values (:mod:`moedge.export.graph.layers`). A half-precision graph is given the stream
+            that layers read, and nothing more.
         trace: an existing folder: ONNX Runtime's profiler records every node, :meth:`end_trace` gives its file, and the
             optimised graph is written to ``optimized.onnx`` (its weights beside it).
 
@@ -94,8 +93,8 @@ class OrtEngine:
         replay: bool = False,
         last_logits: bool = False,
         layers: LayerMode | None = None,
+        spots: Collection[Spot] = SPOTS,
         trace: str | Path | None = None,
-        streams: Streams | None = None,
     ) -> None:
         options = Options(
             threads=threads or default_threads(),
@@ -109,7 +108,7 @@ class OrtEngine:
             last_logits=last_logits,
             layers=layers,
             trace=trace,
-            streams=streams,
+            spots=spots,
         )
         self._path = Path(bundle_path)
         self._loaded: Loaded | None = load(self._path, options)
@@ -127,17 +126,13 @@ class OrtEngine:
         experts: dict[int, np.ndarray] | None = None,
         factors: dict[GatherPlace, np.ndarray] | None = None,
         given: dict[LayerPoint, np.ndarray] | None = None,
-        streams: Sequence[np.ndarray] | None = None,
     ) -> Step:
-        """Run ``ids`` int64 [B, S] from an empty cache; see :class:`moedge.runtime.engines.Engine`.
-
-        With ``streams="replace"``, ``streams`` are float32 [B, S, H], one a layer and one for the final norm.
-        """
+        """Run ``ids`` int64 [B, S] from an empty cache; see :class:`moedge.runtime.engines.Engine`."""
         loaded = self._open()
         mask = check_batch(ids, attention_mask, loaded.model.vocab_size)
         if not loaded.info.padding and not mask.all():
             raise MoEdgeError(f"{self._path} takes no padding: give rows of equal length, or one row at a time.")
-        return self._run(ids, mask, _empty_cache(loaded, len(ids)), experts, factors, streams, given)
+        return self._run(ids, mask, _empty_cache(loaded, len(ids)), experts, factors, given)
 
     def decode(
         self,
@@ -146,7 +141,7 @@ class OrtEngine:
         *,
         experts: dict[int, np.ndarray] | None = None,
         factors: dict[GatherPlace, np.ndarray] | None = None,
-        streams: Sequence[np.ndarray] | None = None,
+        given: dict[LayerPoint, np.ndarray] | None = None,
     ) -> Step:
         """Run ``ids`` int64 [B, S] after what ``cache`` holds; the cache is used up."""
         loaded = self._open()
@@ -166,7 +161,7 @@ class OrtEngine:
                 steps.append(self.decode(token, steps[-1].cache if steps else cache, experts=experts, factors=factors))
             whole = joined(steps)
             return replace(whole, logits=steps[-1].logits) if loaded.last_logits else whole
-        return self._run(ids, mask, cache, experts, factors, streams)
+        return self._run(ids, mask, cache, experts, factors, given)
 
     def cached(self, cache: Any) -> dict[int, tuple[np.ndarray, np.ndarray]]:
         """Return by layer the keys and values of a cache, float32 [B, G, T, D]."""
@@ -246,7 +241,6 @@ class OrtEngine:
         cache: _Cache,
         experts: dict[int, np.ndarray] | None,
         factors: dict[GatherPlace, np.ndarray] | None,
-        streams: Sequence[np.ndarray] | None = None,
         given: dict[LayerPoint, np.ndarray] | None = None,
     ) -> Step:
         """One session run; ``mask`` int64 [B, P + S] covers the cache and ``ids``."""
@@ -257,7 +251,6 @@ class OrtEngine:
         self._bind_inputs(binding, ids, mask, experts)
         self._bind_factors(binding, factors)
         self._bind_layers(binding, given or {})
-        self._bind_streams(binding, streams)
         rows = 1 if loaded.last_logits else new
         logits = np.empty((batch, rows, loaded.model.vocab_size), dtype=loaded.dtype)
         # Outputs come back in the order in which they were first bound: logits, taps, cache.
@@ -284,9 +277,8 @@ class OrtEngine:
         )
         layers = {point: _rows(seen[name]) for point, name in loaded.shown.layers.items()} or None
         held = _Cache(np.concatenate([cache.ids, ids], axis=1), mask, values, binding)
-        hidden = [seen[name].astype(np.float32, copy=False) for name in loaded.shown.streams] or None
         found = logits.astype(np.float32, copy=False)
-        return Step(found, held, routes, read, scores, before, after, hidden, layers)
+        return Step(found, held, routes, read, scores, before, after, layers)
 
     def _execute(self, binding: Any, options: Any = None) -> None:
         try:
@@ -316,20 +308,12 @@ class OrtEngine:
             binding.bind_cpu_input(left_out.factor_input(place), np.ascontiguousarray(given, dtype=np.float32))
 
     def _bind_layers(self, binding: Any, given: dict[LayerPoint, np.ndarray]) -> None:
-        known = self._open().given
+        loaded = self._open()
+        known = loaded.given
         if given.keys() != known.keys():
             raise MoEdgeError(f"{self._path} takes layers for {len(known)} points, not for {len(given)}.")
-        for point, name in known.items():
-            binding.bind_cpu_input(_layers.given_input(name), np.ascontiguousarray(given[point], dtype=np.float32))
-
-    def _bind_streams(self, binding: Any, streams: Sequence[np.ndarray] | None) -> None:
-        loaded = self._open()
-        if len(loaded.replaced) != len(streams or ()):
-            raise MoEdgeError(
-                f"{self._path} reads {len(loaded.replaced)} streams of the caller's, {len(streams or ())} are given."
-            )
-        for name, values in zip(loaded.replaced, streams or (), strict=True):  # as wide as the graph's arithmetic
-            binding.bind_cpu_input(name, np.ascontiguousarray(values, dtype=loaded.dtype))
+        for point, name in known.items():  # as wide as the graph's arithmetic
+            binding.bind_cpu_input(_layers.given_input(name), np.ascontiguousarray(given[point], dtype=loaded.dtype))
 
 
 def _empty_cache(loaded: Loaded, batch: int) -> _Cache:

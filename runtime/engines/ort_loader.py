@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,9 +16,8 @@ from moedge.export import rope, targets
 from moedge.export.bundle import Bundle, check_external_data, open_bundle
 from moedge.export.graph import kept as left_out
 from moedge.export.graph import layers as _layers
-from moedge.export.graph import stream
 from moedge.export.graph import taps as _graph
-from moedge.export.graph.layers import LayerPoint
+from moedge.export.graph.layers import SPOTS, STREAM, LayerPoint, Spot
 from moedge.export.manifest import GatherPlace, Kept, Manifest, ModelFacts, Tap
 from moedge.runtime.engines.info import EngineInfo, EngineModel
 from moedge.runtime.engines.ort_session import check_cuda, open_session, ort_value
@@ -40,7 +39,7 @@ class Options:
     last_logits: bool
     layers: LayerMode | None
     trace: str | Path | None
-    streams: stream.Streams | None = None
+    spots: Collection[Spot] = SPOTS
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,6 @@ class Shown:
     scores: dict[int, str]
     left_out_of: dict[GatherPlace, str] = field(default_factory=dict)
     kept: dict[GatherPlace, str] = field(default_factory=dict)
-    streams: list[str] = field(default_factory=list)
     layers: dict[LayerPoint, str] = field(default_factory=dict)
 
     @property
@@ -62,7 +60,7 @@ class Shown:
         by_layer = (self.router_inputs, self.scores)
         by_place = (self.left_out_of, self.kept)
         more = [name for found in (*by_layer, *by_place) for name in found.values()]
-        return list(dict.fromkeys([*names, *more, *self.streams, *self.layers.values()]))
+        return list(dict.fromkeys([*names, *more, *self.layers.values()]))
 
 
 @dataclass(frozen=True)
@@ -90,8 +88,6 @@ class Loaded:
     """Layers whose experts can be forced -> number of experts, how many of them run."""
     factors: dict[GatherPlace, Kept]
     """Places at which what is left out can be forced."""
-    replaced: list[str]
-    """Inputs that take the place of the stream, layer by layer."""
     last_logits: bool
     weights: dict[str, tuple[np.ndarray, Any]]
     """The session reads this memory as long as it lives."""
@@ -144,7 +140,6 @@ def load(path: Path, options: Options) -> Loaded:
         given=_layers.given_names(shown.layers) if options.layers == "given" else {},
         forced=_forced(manifest) if options.replay else {},
         factors=left_out.named(manifest.keeps) if options.replay else {},
-        replaced=[stream.stream_input(layer) for layer in range(len(shown.streams))] * (options.streams == "replace"),
         last_logits=last_logits,
         weights=weights,
     )
@@ -155,7 +150,7 @@ def _graph_for(bundle: Bundle, options: Options, *, last_logits: bool) -> tuple[
     manifest, path = bundle.manifest, bundle.model_path
     taps = manifest.taps if options.taps else {}
     asked = (options.top_k is not None, options.float32_activations, options.router_inputs, options.replay, last_logits)
-    if not (taps or any(asked) or options.streams or options.layers):
+    if not (taps or any(asked) or options.layers):
         return None, Shown({}, {}, {})
     reads = _graph.router_inputs(path, manifest) if options.router_inputs else {}
     if options.replay:
@@ -172,20 +167,19 @@ def _graph_for(bundle: Bundle, options: Options, *, last_logits: bool) -> tuple[
         options.replay,
         last_logits,
         keeps,
-        show_scores=options.streams is not None,
+        show_scores=options.layers is not None,
     )
-    streams: list[str] = []
-    if options.streams:
-        graph, streams = stream.edited(graph, options.streams, manifest.model.num_layers, str(path))
     before = {place: str(kept.reads) for place, kept in keeps.items()}
     after = {} if options.replay else {place: str(kept.output) for place, kept in keeps.items()}
     layers: dict[LayerPoint, str] = {}
     if options.layers:
-        graph, layers = _with_layers(bundle, graph, given=options.layers == "given")
-    return graph, Shown(_with_top_k(taps, manifest, options.top_k), reads, scores, before, after, streams, layers)
+        graph, layers = _with_layers(bundle, graph, options.spots, given=options.layers == "given")
+    return graph, Shown(_with_top_k(taps, manifest, options.top_k), reads, scores, before, after, layers)
 
 
-def _with_layers(bundle: Bundle, graph: bytes, *, given: bool) -> tuple[bytes, dict[LayerPoint, str]]:
+def _with_layers(
+    bundle: Bundle, graph: bytes, spots: Collection[Spot], *, given: bool
+) -> tuple[bytes, dict[LayerPoint, str]]:
     """Let a graph, which :func:`moedge.export.graph.taps.edited` gave, show its layers too.
 
     Raises:
@@ -193,10 +187,11 @@ def _with_layers(bundle: Bundle, graph: bytes, *, given: bool) -> tuple[bytes, d
     """
     import onnx
 
-    if given and bundle.manifest.cache.dtype not in (None, "float32"):
+    # A layer's rounding may hold that of the stream it is given; that of a norm or a sum may not.
+    if given and set(spots) != set(STREAM) and bundle.manifest.cache.dtype not in (None, "float32"):
         raise MoEdgeError(f"{bundle.path} computes in {bundle.manifest.cache.dtype}: its parts cannot be given values.")
     model = onnx.ModelProto.FromString(graph)
-    names = _layers.show(model, bundle.model_path, bundle.manifest.model.num_layers, given=given)
+    names = _layers.show(model, bundle.model_path, bundle.manifest.model.num_layers, spots=spots, given=given)
     return bytes(model.SerializeToString()), names
 
 
@@ -261,6 +256,6 @@ def _dequantized(bundle: Bundle, other: str | Path) -> dict[str, tuple[np.ndarra
     from moedge.export.quantize.stored import dequantized_weights
 
     quantised = open_bundle(Path(other))
-    if bundle.manifest.target != "portable" or quantised.manifest.parent != bundle.sha256:
+    if bundle.manifest.target != targets.PORTABLE or quantised.manifest.parent != bundle.sha256:
         raise MoEdgeError(f"{other} was not lowered from {bundle.path}; give the portable bundle of the same export.")
     return {name: (array, ort_value(array)) for name, array in dequantized_weights(quantised)}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from moedge.export.graph.layers import LayerPoint
 from moedge.export.manifest import GatherPlace
@@ -24,8 +25,6 @@ class Step:
     or None where the runtime does not show it; ``left_out_of`` and ``kept`` with them, by layer and place
     (:mod:`moedge.export.graph.kept`), the values float32 [B*S, K] of which small ones are left out, and what is left;
     ``layers`` the values between the parts of the model, float32 [B*S, H] by point, when opened with ``layers``.
-    ``streams`` float32 [B, S, H], what each layer reads, and behind the last layer what the final norm reads, when
-    opened with ``streams``.
     """
 
     logits: np.ndarray
@@ -35,13 +34,26 @@ class Step:
     scores: dict[int, np.ndarray] | None = None
     left_out_of: dict[GatherPlace, np.ndarray] | None = None
     kept: dict[GatherPlace, np.ndarray] | None = None
-    streams: list[np.ndarray] | None = None
     layers: dict[LayerPoint, np.ndarray] | None = None
 
 
 LayerMode = Literal["shown", "given"]
 """How an engine is opened: its steps hold ``layers``; and each part also reads what it is given instead of what the
-part before made (:class:`LayerEngine`)."""
+part before made (:class:`LayerEngine`). The option ``spots`` says which values, all by default."""
+
+
+class TorchOptions(TypedDict, total=False):
+    """Where and in what PyTorch computes; a bundle's own target says both."""
+
+    device: str
+    dtype: str
+
+
+class Opening(TypedDict, total=False):
+    """What is said of every engine that is opened, whatever runs it (:func:`moedge.runtime.engines.open_engine`)."""
+
+    threads: int | None
+    pytorch: TorchOptions | None
 
 
 class Engine(Protocol):
@@ -144,7 +156,8 @@ class LayerEngine(ReplayEngine, Protocol):
     """An engine, opened with ``layers="given"``, whose every part computes alone, from values that it is given.
 
     ``Step.layers`` then holds what each part made of what it was given: its own error, without those of the parts
-    before it. ``layers="shown"`` gives :meth:`cached` and ``Step.layers`` of an ordinary run.
+    before it. With ``spots=STREAM`` (:mod:`moedge.export.graph.layers`) the parts are whole layers. ``layers="shown"``
+    gives :meth:`cached` and ``Step.layers`` of an ordinary run.
     """
 
     def prefill(
@@ -161,6 +174,18 @@ class LayerEngine(ReplayEngine, Protocol):
         Args:
             given: by point float32 [B*S, H]; every point that the engine shows.
         """
+        ...
+
+    def decode(
+        self,
+        ids: np.ndarray,
+        cache: Any,
+        *,
+        experts: dict[int, np.ndarray] | None = None,
+        factors: dict[GatherPlace, np.ndarray] | None = None,
+        given: dict[LayerPoint, np.ndarray] | None = None,
+    ) -> Step:
+        """As :meth:`ReplayEngine.decode`, with ``given`` as in :meth:`prefill`."""
         ...
 
     def cached(self, cache: Any) -> dict[int, tuple[np.ndarray, np.ndarray]]:

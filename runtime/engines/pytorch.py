@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from moedge import MoEdgeError
 from moedge.convert.compat import cache_argument
-from moedge.export.graph.layers import LayerPoint
+from moedge.export.graph.layers import SPOTS, LayerPoint, Spot
 from moedge.export.manifest import GatherPlace, Which
 from moedge.runtime.engines import longrope, pytorch_loader
 from moedge.runtime.engines.calls import (
@@ -53,7 +53,7 @@ class TorchEngine:
         last_logits: compute the logits of each call's last position alone, ``Step.logits`` [B, 1, V].
         layers: show the values between the parts of the model, or let the caller give them, see
             :class:`moedge.runtime.engines.LayerEngine`.
-        streams: ``show`` what each layer reads, and behind the last what the final norm reads: ``Step.streams``.
+        spots: which of these values (:mod:`moedge.export.graph.layers`).
 
     Raises:
         MoEdgeError: torch or transformers is missing, or the folder cannot be loaded.
@@ -73,7 +73,7 @@ class TorchEngine:
         replay: bool = False,
         last_logits: bool = False,
         layers: LayerMode | None = None,
-        streams: Literal["show"] | None = None,
+        spots: Collection[Spot] = SPOTS,
     ) -> None:
         try:
             import torch
@@ -103,10 +103,7 @@ class TorchEngine:
         self._values: dict[GatherPlace, Any] = {}  # of which small ones were left out in the latest call
         for module in pytorch_loader.gathered_layers(self._module) if replay else ():
             module.choose = self._chooser(module)
-        self._layers = Layers(self._module, self._path, given=layers == "given") if layers else None
-        self._streams: list[Any] = []  # of the latest call
-        if streams:
-            pytorch_loader.watch_stream(self._module, self._streams)
+        self._layers = Layers(self._module, self._path, spots, given=layers == "given") if layers else None
         routed, gathered = bool(self._sparse), bool(self._thresholds)
         self.info = pytorch_loader.describe(
             self._module, self._path, dtype, self._threads, routed=routed, gathered=gathered, top_k=top_k
@@ -128,10 +125,7 @@ class TorchEngine:
         from transformers import DynamicCache
 
         mask = check_batch(ids, attention_mask, self._vocab_size)
-        if self._layers is not None:
-            self._layers.give(given or {}, self._tensor, self._path)
-        elif given:
-            raise MoEdgeError(f"{self._path} was not opened to be given layers.")
+        self._give(given)
         with self._forced(experts, factors, ids.size):
             return self._run(ids, ids, mask, DynamicCache())
 
@@ -142,6 +136,7 @@ class TorchEngine:
         *,
         experts: dict[int, np.ndarray] | None = None,
         factors: dict[GatherPlace, np.ndarray] | None = None,
+        given: dict[LayerPoint, np.ndarray] | None = None,
     ) -> Step:
         """Run ``ids`` int64 [B, S] after what ``cache`` holds; the cache is used up."""
         mask = check_batch(ids, None, self._vocab_size)
@@ -153,8 +148,15 @@ class TorchEngine:
             if experts is not None or factors is not None:
                 longrope.refuse_forced(self._rope_boundary)
             return longrope.last(self.prefill(text, mask), ids.shape[1])
+        self._give(given)
         with self._forced(experts, factors, ids.size):
             return self._run(ids, text, mask, cache.past)
+
+    def _give(self, given: dict[LayerPoint, np.ndarray] | None) -> None:
+        if self._layers is not None:
+            self._layers.give(given or {}, self._tensor, self._path)
+        elif given:
+            raise MoEdgeError(f"{self._path} was not opened to be given layers.")
 
     def cached(self, cache: Any) -> dict[int, tuple[np.ndarray, np.ndarray]]:
         """Return by layer the keys and values of a cache, float32 [B, G, T, D]."""
@@ -284,12 +286,10 @@ class TorchEngine:
         read = {layer: value.cpu().numpy() for layer, value in sorted(self._read.items())} or None
         shown = self._values if self._taps else {}
         left_out_of = {place: value.float().cpu().numpy() for place, value in sorted(shown.items())} or None
-        streams = [value.float().cpu().numpy() for value in self._streams] or None
-        self._streams.clear()
         layers = self._layers.shown() if self._layers else None
         # The cache has grown in place.
         held = _Cache(text, mask, past)
-        return Step(logits, held, routes, read, left_out_of=left_out_of, streams=streams, layers=layers)
+        return Step(logits, held, routes, read, left_out_of=left_out_of, layers=layers)
 
 
 def _indices(routes: Any) -> np.ndarray:

@@ -5,14 +5,14 @@ The points are those of :mod:`moedge.export.graph.layers`, so an exported graph 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moedge import MoEdgeError
-from moedge.export.graph.layers import LayerPoint, place
+from moedge.export.graph.layers import STREAM, LayerPoint, Spot, place
 
 
 class Layers:
@@ -21,28 +21,34 @@ class Layers:
     Args:
         module: the model.
         path: its checkpoint, which errors name.
+        spots: which of the values.
         given: whether other values may be put in place (:attr:`given`).
 
     Raises:
         MoEdgeError: the model's layers are not built as those of the known families.
     """
 
-    def __init__(self, module: Any, path: Path, *, given: bool) -> None:
+    def __init__(self, module: Any, path: Path, spots: Collection[Spot], *, given: bool) -> None:
         self.given: dict[LayerPoint, Any] = {}
         """Tensors [B, S, H] that the running call takes in place of what the model computes."""
         self._shown: dict[LayerPoint, Any] = {}
-        self._may_give = given
+        self._may_give, self._spots = given, frozenset(spots)
         try:
-            self._hook(module)
+            self._hook_layers(module.base_model)
+            if set(spots) != set(STREAM):
+                self._hook_parts(module)
         except AttributeError as error:
             raise MoEdgeError(f"{path} does not show its layers: they are not built as expected ({error}).") from error
 
-    def _hook(self, module: Any) -> None:
+    def _hook_layers(self, decoder: Any) -> None:
+        for index, part in enumerate((*decoder.layers, decoder.norm)):
+            self._read((index, "stream"), part)
+
+    def _hook_parts(self, module: Any) -> None:
         layers = module.model.layers
         for index, layer in enumerate(layers):
             gemma, post = (hasattr(layer, f"{side}_feedforward_layernorm") for side in ("pre", "post"))
             before_ffn = layer.pre_feedforward_layernorm if gemma else layer.post_attention_layernorm
-            self._read((index, "stream"), layer)
             if hasattr(layer, "input_layernorm"):
                 self._read((index, "attention_input"), layer.self_attn)
             self._given((index, "attention"), layer.self_attn)
@@ -55,11 +61,12 @@ class Layers:
             else:
                 self._read((index, "middle"), layer.mlp)
             self._given((index, "ffn"), layer.mlp)
-        self._read((len(layers), "stream"), module.model.norm)
         self._read((len(layers), "head_input"), module.get_output_embeddings())
 
     def _read(self, point: LayerPoint, module: Any) -> None:
         """Show what a module reads."""
+        if point[1] not in self._spots:
+            return
 
         def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
             if args:
@@ -70,6 +77,8 @@ class Layers:
 
     def _given(self, point: LayerPoint, module: Any) -> None:
         """Show what a module gives."""
+        if point[1] not in self._spots:
+            return
 
         def hook(_: Any, __: Any, output: Any) -> Any:
             if isinstance(output, tuple):

@@ -45,16 +45,6 @@ def gathered_layers(module: Any) -> list[Any]:
     return [part for part in module.modules() if isinstance(part, KeepsLarge) and part.thresholds()]
 
 
-def watch_stream(module: Any, seen: list[Any]) -> None:
-    """Let each call of a decoder append to ``seen`` what its layers read and what its final norm reads, [B, S, H]."""
-
-    def reads(part: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-        seen.append(given[0] if given else named["hidden_states"])
-
-    for part in (*module.base_model.layers, module.base_model.norm):
-        part.register_forward_pre_hook(reads, with_kwargs=True)
-
-
 def thresholds(module: Any) -> dict[GatherPlace, tuple[np.ndarray, float]]:
     """Return thresholds float32 [K] and ramp of each place whose choice can be replayed: not inside experts."""
     return {

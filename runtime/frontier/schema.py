@@ -12,7 +12,7 @@ from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from moedge._files import write_json
-from moedge.runtime.parity.results import Count, closed
+from moedge.runtime.parity.figures import Count, closed
 
 Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
 SCHEMA = "moedge.frontier/1"

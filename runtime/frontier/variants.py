@@ -80,9 +80,9 @@ def chosen_targets(recipe: Recipe) -> list[str]:
     if recipe.frontier.targets is not None:
         return list(recipe.frontier.targets)
     named = [name for name in recipe.export.targets if targets.find(name).engine is None]
-    found = [name for name in named if name != "portable"] or named  # a lowered graph is what one runs
-    if "ort-cpu" in found:
-        found += [name for name in ("ort-cpu-int8", "ort-cpu-int4") if name not in found]
+    found = [name for name in named if name != targets.PORTABLE] or named  # a lowered graph is what one runs
+    quantised = [row.name for row in targets.every() if row.unquantised in found and row.engine is None]
+    found += [name for name in quantised if name not in found]
     if not found:
         raise MoEdgeError(
             f"{recipe.name}: frontier: none of {', '.join(recipe.export.targets)} is executed here; name targets that "

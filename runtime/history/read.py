@@ -50,16 +50,18 @@ def collect(paths: Sequence[Path]) -> tuple[list[Series], int, list[str]]:
     for path in _files(paths):
         try:
             document = _document(path)
-            readings = list(_readings(document)) if document else []
+            if document is None:
+                continue
+            readings = list(_readings(document))
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             notes.append(f"{path} is damaged and left out ({type(error).__name__}: {error})")
             continue
-        if document and (older := _older(document)):
+        if older := _older(document):
             notes.append(f"{path} holds {' and '.join(older)} of an older version, which is left out")
         count += bool(readings)
         for one in readings:
             key = (order.index(one.metric), one.machine, one.engine, one.setting)
-            found.setdefault(key, []).append(_point(one, document, path))
+            found.setdefault(key, []).append(_point(one, document or {}, path))
     if not found:
         given = ", ".join(map(str, paths))
         raise MoEdgeError(
@@ -136,7 +138,7 @@ def _bench(document: dict[str, Any]) -> Iterator[Reading]:
             for metric in ("ttft_ms", "tpot_ms"):
                 times = row[metric]
                 setting = ", ".join([*said, where])
-                yield Reading(metric, row["label"], setting, float(times["p50"]), list(times["ci95"]), machine)  # type: ignore[arg-type]
+                yield Reading(metric, row["label"], setting, float(times["p50"]), list(times["ci95"]), machine)
 
 
 def _verify(document: dict[str, Any]) -> Iterator[Reading]:
@@ -178,7 +180,7 @@ def _frontier(document: dict[str, Any]) -> Iterator[Reading]:
         for row in one["rows"]:
             engine = f"{one['target']} {row['label']}"
             for metric in ("ttft_ms", "tpot_ms"):
-                yield Reading(metric, engine, setting, row[metric]["value"], list(row[metric]["ci95"]), machine)  # type: ignore[arg-type]
+                yield Reading(metric, engine, setting, row[metric]["value"], list(row[metric]["ci95"]), machine)
 
 
 def _report(document: dict[str, Any]) -> Iterator[Reading]:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from moedge.runtime.parity.results import closed
+from moedge.runtime.parity.figures import closed
 
 SCHEMA: Literal["moedge.history/1"] = "moedge.history/1"
 Metric = Literal["kl", "accuracy", "ttft_ms", "tpot_ms"]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal
 
 from moedge import MoEdgeError
 from moedge._progress import Progress
@@ -25,7 +25,7 @@ from moedge.runtime.engines import open_engine
 from moedge.runtime.engines.given import local
 from moedge.runtime.engines.info import EngineInfo
 from moedge.runtime.parity.comparisons import comparisons
-from moedge.runtime.parity.results import AccuracyEntry, EngineFacts, PairedTask, Verification
+from moedge.runtime.parity.results import AccuracyEntry, Compared, PairedTask, Verification
 from moedge.runtime.parity.suite import SCHEMA as SUITE
 from moedge.runtime.parity.suite import finished, graph_dtype
 from moedge.runtime.parity.verdict import Check, Verdict
@@ -129,8 +129,8 @@ class Gate:
         found = [_entry(pair, answered[pair.reference], answered[pair.test], self.questions) for pair in self.pairs]
         for entry in found:
             say(f"{entry['name']}: {entry['verdict']['notes'][0]}")
-        before: Mapping[str, Any] = result or {"schema": SUITE, "text": "no text", "identity": [], "parity": []}
-        return finished({**before, "accuracy": found}, self.limits)
+        before: Compared = {"schema": SUITE, "text": "no text", "identity": [], "parity": []}
+        return finished({**(result or before), "accuracy": found}, self.limits)
 
 
 def texts(result: Verification) -> dict[str, str]:
@@ -151,8 +151,8 @@ def _entry(pair: Pair, reference: Asked, test: Asked, questions: Questions) -> A
     return {
         "schema": SCHEMA,
         "name": pair.name,
-        "reference": cast("EngineFacts", reference.info.as_json()),
-        "test": cast("EngineFacts", test.info.as_json()),
+        "reference": reference.info.as_json(),
+        "test": test.info.as_json(),
         "shots": questions.shots,
         "limit": questions.limit,
         "tasks": [_task(score, found[score.task]) for score in reference.scores],

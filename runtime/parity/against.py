@@ -5,7 +5,7 @@ reference's numbers, and two questions are asked:
 
 * **layers**: does each layer, alone, compute what the reference's layer computes? The engine runs the probe with the
   reference's stream in place of its own before every layer and before the final norm
-  (:mod:`moedge.export.graph.stream`). What a layer hands on is compared with what the reference's layer handed on. No
+  (:mod:`moedge.export.graph.layers`). What a layer hands on is compared with what the reference's layer handed on. No
   error of another layer enters, and a decision that rounding turns (an expert, a value at its threshold) changes that
   layer's output and nothing else. There is no chaos at depth one, so the limit is that of one layer's rounding, for
   dense, routed and gathered models of every precision. Attention reads a cache that the engine wrote from the same
@@ -38,13 +38,17 @@ from moedge._progress import Progress
 from moedge.configs import tolerances as tolerance_files
 from moedge.configs.tolerances import Profile
 from moedge.export import manifest as manifests
+from moedge.export.graph.layers import STREAM
 from moedge.export.manifest import EngineManifest, Manifest
 from moedge.runtime.engines import Engine, open_engine
+from moedge.runtime.engines.protocol import Opening
 from moedge.runtime.parity import alone, shortened, verdict
 from moedge.runtime.parity.compare import json_ready, measured, same_vocabulary, steps
-from moedge.runtime.parity.metrics import Cursor, RouteAgreement, TokenErrors, mean
+from moedge.runtime.parity.figures import KeptReferenceFacts
+from moedge.runtime.parity.metrics import Cursor, TokenErrors, mean
 from moedge.runtime.parity.reference import Reference, identity_of, load
-from moedge.runtime.parity.results import KeptReferenceFacts, Parity, ParityEntry, Verification
+from moedge.runtime.parity.results import Parity, ParityEntry, Verification
+from moedge.runtime.parity.routing import RouteAgreement
 from moedge.runtime.parity.suite import FREE, SCHEMA, finished, graph_dtype
 from moedge.runtime.parity.verdict import Check, Outcome, Verdict
 
@@ -55,7 +59,7 @@ def verify_kept(
     *,
     tolerances: str,
     limits: tolerance_files.Tolerances,
-    opening: dict[str, Any],
+    opening: Opening,
     progress: Progress,
 ) -> Verification:
     """Judge a bundle or engine by a kept reference; its text is the reference's.
@@ -84,7 +88,7 @@ def verify_kept(
     layers, reason = None, "PyTorch and engine folders run as a whole"
     if isinstance(manifest, Manifest):
         try:
-            single: Any = open_engine(test, **opening, taps=routed, streams="replace")
+            single: Any = open_engine(test, **opening, taps=routed, layers="given", spots=STREAM)
         except MoEdgeError as error:
             reason = str(error).rstrip(".")
         else:

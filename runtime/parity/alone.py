@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 
 from moedge.configs.tolerances import Profile
-from moedge.runtime.engines import Step
-from moedge.runtime.engines.ort import OrtEngine
+from moedge.export.graph.layers import LayerPoint
+from moedge.runtime.engines import LayerEngine, Step
 from moedge.runtime.parity import shortened
-from moedge.runtime.parity.metrics import RouterChoices, TokenErrors, distance, mean, same_sets
+from moedge.runtime.parity.figures import LayerErrors, LayersFacts
+from moedge.runtime.parity.metrics import TokenErrors, distance, mean
 from moedge.runtime.parity.reference import Probe, Reference, probing
-from moedge.runtime.parity.results import LayersFacts
+from moedge.runtime.parity.routing import RouterChoices, same_sets
 from moedge.runtime.parity.verdict import Check
 
 _PHASES: tuple[Literal["prefill", "decode"], ...] = ("prefill", "decode")
@@ -34,8 +35,8 @@ class Alone:
     changed: dict[int, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, reference: Reference, engine: OrtEngine, limits: Profile) -> Alone:
-        """Run the probe; ``engine`` was opened with ``streams="replace"``, and with ``taps`` if it is routed."""
+    def of(cls, reference: Reference, engine: LayerEngine, limits: Profile) -> Alone:
+        """Run the probe; ``engine`` was opened to be given the stream, and with ``taps`` if it is routed."""
         probe, facts = reference.probe, reference.facts
         layers = len(probe.streams) - 1
         margin = limits.router_tie_margin + 2 * (limits.layer_rel_error or 0.0)
@@ -44,12 +45,12 @@ class Alone:
         cache: Any = None
         for phase, rows, ids, targets in probing(reference.windows[0], facts.probe, facts.probe_prefill):
             streams = [stream[rows] for stream in probe.streams.values()]
-            given = [stream[None] for stream in streams]
+            given: dict[LayerPoint, np.ndarray] = {(layer, "stream"): each for layer, each in enumerate(streams)}
             prefill = phase == "prefill"
-            step = engine.prefill(ids, streams=given) if prefill else engine.decode(ids, cache, streams=given)
+            step = engine.prefill(ids, given=given) if prefill else engine.decode(ids, cache, given=given)
             cache = step.cache
             same = found._routed(probe, step, rows)
-            shown = [stream[0] for stream in step.streams or ()]
+            shown = [each for _, each in sorted((step.layers or {}).items())]
             found.embedding.append(distance(streams[0], shown[0]))
             for layer in range(layers):
                 error = _layer_error(shown[layer + 1], streams[layer + 1], streams[layer])
@@ -71,29 +72,27 @@ class Alone:
     def summary(self) -> LayersFacts:
         """See :class:`moedge.runtime.parity.results.LayersFacts`."""
         by_phase = {phase: [np.concatenate(parts) for parts in found] for phase, found in self.errors.items()}
-        layers = {}
+        layers: dict[str, LayerErrors] = {}
         for layer, (one, two) in enumerate(zip(*by_phase.values(), strict=True)):
-            layers[str(layer)] = {
+            errors: LayerErrors = {
                 "prefill": mean(one),
                 "decode": mean(two),
                 "max": float(np.max(np.append(one, two), initial=0.0)),
             }
             if layer in self.changed:
-                layers[str(layer)]["changed"] = self.changed[layer]
+                errors["changed"] = self.changed[layer]
+            layers[str(layer)] = errors
         worst = {name: np.max([each["prefill"], each["decode"]]) for name, each in layers.items()}  # NaN is the worst
         last = max(worst, key=lambda name: np.inf if np.isnan(worst[name]) else worst[name], default=None)
-        return cast(
-            "LayersFacts",
-            {
-                "tokens": self.head.tokens,
-                "embedding_rel_error": mean(np.concatenate(self.embedding)),
-                "layers": layers,
-                "worst_layer": None if last is None else int(last),
-                "worst_rel_error": float("nan") if last is None else float(worst[last]),
-                "router": self.router.summary(),
-                "head": self.head.summary(),
-            },
-        )
+        return {
+            "tokens": self.head.tokens,
+            "embedding_rel_error": mean(np.concatenate(self.embedding)),
+            "layers": layers,
+            "worst_layer": None if last is None else int(last),
+            "worst_rel_error": float("nan") if last is None else float(worst[last]),
+            "router": self.router.summary(),
+            "head": self.head.summary(),
+        }
 
 
 def _layer_error(shown: np.ndarray, right: np.ndarray, before: np.ndarray) -> np.ndarray:

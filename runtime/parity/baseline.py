@@ -25,13 +25,8 @@ import numpy as np
 
 from moedge import MoEdgeError
 from moedge._files import read_json, sha256_file
-from moedge.runtime.parity.results import (
-    BaselineCheck,
-    BaselineFacts,
-    BaselineOutcome,
-    CheckFacts,
-    Verification,
-)
+from moedge.runtime.parity.figures import CheckFacts
+from moedge.runtime.parity.results import BaselineCheck, BaselineFacts, BaselineOutcome, Verification
 
 _SCHEMA = "moedge.verify/1"
 _TRIFLE = 0.01

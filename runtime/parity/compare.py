@@ -21,9 +21,10 @@ from moedge.configs.tolerances import Profile
 from moedge.runtime.engines import Engine, ReplayEngine, Step
 from moedge.runtime.engines.info import EngineInfo
 from moedge.runtime.parity import verdict
-from moedge.runtime.parity.metrics import At, Cursor, RouteAgreement, TokenErrors
+from moedge.runtime.parity.metrics import At, Cursor, TokenErrors
 from moedge.runtime.parity.replay import Replay
 from moedge.runtime.parity.results import Identity, Parity, WorstToken
+from moedge.runtime.parity.routing import RouteAgreement
 
 SCHEMA = "moedge.parity/1"
 Name = TypeVar("Name", bound=Hashable)

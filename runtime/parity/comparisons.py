@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from moedge.export.targets import PORTABLE
 from moedge.runtime.run.refs import TORCH_DENSE, TORCH_MOE, EngineRef
 
 Kind = Literal["identity", "parity", "kernels"]
@@ -94,7 +95,7 @@ def comparisons(engines: Iterable[EngineRef], identity: EngineRef | None) -> lis
         if torch in there:
             found += [Comparison("parity", torch, ref) for ref in there if ref.role == torch.role]
     for ref in there:
-        portable = EngineRef("portable", ref.role)
+        portable = EngineRef(PORTABLE, ref.role)
         if ref.quantised and portable in there:
             found.append(Comparison("kernels", portable, ref))
     return [one for one in found if one.reference != one.test]

@@ -14,11 +14,14 @@ from moedge._progress import Progress
 from moedge.configs import tolerances as tolerance_files
 from moedge.convert.adapters import MOE_PREFIX
 from moedge.export import manifest as manifests
+from moedge.export.targets import PORTABLE
 from moedge.runtime.engines import open_engine
 from moedge.runtime.engines.given import local
+from moedge.runtime.engines.protocol import Opening
 from moedge.runtime.parity import compare as parity
 from moedge.runtime.parity import shapes, verdict, where
-from moedge.runtime.parity.results import ParityEntry, ShapesEntry, Verification
+from moedge.runtime.parity.results import Compared, ParityEntry, ShapesEntry, Verification
+from moedge.runtime.parity.sample import Sample
 from moedge.runtime.parity.suite import (
     DEQUANTIZED,
     SCHEMA,
@@ -31,17 +34,13 @@ from moedge.runtime.parity.suite import (
 )
 from moedge.runtime.run import run_folder
 from moedge.runtime.run.refs import is_quantised
-from moedge.runtime.text.windows import token_windows
 
 
 def verify_given(
     reference: Path,
     test: Path | None = None,
     *,
-    text: str = "asset:wiki",
-    tokens: int = 2048,
-    window: int = 256,
-    prefill: int = 224,
+    sample: Sample,
     tolerances: str | Path = "float32",
     threads: int | None = None,
     device: str = "cpu",
@@ -55,8 +54,7 @@ def verify_given(
     Args:
         reference: bundle or checkpoint; or a run folder, all of whose pairs are compared.
         test: bundle, engine or checkpoint; or ``verify-answers.npz`` of a device. None for a run folder.
-        text: ``asset:NAME`` or a file.
-        tokens: to compare on, in windows of ``window`` tokens; ``prefill`` of each are fed at once, the rest decoded.
+        sample: the text.
         tolerances: the first half of a profile's name, or a file (:func:`moedge.configs.tolerances.given_as`).
         threads: of the engines on the CPU. device: where PyTorch computes.
         thorough: larger batches and longer rows in the checks of :mod:`.shapes`, and a text of ``max_length`` tokens.
@@ -69,40 +67,35 @@ def verify_given(
     Raises:
         MoEdgeError: something named is not there or cannot be compared, or there is too little text.
     """
-    if prefill >= window:
-        raise MoEdgeError(f"A prefill of {prefill} leaves nothing to decode in a window of {window} tokens.")
-    count = -(-tokens // window)
-    opening: dict[str, Any] = {"threads": threads, "pytorch": {"device": device}}
+    opening: Opening = {"threads": threads, "pytorch": {"device": device}}
     step = progress or (lambda done, total: None)
     profile, limits = tolerance_files.chosen(tolerance_files.given_as(tolerances))
 
     def asked(folder: Path, windows: np.ndarray) -> shapes.Asked:
-        def longer(length: int) -> np.ndarray:
-            return token_windows(folder, text, length, 1)[1]
-
-        return shapes.asked(windows, longer, thorough=thorough, max_length=max_length)
+        return shapes.asked(windows, partial(sample.longer, folder), thorough=thorough, max_length=max_length)
 
     if test is None:
         if not run_folder.is_run(reference):
             raise MoEdgeError(f"{reference} is not a run folder; give a run folder, or two engines to compare.")
-        name, windows = token_windows(run_folder.checkpoint(reference), text, window, count)
+        checkpoint = run_folder.checkpoint(reference)
+        name, windows = sample.windows(checkpoint)
         return verify_run(
             run_folder.engines(reference),
             windows,
-            prefill=prefill,
+            prefill=sample.prefill,
             tolerances=profile,
             limits=limits,
             text=name,
             **opening,
-            asked=asked(run_folder.checkpoint(reference), windows),
+            asked=asked(checkpoint, windows),
             progress=progress,
             note=note,
         )
     if test.suffix == ".npz":
         return answers_of_device(local(reference), test, profile, opening, step, limits)
     one, two = local(reference), local(test)
-    name, windows = token_windows(two, text, window, count)
-    return pair(one, two, name, windows, prefill, profile, opening, step, limits, asked(two, windows))
+    name, windows = sample.windows(two)
+    return pair(one, two, name, windows, sample.prefill, profile, opening, step, limits, asked(two, windows))
 
 
 def against_kept(
@@ -127,7 +120,7 @@ def against_kept(
     from moedge.runtime.parity.against import verify_kept
 
     profile, limits = tolerance_files.chosen(tolerance_files.given_as(tolerances))
-    opening: dict[str, Any] = {"threads": threads, "pytorch": {"device": device}}
+    opening: Opening = {"threads": threads, "pytorch": {"device": device}}
     step = progress or (lambda done, total: None)
     return verify_kept(local(test), file, tolerances=profile, limits=limits, opening=opening, progress=step)
 
@@ -139,7 +132,7 @@ def pair(
     windows: Any,
     prefill: int,
     tolerances: str,
-    opening: dict[str, Any],
+    opening: Opening,
     progress: Progress,
     limits: tolerance_files.Tolerances | None = None,
     asked: shapes.Asked | None = None,
@@ -152,7 +145,7 @@ def pair(
     target = _target(test)
     jobs: list[tuple[Path, str, str, dict[str, Any]]] = [(reference, f"{test} vs {reference}", tolerances, {})]
     if is_quantised(target):
-        found = [path for path in (reference, test.parent / "portable") if _target(path) == "portable"]
+        found = [path for path in (reference, test.parent / PORTABLE) if _target(path) == PORTABLE]
         if found:
             jobs.append((found[0], f"{test} vs its de-quantised weights", DEQUANTIZED, {"weights_of": test}))
     entries: list[ParityEntry] = []
@@ -182,15 +175,17 @@ def pair(
         entries.append({"name": name, **entry})
     if len(entries) > 1:
         entries[0] = verdict.with_notes(entries[0], verdict.quantised_notes(entries[0], entries[1], target))
-    result: dict[str, Any] = {"schema": SCHEMA, "text": text, "identity": [], "parity": entries}
-    return finished({**result, "shapes": shaped} if asked else result, limits)
+    result: Compared = {"schema": SCHEMA, "text": text, "identity": [], "parity": entries}
+    if asked:
+        result["shapes"] = shaped
+    return finished(result, limits)
 
 
 def answers_of_device(
     reference: Path,
     answers: Path,
     tolerances: str,
-    opening: dict[str, Any],
+    opening: Opening,
     progress: Progress,
     limits: tolerance_files.Tolerances | None = None,
 ) -> Verification:
@@ -228,7 +223,7 @@ def _target(folder: Path) -> str:
 
 def _reference_options(folder: Path, how: Judging, target: str) -> dict[str, Any]:
     options = reference_options([how], moe=_is_moe(folder))
-    if options.get("replay") and _target(folder) not in ("portable", ""):
+    if options.get("replay") and _target(folder) not in (PORTABLE, ""):
         raise MoEdgeError(
             f"{target} is judged under its own choices, which {folder} cannot replay; compare it with "
             "the portable bundle or the checkpoint."

@@ -9,8 +9,8 @@ import numpy as np
 
 from moedge import MoEdgeError
 from moedge.export.manifest import GatherPlace
+from moedge.runtime.parity.figures import KeptFacts
 from moedge.runtime.parity.metrics import distance
-from moedge.runtime.parity.results import KeptFacts
 
 _ROUNDING = 8 * 2.0**-24
 """A value times its factor is rounded four times (difference, width of the ramp, quotient, product) on either side."""

@@ -37,8 +37,8 @@ import numpy as np
 from moedge.configs.tolerances import Profile
 from moedge.export.graph.layers import LayerPoint, Spot
 from moedge.export.manifest import GatherPlace
-from moedge.runtime.parity.metrics import gap, taken
 from moedge.runtime.parity.results import PartName
+from moedge.runtime.parity.routing import gap, taken
 
 LOGITS_STD = 4.0
 """Standard deviation of logits under p that the limits on KL are derived for."""

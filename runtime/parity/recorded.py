@@ -21,9 +21,10 @@ from moedge.runtime.device.moedge_archive import ANSWERS_SCHEMA
 from moedge.runtime.engines import Engine, Step
 from moedge.runtime.engines.info import EngineInfo, EngineModel
 from moedge.runtime.parity import compare as parity
-from moedge.runtime.parity.metrics import Cursor, RouteAgreement, TokenErrors
+from moedge.runtime.parity.metrics import Cursor, TokenErrors
 from moedge.runtime.parity.replay import Replay
 from moedge.runtime.parity.results import Parity
+from moedge.runtime.parity.routing import RouteAgreement
 
 
 class Recorded:

@@ -2,7 +2,7 @@
 
 ``ref.safetensors`` holds the text as token ids, what :mod:`.shortened` keeps of the logits of every token, which
 experts each layer chose for it, and, for the first tokens of the text (the *probe*), the stream that passes from layer
-to layer (:mod:`moedge.export.graph.stream`) and what each router ranked its experts by. :mod:`.against` says what these
+to layer (:mod:`moedge.export.graph.layers`) and what each router ranked its experts by. :mod:`.against` says what these
 judge.
 """
 
@@ -25,13 +25,16 @@ from moedge._progress import Progress
 from moedge.convert.adapters import MOE_PREFIX
 from moedge.convert.moe_adapters import FAMILIES as NATIVE
 from moedge.export import manifest as manifests
+from moedge.export.graph.layers import STREAM
 from moedge.export.manifest import EngineManifest, Manifest
+from moedge.export.targets import PORTABLE
 from moedge.runtime.engines import Engine, ReplayEngine, open_engine
 from moedge.runtime.engines.info import EngineInfo, EngineModel
+from moedge.runtime.engines.protocol import Opening
 from moedge.runtime.parity.compare import steps
+from moedge.runtime.parity.sample import Sample
 from moedge.runtime.parity.shortened import Shortened, joined, shortened
 from moedge.runtime.run import run_folder
-from moedge.runtime.text.windows import token_windows
 
 PROBE = 96
 """Tokens at the beginning of the text whose stream is kept, two thirds of them of one prefill, the others decoded."""
@@ -140,7 +143,7 @@ def identity_of(folder: Path) -> Identity:
     """
     manifest = manifests.read(folder)
     if manifest is not None:
-        own = manifests.content_hash(folder) if manifest.target == "portable" else manifest.parent
+        own = manifests.content_hash(folder) if manifest.target == PORTABLE else manifest.parent
         # An engine's parent is the bundle that it was built of, not the portable one.
         bundle = None if isinstance(manifest, EngineManifest) else own
         return Identity(
@@ -165,25 +168,22 @@ def how_to_open(folder: Path) -> dict[str, Any]:
         kind = str(config.get("model_type", ""))
         routed = kind.startswith(MOE_PREFIX)
         replay = routed and kind.removeprefix(MOE_PREFIX) not in NATIVE
-    elif not isinstance(manifest, Manifest) or manifest.target != "portable":
+    elif not isinstance(manifest, Manifest) or manifest.target != PORTABLE:
         raise MoEdgeError(
             f"A reference is kept of a checkpoint or of a portable bundle; {folder} is of target {manifest.target}."
         )
     else:
         routed = bool(manifest.layers)
         replay = bool(manifest.routed_layers) and not (manifest.moe and manifest.moe.nested)
-    return {"taps": routed, "replay": replay, "streams": "show"}
+    return {"taps": routed, "replay": replay, "layers": "shown", "spots": STREAM}
 
 
 def keep_given(
     folder: Path,
     path: Path,
     *,
-    text: str,
-    tokens: int,
-    window: int,
-    prefill: int,
-    opening: dict[str, Any],
+    sample: Sample,
+    opening: Opening,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Reference:
@@ -192,7 +192,7 @@ def keep_given(
     Args:
         folder: checkpoint, portable bundle, or a run folder, whose converted checkpoint is taken.
         path: the file to write.
-        text, tokens, window, prefill: as in :func:`moedge.runtime.parity.given.verify_given`.
+        sample: the text.
         opening: ``threads`` and ``pytorch`` of the engine.
         force: replace ``path``.
 
@@ -204,10 +204,10 @@ def keep_given(
     if run_folder.is_run(folder):
         folder = run_folder.checkpoint(folder)
     how = how_to_open(folder)
-    name, windows = token_windows(folder, text, window, -(-tokens // window))
+    name, windows = sample.windows(folder)
     identity = identity_of(folder)
     with closing(open_engine(folder, **opening, **how)) as engine:
-        return keep(engine, windows, path, text=name, prefill=prefill, identity=identity, progress=progress)
+        return keep(engine, windows, path, text=name, prefill=sample.prefill, identity=identity, progress=progress)
 
 
 def keep(
@@ -223,8 +223,8 @@ def keep(
     """Run the text and write what a later comparison needs.
 
     Args:
-        engine: opened with ``streams="show"``; a routed one with ``taps`` and, unless it holds experts inside experts,
-            ``replay``.
+        engine: opened to show the stream that layers read; a routed one with ``taps`` and, unless it holds experts
+            inside experts, ``replay``.
         windows: int64 [N, L], the text. path: the file; it is replaced.
         text: its name. prefill: tokens of each window that are read at once.
         identity: of the model.
@@ -285,7 +285,7 @@ def _probed(engine: Engine, window: np.ndarray, probe: int, prefill: int) -> Pro
         scores: dict[int, np.ndarray] = {}
         if step.router_inputs and isinstance(engine, ReplayEngine):
             scores = engine.scores(step.router_inputs)
-        streams = {layer: values[0] for layer, values in enumerate(step.streams or ())}
+        streams = {layer: values for (layer, _), values in (step.layers or {}).items()}
         for name, by_layer in (("routes", step.routes or {}), ("streams", streams), ("scores", scores)):
             for layer, values in by_layer.items():
                 found[name].setdefault(layer, []).append(values)

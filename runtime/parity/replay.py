@@ -46,9 +46,10 @@ from moedge import MoEdgeError
 from moedge.configs.tolerances import Profile
 from moedge.export.manifest import GatherPlace
 from moedge.runtime.engines import ReplayEngine, Step
+from moedge.runtime.parity.figures import Phases, Replayed
 from moedge.runtime.parity.kept import KeptChoices
-from moedge.runtime.parity.metrics import At, RouterChoices, TokenErrors
-from moedge.runtime.parity.results import Phases, Replayed
+from moedge.runtime.parity.metrics import At, TokenErrors
+from moedge.runtime.parity.routing import RouterChoices
 
 
 class Choices(TypedDict, total=False):

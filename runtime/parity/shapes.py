@@ -39,7 +39,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 
@@ -48,9 +47,9 @@ from moedge.configs.tolerances import Profile
 from moedge.runtime.engines import Engine, ReplayEngine, Step
 from moedge.runtime.engines.steps import part
 from moedge.runtime.parity import readings
-from moedge.runtime.parity.metrics import RouteAgreement
 from moedge.runtime.parity.replay import Replay
-from moedge.runtime.parity.results import EngineFacts, Shapes
+from moedge.runtime.parity.results import Shapes
+from moedge.runtime.parity.routing import RouteAgreement
 from moedge.runtime.parity.shape_cases import HINTS, ON_GPU, UNSURE, Between, Case, apart, number
 from moedge.runtime.parity.verdict import Check, Outcome, Verdict, kept_checks, router_checks
 
@@ -144,7 +143,7 @@ def check(test: Engine, windows: np.ndarray, asked: Asked, rules: Rules) -> Shap
     verdict = runs.verdict()
     return {
         "schema": "moedge.shapes/1",
-        "test": cast("EngineFacts", test.info.as_json()),
+        "test": test.info.as_json(),
         "prompts": list(prompts),
         "cases": {name: case.facts() for name, case in runs.cases.items()},
         "not_run": runs.not_run,

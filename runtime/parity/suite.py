@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,13 +16,14 @@ from moedge.export import manifest as manifests
 from moedge.export import targets
 from moedge.export.manifest import EngineManifest, Manifest
 from moedge.runtime.engines import Engine, open_engine
+from moedge.runtime.engines.protocol import Opening, TorchOptions
 from moedge.runtime.parity import compare as parity
 from moedge.runtime.parity import outcomes, shapes, verdict, where
 from moedge.runtime.parity.comparisons import Comparison, Group, comparisons, grouped, identity_reference
-from moedge.runtime.parity.results import Identity, Parity, Shapes, Verification
+from moedge.runtime.parity.results import Compared, Identity, Parity, Shapes, Verification
 from moedge.runtime.run.refs import TORCH_DENSE, TORCH_MOE, EngineRef
 
-SCHEMA = "moedge.verify/1"
+SCHEMA: Literal["moedge.verify/1"] = "moedge.verify/1"
 ALL_EXPERTS = 1 << 16
 """A top_k beyond any layer's number of experts; engines take it as "all of them"."""
 DEQUANTIZED = "dequantized"
@@ -40,7 +41,7 @@ def verify_run(
     limits: tolerance_files.Tolerances | None = None,
     text: str,
     threads: int | None = None,
-    pytorch: dict[str, Any] | None = None,
+    pytorch: TorchOptions | None = None,
     asked: shapes.Asked | None = None,
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] | None = None,
@@ -64,45 +65,153 @@ def verify_run(
         "outcome"}``; entries are what :mod:`parity` returns plus ``"name"``, the note says why the dense parent is not
         the identity's reference, or is None.
     """
-    limits = limits or tolerance_files.load()
+    suite = _Suite(
+        engines=engines,
+        windows=windows,
+        prefill=prefill,
+        tolerances=tolerances,
+        limits=limits or tolerance_files.load(),
+        opening={"threads": threads, "pytorch": pytorch},
+        asked=asked,
+        note=note or (lambda _: None),
+    )
     identity, identity_note = identity_reference(engines)
-    groups = grouped(comparisons(engines, identity), len(windows))
-    per_window = windows.shape[1]
-    total = per_window * sum(group.windows for group in groups)
-    opening = {"threads": threads, "pytorch": pytorch}
-    done = 0
-
-    def step(local: int, _: int) -> None:
-        if progress:
-            progress(done + local, total)
-
-    found: dict[Comparison, Any] = {}  # a ParityEntry or, where the kind is identity, an IdentityEntry
-    shaped: dict[EngineRef, Shapes] = {}
-    judging = _last(groups) if asked else {}
-    for group, tests in groups.items():
-
-        def read(test: EngineRef, engine: Engine, rules: shapes.Rules, group: Group = group) -> None:
-            if asked and judging.get(test) == group:
-                shaped[test] = shapes.check(engine, windows, asked, rules)
-
-        entries = _compare(
-            group, tests, engines, windows[: group.windows], limits, tolerances, prefill, opening, step, read
-        )
-        done += per_window * group.windows
-        for test, entry in entries.items():
-            one = group.comparison(test)
-            found[one] = {"name": one.name, **entry}
-            if note:
-                note(f"{one.kind} {one.name}: {_said(entry)}")
-                if judging.get(test) == group:
-                    note(f"{shapes.name(str(test))}: {_said(shaped[test])}")
-    found = _related(found, engines, limits, tolerances, note)
-    result: dict[str, Any] = {"schema": SCHEMA, "text": text, "identity_note": identity_note}
-    result["identity"] = [entry for one, entry in found.items() if one.kind == "identity"]
-    result["parity"] = [entry for one, entry in found.items() if one.kind != "identity"]
+    found, shaped = suite.run(grouped(comparisons(engines, identity), len(windows)), progress)
+    found = suite.related(found)
+    result: Compared = {
+        "schema": SCHEMA,
+        "text": text,
+        "identity_note": identity_note,
+        "identity": [entry for one, entry in found.items() if one.kind == "identity"],
+        "parity": [entry for one, entry in found.items() if one.kind != "identity"],
+    }
     if asked:
         result["shapes"] = [{"name": shapes.name(str(test)), **entry} for test, entry in shaped.items()]
-    return finished(result, limits)
+    return finished(result, suite.limits)
+
+
+@dataclass(frozen=True)
+class _Suite:
+    """What every comparison of a run needs; see :func:`verify_run`."""
+
+    engines: Mapping[EngineRef, Path]
+    windows: np.ndarray
+    prefill: int
+    tolerances: str
+    limits: tolerance_files.Tolerances
+    opening: Opening
+    asked: shapes.Asked | None
+    note: Callable[[str], None]
+
+    def run(
+        self, groups: Mapping[Group, list[EngineRef]], progress: Callable[[int, int], None] | None
+    ) -> tuple[dict[Comparison, Any], dict[EngineRef, Shapes]]:
+        """Compare group by group; ``progress`` is called with (tokens done, tokens in all) over all of them.
+
+        Returns:
+            an entry a comparison (a ParityEntry or, where its kind is identity, an IdentityEntry), and what each engine
+            did in other shapes.
+        """
+        per_window = self.windows.shape[1]
+        total = per_window * sum(group.windows for group in groups)
+        done = 0
+
+        def step(local: int, _: int) -> None:
+            if progress:
+                progress(done + local, total)
+
+        found: dict[Comparison, Any] = {}
+        shaped: dict[EngineRef, Shapes] = {}
+        last = _last(groups) if self.asked else {}
+        for group, tests in groups.items():
+            entries, read = self.compare(group, tests, [test for test in tests if last.get(test) == group], step)
+            done += per_window * group.windows
+            shaped |= read
+            found |= {group.comparison(test): {"name": group.comparison(test).name, **entries[test]} for test in tests}
+            self.tell(group, entries, read)
+        return found, shaped
+
+    def compare(
+        self, group: Group, tests: list[EngineRef], also: Collection[EngineRef], progress: Callable[[int, int], None]
+    ) -> tuple[Mapping[EngineRef, Parity | Identity], dict[EngineRef, Shapes]]:
+        """Open the engines of one group, compare, and read some of them in other shapes before they are closed.
+
+        Where a comparison failed, its engines are opened once more to look where.
+
+        Args:
+            tests: engines that are compared with the group's reference. also: those that are read in other shapes.
+            progress: called with (tokens done, tokens in all).
+        """
+        engines, windows = self.engines, self.windows[: group.windows]
+        kept = DEQUANTIZED if group.kind == "kernels" else self.tolerances
+        judged = {test: Judging.of(engines[test], self.limits, kept, test.target) for test in tests}
+        reference, shown = self._options(group, judged)
+        one = partial(open_engine, engines[group.reference], **self.opening, **reference)
+        two = {test: partial(open_engine, engines[test], **self.opening, **shown[test]) for test in tests}
+        shaped: dict[EngineRef, Shapes] = {}
+        with ExitStack() as stack:
+            against = stack.enter_context(closing(one()))
+            opened = {test: stack.enter_context(closing(opener())) for test, opener in two.items()}
+            found: Mapping[EngineRef, Any]
+            if group.kind == "identity":
+                checked = {test: (engine, judged[test].limits.identity_rel_error) for test, engine in opened.items()}
+                found = parity.identity_all(against, checked, windows, prefill=self.prefill, progress=progress)
+            else:
+                compared = {test: (engine, judged[test].limits) for test, engine in opened.items()}
+                entries = parity.compare_all(against, compared, windows, prefill=self.prefill, progress=progress)
+                for test in also if self.asked else ():
+                    own = kernel_limits(engines[test], self.limits, self.tolerances, test.target)
+                    rules = judged[test].rules(own, against, opened[test])
+                    assert self.asked is not None
+                    shaped[test] = shapes.check(opened[test], self.windows, self.asked, rules)
+                found = {test: judged[test].explained(entry) for test, entry in entries.items()}
+
+        def located(test: EngineRef, entry: Any) -> Any:
+            own = judged[test].limits
+            exact = exact_limits(self.limits, own, self.tolerances, test.target)
+            again = where.Again(one, two[test], windows[0], self.prefill, own, exact)
+            return where.explained(entry, list(windows), again.on, engines[test])
+
+        return {test: located(test, entry) for test, entry in found.items()}, shaped
+
+    def _options(
+        self, group: Group, judged: Mapping[EngineRef, Judging]
+    ) -> tuple[dict[str, Any], dict[EngineRef, dict[str, Any]]]:
+        """How the reference of a group is opened, and each engine beside it."""
+        moe = group.reference.role == "moe"
+        if group.kind == "identity":
+            every: dict[str, Any] = {"top_k": ALL_EXPERTS}
+            return {"taps": moe, **(every if moe else {})}, dict.fromkeys(judged, every)
+        rounded = {"weights_of": self.engines[group.rounded]} if group.rounded else {}
+        reference = {**reference_options(judged.values(), moe=moe), **rounded}
+        return reference, {test: how.options(moe=moe) for test, how in judged.items()}
+
+    def tell(self, group: Group, entries: Mapping[EngineRef, Any], shaped: Mapping[EngineRef, Shapes]) -> None:
+        """Note a sentence about each finished comparison."""
+        for test, entry in entries.items():
+            one = group.comparison(test)
+            self.note(f"{one.kind} {one.name}: {_said(entry)}")
+            if test in shaped:
+                self.note(f"{shapes.name(str(test))}: {_said(shaped[test])}")
+
+    def related(self, entries: Mapping[Comparison, Any]) -> dict[Comparison, Any]:
+        """Judge what takes two comparisons: a quantised MoE beside its parent, and its weights beside its kernels."""
+        found = dict(entries)
+        for ref in self.engines:
+            moe = Comparison("parity", TORCH_MOE, ref)
+            parent = Comparison("parity", TORCH_DENSE, EngineRef(ref.target, "dense"))
+            if moe in found and parent in found:
+                own = self.limits.profile(self.tolerances, ref.target, graph_dtype(self.engines[ref]))
+                if limit := own.kl_ratio_to_dense:
+                    found[moe] = verdict.with_ratio(found[moe], found[parent], limit)
+                    value = found[moe]["verdict"]["checks"][-1]["value"] or float("nan")
+                    self.note(f"{ref}: its mean KL is {value:.2f} times the dense parent's at {ref.target}")
+            kernels = Comparison("kernels", EngineRef(targets.PORTABLE, ref.role), ref)
+            against = Comparison("parity", EngineRef("torch", ref.role), ref)
+            if kernels in found and against in found:
+                notes = verdict.quantised_notes(found[against], found[kernels], ref.target)
+                found[against] = verdict.with_notes(found[against], notes)
+        return found
 
 
 def _last(groups: Mapping[Group, list[EngineRef]]) -> dict[EngineRef, Group]:
@@ -115,42 +224,15 @@ def _last(groups: Mapping[Group, list[EngineRef]]) -> dict[EngineRef, Group]:
     return found
 
 
-def finished(result: dict[str, Any], limits: tolerance_files.Tolerances) -> Verification:
+def finished(result: Compared, limits: tolerance_files.Tolerances) -> Verification:
     """Return a verify result with its outcome: ``passed`` for programs that ask only that, ``outcome`` of three.
 
     A user's tolerances file stands in it with its hash and the limits that it names.
     """
     outcome = verdict.run_outcome(result)
+    found: Verification = {**result, "passed": outcome is verdict.Outcome.PASSED, "outcome": outcome.value}
     if limits.origin:
-        result = {**result, "tolerances": limits.origin.model_dump()}
-    passed = outcome is verdict.Outcome.PASSED
-    return cast("Verification", {**result, "passed": passed, "outcome": outcome.value})
-
-
-def _related(
-    entries: Mapping[Comparison, Any],
-    engines: Mapping[EngineRef, Path],
-    limits: tolerance_files.Tolerances,
-    tolerances: str,
-    note: Callable[[str], None] | None,
-) -> dict[Comparison, Any]:
-    """Judge what takes two comparisons: a quantised MoE beside its quantised parent, its weights beside its kernels."""
-    found = dict(entries)
-    for ref in engines:
-        moe = Comparison("parity", TORCH_MOE, ref)
-        parent = Comparison("parity", TORCH_DENSE, EngineRef(ref.target, "dense"))
-        if moe in found and parent in found:
-            limit = limits.profile(tolerances, ref.target, graph_dtype(engines[ref])).kl_ratio_to_dense
-            if limit:
-                found[moe] = verdict.with_ratio(found[moe], found[parent], limit)
-                value = found[moe]["verdict"]["checks"][-1]["value"] or float("nan")
-                if note:
-                    note(f"{ref}: its mean KL is {value:.2f} times the dense parent's at {ref.target}")
-        kernels = Comparison("kernels", EngineRef("portable", ref.role), ref)
-        against = Comparison("parity", EngineRef("torch", ref.role), ref)
-        if kernels in found and against in found:
-            notes = verdict.quantised_notes(found[against], found[kernels], ref.target)
-            found[against] = verdict.with_notes(found[against], notes)
+        found["tolerances"] = limits.origin.model_dump()
     return found
 
 
@@ -227,59 +309,6 @@ def kernel_limits(folder: Path, limits: tolerance_files.Tolerances, dtype: str, 
 def reference_options(tests: Iterable[Judging], *, moe: bool) -> dict[str, Any]:
     """How to open the engine that others are compared with; it must replay the choices of those that need it."""
     return {"taps": moe, "replay": True} if moe and any(test.replayed for test in tests) else {"taps": moe}
-
-
-def _compare(
-    group: Group,
-    tests: list[EngineRef],
-    engines: Mapping[EngineRef, Path],
-    windows: np.ndarray,
-    limits: tolerance_files.Tolerances,
-    tolerances: str,
-    prefill: int,
-    opening: dict[str, Any],
-    progress: Callable[[int, int], None],
-    read: Callable[[EngineRef, Engine, shapes.Rules], None],
-) -> Mapping[EngineRef, Parity | Identity]:
-    """Open the engines of one group, compare, let ``read`` run those under test in other shapes, and close them.
-
-    Where a comparison failed, its engines are opened once more to look where.
-    """
-    moe = group.reference.role == "moe"
-    every: dict[str, Any] = {"top_k": ALL_EXPERTS}
-    kept = DEQUANTIZED if group.kind == "kernels" else tolerances
-    judged = {test: Judging.of(engines[test], limits, kept, test.target) for test in tests}
-    options = {"weights_of": engines[group.rounded]} if group.rounded else {}
-    if group.kind == "identity":
-        reference = {"taps": moe, **(every if moe else {})}
-        shown = dict.fromkeys(tests, every)
-    else:
-        reference = {**reference_options(judged.values(), moe=moe), **options}
-        shown = {test: how.options(moe=moe) for test, how in judged.items()}
-    one = partial(open_engine, engines[group.reference], **opening, **reference)
-    two = {test: partial(open_engine, engines[test], **opening, **shown[test]) for test in tests}
-    with ExitStack() as stack:
-        against = stack.enter_context(closing(one()))
-        opened = {test: stack.enter_context(closing(opener())) for test, opener in two.items()}
-        found: Mapping[EngineRef, Any]
-        if group.kind == "identity":
-            checked = {test: (engine, judged[test].limits.identity_rel_error) for test, engine in opened.items()}
-            found = parity.identity_all(against, checked, windows, prefill=prefill, progress=progress)
-        else:
-            compared = {test: (engine, judged[test].limits) for test, engine in opened.items()}
-            entries = parity.compare_all(against, compared, windows, prefill=prefill, progress=progress)
-            for test, how in judged.items():
-                own = kernel_limits(engines[test], limits, tolerances, test.target)
-                read(test, opened[test], how.rules(own, against, opened[test]))
-            found = {test: judged[test].explained(entry) for test, entry in entries.items()}
-
-    def located(test: EngineRef, entry: Any) -> Any:
-        own = judged[test].limits
-        exact = exact_limits(limits, own, tolerances, test.target)
-        again = where.Again(one, two[test], windows[0], prefill, own, exact)
-        return where.explained(entry, list(windows), again.on, engines[test])
-
-    return {test: located(test, entry) for test, entry in found.items()}
 
 
 def exact_limits(

@@ -15,17 +15,8 @@ from typing import Any, TypeVar, cast
 
 from moedge.configs.tolerances import Profile
 from moedge.export import targets
-from moedge.runtime.parity.results import (
-    CheckFacts,
-    KeptFacts,
-    Parity,
-    Phase,
-    Relation,
-    Replayed,
-    RouterFacts,
-    VerdictFacts,
-    by_phase,
-)
+from moedge.runtime.parity.figures import CheckFacts, KeptFacts, Phase, Relation, Replayed, RouterFacts, VerdictFacts
+from moedge.runtime.parity.results import Parity, by_phase
 
 
 class Outcome(str, Enum):

@@ -70,7 +70,7 @@ class LlamaCppEngine(PeerEngine):
         said = ctypes.create_string_buffer(256)
         model = self._llama.model
         self._api.llama_model_desc(model, said, 256)
-        kind = said.value.decode(errors="replace").split("B ")[-1].split("M ")[-1].strip()
+        kind = said.value.decode(errors="replace").split("B ")[-1].split("M ")[-1].removeprefix("all ").strip()
         mean = 8 * self._api.llama_model_size(model) / max(1, self._api.llama_model_n_params(model))
         found = re.search(r"I?Q(\d)", kind)
         return int(found[1]) if found else None, f"{kind}, {mean:.1f} bits a weight"

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from moedge.runtime.parity import verdict
+from moedge.runtime.parity.figures import CheckFacts, LayersFacts, Replayed
 from moedge.runtime.parity.outcomes import mark
-from moedge.runtime.parity.results import CheckFacts, LayersFacts, ParityEntry, Replayed, Verification
+from moedge.runtime.parity.results import ParityEntry, Verification
 from moedge.runtime.report import ci
 
 

@@ -15,7 +15,8 @@ from moedge._files import write_json
 from moedge.convert.forms import Form
 from moedge.runtime.bench.results import Bench
 from moedge.runtime.frontier.schema import Frontier
-from moedge.runtime.parity.results import Count, Outcome, Verification, closed, opened
+from moedge.runtime.parity.figures import Count, Outcome, closed, opened
+from moedge.runtime.parity.results import Verification
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Share = Annotated[float, Field(ge=0, le=1)]

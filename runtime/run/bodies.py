@@ -266,6 +266,7 @@ def bench(context: Context) -> None:
     from functools import partial
 
     from moedge.convert.sources import load_tokenizer
+    from moedge.export.targets import PORTABLE
     from moedge.runtime.bench import latency as benchmark
     from moedge.runtime.bench import profiling
     from moedge.runtime.bench.headroom import add_headroom
@@ -280,7 +281,7 @@ def bench(context: Context) -> None:
         load_tokenizer(run_folder.dense(context.root)), text, params["prompt"], 1, bos=False, name="benchmark"
     )[0]
     found, not_executed = run_folder.executable(run_folder.engines(context.root, dense_bundles=params["dense_parent"]))
-    found.pop(EngineRef("portable", "dense"), None)  # nobody's choice for speed: the lowered parent is the one to beat
+    found.pop(EngineRef(PORTABLE, "dense"), None)  # nobody's choice for speed: the lowered parent is the one to beat
     pytorch = {name: params[name] for name in ("device", "dtype")}
     folders = {str(ref): path for ref, path in found.items()}
     engines = {

@@ -14,6 +14,7 @@ from moedge.convert.tasks import Questions, TaskScore, data_files
 from moedge.export import manifest as manifests
 from moedge.runtime.engines import Engine, open_engine
 from moedge.runtime.engines.given import local
+from moedge.runtime.engines.protocol import Opening
 from moedge.runtime.run import held_out, run_folder
 from moedge.runtime.text.tokenizer import Tokenizer, open_tokenizer
 
@@ -95,7 +96,7 @@ def scores(
     texts = list({text.name: text for text, _ in read}.values())
     rows, answers = [], dict[str, list[TaskScore]]()
     for model in models:
-        opening: dict[str, Any] = {"threads": evaluation.threads, "pytorch": {"device": evaluation.device}}
+        opening: Opening = {"threads": evaluation.threads, "pytorch": {"device": evaluation.device}}
         with closing(open_engine(model.folder, **opening)) as engine:
             measure = _Measure(model, engine, open_tokenizer(model.folder), evaluation, progress)
             row: dict[str, Any] = {"model": model.label, "engine": _facts(engine), "perplexity": {}, "tasks": []}

@@ -8,7 +8,7 @@ cannot come.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -157,40 +157,56 @@ def processors(settings: Mapping[str, Any], prompt: Sequence[int], ends: Iterabl
         ends: ids that end the text.
         budget: tokens that may be made.
     """
-    ends, start, made = list(ends), len(prompt), list[Processor]()
+    ends = list(ends)
+    return [
+        *_of_repetition(settings, prompt, ends),
+        *_of_length(settings, len(prompt), ends, budget),
+        *_of_tokens(settings, len(prompt)),
+    ]
+
+
+def _of_repetition(settings: Mapping[str, Any], prompt: Sequence[int], ends: list[int]) -> Iterator[Processor]:
+    """Biases, penalties, and what may not come again or at all; arguments as of :func:`processors`."""
     get = settings.get
     if pairs := get("sequence_bias"):
-        made.append(lambda ids, scores: bias_sequences(scores, ids, pairs))
+        yield lambda ids, scores: bias_sequences(scores, ids, pairs)
     if get("encoder_repetition_penalty"):
         inverse = 1 / settings["encoder_repetition_penalty"]
-        made.append(lambda _, scores: penalise(scores, prompt, inverse))
+        yield lambda _, scores: penalise(scores, prompt, inverse)
     if penalty := get("repetition_penalty"):
-        made.append(lambda ids, scores: penalise(scores, ids, penalty))
+        yield lambda ids, scores: penalise(scores, ids, penalty)
     if size := get("no_repeat_ngram_size"):
-        made.append(lambda ids, scores: no_repeat_ngram(scores, ids, ids, size))
+        yield lambda ids, scores: no_repeat_ngram(scores, ids, ids, size)
     if of_prompt := get("encoder_no_repeat_ngram_size"):
-        made.append(lambda ids, scores: no_repeat_ngram(scores, ids, prompt, of_prompt))
+        yield lambda ids, scores: no_repeat_ngram(scores, ids, prompt, of_prompt)
     if words := [(word, -np.inf) for word in get("bad_words_ids") or [] if word not in [[end] for end in ends]]:
-        made.append(lambda ids, scores: bias_sequences(scores, ids, words))
+        yield lambda ids, scores: bias_sequences(scores, ids, words)
+
+
+def _of_length(settings: Mapping[str, Any], start: int, ends: list[int], budget: int) -> Iterator[Processor]:
+    """What a text of ``start`` tokens begins and ends with, and how long it is."""
+    get = settings.get
     # Tokens that there are at least, the prompt included. Where both are given the second one counts.
     least = get("min_length") or 0 if get("min_new_tokens") is None else start + settings["min_new_tokens"]
-    made.append(lambda ids, scores: suppress(scores, ends) if len(ids) < least else scores)
+    yield lambda ids, scores: suppress(scores, ends) if len(ids) < least else scores
     if (first := get("forced_bos_token_id")) is not None:
-        made.append(lambda ids, scores: force(scores, [first]) if len(ids) == 1 else scores)
+        yield lambda ids, scores: force(scores, [first]) if len(ids) == 1 else scores
     if (last := get("forced_eos_token_id")) is not None:
         final = [last] if isinstance(last, int) else list(last)
-        made.append(lambda ids, scores: force(scores, final) if len(ids) == start + budget - 1 else scores)
+        yield lambda ids, scores: force(scores, final) if len(ids) == start + budget - 1 else scores
     if decay := get("exponential_decay_length_penalty"):
         begin = start + decay[0]
-        made.append(
-            lambda ids, scores: favour_ends(scores, ends, decay[1], len(ids) - begin) if len(ids) > begin else scores
-        )
+        yield lambda ids, scores: favour_ends(scores, ends, decay[1], len(ids) - begin) if len(ids) > begin else scores
+
+
+def _of_tokens(settings: Mapping[str, Any], start: int) -> Iterator[Processor]:
+    """Tokens that may never come, or not first."""
+    get = settings.get
     if never := get("suppress_tokens"):
-        made.append(lambda _, scores: suppress(scores, never))
+        yield lambda _, scores: suppress(scores, never)
     if not_first := get("begin_suppress_tokens"):
-        at = start + (1 if start == 1 and first is not None else 0)
-        made.append(lambda ids, scores: suppress(scores, not_first) if len(ids) == at else scores)
-    return made
+        at = start + (1 if start == 1 and get("forced_bos_token_id") is not None else 0)
+        yield lambda ids, scores: suppress(scores, not_first) if len(ids) == at else scores
 
 
 WARPERS: dict[str, Callable[[np.ndarray, Any], np.ndarray]] = {

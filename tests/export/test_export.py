@@ -283,7 +283,7 @@ def test_external_data_may_only_point_to_listed_files(copied, location):
         bundle.check_external_data(copied / "model.onnx", {"model.onnx", "model.onnx.data"})
 
 
-def test_two_exports_of_one_checkpoint_are_the_same_bytes(bundles, checkpoints, tmp_path):
+def test_two_exports_of_one_checkpoint_are_the_same_bytes(bundles, checkpoints, tmp_path, traced_anew):
     again = export(checkpoints["moe"], tmp_path, ["ort-cpu"], label="moe")
     for target, path in again.items():
         assert bundle.open_bundle(path).sha256 == bundle.open_bundle(bundles[f"moe/{target}"]).sha256

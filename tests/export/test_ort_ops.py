@@ -26,7 +26,6 @@ from onnx import helper, numpy_helper
 
 from moedge import MoEdgeError
 from moedge.convert import ops
-from moedge.convert.sources import assets
 from moedge.export.ort_ops import library, pack
 from moedge.export.quantize.format import Quantized, quantize
 
@@ -43,7 +42,7 @@ def built() -> Path:
     """The library, compiled once for this machine."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
-    return library.cached_library(assets.cache_dir() / "ort-ops")
+    return library.compiled()
 
 
 @pytest.fixture(params=ISAS)

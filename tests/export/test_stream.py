@@ -1,4 +1,4 @@
-"""The stream between layers is found in every graph, shown as PyTorch has it, and replaced without a trace."""
+"""The stream between layers is found in every graph, shown as PyTorch has it, and given without a trace."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import pytest
 
 from moedge import MoEdgeError
 from moedge.convert import modeling
-from moedge.export.graph import stream
+from moedge.export.graph import layers as graph_layers
+from moedge.export.graph.layers import STREAM
 from moedge.export.pipeline import export
 from moedge.runtime.engines import open_engine
 
@@ -47,24 +48,32 @@ def folders(
     return folder
 
 
-def shown(folder: Path) -> list[list[np.ndarray]]:
-    """The stream of a prefill and of two decode steps."""
-    engine: Any = open_engine(folder, streams="show", threads=1)
+Stream = dict[tuple[int, str], np.ndarray]
+
+
+def shown(folder: Path) -> list[Stream]:
+    """The stream of a prefill and of two decode steps, float32 [B*S, H] by layer."""
+    engine: Any = open_engine(folder, layers="shown", spots=STREAM, threads=1)
     step = engine.prefill(IDS[:, :10])
-    found = [step.streams]
+    found = [step.layers]
     for at in (10, 11):
         step = engine.decode(IDS[:, at : at + 1], step.cache)
-        found.append(step.streams)
+        found.append(step.layers)
     engine.close()
     return found
+
+
+def given_stream(folder: Path) -> Any:
+    return open_engine(folder, layers="given", spots=STREAM, threads=1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("target", ["portable", "ort-cpu"])
 def test_a_bundle_shows_the_stream_that_pytorch_has(folders: Any, kind: str, target: str) -> None:
     for one, two in zip(shown(folders(kind, "checkpoint")), shown(folders(kind, target)), strict=True):
-        assert len(one) == len(two) == LAYERS + 1
-        for a, b in zip(one, two, strict=True):
+        assert one.keys() == two.keys() == {(layer, "stream") for layer in range(LAYERS + 1)}
+        for point, a in one.items():
+            b = two[point]
             assert a.shape == b.shape
             np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-4 * np.abs(a).max())
 
@@ -74,40 +83,42 @@ def test_a_bundle_shows_the_stream_that_pytorch_has(folders: Any, kind: str, tar
 def test_its_own_stream_in_its_place_changes_nothing(folders: Any, kind: str, target: str) -> None:
     streams = shown(folders(kind, target))
     plain: Any = open_engine(folders(kind, target), threads=1)
-    given: Any = open_engine(folders(kind, target), streams="replace", threads=1)
-    one, two = plain.prefill(IDS[:, :10]), given.prefill(IDS[:, :10], streams=streams[0])
+    given = given_stream(folders(kind, target))
+    one, two = plain.prefill(IDS[:, :10]), given.prefill(IDS[:, :10], given=streams[0])
     for at in (10, 11, 12):
         scale = np.abs(one.logits).max()
         # The norm alone takes the place of the node that adds and normalises: the last bit may differ.
         np.testing.assert_allclose(two.logits, one.logits, rtol=0, atol=(1e-2 if "rtx" in target else 1e-5) * scale)
-        for a, b in zip(streams[at - 10], two.streams, strict=True):
+        assert two.layers.keys() == streams[at - 10].keys()
+        for point, a in streams[at - 10].items():
+            b = two.layers[point]
             np.testing.assert_allclose(b, a, rtol=0, atol=(1e-2 if "rtx" in target else 1e-5) * np.abs(a).max())
         if at < 12:
             ids = IDS[:, at : at + 1]
-            one, two = plain.decode(ids, one.cache), given.decode(ids, two.cache, streams=streams[at - 9])
+            one, two = plain.decode(ids, one.cache), given.decode(ids, two.cache, given=streams[at - 9])
 
 
 @pytest.mark.parametrize("target", ["portable", "ort-cpu", "ort-cpu-int8"])
 def test_a_layer_sees_its_own_stream_alone(folders: Any, target: str) -> None:
     streams = shown(folders("routed", target))[0]
-    given: Any = open_engine(folders("routed", target), streams="replace", threads=1)
-    right = given.prefill(IDS[:, :10], streams=streams).streams
-    other = [values + (layer == 1) for layer, values in enumerate(streams)]
-    found = given.prefill(IDS[:, :10], streams=other).streams
-    changed = [not np.array_equal(a, b) for a, b in zip(right, found, strict=True)]
-    assert changed == [False, False, True, False]
+    given = given_stream(folders("routed", target))
+    right = given.prefill(IDS[:, :10], given=streams).layers
+    other = {point: values + (point[0] == 1) for point, values in streams.items()}
+    found = given.prefill(IDS[:, :10], given=other).layers
+    changed = {layer: not np.array_equal(values, found[layer, spot]) for (layer, spot), values in right.items()}
+    assert changed == {0: False, 1: False, 2: True, 3: False}
 
 
 def test_what_cannot_be_taken_apart_or_is_given_wrongly_is_refused(folders: Any, tmp_path: Path) -> None:
-    given: Any = open_engine(folders("llama", "ort-cpu"), streams="replace", threads=1)
-    with pytest.raises(MoEdgeError, match=re.escape(f"reads {LAYERS + 1} streams of the caller's, 0 are given")):
+    given = given_stream(folders("llama", "ort-cpu"))
+    with pytest.raises(MoEdgeError, match=re.escape(f"takes layers for {LAYERS + 1} points, not for 0")):
         given.prefill(IDS)
     plain: Any = open_engine(folders("llama", "ort-cpu"), threads=1)
-    with pytest.raises(MoEdgeError, match="reads 0 streams"):
-        plain.prefill(IDS, streams=[IDS[..., None].astype(np.float32)])
+    with pytest.raises(MoEdgeError, match="takes layers for 0 points, not for 1"):
+        plain.prefill(IDS, given={(0, "stream"): IDS[..., None].astype(np.float32)})
     model = onnx.load(folders("llama", "portable") / "model.onnx", load_external_data=False)
-    with pytest.raises(MoEdgeError, match="layer 3 reads cannot be found"):
-        stream.show(model, LAYERS + 1, "a graph")
+    with pytest.raises(MoEdgeError, match="a graph does not show its layers: its graph is no chain of 4 layers"):
+        graph_layers.show(model, Path("a graph"), LAYERS + 1, spots=STREAM)
     del model.graph.node[-1]
-    with pytest.raises(MoEdgeError, match="cannot be found"):
-        stream.show(model, LAYERS, "a graph")
+    with pytest.raises(MoEdgeError, match="no chain of 3 layers"):
+        graph_layers.show(model, Path("a graph"), LAYERS, spots=STREAM)

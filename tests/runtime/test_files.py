@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,3 +102,20 @@ def test_force_never_replaces_the_working_or_the_home_folder(tmp_path: Path, mon
     with atomic_dir(Path("new"), force=True, inputs=["asset:wiki", "new/model"]) as partial:
         (partial / "file").write_text("new")
     assert (work / "new" / "file").read_text() == "new"
+
+
+def test_a_signal_while_a_partial_folder_is_removed_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove, calls = shutil.rmtree, []
+
+    def interrupted(folder: Path, **options: bool) -> None:
+        calls.append(folder)
+        if len(calls) == 1:
+            raise SystemExit(143)
+        remove(folder, **options)
+
+    monkeypatch.setattr("moedge._files.shutil.rmtree", interrupted)
+    with pytest.raises(SystemExit), atomic_dir(tmp_path / "out"):
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []

@@ -298,10 +298,11 @@ def test_a_peer_computes_what_the_checkpoint_does(name: str, checkpoint: Path, t
             got, want = engine.decode(ids, got.cache), reference.decode(ids, want.cache)
         with pytest.raises(MoEdgeError, match="prefill again"):
             engine.decode(ids, used)
-    # All compute in float32, so the limits are those of another float32 runtime (configs/tolerances.yaml).
-    limits = load().profile("float32", "portable")
-    assert np.median(errors) <= limits.median_rel_error
-    assert np.mean(errors) <= limits.mean_rel_error
+    # All compute in float32, so the limits are those of another float32 runtime (configs/tolerances.yaml); but
+    # llama.cpp keeps keys and values in float16: 2^-11 of each, in two layers, both for the scores and the sums.
+    limits, half = load().profile("float32", "portable"), 4 * 2.0**-11 if name == "llama.cpp" else 0.0
+    assert np.median(errors) <= limits.median_rel_error + half
+    assert np.mean(errors) <= limits.mean_rel_error + half
     assert engine.info.threads == 1
     assert getattr(engine, "bits", None) is None
     with pytest.raises(MoEdgeError, match=r"\d+ tokens do not fit"):

@@ -33,6 +33,7 @@ from moedge.runtime.parity import reference as references
 from moedge.runtime.parity.compare import compare
 from moedge.runtime.parity.given import against_kept
 from moedge.runtime.parity.metrics import TokenErrors
+from moedge.runtime.parity.sample import Sample
 from moedge.runtime.parity.verdict import Check, Outcome, Verdict
 from moedge.runtime.report import schema
 from moedge.runtime.report.checks import junit_xml, markdown
@@ -250,9 +251,9 @@ def test_the_portable_bundle_and_the_checkpoint_keep_the_same_model(folders: Any
     kept = keep(folders("routed", "portable"), tmp_path / "ref.safetensors")
     assert kept.facts.identity.same(references.load(folders("routed", "reference")).facts.identity)
     assert missed(judged(folders("routed", "ort-cpu"), tmp_path / "ref.safetensors")) == []
-    text: dict[str, Any] = {"text": "asset:wiki", "tokens": 64, "window": 32, "prefill": 16}
+    sample = Sample("asset:wiki", tokens=64, window=32, prefill=16)
     with pytest.raises(MoEdgeError, match=r"of a checkpoint or of a portable bundle; .* is of target ort-cpu"):
-        references.keep_given(folders("routed", "ort-cpu"), tmp_path / "x.safetensors", **text, opening={})
+        references.keep_given(folders("routed", "ort-cpu"), tmp_path / "x.safetensors", sample=sample, opening={})
 
 
 def test_bundles_of_older_versions_are_known_by_what_they_state(folders: Any, tmp_path: Path) -> None:

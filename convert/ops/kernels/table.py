@@ -7,6 +7,8 @@ bytes and operations that each call is designed for.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,35 +67,63 @@ def _gathered_cases() -> dict[str, Launch]:
     return found
 
 
-def resources(capabilities: list[int], labels: list[str] | None = None) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Resources:
+    """What a kernel takes of a GPU."""
+
+    kernel: str
+    capability: int
+    registers: int
+    """Of a thread."""
+    spills: int
+    """Bytes of a thread."""
+    shared: int
+    """Bytes of a block."""
+    ptx: int
+    cubin: int
+    """Bytes of both files."""
+    threads: int
+    """Of a block."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one call of an operator for so many tokens."""
+
+    kernel: str
+    tokens: int
+    bytes: int
+    operations: int
+
+
+def resources(launches: Mapping[str, Launch], capabilities: Sequence[int]) -> list[Resources]:
     """Compile and assemble; one row a kernel and capability."""
     from rich.console import Console
     from rich.progress import track
 
     from moedge.convert.ops.kernels.compile import assemble, compile_launch
 
-    chosen = {label: launch for label, launch in cases().items() if labels is None or label in labels}
-    work = [(label, launch, capability) for label, launch in chosen.items() for capability in capabilities]
+    work = [(label, launch, capability) for label, launch in launches.items() for capability in capabilities]
     rows = []
     for label, launch, capability in track(work, "compiling", console=Console(stderr=True)):
         compiled = compile_launch(launch, capability)
         used = assemble(compiled)
         rows.append(
-            {
-                "kernel": label,
-                "capability": capability,
-                "registers": used.registers,
-                "spills": used.spills,
-                "shared": compiled.shared,
-                "ptx": len(compiled.ptx),
-                "cubin": used.cubin,
-                "threads": compiled.threads,
-            }
+            Resources(
+                kernel=label,
+                capability=capability,
+                registers=used.registers,
+                spills=used.spills,
+                shared=compiled.shared,
+                ptx=len(compiled.ptx),
+                cubin=used.cubin,
+                threads=compiled.threads,
+            )
         )
     return rows
 
 
-def costs() -> list[dict[str, Any]]:
+def costs() -> list[Cost]:
     """Bytes and operations of one call of each operator for T = 1 and T = 512, float16 activations."""
     from moedge.convert.ops.kernels import (
         combine,
@@ -118,21 +148,18 @@ def costs() -> list[dict[str, Any]]:
         kept: dict[str, Any] = {"tokens": tokens, "itemsize": 2, "keep": KEEP}
         listed["GatheredGLU"] = gathered_glu.cost(hidden=HIDDEN, width=DENSE_WIDTH, **kept)
         listed["GatheredLinear"] = gathered_linear.cost(inputs=DENSE_WIDTH, outputs=HIDDEN, **kept)
-        rows += [
-            {"kernel": name, "tokens": tokens, "bytes": moved, "operations": operations}
-            for name, (moved, operations) in listed.items()
-        ]
+        rows += [Cost(name, tokens, moved, operations) for name, (moved, operations) in listed.items()]
     return rows
 
 
-def render(measured: list[dict[str, Any]]) -> str:
+def render(measured: Sequence[Resources]) -> str:
     """Return both tables as Markdown, the first from the rows of :func:`resources`."""
     from importlib.metadata import version
 
-    capabilities = sorted({row["capability"] for row in measured})
-    by_kernel: dict[str, dict[int, dict[str, Any]]] = {}
+    capabilities = sorted({row.capability for row in measured})
+    by_kernel: dict[str, dict[int, Resources]] = {}
     for row in measured:
-        by_kernel.setdefault(row["kernel"], {})[row["capability"]] = row
+        by_kernel.setdefault(row.kernel, {})[row.capability] = row
     lines = [
         f"Triton {version('triton')}; H={HIDDEN}, I={WIDTH}, E={EXPERTS}, k={TOP_K}; gathered: I={DENSE_WIDTH}, "
         f"{KEEP:g} of the values kept. Each cell: "
@@ -144,10 +171,10 @@ def render(measured: list[dict[str, Any]]) -> str:
     for kernel, found in by_kernel.items():
         cells = []
         for row in (found[c] for c in capabilities):
-            spilled = f", **{row['spills']} B spilled**" if row["spills"] else ""
-            cells.append(f"{row['registers']} / {row['shared'] / 1024:.0f}{spilled}")
-        sizes = [row["ptx"] / 1024 for row in found.values()]
-        threads = found[capabilities[0]]["threads"]
+            spilled = f", **{row.spills} B spilled**" if row.spills else ""
+            cells.append(f"{row.registers} / {row.shared / 1024:.0f}{spilled}")
+        sizes = [row.ptx / 1024 for row in found.values()]
+        threads = found[capabilities[0]].threads
         lines.append(f"| {kernel} | {threads} | {' | '.join(cells)} | {min(sizes):.0f}-{max(sizes):.0f} |")
     lines += [
         "",
@@ -157,10 +184,10 @@ def render(measured: list[dict[str, Any]]) -> str:
         "| kernel | T | bytes | operations | operations per byte | bytes alone, µs |",
         "|---|---|---|---|---|---|",
     ]
-    for row in costs():
-        moved, operations = row["bytes"], row["operations"]
+    for cost in costs():
+        moved, operations = cost.bytes, cost.operations
         lines.append(
-            f"| {row['kernel']} | {row['tokens']} | {moved:,} | {operations:,} | {operations / moved:.2f} "
+            f"| {cost.kernel} | {cost.tokens} | {moved:,} | {operations:,} | {operations / moved:.2f} "
             f"| {moved / BANDWIDTH * 1e6:,.1f} |"
         )
     return "\n".join(lines)
@@ -174,7 +201,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path, metavar="FILE", help="replace the tables in this Markdown file")
     parser.add_argument("--capability", type=int, action="append", help="a compute capability; all by default")
     arguments = parser.parse_args()
-    text = render(resources(arguments.capability or list(PTX_VERSIONS)))
+    text = render(resources(cases(), arguments.capability or list(PTX_VERSIONS)))
     if arguments.write is None:
         print(text)
         return

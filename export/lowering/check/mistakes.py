@@ -402,6 +402,7 @@ def _observe(before: ir.Model, ffn: FFN, x: np.ndarray) -> _Run:
     part = cut(before, wanted, lambda value: value.name == ffn.x)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
     values = session.run(None, {ffn.x: x})
     score, index, weight, expert, whole, *padded = (np.asarray(value, np.float64) for value in values)

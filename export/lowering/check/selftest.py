@@ -176,6 +176,7 @@ def _cut_both(
     parts = [emulation.emulated(part) if emulation.needed(part) else part for part in parts]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    options.intra_op_num_threads = 1  # a pool of idle threads takes longer to make than a block to run
     # De-quantised weights are constants. ONNX Runtime would run products with them on int8 activations instead.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     if library.DOMAIN in {node.domain for node in after.graph}:

@@ -232,36 +232,39 @@ def _fuse(model: ir.Model, max_length: int, padding: bool) -> tuple[int, str]:
     seqlens, total, bias = _lengths(Builder(model, before=model.graph[0]))
     position_ids = next(value for value in model.graph.inputs if value.name == "position_ids")
     for match in found:
-        node, output = match.attention, match.attention.outputs[0]
-        here = Builder(model, before=node)
+        here = Builder(model, before=match.attention)
         query = _rotate(here, match.query, match.num_heads, position_ids, tables)
         key = _rotate(here, match.key, match.kv_heads, position_ids, tables)
-        attributes: dict[str, float] = {"num_heads": match.num_heads, "kv_num_heads": match.kv_heads, "do_rotary": 0}
-        attributes |= {"scale": node.attributes["scale"].as_float()}
-        if window := node.attributes["window"].as_int():
-            attributes["local_window_size"] = window
-        if softcap := node.attributes["softcap"].as_float():
-            attributes["softcap"] = softcap
-        result, present_key, present_value = here.node(
-            "GroupQueryAttention",
-            [
-                *(query, key, match.value, match.past_key, match.past_value, seqlens, total),
-                *([None, None, None, bias] if padding else []),
-            ],
-            domain="com.microsoft",
-            outputs=3,
-            attributes=attributes,
-        )
-        for old, new in ((node.inputs[1], present_key), (node.inputs[2], present_value)):
-            here.replace_output(required(old), new)
-        # [B, S, N, D] -> Reshape -> [B, S, N*D] was the only use; GroupQueryAttention gives the latter at once.
-        for consumer in [use.node for use in output.uses()]:
-            if consumer.op_type == "Reshape" and same_shape_input(consumer):
-                here.replace_output(consumer.outputs[0], result)
-            else:
-                raise MoEdgeError(f"Attention output {output.name} feeds {consumer.op_type}, not the expected Reshape.")
+        inputs = [query, key, match.value, match.past_key, match.past_value, seqlens, total]
+        _replace(here, match, [*inputs, None, None, None, bias] if padding else inputs)
     remove_unused(model)
     return len(found), ""
+
+
+def _replace(here: Builder, match: _Match, inputs: Sequence[ir.Value | None]) -> None:
+    """Put GroupQueryAttention in the place of one attention.
+
+    Raises:
+        MoEdgeError: something else than its Reshape reads the output.
+    """
+    node, output = match.attention, match.attention.outputs[0]
+    attributes: dict[str, float] = {"num_heads": match.num_heads, "kv_num_heads": match.kv_heads, "do_rotary": 0}
+    attributes |= {"scale": node.attributes["scale"].as_float()}
+    if window := node.attributes["window"].as_int():
+        attributes["local_window_size"] = window
+    if softcap := node.attributes["softcap"].as_float():
+        attributes["softcap"] = softcap
+    result, present_key, present_value = here.node(
+        "GroupQueryAttention", inputs, domain="com.microsoft", outputs=3, attributes=attributes
+    )
+    for old, new in ((node.inputs[1], present_key), (node.inputs[2], present_value)):
+        here.replace_output(required(old), new)
+    # [B, S, N, D] -> Reshape -> [B, S, N*D] was the only use; GroupQueryAttention gives the latter at once.
+    for consumer in [use.node for use in output.uses()]:
+        if consumer.op_type == "Reshape" and same_shape_input(consumer):
+            here.replace_output(consumer.outputs[0], result)
+        else:
+            raise MoEdgeError(f"Attention output {output.name} feeds {consumer.op_type}, not the expected Reshape.")
 
 
 def _lengths(builder: Builder) -> tuple[ir.Value, ir.Value, ir.Value]:

@@ -13,7 +13,8 @@ judged, because it is a property of the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -73,43 +74,28 @@ def lower(
     target = f"ort-cpu-int{bits}"
     _check(model, target)
     work = Work(model, ort_cpu.block_limit(model), "Use --target ort-cpu and report the runtime version.")
-    table = weights.collect(work.before)
-    chosen = {name: weight for name, weight in table.items() if weight.tensor_class in QUANTISED}
+    blocks = _Blocks.of(work.before, bits, method, moments or {})
     if method == "rtn-asymmetric" and FuseQMoE({}).refuse(model) is None:
-        _check_zero_points(table, target)
-    values, known = work.before.graph.initializers, moments or {}
-    packed = {
-        name: quantize(weights.array(values[name], weight), bits, method, known.get(name))
-        for name, weight in chosen.items()
-    }
-    routed, gather = FuseRouted(packed), FuseGather(packed, class_of=lambda name: chosen[name].tensor_class)
-    experts = _form(work, routed, FuseQMoE(packed))
+        _check_zero_points(blocks.table, target)
+    routed, gather = FuseRouted(blocks.packed), FuseGather(blocks.packed, class_of=blocks.class_of)
+    experts = _form(work, routed, FuseQMoE(blocks.packed))
     if experts is routed:
-        packed |= {name: pack.round_scales(packed[name]) for name in stack_weights(model)}
+        blocks.round_scales(stack_weights(model))
     if gather.refuse(model) is None:
-        packed |= {name: pack.round_scales(packed[name]) for name in gathered_weights(model)}
+        blocks.round_scales(gathered_weights(model))
     cache = ort_cpu.norms_and_attention(work, max_length)
-    pending: list[tuple[Rule, Applied | str]] = []
-    if experts is not None:
-        pending.append((experts, work.start(experts)))
-        if isinstance(experts, ExpertProducts):  # inside of an FFN, which is tested whole
-            QuantizeProducts("experts", _experts(packed, chosen)).apply(model)
-    if nodes_of(model, "KeepLarge"):
-        pending.append((gather, work.start(gather)))
+    pending = _started(work, blocks, experts, gather)
     own = routed.stored | gather.stored
-    columns = LookUpColumns(gather.stored, bits)
-    if columns.refuse(model) is None:
-        pending.append((columns, work.start(columns)))
     # A table that our operators multiply by (a tied output projection), and that is looked up in, is stored twice.
-    twice = {name for name in own if chosen[name].tensor_class == "embedding" and not held(own[name], bits)}
-    left = {name: one for name, one in chosen.items() if name not in own or name in twice}
-    for products in _products(packed, left):
-        pending.append((products, work.start(products)))
-    should = _stored(work.before, table, bits, method, padded=isinstance(experts, FuseQMoE), own=own, twice=twice)
-    sizes = account_for(work.before, model, table, bits, should=should)
+    twice = {name for name in own if blocks.class_of(name) == "embedding" and not held(own[name], bits)}
+    pending += [(rule, work.start(rule)) for rule in blocks.products(own.keys() - twice)]
+    should = _stored(
+        work.before, blocks.table, bits, method, padded=isinstance(experts, FuseQMoE), own=own, twice=twice
+    )
+    sizes = account_for(work.before, model, blocks.table, bits, should=should)
     merged, _ = ort_matmul.merge_siblings(model)
     remove_unused(model)
-    judge = _Judge(work, packed, table, exact_experts=bits == 4 or isinstance(experts, ExpertProducts))
+    judge = _Judge(work, blocks.packed, blocks.table, exact_experts=bits == 4 or isinstance(experts, ExpertProducts))
     for rule, done in pending:
         work.finish(rule, done, judge)
     if merged:
@@ -117,9 +103,76 @@ def lower(
     limits = ort_cpu.limits(cache)
     if work.taps and isinstance(experts, FuseQMoE):
         limits.append("equal router scores go to the higher expert index, in PyTorch to the lower (QMoE)")
-    tensors = _where(model, chosen, work.before, own)
+    tensors = _where(model, blocks.chosen, work.before, own)
     quantization = Quantization(bits=bits, block=BLOCK, method=method, classes=sizes, tensors=tensors)
     return Lowered(work.rewrites, work.taps, cache, limits, quantization)
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """The weights of a graph, quantised in blocks."""
+
+    bits: int
+    table: dict[str, weights.Weight]
+    """Every weight of the float graph, by name."""
+    chosen: dict[str, weights.Weight]
+    """Those that are quantised."""
+    packed: dict[str, Quantized]
+    """The rules of a lowering hold it too, and read it when they are applied."""
+
+    @classmethod
+    def of(cls, graph: ir.Model, bits: int, method: str, moments: Mapping[str, np.ndarray]) -> _Blocks:
+        """Quantise the weights of a float graph; ``moments`` as in :func:`lower`."""
+        table = weights.collect(graph)
+        chosen = {name: weight for name, weight in table.items() if weight.tensor_class in QUANTISED}
+        values = graph.graph.initializers
+        packed = {
+            name: quantize(weights.array(values[name], weight), bits, method, moments.get(name))
+            for name, weight in chosen.items()
+        }
+        return cls(bits, table, chosen, packed)
+
+    def class_of(self, name: str) -> str:
+        """Tensor class of a quantised weight."""
+        return self.chosen[name].tensor_class
+
+    def round_scales(self, names: Iterable[str]) -> None:
+        """Round the scales of some weights to what our own operators store."""
+        self.packed.update({name: pack.round_scales(self.packed[name]) for name in names})
+
+    def experts(self) -> dict[str, Quantized]:
+        """Each expert of the stacks, by the name of its matrix in :mod:`ort_products`."""
+        return {
+            ort_products.matrix_name(name, expert): self.packed[name].expert(expert)
+            for name, weight in self.chosen.items()
+            if weight.tensor_class == "experts"
+            for expert in range(len(self.packed[name].packed))
+        }
+
+    def products(self, done: Set[str]) -> list[QuantizeProducts]:
+        """One rule for each class of matrices that are not ``done``; experts have one of their own."""
+        classes: dict[str, dict[str, Quantized]] = {"embedding": {}}
+        for name, weight in self.chosen.items():
+            if name not in done:
+                classes.setdefault(weight.tensor_class, {})[name] = self.packed[name]
+        return [QuantizeProducts(each, found) for each, found in classes.items() if found and each != "experts"]
+
+
+def _started(
+    work: Work, blocks: _Blocks, experts: FuseRouted | FuseQMoE | ExpertProducts | None, gather: FuseGather
+) -> list[tuple[Rule, Applied | str]]:
+    """Apply the rules for experts and for what leaves values out; what each did is judged when all are applied."""
+    found: list[tuple[Rule, Applied | str]] = []
+    if experts is not None:
+        found.append((experts, work.start(experts)))
+        if isinstance(experts, ExpertProducts):  # inside of an FFN, which is tested whole
+            QuantizeProducts("experts", blocks.experts()).apply(work.model)
+    if nodes_of(work.model, "KeepLarge"):
+        found.append((gather, work.start(gather)))
+    columns = LookUpColumns(gather.stored, blocks.bits)
+    if columns.refuse(work.model) is None:
+        found.append((columns, work.start(columns)))
+    return found
 
 
 def _form(work: Work, routed: FuseRouted, qmoe: FuseQMoE) -> FuseRouted | FuseQMoE | ExpertProducts | None:
@@ -175,24 +228,6 @@ def _check(model: ir.Model, target: str) -> None:
     hidden_sizes = {size(node.inputs[5], 1) for node in experts}
     if reason := capabilities.runtime() or refusal(dtypes=floats, hidden_sizes=hidden_sizes):
         raise MoEdgeError(f"Cannot lower for {target}: {reason}.")
-
-
-def _experts(packed: Mapping[str, Quantized], chosen: Mapping[str, weights.Weight]) -> dict[str, Quantized]:
-    """Each expert of the quantised stacks, by the name of its matrix in :mod:`ort_products`."""
-    return {
-        ort_products.matrix_name(name, expert): packed[name].expert(expert)
-        for name, weight in chosen.items()
-        if weight.tensor_class == "experts"
-        for expert in range(len(packed[name].packed))
-    }
-
-
-def _products(packed: Mapping[str, Quantized], chosen: Mapping[str, weights.Weight]) -> list[QuantizeProducts]:
-    """One rule for each class of matrices; experts have one of their own."""
-    classes: dict[str, dict[str, Quantized]] = {"embedding": {}}
-    for name, weight in chosen.items():
-        classes.setdefault(weight.tensor_class, {})[name] = packed[name]
-    return [QuantizeProducts(each, found) for each, found in classes.items() if found and each != "experts"]
 
 
 def dequantized_graph(model: ir.Model, packed: dict[str, Quantized], table: dict[str, weights.Weight]) -> ir.Model:

@@ -15,9 +15,11 @@ pytest.importorskip("triton")  # Linux only
 
 PROGRAM = """
 import json, sys
+from dataclasses import asdict
 from moedge.convert.ops.kernels import table
-rows = table.resources(json.loads(sys.argv[1]), json.loads(sys.argv[2]))
-print(json.dumps(rows))
+launches, labels = table.cases(), json.loads(sys.argv[2])
+chosen = {label: launch for label, launch in launches.items() if labels is None or label in labels}
+print(json.dumps([asdict(row) for row in table.resources(chosen, json.loads(sys.argv[1]))]))
 """
 
 
