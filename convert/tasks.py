@@ -9,12 +9,10 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import numpy as np
 
@@ -123,7 +121,7 @@ def run(model: LM, questions: Questions) -> list[TaskScore]:
     except ImportError as error:
         raise MoEdgeError(NEEDS.format(error=error)) from error
     # lm-eval warns that the shots are given, which is what was asked.
-    with tempfile.TemporaryDirectory(prefix="moedge-tasks-") as folder, errors_alone("lm_eval"), _no_survey():
+    with tempfile.TemporaryDirectory(prefix="moedge-tasks-") as folder, errors_alone("lm_eval"):
         specs = [str(_write(task, file, Path(folder))) for task, file in files.items()]
         try:
             found = lm_eval.simple_evaluate(
@@ -142,15 +140,6 @@ def run(model: LM, questions: Questions) -> list[TaskScore]:
                 f"lm-eval cannot run {names}: {error}. Does each file have its task's columns?"
             ) from error
     return [_score(task, file, found) for task, file in files.items()]
-
-
-@contextmanager
-def _no_survey() -> Iterator[None]:
-    """Keep lm-eval from describing the machine in its result, which is not read: it starts pip, and takes seconds."""
-    from lm_eval import evaluator
-
-    with mock.patch.object(evaluator, "add_env_info", create=True):
-        yield
 
 
 def data_files(questions: Questions) -> dict[str, Path]:

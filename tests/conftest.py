@@ -61,6 +61,16 @@ def one_thread() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def no_survey() -> Iterator[None]:
+    """lm-eval describes the machine after every evaluation, in a record that nobody reads: it starts pip for seconds."""
+    from lm_eval import evaluator
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluator, "add_env_info", lambda results: None)
+        yield
+
+
 VOCAB = 260
 """Tokens of the tiny tokenizer: 256 bytes and 4 special tokens."""
 

@@ -16,6 +16,8 @@ from moedge import MoEdgeError
 from moedge.convert import modeling, tasks
 from moedge.convert.tasks import Questions
 
+pytestmark = pytest.mark.usefixtures("no_survey")
+
 
 def by_hand(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> tuple[list[float], list[float], list[int]]:
     """Whether the likeliest choice is right: by log-likelihood, and by log-likelihood over bytes (acc_norm); which."""

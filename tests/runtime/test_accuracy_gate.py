@@ -24,6 +24,8 @@ from moedge.runtime.parity import accuracy
 from moedge.runtime.parity.accuracy import Gate
 from moedge.runtime.parity.verdict import Outcome, run_outcome
 
+pytestmark = pytest.mark.usefixtures("no_survey")
+
 LIMITS = tolerances.load().profile("float32", "ort-cpu")
 
 
