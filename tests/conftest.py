@@ -63,7 +63,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def no_survey() -> Iterator[None]:
-    """lm-eval describes the machine after every evaluation, in a record that nobody reads: it starts pip for seconds."""
+    """Keep lm-eval from describing the machine after every evaluation: it starts pip, for a record that nobody reads."""
     from lm_eval import evaluator
 
     with pytest.MonkeyPatch.context() as patch:
