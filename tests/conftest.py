@@ -63,7 +63,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def no_survey() -> Iterator[None]:
-    """Keep lm-eval from describing the machine after every evaluation: it starts pip, for a record that nobody reads."""
+    """Keep lm-eval from describing the machine after every evaluation: it starts pip, for a record nobody reads."""
     from lm_eval import evaluator
 
     with pytest.MonkeyPatch.context() as patch:
