@@ -167,7 +167,7 @@ def test_it_is_verified_by_a_kept_reference(arm: Arm, bundles: dict[str, Path], 
 
 
 def test_it_is_timed(arm: Arm, bundles: dict[str, Path]) -> None:
-    options = ("--prompt", "8", "--decode", "4", "--repeats", "2", "--batch", "1", "--json")
+    options = ("--prompt", "8", "--decode", "4", "--repeats", "3", "--batch", "1", "--json")
     done = moedge(arm, "bench", bundles["dense/ort-cpu"], bundles["moe/ort-cpu"], *options)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["schema"] == "moedge.bench/2"
