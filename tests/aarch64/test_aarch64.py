@@ -78,8 +78,10 @@ def environment() -> Path:
         where += [part for platform in PLATFORMS for part in ("--platform", platform)]
         install = [sys.executable, "-m", "pip", "install", "-q", *where, "--target", folder / "site", *requirements()]
         subprocess.run(install, check=True, timeout=1800)
-        (folder / "site" / "moedge").symlink_to(ROOT)
         stamp.write_text(wanted, encoding="utf-8")
+    link = folder / "site" / "moedge"  # of this checkout, whichever made the folder
+    link.unlink(missing_ok=True)
+    link.symlink_to(ROOT)
     return folder
 
 
