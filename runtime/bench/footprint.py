@@ -49,6 +49,8 @@ def footprint(opener: Callable[..., Engine], ids: np.ndarray, depth: int, thread
         answer = dict(json.loads(child.stdout.splitlines()[-1]))
     except subprocess.TimeoutExpired:
         return {**unknown, "reason": f"no answer within {_TIMEOUT:.0f} s"}
+    except OSError as error:  # under an emulator, or where processes may not start others
+        return {**unknown, "reason": f"no process of its own can be started here ({error.strerror})"}
     except (IndexError, ValueError):
         last = (child.stderr.strip().splitlines() or ["no output"])[-1]
         raise MoEdgeError(f"Engine {path} failed in its own process (exit {child.returncode}): {last}") from None

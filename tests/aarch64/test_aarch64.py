@@ -168,8 +168,10 @@ def test_it_is_verified_by_a_kept_reference(arm: Arm, bundles: dict[str, Path], 
     assert json.loads(done.stdout)["outcome"] == "passed"
 
 
-def test_it_is_timed(arm: Arm, bundles: dict[str, Path]) -> None:
-    options = ("--prompt", "8", "--decode", "4", "--repeats", "3", "--batch", "1", "--json")
+def test_it_is_timed(arm: Arm, bundles: dict[str, Path], tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a text of more than twelve tokens, each of them a byte\n" * 4, encoding="utf-8")
+    options = ("--text", text, "--prompt", "8", "--decode", "4", "--repeats", "3", "--batch", "1", "--json")
     done = moedge(arm, "bench", bundles["dense/ort-cpu"], bundles["moe/ort-cpu"], *options)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["schema"] == "moedge.bench/2"

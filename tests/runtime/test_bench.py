@@ -230,6 +230,14 @@ def test_gpu_memory_is_pytorchs_peak_and_others_say_why_not(
     assert "GPU MiB |" not in shown.getvalue().replace("\u2503", "|")
 
 
+def test_where_no_process_can_be_started_memory_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under an emulator, whose Python the kernel cannot start."""
+    monkeypatch.setattr("sys.executable", str(tmp_path))
+    found = footprint.footprint(functools.partial(open_engine, tmp_path), np.zeros((1, 2), np.int64), 0, None)
+    assert (found["peak_rss_mib"], found["load_s"]) == (None, None)
+    assert found["reason"].startswith("no process of its own can be started here (")
+
+
 def test_what_an_engine_refuses_in_its_own_process_is_one_sentence(tmp_path: Path) -> None:
     engines = {"gone": functools.partial(open_engine, tmp_path / "gone")}
     with pytest.raises(MoEdgeError, match=r"^Engine \S+gone: No model at \S+gone: the folder does not exist\.$"):
