@@ -50,7 +50,7 @@ _ENGINE_CODE = (*CONVERT_CODE, "export", "runtime/engines", *_GENERATION, *_STAT
 _WATCH = ("__init__", "moedge_guard", "moedge_jetson", "moedge_nvml", "moedge_power", "moedge_sensors")
 BENCH_CODE = (
     *(*_ENGINE_CODE, "runtime/bench", "runtime/run/fingerprint.py"),
-    *("runtime/parity/__init__.py", "runtime/parity/results.py"),
+    *("runtime/parity/__init__.py", "runtime/parity/figures.py", "runtime/parity/results.py"),
     *(f"runtime/device/{name}.py" for name in _WATCH),
 )
 _TORCH = ("torch", "transformers")
@@ -272,7 +272,7 @@ def report(recipe: Recipe, facts: Facts) -> Stage:
         reads=("source", "calibrate", "convert", "export", *_dense(recipe), "evaluate", "verify", "bench"),
         sources=(
             *ALWAYS_CODE,
-            "export/manifest.py",
+            *("export/manifest.py", "configs/generation_config.py", "runtime/engines/info.py"),
             "runtime/report",
             "runtime/frontier",
             "runtime/parity",

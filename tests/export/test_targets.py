@@ -117,6 +117,8 @@ KEPT = {
     "export/targets.py": "the rows",
     "runtime/device/moedge_trt.py": "a device has no registry; compared above",
     "runtime/device/build_engine.py": "the same",
+    "runtime/peers/__init__.py": "the precisions of onnxruntime-genai's own builder",
+    "runtime/peers/genai_builder.py": "the same",
 }
 
 

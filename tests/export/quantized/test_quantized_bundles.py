@@ -131,9 +131,11 @@ def test_the_self_tests_keep_kernel_error_and_quantisation_error_apart(bundles):
 
 
 def test_a_class_that_was_skipped_fails_the_export(bundles, monkeypatch):
-    products = ort_quantized._products
+    products = ort_quantized._Blocks.products
     monkeypatch.setattr(
-        ort_quantized, "_products", lambda *a: [rule for rule in products(*a) if rule.tensor_class != "attention"]
+        ort_quantized._Blocks,
+        "products",
+        lambda self, own: [rule for rule in products(self, own) if rule.tensor_class != "attention"],
     )
     with pytest.raises(MoEdgeError, match=r"attention takes .* bytes instead of .* \(32\.0 bits a weight\)"):
         ort_quantized.lower(ir.load(bundles["dense/portable"] / "model.onnx"), max_length=64, bits=4)
