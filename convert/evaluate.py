@@ -150,7 +150,7 @@ def _states(
     others, read = [], []
     for plan in plans:
         width = int(plan.model["intermediate_size"])
-        if prompted.is_prompted(plan):
+        if forms.form(plan) == "prompted":
             modeling.check_fits(plan, dense_model)
             with prompted.in_place(dense_model, plan.layers):
                 states, _ = hidden_states(width)

@@ -18,22 +18,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moedge.convert import adapters, streaming
-from moedge.convert.plan import PROMPT_ROUTER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from moedge.convert.plan import LayerPlan, MoEPlan
+    from moedge.convert.plan import LayerPlan
 
 
 def prompt_length(length: int) -> int:
     """Return P, the tokens of a window of ``length`` that are its prompt; one at least is left to be scored."""
     return max(0, min(length // 2, length - 2))
-
-
-def is_prompted(plan: MoEPlan) -> bool:
-    """Whether the neurons of a plan are chosen by each prompt."""
-    return any(layer.router is not None and layer.router.kind == PROMPT_ROUTER for layer in plan.layers)
 
 
 @contextmanager

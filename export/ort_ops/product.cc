@@ -63,14 +63,14 @@ void sum_of_parts(const Threads& threads, size_t parts, size_t tokens, size_t co
     }
 }
 
-// Puts x [tokens][stride] into tiles, element [row][token in tile].
+// Puts some rows of x [tokens][stride] into tiles, element [row][token in tile].
 void into_tiles(const float* x, size_t stride, const uint32_t* rows, size_t num_rows, const Tiles& tiles, size_t tile,
                 float* out) {
   const size_t t = tiles.begin(tile), width = tiles.width(tile);
   out += t * num_rows;
   x += t * stride;
   for (size_t r = 0; r < num_rows; ++r)
-    for (size_t w = 0; w < width; ++w) *out++ = x[w * stride + (rows ? rows[r] : r)];
+    for (size_t w = 0; w < width; ++w) *out++ = x[w * stride + rows[r]];
 }
 
 // The same of cells of four bytes.

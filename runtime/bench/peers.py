@@ -37,12 +37,12 @@ class Peers:
         Raises:
             MoEdgeError: the text does not fit, or an engine fails.
         """
-        text = _written(engines[self.parent], ids, min(TOKENS, most))
+        text = _choices(engines[self.parent], ids, min(TOKENS, most))
         return {
             label: {
                 "peer": kind,
                 "bits": getattr(engines[label], "bits", None),
-                "agreement": self._agreement(_chosen(engines[label], ids, text), text),
+                "agreement": self._agreement(_choices(engines[label], ids, len(text), text), text),
             }
             for label, kind in self.kinds.items()
         }
@@ -53,22 +53,13 @@ class Peers:
         return {"parent": self.parent, "tokens": len(text), "same": sum(same), "first_other": first}
 
 
-def _written(engine: Engine, ids: np.ndarray, tokens: int) -> list[int]:
-    """The engine's greedy text after ``ids``, end of text ignored."""
-    step = engine.prefill(ids)
-    text = [_best(step.logits)]
-    while len(text) < tokens:
-        step = engine.decode(np.array([[text[-1]]], dtype=np.int64), step.cache)
-        text.append(_best(step.logits))
-    return text
-
-
-def _chosen(engine: Engine, ids: np.ndarray, text: list[int]) -> list[int]:
-    """What the engine would have chosen at each token of ``text`` after ``ids``."""
+def _choices(engine: Engine, ids: np.ndarray, tokens: int, text: list[int] | None = None) -> list[int]:
+    """What the engine chooses at each of ``tokens`` places after ``ids``, of which ``text`` (None: that) stands."""
     step = engine.prefill(ids)
     found = [_best(step.logits)]
-    for token in text[:-1]:
-        step = engine.decode(np.array([[token]], dtype=np.int64), step.cache)
+    for number in range(tokens - 1):
+        read = found if text is None else text
+        step = engine.decode(np.array([[read[number]]], dtype=np.int64), step.cache)
         found.append(_best(step.logits))
     return found
 

@@ -37,6 +37,16 @@ def check_batch(ids: np.ndarray, attention_mask: np.ndarray | None, vocab_size: 
     return mask
 
 
+def check_cache(usable: bool) -> None:
+    """Refuse a cache that is not ``usable``: of this engine and of as many rows as the call has, and not used up.
+
+    Raises:
+        MoEdgeError: it is not.
+    """
+    if not usable:
+        raise MoEdgeError("This cache was used before or belongs to another engine or batch; prefill again.")
+
+
 FORCED = np.float32(2.0**100)
 """Added to the selection score of a forced expert: far above any score, far below the largest float32."""
 

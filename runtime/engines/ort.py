@@ -23,6 +23,7 @@ from moedge.export.manifest import GatherPlace, Tap
 from moedge.runtime.engines import longrope
 from moedge.runtime.engines.calls import (
     check_batch,
+    check_cache,
     check_length,
     default_threads,
     factors_of,
@@ -146,8 +147,7 @@ class OrtEngine:
         """Run ``ids`` int64 [B, S] after what ``cache`` holds; the cache is used up."""
         loaded = self._open()
         mask = check_batch(ids, None, loaded.model.vocab_size)
-        if not isinstance(cache, _Cache) or cache.used or len(cache.mask) != len(ids):
-            raise MoEdgeError("This cache was used before or belongs to another engine or batch; prefill again.")
+        check_cache(isinstance(cache, _Cache) and not cache.used and len(cache.mask) == len(ids))
         mask = np.concatenate([cache.mask, mask], axis=1)
         if longrope.crosses(loaded.rope_boundary, mask, ids.shape[1]):
             if experts is not None or factors is not None:

@@ -17,6 +17,7 @@ from moedge.export.manifest import GatherPlace, Which
 from moedge.runtime.engines import longrope, pytorch_loader
 from moedge.runtime.engines.calls import (
     check_batch,
+    check_cache,
     check_length,
     default_threads,
     factors_of,
@@ -140,8 +141,7 @@ class TorchEngine:
     ) -> Step:
         """Run ``ids`` int64 [B, S] after what ``cache`` holds; the cache is used up."""
         mask = check_batch(ids, None, self._vocab_size)
-        if not isinstance(cache, _Cache) or cache.used or len(cache.mask) != len(ids):
-            raise MoEdgeError("This cache was used before or belongs to another engine or batch; prefill again.")
+        check_cache(isinstance(cache, _Cache) and not cache.used and len(cache.mask) == len(ids))
         cache.used = True
         text, mask = np.concatenate([cache.ids, ids], axis=1), np.concatenate([cache.mask, mask], axis=1)
         if longrope.crosses(self._rope_boundary, mask, ids.shape[1]):

@@ -18,7 +18,7 @@ from moedge.export import rope, targets
 from moedge.runtime.device import moedge_session
 from moedge.runtime.device.moedge_trt import DeviceError
 from moedge.runtime.engines.build import open_file
-from moedge.runtime.engines.calls import check_batch, check_length
+from moedge.runtime.engines.calls import check_batch, check_cache, check_length
 from moedge.runtime.engines.info import EngineInfo, EngineModel
 from moedge.runtime.engines.protocol import LayerMode, Step
 
@@ -111,9 +111,8 @@ class TensorRTEngine:
     def decode(self, ids: np.ndarray, cache: Any) -> Step:
         """Run ``ids`` int64 [B, S] after what ``cache`` holds; the cache is used up."""
         mask = check_batch(ids, None, self._model.vocab_size)
-        wrong = not isinstance(cache, _Cache) or cache.owner is not self or cache.used
-        if wrong or len(cache.inner.mask) != len(ids):
-            raise MoEdgeError("This cache was used before or belongs to another engine or batch; prefill again.")
+        own = isinstance(cache, _Cache) and cache.owner is self and not cache.used
+        check_cache(own and len(cache.inner.mask) == len(ids))
         return self._run(ids, mask, cache)
 
     def close(self) -> None:

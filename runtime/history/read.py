@@ -61,7 +61,7 @@ def collect(paths: Sequence[Path]) -> tuple[list[Series], int, list[str]]:
         count += bool(readings)
         for one in readings:
             key = (order.index(one.metric), one.machine, one.engine, one.setting)
-            found.setdefault(key, []).append(_point(one, document or {}, path))
+            found.setdefault(key, []).append(_point(one, document, path))
     if not found:
         given = ", ".join(map(str, paths))
         raise MoEdgeError(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from moedge import MoEdgeError
-from moedge.runtime.engines.calls import check_batch, check_length, default_threads
+from moedge.runtime.engines.calls import check_batch, check_cache, check_length, default_threads
 from moedge.runtime.engines.info import EngineInfo, EngineModel
 from moedge.runtime.engines.protocol import Step
 
@@ -70,9 +70,8 @@ class PeerEngine(ABC):
         Raises:
             MoEdgeError: the cache was used before, or is another engine's or batch's.
         """
-        wrong = not isinstance(cache, Cache) or cache.owner is not self or cache.used or cache.rows != len(ids)
-        if wrong or not self._holds(cache.state):
-            raise MoEdgeError("This cache was used before or belongs to another engine or batch; prefill again.")
+        own = isinstance(cache, Cache) and cache.owner is self and not cache.used
+        check_cache(own and cache.rows == len(ids) and self._holds(cache.state))
         self._check(ids, cache.length)
         cache.used = True
         logits, state = self._go_on(ids, cache.state)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moedge import MoEdgeError
-from moedge.convert import calibration, diagnostics, evaluate, methods, modeling, prompted, scoring, sources
+from moedge.convert import calibration, diagnostics, evaluate, forms, methods, modeling, prompted, scoring, sources
 from moedge.convert.methods import METHODS, baselines
 from moedge.runtime.engines import ReplayEngine, open_engine
 
@@ -65,7 +65,7 @@ def test_every_control_is_made_where_the_model_is(device: str, tiny_llama: Calla
     for name, make in baselines.CONTROLS.items():
         if baselines.refusal(name, plan) is None:
             control = make(plan, statistics, model, 0, WINDOWS)
-            prompts_choose = prompted.is_prompted(control)
+            prompts_choose = forms.form(control) == "prompted"
             with prompted.in_place(model, control.layers) if prompts_choose else scoring.swapped(model, control):
                 assert np.isfinite(scoring.perplexity(model, WINDOWS[:1])["ppl"]), name
 

@@ -12,7 +12,7 @@ import torch
 
 from moedge import MoEdgeError
 from moedge.configs.recipe import recipe_from
-from moedge.convert import calibration, diagnostics, forms, gather, methods, modeling, prompted, reads
+from moedge.convert import calibration, diagnostics, forms, gather, methods, modeling, reads
 from moedge.convert.methods import METHODS, baselines
 from moedge.convert.plan import SMALLEST_RAMP, SMALLEST_THRESHOLD, THRESHOLDS, MoEPlan
 
@@ -143,7 +143,7 @@ def test_controls_of_a_gathered_plan_read_as_much(
     control.validate()
     # Other experts have other hidden values beyond the same thresholds; a width is a whole number of 64 neurons.
     near = 0.1 if name in baselines.ROUTED else 0.01
-    if prompted.is_prompted(control):  # each prompt chooses as many neurons
+    if forms.form(control) == "prompted":  # each prompt chooses as many neurons
         read = float(np.mean([layer.top_k / len(layer.experts) for layer in control.layers]))
     else:
         read = gather.read_share(model, control.layers, token_windows)

@@ -151,7 +151,7 @@ def gathered_read(keep: float) -> Callable[[int], float]:
     """
 
     def reads(tokens: int) -> float:
-        return gathered.reads(keep=keep, tokens=min(tokens, 16)) if tokens <= 16 else 1.0
+        return gathered.reads(keep=keep, tokens=tokens) if tokens <= 16 else 1.0
 
     return reads
 
