@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ import numpy as np
 from moedge import MoEdgeError, __version__
 from moedge._files import atomic_dir
 from moedge._progress import Steps
+from moedge._versions import installed
 from moedge.convert.adapters import MOE_PREFIX
 from moedge.export import bundle, loaders
 from moedge.export import targets as registry
@@ -270,8 +270,6 @@ _OPTIONAL = ("quantization", "plugins", "operators", "experts", "keeps")
 def _versions() -> dict[str, str]:
     found = {"moedge": __version__}
     for name in ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "optimum"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
+        if here := installed(name):
+            found[name] = here
     return found

@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.markup import escape
 
+from moedge._versions import installed
 from moedge.export import targets as registry
 from moedge.runtime import peers, ranges
 from moedge.runtime.bench.machine import machine, processor_features
@@ -139,7 +140,7 @@ def _answer(needs: Sequence[tuple[str, ...]], reasons: Sequence[str], tested: Te
 def _installed(packages: Sequence[str]) -> tuple[str, str | None]:
     """First installed of several alternative packages: (name, version); the first name and None when there is none."""
     for package in packages:
-        version = ranges.installed(package)
+        version = installed(package)
         if version is not None:
             return package, version
     return packages[0], None

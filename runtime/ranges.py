@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Literal, TypedDict
 
+from moedge._versions import installed
+
 Verdict = Literal["tested", "too old", "too new", "not installed"]
 
 
@@ -53,14 +55,6 @@ def tested() -> dict[str, Ranges]:
         if ranges and ranges not in found.get(name, ()):
             found[name] = (*found.get(name, ()), ranges)
     return {name: Ranges(each) for name, each in found.items()}
-
-
-def installed(package: str) -> str | None:
-    """Return the version of a package, None when it is not here."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def warning(package: str, version: str, ranges: dict[str, Ranges]) -> str | None:

@@ -5,7 +5,7 @@ Facts tagged [M] were measured by executing the node, [R] read; see docs/lowerin
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+from moedge._versions import installed
 
 OLDEST_ORT = (1, 23)
 """The oldest ONNX Runtime whose MoE and GroupQueryAttention were executed with these node forms."""
@@ -14,20 +14,18 @@ OLDEST_ORT = (1, 23)
 def onnxruntime_version() -> tuple[int, ...] | None:
     """Return the installed ONNX Runtime's (major, minor), or None."""
     for name in ("onnxruntime", "onnxruntime-gpu"):
-        try:
-            return tuple(int(part) for part in version(name).split(".")[:2])
-        except PackageNotFoundError:
-            continue
+        if version := installed(name):
+            return tuple(int(part) for part in version.split(".")[:2])
     return None
 
 
 def runtime() -> str | None:
     """Whether an ONNX Runtime is here to execute the self-tests, and new enough."""
-    installed = onnxruntime_version()
-    if installed is None:
+    found = onnxruntime_version()
+    if found is None:
         return "onnxruntime is not installed to execute the rewrites; pip install 'moedge[cpu]'"
-    if installed < OLDEST_ORT:
-        return f"onnxruntime {'.'.join(map(str, installed))} is older than {'.'.join(map(str, OLDEST_ORT))}"
+    if found < OLDEST_ORT:
+        return f"onnxruntime {'.'.join(map(str, found))} is older than {'.'.join(map(str, OLDEST_ORT))}"
     return None
 
 

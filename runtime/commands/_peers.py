@@ -109,8 +109,8 @@ def export(given: Sequence[str], checkpoint: Path, out: Path, *, force: bool) ->
     if converted(checkpoint):
         raise MoEdgeError(f"{checkpoint} is converted, and --peer is for the dense parent, which others can run.")
     for row, _ in wanted:
-        if missing := [name for name in row.build_needs if not peers.installed(name)]:
-            raise peers.not_installed(row, missing)
+        if lacking := peers.missing(row.build_needs):
+            raise peers.not_installed(row, lacking)
     console = Console()
     for row, precision in wanted:
         folder = out / f"{row.name}-{precision}"

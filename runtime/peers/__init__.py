@@ -10,11 +10,11 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 from moedge import MoEdgeError
+from moedge._versions import installed
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Peer:
 
     def missing(self) -> list[str]:
         """Return the distributions that are not installed."""
-        return [name for name in self.packages if not installed(name)]
+        return missing(self.packages)
 
     def check(self, path: Path) -> None:
         """Refuse what cannot be opened, before an hour of timing.
@@ -58,8 +58,8 @@ class Peer:
         Raises:
             MoEdgeError: what is missing, and the command that installs it; or what the path should be.
         """
-        if missing := self.missing():
-            raise not_installed(self, missing)
+        if lacking := self.missing():
+            raise not_installed(self, lacking)
         if not path.exists():
             raise MoEdgeError(f"--peer {self.name}:{path}: nothing is there; give {self.takes}.")
         found = any((path / name).is_file() for name in self.holds) or path.suffix in self.holds
@@ -199,21 +199,17 @@ def buildable(text: str) -> tuple[Peer, str]:
     return row, precision or row.precisions[0]
 
 
-def not_installed(row: Peer, missing: Sequence[str]) -> MoEdgeError:
+def missing(names: Sequence[str]) -> list[str]:
+    """Return the distributions that are not installed."""
+    return [name for name in names if not installed(name)]
+
+
+def not_installed(row: Peer, lacking: Sequence[str]) -> MoEdgeError:
     """What to say where distributions of a peer are missing."""
     return MoEdgeError(
-        f"Peer {row.name} needs {' and '.join(missing)}, which is not installed; install it with: "
+        f"Peer {row.name} needs {' and '.join(lacking)}, which is not installed; install it with: "
         f"pip install 'moedge[{row.extra}]'"
     )
-
-
-def installed(distribution: str) -> bool:
-    """Whether a distribution is there; it is not imported."""
-    try:
-        metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def _named(place: str) -> Callable[..., Any]:

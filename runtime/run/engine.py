@@ -20,13 +20,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 import moedge
 from moedge import MoEdgeError
 from moedge._files import atomic_dir, digest, remove_partials, sha256_file, write_json
+from moedge._versions import installed
 from moedge.runtime.progress import Reporter
 
 STAGE_SCHEMA = "moedge.stage/1"
@@ -290,10 +290,7 @@ def source_digests(sources: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
 
 def version(distribution: str) -> str:
     """Return the installed version of a distribution, or ``"absent"``."""
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return "absent"
+    return installed(distribution) or "absent"
 
 
 @contextmanager

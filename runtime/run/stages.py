@@ -21,7 +21,14 @@ from moedge.runtime.run.fingerprint import fingerprint
 
 # What a body runs of this package; tests/runtime/test_recipe_stages.py follows the imports and finds what is missing.
 ALWAYS_CODE = (
-    *("_files.py", "_progress.py", "runtime/run/__init__.py", "runtime/run/refs.py", "runtime/run/run_folder.py"),
+    *(
+        "_files.py",
+        "_progress.py",
+        "_versions.py",
+        "runtime/run/__init__.py",
+        "runtime/run/refs.py",
+        "runtime/run/run_folder.py",
+    ),
     *("export/__init__.py", "export/targets.py"),
 )
 SOURCE_CODE = (
