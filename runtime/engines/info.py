@@ -32,6 +32,8 @@ class EngineModel(Facts):
     """Tokens after which the rotary factors change (:mod:`moedge.runtime.engines.longrope`)."""
     top_k: int | None = None
     """Experts of each layer that the caller asked for."""
+    weights_of: str | None = None
+    """Target of the quantised bundle whose de-quantised weights took the place of the graph's own."""
     generation: GenerationConfig = Field(default_factory=GenerationConfig)
 
     def __getitem__(self, key: str) -> Any:

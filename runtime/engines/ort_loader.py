@@ -235,6 +235,7 @@ def _info(
         "gathered": bool(manifest.keeps),
         "max_length": longest,
         "top_k": options.top_k,
+        "weights_of": open_bundle(Path(options.weights_of)).manifest.target if options.weights_of else None,
     }
     return EngineInfo(
         name=f"{manifest.target} {manifest.kind}",

@@ -116,7 +116,7 @@ def _counterpart(before: Any, then: list[Any], now: list[Any]) -> Any:
 
 
 def _kind(entry: Any) -> tuple[str, ...]:
-    rounded = "vs its de-quantised weights" in entry["name"]
+    rounded = entry["reference"]["model"].get("weights_of")
     kept = "kept_reference" in entry
     return (entry["schema"], entry["reference"]["name"], entry["test"]["name"], str(rounded), str(kept))
 

@@ -32,7 +32,7 @@ def entry(kl: np.ndarray, flips: int = 0, most: float = 1e-3, name: str = "a vs 
     return {
         "schema": "moedge.parity/1",
         "name": name,
-        "reference": {"name": "torch moe"},
+        "reference": {"name": "torch moe", "model": {}},
         "test": {"name": "ort-cpu moe"},
         "tokens": {"windows": WINDOWS, "window": 256, "prefill": 224},
         "overall": {"tokens": WINDOWS * 256},
@@ -51,7 +51,7 @@ def entry(kl: np.ndarray, flips: int = 0, most: float = 1e-3, name: str = "a vs 
 
 def result(*entries: dict[str, Any], text: str = "wiki") -> Any:
     identity = {"schema": "moedge.identity/1", "name": "c = d", "tokens": 64, "max_rel_error": 3e-6, "limit": 1e-4}
-    identity |= {"reference": {"name": "torch dense"}, "test": {"name": "torch moe"}, "passed": True}
+    identity |= {"reference": {"name": "torch dense", "model": {}}, "test": {"name": "torch moe"}, "passed": True}
     document = {"schema": "moedge.verify/1", "text": text, "identity": [identity], "parity": list(entries)}
     return finished(document, LIMITS)
 
@@ -142,6 +142,17 @@ def test_a_check_that_passed_before_and_does_not_now_is_worse_whatever_it_is() -
     assert "is none, was 0.004" in found["sentences"][0]
     assert "it passed before" in found["sentences"][0]
     assert beside(result(lost), result(lost))["outcome"] == "not worse"
+
+
+def test_a_moved_folder_s_comparison_with_its_own_weights_is_told_from_that_with_the_portable_bundle() -> None:
+    def both(folder: str, kl: np.ndarray) -> Any:
+        plain, kernels = entry(KL, name=f"{folder} vs portable"), entry(kl, name=f"{folder} vs its own")
+        kernels["reference"]["model"]["weights_of"] = "ort-cpu-int8"
+        return result(plain, kernels)
+
+    found = beside(both("old", KL), both("new", KL * 9))
+    assert found["outcome"] == "worse"
+    assert all("new vs its own" in sentence for sentence in found["sentences"]), found["sentences"]
 
 
 def test_what_has_no_counterpart_is_not_compared() -> None:
