@@ -30,8 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from moedge import MoEdgeError
-from moedge.convert import adapters, budgets, kept_inputs, modeling, processes, reads, scoring
+from moedge.convert import adapters, backward, kept_inputs, offload, processes, streaming
 from moedge.convert.kept_inputs import Reader
 from moedge.convert.plan import SMALLEST_THRESHOLD, LayerPlan
 
@@ -42,12 +41,9 @@ if TYPE_CHECKING:
 
 Kind = Literal["fisher", "norms", "magnitude"]
 Linears = Literal["all", "ffn"]
-_PRECISION = 0.002
-"""The measured share of weights is this close to what was asked for."""
-ROUNDS = 16
-"""Levels that are tried at most."""
 _ROWS = 1024
 """Tokens whose values a ladder is made of, about."""
+_QUANTILES = np.linspace(0, 1, 1001)
 
 
 def places(model: PreTrainedModel, linears: Linears) -> list[Reader]:
@@ -76,7 +72,7 @@ def static_scores(model: PreTrainedModel, kind: Kind, linears: Linears = "ffn") 
     """Return the scores that need no text."""
 
     def norms(place: Reader) -> np.ndarray:
-        squares = torch.stack([linear.weight.float().square().sum(dim=0) for linear in place.linears])
+        squares = torch.stack([offload.weight(one, "weight").float().square().sum(dim=0) for one in place.linears])
         return np.asarray(squares.sum(dim=0).sqrt().cpu().numpy())
 
     found = places(model, linears)
@@ -85,68 +81,122 @@ def static_scores(model: PreTrainedModel, kind: Kind, linears: Linears = "ffn") 
     return [(place, norms(place)) for place in found]
 
 
-def fisher_scores(
+@dataclass(frozen=True)
+class Ladder:
+    """Of one place: scores, and the quantiles 0, 1/1000, ... 1 of score * |value| of its values."""
+
+    place: Reader
+    score: np.ndarray
+    steps: np.ndarray
+
+    def kept(self, cut: float) -> float:
+        """Return the share of the values whose score * |value| is above ``cut``."""
+        return 1 - float(np.interp(cut, self.steps, _QUANTILES))
+
+
+def fisher(
     model: PreTrainedModel, token_windows: np.ndarray, linears: Linears = "ffn", progress: Progress | None = None
-) -> Scores:
-    """Measure Fisher scores on a dense model.
+) -> list[Ladder]:
+    """Measure Fisher scores on a dense model, and how large its values are.
 
     Args:
-        token_windows: int64 [N, L]; one forward and one backward pass over each.
+        token_windows: int64 [N, L].
         linears: of which linear layers.
-        progress: called with (windows done, windows).
+        progress: called with (layers done, layers), what follows the last one among them.
     """
-    found = places(model, linears)
-    sums: list[Any] = [torch.zeros(place.inputs, dtype=torch.float64) for place in found]
-    mine = processes.span(len(token_windows))
-    ids = torch.from_numpy(token_windows[mine]).to(model.device)
-    for number, window in enumerate(ids, start=mine.start):
-        seen: dict[int, torch.Tensor] = {}
+    parts = by_layer(model, places(model, linears))
+    found: dict[tuple[int, str], Ladder] = {}
+    rows: dict[str, list[torch.Tensor]] = {}
+    sums: dict[str, Any] = {}
+    every, last = _every(token_windows), processes.span(len(token_windows)).stop - 1
 
-        def own(index: int, values: torch.Tensor, seen: dict[int, torch.Tensor] = seen) -> torch.Tensor:
-            seen[index] = values.clone()  # an input of its own in the autograd graph
-            return seen[index]
+    @contextmanager
+    def watch(layer: int, seen: dict[str, torch.Tensor]) -> Iterator[None]:
+        def own(place: Reader, values: torch.Tensor) -> torch.Tensor:
+            seen[place.place] = values.clone()  # an input of its own in the autograd graph
+            return seen[place.place]
 
-        with torch.enable_grad(), budgets.with_gradients(model), _at(found, own):
-            score = budgets.drawn_score(model, window, budgets.generator(number))
-            gradients = torch.autograd.grad(score, list(seen.values()))
-        for index, gradient in zip(seen, gradients, strict=True):
-            sums[index] = sums[index] + gradient.flatten(0, -2).double().square().sum(dim=0).cpu()
+        with _at(parts[layer], own):
+            yield
+
+    for step in backward.steps(model, token_windows, watch):
+        for name, gradient in step.gradients.items():
+            rows.setdefault(name, []).append(step.values[name].flatten(0, -2)[::every].float().cpu())
+            sums[name] = sums.get(name, 0) + gradient.flatten(0, -2).double().square().sum(dim=0).cpu()
+        if step.window < last:
+            continue
+        for place in parts[step.layer]:
+            score = (processes.total(sums[place.place]) / token_windows.size).sqrt().float().numpy()
+            found[place.layer, place.place] = _ladder(place, score, rows[place.place])
+        rows, sums = {}, {}
         if progress:
-            progress(number - mine.start + 1, len(ids))
-    means = [processes.total(squares) / token_windows.size for squares in sums]
-    return [(place, mean.sqrt().float().numpy()) for place, mean in zip(found, means, strict=True)]
+            progress(len(parts) - step.layer, len(parts))
+    return [found[place.layer, place.place] for part in parts for place in part]
+
+
+def by_layer(model: PreTrainedModel, found: list[Reader]) -> list[list[Reader]]:
+    """Return the places of each layer, and at the end those of what follows the last one."""
+    parts: list[list[Reader]] = [[] for _ in range(len(adapters.ffns(model)) + 1)]
+    for place in found:
+        parts[-1 if place.place == "head" else place.layer].append(place)
+    return parts
+
+
+def _every(token_windows: np.ndarray) -> int:
+    """Return which tokens ladders are made of: one of so many."""
+    return max(1, token_windows.size // _ROWS)
+
+
+def _ladder(place: Reader, score: np.ndarray, rows: list[torch.Tensor]) -> Ladder:
+    """Return the ladder of a place from some of the values [n, K] that this process saw."""
+    values = processes.joined(torch.cat(rows)).abs().numpy() * score
+    return Ladder(place, score, np.quantile(values, _QUANTILES))
 
 
 @contextmanager
-def _at(found: list[Reader], see: Callable[[int, torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Give every place what ``see(number, values)`` returns in place of its values."""
+def _at(found: list[Reader], see: Callable[[Reader, torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Give every place what ``see(place, values)`` returns in place of its values."""
 
-    def hook(index: int) -> Callable[..., Any]:
+    def hook(place: Reader) -> Callable[..., Any]:
         def changed(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if "hidden_states" in kwargs:
-                return args, {**kwargs, "hidden_states": see(index, kwargs["hidden_states"])}
-            return (see(index, args[0]), *args[1:]), kwargs
+                return args, {**kwargs, "hidden_states": see(place, kwargs["hidden_states"])}
+            return (see(place, args[0]), *args[1:]), kwargs
 
         return changed
 
-    handles = [
-        place.module.register_forward_pre_hook(hook(index), with_kwargs=True) for index, place in enumerate(found)
-    ]
-    try:
+    handles = [place.module.register_forward_pre_hook(hook(place), with_kwargs=True) for place in found]
+    with streaming.hooked(*handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def with_thresholds(layers: list[LayerPlan], scores: Scores, level: float, ramp: float) -> list[LayerPlan]:
-    """Return the layers with thresholds at one level of ``(score * value)^2 / weights read``, by its root ``level``.
+def layer_by_layer(
+    model: PreTrainedModel,
+    parts: list[list[Reader]],
+    token_windows: np.ndarray,
+    see: Callable[[Reader, torch.Tensor], torch.Tensor],
+    ffn: Callable[[adapters.FFN], torch.nn.Module] | None = None,
+) -> Iterator[list[Reader]]:
+    """Run a model on this process's windows, one layer in memory at a time; yield a layer's places when it has run.
 
-    An input of a layer is read by all rows of gate and up, so it counts 2 D weights; a hidden value counts H.
+    Args:
+        parts: places by layer, and at the end those of what follows the last one.
+        see: what a place gets in place of its values.
+        ffn: builds what stands in place of a dense FFN.
     """
-    with np.errstate(divide="ignore"):  # what costs nothing is always left out
-        values = [(place, level * math.sqrt(place.weights) / score.astype(np.float64)) for place, score in scores]
-    return _placed(layers, values, ramp)
+    runner = streaming.Runner(model, token_windows[processes.span(len(token_windows))])
+    states = runner.embed()
+    for block in adapters.ffns(model):
+        with offload.loaded(runner.layers[block.index]), _at(parts[block.index], see):
+            after = torch.empty_like(states)
+            with streaming.swapped(model, block.name, ffn(block) if ffn else block.module):
+                runner.forward(block, states, after)
+            states = after
+        yield parts[block.index]
+    for place in parts[-1]:  # its inputs alone: no logits are needed
+        for window, behind in enumerate(states):
+            see(place, runner.last(window, behind[None]))
+    yield parts[-1]
 
 
 def _placed(layers: list[LayerPlan], values: list[tuple[Reader, np.ndarray]], ramp: float) -> list[LayerPlan]:
@@ -158,132 +208,54 @@ def _placed(layers: list[LayerPlan], values: list[tuple[Reader, np.ndarray]], ra
     return [layer.with_thresholds(found, ramp) for layer, found in zip(layers, made, strict=True)]
 
 
-@dataclass(frozen=True)
-class Ladder:
-    """Of one place: scores, and the quantiles 0, 1/1000, ... 1 of score * |value| of its values."""
-
-    place: Reader
-    score: np.ndarray
-    steps: np.ndarray
-
-
 @torch.no_grad()
 def ladders(model: PreTrainedModel, scores: Scores, token_windows: np.ndarray) -> list[Ladder]:
     """Measure how large the values of every place are on windows int64 [N, L]."""
-    found = [place for place, _ in scores]
-    every = max(1, token_windows.size // _ROWS)
-    own = token_windows[processes.span(len(token_windows))]
-    rows: list[list[torch.Tensor]] = [[] for _ in scores]
+    score_of = {(place.layer, place.place): score for place, score in scores}
+    every, found = _every(token_windows), []
+    rows: dict[str, list[torch.Tensor]] = {}
 
-    def see(index: int, values: torch.Tensor) -> torch.Tensor:
-        rows[index].append(values.flatten(0, -2)[::every].float().cpu())
+    def see(place: Reader, values: torch.Tensor) -> torch.Tensor:
+        rows.setdefault(place.place, []).append(values.flatten(0, -2)[::every].float().cpu())
         return values
 
-    with _at(found, see):
-        for window in torch.from_numpy(own).to(model.device):
-            hidden = model.base_model(input_ids=window[None], use_cache=False).last_hidden_state
-            if found[-1].place == "head":  # its inputs alone: no logits are needed
-                see(len(found) - 1, hidden)
-    quantiles = np.linspace(0, 1, 1001)
-    return [
-        Ladder(place, score, np.quantile(processes.joined(torch.cat(seen)).abs().numpy() * score, quantiles))
-        for (place, score), seen in zip(scores, rows, strict=True)
-    ]
+    for part in layer_by_layer(model, by_layer(model, [place for place, _ in scores]), token_windows, see):
+        found += [_ladder(place, score_of[place.layer, place.place], rows[place.place]) for place in part]
+        rows.clear()
+    return found
 
 
-def with_shares(layers: list[LayerPlan], steps: list[Ladder], share: float, ramp: float) -> list[LayerPlan]:
-    """Return the layers with thresholds that keep ``share`` of the values of every place."""
-    values = [
-        (one.place, np.interp(1 - share, np.linspace(0, 1, 1001), one.steps) / np.maximum(one.score, 1e-30))
-        for one in steps
-    ]
+def cuts(steps: list[Ladder], level: float) -> list[float]:
+    """Return below which score * |value| each place leaves values out, at one level of what a read weight is worth.
+
+    That is ``(score * value)^2 / weights read``, and ``level`` its root. An input of a layer is read by all rows of
+    gate and up, so it counts 2 D weights; a hidden value counts H.
+    """
+    return [level * math.sqrt(one.place.weights) for one in steps]
+
+
+def cuts_of_share(steps: list[Ladder], share: float) -> list[float]:
+    """Return the same for every place to keep ``share`` of its values."""
+    return [float(np.interp(1 - share, _QUANTILES, one.steps)) for one in steps]
+
+
+def with_cuts(layers: list[LayerPlan], steps: list[Ladder], found: list[float], ramp: float) -> list[LayerPlan]:
+    """Return the layers with thresholds below which score * |value| is less than the cut of the place."""
+    values = []
+    for one, cut in zip(steps, found, strict=True):
+        always = np.full(one.score.shape, np.inf)  # what costs nothing is always left out
+        values.append((one.place, np.divide(cut, one.score, out=always, where=one.score > 0, dtype=np.float64)))
     return _placed(layers, values, ramp)
 
 
-def fit(
-    model: PreTrainedModel,
-    make: Callable[[float], list[LayerPlan]],
-    token_windows: np.ndarray,
-    share: float,
-    *,
-    start: float,
-    progress: Progress | None = None,
-) -> tuple[list[LayerPlan], float]:
-    """Find the level at which a converted model reads ``share`` of its dense parent's FFN weights a token.
-
-    What is not read outside the FFNs counts as FFN weights that are not read (:mod:`moedge.convert.reads`).
-
-    Args:
-        model: the dense parent; it is not changed.
-        make: layers of a level; a higher one reads less.
-        token_windows: int64 [N, L] to measure on.
-        start: a first level, more than 0.
-
-    Returns:
-        The layers, and the share that they were measured to read.
-
-    Raises:
-        MoEdgeError: the layers read less than ``share`` even with all values, or never so little.
-    """
-    width = len(adapters.ffns(model)[0].gate)
-    with scoring.in_place(model, make(start)):  # built once: levels differ in thresholds alone
-        layers, found = _search(model, make, token_windows, share, start, width, progress)
-    if abs(found - share) > 10 * _PRECISION:
-        raise MoEdgeError(f"No thresholds read {share:.3g} of the FFN weights: the nearest found read {found:.3g}.")
-    return layers, found
-
-
-def _search(
-    model: PreTrainedModel,
-    make: Callable[[float], list[LayerPlan]],
-    token_windows: np.ndarray,
-    share: float,
-    start: float,
-    width: int,
-    progress: Progress | None,
-) -> tuple[list[LayerPlan], float]:
-    """Return the layers of the best level that a few tries find, and what they read.
-
-    Converted FFNs are in place; ``width`` is that of the dense ones.
-    """
-    ffns = modeling.sparse_ffns(model)
-
-    def measured(log_level: float) -> tuple[list[LayerPlan], float]:
-        layers = make(math.exp(log_level))
-        for ffn, layer in zip(ffns, layers, strict=True):
-            modeling.set_thresholds(ffn, layer, ffn.shared_gate.device)
-        kept_inputs.set_thresholds(model, layers)
-        return layers, _counted(model, token_windows, width)
-
-    at, step = math.log(start), 1.0
-    low: tuple[float, float] | None = None  # (log level, share) that reads too much, and one that reads too little
-    high: tuple[float, float] | None = None
-    for number in range(ROUNDS):
-        layers, found = measured(at)
-        if progress:
-            progress(number + 1, ROUNDS)
-        if abs(found - share) <= _PRECISION:
-            break
-        low, high = ((at, found), high) if found > share else (low, (at, found))
-        if low and high:  # on the line between them, but not so near an end that the other would never move
-            part = min(max((low[1] - share) / (low[1] - high[1]), 0.1), 0.9)
-            at = low[0] + part * (high[0] - low[0])
-        else:
-            at += step if low else -step
-            step *= 2
-    return layers, found
-
-
-def read_share(model: PreTrainedModel, layers: list[LayerPlan], token_windows: np.ndarray) -> float:
-    """Return the share of the FFN weights that a dense model with these layers in place reads on some windows."""
-    width = len(adapters.ffns(model)[0].gate)
-    with scoring.in_place(model, layers):
-        return _counted(model, token_windows, width)
-
-
-def _counted(model: PreTrainedModel, token_windows: np.ndarray, width: int) -> float:
-    """Return the share that the converted FFNs of a model read, of dense ones of ``width`` neurons."""
-    with reads.counted(model) as counts:
-        scoring.last_hidden_states(model, {"": token_windows[processes.span(len(token_windows))]}, batch_size=1)
-    counts.add_up()
-    return counts.share(width)
+def expected_share(layers: list[LayerPlan], steps: list[Ladder], found: list[float], hidden: int, width: int) -> float:
+    """Estimate the share of the FFN weights that layers with these cuts read: values are taken as the dense model's."""
+    kept = {(one.place.layer, one.place.place): one.kept(cut) for one, cut in zip(steps, found, strict=True)}
+    read = 0.0
+    for index, layer in enumerate(layers):
+        x, h = kept[index, "x"], kept[index, "h"]
+        router = layer.router.tensors.values() if layer.router and layer.experts else ()
+        read += hidden * layer.active_width * (2 * x + h) + sum(tensor.size for tensor in router)
+    outside = [one.place for one in steps if one.place.place not in ("x", "h")]
+    read -= sum(place.weights * place.inputs * (1 - kept[place.layer, place.place]) for place in outside)
+    return read / (3 * hidden * width * len(layers))

@@ -19,6 +19,7 @@ from torch import nn
 
 import moedge.convert.ops  # noqa: F401  registers torch.ops.moedge
 from moedge import MoEdgeError
+from moedge.convert import offload
 from moedge.convert.plan import RAMP, LayerPlan
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ def prepare(model: PreTrainedModel, specs: list[dict[str, Any] | None]) -> None:
         assert isinstance(module, KeepsInputs)
         module.place = reader.place
         module._start_keeping(reader.layer + (reader.place == "head"), float(spec.get("ramp", RAMP)))
-        ones = torch.ones(reader.inputs, dtype=torch.float32, device=reader.linears[0].weight.device)
+        ones = torch.ones(reader.inputs, dtype=torch.float32, device=offload.device_of(model))
         module.register_buffer(reader.threshold, ones)
 
 
@@ -226,8 +227,7 @@ def set_thresholds(model: PreTrainedModel, layers: list[LayerPlan]) -> None:
                 f"The plan has {len(value)} thresholds for {reader.place} of layer {reader.layer}, which reads "
                 f"{reader.inputs} values; convert again."
             )
-        device = reader.linears[0].weight.device
-        setattr(reader.module, reader.threshold, torch.from_numpy(value).to(device, copy=True))
+        setattr(reader.module, reader.threshold, torch.from_numpy(value).to(offload.device_of(model), copy=True))
 
 
 def keep_for_head(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:

@@ -281,17 +281,35 @@ class Runner:
     def replay(self, block: Block, seen: Seen, ffn: torch.nn.Module) -> torch.Tensor:
         """Return the hidden states behind a layer with another FFN, [N, L, H]; its attention is not computed again."""
         layer, after = self.layers[block.index], torch.empty_like(seen.before)
-        with _swapped(layer, "self_attn", _Recorded(seen.attention)), _swapped(layer, _last(block.name), ffn):
+        with swapped(layer, "self_attn", _Recorded(seen.attention)), swapped(layer, _last(block.name), ffn):
             self.forward(block, seen.before, after)
         return after
 
     def forward(self, block: Block, states: torch.Tensor, after: torch.Tensor, windows: int = 1) -> None:
         """Run a layer on ``states`` [N, L, H], some windows at a time, and write what it puts out to ``after``."""
-        layer, (args, kwargs) = self.layers[block.index], self.arguments[block.index]
         for start in range(0, len(states), windows):
             rows = slice(start, start + windows)
-            out = layer(states[rows], *args, **kwargs)
-            after[rows] = out[0] if isinstance(out, tuple) else out
+            after[rows] = self.one(block, states[rows])
+
+    def one(self, block: Block, states: torch.Tensor) -> torch.Tensor:
+        """Run a layer on hidden states [B, L, H] and return what it puts out."""
+        args, kwargs = self.arguments[block.index]
+        out = self.layers[block.index](states, *args, **kwargs)
+        found: torch.Tensor = out[0] if isinstance(out, tuple) else out
+        return found
+
+    def logits(self, window: int, states: torch.Tensor) -> torch.Tensor:
+        """Run what follows the last layer on its hidden states [1, L, H] for one window; return logits [1, L, V]."""
+        with _replaced(self.layers, lambda *_, **__: states):
+            found: torch.Tensor = self.model(input_ids=self.ids[window][None], use_cache=False).logits
+        return found
+
+    def last(self, window: int, states: torch.Tensor) -> torch.Tensor:
+        """Return what the output projection reads, [1, L, H], of hidden states behind the last layer [1, L, H]."""
+        with _replaced(self.layers, lambda *_, **__: states):
+            out = self.model.base_model(input_ids=self.ids[window][None], use_cache=False)
+        found: torch.Tensor = out.last_hidden_state
+        return found
 
     def _ffn(self, block: Block) -> torch.nn.Module:
         module: torch.nn.Module = self.layers[block.index].get_submodule(_last(block.name))
@@ -344,8 +362,8 @@ def hooked(*handles: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _swapped(parent: torch.nn.Module, name: str, module: torch.nn.Module) -> Iterator[None]:
-    """Have another module in place of a child."""
+def swapped(parent: torch.nn.Module, name: str, module: torch.nn.Module) -> Iterator[None]:
+    """Run a block with another module in place of a child."""
     own = parent.get_submodule(name)
     parent.set_submodule(name, module)
     try:
@@ -357,12 +375,19 @@ def _swapped(parent: torch.nn.Module, name: str, module: torch.nn.Module) -> Ite
 @contextmanager
 def _idle(layers: torch.nn.ModuleList, see: Callable[..., None]) -> Iterator[None]:
     """Let every layer hand on its hidden states as they are, after ``see(hidden states, other args, kwargs)``."""
-    own = [layer.__dict__.get("forward") for layer in layers]  # accelerate's, or None: that of the class
 
     def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         see(hidden_states, args, kwargs)
         return hidden_states
 
+    with _replaced(layers, forward):
+        yield
+
+
+@contextmanager
+def _replaced(layers: torch.nn.ModuleList, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Have ``forward`` in place of that of every layer."""
+    own = [layer.__dict__.get("forward") for layer in layers]  # accelerate's, or None: that of the class
     try:
         for layer in layers:
             layer.forward = forward

@@ -369,7 +369,7 @@ def gathered() -> Callable[..., Any]:
 
         left_out = {"x_threshold": not x, "h_threshold": not h}
         layers = []
-        for layer in gather.with_shares(plan.layers, steps, share, ramp):
+        for layer in gather.with_cuts(plan.layers, steps, gather.cuts_of_share(steps, share), ramp):
             made = {name: None if left_out.get(name) else spread(value) for name, value in layer.thresholds.items()}
             layers.append(replace(layer, **made))
         return replace(plan, layers=layers)

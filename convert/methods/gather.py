@@ -6,6 +6,7 @@ KL that it costs to leave it out, and one price for the whole model decides (:mo
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -69,34 +70,31 @@ def on_top(
     Raises:
         MoEdgeError: the layers read less than that already.
     """
-    from moedge.convert import gather, offload
+    from moedge.convert import gather, levels
 
-    offload.refuse(model, "Leaving out small inputs", "convert without it")
     some = measured_on(token_windows, params)
-    before = len(some) if params.scores == "fisher" else 0
+    before = len(layers) + 1 if params.scores == "fisher" else 0
 
     def advance(done: int) -> None:
         if progress:
-            progress(done, before + gather.ROUNDS)
+            progress(done, before + levels.ROUNDS)
 
     if params.scores == "fisher":
-        scores = gather.fisher_scores(model, some, params.linears, lambda done, _: advance(done))
-
-        def make(level: float) -> list[LayerPlan]:
-            return gather.with_thresholds(layers, scores, level, params.ramp)
-
-        start = 1e-4
+        steps = gather.fisher(model, some, params.linears, lambda done, _: advance(done))
     else:
-        ladders = gather.ladders(model, gather.static_scores(model, params.scores, params.linears), some)
+        steps = gather.ladders(model, gather.static_scores(model, params.scores, params.linears), some)
 
-        def make(level: float) -> list[LayerPlan]:
-            return gather.with_shares(layers, ladders, 1 / (1 + level), params.ramp)
+    def cuts(log_level: float) -> list[float]:
+        level = math.exp(log_level)
+        return gather.cuts(steps, level) if params.scores == "fisher" else gather.cuts_of_share(steps, 1 / (1 + level))
 
-        start = (1 - params.share) / params.share or 1e-4
-    made, found = gather.fit(
-        model, make, some, params.share, start=start, progress=lambda done, _: advance(before + done)
+    hidden, width = (int(adapters.describe(model)[name]) for name in ("hidden_size", "intermediate_size"))
+    choice = levels.Levels(
+        make=lambda level: gather.with_cuts(layers, steps, cuts(level), params.ramp),
+        expected=lambda level: gather.expected_share(layers, steps, cuts(level), hidden, width),
     )
-    advance(before + gather.ROUNDS)
+    made, found = levels.fit(model, choice, some, params.share, progress=lambda done, _: advance(before + done))
+    advance(before + levels.ROUNDS)
     return Layers(made, {"gather": {"share": round(found, 4), "tokens": int(some.size)}})
 
 

@@ -74,7 +74,7 @@ def main() -> None:
     cut = [held_out.windows(tokenizer, text, options.length, count, bos=False, name="calibration") for text in texts]
     windows = held_out.interleaved(cut)[: options.windows]
     curves = budgets.loss_curves(model, windows)
-    found = gather.ladders(model, gather.fisher_scores(model, windows, "all"), windows)
+    found = gather.fisher(model, windows, "all")
     hidden = model.config.hidden_size
     whole = len(curves) * 3 * hidden * (len(curves[0]) - 1)
     for name in ("ffn", "all"):

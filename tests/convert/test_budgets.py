@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from moedge.convert import adapters, budgets, modeling, partition
+from moedge.convert import adapters, backward, budgets, modeling, partition
 from moedge.convert.plan import LayerPlan
 
 WINDOWS = np.random.default_rng(5).integers(0, 256, size=(8, 32))
@@ -43,7 +43,7 @@ def test_the_estimate_is_the_measured_cost(tiny_llama: Callable[..., Any], monke
     model = tiny_llama(layers=3)
     draws = []
     for seed in range(24):
-        monkeypatch.setattr(budgets, "SEED", seed)
+        monkeypatch.setattr(backward, "SEED", seed)
         draws.append(budgets.loss_curves(model, WINDOWS))
     for index, kept in itertools.product(range(3), (48, 56, 60)):
         estimates = np.array([curves[index][kept] for curves in draws])

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from moedge import MoEdgeError
-from moedge.convert import adapters, gather, modeling, reads
+from moedge.convert import adapters, gather, levels, modeling, reads
 from moedge.convert.plan import SMALLEST_THRESHOLD, LayerPlan, MoEPlan, RouterPlan
 
 IDS = torch.arange(2, 34).reshape(2, 16)
@@ -307,11 +307,11 @@ def shifted(block: Any, zero_x: torch.Tensor, zero_h: torch.Tensor, x: torch.Ten
 
 def test_fisher_scores_are_the_gradients_that_autograd_gives(tiny_llama: Any) -> None:
     """By hand: a model whose FFN adds a zero to its input and to its hidden values, and the gradient of that zero."""
-    from moedge.convert import budgets
+    from moedge.convert import backward
 
     model = tiny_llama()
     windows = np.random.default_rng(4).integers(0, 256, size=(3, 20))
-    got = gather.fisher_scores(model, windows)
+    got = gather.fisher(model, windows)
     assert not any(parameter.requires_grad for parameter in model.parameters())
     squares = [[torch.zeros(32, dtype=torch.float64), torch.zeros(64, dtype=torch.float64)] for _ in range(2)]
     for number, window in enumerate(torch.from_numpy(windows)):
@@ -319,32 +319,33 @@ def test_fisher_scores_are_the_gradients_that_autograd_gives(tiny_llama: Any) ->
         for block, (zero_x, zero_h) in zip(adapters.ffns(model), zeros, strict=True):
             block.module.forward = partial(shifted, block, zero_x, zero_h)
         with torch.enable_grad():
-            score = budgets.drawn_score(model, window, budgets.generator(number))
+            score = backward.drawn_score(model(window[None]).logits[0], backward.generator(number))
             grads = torch.autograd.grad(score, [zero for pair in zeros for zero in pair])
         for block in adapters.ffns(model):
             del block.module.forward
         for index, grad in enumerate(grads):
             squares[index // 2][index % 2] += grad.double().square().sum(0)
-    assert [(place.layer, place.place) for place, _ in got] == [(0, "x"), (0, "h"), (1, "x"), (1, "h")]
-    for (_, score), square in zip(got, [one for pair in squares for one in pair], strict=True):
-        np.testing.assert_allclose(score, (square / 60).sqrt().numpy(), rtol=1e-3)
+    assert [(one.place.layer, one.place.place) for one in got] == [(0, "x"), (0, "h"), (1, "x"), (1, "h")]
+    for one, square in zip(got, [one for pair in squares for one in pair], strict=True):
+        np.testing.assert_allclose(one.score, (square / 60).sqrt().numpy(), rtol=1e-3)
 
 
 @pytest.mark.parametrize("linears", ["ffn", "all"])
 def test_one_level_decides_by_loss_over_weights_read(tiny_llama: Any, linears: Any) -> None:
     generator, model = np.random.default_rng(0), tiny_llama()
     places = gather.places(model, linears)
-    scores = [(place, generator.random(place.inputs).astype(np.float32)) for place in places]
+    steps = np.linspace(0, 1, 1001)
+    scores = [gather.Ladder(place, generator.random(place.inputs).astype(np.float32), steps) for place in places]
     read_by = {"x": 2 * 64, "h": 32, "qkv": 32 + 2 * 16, "o": 32, "head": 260}
-    scores[0][1][3] = 0.0  # nobody reads it
+    scores[0].score[3] = 0.0  # nobody reads it
     every = [LayerPlan(np.arange(64, dtype=np.int32), [], 0)] * 2
-    layers = gather.with_thresholds(every, scores, 0.01, 0.1)
-    for place, score in scores:
+    layers = gather.with_cuts(every, scores, gather.cuts(scores, 0.01), 0.1)
+    for place, score in ((one.place, one.score) for one in scores):
         whole, value = score > 0, layers[place.layer].thresholds[place.threshold]
         np.testing.assert_allclose((score * value)[whole] ** 2 / read_by[place.place], 1e-4, rtol=1e-5)
     for layer in layers:
         layer.validate(64, "x", 32)
-    place = scores[0][0]
+    place = scores[0].place
     assert layers[0].thresholds[place.threshold][3] == np.float32(1e30)
     expected = {"x", "h"} | ({"qkv", "o"} if linears == "all" else set())
     assert set(layers[0].thresholds) == {f"{name}_threshold" for name in expected}
@@ -359,7 +360,7 @@ def test_the_method_reads_the_share_that_was_asked_for(scores: str, share: float
     model = tiny_llama()
     windows = np.random.default_rng(4).integers(0, 256, size=(3, 20))
     plan = methods.convert("gather", windows, model, share=share, scores=scores)
-    found = gather.read_share(model, plan.layers, windows)
+    found = levels.read_share(model, plan.layers, windows)
     assert abs(found - share) <= 0.004
     assert plan.provenance["gather"]["share"] == pytest.approx(found, abs=1e-4)
 

@@ -12,7 +12,7 @@ import torch
 
 from moedge import MoEdgeError
 from moedge.configs.recipe import recipe_from
-from moedge.convert import calibration, diagnostics, forms, gather, methods, modeling, reads
+from moedge.convert import calibration, diagnostics, forms, levels, methods, modeling, reads
 from moedge.convert.methods import METHODS, baselines
 from moedge.convert.plan import SMALLEST_RAMP, SMALLEST_THRESHOLD, THRESHOLDS, MoEPlan
 
@@ -48,7 +48,7 @@ def test_every_method_takes_it_and_reads_what_was_asked_for(
     plain, plan = (make(name, model, token_windows, **more) for more in ({}, {"gather": {"share": 0.5}}))
     plan.validate()
     assert reads.of_plan(plan) == pytest.approx(0.5, abs=0.003)
-    assert gather.read_share(model, plan.layers, token_windows) == pytest.approx(0.5, abs=0.003)
+    assert levels.read_share(model, plan.layers, token_windows) == pytest.approx(0.5, abs=0.003)
     assert plan.params["gather"]["share"] == 0.5
     assert METHODS[name].layout(plan.params) == f"{METHODS[name].layout(plain.params)}, gather 0.5"
     assert "gather" not in plain.params, "plans without it keep their hash"
@@ -146,7 +146,7 @@ def test_controls_of_a_gathered_plan_read_as_much(
     if forms.form(control) == "prompted":  # each prompt chooses as many neurons
         read = float(np.mean([layer.top_k / len(layer.experts) for layer in control.layers]))
     else:
-        read = gather.read_share(model, control.layers, token_windows)
+        read = levels.read_share(model, control.layers, token_windows)
     assert read == pytest.approx(0.5, abs=near)
 
 

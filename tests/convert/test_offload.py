@@ -57,12 +57,20 @@ METHODS: dict[str, dict[str, Any]] = {
     "flap": {"keep": 0.5, "refit": True, "sequential": True},
     "mlpmoe": {"branches": 4},
     "llamamoe": {"active": 2, "experts": 8},
+    "gather": {"share": 0.6},
+}
+MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    "gather, norms": ("gather", {"share": 0.6, "scores": "norms"}),
+    "gather, FFN alone": ("gather", {"share": 0.6, "linears": "ffn"}),
+    "moedge, gather on top": ("moedge", {**LAYOUT, "gather": {"share": 0.4}}),
+    "moedge, budget": ("moedge", {**LAYOUT, "budget": "measured", "budget_tokens": 48}),
+    "flap, budget": ("flap", {"keep": 0.5, "budget": "measured", "budget_tokens": 48}),
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("case", [*METHODS, *MORE])
 def test_a_model_on_disk_is_converted_to_the_same_bytes(
-    method: str,
+    case: str,
     scarce: Callable[[bool], None],
     tiny_model: Callable[..., Any],
     tiny_tokenizer: Any,
@@ -71,10 +79,11 @@ def test_a_model_on_disk_is_converted_to_the_same_bytes(
 ) -> None:
     monkeypatch.setattr(modeling, "_SHARD", "24KB")
     folder = saved(tiny_model("llama", layers=3), tmp_path / "dense", tiny_tokenizer)
+    method, params = MORE.get(case) or (case, METHODS[case])
     files = []
     for on_disk in (False, True):
         scarce(on_disk)
-        files.append(converted(folder, tmp_path / str(on_disk), tiny_tokenizer, method, **METHODS[method]))
+        files.append(converted(folder, tmp_path / str(on_disk), tiny_tokenizer, method, **params))
     assert sum(name.endswith(".safetensors") for name in files[0]) > 3
     assert files[0].keys() == files[1].keys()
     for name, content in files[0].items():
@@ -97,7 +106,9 @@ def test_every_family_is_read_from_disk(
     for on_disk in (False, True):
         scarce(on_disk)
         assert offload.is_offloaded(sources.open_model(folder)) == on_disk
-        files.append(converted(folder, tmp_path / str(on_disk), tiny_tokenizer, "flap", sequential=True, keep=0.5))
+        out = tmp_path / str(on_disk)
+        settings = {"keep": 0.5, "sequential": True, "gather": {"share": 0.4}}
+        files.append(converted(folder, out, tiny_tokenizer, "flap", **settings))
     assert files[0] == files[1]
 
 
@@ -134,18 +145,12 @@ def test_one_layer_is_in_memory_at_a_time(
     assert len(held) == 4 + 2 * 4, "every layer once for statistics, and twice in a sequential method"
     assert max(held) == rest + layer
     assert bytes_held(model) == rest
-
-
-def test_what_needs_all_weights_is_refused(
-    scarce: Callable[[bool], None], tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path
-) -> None:
-    folder = saved(tiny_model("llama", layers=3), tmp_path / "dense", tiny_tokenizer)
-    scarce(True)
-    for method, params in (("moedge", LAYOUT), ("flap", {"keep": 0.5})):
-        with pytest.raises(MoEdgeError, match=r"budget: measured needs the whole model in memory.*use budget: uniform"):
-            methods.convert(method, IDS, sources.open_model(folder), budget="measured", **params)
-    with pytest.raises(MoEdgeError, match=r"small inputs needs the whole model in memory.*convert without it"):
-        methods.convert("gather", IDS, sources.open_model(folder))
+    held.clear()
+    methods.convert("gather", IDS, model, share=0.6)
+    assert len(held) % 4 == 0
+    thresholds = 4 * (32 + 64)
+    assert max(held) == rest + layer + thresholds, "the FFN that is tried stands in the place of the dense one"
+    assert bytes_held(model) == rest
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.layers.2.self_attn.q_proj.weight"])

@@ -34,12 +34,12 @@ def wina(plan: MoEPlan, model: PreTrainedModel, token_windows: np.ndarray) -> Mo
 def _gathered(
     plan: MoEPlan, model: PreTrainedModel, token_windows: np.ndarray, name: str, scores: Literal["magnitude", "norms"]
 ) -> MoEPlan:
-    from moedge.convert import gather, kept_inputs
+    from moedge.convert import gather, kept_inputs, levels
     from moedge.convert.methods import gather as method
 
     share = reads.of_plan(plan)
     if share is None:  # thresholds from elsewhere
-        share = gather.read_share(model, plan.layers, method.measured_on(token_windows, method.GatherParams()))
+        share = levels.read_share(model, plan.layers, method.measured_on(token_windows, method.GatherParams()))
     outside = any(kept_inputs.wanted(plan.layers))
     linears: gather.Linears = "all" if outside or not any(layer.gathers for layer in plan.layers) else "ffn"
     params = method.GatherParams(share=min(share, 1.0), scores=scores, ramp=_HARD, linears=linears)

@@ -124,9 +124,8 @@ def _flap_widths(token_windows: np.ndarray, model: PreTrainedModel, params: Flap
     widths = [partition.kept_width(block.width, params.keep) for block in adapters.ffns(model)]
     if params.budget == "uniform":
         return widths
-    from moedge.convert import budgets, offload
+    from moedge.convert import budgets
 
-    offload.refuse(model, "budget: measured", "use budget: uniform")
     curves = budgets.calibration_curves(model, token_windows, params.budget_tokens)
     return budgets.spread(curves, 0, [1] * (len(curves[0]) - 1), widths[0], params.most_skipped)
 

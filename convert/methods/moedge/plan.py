@@ -48,9 +48,8 @@ def plan(
 
 def _measured(model: PreTrainedModel, token_windows: np.ndarray, params: MoEdgeParams) -> list[int]:
     """Return the active experts of each layer."""
-    from moedge.convert import budgets, offload, partition
+    from moedge.convert import budgets, partition
 
-    offload.refuse(model, "budget: measured", "use budget: uniform")
     curves = budgets.calibration_curves(model, token_windows, params.budget_tokens)
     shared, widths = partition.group_widths(len(curves[0]) - 1, params.shared, params.experts, params.padding)
     return budgets.spread(curves, shared, widths, params.active, params.most_skipped)
