@@ -13,27 +13,27 @@ if TYPE_CHECKING:
 Form = Literal["dense", "static", "routed", "gathered", "routed and gathered", "prompted", "ceiling"]
 
 WHERE: dict[str, str] = {
-    "static": "are narrower dense models: prompts, batches and decoding gain alike, in every runtime.",
+    "static": "narrower dense FFNs; prompts, batches and decoding gain alike, in every runtime.",
     "routed": (
-        "gain in decoding, and in prompts and batches where the runtime has a kernel for experts (ONNX Runtime, "
+        "a gain in decoding, and in prompts and batches where the runtime has a kernel for experts (ONNX Runtime, "
         "TensorRT); others run them by standard operators, without that gain."
     ),
     "gathered": (
-        "gain only in decoding few tokens at a time, by a kernel that skips weights; prompts, large batches and stock "
-        "runtimes compute the same numbers and read all weights."
+        "a gain only in decoding few tokens at a time, by a kernel that skips weights; prompts, large batches and "
+        "stock runtimes compute the same numbers and read all weights."
     ),
     "routed and gathered": (
-        "gain by their experts wherever routed ones do; the gathered part adds to it only in decoding few tokens at a "
+        "a gain by experts wherever routed FFNs have one; the gathered part adds to it only in decoding few tokens at a "
         "time, by a kernel that skips weights."
     ),
     "prompted": (
-        "gain in decoding alone, and only where the runtime can cut the FFNs' weights anew for each prompt, for every "
+        "a gain in decoding alone, and only where the runtime can cut the FFNs' weights anew for each prompt, for every "
         "row of a batch apart; prompts read all weights, and no exported bundle of ours holds such a model. Scored are "
         "the second halves of the windows, for which the first halves choose."
     ),
-    "ceiling": "compute everything in order to choose: a bound, nothing to deploy.",
+    "ceiling": "everything is computed in order to choose; a bound, nothing to deploy.",
 }
-"""Form -> what is true of rows of that form; it follows their names. A dense model needs no sentence."""
+"""Form -> what is true of rows of that form; it follows their names and a colon. A dense model needs no sentence."""
 
 
 def form(plan: MoEPlan) -> Form:
@@ -54,7 +54,7 @@ def sentences(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     labels: dict[str, list[str]] = {}
     for row in rows:
         labels.setdefault(str(row["form"]), []).append(str(row["label"]))
-    return [f"{', '.join(labels[form])} {said}" for form, said in WHERE.items() if form in labels]
+    return [f"{', '.join(labels[form])}: {said}" for form, said in WHERE.items() if form in labels]
 
 
 def prompted(quality: Mapping[str, Any]) -> list[str]:

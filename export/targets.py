@@ -7,11 +7,12 @@ ask these rows. A new target is one lowering and one row. Nothing heavy is impor
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from moedge import MoEdgeError
+from moedge._registry import Registry
 
 PORTABLE = "portable"
 """The traced graph in standard operators, of which every other target is lowered."""
@@ -130,8 +131,6 @@ _ROWS = (
     ),
 )  # fmt: skip
 
-_REGISTRY = {row.name: row for row in _ROWS}
-
 _NO_CUDA_QMOE = (
     "{} does not exist: ONNX Runtime's CUDA kernel for quantised experts lays weights out on the GPU when it loads "
     "them, which cannot be checked without one (docs/lowering.md). Take ort-cuda (float16) on a GPU, or {} on the CPU."
@@ -140,48 +139,10 @@ REFUSED = {f"ort-cuda-{kind}": _NO_CUDA_QMOE.format(f"ort-cuda-{kind}", f"ort-cp
 """Targets that one may expect and that are left out on purpose: name -> why, and what to take instead."""
 
 
-def register(row: Target) -> None:
-    """Add a target of another distribution, or of a test.
-
-    Raises:
-        MoEdgeError: the name is taken.
-    """
-    if row.name in _REGISTRY:
-        raise MoEdgeError(f"A target called {row.name!r} exists already.")
-    _REGISTRY[row.name] = row
-
-
-def unregister(name: str) -> None:
-    """Take a target out that :func:`register` added."""
-    del _REGISTRY[name]
-
-
-def every() -> Iterator[Target]:
-    """Iterate over the rows, in the order of tables and of export."""
-    return iter(tuple(_REGISTRY.values()))
-
-
-def names(choose: Callable[[Target], bool] = lambda _: True) -> tuple[str, ...]:
-    """Return the names of the rows for which ``choose`` holds."""
-    return tuple(row.name for row in every() if choose(row))
-
-
-def known(name: str) -> Target | None:
-    """Return the row called ``name``, or None."""
-    return _REGISTRY.get(name)
-
-
-def find(name: str) -> Target:
-    """Return the row called ``name``.
-
-    Raises:
-        MoEdgeError: there is none; why it is refused, or which there are.
-    """
-    if name in REFUSED:
-        raise MoEdgeError(f"Target {REFUSED[name]}")
-    if name not in _REGISTRY:
-        raise MoEdgeError(f"Unknown target {name!r}; known: {', '.join(names())}.")
-    return _REGISTRY[name]
+_ALL = Registry("target", _ROWS, REFUSED)
+register, unregister, every = _ALL.register, _ALL.unregister, _ALL.every
+names, known, find = _ALL.names, _ALL.known, _ALL.find
+"""See :class:`moedge._registry.Registry`; the order is that of tables and of export."""
 
 
 def check(wanted: Iterable[str]) -> None:

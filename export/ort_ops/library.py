@@ -13,9 +13,11 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
+from itertools import repeat
 from pathlib import Path
 
 from moedge import MoEdgeError
@@ -27,7 +29,7 @@ DOMAIN = "moedge.cpu"
 """The domain of the operators, version 1."""
 
 FLAGS = (
-    *("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-Wl,-Bsymbolic", "-pthread"),
+    *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wl,-Bsymbolic", "-pthread"),
     # Errors of libm are not asked for, and no exception of a float is: loops vectorise. A product and a sum are fused
     # only where the source says so: rounding to integers has to agree with ONNX Runtime's.
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
@@ -45,13 +47,20 @@ def compile_library(target: Path, folder: Path = FOLDER) -> Path:
     Raises:
         MoEdgeError: no g++, or it does not compile.
     """
-    names = [str(path) for name, path in sources(folder).items() if name.endswith(".cc")]
-    done = subprocess.run(
-        [_compiler(), *FLAGS, *names, "-o", str(target)], capture_output=True, text=True, timeout=600, check=False
-    )
-    if done.returncode:
-        reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
-        raise MoEdgeError(f"g++ cannot compile the library of CPU operators in {folder}: {reason}")
+    files = [path for name, path in sources(folder).items() if name.endswith(".cc")]
+
+    def run(*arguments: str) -> None:
+        done = subprocess.run(
+            [_compiler(), *FLAGS, *arguments], capture_output=True, text=True, timeout=600, check=False
+        )
+        if done.returncode:
+            reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
+            raise MoEdgeError(f"g++ cannot compile the library of CPU operators in {folder}: {reason}")
+
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(os.cpu_count()) as threads:
+        objects = [str(Path(scratch) / f"{path.stem}.o") for path in files]
+        list(threads.map(run, repeat("-c"), map(str, files), repeat("-o"), objects))
+        run("-shared", *objects, "-o", str(target))
     return target
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moedge import MoEdgeError
+from moedge._registry import Registry
 from moedge._versions import installed
 
 
@@ -117,44 +118,9 @@ _ROWS = (
     ),
 )  # fmt: skip
 
-_REGISTRY = {row.name: row for row in _ROWS}
-
-
-def register(row: Peer) -> None:
-    """Add a peer of another distribution, or of a test.
-
-    Raises:
-        MoEdgeError: the name is taken.
-    """
-    if row.name in _REGISTRY:
-        raise MoEdgeError(f"A peer called {row.name!r} exists already.")
-    _REGISTRY[row.name] = row
-
-
-def unregister(name: str) -> None:
-    """Take a peer out that :func:`register` added."""
-    del _REGISTRY[name]
-
-
-def every() -> Iterator[Peer]:
-    """Iterate over the rows, in the order of tables."""
-    return iter(tuple(_REGISTRY.values()))
-
-
-def names(choose: Callable[[Peer], bool] = lambda _: True) -> tuple[str, ...]:
-    """Return the names of the rows for which ``choose`` holds."""
-    return tuple(row.name for row in every() if choose(row))
-
-
-def find(name: str) -> Peer:
-    """Return the row called ``name``.
-
-    Raises:
-        MoEdgeError: there is none; which there are.
-    """
-    if name not in _REGISTRY:
-        raise MoEdgeError(f"No peer is called {name!r}; known: {', '.join(names())}.")
-    return _REGISTRY[name]
+_ALL = Registry("peer", _ROWS)
+register, unregister, every, names, find = (_ALL.register, _ALL.unregister, _ALL.every, _ALL.names, _ALL.find)
+"""See :class:`moedge._registry.Registry`."""
 
 
 @dataclass(frozen=True)

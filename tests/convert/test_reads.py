@@ -82,4 +82,4 @@ def test_rows_carry_what_each_text_reads(tiny_llama: Callable[..., Any], token_w
     assert row["ffn_read_shares"]["one token"] != row["ffn_read_shares"]["random"]
     assert row["ffn_read_share"] == pytest.approx(np.mean(list(row["ffn_read_shares"].values())))
     (where,) = result["where"]
-    assert where.startswith("gather gain only in decoding few tokens at a time")
+    assert where.startswith("gather: a gain only in decoding few tokens at a time")

@@ -20,7 +20,8 @@ from moedge.runtime.engines import open_engine
 
 IDS = np.random.default_rng(0).integers(0, 256, (2, 12))
 TARGETS = ["ort-cpu", "ort-cpu-int8", "openvino", "tensorrt-rtx"]
-LAYERS = 3
+LAYERS = 2
+"""As most tests have: the traces are then shared with theirs."""
 KINDS = ["llama", "gemma2", "gemma3_text", "olmo2", "phi3", "routed", "gathered"]
 
 
@@ -103,10 +104,11 @@ def test_a_layer_sees_its_own_stream_alone(folders: Any, target: str) -> None:
     streams = shown(folders("routed", target))[0]
     given = given_stream(folders("routed", target))
     right = given.prefill(IDS[:, :10], given=streams).layers
-    other = {point: values + (point[0] == 1) for point, values in streams.items()}
-    found = given.prefill(IDS[:, :10], given=other).layers
-    changed = {layer: not np.array_equal(values, found[layer, spot]) for (layer, spot), values in right.items()}
-    assert changed == {0: False, 1: False, 2: True, 3: False}
+    for changed in range(LAYERS):
+        other = {point: values + (point[0] == changed) for point, values in streams.items()}
+        found = given.prefill(IDS[:, :10], given=other).layers
+        moved = {layer for (layer, spot), values in right.items() if not np.array_equal(values, found[layer, spot])}
+        assert moved == {changed + 1}
 
 
 def test_what_cannot_be_taken_apart_or_is_given_wrongly_is_refused(folders: Any, tmp_path: Path) -> None:
@@ -117,8 +119,8 @@ def test_what_cannot_be_taken_apart_or_is_given_wrongly_is_refused(folders: Any,
     with pytest.raises(MoEdgeError, match="takes layers for 0 points, not for 1"):
         plain.prefill(IDS, given={(0, "stream"): IDS[..., None].astype(np.float32)})
     model = onnx.load(folders("llama", "portable") / "model.onnx", load_external_data=False)
-    with pytest.raises(MoEdgeError, match="a graph does not show its layers: its graph is no chain of 4 layers"):
+    with pytest.raises(MoEdgeError, match=f"a graph does not show its layers: .*no chain of {LAYERS + 1} layers"):
         graph_layers.show(model, Path("a graph"), LAYERS + 1, spots=STREAM)
     del model.graph.node[-1]
-    with pytest.raises(MoEdgeError, match="no chain of 3 layers"):
+    with pytest.raises(MoEdgeError, match=f"no chain of {LAYERS} layers"):
         graph_layers.show(model, Path("a graph"), LAYERS, spots=STREAM)

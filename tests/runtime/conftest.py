@@ -452,7 +452,7 @@ class SampleRun:
                 ],
             },
             "verdict": {"router_beats": {"static mask": False}, "sentences": [f"cmoe loses {self.text}."]},
-            "where": [f"cmoe, {self.text} gain in decoding."],
+            "where": [f"cmoe, {self.text}: a gain in decoding."],
         }
 
     def make(self, folder: Path) -> Path:

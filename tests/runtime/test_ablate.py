@@ -181,7 +181,7 @@ rows:
     assert rows["FLAP"]["ffn_read_share"] == rows["mask"]["ffn_read_share"] == 0.5
     table = (tmp_path / "run/table/results.md").read_text()
     assert "### 50 % of the FFN weights read for a token" in table
-    assert "- mask, FLAP are narrower dense models" in table
+    assert "- mask, FLAP: narrower dense FFNs" in table
     behind = json.loads((tmp_path / "run/table/results.json").read_text())["second_half"]["rows"]
     assert {row["label"] for row in behind} == {*rows, "GRIFFIN"}
     assert "GRIFFIN" not in rows, "nothing of it is known before half of a window"
@@ -189,7 +189,7 @@ rows:
     assert (griffin["form"], griffin["ffn_read_share"]) == ("prompted", 0.5)
     # Windows of 64: the tokens behind the first 32 are scored but the first of them, which the prompt predicts.
     assert "Second halves of the windows (1,240 of other, 62 of text tokens), as GRIFFIN needs the first:" in table
-    assert "- GRIFFIN gain in decoding alone" in table
+    assert "- GRIFFIN: a gain in decoding alone" in table
     # 40 windows of 64 are more than a split's quarter of the 60 lines holds: nothing is kept back for calibration.
     assert "2,520 of other, 126 of text predicted tokens" in table
 
