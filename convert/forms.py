@@ -23,13 +23,13 @@ WHERE: dict[str, str] = {
         "stock runtimes compute the same numbers and read all weights."
     ),
     "routed and gathered": (
-        "a gain by experts wherever routed FFNs have one; the gathered part adds to it only in decoding few tokens at a "
-        "time, by a kernel that skips weights."
+        "a gain by experts wherever routed FFNs have one; the gathered part adds to it only in decoding few tokens at "
+        "a time, by a kernel that skips weights."
     ),
     "prompted": (
-        "a gain in decoding alone, and only where the runtime can cut the FFNs' weights anew for each prompt, for every "
-        "row of a batch apart; prompts read all weights, and no exported bundle of ours holds such a model. Scored are "
-        "the second halves of the windows, for which the first halves choose."
+        "a gain in decoding alone, and only where the runtime can cut the FFNs' weights anew for each prompt, for "
+        "every row of a batch apart; prompts read all weights, and no exported bundle of ours holds such a model. "
+        "Scored are the second halves of the windows, for which the first halves choose."
     ),
     "ceiling": "everything is computed in order to choose; a bound, nothing to deploy.",
 }

@@ -20,11 +20,13 @@ H hidden size, D neurons.
 
 from __future__ import annotations
 
+import json
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -222,6 +224,41 @@ def ladders(model: PreTrainedModel, scores: Scores, token_windows: np.ndarray) -
     for part in layer_by_layer(model, by_layer(model, [place for place, _ in scores]), token_windows, see):
         found += [_ladder(place, score_of[place.layer, place.place], rows[place.place]) for place in part]
         rows.clear()
+    return found
+
+
+def save(steps: list[Ladder], file: Path, settings: Mapping[str, Any]) -> None:
+    """Keep ladders for :func:`load`: what several conversions of one model measure alike is then measured once.
+
+    Args:
+        settings: JSON, with what they were measured.
+    """
+    from safetensors.numpy import save_file
+
+    tensors: dict[str, np.ndarray] = {}
+    for one in steps:
+        name = f"{one.place.layer}.{one.place.place}"
+        tensors |= {f"{name}.score": one.score, f"{name}.steps": one.steps}
+    save_file(tensors, file, {"settings": json.dumps(settings, sort_keys=True)})
+
+
+def load(file: Path, model: PreTrainedModel, settings: Mapping[str, Any]) -> list[Ladder] | None:
+    """Read the ladders that were measured on ``model`` with these settings; None where there are none.
+
+    Args:
+        settings: what :func:`save` got, ``linears`` among it.
+    """
+    from safetensors import safe_open
+
+    if not file.exists():
+        return None
+    with safe_open(file, framework="numpy") as tensors:
+        if (tensors.metadata() or {}).get("settings") != json.dumps(settings, sort_keys=True):
+            return None
+        found = []
+        for place in places(model, settings["linears"]):
+            name = f"{place.layer}.{place.place}"
+            found.append(Ladder(place, tensors.get_tensor(f"{name}.score"), tensors.get_tensor(f"{name}.steps")))
     return found
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from moedge._progress import Progress
+    from moedge.convert.gather import Ladder
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,7 @@ def convert(
     progress: Progress | None = None,
     gather: Mapping[str, Any] | None = None,
     token_windows: np.ndarray | None = None,
+    ladders: list[Ladder] | None = None,
     **params: Any,
 ) -> MoEPlan:
     """Make a plan by a method.
@@ -156,6 +158,8 @@ def convert(
         gather: fields of :class:`moedge.convert.methods.gather.GatherParams`, or None: all values are read.
         token_windows: calibration ids, int64 [N, L], that ``gather`` measures on; what the method reads, if that is
             token windows.
+        ladders: what :func:`moedge.convert.methods.gather.measure` found for the settings :func:`gather_settings`, on
+            these windows; None: a gather measures it. It is the same for every share.
 
     Raises:
         MoEdgeError: an unknown method, parameters that it does not take, or what the method itself refuses.
@@ -166,10 +170,14 @@ def convert(
     if method.one_process and processes.count() > 1:
         raise MoEdgeError(f"{name} runs in one process; start it without torchrun.")
     settings = checked(method.params, params, where=name)
-    wanted = _gather_settings(name, method, gather)
-    made = method.plan(data, model, settings, progress)
+    wanted = _checked_gather(name, method, gather)
+    if isinstance(settings, GatherParams):
+        made = gathered.plan(data, model, settings, progress, ladders=ladders)
+    else:
+        made = method.plan(data, model, settings, progress)
     if wanted is not None:
-        made = _on_top(made, data if "tokens" in method.needs else token_windows, model, wanted, progress)
+        windows = data if "tokens" in method.needs else token_windows
+        made = _on_top(made, windows, model, wanted, progress, ladders)
     describe = moe_adapters.describe if method.parents == "moe" else adapters.describe
     return MoEPlan(
         name,
@@ -180,7 +188,14 @@ def convert(
     )
 
 
-def _gather_settings(name: str, method: Method, given: Mapping[str, Any] | None) -> GatherParams | None:
+def gather_settings(section: Mapping[str, Any]) -> GatherParams | None:
+    """Return how a ``convert`` section leaves small values out: as its method, on top of it, or not at all."""
+    if METHODS[section["method"]].params is GatherParams:
+        return GatherParams(**{name: section[name] for name in GatherParams.model_fields})
+    return GatherParams(**section["gather"]) if section.get("gather") else None
+
+
+def _checked_gather(name: str, method: Method, given: Mapping[str, Any] | None) -> GatherParams | None:
     """Check what ``gather`` asks for, before the method does its work."""
     if given is None:
         return None
@@ -190,11 +205,16 @@ def _gather_settings(name: str, method: Method, given: Mapping[str, Any] | None)
 
 
 def _on_top(
-    made: Layers, token_windows: Any, model: PreTrainedModel, wanted: GatherParams, progress: Progress | None
+    made: Layers,
+    token_windows: Any,
+    model: PreTrainedModel,
+    wanted: GatherParams,
+    progress: Progress | None,
+    ladders: list[Ladder] | None,
 ) -> Layers:
     """Give a method's layers thresholds; the plan then says what was asked for and what was measured."""
     if token_windows is None:
         raise MoEdgeError("gather measures how large values are; pass token_windows, the calibration windows.")
-    done = gathered.on_top(made.layers, token_windows, model, wanted, progress)
+    done = gathered.on_top(made.layers, token_windows, model, wanted, progress, ladders=ladders)
     params = {**made.params, "gather": wanted.model_dump(mode="json")}
     return Layers(done.layers, {**made.provenance, **done.provenance}, params)

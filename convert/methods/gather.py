@@ -7,7 +7,7 @@ KL that it costs to leave it out, and one price for the whole model decides (:mo
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from moedge._progress import Progress
+    from moedge.convert.gather import Ladder
 
 
 class GatherParams(BaseModel):
@@ -40,9 +41,18 @@ class GatherParams(BaseModel):
     ramp: float = Field(default=RAMP, ge=SMALLEST_RAMP, le=10, allow_inf_nan=False)
     """A value grows from 0 at its threshold t to its own at (1 + ramp) t, so that rounding turns no decision."""
 
+    def measured(self) -> dict[str, Any]:
+        """Return those that :func:`measure` reads; the same for every share."""
+        return self.model_dump(mode="json", include={"linears", "scores", "score_tokens"})
+
 
 def plan(
-    token_windows: np.ndarray, model: PreTrainedModel, params: GatherParams, progress: Progress | None = None
+    token_windows: np.ndarray,
+    model: PreTrainedModel,
+    params: GatherParams,
+    progress: Progress | None = None,
+    *,
+    ladders: list[Ladder] | None = None,
 ) -> Layers:
     """Plan every FFN: all neurons are shared, and thresholds say what is read.
 
@@ -50,12 +60,30 @@ def plan(
         token_windows: calibration ids, int64 [N, L].
         model: the dense parent; it is not changed.
         progress: called with (steps done, steps).
+        ladders: what :func:`measure` found on the same windows; None: it is measured.
 
     Raises:
         MoEdgeError: no thresholds read the share that was asked for, or a model without GLU FFNs.
     """
     everything = [LayerPlan(np.arange(block.width, dtype=np.int32), [], 0) for block in adapters.ffns(model)]
-    return on_top(everything, token_windows, model, params, progress)
+    return on_top(everything, token_windows, model, params, progress, ladders=ladders)
+
+
+def measure(
+    token_windows: np.ndarray, model: PreTrainedModel, params: GatherParams, progress: Progress | None = None
+) -> list[Ladder]:
+    """Measure what values are worth and how large they are: the same for every share.
+
+    Args:
+        token_windows: calibration ids, int64 [N, L].
+        progress: called with (steps done, steps).
+    """
+    from moedge.convert import gather
+
+    some = measured_on(token_windows, params)
+    if params.scores == "fisher":
+        return gather.fisher(model, some, params.linears, progress)
+    return gather.ladders(model, gather.static_scores(model, params.scores, params.linears), some)
 
 
 def on_top(
@@ -64,6 +92,8 @@ def on_top(
     model: PreTrainedModel,
     params: GatherParams,
     progress: Progress | None = None,
+    *,
+    ladders: list[Ladder] | None = None,
 ) -> Layers:
     """Give converted layers thresholds, so that the whole model reads ``params.share`` of its dense parent's FFNs.
 
@@ -73,16 +103,13 @@ def on_top(
     from moedge.convert import gather, levels
 
     some = measured_on(token_windows, params)
-    before = len(layers) + 1 if params.scores == "fisher" else 0
+    before = len(layers) + 1 if ladders is None else 0
 
     def advance(done: int) -> None:
         if progress:
             progress(done, before + levels.ROUNDS)
 
-    if params.scores == "fisher":
-        steps = gather.fisher(model, some, params.linears, lambda done, _: advance(done))
-    else:
-        steps = gather.ladders(model, gather.static_scores(model, params.scores, params.linears), some)
+    steps = ladders if ladders is not None else measure(token_windows, model, params, lambda done, _: advance(done))
 
     def cuts(log_level: float) -> list[float]:
         level = math.exp(log_level)

@@ -98,7 +98,12 @@ class _Frontier:
             return None
         own, stage = stages.calibrate(self.recipe, self.facts), stages.calibrate(self.recipe, facts)
         windows_alone = set(facts.needs) <= {"tokens"}  # every calibration keeps them
-        if windows_alone or stage.params == own.params:
+        if windows_alone:
+            wanted = stage.params["values"] or own.params["values"]
+            if wanted == own.params["values"]:
+                return self._add(own)
+            stage = replace(own, params={**own.params, "values": wanted, "statistics": False})
+        elif stage.params == own.params:
             return self._add(own)
         return self._add(replace(stage, name=f"{ROOM}/calibrate-{digest(stage.params)[:6]}"))
 

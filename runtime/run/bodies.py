@@ -58,7 +58,8 @@ def calibrate(context: Context) -> None:
     """Run calibration text through the dense model; keep the token windows and each layer's statistics."""
     from safetensors.numpy import save_file
 
-    from moedge.convert import calibration, domains
+    from moedge.convert import calibration, domains, gather
+    from moedge.convert.methods import gather as method
     from moedge.convert.sources import load_tokenizer
 
     params, folder = context.params, run_folder.dense(context.root)
@@ -74,9 +75,14 @@ def calibrate(context: Context) -> None:
     if params["gate_signal"]:  # a window is a sample; its BOS token is an attention sink and counts in no mean
         exclude = (tokenizer.bos_token_id,) if params["bos"] else ()
         gate = calibration.GateSampling(signal=params["gate_signal"], exclude=exclude)
+    model = _opened(folder, params["device"], context) if params["values"] or params.get("statistics", True) else None
+    if params["values"]:
+        settings = method.GatherParams(**params["values"])
+        ladders = method.measure(windows, model, settings, context.progress)
+        gather.save(ladders, context.out / "values.safetensors", settings.measured())
     if params.get("statistics", True):  # a Mixture-of-Experts has them for each expert, made when it is split
         statistics = calibration.collect(
-            _opened(folder, params["device"], context),
+            model,
             windows,
             k_a=params["k_a"],
             profile=params["profile"],
@@ -116,7 +122,7 @@ def convert_stage(context: Context) -> None:
     import torch
     from safetensors.numpy import load_file
 
-    from moedge.convert import calibration, domains, methods, modeling, offload, processes
+    from moedge.convert import calibration, domains, gather, methods, modeling, offload, processes
     from moedge.convert.sources import load_tokenizer, own_dtype
 
     folder, calibrated = run_folder.dense(context.root), context.root / "calibrate"
@@ -132,11 +138,14 @@ def convert_stage(context: Context) -> None:
         data = domains.load(calibrated / "domains.safetensors")
     elif "statistics" in needs:
         data = calibration.load(calibrated / "statistics.safetensors")
+    thresholds = methods.gather_settings(context.params["convert"])
+    kept = gather.load(calibrated / "values.safetensors", model, thresholds.measured()) if thresholds else None
     plan = methods.convert(
         name,
         data,
         model,
         **params,
+        ladders=kept,
         token_windows=windows,
         source_sha256=run_folder.source(context.root)["sha256"],
         provenance={} if windows is None else run_folder.read_json(calibrated / "calibration.json"),

@@ -24,6 +24,7 @@ ALWAYS_CODE = (
     *(
         "_files.py",
         "_progress.py",
+        "_registry.py",
         "_versions.py",
         "runtime/run/__init__.py",
         "runtime/run/refs.py",
@@ -396,7 +397,16 @@ def _measured(convert: dict[str, Any]) -> dict[str, Any]:
         **{name: convert.get(name, marks[name]) for name in ("k_a", "profile")},
         "gate_signal": convert["signal"] if "gate_profile" in needs else None,
         **({"statistics": False} if parents == "moe" else {}),
+        "values": values(convert),
     }
+
+
+def values(convert: dict[str, Any]) -> dict[str, Any] | None:
+    """What calibration measures for a gather: gradients, which take a minute and are the same for every share."""
+    from moedge.convert.methods import gather_settings
+
+    settings = gather_settings(convert)
+    return settings.measured() if settings and settings.scores == "fisher" else None
 
 
 def _domains(convert: dict[str, Any], every: int) -> dict[str, Any]:

@@ -28,7 +28,15 @@ from moedge.runtime.frontier.join import variant_facts
 from moedge.runtime.frontier.variants import Variant, variants
 from moedge.runtime.run import run_folder
 from moedge.runtime.tune.search import LEAST, MOST, Goal, Try, best, search
-from moedge.runtime.tune.work import FIRST_SHARE, SCHEMA, TRIES, Tuning, folder_of, quality_of
+from moedge.runtime.tune.work import (
+    FIRST_SHARE,
+    TRIES,
+    Tuning,
+    chosen_facts,
+    folder_of,
+    quality_of,
+    what_was_done,
+)
 
 _STEP = 0.001
 
@@ -189,15 +197,11 @@ class DeviceTuning(Tuning):
         facts = variant_facts({"label": variant.label, "convert": variant.convert}, stage, quality)
         losses = {"kl": facts["kl"]["value"], "ratio": facts["ppl_ratio"]["value"]}
         value = costs.value(self.goal, share) if self.goal.of_speed else losses[self.goal.kind]
+        verified = run_folder.read_json(self.root / folder_of(variant) / "verify" / "verify.json")["outcome"]
+        model = run_folder.source(self.root)["label"]
         return {
-            "schema": SCHEMA,
-            "model": run_folder.source(self.root)["label"],
-            "target": self.target,
-            "goal": {"kind": self.goal.kind, "limit": self.goal.limit},
-            "reached": self.goal.reached(value),
-            "share": share,
-            "predicted": predicted,
-            "tries": [vars(one) for one in done],
+            **what_was_done(model, self.target, self.goal, value, done, verified),
+            **chosen_facts(share, predicted, facts),
             "device": {
                 "profile": self.device.name,
                 "label": self.device.label,
@@ -207,8 +211,6 @@ class DeviceTuning(Tuning):
                 "ms": costs.ms(share),
                 "bound_by": costs.bounds[share].by,
             },
-            **{name: facts[name] for name in ("ffn_read_share", "kl", "ppl_ratio", "texts", "plan_sha256")},
-            "verified": run_folder.read_json(self.root / folder_of(variant) / "verify" / "verify.json")["outcome"],
             "machine": self.machine,
         }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -148,19 +148,11 @@ class Tuning:
         of_speed = {"speedup": row["decode_speedup"], "ms": row["tpot_ms"]}
         value = {**of_speed, "kl": variant["kl"], "ratio": variant["ppl_ratio"]}[self.goal.kind]
         return {
-            "schema": SCHEMA,
-            "model": found["model"],
-            "target": self.target,
-            "goal": {"kind": self.goal.kind, "limit": self.goal.limit},
-            "reached": self.goal.reached(value["value"]),
-            "share": chosen.share,
-            "predicted": chosen.predicted,
-            "tries": [vars(one) for one in done],
+            **what_was_done(found["model"], self.target, self.goal, value["value"], done, verification["outcome"]),
+            **chosen_facts(chosen.share, chosen.predicted, variant),
             "dense_decode": ffn,
-            **{name: variant[name] for name in ("ffn_read_share", "kl", "ppl_ratio", "texts", "plan_sha256")},
             **{name: row[name] for name in ("decode_speedup", "prompt_speedup", "tpot_ms", "ttft_ms", "bytes")},
             "dense": {name: parent[name] for name in ("tpot_ms", "ttft_ms", "bytes")},
-            "verified": verification["outcome"],
             "machine": found["machine"],
         }
 
@@ -173,6 +165,25 @@ class Tuning:
         with atomic_dir(self.root / "tuned", force=True) as out:
             shutil.copytree(folder / "convert/checkpoint", out / "checkpoint", copy_function=link_or_copy)
             shutil.copytree(folder / "export" / self.bundle, out / self.bundle)
+
+
+def what_was_done(model: Any, target: str, goal: Goal, value: float, done: list[Try], verified: str) -> dict[str, Any]:
+    """Return what ``tune.json`` says of the search, wherever its times come from; ``value`` is what came out."""
+    return {
+        "schema": SCHEMA,
+        "model": model,
+        "target": target,
+        "goal": {"kind": goal.kind, "limit": goal.limit},
+        "reached": goal.reached(value),
+        "tries": [vars(one) for one in done],
+        "verified": verified,
+    }
+
+
+def chosen_facts(share: float, predicted: float | None, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what it says of the share that was chosen, and of the quality of that variant."""
+    kept = ("ffn_read_share", "kl", "ppl_ratio", "texts", "plan_sha256")
+    return {"share": share, "predicted": predicted, **{name: facts[name] for name in kept}}
 
 
 def folder_of(variant: Variant) -> str:

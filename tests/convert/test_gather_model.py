@@ -372,3 +372,39 @@ def test_a_share_below_what_the_router_reads_is_refused(tiny_llama: Any, make_pl
     windows = np.random.default_rng(4).integers(0, 256, size=(3, 20))
     with pytest.raises(MoEdgeError, match=r"No thresholds read 0.9 of the FFN weights"):
         on_top(make_plan(model)[0].layers, windows, model, GatherParams(share=0.9))
+
+
+@pytest.mark.parametrize("scores", ["fisher", "magnitude"])
+def test_what_was_measured_before_gives_the_same_plan_and_is_not_measured_again(
+    scores: Any, tiny_llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moedge.convert import methods
+    from moedge.convert.methods import gather as method
+
+    model, windows = tiny_llama(), np.random.default_rng(4).integers(0, 256, size=(3, 20))
+    settings = method.GatherParams(scores=scores)
+    gather.save(method.measure(windows, model, settings), tmp_path / "values", settings.measured())
+    for change in ({"linears": "ffn"}, {"score_tokens": 20}, {"scores": "norms"}):
+        other = settings.model_copy(update=change)
+        assert gather.load(tmp_path / "values", model, other.measured()) is None
+    assert gather.load(tmp_path / "none", model, settings.measured()) is None
+    measured = [methods.convert("gather", windows, model, share=share, scores=scores) for share in (0.5, 0.8)]
+    monkeypatch.setattr(method, "measure", None)
+    for plan in measured:
+        share = plan.params["share"]
+        kept = gather.load(tmp_path / "values", model, settings.model_copy(update={"share": share}).measured())
+        again = methods.convert("gather", windows, model, share=share, scores=scores, ladders=kept)
+        assert again.sha256 == plan.sha256
+
+
+def test_a_good_first_guess_needs_few_tries(tiny_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The distribution of the dense model's values says almost what is read; one try or two correct it."""
+    from moedge.convert import methods
+
+    tries: list[float] = []
+    share_of = levels.read_share
+    monkeypatch.setattr(levels, "read_share", lambda *given: tries.append(share_of(*given)) or tries[-1])
+    windows = np.random.default_rng(4).integers(0, 256, size=(6, 40))
+    methods.convert("gather", windows, tiny_llama(layers=4), share=0.7)
+    assert len(tries) <= 4
+    assert abs(tries[0] - 0.7) < 0.05

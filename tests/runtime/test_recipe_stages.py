@@ -61,6 +61,9 @@ def test_a_setting_changes_the_key_of_its_own_stages_only(sections: dict[str, An
     assert "report" in differ, "the report prints the recipe"
 
 
+VALUES = {"linears": "all", "scores": "fisher", "score_tokens": 4096}
+
+
 @pytest.mark.parametrize(
     ("convert", "reads", "measured"),
     [
@@ -69,6 +72,7 @@ def test_a_setting_changes_the_key_of_its_own_stages_only(sections: dict[str, An
         ({"method": "mlpmoe"}, ("source",), (10, None)),
         ({"method": "mlpmoe", "gather": {"share": 0.6}}, ("source", "calibrate"), (10, None)),
         ({"method": "moedge"}, ("source", "calibrate"), (10, None)),
+        ({"method": "gather"}, ("source", "calibrate"), (10, None)),
     ],
 )
 def test_calibration_keeps_what_the_method_and_the_controls_read(
@@ -78,6 +82,8 @@ def test_calibration_keeps_what_the_method_and_the_controls_read(
     todo = {stage.name: stage for stage in stages.build(recipe, MACHINE)}
     assert todo["convert"].reads == reads
     assert tuple(todo["calibrate"].params[name] for name in ("k_a", "gate_signal")) == measured
+    gathers = convert["method"] == "gather" or "gather" in convert
+    assert todo["calibrate"].params["values"] == (VALUES if gathers else None)
     assert "calibrate" in todo["evaluate"].reads
 
 
@@ -294,3 +300,14 @@ def test_texts_of_the_same_name_stay_apart(tmp_path: Path) -> None:
     entries = [{"spec": str(path), "is": str(path)} for path in paths]
     found = held_out.texts({"calibration": calibration, "held_out": entries})
     assert [text.name for text in found] == ["text", "text (2)"]
+
+
+def test_variants_of_a_frontier_measure_once_what_values_are_worth() -> None:
+    every = {stage.name: stage for stage in frontier.build(load_recipe("smollm2-135m"), MACHINE)}
+    reads = {name: stage.reads for name, stage in every.items() if name.endswith("/convert")}
+    assert len(reads) == 6
+    assert {read for names in reads.values() for read in names} == {"source", "calibrate"}
+    routed = {stage.name: stage for stage in frontier.build(load_recipe("smollm2-135m-cmoe"), MACHINE)}
+    measured = {name: stage.params["values"] for name, stage in routed.items() if "calibrate" in name}
+    assert measured.pop("calibrate") is None
+    assert list(measured.values()) == [VALUES], "one more for all that gather"
