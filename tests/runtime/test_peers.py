@@ -48,7 +48,7 @@ def test_a_peer_is_given_by_its_name_and_a_path() -> None:
 
 @pytest.mark.parametrize("wrong", ["genai", "genai:", "=genai:x", "vllm:x"])
 def test_what_is_no_peer_is_refused(wrong: str) -> None:
-    with pytest.raises(MoEdgeError, match=r"is not NAME:PATH|No peer is called 'vllm'; known: genai, llama.cpp, "):
+    with pytest.raises(MoEdgeError, match=r"is not NAME:PATH|Unknown peer 'vllm'; known: genai, llama.cpp, "):
         peers.parse(wrong)
 
 
