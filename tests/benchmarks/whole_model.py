@@ -1,40 +1,47 @@
-"""Whole models on ONNX Runtime's quantised kernels: a random Llama, dense and converted, against the ideal ratio.
+"""Whole models of a large shape: a random Llama, dense, routed, gathered and both, timed by `moedge bench`.
 
     python tests/benchmarks/whole_model.py WORK                                   # Llama-3.2-1B, every layer
     python tests/benchmarks/whole_model.py WORK --layers 4 --vocab 4096           # a quarter of it: the same ratios
+    python tests/benchmarks/whole_model.py WORK --targets ort-cpu-int4 --threads 1,2 --repeats 9
 
-Random weights and a random linear router; the FFN is cut into equal experts in the order of its neurons. Models go
-through ``moedge``'s own export and take turns with whatever else ``--engine`` names (side_by_side.py says how). The
-ideal speed-up of a MoE over its dense parent at the same bits is the ratio of the bytes that one token reads (decode:
-stored weights, float32 keys and values) and of the multiplications that the prompt needs (prefill: every token of it,
-attention included, the head for the last one only).
+Random weights and a random linear router; the FFN is cut into equal experts in the order of its neurons, and thresholds
+leave out what random values make small. So speeds mean something and answers nothing. `moedge bench` says beside each
+speed which part of the ideal ratio it is: the bytes that a token reads, and the multiplications of a prompt.
 
-The dense model for other programs is written by ``--export-only --keep-dense``, to ``WORK/dense.checkpoint``;
-to_gguf.py makes llama.cpp's file of it, ``python -m onnxruntime_genai.models.builder`` genai's folder.
+The dense checkpoint stays in ``WORK/dense``: `moedge export --peer genai:int4` makes other programs' files of it, and
+`moedge bench --peer` times them.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import side_by_side
 
-LAYOUTS = {"dense": None, "moe-25": (2, 4, 8), "moe-50": (2, 2, 8)}
-"""Shared, active and all experts: a quarter or half of the FFN is skipped."""
+LAYOUTS: dict[str, tuple[tuple[int, int, int] | None, float | None]] = {
+    "dense": (None, None),
+    "moe-25": ((2, 4, 8), None),
+    "moe-50": ((2, 2, 8), None),
+    "gather-60": (None, 0.6),
+    "moe-25-gather-60": ((2, 4, 8), 0.6),
+}
+"""(Shared, active and all experts: a quarter or half of the FFN is skipped; share that a gather reads on top)."""
 
 
-def checkpoint(folder: Path, layout: tuple[int, int, int] | None, options: argparse.Namespace) -> None:
-    """Write a random model, converted if ``layout`` says how; equal weights for equal options."""
+def checkpoint(folder: Path, name: str, options: argparse.Namespace) -> None:
+    """Write a random model, converted as its layout says; equal weights for equal options."""
     import torch
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     from moedge.convert import adapters, modeling
-    from moedge.convert.plan import LayerPlan, MoEPlan, RouterPlan
+    from moedge.convert.methods.gather import GatherParams, on_top
+    from moedge.convert.plan import LayerPlan, MoEPlan
 
     torch.manual_seed(0)
     heads = options.hidden // 64
@@ -50,11 +57,26 @@ def checkpoint(folder: Path, layout: tuple[int, int, int] | None, options: argpa
         tie_word_embeddings=True,
     )
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>")))
-    if layout is None:
+    words = {f"w{number}": number for number in range(options.vocab - 1)} | {"<unk>": options.vocab - 1}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="<unk>")))
+    layout, share = LAYOUTS[name]
+    if layout is None and share is None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)  # genai's builder wants one
         return
+    every = [LayerPlan(np.arange(options.width, dtype=np.int32), [], 0)] * options.layers
+    layers: list[Any] = routed(layout, options) if layout else every
+    if share is not None:
+        tokens = np.random.default_rng(1).integers(0, options.vocab, (2, 64))
+        layers = on_top(layers, tokens, model, GatherParams(share=share, scores="magnitude")).layers
+    plan = MoEPlan("benchmark", {}, adapters.describe(model), layers)
+    modeling.save(modeling.apply(plan, model), plan, tokenizer, folder)
+
+
+def routed(layout: tuple[int, int, int], options: argparse.Namespace) -> list[Any]:
+    """Return layers of equal experts and a random router."""
+    from moedge.convert.plan import LayerPlan, RouterPlan
+
     shared, active, experts = layout
     generator = np.random.default_rng(0)
     parts = np.split(np.arange(options.width, dtype=np.int32), experts)
@@ -63,78 +85,42 @@ def checkpoint(folder: Path, layout: tuple[int, int, int] | None, options: argpa
         weight = generator.standard_normal((experts - shared, options.hidden), dtype=np.float32)
         router = RouterPlan("random", {"weight": weight / np.float32(options.hidden**0.5)}, {"seed": 0})
         layers.append(LayerPlan(np.concatenate(parts[:shared]), parts[shared:], active, router))
-    plan = MoEPlan("benchmark", {}, adapters.describe(model), layers)
-    modeling.save(modeling.apply(plan, model), plan, tokenizer, folder)
-
-
-def costs(folder: Path, prompt: int) -> tuple[float, float]:
-    """(multiplications of the prompt, bytes read for one token after it) of a bundle."""
-    from moedge.export.needs import of_folder
-
-    needs = of_folder(folder)
-    return needs.prompt_products(prompt), needs.decode_bytes(prompt)
+    return layers
 
 
 def main() -> None:
-    """Make what is missing in the folder, measure, print."""
+    """Make what is missing in the folder, and time it target by target."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="folder for checkpoints and bundles; kept, and used again")
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--width", type=int, default=8192)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--vocab", type=int, default=16384)
-    parser.add_argument("--bits", default="4,8")
+    parser.add_argument("--targets", default="ort-cpu-int4,ort-cpu-int8")
     parser.add_argument("--export-only", action="store_true")
-    parser.add_argument("--keep-dense", action="store_true", help="leave the dense checkpoint, for other programs")
-    side_by_side.add_options(parser)
-    options = parser.parse_args()
-    bundles = make(options)
-    if options.export_only:
-        return
-    near = sorted(bundles, key=lambda label: label.split()[1])  # a model's turn comes next to its parent's
-    engines = [f"{label}=moedge:{bundles[label]}" for label in near] + options.engine
-    pairs = [(label, f"dense {label.split()[1]}") for label in bundles if not label.startswith("dense")]
-    ids = np.random.default_rng(0).integers(0, options.vocab, options.prompt).tolist()
-    result = side_by_side.compare(engines, [*map("/".join, pairs), *options.ratio], ids, options)
-    side_by_side.print_tables(result, options)
-    cost = {label: costs(path, options.prompt) for label, path in bundles.items()}
-    print(
-        "\nspeed-up over the dense parent in the same precision, and its share of the ideal one (wall time, cpu time)"
-    )
-    for label, dense in pairs:
-        said = []
-        for part, ideal in zip(("prefill", "decode"), np.divide(cost[dense], cost[label]), strict=True):
-            gains = [
-                result[clock]["rows"][dense][f"{part}_ms"] / result[clock]["rows"][label][f"{part}_ms"]
-                for clock in ("wall", "cpu")
-            ]
-            said.append(
-                f"{part} ideal x{ideal:.2f}: " + ", ".join(f"x{gain:.2f} {gain / ideal:4.0%}" for gain in gains)
-            )
-        print(f"{label:14s} {'; '.join(said)}")
+    options, more = parser.parse_known_args()  # the rest goes to `moedge bench`
+    targets = options.targets.split(",")
+    make(options, targets)
+    (options.work / "text.txt").write_text(" ".join(f"w{number % options.vocab}" for number in range(4096)))
+    for target in () if options.export_only else targets:
+        engines = [f"{name}={options.work / name / 'bundles' / target}" for name in LAYOUTS]
+        text = ["--text", str(options.work / "text.txt")]
+        subprocess.run([sys.executable, "-m", "moedge", "bench", *engines, *text, *more], check=True)
 
 
-def make(options: argparse.Namespace) -> dict[str, Path]:
-    """Label -> bundle; those that the folder lacks are made."""
-    bits = [int(value) for value in options.bits.split(",")]
-    bundles: dict[str, Path] = {}
-    for name, layout in LAYOUTS.items():
-        wanted = {f"{name} int{width}": options.work / name / f"ort-cpu-int{width}" for width in bits}
-        bundles |= wanted
-        source = options.work / f"{name}.checkpoint"
-        keep = options.keep_dense and layout is None
-        there = all(path.is_dir() for path in wanted.values())
-        if not there or (keep and not source.is_dir()):
-            checkpoint(source, layout, options)
-        if not there:
-            from moedge.export.pipeline import export
+def make(options: argparse.Namespace, targets: list[str]) -> None:
+    """Make the bundles that the folder lacks."""
+    from moedge.export.pipeline import export
 
-            export(source, options.work / name, [path.name for path in wanted.values()], label=name)
-            shutil.rmtree(options.work / name / "portable")
-            print("made", *wanted, flush=True)
-        if not keep:
-            shutil.rmtree(source, ignore_errors=True)
-    return bundles
+    for name in LAYOUTS:
+        folder = options.work / name
+        lacking = [target for target in targets if not (folder / "bundles" / target).is_dir()]
+        if not lacking:
+            continue
+        if not (folder / "checkpoint").is_dir():
+            checkpoint(folder / "checkpoint", name, options)
+        export(folder / "checkpoint", folder / "bundles", lacking, label=name, force=True)
+        print("made", *(folder / "bundles" / target for target in lacking), flush=True)
 
 
 if __name__ == "__main__":
