@@ -75,12 +75,12 @@ def calibrate(context: Context) -> None:
     if params["gate_signal"]:  # a window is a sample; its BOS token is an attention sink and counts in no mean
         exclude = (tokenizer.bos_token_id,) if params["bos"] else ()
         gate = calibration.GateSampling(signal=params["gate_signal"], exclude=exclude)
-    model = _opened(folder, params["device"], context) if params["values"] or params.get("statistics", True) else None
+    model = _opened(folder, params["device"], context) if params["values"] or params["statistics"] else None
     if params["values"]:
         settings = method.GatherParams(**params["values"])
         ladders = method.measure(windows, model, settings, context.progress)
         gather.save(ladders, context.out / "values.safetensors", settings.measured())
-    if params.get("statistics", True):  # a Mixture-of-Experts has them for each expert, made when it is split
+    if params["statistics"]:
         statistics = calibration.collect(
             model,
             windows,
@@ -205,7 +205,8 @@ def evaluate(context: Context) -> None:
     }
     plan = MoEPlan.load(run_folder.checkpoint(context.root))
     calibrated = load_file(context.root / "calibrate" / "windows.safetensors")["windows"]
-    statistics = calibration.load(context.root / "calibrate" / "statistics.safetensors")
+    measured = context.root / "calibrate" / "statistics.safetensors"
+    statistics = calibration.load(measured) if measured.exists() else []
     plans: dict[str, MoEPlan | list[MoEPlan]] = {plan.method: plan}
     skipped = {name: reason for name in params["controls"] if (reason := refusal(name, plan))}
     for name in params["controls"]:

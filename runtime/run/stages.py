@@ -6,7 +6,7 @@ The work of a stage is in :mod:`moedge.runtime.run.bodies`; how stages are keyed
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -157,14 +157,16 @@ def calibrate(recipe: Conversion, facts: Facts) -> Stage:
     """Measure what the method and the controls read."""
     measured = {entry["is"] for entry in facts.held_out}
     texts = [{**entry, "alone": entry["is"] not in measured} for entry in facts.calibration["texts"]]
+    measured = _measured(facts.convert, _controls(recipe))
+    done = "measure activations on" if measured["statistics"] or measured["values"] else "cut windows from"
     return Stage(
         "calibrate",
-        f"measure activations on {recipe.calibration.windows * recipe.calibration.length:,} tokens",
+        f"{done} {recipe.calibration.windows * recipe.calibration.length:,} tokens",
         bodies.calibrate,
         {
             **recipe.calibration.model_dump(),
             "text": {**facts.calibration, "texts": texts},
-            **_measured(facts.convert),
+            **measured,
             "domains": facts.domains,
             **facts.device,
         },
@@ -384,19 +386,25 @@ def method_needs(convert: dict[str, Any]) -> tuple[str, ...]:
     return METHODS[convert["method"]].needs
 
 
-def _measured(convert: dict[str, Any]) -> dict[str, Any]:
-    """What calibration keeps. The ATopK marks are always made: the controls of ``evaluate`` read them.
+def _controls(recipe: Conversion) -> list[str]:
+    """The controls that are made of what calibration keeps; a conversion by itself has none."""
+    return list(recipe.evaluate.controls) if isinstance(recipe, Recipe) else []
+
+
+def _measured(convert: dict[str, Any], controls: Sequence[str]) -> dict[str, Any]:
+    """What calibration measures: statistics where the method or a control reads them.
 
     The windows are kept whoever reads them (methods, a gather, controls): they are small.
     """
     from moedge.convert.methods import METHODS
+    from moedge.convert.methods.baselines import READ_STATISTICS
 
     needs, marks = method_needs(convert), CONVERT_SECTIONS["cmoe"]().model_dump()
-    parents = METHODS[convert["method"]].parents
+    dense = METHODS[convert["method"]].parents == "dense"  # a Mixture-of-Experts has them for each expert
     return {
         **{name: convert.get(name, marks[name]) for name in ("k_a", "profile")},
         "gate_signal": convert["signal"] if "gate_profile" in needs else None,
-        **({"statistics": False} if parents == "moe" else {}),
+        "statistics": dense and ("statistics" in needs or any(name in READ_STATISTICS for name in controls)),
         "values": values(convert),
     }
 

@@ -81,6 +81,7 @@ class Tuning:
         one = {"label": f"gather {share:.3f}", "convert": {**gather, "share": share}}
         value["convert"] = {**gather, "share": 1.0}
         value["export"] |= {"targets": [self.bundle], "build": []}
+        value["evaluate"]["controls"] = []  # nobody reads what they would have calibration measure
         level = self.goal.limit if self.goal.kind == "speedup" else 1.0
         value["frontier"] |= {"targets": [self.bundle], "variants": [one], "speedup": level, "batches": [1]}
         return recipe_from(value, where="moedge tune")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from moedge import MoEdgeError
 from moedge.convert import adapters, evaluate, modeling, reads, scoring
 from moedge.convert.calibration import LayerStatistics
 from moedge.convert.methods import baselines
@@ -160,6 +161,11 @@ def test_every_control_is_a_valid_plan_of_equal_width_and_repeats(name: str, cas
     assert control.sha256 == make(plan, statistics, model, 3, WINDOWS).sha256
     if name in baselines.SEEDED:
         assert control.sha256 != make(plan, statistics, model, 4, WINDOWS).sha256
+    if name not in baselines.READ_STATISTICS:
+        assert control.sha256 == make(plan, [], model, 3, WINDOWS).sha256
+    else:
+        with pytest.raises((MoEdgeError, ValueError)):
+            make(plan, [], model, 3, WINDOWS)
 
 
 def test_flap_is_exact_when_the_dropped_neurons_are_constant(tiny_llama: Callable[..., Any]) -> None:

@@ -302,6 +302,23 @@ def test_texts_of_the_same_name_stay_apart(tmp_path: Path) -> None:
     assert [text.name for text in found] == ["text", "text (2)"]
 
 
+def test_statistics_are_measured_where_somebody_reads_them() -> None:
+    def measured(name: str, controls: list[ControlName]) -> bool:
+        recipe = load_recipe(name)
+        chosen = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"controls": controls})})
+        stage = stages.calibrate(chosen, stages.Facts(chosen, MACHINE))
+        return bool(stage.params["statistics"])
+
+    assert measured("smollm2-135m", ["TEAL", "FLAP-MLP"])
+    assert not measured("smollm2-135m", ["TEAL", "GRIFFIN"])
+    assert measured("smollm2-135m-cmoe", [])
+    alone = conversion_from(
+        {"name": "x", "model": {"source": "asset:wiki"}, "convert": {"method": "gather"}}, where="test"
+    )
+    (kept,) = (stage for stage in stages.to_convert(alone) if stage.name == "calibrate")
+    assert not kept.params["statistics"]
+
+
 def test_variants_of_a_frontier_measure_once_what_values_are_worth() -> None:
     every = {stage.name: stage for stage in frontier.build(load_recipe("smollm2-135m"), MACHINE)}
     reads = {name: stage.reads for name, stage in every.items() if name.endswith("/convert")}

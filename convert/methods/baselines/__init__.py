@@ -44,6 +44,9 @@ CONTROLS: dict[str, _Make] = {
 }
 """Control name -> function of (plan under test, statistics, dense model, seed, calibration windows int64 [N, L])."""
 
+READ_STATISTICS = ("static mask", "FLAP-MLP", "Wanda-structured", "random partition")
+"""Controls that read the second argument."""
+
 STANDARD = ("static mask", "FLAP-MLP", "random router", "random partition", "oracle router")
 """The controls that a recipe asks for unless it says otherwise; the others cost more or show less."""
 
