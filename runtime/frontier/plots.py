@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from moedge.runtime.frontier.schema import Estimate, Frontier, Measured
 
 _AXES = {"tpot_ms": "time per decoded token, ms", "ttft_ms": "time to first token, ms"}
+_LINEAR = 8
+"""A largest KL of so many times the smallest still fits on an axis from 0."""
 _KNOBS = ("share", "keep", "active")
 """Parameters that say how much is left out: variants that differ in them alone are points of one line."""
 
@@ -40,9 +42,10 @@ def _points(axis: Axes, frontier: Frontier, measured: Measured, metric: str) -> 
     for family in _families(frontier):
         line = sorted((rows[label][metric]["value"], kl[label]["value"]) for label in family)
         axis.plot(*zip(*line, strict=True), color=CONTROL, linewidth=1, zorder=1)
-    for label, row in rows.items():
-        if row["variant"] is None:
-            continue
+    shown = [label for label, row in rows.items() if row["variant"] is not None]
+    shown.sort(key=lambda one: kl[one]["value"])
+    for number, label in enumerate(shown):
+        row = rows[label]
         x, y = row[metric], kl[label]
         colour = DENSE if row["dominated_by"] else MOE
         axis.errorbar(
@@ -53,10 +56,18 @@ def _points(axis: Axes, frontier: Frontier, measured: Measured, metric: str) -> 
             elinewidth=0.8,
             zorder=2,
         )
+        # Neighbours in KL have their names at different sides: points of one speed lie above each other.
+        offset, side = ((5, 5), "left") if number % 2 == 0 else ((-5, 5), "right")
         axis.annotate(
-            short(label), (x["value"], y["value"]), (5, 5), textcoords="offset points", fontsize=7.5, color=INK
+            short(label),
+            (x["value"], y["value"]),
+            offset,
+            textcoords="offset points",
+            fontsize=7.5,
+            color=INK,
+            ha=side,
         )
-    axis.set_ylim(bottom=0)
+    _kl_scale(axis, [kl[label]["value"] for label in shown])
     top = axis.get_ylim()[1]
     for label, row in rows.items():
         if row["variant"] is None:
@@ -64,6 +75,16 @@ def _points(axis: Axes, frontier: Frontier, measured: Measured, metric: str) -> 
             axis.text(
                 row[metric]["value"], top, f"{label} ", color=MUTED, fontsize=7.5, rotation=90, va="top", ha="right"
             )
+
+
+def _kl_scale(axis: Axes, values: list[float]) -> None:
+    """Start at 0, or where the largest loss would press all others together, show ratios."""
+    if min(values) > 0 and max(values) > _LINEAR * min(values):
+        axis.set_yscale("log")
+        axis.set_ylim(bottom=min(values) / 2)
+        axis.yaxis.set_major_formatter("{x:g}")
+    else:
+        axis.set_ylim(bottom=0)
 
 
 def _bars(found: Estimate) -> list[list[float]]:

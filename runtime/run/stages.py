@@ -157,8 +157,8 @@ def calibrate(recipe: Conversion, facts: Facts) -> Stage:
     """Measure what the method and the controls read."""
     measured = {entry["is"] for entry in facts.held_out}
     texts = [{**entry, "alone": entry["is"] not in measured} for entry in facts.calibration["texts"]]
-    measured = _measured(facts.convert, _controls(recipe))
-    done = "measure activations on" if measured["statistics"] or measured["values"] else "cut windows from"
+    wanted = _measured(facts.convert, _controls(recipe))
+    done = "measure activations on" if wanted["statistics"] or wanted["values"] else "cut windows from"
     return Stage(
         "calibrate",
         f"{done} {recipe.calibration.windows * recipe.calibration.length:,} tokens",
@@ -166,7 +166,7 @@ def calibrate(recipe: Conversion, facts: Facts) -> Stage:
         {
             **recipe.calibration.model_dump(),
             "text": {**facts.calibration, "texts": texts},
-            **measured,
+            **wanted,
             "domains": facts.domains,
             **facts.device,
         },
