@@ -40,7 +40,9 @@ def _points(axis: Axes, frontier: Frontier, measured: Measured, metric: str) -> 
     kl: dict[str, Estimate] = {one["label"]: one["kl"] for one in frontier["variants"]}
     rows: dict[str, Any] = {row["label"]: row for row in measured["rows"]}
     for family in _families(frontier):
-        line = sorted((rows[label][metric]["value"], kl[label]["value"]) for label in family)
+        line = [
+            (rows[one][metric]["value"], kl[one]["value"]) for one in sorted(family, key=lambda one: kl[one]["value"])
+        ]
         axis.plot(*zip(*line, strict=True), color=CONTROL, linewidth=1, zorder=1)
     shown = [label for label, row in rows.items() if row["variant"] is not None]
     shown.sort(key=lambda one: kl[one]["value"])
