@@ -37,6 +37,7 @@ def checkpoint(folder: Path, name: str, options: argparse.Namespace) -> None:
     import torch
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     from moedge.convert import adapters, modeling
@@ -57,8 +58,9 @@ def checkpoint(folder: Path, name: str, options: argparse.Namespace) -> None:
         tie_word_embeddings=True,
     )
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
-    words = {f"w{number}": number for number in range(options.vocab - 1)} | {"<unk>": options.vocab - 1}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="<unk>")))
+    words = Tokenizer(WordLevel({f"w{number}": number for number in range(options.vocab)}, unk_token="w0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
     layout, share = LAYOUTS[name]
     if layout is None and share is None:
         model.save_pretrained(folder)
@@ -66,10 +68,12 @@ def checkpoint(folder: Path, name: str, options: argparse.Namespace) -> None:
         return
     every = [LayerPlan(np.arange(options.width, dtype=np.int32), [], 0)] * options.layers
     layers: list[Any] = routed(layout, options) if layout else every
+    measured: dict[str, Any] = {}
     if share is not None:
         tokens = np.random.default_rng(1).integers(0, options.vocab, (2, 64))
-        layers = on_top(layers, tokens, model, GatherParams(share=share, scores="magnitude")).layers
-    plan = MoEPlan("benchmark", {}, adapters.describe(model), layers)
+        made = on_top(layers, tokens, model, GatherParams(share=share, scores="magnitude"))
+        layers, measured = made.layers, made.provenance
+    plan = MoEPlan("benchmark", {}, adapters.describe(model), layers, measured)
     modeling.save(modeling.apply(plan, model), plan, tokenizer, folder)
 
 
