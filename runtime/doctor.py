@@ -84,7 +84,11 @@ def examine() -> dict[str, Any]:
         "machine": machine(),
         "runtimes": runtimes,
         "devices": {
-            "cpu": {"features": processor_features(), "memory_available_gib": _available_gib()},
+            "cpu": {
+                "features": processor_features(),
+                "memory_available_gib": _available_gib(),
+                "huge_pages": _huge_pages(),
+            },
             "gpus": gpus,
             "gpu_note": gpu_note,
             "jetson": _jetson(),
@@ -218,6 +222,24 @@ def _available_gib() -> float:
     return round(psutil.virtual_memory().available / 2**30, 1)
 
 
+def _huge_pages(root: Path = Path("/")) -> str | None:
+    """Whether Linux puts memory into huge pages: ``always``, on request (``madvise``) or ``never``; None: not told."""
+    try:
+        text = (root / "sys/kernel/mm/transparent_hugepage/enabled").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    chosen = re.search(r"\[(\w+)\]", text)
+    return chosen[1] if chosen else None
+
+
+_HUGE_PAGES = {
+    "always": "always",
+    "madvise": "on request; GLIBC_TUNABLES=glibc.malloc.hugetlb=1 (glibc 2.35 and newer) before a command asks for them",
+    "never": "never",
+}
+"""What to say of :func:`_huge_pages`; docs/speed.md has what they change."""
+
+
 def render(result: dict[str, Any]) -> RenderableType:
     """Return the answer of :func:`examine` as rich tables."""
     facts, devices = result["machine"], result["devices"]
@@ -225,6 +247,8 @@ def render(result: dict[str, Any]) -> RenderableType:
     where.add_row("processor", f"{facts['processor']}, {facts['cores']} cores ({facts['logical_cores']} logical)")
     where.add_row("instructions", " ".join(devices["cpu"]["features"]) or "unknown")
     where.add_row("memory", f"{facts['memory_gib']} GiB, {devices['cpu']['memory_available_gib']} GiB available")
+    if devices["cpu"]["huge_pages"] in _HUGE_PAGES:
+        where.add_row("huge pages", _HUGE_PAGES[devices["cpu"]["huge_pages"]])
     for gpu in devices["gpus"]:
         memory = f"{gpu['memory_mib']} MiB, " if gpu["memory_mib"] else ""
         text = f"{gpu['name']}, {memory}compute capability {gpu['compute_capability']}, driver {gpu['driver']}"

@@ -229,6 +229,28 @@ def test_a_failing_nvidia_smi_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor._gpus() == ([], "no NVIDIA GPU found (nvidia-smi is not here)")
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("always [madvise] never\n", "madvise"),
+        ("[always] madvise never\n", "always"),
+        ("nothing\n", None),
+        (None, None),
+    ],
+)
+def test_huge_pages_are_what_the_kernel_says(text: str | None, said: str | None, tmp_path: Path) -> None:
+    if text is not None:
+        file = tmp_path / "sys/kernel/mm/transparent_hugepage/enabled"
+        file.parent.mkdir(parents=True)
+        file.write_text(text)
+    assert doctor._huge_pages(tmp_path) == said
+    result = doctor.examine()
+    result["devices"]["cpu"]["huge_pages"] = said
+    printed = text_of(result)
+    assert ("huge pages" in printed) == (said is not None)
+    assert ("glibc.malloc.hugetlb=1" in printed) == (said == "madvise")
+
+
 def test_jetson_is_recognised_by_the_device_tree(tmp_path: Path) -> None:
     assert doctor._jetson(tmp_path) is None
     (tmp_path / "proc/device-tree").mkdir(parents=True)
