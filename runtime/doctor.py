@@ -234,7 +234,7 @@ def _huge_pages(root: Path = Path("/")) -> str | None:
 
 _HUGE_PAGES = {
     "always": "always",
-    "madvise": "on request; GLIBC_TUNABLES=glibc.malloc.hugetlb=1 (glibc 2.35 and newer) before a command asks for them",
+    "madvise": "on request: GLIBC_TUNABLES=glibc.malloc.hugetlb=1 (glibc 2.35 and newer) before a command",
     "never": "never",
 }
 """What to say of :func:`_huge_pages`; docs/speed.md has what they change."""
