@@ -39,8 +39,8 @@ class BudgetParams(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     budget: Literal["uniform", "measured"] = "uniform"
-    """The same active width in every layer, or on average, by each layer's measured cost of skipping (this needs one
-    backward pass through the model, and its memory)."""
+    """The same active width in every layer, or on average, by each layer's measured cost of skipping (this takes one
+    more pass forwards and backwards)."""
     budget_tokens: int = Field(default=4096, ge=1)
     """Tokens that the measurement looks at, in whole windows."""
     most_skipped: float = Field(default=1.5, ge=1, allow_inf_nan=False)

@@ -77,7 +77,7 @@ SWITCHES: list[dict[str, Any]] = [
     {"token_weight": "none"},
     {"sequential": False},
     {"fit_to": "stream"},
-    {"budget": "measured"},
+    {"budget": "uniform"},
     {"layouts": ["S4E16"]},
 ]
 
@@ -107,9 +107,10 @@ def test_sequential_layers_see_the_converted_prefix(tiny_llama: Callable[..., An
 
 def test_each_layer_keeps_the_layout_that_misses_least(tiny_llama: Callable[..., Any]) -> None:
     model = tiny_llama()
-    plan = methods.convert("moedge", WINDOWS, model, **LAYOUT, layouts=["S4E16", "S0E8"], sequential=False)
+    alike: dict[str, Any] = {"sequential": False, "budget": "uniform"}
+    plan = methods.convert("moedge", WINDOWS, model, **LAYOUT, layouts=["S4E16", "S0E8"], **alike)
     alone = [
-        methods.convert("moedge", WINDOWS, model, shared=shared, active=active, experts=experts, sequential=False)
+        methods.convert("moedge", WINDOWS, model, shared=shared, active=active, experts=experts, **alike)
         for shared, active, experts in ((2, 3, 8), (4, 6, 16), (0, 5, 8))
     ]
     for index, layer in enumerate(plan.layers):

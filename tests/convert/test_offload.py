@@ -63,7 +63,7 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "gather, norms": ("gather", {"share": 0.6, "scores": "norms"}),
     "gather, FFN alone": ("gather", {"share": 0.6, "linears": "ffn"}),
     "moedge, gather on top": ("moedge", {**LAYOUT, "gather": {"share": 0.4}}),
-    "moedge, budget": ("moedge", {**LAYOUT, "budget": "measured", "budget_tokens": 48}),
+    "moedge, every layer alike": ("moedge", {**LAYOUT, "budget": "uniform"}),
     "flap, budget": ("flap", {"keep": 0.5, "budget": "measured", "budget_tokens": 48}),
 }
 
@@ -140,7 +140,7 @@ def test_one_layer_is_in_memory_at_a_time(
 
     monkeypatch.setattr(streaming.Runner, "forward", watched)
     statistics = calibration.collect(model, IDS, k_a=5)
-    plan = methods.convert("moedge", IDS, model, **LAYOUT)
+    plan = methods.convert("moedge", IDS, model, **LAYOUT, budget="uniform")
     assert len(statistics) == len(plan.layers) == 4
     assert len(held) == 4 + 2 * 4, "every layer once for statistics, and twice in a sequential method"
     assert max(held) == rest + layer

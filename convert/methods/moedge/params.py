@@ -12,6 +12,9 @@ from moedge.convert.methods.layout import BudgetParams, LayoutParams
 class MoEdgeParams(BudgetParams, LayoutParams):
     """Typed parameters; every ingredient is a switch."""
 
+    budget: Literal["uniform", "measured"] = "measured"
+    """The same active width in every layer, or on average, by each layer's measured cost of skipping: that takes one
+    more pass forwards and backwards, and a quarter of the KL less is what it is worth (docs/results.md)."""
     partition: Literal["energy", "correlation", "cmoe"] = "energy"
     """``energy``: coordinate ascent; ``correlation``: its start only; ``cmoe``: CMoE's shared set and clusters."""
     iterations: int = Field(default=10, ge=1)
