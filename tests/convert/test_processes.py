@@ -110,7 +110,7 @@ def test_two_processes_make_the_plan_that_one_makes(name: str, home: Path) -> No
     [
         (("--method=moefication",), "moefication runs in one process"),
         (("--method=cmoe", *LAYOUT, "--windows=1"), "1 windows cannot be shared by 2 processes"),
-        (("--method=cmoe", "--shared=9"), "--active"),
+        (("--method=cmoe", "--shared=9", "--active=9"), "--active"),
     ],
 )
 def test_an_error_is_one_sentence_and_ends_all(options: tuple[str, ...], said: str, home: Path) -> None:
