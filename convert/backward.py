@@ -66,9 +66,7 @@ def steps(model: PreTrainedModel, token_windows: np.ndarray, watch: Watch) -> It
         before = [runner.embed()]
         for block in blocks:
             with offload.loaded(runner.layers[block.index]):
-                after = torch.empty_like(before[-1])
-                runner.forward(block, before[-1], after)
-            before.append(after)
+                before.append(runner.forward(block, before[-1]))
         last = before.pop()
         gradient = torch.empty_like(last)
         with offload.loaded(model.get_output_embeddings()):

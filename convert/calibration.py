@@ -245,10 +245,8 @@ def collect(
         for block in blocks:
             stream = _Stream(block, int(token_windows.size), k_a, profile)
             watched = _GateStream(block, gate, weights) if gate and weights is not None else None
-            after = torch.empty_like(states)
             with offload.loaded(runner.layers[block.index]), streaming.hooked(*_hooks(stream, watched)):
-                runner.forward(block, states, after, batch_size)
-            states = after
+                states = runner.forward(block, states, batch_size)
             results.append(stream.result())
             if watched:
                 means = processes.joined(torch.from_numpy(np.concatenate(watched.means))).numpy()

@@ -189,11 +189,12 @@ def layer_by_layer(
     runner = streaming.Runner(model, token_windows[processes.span(len(token_windows))])
     states = runner.embed()
     for block in adapters.ffns(model):
-        with offload.loaded(runner.layers[block.index]), _at(parts[block.index], see):
-            after = torch.empty_like(states)
-            with streaming.swapped(model, block.name, ffn(block) if ffn else block.module):
-                runner.forward(block, states, after)
-            states = after
+        with (
+            offload.loaded(runner.layers[block.index]),  # before anything reads the weights of the layer
+            _at(parts[block.index], see),
+            streaming.swapped(model, block.name, ffn(block) if ffn else block.module),
+        ):
+            states = runner.forward(block, states)
         yield parts[block.index]
     for place in parts[-1]:  # its inputs alone: no logits are needed
         for window, behind in enumerate(states):

@@ -27,7 +27,6 @@ from moedge.convert.sparse_ffn import (
     build_ffn,
     layer_config,
     layer_facts,
-    set_thresholds,
 )
 
 if TYPE_CHECKING:
@@ -46,7 +45,6 @@ __all__ = [
     "layer_config",
     "load",
     "save",
-    "set_thresholds",
     "sparse_ffns",
 ]
 

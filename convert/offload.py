@@ -77,20 +77,6 @@ def is_offloaded(model: PreTrainedModel) -> bool:
     return "disk" in (getattr(model, "hf_device_map", None) or {}).values()
 
 
-def refuse(model: PreTrainedModel, what: str, instead: str) -> None:
-    """Refuse what needs all weights at once, if the layers of a model are on disk.
-
-    Raises:
-        MoEdgeError: says how much memory it takes.
-    """
-    if is_offloaded(model):
-        size = sum(parameter.numel() * 4 for parameter in model.parameters()) / 2**30
-        raise MoEdgeError(
-            f"{what} needs the whole model in memory ({size:.0f} GiB in float32), which this machine has not free; "
-            f"{instead}, or use a machine with more."
-        )
-
-
 def device_of(model: PreTrainedModel) -> torch.device:
     """Return where a model computes."""
     embedding: torch.Tensor = model.get_input_embeddings().weight

@@ -252,14 +252,14 @@ class Runner:
 
     def run(self, block: Block, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (FFN inputs [q, H], hidden states behind the layer [N, L, H])."""
-        inputs, after = torch.empty_like(states), torch.empty_like(states)
+        inputs = torch.empty_like(states)
         with hooked(self._ffn(block).register_forward_pre_hook(_kept_input(inputs))):
-            self.forward(block, states, after)
+            after = self.forward(block, states)
         return inputs.flatten(0, 1), after
 
     def watch(self, block: adapters.FFN, states: torch.Tensor) -> Seen:
         """Run a dense layer and keep what its parts put out."""
-        x, after, attention = (torch.empty_like(states) for _ in range(3))
+        x, attention = (torch.empty_like(states) for _ in range(2))
         ffn, width = self._ffn(block), block.width
         own = self.layers[block.index].self_attn
         hooks = [
@@ -274,22 +274,23 @@ class Runner:
             hidden = states.new_empty(*states.shape[:2], width)
             hooks.append(ffn.get_submodule("down_proj").register_forward_pre_hook(_kept_input(hidden)))
         with hooked(*hooks):
-            self.forward(block, states, after)
+            after = self.forward(block, states)
         flat = (None if value is None else value.flatten(0, 1) for value in (hidden, output))
         return Seen(states, after, attention, x.flatten(0, 1), *flat)
 
     def replay(self, block: Block, seen: Seen, ffn: torch.nn.Module) -> torch.Tensor:
         """Return the hidden states behind a layer with another FFN, [N, L, H]; its attention is not computed again."""
-        layer, after = self.layers[block.index], torch.empty_like(seen.before)
+        layer = self.layers[block.index]
         with swapped(layer, "self_attn", _Recorded(seen.attention)), swapped(layer, _last(block.name), ffn):
-            self.forward(block, seen.before, after)
-        return after
+            return self.forward(block, seen.before)
 
-    def forward(self, block: Block, states: torch.Tensor, after: torch.Tensor, windows: int = 1) -> None:
-        """Run a layer on ``states`` [N, L, H], some windows at a time, and write what it puts out to ``after``."""
+    def forward(self, block: Block, states: torch.Tensor, windows: int = 1) -> torch.Tensor:
+        """Run a layer on ``states`` [N, L, H], some windows at a time, and return what it puts out, [N, L, H]."""
+        after = torch.empty_like(states)
         for start in range(0, len(states), windows):
             rows = slice(start, start + windows)
             after[rows] = self.one(block, states[rows])
+        return after
 
     def one(self, block: Block, states: torch.Tensor) -> torch.Tensor:
         """Run a layer on hidden states [B, L, H] and return what it puts out."""

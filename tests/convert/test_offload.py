@@ -134,9 +134,10 @@ def test_one_layer_is_in_memory_at_a_time(
     held: list[int] = []
     run = streaming.Runner.forward
 
-    def watched(self: Any, *args: Any) -> None:
-        run(self, *args)
+    def watched(self: Any, *args: Any) -> Any:
+        after = run(self, *args)
         held.append(bytes_held(model))
+        return after
 
     monkeypatch.setattr(streaming.Runner, "forward", watched)
     statistics = calibration.collect(model, IDS, k_a=5)

@@ -119,7 +119,8 @@ def test_what_cannot_be_taken_apart_or_is_given_wrongly_is_refused(folders: Any,
     with pytest.raises(MoEdgeError, match="takes layers for 0 points, not for 1"):
         plain.prefill(IDS, given={(0, "stream"): IDS[..., None].astype(np.float32)})
     model = onnx.load(folders("llama", "portable") / "model.onnx", load_external_data=False)
-    with pytest.raises(MoEdgeError, match=f"a graph does not show its layers: .*no chain of {LAYERS + 1} layers"):
+    start = "a graph does not show its layers: "
+    with pytest.raises(MoEdgeError, match=f"{start}its graph is no chain of {LAYERS + 1} layers"):
         graph_layers.show(model, Path("a graph"), LAYERS + 1, spots=STREAM)
     del model.graph.node[-1]
     with pytest.raises(MoEdgeError, match=f"no chain of {LAYERS} layers"):
