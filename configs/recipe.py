@@ -10,7 +10,7 @@ The keys of ``convert`` are ``method`` and the parameters that the method itself
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
@@ -35,6 +35,7 @@ from moedge.configs import files as yaml_files
 from moedge.configs.errors import checked, matching
 from moedge.convert.methods import METHODS, GatherParams, Method
 from moedge.convert.moe_adapters import FAMILIES as MOE_FAMILIES
+from moedge.convert.tasks import KNOWN as TASKS
 from moedge.export import targets as registry
 
 Positive = Annotated[int, Field(ge=1)]
@@ -51,16 +52,24 @@ Spec = Annotated[str, Field(min_length=1)]
 """What ``convert.sources.resolve`` or ``convert.calibration.read_text`` opens: ``asset:NAME``, a path, or a hub id."""
 
 
-def _known_target(name: str) -> str:
-    if name not in registry.names():
-        *others, last = map(repr, registry.names())
-        expected = f"{', '.join(others)} or {last}"
-        raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": expected})
-    return name
+def _one_of(names: Callable[[], Iterable[str]]) -> AfterValidator:
+    """Refuse what is not among the names that there are when a value is read."""
+
+    def check(name: str) -> str:
+        known = list(names())
+        if name not in known:
+            *others, last = map(repr, known)
+            expected = f"{', '.join(others)} or {last}"
+            raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": expected})
+        return name
+
+    return AfterValidator(check)
 
 
-TargetName = Annotated[str, AfterValidator(_known_target)]
+TargetName = Annotated[str, _one_of(registry.names)]
 """A name in :mod:`moedge.export.targets`, asked when a recipe is read: others may have been registered."""
+TaskName = Annotated[str, _one_of(lambda: TASKS)]
+"""A task of lm-eval whose questions are packaged."""
 
 
 def _form(value: Any) -> str:
@@ -250,6 +259,12 @@ class VerifySection(_Section):
     """Larger batches and longer rows in the checks of other shapes, and a text of ``max_length`` tokens."""
     max_length: Annotated[int, Field(ge=32)] | None = None
     """Tokens of that text, also without ``thorough``, which reads 2048."""
+    tasks: list[TaskName] = Field(default=[])
+    """lm-eval tasks whose answers are a gate too: those of every engine beside those of the checkpoint."""
+    shots: NonNegative = 0
+    """Solved examples in front of a question."""
+    limit: Positive | None = None
+    """The first so many questions of each task; None: all."""
 
 
 class BenchSection(_Section):

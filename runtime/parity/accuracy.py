@@ -7,7 +7,7 @@ note says how many questions would do. A single task fails where its whole inter
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from moedge.runtime.parity.suite import SCHEMA as SUITE
 from moedge.runtime.parity.suite import finished, graph_dtype
 from moedge.runtime.parity.verdict import Check, Verdict
 from moedge.runtime.run import run_folder
+from moedge.runtime.run.refs import EngineRef
 from moedge.runtime.text.tokenizer import open_tokenizer
 
 SCHEMA: Literal["moedge.accuracy/1"] = "moedge.accuracy/1"
@@ -76,20 +77,38 @@ class Gate:
             return None
         if test is not None and test.suffix == ".npz":
             raise MoEdgeError(f"{test} holds what a device said to its prompts, not to tasks; leave --tasks out.")
-        profile, limits = tolerance_files.chosen(tolerance_files.given_as(tolerances))
+        given = tolerance_files.given_as(tolerances)
         if test is not None:
             one, two = local(reference), local(test)
-            folders = [(f"{test} vs {reference}", one, two, getattr(manifests.read(two), "target", "torch"))]
-        elif run_folder.is_run(reference):
-            engines = run_folder.engines(reference)
-            compared = [one for one in comparisons(engines, None) if one.kind == "parity"]
-            folders = [(one.name, engines[one.reference], engines[one.test], one.test.target) for one in compared]
-        else:
-            raise MoEdgeError(f"{reference} is not a run folder; give a run folder, or two engines to compare.")
+            named = [(f"{test} vs {reference}", one, two, getattr(manifests.read(two), "target", "torch"))]
+            return cls._over(named, questions, given)
+        if run_folder.is_run(reference):
+            return cls.of_run(run_folder.engines(reference), questions, given)
+        raise MoEdgeError(f"{reference} is not a run folder; give a run folder, or two engines to compare.")
+
+    @classmethod
+    def of_run(
+        cls, engines: Mapping[EngineRef, Path], questions: Questions, tolerances: str | tolerance_files.Given
+    ) -> Gate:
+        """Return the gate of a run's engines (:func:`run_folder.engines`), each beside what it is compared with.
+
+        Raises:
+            MoEdgeError: as :meth:`of`.
+        """
+        compared = [one for one in comparisons(engines, None) if one.kind == "parity"]
+        named = [(one.name, engines[one.reference], engines[one.test], one.test.target) for one in compared]
+        return cls._over(named, questions, tolerances)
+
+    @classmethod
+    def _over(
+        cls, named: Iterable[tuple[str, Path, Path, str]], questions: Questions, given: str | tolerance_files.Given
+    ) -> Gate:
+        """Find the questions and the limits of (name, reference, test, target of the test)."""
+        profile, limits = tolerance_files.chosen(given)
         data_files(questions)
         pairs = [
             Pair(f"{name}, answers", one, two, limits.profile(profile, target, graph_dtype(two)))
-            for name, one, two, target in folders
+            for name, one, two, target in named
         ]
         if dumb := [pair.name for pair in pairs if pair.limits.task_agreement is None]:
             raise MoEdgeError(

@@ -176,6 +176,8 @@ def sentences(report: dict[str, Any]) -> list[str]:
     said = _counted((*verification["identity"], *checks), "checks of the exported engines against PyTorch")
     checks = [check for entry in verification.get("shapes", []) for check in entry["verdict"]["checks"]]
     said += _counted(checks, "checks in other shapes (batches, padding, pieces, twice)")
+    answers = verification.get("accuracy", [])
+    said += _counted([check for entry in answers for check in entry["verdict"]["checks"]], "checks of answers to tasks")
     if verification.get("identity_note"):
         said.append(verification["identity_note"])
     said += [f"{label}: {why}." for label, why in sorted(verification.get("not_executed", {}).items())]

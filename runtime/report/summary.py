@@ -105,10 +105,14 @@ def _verification(verification: dict[str, Any]) -> tuple[str, Sheet]:
                 said,
             )
     for entry in verification.get("shapes", []):
-        found = list(entry["cases"].values())
-        errors = [case["rel_error"]["mean"] for case in found if case["rel_error"]["mean"] is not None]
-        tokens, worst = sum(case["tokens"] for case in found), max(errors, default=None)
+        cases = list(entry["cases"].values())
+        errors = [case["rel_error"]["mean"] for case in cases if case["rel_error"]["mean"] is not None]
+        tokens, worst = sum(case["tokens"] for case in cases), max(errors, default=None)
         shown = (f"{tokens:,}", _number(worst, "mean {:.1e}"), "", "", "")
+        table.add_row(escape(entry["name"]), *shown, mark(entry_outcome(entry)).cell)
+    for entry in verification.get("accuracy", []):
+        found = entry["overall"]
+        shown = (f"{found['questions']:,} asked", "", "", f"{found['agreement']:.2%}", "")
         table.add_row(escape(entry["name"]), *shown, mark(entry_outcome(entry)).cell)
     return f"the same numbers as PyTorch? (text {verification['text']})", table
 

@@ -239,12 +239,14 @@ def verify(context: Context) -> None:
     """Compare every ONNX engine with PyTorch, and every MoE with all experts selected with the dense parent."""
     from moedge.configs import tolerances
     from moedge.convert.sources import load_tokenizer
+    from moedge.convert.tasks import Questions
     from moedge.runtime.parity import shapes
+    from moedge.runtime.parity.accuracy import Gate
     from moedge.runtime.parity.suite import verify_run
 
     params = context.params
-    given = params["tolerances"]
-    profile, limits = tolerances.chosen(given if isinstance(given, str) else tolerances.Given(**given))
+    given = params["tolerances"] if isinstance(params["tolerances"], str) else tolerances.Given(**params["tolerances"])
+    profile, limits = tolerances.chosen(given)
     (text,) = held_out.texts(params["texts"])
     tokenizer = load_tokenizer(run_folder.dense(context.root))
 
@@ -255,6 +257,8 @@ def verify(context: Context) -> None:
     found, not_executed = run_folder.executable(run_folder.engines(context.root, dense_bundles=params["dense_parent"]))
     for label, reason in not_executed.items():
         context.note(f"{label}: {reason}")
+    asked = Questions(tuple(params["tasks"]), shots=params["shots"], limit=params["limit"])
+    gate = Gate.of_run(found, asked, given) if asked.tasks else None  # first: it may find that nobody can be asked
     result = verify_run(
         found,
         windows,
@@ -268,6 +272,9 @@ def verify(context: Context) -> None:
         progress=context.progress,
         note=context.note,
     )
+    if gate:
+        how = {"threads": params["threads"], "device": params["device"]}
+        result = gate.added(result, **how, progress=context.progress, note=context.note)
     write_json(context.out / "verify.json", {**result, "not_executed": not_executed})
 
 

@@ -254,7 +254,7 @@ def verify(recipe: Recipe, facts: Facts) -> Stage:
         bodies.verify,
         {**recipe.verify.model_dump(), **_limits(recipe), **_on_this_machine(recipe, facts)},
         reads=("source", "convert", "export", *_dense(recipe)),
-        sources=(*_ENGINE_CODE, "runtime/parity", *_CONFIGS),
+        sources=(*_ENGINE_CODE, "runtime/parity", "runtime/accuracy", *_CONFIGS),
         libraries=(*_TORCH, "onnx", "onnxruntime"),
     )
 

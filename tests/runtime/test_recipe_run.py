@@ -129,6 +129,31 @@ def test_dry_run_says_what_a_changed_recipe_would_redo(home: Path, run: Path, tm
     assert "disk: about" in result.stdout
 
 
+def test_a_recipe_gates_on_answers_too(
+    home: Path, task_files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """16 questions decide nothing at the packaged limits: so says the run, on every surface, and exits with 1."""
+    from moedge.convert.sources import assets
+
+    fetch = assets.fetch
+    monkeypatch.setattr(assets, "fetch", lambda name: task_files.get(name.removeprefix("task-")) or fetch(name))
+    shutil.copytree(home / "run", tmp_path / "run")
+    text = (home / "tiny.yaml").read_text(encoding="utf-8")
+    (tmp_path / "tiny.yaml").write_text(text.replace("threads: 1}", "threads: 1, tasks: [sciq, arc_easy]}", 1))
+    result = moedge("run", tmp_path / "tiny.yaml", "--out", tmp_path / "run")
+    assert result.exit_code == 1
+    assert "verdict: NOT DECIDED" in result.stdout
+    report = json.loads((tmp_path / "run/report.json").read_text(encoding="utf-8"))
+    jsonschema.validate(report, json.loads(reports.SCHEMA_FILE.read_text(encoding="utf-8")))
+    answers = {entry["name"]: entry for entry in report["verification"]["accuracy"]}
+    bundles = [f"{target} {kind}" for target in targets.default() for kind in ("moe", "dense")]
+    assert set(answers) == {f"{one} vs torch {one.split()[1]}, answers" for one in bundles}
+    for entry in answers.values():
+        assert (entry["overall"]["questions"], entry["overall"]["agreement"]) == (16, 1.0)
+    for page in ("report.md", "report.html"):
+        assert "16 answers are the same" in (tmp_path / "run" / page).read_text(encoding="utf-8"), page
+
+
 def test_a_changed_model_is_noticed(home: Path, run: Path) -> None:
     todo = stages.build(load_recipe(home / "tiny.yaml"), machine())
     config = home / "model" / "generation_config.json"
