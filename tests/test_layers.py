@@ -24,6 +24,7 @@ ALLOWED = {
     ("moedge.configs.tolerances", "moedge.export.targets"),
     ("moedge.configs.recipe", "moedge.convert.methods"),
     ("moedge.configs.recipe", "moedge.convert.moe_adapters"),
+    ("moedge.configs.recipe", "moedge.convert.tasks"),
     ("moedge.configs.study", "moedge.convert.methods"),
     ("moedge.configs.study", "moedge.convert.methods.baselines"),
     # An archive holds the answers of the float32 graph, which an engine has to give.

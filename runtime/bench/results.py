@@ -134,6 +134,8 @@ class EngineEntry(TypedDict):
     peak_rss_mib: float | None
     load_s: float | None
     peak_rss_after_load_mib: NotRequired[float]
+    huge_pages: NotRequired[float]
+    """Share of its memory in huge pages, 0 to 1; not there where the system does not tell."""
     peak_gpu_mib: NotRequired[float | None]
     gpu_reason: NotRequired[str]
     reason: NotRequired[str]

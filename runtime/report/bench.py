@@ -82,7 +82,17 @@ def footer(result: Bench) -> str:
     kinds = ", ".join(dict.fromkeys(f"{info['dtype']} on {info['device']}" for info in infos))
     asked = dict.fromkeys(point["threads"] or infos[0]["threads"] for point in result["points"])
     threads = " and ".join(map(str, asked))
-    return f"{result['machine']['processor']}, {threads} threads, {kinds}, text {result.get('text', 'given')}"
+    where = f"{result['machine']['processor']}, {threads} threads, {kinds}"
+    return f"{where}{pages(result)}, text {result.get('text', 'given')}"
+
+
+def pages(result: Bench) -> str:
+    """How much of the engines' memory lay in huge pages; empty where it is not told."""
+    shares = [engine["huge_pages"] for engine in result["engines"].values() if "huge_pages" in engine]
+    if not shares:
+        return ""
+    low, high = f"{min(shares):.0%}", f"{max(shares):.0%}"
+    return f", {low} of the memory in huge pages" if low == high else f", {low} to {high} of the memory in huge pages"
 
 
 def show(result: Bench, console: Console) -> None:

@@ -22,6 +22,7 @@ from moedge.runtime.bench.results import Bench
 from moedge.runtime.bench.stats import bootstrap_ci, percentiles, t_quantile
 from moedge.runtime.engines import Step, open_engine
 from moedge.runtime.engines.info import EngineInfo, EngineModel
+from moedge.runtime.report import bench as shown
 
 IDS = np.arange(20) % 7
 
@@ -236,6 +237,22 @@ def test_where_no_process_can_be_started_memory_is_not_told(tmp_path: Path, monk
     found = footprint.footprint(functools.partial(open_engine, tmp_path), np.zeros((1, 2), np.int64), 0, None)
     assert (found["peak_rss_mib"], found["load_s"]) == (None, None)
     assert found["reason"].startswith("no process of its own can be started here (")
+
+
+def test_it_is_told_how_much_memory_lies_in_huge_pages(tmp_path: Path) -> None:
+    """Of what is the process's own: pages of mapped files are never huge here. As proc(5) writes it."""
+    rollup = tmp_path / "smaps_rollup"
+    lines = ["5581e000-7fff1000 ---p 00000000 00:00 0    [rollup]", "Rss:    9000 kB", "Anonymous:    8192 kB"]
+    rollup.write_text("\n".join([*lines, "AnonHugePages:    6144 kB", "FilePmdMapped:    0 kB", ""]), encoding="utf-8")
+    assert footprint.huge_pages(rollup) == 0.75
+    assert footprint.huge_pages(tmp_path / "none") is None
+    rollup.write_text("", encoding="utf-8")
+    assert footprint.huge_pages(rollup) is None
+    engines: Any = [{"huge_pages": 0.0}, {"huge_pages": 0.75}, {}]
+    found: Any = {"engines": dict(enumerate(engines))}
+    assert shown.pages(found) == ", 0% to 75% of the memory in huge pages"
+    assert shown.pages({**found, "engines": {0: engines[1]}}) == ", 75% of the memory in huge pages"
+    assert shown.pages({**found, "engines": {0: engines[2]}}) == ""
 
 
 def test_what_an_engine_refuses_in_its_own_process_is_one_sentence(tmp_path: Path) -> None:
