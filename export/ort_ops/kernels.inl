@@ -24,6 +24,10 @@ inline void prefetch(const void* address) {
   asm volatile("");  // or GCC takes a function that only prefetches for one without effect and drops its calls
 }
 
+// Columns that all rows are read of before the next ones: their sums stay in the first level of the cache, and what is
+// prefetched of the rows that follow in the second. In whole rows of an output projection both would be megabytes.
+constexpr size_t WINDOW = 4096;
+
 // ---- float32
 
 // Lines to prefetch, one beside each row of a computation: many at once would hold it up.
@@ -93,18 +97,26 @@ constexpr size_t rows_at_once(size_t width) { return width > 8 ? 16 : 8; }
 // How far ahead rows are prefetched: some 100 ns of the memory's bandwidth, and at least the next rows.
 constexpr size_t AHEAD_BYTES = 8192;
 
+// Columns [begin, end) of the rows [first, last); `ahead` rows further those are prefetched that come next, at the end the
+// first ones again, `following` columns to the right (0: there is no further window).
+struct Window {
+  size_t begin, end, first, last, ahead, following;
+};
+
 template <size_t W>
-void float_pass(const FloatProduct& p, size_t begin, size_t count, size_t ahead, size_t end, size_t t) {
+void float_pass(const FloatProduct& p, const Window& window, size_t begin, size_t count, size_t t) {
   constexpr size_t ROWS = rows_at_once(W);
   const float *rows[ROWS], *next[ROWS];
   const float* x = p.x + t * p.num_rows + begin * W;
   float* y = p.y + t * p.y_stride;
-  const size_t coming = begin + ahead < end ? std::min(count, end - begin - ahead) : 0;
-  for (size_t r = 0; r < count; ++r) rows[r] = p.weights + (p.rows ? p.rows[begin + r] : begin + r) * p.columns;
-  for (size_t r = 0; r < coming; ++r)
-    next[r] = p.weights + (p.rows ? p.rows[begin + ahead + r] : begin + ahead + r) * p.columns;
-  size_t c = 0;
-  for (; c + LANES <= p.columns; c += LANES) {
+  const auto row = [&p](size_t r) { return p.weights + (p.rows ? p.rows[r] : r) * p.columns; };
+  const bool over = begin + window.ahead >= window.last;  // `t` 0: the first of the tiles prefetches
+  const size_t from = over ? window.first : begin + window.ahead, shift = over ? window.following : 0;
+  const size_t coming = t || (over && !shift) ? 0 : std::min(ROWS, window.last - from);
+  for (size_t r = 0; r < count; ++r) rows[r] = row(begin + r);
+  for (size_t r = 0; r < coming; ++r) next[r] = row(from + r) + shift;
+  size_t c = window.begin;
+  for (; c + LANES <= window.end; c += LANES) {
     if (c % (LINE / sizeof(float)) == 0)
       for (size_t r = 0; r < coming; ++r) prefetch(next[r] + c);
     Float sums[W];
@@ -122,13 +134,13 @@ void float_pass(const FloatProduct& p, size_t begin, size_t count, size_t ahead,
     MOEDGE_UNROLL
     for (size_t w = 0; w < W; ++w) V::store(y + w * p.y_stride + c, sums[w]);
   }
-  for (; c < p.columns; ++c)
+  for (; c < window.end; ++c)
     for (size_t r = 0; r < count; ++r)
       MOEDGE_UNROLL
       for (size_t w = 0; w < W; ++w) y[w * p.y_stride + c] += x[r * W + w] * rows[r][c];
 }
 
-using FloatPass = void (*)(const FloatProduct&, size_t, size_t, size_t, size_t, size_t);
+using FloatPass = void (*)(const FloatProduct&, const Window&, size_t, size_t, size_t);
 template <size_t... W>
 constexpr std::array<FloatPass, sizeof...(W) + 1> float_passes(std::index_sequence<W...>) {
   return {nullptr, &float_pass<W + 1>...};
@@ -184,12 +196,18 @@ inline FloatRows narrow_kernel(size_t columns, size_t tokens) {
 void float_rows(const FloatProduct& p, size_t begin, size_t end) {
   if (const FloatRows narrow = narrow_kernel(p.columns, p.tokens)) return narrow(p, begin, end);
   static constexpr auto PASSES = float_passes(std::make_index_sequence<V::FLOAT_TILE>());
-  const Tiles tiles(p.tokens, V::FLOAT_TILE);
-  const size_t rows = rows_at_once(tiles.width(tiles.count - 1)), pass_bytes = rows * p.columns * sizeof(float);
+  constexpr size_t UNIT = LINE / sizeof(float);
+  const Tiles tiles(p.tokens, V::FLOAT_TILE), windows((p.columns + UNIT - 1) / UNIT, WINDOW / UNIT);
+  const size_t rows = rows_at_once(tiles.width(tiles.count - 1));
+  const size_t pass_bytes = rows * std::min(p.columns, windows.width(0) * UNIT) * sizeof(float);
   const size_t ahead = (AHEAD_BYTES + pass_bytes - 1) / pass_bytes * rows;
-  for (size_t r = begin; r < end; r += rows)
-    for (size_t tile = 0; tile < tiles.count; ++tile)  // the first of them prefetches
-      PASSES[tiles.width(tile)](p, r, std::min(rows, end - r), tile ? end : ahead, end, tiles.begin(tile));
+  for (size_t w = 0; w < windows.count; ++w) {
+    const size_t first = windows.begin(w) * UNIT, last = first + windows.width(w) * UNIT;
+    const Window window{first, std::min(last, p.columns), begin, end, ahead, w + 1 < windows.count ? last - first : 0};
+    for (size_t r = begin; r < end; r += rows)
+      for (size_t tile = 0; tile < tiles.count; ++tile)
+        PASSES[tiles.width(tile)](p, window, r, std::min(rows, end - r), tiles.begin(tile));
+  }
 }
 
 // A part of a matrix that is copied to one place, [row][STRIP]: rows of a wide matrix are many pages apart, and where
@@ -415,17 +433,34 @@ inline void look_ahead(const IntProduct& p, size_t b, size_t end, size_t& seen, 
                                        p.blocks[b + 1].scale_row * p.columns * (HALF ? 2 : 4) : nullptr;
 }
 
-// Line is called for each line of each block, rows from left to right.
+// What is prefetched beside the last block of a window: of block `first` the lines that stand `lines` further right.
+template <bool FOUR, bool HALF>
+inline void look_right(const IntProduct& p, size_t first, size_t lines, Rows& rows) {
+  row_pointers(p, first, rows.next);
+  rows.coming = 4 * (p.blocks[first].end - p.blocks[first].begin);
+  for (size_t r = 0; r < rows.coming; ++r) rows.next[r] += lines * LINE;
+  const size_t column = p.blocks[first].scale_row * p.columns + lines * LINE * (FOUR ? 2 : 1);
+  rows.next_scales = static_cast<const char*>(p.scales) + column * (HALF ? 2 : 4);
+}
+
+// Line is called for each line of each block: window by window, in it block by block, rows from left to right.
 template <bool FOUR, bool HALF, typename Line>
 inline void each_line(const IntProduct& p, size_t begin, size_t end, Line line) {
   Rows rows;
-  size_t seen = 0;
-  for (size_t b = begin; b < end; ++b) {
-    row_pointers(p, b, rows.now);
-    look_ahead<HALF>(p, b, end, seen, rows);
-    for (size_t i = 0; i < p.row_bytes / LINE; ++i) {
-      prefetch_line<FOUR, HALF>(rows, i);
-      line(b, rows, i);
+  const Tiles windows(p.row_bytes / LINE, WINDOW / LINE / (FOUR ? 2 : 1));
+  for (size_t w = 0; w < windows.count; ++w) {
+    const size_t first = windows.begin(w), last = first + windows.width(w);
+    size_t seen = 0;
+    for (size_t b = begin; b < end; ++b) {
+      row_pointers(p, b, rows.now);
+      if (b + 1 < end || w + 1 == windows.count)
+        look_ahead<HALF>(p, b, end, seen, rows);
+      else
+        look_right<FOUR, HALF>(p, begin, last - first, rows);
+      for (size_t i = first; i < last; ++i) {
+        prefetch_line<FOUR, HALF>(rows, i);
+        line(b, rows, i);
+      }
     }
   }
 }

@@ -183,7 +183,7 @@ def difference(y: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.abs(y - wanted).max() / np.abs(wanted).max())
 
 
-@pytest.mark.parametrize(("inputs", "outputs"), [(70, 50), (160, 192)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(70, 50), (160, 192), (70, 8400)])  # the last: several windows
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_integers_are_those_of_onnx_runtime(
@@ -198,7 +198,7 @@ def test_integers_are_those_of_onnx_runtime(
         assert difference(run(ours, x), theirs(mask(x, threshold))) < SAME, tokens
 
 
-@pytest.mark.parametrize(("inputs", "outputs"), [(70, 50), (600, 130)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(70, 50), (600, 130), (70, 8405)])
 def test_floats_are_right_to_their_rounding(built: Path, isa: str, inputs: int, outputs: int) -> None:
     weight, bias = random(1, outputs, inputs), random(3, outputs)
     threshold = np.abs(random(2, inputs)) * np.float32(0.7)
