@@ -98,14 +98,12 @@ def check_external_data(model_path: Path, allowed: set[str]) -> None:
 
 def _tensors(message: Any) -> Iterator[Any]:
     """Every TensorProto of an ONNX message: weights, sparse ones, attributes, of graphs in graphs and functions too."""
-    from google.protobuf.message import Message
-
     if message.DESCRIPTOR.name == "TensorProto":
         yield message
         return
     for field, value in message.ListFields():
         if field.message_type is not None:
-            for part in (value,) if isinstance(value, Message) else value:
+            for part in (value,) if hasattr(value, "ListFields") else value:
                 yield from _tensors(part)
 
 
