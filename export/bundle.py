@@ -8,9 +8,10 @@ This module needs neither torch nor onnx, so it also runs on a device.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moedge import MoEdgeError
 from moedge._files import check_links, digest, hash_tree, safe_join, sha256_file, write_json
@@ -87,13 +88,23 @@ def check_external_data(model_path: Path, allowed: set[str]) -> None:
     import onnx
     from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
-    model = onnx.load(model_path, load_external_data=False)
-    for tensor in model.graph.initializer:
+    for tensor in _tensors(onnx.load(model_path, load_external_data=False)):
         if uses_external_data(tensor):
             location = ExternalDataInfo(tensor).location
             safe_join(model_path.parent, location)
             if location not in allowed:
                 raise MoEdgeError(f"{model_path}: tensor {tensor.name} lies in unlisted file {location!r}.")
+
+
+def _tensors(message: Any) -> Iterator[Any]:
+    """Every TensorProto of an ONNX message: weights, sparse ones, attributes, of graphs in graphs and functions too."""
+    if message.DESCRIPTOR.name == "TensorProto":
+        yield message
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for part in (value,) if hasattr(value, "ListFields") else value:
+                yield from _tensors(part)
 
 
 def copy_companions(source: Path, destination: Path) -> None:

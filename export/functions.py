@@ -67,7 +67,7 @@ _OPTIONAL = {"SparseGLU": {"ramp": "FLOAT"}, "GroupedGLU": {"ramp": "FLOAT"}}
 """Attributes of nodes with ``h_threshold`` alone."""
 
 _PLUGIN_ATTRIBUTES = ("plugin_namespace", "plugin_version")
-"""What a parser of TensorRT reads to find a node's plugin (``lowering/trt_plugins.py``); nobody else looks."""
+"""What a parser of TensorRT reads to find a node's plugin (``lowering/trt/plugins.py``); nobody else looks."""
 
 
 @cache

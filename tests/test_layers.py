@@ -6,6 +6,9 @@ An arrow that points the other way is named here with its reason, and one that i
 from __future__ import annotations
 
 import ast
+import io
+import re
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,3 +115,38 @@ def test_the_device_leaf_imports_nothing_of_ours_but_itself() -> None:
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             assert not heavy & {each.split(".")[0] for each in names}, f"{path} imports {names}"
+
+
+# Files of other projects that comments name.
+OTHERS = {"tensor_mapping.py", "transformers/generation/logits_process.py"}
+SOURCES = [*FILES.values(), *(path for ending in ("cpp", "cc", "h") for path in (ROOT / "export").rglob(f"*.{ending}"))]
+
+
+def prose(source: str) -> str:
+    """The comments and docstrings of Python code."""
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = [token.string for token in tokens if token.type == tokenize.COMMENT]
+    values = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Expr)]
+    texts = [value.value for value in values if isinstance(value, ast.Constant) and isinstance(value.value, str)]
+    return "\n".join([*comments, *texts])
+
+
+PATHS = [f"/{path.relative_to(ROOT)}" for path in (*FILES.values(), *(ROOT / "tests").rglob("*.py"))]
+
+
+def missing(text: str) -> list[str]:
+    """Files and modules that a text names and the package lacks."""
+    paths = {name for name in re.findall(r"[\w./-]*\w\.py\b", text) if not any(p.endswith(f"/{name}") for p in PATHS)}
+    modules = set(re.findall(r":mod:`~?\.?([\w.]+)`", text))
+    return sorted(paths - OTHERS | {name for name in modules if not any(f".{m}".endswith(f".{name}") for m in FILES)})
+
+
+def test_the_modules_that_comments_name_exist() -> None:
+    found = {}
+    for path in SOURCES:
+        source = path.read_text(encoding="utf-8")
+        if missing(source) and (names := missing(prose(source) if path.suffix == ".py" else source)):
+            found[str(path.relative_to(ROOT))] = names
+    assert found == {}
+    text = "``lowering/trt/experts.py``, :mod:`moedge.export.targets`, lowering/trt_experts.py, :mod:`ort_moe`"
+    assert missing(text) == ["lowering/trt_experts.py", "ort_moe"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,9 @@ import onnx
 import onnx_ir as ir
 
 from moedge import MoEdgeError
+
+LARGEST_INSIDE = 1 << 20
+"""Bytes of a weight that a part of a graph holds inside: a protobuf message ends at 2 GiB, which one table can pass."""
 
 
 class Builder:
@@ -185,15 +189,61 @@ def depends_only_on(output: ir.Value, source: str) -> bool:
     return {str(value.name) for value in upstream([output], lambda value: value.name == source)[1]} == {source}
 
 
-def cut(model: ir.Model, outputs: Sequence[ir.Value], stop: Callable[[ir.Value], bool]) -> onnx.ModelProto:
-    """Return the part of the main graph between ``stop`` values and ``outputs`` as a model, weights inside."""
+@dataclass(frozen=True)
+class Part:
+    """A part of a graph as a model of its own, its weights beside it.
+
+    ``weights`` by the location that the initializers of ``model`` state; only those of at most
+    :data:`LARGEST_INSIDE` bytes (and 4-bit ones, which no array holds as ONNX Runtime does) lie in ``model`` itself.
+    """
+
+    model: onnx.ModelProto
+    weights: dict[str, np.ndarray]
+
+
+def cut(model: ir.Model, outputs: Sequence[ir.Value], stop: Callable[[ir.Value], bool]) -> Part:
+    """Return the part of the main graph between ``stop`` values and ``outputs``."""
     nodes, ends = upstream(outputs, stop)
-    weights = {
+    inside, beside = [], dict[str, np.ndarray]()
+    for name, tensor in weights_of(nodes).items():
+        if tensor.nbytes <= LARGEST_INSIDE or tensor.dtype.bitwidth < 8:
+            inside.append(onnx.numpy_helper.from_array(tensor.numpy(), name))
+        else:
+            beside[name] = np.ascontiguousarray(tensor.numpy())
+            place = [onnx.StringStringEntryProto(key="location", value=name)]
+            inside.append(
+                onnx.TensorProto(
+                    name=name, data_type=int(tensor.dtype), dims=beside[name].shape,
+                    data_location=onnx.TensorProto.EXTERNAL, external_data=place,
+                )
+            )  # fmt: skip
+    return Part(_model(model, nodes, ends, outputs, inside), beside)
+
+
+def cut_whole(model: ir.Model, outputs: Sequence[ir.Value], stop: Callable[[ir.Value], bool]) -> onnx.ModelProto:
+    """Return the same part as one message, every weight inside: for small ones."""
+    nodes, ends = upstream(outputs, stop)
+    inside = [onnx.numpy_helper.from_array(tensor.numpy(), name) for name, tensor in weights_of(nodes).items()]
+    return _model(model, nodes, ends, outputs, inside)
+
+
+def weights_of(nodes: Sequence[ir.Node]) -> dict[str, ir.TensorProtocol]:
+    """Return the initializers that nodes read, by name."""
+    return {
         str(source.name): source.const_value
         for node in nodes
         for source in node.inputs
         if source is not None and source.const_value is not None and source.producer() is None
     }
+
+
+def _model(
+    model: ir.Model,
+    nodes: Sequence[ir.Node],
+    ends: Sequence[ir.Value],
+    outputs: Sequence[ir.Value],
+    weights: Sequence[onnx.TensorProto],
+) -> onnx.ModelProto:
     graph = onnx.helper.make_graph(
         [ir.serde.serialize_node(node) for node in nodes],
         "part",
@@ -202,7 +252,7 @@ def cut(model: ir.Model, outputs: Sequence[ir.Value], stop: Callable[[ir.Value],
             for v in ends
         ],
         [onnx.helper.make_empty_tensor_value_info(str(value.name)) for value in outputs],
-        initializer=[onnx.numpy_helper.from_array(tensor.numpy(), name) for name, tensor in weights.items()],
+        initializer=weights,
     )
     return onnx.helper.make_model(
         graph,
@@ -220,7 +270,7 @@ def evaluate(model: ir.Model, value: ir.Value, feeds: dict[str, np.ndarray]) -> 
     """
     from onnx.reference import ReferenceEvaluator
 
-    proto = cut(model, [value], lambda _: False)
+    proto = cut_whole(model, [value], lambda _: False)
     needed = {entry.name for entry in proto.graph.input}
     if missing := needed - set(feeds):
         raise MoEdgeError(f"{value.name} depends on {', '.join(sorted(missing))}, not only on {list(feeds)}.")

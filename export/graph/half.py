@@ -114,7 +114,7 @@ def _router_nodes(model: ir.Model) -> set[ir.Node]:
     outputs = {id(value) for value in model.graph.outputs}
     routers: set[ir.Node] = set()
     for node in reversed(list(model.graph)):
-        # Less: the mask of unselected experts (ort_moe.compensated) is read off the logits.
+        # Less: the mask of unselected experts (lowering/ort/moe.py) is read off the logits.
         if (node.op_type == "Route" and node.domain == DOMAIN) or node.op_type == "Less":
             routers.add(node)
             continue

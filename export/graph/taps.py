@@ -115,7 +115,8 @@ def emulated(path: Path, graph: bytes | None) -> bytes:
 
 
 _PRODUCTS = ("MatMul", "FusedMatMul", "MatMulNBits", "GatherLinear")
-_ELEMENTWISE = ("Cast", "Div", "Mul", "Tanh")  # what may follow the output projection: scale, soft cap
+ELEMENTWISE = ("Cast", "Div", "Mul", "Tanh")
+"""What may follow the output projection: scale, soft cap."""
 
 
 def _keep_last(model: Any, path: Path) -> None:
@@ -126,7 +127,7 @@ def _keep_last(model: Any, path: Path) -> None:
     graph = model.graph
     maker = {output: node for node in graph.node for output in node.output}
     head = maker.get("logits")
-    while head is not None and head.op_type in _ELEMENTWISE:
+    while head is not None and head.op_type in ELEMENTWISE:
         head = maker.get(head.input[0])
     if head is None or head.op_type not in _PRODUCTS:
         raise MoEdgeError(f"{path}: no product makes the logits, so they cannot be computed for the last token alone.")
@@ -230,7 +231,7 @@ def routers(path: Path, layers: list[int]) -> tuple[bytes, dict[int, str], list[
     import onnx_ir as ir
 
     from moedge.export.graph import nodes
-    from moedge.export.graph.build import Builder, cut, values_by_name
+    from moedge.export.graph.build import Builder, cut_whole, values_by_name
 
     model = ir.load(path)
     inputs = nodes.router_inputs(model)
@@ -243,7 +244,7 @@ def routers(path: Path, layers: list[int]) -> tuple[bytes, dict[int, str], list[
     for name, node in zip(outputs, found, strict=True):
         Builder(model, before=node).node("Add", node.inputs[:2]).name = name
     values = values_by_name(model)
-    part = cut(model, [values[name] for name in outputs], lambda value: value.name in stops)
+    part = cut_whole(model, [values[name] for name in outputs], lambda value: value.name in stops)
     if not inputs.keys() >= set(layers) or {entry.name for entry in part.graph.input} - stops:
         raise MoEdgeError(f"{path}: a router reads more than the input of its experts, so it cannot be run alone.")
     return bytes(part.SerializeToString()), {layer: inputs[layer] for layer in layers}, outputs

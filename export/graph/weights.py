@@ -10,9 +10,12 @@ import onnx_ir as ir
 
 from moedge.export.functions import DOMAIN
 from moedge.export.graph.build import array_of, sizes
+from moedge.export.graph.taps import ELEMENTWISE
 from moedge.export.quantize.format import Quantized
 
 _PRODUCTS = ("MatMul", "Gemm", "FusedMatMul")
+_PLAIN = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transBatchA": 0, "transBatchB": 0}
+"""Attributes of products, as they are where they do nothing."""
 _ATTENTION = ("CausalAttention", "GroupQueryAttention")
 
 
@@ -63,9 +66,14 @@ def is_embedding(node: ir.Node) -> bool:
     return node.inputs[1] is not None and node.inputs[1].name == "input_ids"
 
 
+def is_plain(node: ir.Node) -> bool:
+    """Whether a product multiplies what it reads as it is, ``transB`` aside: without factors and other transposes."""
+    return all(name == "transB" or found.value == _PLAIN.get(name) for name, found in node.attributes.items())
+
+
 def product_weight(node: ir.Node) -> tuple[ir.Value, str] | None:
     """The constant matrix that a product multiplies by, and its layout, or None."""
-    if node.op_type not in _PRODUCTS or len(node.inputs) < 2:
+    if node.op_type not in _PRODUCTS or len(node.inputs) < 2 or not is_plain(node):
         return None
     value = node.inputs[1]
     transpose = value.producer() if value is not None else None
@@ -108,7 +116,7 @@ def _class_of(node: ir.Node, name: str) -> str:
         return "router"
     if ".shared_" in name:
         return "shared"
-    if any(output.name == "logits" for output in node.outputs):
+    if _makes_logits(node):
         return "head"
     after = {found.op_type for found in _until_products(node, forward=True)}
     if "Route" in after:
@@ -118,6 +126,18 @@ def _class_of(node: ir.Node, name: str) -> str:
     if any(found.op_type in _ATTENTION for found in _until_products(node, forward=False)):
         return "attention"
     return "ffn"
+
+
+def _makes_logits(node: ir.Node) -> bool:
+    """Whether a product is the output projection: what follows it, up to the logits, is elementwise."""
+    stack = [node]
+    while stack:
+        here = stack.pop()
+        if any(output.name == "logits" for output in here.outputs):
+            return True
+        users = [use.node for output in here.outputs for use in output.uses()]
+        stack += [user for user in users if user.op_type in ELEMENTWISE]
+    return False
 
 
 def _until_products(node: ir.Node, *, forward: bool) -> Iterator[ir.Node]:

@@ -36,6 +36,6 @@ class Lowered:
     operators: Operators | None = None
     """The library of our own operators that the graph needs; set when the bundle is written."""
     experts: str | None = None
-    """For TensorRT targets: the form of the experts, see ``trt_experts``."""
+    """For TensorRT targets: the form of the experts, see :mod:`moedge.export.lowering.trt.experts`."""
     keeps: dict[int, dict[Which, Kept]] | None = None
     """Layers that leave small values out: where the graph shows it; set when the bundle is written."""

@@ -18,6 +18,7 @@ import onnx_ir as ir
 from moedge import MoEdgeError
 from moedge.export.bundle import Bundle
 from moedge.export.functions import DOMAIN
+from moedge.export.graph.activations import ACTIVATIONS
 from moedge.export.graph.build import array_of
 from moedge.export.graph.nodes import h_threshold_of
 from moedge.export.graph.weights import collect, product_weight
@@ -69,14 +70,14 @@ def _name(node: ir.Node, number: int) -> str:
 
 
 def _hidden_moments(node: ir.Node, x: np.ndarray, indices: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """[E, I, I] of SiLU experts for tokens x [T, H] with their choice [T, k], of hidden values that are kept."""
+    """[E, I, I] of experts for tokens x [T, H] with their choice [T, k], of hidden values that are kept."""
     gate, up, limits = array_of(node.inputs[3]), array_of(node.inputs[4]), h_threshold_of(node)
+    activation = ACTIVATIONS[node.attributes["activation"].as_string()]
     found = np.zeros((len(gate), gate.shape[1], gate.shape[1]), np.float32)
     for expert in range(len(gate)):
         rows, places = np.nonzero(indices == expert)
         if len(rows):
-            g = x[rows] @ gate[expert].T
-            hidden = g / (1 + np.exp(-g)) * (x[rows] @ up[expert].T)
+            hidden = activation(x[rows] @ gate[expert].T) * (x[rows] @ up[expert].T)
             if limits is not None:
                 limit, ramp = array_of(limits)[expert], node.attributes["ramp"].as_float()
                 hidden *= np.clip((np.abs(hidden) - limit) / (limit * ramp), 0, 1)

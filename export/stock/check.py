@@ -100,7 +100,7 @@ class _Gates:
     slots: dict[int, torch.Tensor]
 
     def limits(self, index: int) -> torch.Tensor:
-        """Return exp(sigma(Z) R) - 1 of each token, float64 [T]: the bound on ``|w - 1|`` (hf.py)."""
+        """Return exp(sigma(Z) R) - 1 of each token, float64 [T]: the bound on ``|w - 1|`` (stock/glm.py)."""
         z = self.logits[index].double().gather(1, self.slots[index])
         spread = z.amax(dim=1) - z.amin(dim=1)
         return torch.expm1(torch.sigmoid(z.abs().amax(dim=1)) * spread)

@@ -37,6 +37,17 @@ def gathered_portable(
 
 
 @pytest.fixture(scope="session")
+def folders(
+    session_folder: Path, tiny_model: Any, tiny_tokenizer: Any, convert_tiny: Any, gathered: Any, gather_only: Any
+) -> Any:
+    """:class:`moedge.tests.export.gathered_models.Folders`: each is made once for all workers and test files."""
+    from moedge.tests.export.gathered_models import Folders, maker
+
+    make = maker(tiny_model, tiny_tokenizer, convert_tiny, gathered, gather_only)
+    return Folders(session_folder / "gathered", make)
+
+
+@pytest.fixture(scope="session")
 def values_match_their_shapes() -> Callable[[Path], int]:
     """Return a function of a bundle: every value of its file has a type and a shape, and ONNX Runtime finds no other.
 

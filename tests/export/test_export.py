@@ -273,14 +273,56 @@ def test_opening_refuses_a_link(copied, tmp_path):
         bundle.open_bundle(copied)
 
 
+def _attribute(node):
+    node.attribute.append(onnx.helper.make_attribute("value", onnx.TensorProto(name="hidden", dims=[1], data_type=1)))
+    return node.attribute[-1].t
+
+
+def _subgraph(graph):
+    inner = onnx.helper.make_graph([], "inner", [], [], [onnx.TensorProto(name="hidden", dims=[1], data_type=1)])
+    outer = onnx.helper.make_graph([onnx.helper.make_node("If", ["c"], ["y"], then_branch=inner)], "outer", [], [])
+    graph.node.append(onnx.helper.make_node("Loop", ["n"], ["z"], body=outer))
+    return graph.node[-1].attribute[0].g.node[0].attribute[0].g.initializer[0]
+
+
+def _sparse(model, part):
+    tensor = getattr(model.graph.sparse_initializer.add(), part)
+    tensor.name, tensor.data_type = "hidden", 1 if part == "values" else 7
+    return tensor
+
+
+def _several(node):
+    node.attribute.add(name="values", type=onnx.AttributeProto.TENSORS).tensors.add(name="hidden", dims=[1])
+    return node.attribute[-1].tensors[0]
+
+
+PLACES = {
+    "a weight": lambda model: next(t for t in model.graph.initializer if t.external_data),
+    "values of a sparse weight": lambda model: _sparse(model, "values"),
+    "indices of a sparse weight": lambda model: _sparse(model, "indices"),
+    "an attribute": lambda model: _attribute(model.graph.node.add(op_type="Constant")),
+    "several in an attribute": lambda model: _several(model.graph.node.add(op_type="Other")),
+    "a graph in a graph": lambda model: _subgraph(model.graph),
+    "a function": lambda model: _attribute(model.functions[0].node.add(op_type="Constant")),
+    "a graph in a function": lambda model: _subgraph(model.functions[0]),
+}
+
+
 @pytest.mark.parametrize("location", ["../../etc/passwd", "/etc/passwd", "tokenizer.bin"])
-def test_external_data_may_only_point_to_listed_files(copied, location):
+@pytest.mark.parametrize("place", PLACES)
+def test_external_data_may_only_point_to_listed_files(copied, place, location):
     model = onnx.load(copied / "model.onnx", load_external_data=False)
-    tensor = next(t for t in model.graph.initializer if t.external_data)
-    next(entry for entry in tensor.external_data if entry.key == "location").value = location
+    tensor = PLACES[place](model)
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    entries = {entry.key: entry.value for entry in tensor.external_data} | {"location": location}
+    del tensor.external_data[:]
+    tensor.external_data.extend(onnx.StringStringEntryProto(key=key, value=value) for key, value in entries.items())
     (copied / "model.onnx").write_bytes(model.SerializeToString())
-    with pytest.raises(MoEdgeError):
+    with pytest.raises(MoEdgeError, match=r"must stay inside|lies in unlisted file"):
         bundle.check_external_data(copied / "model.onnx", {"model.onnx", "model.onnx.data"})
+    next(entry for entry in tensor.external_data if entry.key == "location").value = "model.onnx.data"
+    (copied / "model.onnx").write_bytes(model.SerializeToString())
+    bundle.check_external_data(copied / "model.onnx", {"model.onnx", "model.onnx.data"})
 
 
 def test_two_exports_of_one_checkpoint_are_the_same_bytes(bundles, checkpoints, tmp_path, traced_anew):

@@ -16,7 +16,7 @@ import pytest
 from moedge import MoEdgeError
 from moedge._files import atomic_dir, hash_tree
 from moedge.export.graph import emulation
-from moedge.export.lowering.check.selftest import dtype_of
+from moedge.export.lowering.check.session import dtype_of
 from moedge.export.pipeline import lower
 from moedge.runtime.device import moedge_cuda, moedge_session, moedge_trt
 from moedge.runtime.engines import open_engine

@@ -7,6 +7,7 @@ CPU. Routing and accumulation are float32; the weights of the experts stay in th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -36,9 +37,15 @@ def run(launch: Launch, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.
     if n == 0:
         return
     scalars = [n] * len(launch.scalars)
-    kernel_of(launch)[launch.programs(n)](
-        *inputs, *scalars, *outputs, **launch.constants, num_warps=launch.warps, num_stages=launch.stages
-    )
+    with _current(inputs[0].device):
+        kernel_of(launch)[launch.programs(n)](
+            *inputs, *scalars, *outputs, **launch.constants, num_warps=launch.warps, num_stages=launch.stages
+        )
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Make the tensors' device the current one: Triton launches there, wherever the tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _dtype(x: torch.Tensor) -> str:

@@ -1,9 +1,9 @@
-// One TensorRT plugin, moedge::Launch, that launches PTX through the CUDA driver: every kernel of export/kernels/.
+// One TensorRT plugin, moedge::Launch, that launches PTX through the CUDA driver: any kernel of convert/ops/kernels/.
 //
 // A node's only attribute, `spec`, says everything: types and dimensions of its tensors, and for each kernel its compute
-// capability, the most rows that it is for, its grid and its PTX (export/launcher/__init__.py writes it). The engine stores
-// it, so the library knows no model and is compiled once. It needs libcuda at run time and nothing of CUDA at build
-// time: an engine can be built without a GPU.
+// capability, the most rows that it is for, its grid and its PTX (export/device/launcher/__init__.py writes it). The
+// engine stores it, so the library knows no model and is compiled once. It needs libcuda at run time and nothing of CUDA
+// at build time: an engine can be built without a GPU.
 
 #include <NvInferRuntime.h>
 #include <dlfcn.h>

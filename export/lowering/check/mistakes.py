@@ -15,8 +15,10 @@ import numpy as np
 import onnx_ir as ir
 
 from moedge import MoEdgeError
+from moedge.export.graph.activations import ACTIVATIONS
 from moedge.export.graph.build import array_of, cut, values_by_name
 from moedge.export.graph.nodes import compensation_of, h_threshold_of, has_biases, nodes_of
+from moedge.export.lowering.check.session import open_part
 from moedge.export.quantize.format import Quantized
 
 MATCH = 0.1
@@ -99,23 +101,6 @@ def _kept(values: np.ndarray, threshold: np.ndarray, ramp: float) -> np.ndarray:
     chosen = values[:, : len(threshold)]
     kept = chosen * np.clip((np.abs(chosen) - threshold) / (threshold * ramp), 0, 1)
     return np.concatenate([kept, values[:, len(threshold) :]], axis=1)
-
-
-def _silu(x: np.ndarray) -> np.ndarray:
-    return x / (1 + np.exp(-x))
-
-
-def _gelu(x: np.ndarray) -> np.ndarray:
-    from scipy.special import ndtr
-
-    return np.asarray(x * ndtr(x))
-
-
-def _gelu_tanh(x: np.ndarray) -> np.ndarray:
-    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-
-
-_ACTIVATIONS = {"silu": _silu, "gelu": _gelu, "gelu_tanh": _gelu_tanh}
 
 
 def _softmax(x: np.ndarray) -> np.ndarray:
@@ -385,8 +370,6 @@ def _distance(one: np.ndarray, two: np.ndarray) -> float:
 
 
 def _observe(before: ir.Model, ffn: FFN, x: np.ndarray) -> _Run:
-    import onnxruntime
-
     node = ffn.node
     assert node.inputs[1] is not None
     assert node.inputs[2] is not None
@@ -400,12 +383,8 @@ def _observe(before: ir.Model, ffn: FFN, x: np.ndarray) -> _Run:
     wanted = [scores, indices, weights, routed, output]
     wanted += [tokens] if tokens.name != ffn.x else []
     part = cut(before, wanted, lambda value: value.name == ffn.x)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    values = session.run(None, {ffn.x: x})
-    score, index, weight, expert, whole, *padded = (np.asarray(value, np.float64) for value in values)
+    values = [np.asarray(value, np.float64) for value in open_part(part).run({ffn.x: x})]
+    score, index, weight, expert, whole, *padded = values
     ones = [(0, 0)] * (x.ndim - 1) + [(0, int(has_biases(node)))]
     everything = np.pad(x, ones, constant_values=1)
     x = padded[0] if padded else x
@@ -417,7 +396,7 @@ def _observe(before: ir.Model, ffn: FFN, x: np.ndarray) -> _Run:
     return _Run(
         x.reshape(-1, x.shape[-1]).astype(np.float64), score, array_of(route.inputs[1]).astype(np.float64),
         index.astype(np.int64), weight, shared, gate, up, down, compensation,
-        route.attributes["rule"].as_string(), _ACTIVATIONS[node.attributes["activation"].as_string()],
+        route.attributes["rule"].as_string(), ACTIVATIONS[node.attributes["activation"].as_string()],
         everything.reshape(-1, everything.shape[-1]).astype(np.float64),
         None if limits is None else array_of(limits).astype(np.float64),
         0.0 if limits is None else node.attributes["ramp"].as_float(),

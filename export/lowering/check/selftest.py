@@ -8,7 +8,7 @@ this is where that shows.
 from __future__ import annotations
 
 import ast
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,10 +16,11 @@ import numpy as np
 import onnx_ir as ir
 
 from moedge import MoEdgeError
-from moedge.export.graph.build import cut, size, upstream, values_by_name
+from moedge.export.graph import emulation
+from moedge.export.graph.build import cut, size, upstream, values_by_name, weights_of
 from moedge.export.graph.nodes import attention_kinds
 from moedge.export.lowering.check import mistakes
-from moedge.export.ort_ops import library
+from moedge.export.lowering.check.session import Session, open_part
 from moedge.export.quantize.format import Quantized
 
 
@@ -114,19 +115,13 @@ def _feed(value: ir.Value, case: Case, generator: np.random.Generator, vocabular
     return generator.standard_normal(shape).astype(value.dtype.numpy())
 
 
-def dtype_of(ort_type: str) -> np.dtype[Any]:
-    """Return the numpy dtype of an ONNX Runtime type such as ``tensor(float16)``."""
-    name = ort_type.removeprefix("tensor(").removesuffix(")")
-    return np.dtype({"float": "float32", "double": "float64"}.get(name, name))
-
-
 @dataclass(frozen=True)
 class _Block:
     """One block cut out of two graphs, ready to run."""
 
     edges: dict[str, ir.Value]
     outputs: list[ir.Value]
-    sessions: tuple[Any, Any]
+    sessions: tuple[Session, Session]
     vocabulary: int
 
     def feeds(self, case: Case, number: int) -> dict[str, np.ndarray]:
@@ -139,10 +134,7 @@ class _Block:
 
     def run(self, feeds: dict[str, np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Outputs before and after."""
-        before, after = (
-            session.run(None, {i.name: feeds[i.name].astype(dtype_of(i.type)) for i in session.get_inputs()})
-            for session in self.sessions
-        )
+        before, after = (session.run(feeds) for session in self.sessions)
         return before, after
 
 
@@ -153,8 +145,6 @@ def _cut_both(
     inputs: Sequence[str] | None,
     inside: Collection[str] = (),
 ) -> _Block:
-    import onnxruntime
-
     known = values_by_name(before)
     outputs_before = [known[name] for name in names]
     routes = {str(value.name) for node in before.graph if node.op_type == "Route" for value in node.outputs}
@@ -166,28 +156,32 @@ def _cut_both(
     _, ends = upstream(outputs_before, lambda value: str(value.name) in edge_names)
     # The rewritten graph's types win: numbers made in half precision are the same numbers in float32.
     everything = {str(value.name): value for value in [*ends, *edges]}
-    parts = [
-        cut(before, outputs_before, lambda value: str(value.name) in everything),
-        cut(after, outputs_after, lambda value: str(value.name) in everything),
-    ]
-    from moedge.export.graph import emulation
 
+    def edge(value: ir.Value) -> bool:
+        return str(value.name) in everything
+
+    if _content(outputs_before, edge) == _content(outputs_after, edge):
+        raise MoEdgeError(f"nothing that gives {', '.join(names)} was rewritten; this is a bug, report it.")
+    parts = [cut(before, outputs_before, edge), cut(after, outputs_after, edge)]
     # ONNX Runtime's own kernels (ort-cuda) run as they are; standard operators in half precision with every rounding.
-    parts = [emulation.emulated(part) if emulation.needed(part) else part for part in parts]
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 1  # a pool of idle threads takes longer to make than a block to run
-    # De-quantised weights are constants. ONNX Runtime would run products with them on int8 activations instead.
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
-    if library.DOMAIN in {node.domain for node in after.graph}:
-        options.register_custom_ops_library(str(library.compiled()))
     one, two = (
-        onnxruntime.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        open_part(replace(part, model=emulation.emulated(part.model)) if emulation.needed(part.model) else part)
         for part in parts
     )
     tables = [n.inputs[0] for n in before.graph if n.op_type == "Gather" and n.inputs[1] is known.get("input_ids")]
     rows = [size(value.const_value, 0) for value in tables if value is not None and value.const_value is not None]
     return _Block(everything, outputs_before, (one, two), rows[0] if rows else 1)
+
+
+def _content(outputs: Sequence[ir.Value], edge: Callable[[ir.Value], bool]) -> tuple[Any, ...]:
+    """What tells one block from another: its nodes, the weights that they read, and the types at its edges."""
+    nodes, ends = upstream(outputs, edge)
+    protos = [ir.serde.serialize_node(node) for node in nodes]
+    for proto in protos:
+        for field in ("name", "doc_string", "metadata_props"):
+            proto.ClearField(field)
+    weights = {name: id(tensor) for name, tensor in weights_of(nodes).items()}
+    return [proto.SerializeToString(deterministic=True) for proto in protos], weights, {v.name: v.dtype for v in ends}
 
 
 def compare(
@@ -207,7 +201,8 @@ def compare(
     in ``inside`` are no edges either.
 
     Raises:
-        MoEdgeError: the rewritten block does not run at all (the message carries the runtime's own words).
+        MoEdgeError: the rewritten block does not run at all (the message carries the runtime's own words), or is as it
+            was before: a test of it would pass whatever was rewritten elsewhere.
     """
     worst = 0.0
     try:

@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from moedge.export.graph.build import Builder, array_of, remove_unused
+from moedge.export.graph.weights import is_plain
 from moedge.export.lowering.rule import Applied, Block
 
 
@@ -31,9 +32,10 @@ class FuseTransposed:
         return None
 
     def apply(self, graph: ir.Model) -> Applied:
-        """Fuse each; the logits are tested."""
-        count = _fuse_transposed(graph)
-        return Applied(count, [Block(("logits",))]) if count else Applied(0, reason="no transposed weight")
+        """Fuse each; the first and the last product are tested, without what follows them (a soft cap)."""
+        names = _fuse_transposed(graph)
+        ends = dict.fromkeys((*names[:1], *names[-1:]))
+        return Applied(len(names), [Block((name,)) for name in ends], reason="" if names else "no transposed weight")
 
 
 @dataclass(frozen=True)
@@ -47,16 +49,21 @@ class MergeSiblings:
         return None
 
     def apply(self, graph: ir.Model) -> Applied:
-        """Merge each group; the first one is tested."""
-        count, outputs = merge_siblings(graph)
-        return Applied(count, [Block(tuple(outputs))]) if count else Applied(0, reason=_NO_SIBLINGS)
+        """Merge each group; of those of the same operators the first and the last are tested."""
+        groups = merge_siblings(graph)
+        kinds: dict[frozenset[str], list[tuple[str, ...]]] = {}
+        for group in groups:
+            kinds.setdefault(frozenset(group.values()), []).append(tuple(group))
+        ends = dict.fromkeys(names for found in kinds.values() for names in (found[0], found[-1]))
+        return Applied(len(groups), [Block(names) for names in ends], reason="" if groups else _NO_SIBLINGS)
 
 
 _NO_SIBLINGS = "no value is multiplied by several matrices"
 
 
-def _fuse_transposed(model: ir.Model) -> int:
-    count = 0
+def _fuse_transposed(model: ir.Model) -> list[str]:
+    """Fuse each; return the names of what the products give."""
+    names = []
     for node in list(model.graph):
         transpose = node.inputs[1].producer() if node.op_type == "MatMul" and node.inputs[1] is not None else None
         if transpose is None or transpose.op_type != "Transpose":
@@ -69,23 +76,24 @@ def _fuse_transposed(model: ir.Model) -> int:
             "FusedMatMul", [node.inputs[0], weight], domain="com.microsoft", attributes={"transA": 0, "transB": 1}
         )
         builder.replace_output(node.outputs[0], product)
-        count += 1
+        names.append(str(product.name))
     remove_unused(model)
-    return count
+    return names
 
 
-def merge_siblings(model: ir.Model) -> tuple[int, list[str]]:
-    """Merge products of one value with several constant matrices; return the number of groups and one's outputs."""
+def merge_siblings(model: ir.Model) -> list[dict[str, str]]:
+    """Merge products of one value with several constant matrices; return each group's outputs with their operators."""
     groups: dict[int, list[ir.Node]] = {}
     for node in model.graph:
         weight = node.inputs[1] if len(node.inputs) == 2 else None
-        if node.op_type in ("MatMul", "Gemm") and node.domain == "" and _is_matrix(weight):
+        if node.op_type in ("MatMul", "Gemm") and node.domain == "" and _is_matrix(weight) and is_plain(node):
             groups.setdefault(id(node.inputs[0]), []).append(node)
     merged = [group for group in groups.values() if len(group) > 1]
+    made = [{str(node.outputs[0].name): node.op_type for node in group} for group in merged]
     for number, group in enumerate(merged):
         _merge(model, group, f"merged.{number}")
     remove_unused(model)
-    return len(merged), [str(node.outputs[0].name).removesuffix(".replaced") for node in merged[0]] if merged else []
+    return made
 
 
 def _is_matrix(weight: ir.Value | None) -> bool:

@@ -1,7 +1,7 @@
 """Dense products and the embedding on quantised weights.
 
 ``MatMul`` / ``Gemm`` by a constant -> ``com.microsoft.MatMulNBits``; products of one value (q, k, v; gate, up) become
-one product and a Split, as in :mod:`ort_matmul`. ``Gather`` from the embedding -> ``GatherBlockQuantized``, which reads
+one product and a Split, as in ``matmul.py``. ``Gather`` from the embedding -> ``GatherBlockQuantized``, which reads
 the very table that a tied output projection multiplies by.
 """
 
@@ -57,7 +57,7 @@ class QuantizeProducts:
         return f"{self.tensor_class} -> MatMulNBits"
 
     def refuse(self, graph: ir.Model) -> str | None:
-        """Nothing is refused here: what cannot be quantised stops the lowering before (``ort_quantized``)."""
+        """Nothing is refused here: what cannot be quantised stops the lowering before (``quantized.py``)."""
         return None
 
     def apply(self, graph: ir.Model) -> Applied:
@@ -134,6 +134,6 @@ def with_accuracy(model: ir.Model, level: int) -> ir.Model:
 
 
 def tensor_class(name: str) -> str | None:
-    """The class of an initializer that this module or :mod:`ort_qmoe` made, from its name; None for any other."""
+    """The class of an initializer that this module or ``qmoe.py`` made, from its name; None for any other."""
     head = name.split(".", 1)[0]
     return head if name.endswith((".q", ".scales", ".zero_points")) else None

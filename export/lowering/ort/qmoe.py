@@ -19,7 +19,7 @@ that combination is never written. With input 14 and the flag at 1 unit weights 
 dropped by the kernel: :func:`refusal` asks for positive ones. Equal scores go to the higher index, elsewhere the lower.
 
 Where something must know which experts were *not* selected (compensation) the router is dressed as logits
-log(w) with -1e4 elsewhere and the output multiplied by sum(w), as in :mod:`ort_moe`.
+log(w) with -1e4 elsewhere and the output multiplied by sum(w), as in ``moe.py``.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def lower(
         work.before, blocks.table, bits, method, padded=isinstance(experts, FuseQMoE), own=own, twice=twice
     )
     sizes = account_for(work.before, model, blocks.table, bits, should=should)
-    merged, _ = ort_matmul.merge_siblings(model)
+    merged = len(ort_matmul.merge_siblings(model))
     remove_unused(model)
     judge = _Judge(work, blocks.packed, blocks.table, exact_experts=bits == 4 or isinstance(experts, ExpertProducts))
     for rule, done in pending:
@@ -141,7 +141,7 @@ class _Blocks:
         self.packed.update({name: pack.round_scales(self.packed[name]) for name in names})
 
     def experts(self) -> dict[str, Quantized]:
-        """Each expert of the stacks, by the name of its matrix in :mod:`ort_products`."""
+        """Each expert of the stacks, by the name of its matrix in ``products.py``."""
         return {
             ort_products.matrix_name(name, expert): self.packed[name].expert(expert)
             for name, weight in self.chosen.items()

@@ -1,7 +1,7 @@
 """Targets ``tensorrt`` and ``tensorrt-rtx``: one strongly typed half-precision graph with a concatenated KV cache.
 
 Rewrites, in order: attention with one mask for the graph, products of kept values and experts in the form that the
-device's TensorRT can take (``trt_experts.choose``: plugins from 10.9 on), half-precision types. One layer of each kind
+device's TensorRT can take (``experts.choose``: plugins from 10.9 on), half-precision types. One layer of each kind
 is executed in ONNX Runtime's CPU provider beside the float32 block it replaced: that proves the graph, not the engine,
 which only its device can run (``verify.py`` in the bundle, or ``moedge verify``). Plugins are executed there as their
 function bodies.
@@ -73,7 +73,7 @@ def lower_half(
         max_length: longest sequence.
         attention: form of attention and rotary embedding.
         tensorrt: version of TensorRT on the device, None for TensorRT for RTX.
-        experts: form of the experts; by default :func:`trt_experts.choose` takes the best that is possible.
+        experts: form of the experts; by default the best that is possible, see ``experts.choose``.
         dtype: ``float16``, or ``bfloat16``: the range of float32 with 8 bits of significand instead of 11.
 
     Raises:

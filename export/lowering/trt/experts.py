@@ -1,7 +1,7 @@
 """SparseGLU for TensorRT: which form it takes, and the two forms in standard operators.
 
-``plugins`` the selected experts only, in kernels of our own that become part of the engine (``trt_plugins.py``).
-``native``  TensorRT's own MoE layer, where it was asked for (``trt_native.py``).
+``plugins`` the selected experts only, in kernels of our own that become part of the engine (``plugins.py``).
+``native``  TensorRT's own MoE layer, where it was asked for (``native.py``).
 ``merged``  every expert on every token, as one FFN of width E*I whose hidden units are multiplied by their expert's
             weight (zero where it is not selected). Three plain products of the size of a dense FFN; no [E, T, H]
             intermediate and no sum over experts, which happens inside the last product, in its accumulator.

@@ -1,6 +1,6 @@
 """Targets ``tensorrt-rtx-int8`` and ``tensorrt-rtx-int4``: the graph of ``tensorrt-rtx`` on weight-only integers.
 
-Every matrix of a quantised class becomes ``DequantizeLinear`` of its integers (:mod:`trt_weights`): attention, head,
+Every matrix of a quantised class becomes ``DequantizeLinear`` of its integers (``weights.py``): attention, head,
 embedding, shared and routed experts, unconverted FFNs. Activations, norms and biases are float16 as for
 ``tensorrt-rtx``, the router float32. A tied embedding is one table that lookup and output projection read, as for
 ``ort-cpu-int4``.

@@ -29,7 +29,7 @@ OPSET = 21
 """The first with blocks and 4-bit integers in DequantizeLinear."""
 HALF = 2
 """Bytes of a scale."""
-_SUFFIXES = (".float16", ".rows")  # what half.py and trt_experts.py append to the name of a weight
+_SUFFIXES = (".float16", ".rows")  # what half.py and experts.py append to the name of a weight
 
 
 @dataclass(frozen=True)

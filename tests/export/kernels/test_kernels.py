@@ -8,6 +8,9 @@ float16 or bfloat16 are exact in float32.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -312,6 +315,28 @@ def test_equal_inputs_give_equal_bits(place: str) -> None:
 
 
 # ---- the whole grid
+
+
+def test_a_kernel_is_launched_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton takes the current device, which need not be the one that the tensors are on."""
+    from moedge.convert.ops.kernels import cuda
+
+    events: list[Any] = []
+
+    @contextmanager
+    def device(chosen: torch.device) -> Iterator[None]:
+        events.append(chosen)
+        yield
+        events.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(cuda, "kernel_of", lambda _: {(2,): lambda *_, **__: events.append("launched")})
+    launch: Any = SimpleNamespace(programs=lambda n: (n,), scalars=(), constants={}, warps=1, stages=1)
+    second: Any = SimpleNamespace(device=torch.device("cuda", 1))
+    cuda.run(launch, [second], [], 2)
+    assert events == [second.device, "launched", "left"]
+    cuda.run(launch, [torch.ones(1)], [], 2)
+    assert events[3:] == ["launched"]
 
 
 @st.composite
