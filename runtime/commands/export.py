@@ -15,6 +15,7 @@ from moedge._progress import named
 from moedge.export import manifest as manifests
 from moedge.export import targets
 from moedge.export.manifest import Manifest
+from moedge.export.ort_ops import library
 from moedge.runtime.commands import _peers
 from moedge.runtime.commands._options import ExpertForm, Force, Half, TensorRT
 from moedge.runtime.engines.given import local
@@ -146,10 +147,15 @@ def _export(
 
 
 def _print(out: Path) -> None:
-    """Say which bundles ``out`` holds, and what quantised ones weigh."""
+    """Say which bundles ``out`` holds, what quantised ones weigh, and which lack our operators for want of g++."""
     for folder in sorted(path.parent for path in out.glob("*/manifest.json")):
         console = Console()
         console.print(escape(f"{folder.name}: {folder}"), highlight=False, soft_wrap=True)
         facts = manifests.read(folder)
-        if isinstance(facts, Manifest) and facts.quantization:
+        if not isinstance(facts, Manifest):
+            continue
+        if facts.quantization:
             console.print(size_table(facts.quantization))
+        if lacking := next((entry.reason for entry in facts.lowering if library.NAME in entry.reason), None):
+            said = f"{folder.name} has none of MoEdge's operators: a gather skips no weights, experts are slower."
+            console.print(escape(f"{said} {lacking}"), highlight=False, soft_wrap=True)

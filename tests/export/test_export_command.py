@@ -61,6 +61,7 @@ def test_another_target_joins_the_bundles_that_are_there(in_python, out, checkpo
     else:
         result = moedge("export", checkpoints["moe"], out, "--target", targets[0], "--target", targets[1])
         assert result.exit_code == 0, result.stderr
+        assert "operators" not in result.stdout
     assert (calls["trace"], calls["open_bundle"]) == (0, 1)
     after = hash_tree(out)
     assert {name: after[name] for name in before} == before
@@ -106,6 +107,17 @@ def test_a_lowering_that_fails_leaves_every_bundle_as_it_was(out, checkpoints, m
         moedge_.export_model(checkpoints["dense"], out, force=True)
     assert hash_tree(out) == before
     assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_an_export_without_a_compiler_says_what_is_lost(out, checkpoints, monkeypatch):
+    which = shutil.which
+    monkeypatch.setattr(shutil, "which", lambda name, *more: None if name == "g++" else which(name, *more))
+    result = moedge("export", checkpoints["moe"], out, "--target", "ort-cpu", "--force")
+    lines = [line for line in result.stdout.splitlines() if "operators" in line]
+    assert lines == [
+        "ort-cpu has none of MoEdge's operators: a gather skips no weights, experts are slower. The library of CPU "
+        "operators is compiled with g++, which is not here: install it (Debian, Ubuntu: apt install g++)."
+    ]
 
 
 def test_more_tokens_than_the_model_has_positions_are_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
