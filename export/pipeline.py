@@ -68,7 +68,7 @@ def export(
         label: name of the model for reports.
         max_length: longest sequence (cache and rotary tables); the model's own maximum by default.
         tensorrt: version of TensorRT on the device that the bundle ``tensorrt`` is for; the newest by default.
-        experts: form of the experts in the bundle ``tensorrt``, see ``lowering/trt/experts.py``.
+        experts: form of the experts in the bundle ``tensorrt``, see :func:`moedge.export.lowering.trt.experts.choose`.
         dtype: ``float16`` or ``bfloat16`` for targets that leave the choice; float16 by default.
         force: replace bundles of ``targets`` that are there, and drop what is not of the same graph.
         progress: see :data:`moedge._progress.Steps`.

@@ -44,7 +44,7 @@ class Target:
     zero_points: bool = False
     """Its blocks may have a zero point of their own (``--zero-points``)."""
     expert_forms: tuple[str, ...] = ()
-    """Forms of the experts that one may ask for; see ``lowering.trt_experts``."""
+    """Forms of the experts that one may ask for; see ``lowering/trt/experts.py``."""
     versioned: bool = False
     """Its lowering depends on the version of the runtime on the device (``--tensorrt``)."""
     provider: str = CPU

@@ -95,7 +95,7 @@ def write(
         label: name of the model for results.
         tensorrt: version of TensorRT on the device; that of its profile by default. It decides whether experts are
             plugins, whose kernels the archive then holds, or standard operators.
-        experts: the form of the experts where it shall not be that; see ``lowering.trt_experts.choose``.
+        experts: the form of the experts where it shall not be that; see ``lowering/trt/experts.py``.
         dtype: ``float16`` (the default) or ``bfloat16``.
         max_length: longest sequence of the engine; the model's, at most 2048, by default.
         max_prompt: most tokens of a prefill call; half of ``max_length`` by default.
