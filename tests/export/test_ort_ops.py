@@ -397,7 +397,7 @@ def test_numbers_do_not_depend_on_threads(built: Path) -> None:
 
 @pytest.mark.parametrize("bits", [32, 8])
 def test_many_tokens_of_an_expert_are_shared_by_threads(built: Path, bits: int) -> None:
-    """Thresholds, means of what is not selected, and an expert that every token has twice, cut by columns."""
+    """Thresholds, means of what is not selected, and an expert that every token has twice."""
     hidden, width, experts, tokens = 512, 40, 6, 64
     stacks = random(1, experts, 2 * width, hidden), random(2, experts, hidden, width)
     packed = [pack.pack_floats(w) if bits == 32 else pack.pack(quantize(w, bits)) for w in stacks]
