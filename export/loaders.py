@@ -30,7 +30,8 @@ def describe(folder: Path, manifest: Manifest) -> None:
     """
     _name_the_family(folder / "config.json", manifest.model.model_type)
     if targets.find(manifest.target).genai:
-        write_json(folder / GENAI_CONFIG, genai_config(folder, manifest.model, manifest.cache))
+        operators = manifest.operators.library if manifest.operators else None
+        write_json(folder / GENAI_CONFIG, genai_config(folder, manifest.model, manifest.cache, operators))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -45,12 +46,13 @@ def _name_the_family(path: Path, model_type: str) -> None:
         write_json(path, {**config, "model_type": model_type, "architectures": names})
 
 
-def genai_config(folder: Path, model: ModelFacts, cache: CacheFacts) -> dict[str, Any]:
+def genai_config(folder: Path, model: ModelFacts, cache: CacheFacts, operators: str | None = None) -> dict[str, Any]:
     """Return onnxruntime-genai's description of a bundle.
 
     The type is ``decoder``, its generic one: what a family needs of its own (windows, soft caps, rotary scaling) is
     part of the graph. Search is greedy by default; the tokens that end a text and what the model asks of the search are
-    those of ``moedge generate``, as far as genai has a name for it.
+    those of ``moedge generate``, as far as genai has a name for it. ``operators``: the library of ours in the bundle,
+    which genai loads, so it runs where that does.
     """
     from moedge.configs.generation_config import GenerationConfig, Use
 
@@ -77,7 +79,10 @@ def genai_config(folder: Path, model: ModelFacts, cache: CacheFacts) -> dict[str
         "pad_token_id": pad if pad in tokens else next(iter(ends), 0),
         "decoder": {
             "filename": "model.onnx",
-            "session_options": {"provider_options": []},
+            "session_options": {
+                "provider_options": [],
+                **({"custom_ops_library": operators} if operators else {}),
+            },
             "hidden_size": model.hidden_size,
             "head_size": model.head_dim,
             "num_attention_heads": model.num_attention_heads,

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moedge import MoEdgeError, __version__
-from moedge._files import atomic_dir
+from moedge._files import atomic_dir, link_or_copy
 from moedge._progress import Steps
 from moedge._versions import installed
 from moedge.convert.adapters import MOE_PREFIX
 from moedge.export import bundle, loaders
+from moedge.export import manifest as manifests
 from moedge.export import targets as registry
+from moedge.export.bundle import Bundle
 from moedge.export.lowering import Lowered
 from moedge.export.manifest import (
     BUNDLE_SCHEMA,
@@ -31,6 +35,7 @@ from moedge.export.manifest import (
 
 if TYPE_CHECKING:
     from moedge.convert.plan import MoEPlan
+    from moedge.export.quantize.moments import Moments
 
 
 def export(
@@ -48,10 +53,13 @@ def export(
     calibration: np.ndarray | None = None,
     zero_points: bool = False,
     stock_operators: bool = False,
+    portable: Path | None = None,
 ) -> dict[str, Path]:
-    """Export a dense or converted Hugging Face folder to ``out/<target>/`` bundles.
+    """Export a dense or converted Hugging Face folder to ``out/<target>/`` bundles: all of them or none.
 
-    The portable bundle is always made, since every other target is lowered from it.
+    The portable bundle is always there in the end, since every other target is lowered from it. One that an earlier
+    export made of the same checkpoint with the same label and length is taken as it is: the one in ``out``, or
+    ``portable``. What ``out`` holds of other targets stays when it was lowered from that graph.
 
     Args:
         checkpoint: a dense folder or one that ``moedge convert`` wrote.
@@ -60,43 +68,113 @@ def export(
         label: name of the model for reports.
         max_length: longest sequence (cache and rotary tables); the model's own maximum by default.
         tensorrt: version of TensorRT on the device that the bundle ``tensorrt`` is for; the newest by default.
-        experts: form of the experts in the bundle ``tensorrt``, see ``lowering.trt_experts.choose``.
+        experts: form of the experts in the bundle ``tensorrt``, see :func:`moedge.export.lowering.trt.experts.choose`.
         dtype: ``float16`` or ``bfloat16`` for targets that leave the choice; float16 by default.
-        force: replace existing bundles.
+        force: replace bundles of ``targets`` that are there, and drop what is not of the same graph.
         progress: see :data:`moedge._progress.Steps`.
         calibration: int64 [N, L], text for which 4-bit weights are chosen by GPTQ instead of rounding to the nearest.
         zero_points: instead, fit the levels of each block of 4-bit weights to its range, where a target can.
         stock_operators: lower for ONNX Runtime's own operators alone, so that any program opens the bundles.
+        portable: a portable bundle outside of ``out`` that may be of this checkpoint.
+
+    Returns:
+        Target -> folder, of ``targets`` and the portable one.
 
     Raises:
         MoEdgeError: ``calibration`` with ``zero_points``, unknown target, a model without a tokenizer or that cannot be
-            traced, an existing bundle without ``force``, or a lowering whose self-test fails.
+            traced, an existing bundle of ``targets`` or one of another graph without ``force``, something else in
+            ``out``, or a lowering whose self-test fails.
     """
     if calibration is not None and zero_points:
         raise MoEdgeError("GPTQ has no zero points; give a calibration text or zero points, not both.")
     from moedge.export.ort_ops import library
 
     registry.check(targets)
+    there = _bundles(out)
+    if not force and (taken := sorted(set(there) & set(targets))):
+        raise MoEdgeError(f"Output folder {out / taken[0]} already exists; pass --force to replace it.")
     order = registry.names(lambda row: row.name in targets or row.name == registry.PORTABLE)
     report = progress or (lambda *_: None)
-    written: dict[str, Path] = {}
-    for step, target in enumerate(order):
-        report(f"{'tracing' if target == registry.PORTABLE else 'lowering'} {target}", step, len(order))
-        destination = out / target
-        with atomic_dir(destination, force=force, inputs=[checkpoint]) as partial:
-            if target == registry.PORTABLE:
-                _export_portable(checkpoint, partial, label, max_length)
-            else:
-                source = out / registry.PORTABLE
+    known = [folder for folder in (portable, there.get(registry.PORTABLE)) if folder is not None]
+    if registry.PORTABLE in targets and force:
+        known = []
+    inputs = [checkpoint, *([portable] if portable else [])]
+    with atomic_dir(out, force=force or bool(there), inputs=inputs) as partial:
+        made = next((made for folder in known if (made := _fitting(folder, checkpoint, label, max_length))), None)
+        report(f"{'keeping' if made else 'tracing'} {registry.PORTABLE}", 0, len(order))
+        if made and made.path == portable:  # a copy: onnx 1.23 refuses weights with several hard links
+            shutil.copytree(portable, partial / registry.PORTABLE, copy_function=shutil.copyfile)
+        source = made or _export_portable(checkpoint, partial / registry.PORTABLE, label, max_length)
+        moments = _measured_once(source, calibration)
+        for step, target in enumerate(order[1:], 1):
+            report(f"lowering {target}", step, len(order))
+            (partial / target).mkdir()
+            with library.stock_operators(stock_operators):
                 forms = {"tensorrt": tensorrt, "experts": experts, "dtype": dtype}
-                with library.stock_operators(stock_operators):
-                    lower(target, source, partial, **forms, calibration=calibration, zero_points=zero_points)
-        written[target] = destination
+                _lower(target, source, partial / target, forms, calibration, moments, zero_points=zero_points)
+        _keep(there, source.sha256, partial, force=force)
     report("done", len(order), len(order))
-    return written
+    return {target: out / target for target in order}
 
 
-def _export_portable(checkpoint: Path, partial: Path, label: str, max_length: int | None) -> None:
+def _bundles(out: Path) -> dict[str, Path]:
+    """Return the bundles in ``out`` by target; none when something else is there too, which is not ours to touch."""
+    found = {path.parent.name: path.parent for path in out.glob("*/manifest.json")}
+    return found if out.is_dir() and {path.name for path in out.iterdir()} == set(found) else {}
+
+
+def _keep(there: dict[str, Path], graph: str, partial: Path, *, force: bool) -> None:
+    """Link those bundles of ``there`` into ``partial`` that were not made again and are of the hash ``graph``.
+
+    Raises:
+        MoEdgeError: one stems from another graph and ``force``, which drops it, is not given.
+    """
+    for name, folder in there.items():
+        manifest = manifests.read(folder, "delete the folder and export again")
+        of = manifests.content_hash(folder) if name == registry.PORTABLE else manifest.parent if manifest else None
+        if graph != of and not force:
+            raise MoEdgeError(
+                f"{folder} is of another model, or was exported with other settings or libraries; choose another "
+                "output folder, or pass --force to replace it."
+            )
+        if graph == of and not (partial / name).exists():
+            shutil.copytree(folder, partial / name, copy_function=link_or_copy)
+
+
+def _fitting(folder: Path, checkpoint: Path, label: str, max_length: int | None) -> Bundle | None:
+    """Return the bundle in ``folder`` if it is what a trace of ``checkpoint`` would give, else None.
+
+    None also where it is damaged or of another version, and where the config leaves out how many positions there are.
+    """
+    from moedge.convert import sources
+    from moedge.convert.sources import folder_check
+
+    positions = folder_check.read_config(checkpoint).get("max_position_embeddings")
+    try:
+        facts = manifests.read(folder)
+        if not isinstance(facts, Manifest) or not isinstance(positions, int):
+            return None
+        asked = (registry.PORTABLE, label, min(max_length or positions, positions))
+        fits = asked == (facts.target, facts.label, facts.model.max_position_embeddings)
+        return bundle.open_bundle(folder) if fits and facts.checkpoint == sources.identity(checkpoint) else None
+    except MoEdgeError:
+        return None
+
+
+def _measured_once(source: Bundle, calibration: np.ndarray | None) -> Callable[[], Moments]:
+    """Return a function that measures the moments of ``source`` on a text at its first call."""
+
+    @cache
+    def measured() -> Moments:
+        from moedge.export.quantize.moments import moments
+
+        assert calibration is not None, "only asked for with a text"
+        return moments(source, calibration)
+
+    return measured
+
+
+def _export_portable(checkpoint: Path, partial: Path, label: str, max_length: int | None) -> Bundle:
     import onnx_ir as ir
 
     from moedge.configs.generation_config import GenerationConfig
@@ -108,6 +186,7 @@ def _export_portable(checkpoint: Path, partial: Path, label: str, max_length: in
 
     converted = str(folder_check.read_config(checkpoint)["model_type"]).startswith(MOE_PREFIX)
     plan = None
+    partial.mkdir()
     bundle.write_companions(checkpoint, partial)  # first: a model without a tokenizer is refused before it is loaded
     if converted:
         model, plan, _ = modeling.load(checkpoint)
@@ -134,7 +213,8 @@ def _export_portable(checkpoint: Path, partial: Path, label: str, max_length: in
     )
     moe = _moe_facts(model, plan) if plan is not None else None
     identity = sources.identity(checkpoint)
-    _seal(partial, graph, lowered, _Origin(registry.PORTABLE, label, described, moe, parent=None, checkpoint=identity))
+    origin = _Origin(registry.PORTABLE, label, described, moe, parent=None, checkpoint=identity)
+    return _seal(partial, graph, lowered, origin)
 
 
 def _ids(value: object) -> int | list[int] | None:
@@ -186,22 +266,36 @@ def lower(
 
     Needs onnx and the target's runtime, not torch; weights stay memory-mapped.
     """
+    source = bundle.open_bundle(portable)
+    forms = {"tensorrt": tensorrt, "experts": experts, "dtype": dtype}
+    moments = _measured_once(source, calibration)
+    _lower(target, source, partial, forms, calibration, moments, zero_points=zero_points)
+
+
+def _lower(
+    target: str,
+    source: Bundle,
+    partial: Path,
+    forms: dict[str, str | None],
+    calibration: np.ndarray | None,
+    moments: Callable[[], Moments],
+    *,
+    zero_points: bool,
+) -> None:
+    """Lower an opened bundle; ``moments`` are those of ``calibration``, asked for where they are read."""
     import onnx_ir as ir
 
     from moedge.export.graph import kept, nodes, shapes
     from moedge.export.ort_ops import library as ort_ops
 
-    source = bundle.open_bundle(portable)
     bundle.check_external_data(source.model_path, set(source.manifest.files))
     graph = ir.load(source.model_path)
-    nodes.complete(graph, f"Bundle {portable}")
+    nodes.complete(graph, f"Bundle {source.path}")
     row = registry.find(target)
-    options = registry.options(row, tensorrt=tensorrt, experts=experts, dtype=dtype)
+    options = registry.options(row, **forms)
     on_text = calibration is not None and row.calibrated
-    if calibration is not None and on_text:
-        from moedge.export.quantize.moments import moments
-
-        options |= {"method": "gptq", "moments": moments(source, calibration)}
+    if on_text:
+        options |= {"method": "gptq", "moments": moments()}
     elif zero_points and row.zero_points:
         options["method"] = "rtn-asymmetric"
     longest = source.manifest.model.max_position_embeddings
@@ -215,7 +309,7 @@ def lower(
         lowered.quantization = lowered.quantization.model_copy(update={"calibration": text})
     shapes.complete(graph)
     ir.save(graph, partial / bundle.MODEL, external_data=bundle.WEIGHTS)
-    bundle.copy_companions(portable, partial)
+    bundle.copy_companions(source.path, partial)
     if ort_ops.DOMAIN in graph.opset_imports:
         lowered.operators = ort_ops.write(partial)
     facts = source.manifest
@@ -235,7 +329,7 @@ class _Origin:
     checkpoint: str | None
 
 
-def _seal(partial: Path, graph: Any, lowered: Lowered, origin: _Origin) -> None:
+def _seal(partial: Path, graph: Any, lowered: Lowered, origin: _Origin) -> Bundle:
     io = IOFacts(
         model=bundle.MODEL,
         inputs=[value.name for value in graph.graph.inputs],
@@ -260,7 +354,7 @@ def _seal(partial: Path, graph: Any, lowered: Lowered, origin: _Origin) -> None:
         files={},
     )
     loaders.describe(partial, manifest)
-    bundle.seal(partial, manifest)
+    return bundle.seal(partial, manifest)
 
 
 _OPTIONAL = ("quantization", "plugins", "operators", "experts", "keeps")

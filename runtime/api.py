@@ -130,6 +130,8 @@ def export_model(
 ) -> dict[str, Path]:
     """Write a checkpoint or a dense model as ONNX bundles, one folder a target; ``portable`` is always among them.
 
+    All are written or none. What ``out`` holds of other targets stays when it is of the same graph.
+
     Args:
         checkpoint: of :func:`convert_model`, or a dense model.
         out: folder that receives ``out/<target>/``.
@@ -142,7 +144,7 @@ def export_model(
         calibration: int64 [N, L], token windows by which 4-bit weights are chosen (GPTQ) instead of rounded.
         zero_points: or, fit the levels of each block of 4-bit weights to its range (``ort-cpu-int4``).
         stock_operators: use none of our own operators for ONNX Runtime on a CPU, so that any program opens the bundles.
-        force: replace bundles that are there.
+        force: replace bundles that are there, and whatever else ``out`` holds that is not of the same graph.
         progress: in targets.
 
     Returns:
@@ -150,7 +152,7 @@ def export_model(
 
     Raises:
         MoEdgeError: an unknown target, a model without a tokenizer or that cannot be traced, a bundle that is there
-            already, or a lowering that fails its own test. Each bundle is whole or absent.
+            already or is of another graph, something else in ``out``, or a lowering that fails its own test.
     """
     from moedge.export.pipeline import export
     from moedge.runtime.engines.given import local

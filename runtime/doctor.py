@@ -56,11 +56,11 @@ def examine() -> dict[str, Any]:
     """Look at this machine.
 
     Returns:
-        JSON-ready dict of schema ``moedge.doctor/1``: ``machine``; ``runtimes`` (name, package, version or None, tested
-        versions, warning or None, providers); ``devices`` (cpu, gpus, jetson); ``dependencies``, every package of
-        MoEdge's metadata (:class:`moedge.runtime.ranges.Dependency`); ``convert`` and ``targets`` with ``possible``,
-        the ``reasons`` why not, and ``warnings`` about versions that nobody has tested. A target has ``export`` (make
-        its bundle here) and ``run`` (here); a peer has ``run``.
+        JSON-ready dict of schema ``moedge.doctor/1``: ``machine``; ``compiler`` (version of g++ or None); ``runtimes``
+        (name, package, version or None, tested versions, warning or None, providers); ``devices`` (cpu, gpus, jetson);
+        ``dependencies``, every package of MoEdge's metadata (:class:`moedge.runtime.ranges.Dependency`); ``convert``
+        and ``targets`` with ``possible``, the ``reasons`` why not, and ``warnings`` about versions that nobody has
+        tested. A target has ``export`` (make its bundle here) and ``run`` (here); a peer has ``run``.
     """
     tested = ranges.tested()
     providers = _providers()
@@ -82,6 +82,7 @@ def examine() -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "machine": machine(),
+        "compiler": _compiler(),
         "runtimes": runtimes,
         "devices": {
             "cpu": {
@@ -167,6 +168,15 @@ def _providers() -> list[str] | str:
         return f"onnxruntime cannot be imported ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
 
 
+def _compiler() -> str | None:
+    """Version of g++, which compiles MoEdge's operators for ONNX Runtime on a CPU; None where it is missing."""
+    command = shutil.which("g++")
+    if command is None:
+        return None
+    asked = [command, "-dumpfullversion", "-dumpversion"]
+    return subprocess.run(asked, capture_output=True, text=True, timeout=5, check=False).stdout.strip() or "unknown"
+
+
 def _gpus() -> tuple[list[dict[str, Any]], str]:
     """NVIDIA GPUs by nvidia-smi, and a sentence when there are none."""
     command = shutil.which("nvidia-smi")
@@ -249,6 +259,8 @@ def render(result: dict[str, Any]) -> RenderableType:
     where.add_row("memory", f"{facts['memory_gib']} GiB, {devices['cpu']['memory_available_gib']} GiB available")
     if devices["cpu"]["huge_pages"] in _HUGE_PAGES:
         where.add_row("huge pages", _HUGE_PAGES[devices["cpu"]["huge_pages"]])
+    lost = "bundles for a CPU are written without MoEdge's operators: a gather skips no weights, experts are slower"
+    where.add_row("g++", result["compiler"] or f"[yellow]missing[/yellow]: {lost}")
     for gpu in devices["gpus"]:
         memory = f"{gpu['memory_mib']} MiB, " if gpu["memory_mib"] else ""
         text = f"{gpu['name']}, {memory}compute capability {gpu['compute_capability']}, driver {gpu['driver']}"

@@ -1,11 +1,10 @@
 // AVX-VNNI: Alder Lake and later, where AVX-512 is switched off.
-#if defined(__x86_64__)
+#include "kernels.h"
+#if defined(MOEDGE_AVX_VNNI)
 #include <algorithm>
 #include <array>
 #include <cstring>
 #include <utility>
-
-#include "kernels.h"
 
 #pragma GCC target("avx2,fma,f16c,avxvnni")
 #include <immintrin.h>

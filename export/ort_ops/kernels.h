@@ -8,6 +8,11 @@
 #include <cstddef>
 #include <cstdint>
 
+// g++ 10 and older know no AVX-VNNI; processors that have it get AVX2 from them.
+#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 11)
+#define MOEDGE_AVX_VNNI
+#endif
+
 namespace moedge {
 
 constexpr size_t BLOCK = 32;  // inputs that share a scale
@@ -102,7 +107,7 @@ const Kernels& kernels();
 
 extern const Kernels PORTABLE;
 #if defined(__x86_64__)
-extern const Kernels AVX2, AVX_VNNI, AVX512_VNNI;
+extern const Kernels AVX2, AVX_VNNI, AVX512_VNNI;  // AVX_VNNI: only with MOEDGE_AVX_VNNI
 #elif defined(__aarch64__)
 extern const Kernels NEON_DOT;
 #endif

@@ -27,6 +27,8 @@ from moedge.export.manifest import Operators
 FOLDER = Path(__file__).parent
 DOMAIN = "moedge.cpu"
 """The domain of the operators, version 1."""
+NAME = "library of CPU operators"
+"""What sentences about a library that cannot be compiled call it."""
 
 FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wl,-Bsymbolic", "-pthread"),
@@ -34,6 +36,8 @@ FLAGS = (
     # only where the source says so: rounding to integers has to agree with ONNX Runtime's.
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
 )
+STATIC = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL")
+"""Where g++ has the archives: the library then loads beside any libstdc++. No exception leaves or enters it."""
 
 
 def sources(folder: Path = FOLDER) -> dict[str, Path]:
@@ -55,12 +59,16 @@ def compile_library(target: Path, folder: Path = FOLDER) -> Path:
         )
         if done.returncode:
             reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
-            raise MoEdgeError(f"g++ cannot compile the library of CPU operators in {folder}: {reason}")
+            raise MoEdgeError(f"g++ cannot compile the {NAME} in {folder}: {reason}")
 
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(os.cpu_count()) as threads:
         objects = [str(Path(scratch) / f"{path.stem}.o") for path in files]
         list(threads.map(run, repeat("-c"), map(str, files), repeat("-o"), objects))
-        run("-shared", *objects, "-o", str(target))
+        link = ("-shared", *objects, "-o", str(target))
+        try:
+            run(*STATIC, *link)
+        except MoEdgeError:  # Fedora has libstdc++.a in a package of its own
+            run(*link)
     return target
 
 
@@ -81,7 +89,7 @@ def cached_library(cache: Path, folder: Path = FOLDER) -> Path:
             os.replace(compile_library(Path(scratch) / target.name, folder), target)
     except OSError as error:
         raise MoEdgeError(
-            f"Cannot write to the cache {cache}: {error.strerror}; set MOEDGE_CACHE to a writable folder."
+            f"Cannot write the {NAME} to the cache {cache}: {error.strerror}; set MOEDGE_CACHE to a writable folder."
         ) from error
     return target
 
@@ -131,10 +139,17 @@ def of_bundle(folder: Path, facts: Operators) -> Path:
     Raises:
         MoEdgeError: it is for other processors and cannot be compiled here.
     """
+    return safe_join(folder, facts.library) if facts.machine == platform.machine() else compiled_from(folder, facts)
+
+
+def compiled_from(folder: Path, facts: Operators) -> Path:
+    """Return the library compiled here, once, from the sources of a verified bundle.
+
+    Raises:
+        MoEdgeError: as :func:`cached_library`.
+    """
     from moedge.convert.sources.assets import cache_dir
 
-    if facts.machine == platform.machine():
-        return safe_join(folder, facts.library)
     return cached_library(cache_dir() / "ort_ops", safe_join(folder, facts.sources))
 
 
@@ -145,7 +160,7 @@ def key(files: Mapping[str, Path]) -> str:
         MoEdgeError: no g++.
     """
     hashes = {name: sha256_file(path) for name, path in files.items()}
-    return digest([hashes, list(FLAGS), _version(_compiler()), platform.machine()])
+    return digest([hashes, [*FLAGS, *STATIC], _version(_compiler()), platform.machine()])
 
 
 @lru_cache(maxsize=4)
@@ -158,7 +173,6 @@ def _compiler() -> str:
     compiler = shutil.which("g++")
     if compiler is None:
         raise MoEdgeError(
-            "The library of CPU operators is compiled with g++, which is not here: install it (Debian, Ubuntu: "
-            "apt install g++)."
+            f"The {NAME} is compiled with g++, which is not here: install it (Debian, Ubuntu: apt install g++)."
         )
     return compiler

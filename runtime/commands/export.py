@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -11,11 +10,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
-from moedge._files import atomic_dir, link_or_copy
+from moedge._files import spare
 from moedge._progress import named
 from moedge.export import manifest as manifests
 from moedge.export import targets
 from moedge.export.manifest import Manifest
+from moedge.export.ort_ops import library
 from moedge.runtime.commands import _peers
 from moedge.runtime.commands._options import ExpertForm, Force, Half, TensorRT
 from moedge.runtime.engines.given import local
@@ -118,67 +118,44 @@ def _export(
     *,
     force: bool,
 ) -> None:
-    """Write all bundles or none; ``gptq`` is a text and how many of its tokens are read."""
+    """Write the bundles; ``gptq`` is a text and how many of its tokens are read."""
     from moedge.export.pipeline import export as run
 
-    there = _bundles(out)
-    if not force and (taken := sorted(set(there) & set(wanted))):
-        raise MoEdgeError(f"Output folder {out / taken[0]} already exists; pass --force to replace it.")
     text, tokens = gptq
     calibration = None
     if text is not None:
+        spare(out, [text])
         window = min(256, tokens)
         calibration = token_windows(checkpoint, text, window, -(-tokens // window))[1]
-    opened = atomic_dir(out, force=force or bool(there), inputs=[checkpoint, *([text] if text else [])])
-    with opened as partial, single("export", f"{checkpoint} -> {out}") as reporter:
+    with single("export", f"{checkpoint} -> {out}") as reporter:
         run(
             checkpoint,
-            partial,
+            out,
             wanted,
             label=label,
             max_length=max_length,
             tensorrt=asked.tensorrt,
             experts=asked.expert_form,
             dtype=asked.half,
+            force=force,
             progress=named(reporter.progress, reporter.note),
             calibration=calibration,
             zero_points=asked.zero_points,
             stock_operators=asked.stock_operators,
         )
-        _keep(there, partial, force=force)
     _print(out)
 
 
 def _print(out: Path) -> None:
-    """Say which bundles ``out`` holds, and what quantised ones weigh."""
+    """Say which bundles ``out`` holds, what quantised ones weigh, and which lack our operators for want of g++."""
     for folder in sorted(path.parent for path in out.glob("*/manifest.json")):
         console = Console()
         console.print(escape(f"{folder.name}: {folder}"), highlight=False, soft_wrap=True)
         facts = manifests.read(folder)
-        if isinstance(facts, Manifest) and facts.quantization:
+        if not isinstance(facts, Manifest):
+            continue
+        if facts.quantization:
             console.print(size_table(facts.quantization))
-
-
-def _bundles(out: Path) -> dict[str, Path]:
-    """Return the bundles in ``out`` by target; none when something else is there too, which is not ours to touch."""
-    found = {path.parent.name: path.parent for path in out.glob("*/manifest.json")}
-    return found if out.is_dir() and {path.name for path in out.iterdir()} == set(found) else {}
-
-
-def _keep(there: dict[str, Path], partial: Path, *, force: bool) -> None:
-    """Link those bundles of ``there`` into ``partial`` that were not made again and stem from its portable graph.
-
-    Raises:
-        MoEdgeError: one stems from another graph and ``force``, which drops it, is not given.
-    """
-    graph = manifests.content_hash(partial / targets.PORTABLE)
-    for name, folder in there.items():
-        manifest = manifests.read(folder, "delete the folder and export again")
-        parent = manifest.parent if manifest else None
-        if not force and graph != (manifests.content_hash(folder) if name == targets.PORTABLE else parent):
-            raise MoEdgeError(
-                f"{folder} is of another model, or was exported with other settings; choose another output folder, or "
-                "pass --force to replace it."
-            )
-        if graph == parent and not (partial / name).exists():
-            shutil.copytree(folder, partial / name, copy_function=link_or_copy)
+        if lacking := next((entry.reason for entry in facts.lowering if library.NAME in entry.reason), None):
+            said = f"{folder.name} has none of MoEdge's operators: a gather skips no weights, experts are slower."
+            console.print(escape(f"{said} {lacking}"), highlight=False, soft_wrap=True)

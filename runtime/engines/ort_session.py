@@ -146,11 +146,14 @@ def _register(options: Any, folder: Path, operators: Operators) -> None:
     library = ort_ops.of_bundle(folder, operators)
     try:
         options.register_custom_ops_library(str(library))
-    except Exception as error:
-        raise MoEdgeError(
-            f"ONNX Runtime cannot load the operators of {folder} ({str(error).splitlines()[0]}); export the bundle "
-            "again on this machine."
-        ) from error
+    except Exception as error:  # made for another C library, or for a newer libstdc++
+        try:
+            options.register_custom_ops_library(str(ort_ops.compiled_from(folder, operators)))
+        except Exception as again:
+            raise MoEdgeError(
+                f"ONNX Runtime cannot load the operators of {folder} ({str(error).splitlines()[0]}), nor compiled here "
+                f"from their sources in the bundle: {str(again).splitlines()[0]}"
+            ) from error
 
 
 def _trace_to(folder: Path, options: Any) -> None:

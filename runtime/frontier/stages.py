@@ -148,8 +148,11 @@ class _Frontier:
             places |= {target: f"{name}/{target}" for target in here}
         if more := [target for target in self.targets if target not in here]:
             params = {**stages.exported(self._on(self.recipe, more)), **_kind(shared)}
-            stage = replace(shared, name=f"{folder}/export", params=params, what=f"write more bundles: {label}")
-            name = self._add(stage)
+            reads = shared.reads
+            if here:  # its portable bundle is taken: the model is not traced again
+                params["portable"], reads = f"{shared.name}/{targets.PORTABLE}", (*reads, shared.name)
+            what = f"write more bundles: {label}"
+            name = self._add(replace(shared, name=f"{folder}/export", params=params, reads=reads, what=what))
             places |= {target: f"{name}/{target}" for target in more}
         return {target: places[target] for target in self.targets}
 

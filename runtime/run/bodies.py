@@ -165,9 +165,15 @@ def export(context: Context) -> None:
     moe = params["kind"] == "moe"
     label = run_folder.source(context.root)["label"] + (f" {params['notation']}" if moe else "")
     folder = run_folder.checkpoint(context.root) if moe else run_folder.dense(context.root)
-    chosen = {"max_length": params["max_length"], "dtype": params.get("dtype")}
     pipeline.export(
-        folder, context.out, params["targets"], label=label, **chosen, progress=named(context.progress, context.note)
+        folder,
+        context.out,
+        params["targets"],
+        label=label,
+        max_length=params["max_length"],
+        dtype=params.get("dtype"),
+        progress=named(context.progress, context.note),
+        portable=context.root / params["portable"] if "portable" in params else None,
     )
 
 

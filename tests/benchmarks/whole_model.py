@@ -123,7 +123,7 @@ def make(options: argparse.Namespace, targets: list[str]) -> None:
             continue
         if not (folder / "checkpoint").is_dir():
             checkpoint(folder / "checkpoint", name, options)
-        export(folder / "checkpoint", folder / "bundles", lacking, label=name, force=True)
+        export(folder / "checkpoint", folder / "bundles", lacking, label=name)
         print("made", *(folder / "bundles" / target for target in lacking), flush=True)
 
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import moedge as moedge_
+from moedge import MoEdgeError
 from moedge._files import hash_tree
 from moedge.configs import tolerances
+from moedge.export import bundle, pipeline, trace
 from moedge.export.bundle import open_bundle
 from moedge.runtime.cli import app
 from moedge.runtime.commands import inspect
@@ -26,20 +31,93 @@ def moedge(*arguments: object) -> Any:
 
 
 @pytest.fixture
-def out(tmp_path: Path, checkpoints: dict[str, Path]) -> Path:
+def out(tmp_path: Path, bundles: dict[str, Path]) -> Path:
     """What ``moedge export moe out`` leaves: portable and ort-cpu."""
-    assert moedge("export", checkpoints["moe"], tmp_path / "out").exit_code == 0
+    for target in ("portable", "ort-cpu"):
+        shutil.copytree(bundles[f"moe/{target}"], tmp_path / "out" / target)
     return tmp_path / "out"
 
 
-def test_another_target_joins_the_bundles_that_are_there(out: Path, checkpoints: dict[str, Path]) -> None:
-    before = hash_tree(out)
-    result = moedge("export", checkpoints["moe"], out, "--target", "openvino")
-    assert result.exit_code == 0, result.stderr
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often a model was traced and a bundle opened, which reads all of its files."""
+    found: Counter[str] = Counter()
+
+    def counted(module: Any, name: str) -> None:
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given: (found.update([name]), function(*given))[1])
+
+    counted(trace, "trace")
+    counted(bundle, "open_bundle")
+    return found
+
+
+@pytest.mark.parametrize("in_python", [False, True], ids=["command", "python"])
+def test_another_target_joins_the_bundles_that_are_there(in_python, out, checkpoints, calls, monkeypatch) -> None:
+    before, targets = hash_tree(out), ["openvino", "tensorrt-rtx"]
+    monkeypatch.setattr(pipeline, "_versions", lambda: {"moedge": "1", "onnxruntime": "installed since"})
+    if in_python:
+        moedge_.export_model(checkpoints["moe"], out, targets)
+    else:
+        result = moedge("export", checkpoints["moe"], out, "--target", targets[0], "--target", targets[1])
+        assert result.exit_code == 0, result.stderr
+        assert "operators" not in result.stdout
+    assert (calls["trace"], calls["open_bundle"]) == (0, 1)
     after = hash_tree(out)
     assert {name: after[name] for name in before} == before
-    assert sorted(path.name for path in out.iterdir()) == ["openvino", "ort-cpu", "portable"]
+    assert sorted(path.name for path in out.iterdir()) == ["openvino", "ort-cpu", "portable", "tensorrt-rtx"]
     assert open_bundle(out / "openvino").manifest.document()["parent"] == open_bundle(out / "portable").sha256
+
+
+def test_a_portable_bundle_elsewhere_is_taken_only_if_it_is_of_this_export(tmp_path, bundles, checkpoints, calls):
+    given = {"label": "moe", "portable": bundles["moe/portable"]}
+    made = pipeline.export(checkpoints["moe"], tmp_path / "same", [], **given)
+    assert hash_tree(made["portable"]) == hash_tree(bundles["moe/portable"])
+    assert calls["trace"] == 0
+    others = ({"label": "other"}, {"max_length": 64}, {"portable": bundles["dense/portable"]})
+    for number, other in enumerate(others, 1):
+        made = pipeline.export(checkpoints["moe"], tmp_path / str(number), [], **{**given, **other})
+        assert calls["trace"] == number
+        facts = open_bundle(made["portable"]).manifest
+        assert facts.kind == "moe"
+        assert facts.label == other.get("label", "moe")
+        assert facts.model.max_position_embeddings == other.get("max_length", 256)
+
+
+def test_a_text_is_measured_once_for_all_targets(bundles, monkeypatch):
+    from moedge.export.quantize import moments
+
+    asked: list[Any] = []
+    monkeypatch.setattr(moments, "moments", lambda source, windows: asked.append(windows) or {"w": windows})
+    measured = pipeline._measured_once(open_bundle(bundles["moe/portable"]), np.ones((1, 2)))
+    assert asked == []
+    assert measured() is measured()
+    assert len(asked) == 1
+
+
+def test_a_lowering_that_fails_leaves_every_bundle_as_it_was(out, checkpoints, monkeypatch):
+    from moedge.export.lowering.ort import cpu
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise MoEdgeError("its self-test fails")
+
+    monkeypatch.setattr(cpu, "lower", fail)
+    before = hash_tree(out)
+    with pytest.raises(MoEdgeError, match="its self-test fails"):
+        moedge_.export_model(checkpoints["dense"], out, force=True)
+    assert hash_tree(out) == before
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_an_export_without_a_compiler_says_what_is_lost(out, checkpoints, monkeypatch):
+    which = shutil.which
+    monkeypatch.setattr(shutil, "which", lambda name, *more: None if name == "g++" else which(name, *more))
+    result = moedge("export", checkpoints["moe"], out, "--target", "ort-cpu", "--force")
+    lines = [line for line in result.stdout.splitlines() if "operators" in line]
+    assert lines == [
+        "ort-cpu has none of MoEdge's operators: a gather skips no weights, experts are slower. The library of CPU "
+        "operators is compiled with g++, which is not here: install it (Debian, Ubuntu: apt install g++)."
+    ]
 
 
 def test_more_tokens_than_the_model_has_positions_are_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
@@ -101,14 +179,11 @@ def test_a_folder_with_other_files_is_left_alone(out: Path, checkpoints: dict[st
 
 
 def test_force_never_deletes_the_checkpoint_or_the_text(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
-    from moedge import MoEdgeError
-    from moedge.export.pipeline import export
-
     shutil.copytree(checkpoints["moe"], tmp_path / "all" / "portable")
     (tmp_path / "all" / "text.txt").write_text("a\nb\n" * 3000)
     before = hash_tree(tmp_path)
     with pytest.raises(MoEdgeError, match="would be deleted"):
-        export(tmp_path / "all" / "portable", tmp_path / "all", ["ort-cpu"], label="x", force=True)
+        pipeline.export(tmp_path / "all" / "portable", tmp_path / "all", ["ort-cpu"], label="x", force=True)
     on_text = ["--target", "ort-cpu-int4", "--gptq", tmp_path / "all" / "text.txt", "--gptq-tokens", 64]
     refused = moedge("export", checkpoints["moe"], tmp_path / "all", "--force", *on_text)
     assert (refused.exit_code, "would be deleted" in refused.stderr) == (2, True)

@@ -15,6 +15,7 @@ from moedge.export.graph import shapes
 from moedge.export.manifest import CacheFacts, ModelFacts
 from moedge.export.pipeline import export
 from moedge.runtime.engines.ort import OrtEngine
+from moedge.runtime.text.generate import generate
 from moedge.runtime.text.tokenizer import Tokenizer
 
 ALL = [f"{kind}/{target}" for kind in ("dense", "moe") for target in ("portable", "ort-cpu")]
@@ -65,6 +66,30 @@ def test_genai_config_describes_the_graph_that_it_lies_beside(bundles, name):
     assert described["model"]["eos_token_id"] == [257]
     assert described["model"]["context_length"] == described["search"]["max_length"] == 256
     assert described["search"]["past_present_share_buffer"] == name.endswith("ort-cpu")
+
+
+def test_genai_runs_operators_of_ours(bundles):
+    og = pytest.importorskip("onnxruntime_genai")
+    folder = bundles["moe/ort-cpu"]
+    operators = bundle.open_bundle(folder).manifest.operators
+    if operators is None:
+        pytest.skip("needs g++")
+    described = json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]["session_options"]
+    assert described["custom_ops_library"] == operators.library
+    assert "custom_ops_library" not in (bundles["dense/ort-cpu"] / "genai_config.json").read_text()
+    model, tokenizer, text = og.Model(str(folder)), Tokenizer(folder), "The capital of France is"
+    prompt = tokenizer.encode(text)
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=len(prompt) + 16)
+    generator = og.Generator(model, parameters)
+    generator.append_tokens(np.array([prompt], np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    engine = OrtEngine(folder, threads=1)
+    ours = generate(engine, tokenizer, text, max_new_tokens=16).ids
+    engine.close()
+    assert generator.get_sequence(0)[len(prompt) :].tolist() == list(ours)
+    assert len(set(ours)) > 4
 
 
 CONCAT = CacheFacts(kind="concat")

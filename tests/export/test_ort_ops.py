@@ -9,6 +9,8 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import math
+import platform
+import re
 import shutil
 import subprocess
 import threading
@@ -28,6 +30,7 @@ from moedge import MoEdgeError
 from moedge.convert import ops
 from moedge.export.ort_ops import library, pack
 from moedge.export.quantize.format import Quantized, quantize
+from moedge.runtime.engines import ort_session
 
 ISAS = ("avx512-vnni", "avx-vnni", "avx2", "neon-dot", "portable")
 TOKENS = (1, 2, 3, 5, 16, 17, 49)
@@ -66,6 +69,7 @@ def session(
     outputs: int,
     threads: int = 1,
     more: Sequence[onnx.ValueInfoProto] = (),
+    options: onnxruntime.SessionOptions | None = None,
 ) -> onnxruntime.InferenceSession:
     graph = helper.make_graph(
         nodes,
@@ -76,7 +80,7 @@ def session(
     )
     opsets = [helper.make_opsetid(*pair) for pair in (("", 21), (library.DOMAIN, 1), ("com.microsoft", 1))]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    options = onnxruntime.SessionOptions()
+    options = options or onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 4
     if built is not None:
         options.register_custom_ops_library(str(built))
@@ -391,6 +395,26 @@ def test_numbers_do_not_depend_on_threads(built: Path) -> None:
         assert np.array_equal(first(x, *chosen), second(x, *chosen))
 
 
+@pytest.mark.parametrize("bits", [32, 8])
+def test_many_tokens_of_an_expert_are_shared_by_threads(built: Path, bits: int) -> None:
+    """Thresholds, means of what is not selected, and an expert that every token has twice."""
+    hidden, width, experts, tokens = 512, 40, 6, 64
+    stacks = random(1, experts, 2 * width, hidden), random(2, experts, hidden, width)
+    packed = [pack.pack_floats(w) if bits == 32 else pack.pack(quantize(w, bits)) for w in stacks]
+    limits = np.full(hidden, 0.3, np.float32), np.full(experts * width, 0.05, np.float32)
+    x, indices = random(3, tokens, hidden), np.zeros((tokens, 3), np.int32)
+    indices[:, 2] = 1 + np.arange(tokens) % (experts - 1)
+    weights = np.abs(random(4, tokens, 3))
+    one, two = (
+        routed(built, *packed, *limits, compensation=random(5, experts, hidden), threads=count) for count in (1, 2)
+    )
+    wanted = one(x, indices, weights)
+    for _ in range(20):
+        assert np.array_equal(two(x, indices, weights), wanted)
+    alone = np.concatenate([one(x[t : t + 1], indices[t : t + 1], weights[t : t + 1]) for t in range(tokens)])
+    assert difference(wanted, alone) < SAME
+
+
 def test_threads_share_a_session(built: Path) -> None:
     made = linear(built, pack.pack(quantize(random(1, 96, 256), 4)), np.full(256, 0.5, np.float32))
     inputs = [random(n, 1 + n % 3, 256) for n in range(4)]
@@ -499,6 +523,46 @@ def test_a_library_is_compiled_once(built: Path, monkeypatch: pytest.MonkeyPatch
     assert library.key(library.sources(tmp_path)) in (key := library.key(library.sources()))
     (tmp_path / "ops.cc").write_text("// another\n", encoding="utf-8")
     assert library.key(library.sources(tmp_path)) != key
+
+
+NAMED_BY_GCC_9 = {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni"}
+"""Of gcc 9's manual, "X86 Built-in Functions", what is asked for; another name is an error there, such as f16c."""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="of x86-64")
+def test_an_older_compiler_is_not_asked_for_what_it_does_not_know(built: Path) -> None:
+    """g++ 10 knows no AVX-VNNI: neither as a target nor to ask the processor for."""
+    for version, known in ((10, False), (11, True)):
+        for name in ("isa_avx_vnni.cc", "kernels.cc"):
+            command = ["g++", "-w", "-E", "-std=c++17", "-U__GNUC__", f"-D__GNUC__={version}", library.FOLDER / name]
+            seen = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            assert ("avxvnni" in seen, "AVX_VNNI, avx2" in seen) == (known, known and name == "kernels.cc")
+            assert set(re.findall(r'__builtin_cpu_supports\("(\w+)"', seen)) <= NAMED_BY_GCC_9 | {"avxvnni"}
+
+
+def test_the_library_shows_nothing_and_needs_no_libstdcxx(built: Path) -> None:
+    if shutil.which("nm") is None:
+        pytest.skip("needs nm")
+    symbols = subprocess.run(["nm", "-D", built], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [line.split()[-1] for line in symbols if " T " in line] == ["RegisterCustomOps"]
+    archive = subprocess.run(["g++", "-print-file-name=libstdc++.a"], capture_output=True, text=True, check=True)
+    if Path(archive.stdout.strip()).is_absolute():  # g++ has it
+        assert not any("GLIBCXX" in line for line in symbols)
+
+
+def test_a_library_that_does_not_load_is_compiled_from_its_sources(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = library.write(tmp_path)
+    (tmp_path / facts.library).write_bytes(b"made for another C library")
+    node = helper.make_node("GatherLinear", ["x", "", "w"], ["y"], domain=library.DOMAIN, K=8, N=8, bits=32)
+    options = onnxruntime.SessionOptions()
+    ort_session._register(options, tmp_path, facts)
+    made = session(None, [node], {"w": np.eye(8, dtype=np.float32)}, 8, 8, options=options)
+    assert np.array_equal(run(made, np.ones((1, 8), np.float32)), np.ones((1, 8)))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(MoEdgeError, match=r"cannot load the operators of .*, nor compiled here .*: .* install it"):
+        ort_session._register(onnxruntime.SessionOptions(), tmp_path, facts)
 
 
 def test_what_does_not_compile_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,6 +60,19 @@ def test_answer_on_this_machine_is_json_and_shows_every_target() -> None:
         assert name in text
 
 
+def test_a_missing_compiler_is_said_with_what_it_costs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "g++").write_text("#!/bin/sh\necho 9.4.0\n")
+    (tmp_path / "g++").chmod(0o755)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: str(tmp_path / name) if name == "g++" else None)
+    found = doctor.examine()
+    assert found["compiler"] == "9.4.0"
+    assert "skips no weights" not in text_of(found)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    missing = doctor.examine()
+    assert missing["compiler"] is None
+    assert "missing: bundles for a CPU are written without MoEdge's operators" in " ".join(text_of(missing).split())
+
+
 def test_nothing_heavy_is_imported_and_a_bare_device_gets_an_answer() -> None:
     """In a fresh process where the packages of the other stages cannot be imported at all."""
     code = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,14 @@ from moedge import MoEdgeError
 from moedge.configs.recipe import load_recipe, parse_recipe
 from moedge.convert import evaluate, sources
 from moedge.convert.plan import MoEPlan
+from moedge.export import trace
+from moedge.export.bundle import open_bundle
 from moedge.runtime.cli import app
 from moedge.runtime.frontier import schema, stages, variants
 from moedge.runtime.frontier.bodies import groups
 from moedge.runtime.frontier.join import Times
 from moedge.runtime.frontier.verdict import judge
+from moedge.runtime.run.engine import Context
 
 RECIPE = """
 model: {{source: {home}/model}}
@@ -177,6 +181,30 @@ def test_without_being_asked_moedge_run_does_nothing_of_it() -> None:
     names = [stage.name for stage in stages.with_run(asked, {})]
     assert names[-2:] == [stages.TABLE, "report"]
     assert names.count("convert") == names.count("source") == 1
+
+
+def test_further_targets_are_lowered_from_the_graph_that_is_there(bundles, checkpoints, tmp_path, monkeypatch) -> None:
+    recipe = load_recipe("smollm2-135m")
+    recipe = recipe.model_copy(update={"export": recipe.export.model_copy(update={"targets": ["ort-cpu"]})})
+    found = {stage.name: stage for stage in stages.build(recipe, {})}
+    more = {name: stage for name, stage in found.items() if "portable" in stage.params}
+    assert {stage.params["portable"]: stage.reads for stage in more.values()} == {
+        "export/portable": ("source", "convert", "export"),
+        "export-dense/portable": ("source", "export-dense"),
+    }
+    assert all(stage.params["targets"] == ["ort-cpu-int8", "ort-cpu-int4"] for stage in more.values())
+
+    shutil.copytree(bundles["dense/portable"], tmp_path / "run/export-dense/portable")
+    (tmp_path / "run/source").mkdir()
+    about = {"label": "dense", "folder": str(checkpoints["dense"])}
+    (tmp_path / "run/source/source.json").write_text(json.dumps(about))
+    monkeypatch.setattr(trace, "trace", None)  # nothing that can be called
+    stage = more["frontier/dense/export"]
+    params = {**stage.params, "targets": ["openvino"], "max_length": None}
+    stage.body(Context(tmp_path / "out", tmp_path / "run", params, lambda *_: None, lambda _: None))
+    parent = open_bundle(bundles["dense/portable"]).sha256
+    assert open_bundle(tmp_path / "out/openvino").manifest.parent == parent
+    assert open_bundle(tmp_path / "out/portable").sha256 == parent
 
 
 @pytest.mark.parametrize(
