@@ -26,7 +26,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from moedge import MoEdgeError
-from moedge.convert import adapters, domains, offload, partition
+from moedge.convert import adapters, domains, partition
 from moedge.convert.methods.layers import Layers
 from moedge.convert.plan import CombineRule, LayerPlan, RouterPlan
 from moedge.convert.rounding import six
@@ -132,6 +132,8 @@ def mine(
     Raises:
         MoEdgeError: the layers of the model are on disk.
     """
+    from moedge.convert import offload
+
     if offload.is_offloaded(model):
         raise MoEdgeError(
             "dive measures whole pruned models, and this one is larger than half of the free memory; give it more "
