@@ -349,8 +349,8 @@ class Conversion(_Section):
 
     def _disagreements(self) -> Problems:
         method, windows, texts = self.convert.method, self.calibration.windows, len(self.text.calibration)
-        if windows < 2 and not {"tokens", "gate_profile"}.isdisjoint(METHODS[method].needs):
-            return [("calibration.windows", f"{method} compares windows; it needs at least 2.")]
+        if windows < (fewest := METHODS[method].fewest_windows):
+            return [("calibration.windows", f"{method} compares windows; it needs at least {fewest}.")]
         if windows < texts:
             said = f"{windows} windows cannot be dealt out to {texts} texts (text.calibration); give one a text."
             return [("calibration.windows", said)]

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_WAYS = 257
+"""Counts of active experts that a layer may choose from, evenly spaced, beside the mean one."""
+
+
 @torch.no_grad()
 def loss_curves(model: PreTrainedModel, token_windows: np.ndarray) -> list[np.ndarray]:
     """Estimate, layer by layer, the KL of the model's predictions when this FFN alone keeps its n best neurons.
@@ -92,7 +96,7 @@ def _by_importance(model: PreTrainedModel, token_windows: np.ndarray) -> tuple[l
 def calibration_curves(model: PreTrainedModel, token_windows: np.ndarray, tokens: int) -> list[np.ndarray]:
     """:func:`loss_curves` on about ``tokens`` tokens of those calibration windows [N, L] that no fit is judged on."""
     seen = token_windows[~streaming.held_out(len(token_windows))]
-    return loss_curves(model, seen[: max(1, tokens // token_windows.shape[1])])
+    return loss_curves(model, processes.of_tokens(seen, tokens))
 
 
 def spread(curves: list[np.ndarray], shared: int, widths: list[int], active: int, most_skipped: float) -> list[int]:
@@ -107,6 +111,12 @@ def spread(curves: list[np.ndarray], shared: int, widths: list[int], active: int
     routed = len(widths)
     least = max(1, math.ceil(routed - most_skipped * (routed - active)))
     kept = np.round(shared + np.arange(routed + 1) * np.mean(widths)).astype(int)
-    counts = np.arange(least, routed + 1)
-    menus = [allocation.Menu(counts.astype(np.float64), curve[kept[least:]]) for curve in curves]
-    return [int(counts[way]) for way in allocation.cheapest(menus, len(curves) * active)]
+    # Neuron by neuron a wide layer would have thousands of ways, and the solver no answer.
+    some = np.linspace(least, routed, min(_WAYS, routed - least + 1)).round().astype(int)
+    counts = np.unique(np.append(some, active))
+    menus = [allocation.Menu(counts.astype(np.float64), curve[kept[counts]]) for curve in curves]
+    # What is found before the solver's time is up depends on the process.
+    found = torch.zeros(len(curves), dtype=torch.int64)
+    if processes.rank() == 0:
+        found += torch.from_numpy(counts[allocation.cheapest(menus, len(curves) * active)])
+    return [int(count) for count in processes.total(found)]

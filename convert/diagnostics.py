@@ -152,15 +152,17 @@ class _Layer:
     def _count(self, x: torch.Tensor, y: torch.Tensor) -> None:
         ffn: Any = self.ffn
         self.tokens += len(x)
-        gate = F.linear(x, ffn.shared_gate, ffn.shared_gate_bias)
-        h = [activate(gate, ffn.activation) * F.linear(x, ffn.shared_up, ffn.shared_up_bias)]
-        base = F.linear(h[0], ffn.shared_down, ffn.output_bias).float()
+        read = self._kept(x, ffn.x_threshold)
+        gate = F.linear(read, ffn.shared_gate, ffn.shared_gate_bias)
+        h = [activate(gate, ffn.activation) * F.linear(read, ffn.shared_up, ffn.shared_up_bias)]
+        base = F.linear(self._kept(h[0], ffn.shared_h_threshold), ffn.shared_down, ffn.output_bias).float()
         deltas = x.new_zeros(0, len(x), x.shape[1])
         if ffn.num_experts:
-            inputs = F.pad(x, (0, 1), value=1.0) if ffn.biased else x  # as in SparseFFN
+            inputs = F.pad(read, (0, 1), value=1.0) if ffn.biased else read  # as in SparseFFN
             inner = inputs @ ffn.up.transpose(1, 2)  # [E, T, I]
             inner = activate(inputs @ ffn.gate.transpose(1, 2), ffn.activation) * inner
-            deltas = (inner @ ffn.down.transpose(1, 2)).float()
+            limit = None if ffn.h_threshold is None else ffn.h_threshold.unsqueeze(1)
+            deltas = (self._kept(inner, limit) @ ffn.down.transpose(1, 2)).float()
             h.append(inner.transpose(0, 1).flatten(1))
         hidden = torch.cat(h, dim=1).abs()
         largest = hidden.topk(min(self.k_a, hidden.shape[1]), dim=1).indices.unique()
@@ -180,6 +182,13 @@ class _Layer:
             base = base + ffn.compensation.float().sum(dim=0)
             deltas = deltas - ffn.compensation.float().unsqueeze(1)
         self._compare(chosen, target - base, deltas, _weight(target))
+
+    def _kept(self, values: torch.Tensor, threshold: torch.Tensor | None) -> torch.Tensor:
+        """Return the values that the layer reads."""
+        if threshold is None:
+            return values
+        found: torch.Tensor = torch.ops.moedge.keep_large(values, threshold, self.ffn.ramp)
+        return found
 
     def _target(self, x: torch.Tensor, base: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor | None:
         if self.block is not None:

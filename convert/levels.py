@@ -5,6 +5,7 @@ H hidden size, D neurons.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -56,20 +57,22 @@ def fit(
         token_windows: int64 [N, L] to measure on.
 
     Returns:
-        The layers, and the share that they were measured to read.
+        The layers that come nearest, and the share that they were measured to read.
 
     Raises:
         MoEdgeError: the layers read less than ``share`` even with all values, or never so little.
     """
     low, high = -_WIDEST, _WIDEST
     measured_low = measured_high = False
-    error = 0.0
+    error, nearest = 0.0, math.inf
     for number in range(ROUNDS):
         at = _level(levels.expected, share - error, low, high)
         if measured_low and measured_high:  # not so near an end that the other would never move
             at = min(max(at, low + 0.05 * (high - low)), high - 0.05 * (high - low))
-        layers = levels.make(at)
-        found = read_share(model, layers, token_windows)
+        tried = levels.make(at)
+        found = read_share(model, tried, token_windows)
+        if abs(found - share) < abs(nearest - share):
+            layers, nearest = tried, found
         if progress:
             progress(number + 1, ROUNDS)
         if abs(found - share) <= _PRECISION:
@@ -81,9 +84,9 @@ def fit(
         if high <= low:
             break
         error = found - levels.expected(at)
-    if abs(found - share) > 10 * _PRECISION:
-        raise MoEdgeError(f"No thresholds read {share:.3g} of the FFN weights: the nearest found read {found:.3g}.")
-    return layers, found
+    if abs(nearest - share) > 10 * _PRECISION:
+        raise MoEdgeError(f"No thresholds read {share:.3g} of the FFN weights: the nearest found read {nearest:.3g}.")
+    return layers, nearest
 
 
 def _level(expected: Callable[[float], float], share: float, low: float, high: float) -> float:

@@ -14,15 +14,19 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from moedge import MoEdgeError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 _GONE = re.compile(r"connection (closed|reset)|broken pipe|remote process exited", re.IGNORECASE)
 """What gloo and NCCL say when the process at the other end has ended."""
+PATIENCE = timedelta(days=7)
+"""Processes wait so long for one that downloads, hashes or writes; one that ends takes the others with it anyway."""
 _state: Any = None
 """Accelerate's PartialState, where there are several processes."""
 
@@ -37,7 +41,7 @@ def start(device: str = "cpu") -> None:
     if _state is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState
 
-        _state = PartialState(cpu=device == "cpu")
+        _state = PartialState(cpu=device == "cpu", timeout=PATIENCE)
 
 
 def count() -> int:
@@ -67,6 +71,11 @@ def _wait() -> None:
             _state.wait_for_everyone()
 
 
+def of_tokens(windows: np.ndarray, tokens: int) -> np.ndarray:
+    """Return the first of windows int64 [N, L] that hold about ``tokens``; each process gets one at least."""
+    return windows[: max(count(), tokens // windows.shape[1])]
+
+
 def span(windows: int) -> slice:
     """Return which of some windows are this process's.
 
@@ -75,8 +84,7 @@ def span(windows: int) -> slice:
     """
     if windows < count():
         raise MoEdgeError(
-            f"{windows} windows cannot be shared by {count()} processes; give more (--windows, or the method's "
-            "score_tokens or budget_tokens), or start fewer."
+            f"{windows} windows cannot be shared by {count()} processes; give more (--windows), or start fewer."
         )
     ends = [windows * number // count() for number in (rank(), rank() + 1)]
     return slice(*ends)

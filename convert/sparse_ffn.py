@@ -241,6 +241,15 @@ def _with_bias(weight: torch.Tensor, bias: torch.Tensor | None, biased: bool) ->
     return torch.cat([weight, column[:, None]], dim=1)
 
 
+def _padded(layer: LayerPlan) -> tuple[np.ndarray, np.ndarray]:
+    """Return the neurons of each expert, int64 [E, I], and which of them are no padding, bool [E, I]."""
+    widths = np.array([len(expert) for expert in layer.experts])
+    real = np.arange(layer.expert_width) < widths[:, None]
+    neurons = np.zeros(real.shape, np.int64)
+    neurons[real] = np.concatenate(layer.experts)
+    return neurons, real
+
+
 @torch.no_grad()
 def build_ffn(block: adapters.FFN, layer: LayerPlan) -> SparseFFN:
     """Cut one dense FFN by its layer plan; the result owns copies of the rows and columns it uses."""
@@ -266,17 +275,10 @@ def build_ffn(block: adapters.FFN, layer: LayerPlan) -> SparseFFN:
         own("shared_gate_bias", dense_gate[shared, inputs])
         own("shared_up_bias", dense_up[shared, inputs])
     if layer.experts:
-        shape = (layer.num_experts, layer.expert_width)
-        gates, ups = (weight.new_zeros(*shape, inputs + ffn.biased) for _ in range(2))
-        rows = weight.new_zeros(*shape, inputs)
-        for e, expert in enumerate(layer.experts):
-            neurons = torch.from_numpy(expert.astype(np.int64)).to(weight.device)
-            gates[e, : len(expert)] = dense_gate[neurons]
-            ups[e, : len(expert)] = dense_up[neurons]
-            rows[e, : len(expert)] = down[:, neurons].T
-        own("gate", gates)
-        own("up", ups)
-        own("down", rows.transpose(1, 2))
+        neurons, real = (torch.from_numpy(part).to(weight.device) for part in _padded(layer))
+        own("gate", dense_gate[neurons].masked_fill_(~real[..., None], 0))
+        own("up", dense_up[neurons].masked_fill_(~real[..., None], 0))
+        own("down", down[:, neurons].masked_fill_(~real, 0).transpose(0, 1))
         assert layer.router is not None  # LayerPlan.validate
         router = routers.from_plan(layer.router, layer.num_experts, weight.shape[0], block.hidden_act)
         ffn.router = router.to(weight.device).requires_grad_(False)
@@ -303,7 +305,6 @@ def set_thresholds(ffn: SparseFFN, layer: LayerPlan, device: torch.device) -> No
     if len(layer.shared):
         ffn.shared_h_threshold = torch.from_numpy(layer.h_threshold[layer.shared]).to(device)
     if layer.experts:
-        each = np.ones((layer.num_experts, layer.expert_width), np.float32)  # of a neuron that only pads: h is 0 there
-        for row, expert in zip(each, layer.experts, strict=True):
-            row[: len(expert)] = layer.h_threshold[expert]
+        neurons, real = _padded(layer)
+        each = np.where(real, layer.h_threshold[neurons], np.float32(1))  # of a neuron that only pads: h is 0 there
         ffn.h_threshold = torch.from_numpy(each).to(device)

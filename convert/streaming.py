@@ -116,7 +116,7 @@ class LayerTokens:
 def walk(
     model: PreTrainedModel, token_windows: np.ndarray, *, dense_stream: bool = False, progress: Progress | None = None
 ) -> Iterator[LayerTokens]:
-    """Yield every FFN with its inputs, first layer first.
+    """Yield every FFN with its inputs, first layer first; what was yielded is empty when the next one is asked for.
 
     Attention and everything else is the model's own code: a layer is called with the arguments that the model itself
     gave to it, recorded from one forward pass of the first window (all windows have one length, so they agree).
@@ -134,8 +134,7 @@ def walk(
     """
     blocks = adapters.ffns(model)
     count, length = token_windows.shape
-    if count < 2:
-        raise MoEdgeError(f"{count} calibration window is too few; give at least 2, one is held out to choose on.")
+    apart = held_out(count)
     if dense_stream and blocks[0].family.post_norm:
         raise MoEdgeError(
             f"fit_to: stream cannot be used for {model.config.model_type}: it normalises the FFN's output, so no FFN "
@@ -145,7 +144,7 @@ def walk(
     runner = Runner(model, token_windows[own])
     states = runner.embed()
     dense = states.clone() if dense_stream else None
-    held = torch.from_numpy(held_out(count)[own]).to(states.device).repeat_interleave(length)
+    held = torch.from_numpy(apart[own]).to(states.device).repeat_interleave(length)
     for block in blocks:
         with offload.loaded(runner.layers[block.index]):
             seen = runner.watch(block, states)
@@ -166,12 +165,22 @@ def walk(
             states = seen.after
             if tokens.replacement is not None:
                 states = runner.replay(block, seen, tokens.replacement)
+            # The caller's loop holds it while the next layer runs.
+            tokens.x, tokens.shift, tokens.replacement = tokens.x.new_empty(0, block.hidden_size), None, None
+            tokens._hidden = tokens._output = None
+            del seen
         if progress:
             progress(block.index + 1, len(blocks))
 
 
 def held_out(windows: int) -> np.ndarray:
-    """Return which of N windows are held out to choose settings on, bool [N]: one in five, and at least one."""
+    """Return which of N windows are held out to choose settings on, bool [N]: one in five, and at least one.
+
+    Raises:
+        MoEdgeError: fewer than 2 windows.
+    """
+    if windows < 2:
+        raise MoEdgeError(f"{windows} calibration window is too few; give at least 2, one is held out to choose on.")
     every = min(_HELD_EVERY, windows)
     return np.arange(windows) % every == every - 1
 

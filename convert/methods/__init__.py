@@ -51,6 +51,8 @@ class Method:
     """What it converts: dense models, or the experts of a Mixture-of-Experts (``moe_adapters.FAMILIES``)."""
     one_process: bool = False
     """It reads all tokens at once; the others split the windows over processes (:mod:`moedge.convert.processes`)."""
+    fewest_windows: int = 1
+    """Of calibration text; those that need two hold some out, or compare them."""
     no_gather: str = ""
     """Why its layers take no thresholds on top (``gather``); empty where they do."""
 
@@ -82,6 +84,7 @@ METHODS: dict[str, Method] = {
         ("statistics", "gate_profile"),
         "ExpertWeaver, arXiv 2602.15521v1",
         "{experts} experts, {k} active",
+        fewest_windows=2,
     ),
     "mlpmoe": Method(
         mlpmoe.plan,
@@ -99,7 +102,7 @@ METHODS: dict[str, Method] = {
         one_process=True,
         no_gather="dive is trained after it is converted, which moves the values that thresholds are measured on.",
     ),
-    "moedge": Method(moedge.plan, moedge.MoEdgeParams, ("tokens",), "this project", _SHARED_ACTIVE),
+    "moedge": Method(moedge.plan, moedge.MoEdgeParams, ("tokens",), "this project", _SHARED_ACTIVE, fewest_windows=2),
     "gather": Method(
         gathered.plan,
         GatherParams,
@@ -118,6 +121,7 @@ METHODS: dict[str, Method] = {
         "MoEfication, arXiv 2110.01786",
         _ALL_ROUTED,
         one_process=True,
+        fewest_windows=2,
     ),
     "atopk": Method(
         static.atopk_plan, static.ATopKParams, ("statistics",), "CMoE's activation rates as a static mask", _KEPT
@@ -125,7 +129,14 @@ METHODS: dict[str, Method] = {
     "wanda": Method(
         static.wanda_plan, static.KeepParams, ("statistics",), "structured Wanda as in FLAP, arXiv 2312.11983", _KEPT
     ),
-    "flap": Method(static.flap_plan, static.FlapParams, ("tokens",), "FLAP on the FFN, arXiv 2312.11983", _KEPT),
+    "flap": Method(
+        static.flap_plan,
+        static.FlapParams,
+        ("tokens",),
+        "FLAP on the FFN, arXiv 2312.11983",
+        _KEPT,
+        fewest_windows=2,
+    ),
 }
 
 

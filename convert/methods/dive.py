@@ -78,7 +78,7 @@ class DiveParams(BaseModel):
     """Windows of each domain, of other documents, to measure perplexity on."""
     length: int = Field(default=256, ge=8)
     """Tokens of a window."""
-    seed: int = 42
+    seed: int = Field(default=42, ge=0)
     """Of the order of documents, of a random grouping and of a random router."""
 
     @model_validator(mode="after")
@@ -127,7 +127,18 @@ def plan(
 def mine(
     texts: dict[str, DomainText], model: PreTrainedModel, params: DiveParams, *, progress: Progress | None = None
 ) -> tuple[Affinity, dict[str, list[Moments]]]:
-    """Return the affinity of the domains with their groups, and the activation statistics of every domain and layer."""
+    """Return the affinity of the domains with their groups, and the activation statistics of every domain and layer.
+
+    Raises:
+        MoEdgeError: the layers of the model are on disk.
+    """
+    from moedge.convert import offload
+
+    if offload.is_offloaded(model):
+        raise MoEdgeError(
+            "dive measures whole pruned models, and this one is larger than half of the free memory; give it more "
+            "memory, or choose another method."
+        )
     total = _windows(params, len(texts))
     statistics = {}
     for number, (name, text) in enumerate(texts.items()):

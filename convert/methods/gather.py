@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from moedge.convert import adapters
+from moedge.convert import adapters, processes
 from moedge.convert.methods.layers import Layers
 from moedge.convert.plan import RAMP, SMALLEST_RAMP, LayerPlan
 
@@ -127,4 +127,4 @@ def on_top(
 
 def measured_on(token_windows: np.ndarray, params: GatherParams) -> np.ndarray:
     """Return the windows, of int64 [N, L], on which the scores and what is read are measured."""
-    return token_windows[: max(1, params.score_tokens // token_windows.shape[1])]
+    return processes.of_tokens(token_windows, params.score_tokens)

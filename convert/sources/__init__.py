@@ -7,6 +7,7 @@ remote code.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -169,11 +170,14 @@ def _is_large(folder: Path, device: str) -> bool:
 
 
 def _free(device: str) -> int:
-    """Return the free bytes of memory of a device."""
-    import psutil
-
+    """Return the free bytes of memory of a device; the processes that torchrun started here share those of a CPU."""
     if device == "cpu":
-        return int(psutil.virtual_memory().available)
+        import psutil
+
+        from moedge.runtime.device import moedge_sensors
+
+        free, left = psutil.virtual_memory().available, moedge_sensors.memory_left()
+        return int(free if left is None else min(free, left)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     import torch
 
     return int(torch.cuda.mem_get_info(device)[0])

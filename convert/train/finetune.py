@@ -18,7 +18,7 @@ import torch
 
 from moedge import MoEdgeError
 from moedge._files import write_json
-from moedge.convert import modeling, sources
+from moedge.convert import modeling, offload, sources
 from moedge.convert.modeling import SparseFFN
 from moedge.convert.plan import LayerPlan, MoEPlan, RouterPlan
 from moedge.convert.train import balance, trainable, training
@@ -51,7 +51,7 @@ def finetune(
     on_eval: Callable[[dict[str, Any]], None] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Train a checkpoint and write the result.
+    """Train a checkpoint in float32 and write the result in the checkpoint's own dtype.
 
     Args:
         checkpoint: folder of ``moedge convert``. out: empty folder; the first process fills it with a checkpoint and
@@ -86,6 +86,7 @@ def finetune(
     if accelerator.is_main_process:
         trained = result.model if result.tensors is None else _rebuild(checkpoint, settings, result.tensors)
         assert trained is not None
+        offload.cast(trained, getattr(torch, sources.own_dtype(checkpoint)))  # before the weights are hashed
         updated = write_back(trained, plan, settings, {"steps": result.steps, "tokens": result.tokens, **(about or {})})
         modeling.save(trained, updated, tokenizer, out)
         record["plan_sha256"] = updated.sha256

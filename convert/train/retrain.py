@@ -63,7 +63,7 @@ class RetrainSettings(BaseModel):
     lora: LoRASettings = LoRASettings(rank=8, alpha=16, targets=("experts",))
     eval_every: int = Field(default=50, ge=1)
     gradient_checkpointing: bool = False
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=2**32 - 1)
 
     def stages(self, top_k: int) -> dict[str, TrainSettings]:
         """Return the settings of each stage for a model with ``top_k`` active experts."""

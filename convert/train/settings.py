@@ -66,7 +66,7 @@ class TrainSettings(BaseModel):
     save_every: int = Field(default=0, ge=0)
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool = False
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=2**32 - 1)
 
     @field_validator("trainable")
     @classmethod

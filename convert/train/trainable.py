@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
 from moedge import MoEdgeError
+from moedge.convert.kept_inputs import KeepsInputs
 from moedge.convert.modeling import SparseFFN
 
 if TYPE_CHECKING:
@@ -215,7 +217,26 @@ def _wrap(model: PreTrainedModel, ffns: dict[str, SparseFFN], lora: LoRASettings
     )
     with warnings.catch_warnings():  # peft 0.21 asks transformers 5 by a name of version 4
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        return get_peft_model(model, config)
+        wrapped = get_peft_model(model, config)
+    _read_alike(wrapped)
+    return wrapped
+
+
+def _read_alike(wrapped: nn.Module) -> None:
+    """Let an update read what its layer reads: a layer that leaves small inputs out does so inside its own forward."""
+    from peft.tuners.lora import LoraLayer
+
+    for part in wrapped.modules():
+        if isinstance(part, LoraLayer) and isinstance(base := part.get_base_layer(), KeepsInputs):
+            # What comes before the dropout is the update's input.
+            for dropout in part.lora_dropout.values():
+                dropout.register_forward_pre_hook(partial(_kept, base))
+
+
+def _kept(base: KeepsInputs, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Return what ``base`` keeps of its inputs, past its ``count``: the layer's own product counts them."""
+    found: torch.Tensor = torch.ops.moedge.keep_large(inputs[0], base.thresholds()[base.place], base.ramp)
+    return found
 
 
 def _promote(ffn: SparseFFN, name: str) -> None:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from moedge import MoEdgeError
 from moedge._files import atomic_dir, digest, write_json
-from moedge.convert import adapters
+from moedge.convert import adapters, processes
 from moedge.convert.train import balance, trainable
 from moedge.convert.train.settings import TrainSettings
 
@@ -109,13 +109,14 @@ def make(settings: TrainSettings) -> Accelerator:
     """Make the Accelerator of a run; ``accelerate launch`` decides on processes, FSDP and DeepSpeed."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import GradientAccumulationPlugin
+    from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != settings.mixed_precision:
         AcceleratorState._reset_state()  # a later stage may choose another precision; the processes stay
     accumulation = GradientAccumulationPlugin(num_steps=settings.accumulate, sync_with_dataloader=False)
     precision = None if settings.mixed_precision == "no" else settings.mixed_precision
-    return Accelerator(mixed_precision=precision, gradient_accumulation_plugin=accumulation)
+    patience = InitProcessGroupKwargs(timeout=processes.PATIENCE)
+    return Accelerator(mixed_precision=precision, gradient_accumulation_plugin=accumulation, kwargs_handlers=[patience])
 
 
 def order(seed: int, windows: int, start: int, count: int) -> np.ndarray:

@@ -59,7 +59,7 @@ def generate(
     min_p: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="Sample from tokens with this share of the best one's mass.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the sampler.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampler.")] = 0,
     stop: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="End before this text (may be repeated).")
     ] = None,

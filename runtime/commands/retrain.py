@@ -40,8 +40,10 @@ def retrain(
     Examples:
       moedge retrain build/dive build/dive-trained --tokens 50000 --set router_lr=1e-3 --set lr=1e-3
     """
+    import torch
+
     from moedge.convert import domains as mining
-    from moedge.convert import modeling
+    from moedge.convert import modeling, offload, sources
     from moedge.convert.train import retrain as training
 
     wanted = checked(training.RetrainSettings, parse_settings(settings or [], {"tokens": tokens}))
@@ -68,6 +70,7 @@ def retrain(
                 progress=reporter.progress,
                 note=reporter.note,
             )
+            offload.cast(model, getattr(torch, sources.own_dtype(checkpoint)))
             modeling.save(model, plan, tokenizer, partial, force=True)
             write_json(partial / "retrain.json", result.to_json(wanted))
     shutil.rmtree(state, ignore_errors=True)

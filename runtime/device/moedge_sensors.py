@@ -114,17 +114,34 @@ def quota(group: str, root: Path = ROOT) -> tuple[float | None, float | None]:
     return cores, held
 
 
-def _groups(group: str, root: Path) -> Iterator[Path]:
+def memory_left(root: Path = ROOT) -> float | None:
+    """Bytes that control groups leave to this process; None: no limit, or not told.
+
+    The tightest limit on the way up counts (``memory.max``; version 1: ``memory.limit_in_bytes``). What the kernel
+    keeps of files is given back when it is needed, so it counts as left.
+    """
+    left = []
+    for folder in _groups(_text(root / "proc/self/cgroup") or "", root, "memory"):
+        for limit, usage, of_all in (("max", "current", ""), ("limit_in_bytes", "usage_in_bytes", "total_")):
+            most, used = _number(folder / f"memory.{limit}"), _number(folder / f"memory.{usage}")
+            if most is not None and used is not None:
+                stat = dict(line.partition(" ")[::2] for line in (_text(folder / "memory.stat") or "").splitlines())
+                files = (stat.get(f"{of_all}{kind}_file", "0") for kind in ("active", "inactive"))
+                left.append(most - used + sum(map(float, files)))
+    return min(left, default=None)
+
+
+def _groups(group: str, root: Path, controller: str = "cpu") -> Iterator[Path]:
     """Folders of the control groups that this process is in, up to the top."""
     top = root / "sys/fs/cgroup"
     for line in group.splitlines():
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
         base = top / controllers if controllers else top
         if controllers and not base.is_dir():
-            base = top / "cpu"
+            base = top / controller
         parts = [part for part in path.split("/") if part not in ("", "..")]
         for length in range(len(parts), -1, -1):
             yield base.joinpath(*parts[:length])

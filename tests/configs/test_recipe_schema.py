@@ -90,6 +90,11 @@ def test_a_recipe_without_a_name_takes_its_file_name(tmp_path: Path) -> None:
             "calibration.windows",
             "moedge compares windows; it needs at least 2",
         ),
+        (
+            "model: {source: x}\nconvert: {method: expertweaver}\ncalibration: {windows: 1}",
+            "calibration.windows",
+            "expertweaver compares windows; it needs at least 2",
+        ),
         ("model: {source: x}\nconvert: {active: 11}", "convert.active", "16 experts minus 6 shared leave 10"),
         ("model: {source: x}\nconvert: {shared: 16, active: 1}", "convert.active", "leave 0 to route to"),
         ("model: {source: x}\nconvert: {shared: 20, active: 1}", "convert.active", "leave 0 to route to"),
@@ -130,6 +135,12 @@ def test_bad_values_are_refused_with_their_path(text: str, path: str, sentence: 
     assert line.startswith(f"r.yaml: {path}: "), line
     assert sentence in line
     assert line.endswith(".")
+
+
+@pytest.mark.parametrize("method", ["gather", "cmoe", "mlpmoe"])
+def test_methods_that_compare_no_windows_take_one(method: str) -> None:
+    text = f"model: {{source: x}}\nconvert: {{method: {method}}}\ncalibration: {{windows: 1}}"
+    assert parse_recipe(text, where="r.yaml").calibration.windows == 1
 
 
 def test_every_problem_is_listed_at_once() -> None:

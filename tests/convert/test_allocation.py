@@ -10,7 +10,7 @@ import pytest
 from scipy.optimize import isotonic_regression
 
 from moedge import MoEdgeError
-from moedge.convert import budgets
+from moedge.convert import allocation, budgets
 from moedge.convert.allocation import Menu, cheapest
 
 
@@ -59,6 +59,24 @@ def greedy(curves: list[np.ndarray], shared: int, widths: list[int], active: int
     step = np.concatenate([np.arange(len(values)) for values in gains])
     best = np.lexsort((layer, step, -flat))[: len(curves) * (active - least)]
     return [int(least + count) for count in np.bincount(layer[best], minlength=len(curves))]
+
+
+def test_a_wide_layer_has_as_few_ways_as_the_solver_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neuron by neuron. For losses a (D - n)^2 the best n is known: what is skipped is shared out as 1 / a."""
+    given: list[int] = []
+    own = allocation.cheapest
+    spied = lambda menus, most: given.extend(len(menu.costs) for menu in menus) or own(menus, most)  # noqa: E731
+    monkeypatch.setattr(allocation, "cheapest", spied)
+    width, active, weights = 14336, 10001, np.array([1.0, 2.0, 1.5, 3.0])
+    curves = [weight * np.square(np.arange(width, -1, -1.0)) for weight in weights]
+    found = budgets.spread(curves, 0, [1] * width, active, most_skipped=3.0)
+    assert max(given) <= 258
+    assert sum(found) <= 4 * active
+    skipped = 4 * (width - active) * (1 / weights) / (1 / weights).sum()
+    best = float((weights * skipped**2).sum())
+    assert best * (1 - 1e-6) <= sum(float(curve[n]) for curve, n in zip(curves, found, strict=True)) < 1.01 * best
+    alike = budgets.spread([curves[0]] * 3, 0, [1] * width, active, most_skipped=3.0)
+    assert alike == [active] * 3, "the mean width is one of the ways"
 
 
 def test_a_spread_is_never_worse_than_the_greedy_one_and_sometimes_better() -> None:

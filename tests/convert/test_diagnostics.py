@@ -99,6 +99,28 @@ def test_every_number_is_its_definition(case: tuple[Any, MoEPlan], tiny_llama: C
         assert found["relative_error"]["oracle"] < found["relative_error"]["random"]
 
 
+@torch.no_grad()
+def test_small_values_that_the_layer_leaves_out_are_left_out(
+    case: tuple[Any, MoEPlan], tiny_llama: Callable[..., Any], gathered: Any
+) -> None:
+    dense, plan = case
+    plan = gathered(plan, tiny_llama())
+    model = converted(plan, tiny_llama)
+    result = diagnostics.diagnose(model, WINDOWS)
+    inputs = ffn_inputs(model, WINDOWS)
+    for x, ffn, found in zip(inputs, modeling.sparse_ffns(model), result["layers"], strict=True):
+        y, k, ffn.top_k = ffn(x), ffn.top_k, ffn.num_experts
+        target, ffn.top_k = ffn(x), k
+        wanted = ((target - y).square().sum(1) / target.square().sum(1)).mean().sqrt()
+        assert found["relative_error"]["router"] == pytest.approx(float(wanted), rel=1e-4)
+    # With every expert selected nobody has a choice, and all make the layer's own error.
+    every = replace(plan, layers=[replace(layer, top_k=6) for layer in plan.layers])
+    for layer in diagnostics.diagnose(converted(every, tiny_llama), WINDOWS, dense_model=dense)["layers"]:
+        errors = layer["relative_error"]
+        assert errors["router"] > 0.01
+        assert [errors[name] for name in ("oracle", "random", "static")] == pytest.approx([errors["router"]] * 3, 1e-3)
+
+
 def test_an_oracle_router_agrees_with_the_oracle(case: tuple[Any, MoEPlan], tiny_llama: Callable[..., Any]) -> None:
     _, plan = case
     result = diagnostics.diagnose(converted(baselines.oracle(plan), tiny_llama), WINDOWS)

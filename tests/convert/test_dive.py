@@ -167,6 +167,7 @@ def test_controls_that_need_a_partition_are_refused(plan: MoEPlan) -> None:
         ({"experts": 7}, "7 experts need as many domains; 6 are named"),
         ({"active": 5}, "5 of 4 experts cannot be chosen"),
         ({"keep": 0}, "greater than 0"),
+        ({"seed": -1}, "greater than or equal to 0"),
     ],
 )
 def test_impossible_parameters_are_refused(settings: dict[str, Any], message: str) -> None:

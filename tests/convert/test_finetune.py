@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from moedge import MoEdgeError
 from moedge._files import hash_tree, sha256_file
-from moedge.convert import calibration, modeling
+from moedge.convert import calibration, modeling, offload
 from moedge.convert.plan import MoEPlan
 from moedge.convert.train import finetune
 from moedge.convert.train.settings import TrainSettings
@@ -96,6 +98,24 @@ def test_a_run_that_trains_what_the_plan_holds_leaves_a_plan_for_the_dense_model
     ids = torch.arange(2, 34).reshape(2, 16)
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_a_checkpoint_in_half_precision_stays_one(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    model, plan, tokenizer = modeling.load(checkpoint)
+    modeling.save(offload.cast(model, torch.bfloat16), plan, tokenizer, tmp_path / "half")
+    tune(tmp_path / "half", tmp_path / "tuned", text, trainable="lora+router+compensation")
+    saved = load_file(tmp_path / "tuned" / "model.safetensors")
+    wide = {name for name, tensor in saved.items() if tensor.dtype == torch.float32}
+    assert wide == {name for name in saved if ".router." in name or name.endswith("selection_bias")}
+    assert {tensor.dtype for name, tensor in saved.items() if name not in wide} == {torch.bfloat16}
+    model, plan, _ = modeling.load(tmp_path / "tuned", "auto")
+    assert model.dtype == torch.bfloat16
+    found = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    assert plan.provenance["finetune"]["weights"] == found.hexdigest()
+    for layer, ffn in zip(plan.layers, modeling.sparse_ffns(model), strict=True):
+        np.testing.assert_array_equal(layer.compensation, ffn.compensation.float())
 
 
 def test_a_text_is_not_measured_on_what_was_trained_however_it_is_spelled(text: Path, tiny_tokenizer: Any) -> None:

@@ -119,6 +119,20 @@ def test_a_share_beyond_what_the_experts_read_is_refused(
         make("atopk", tiny_llama(), token_windows, gather={"share": 0.99})
 
 
+def test_the_nearest_try_is_taken_and_not_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[float] = []
+
+    def read(model: Any, layers: Any, token_windows: Any) -> float:
+        tried.append(layers[0])
+        return 0.505 if layers[0] < 0.3 else 0.49  # nothing reads a half
+
+    monkeypatch.setattr(levels, "read_share", read)
+    choice: Any = levels.Levels(make=lambda level: [level], expected=lambda level: 0.5 - level / 100)
+    layers, found = levels.fit(None, choice, np.zeros((1, 1)), 0.5)  # type: ignore[arg-type]
+    assert tried[-1] >= 0.3, "otherwise the last one would be the nearest"
+    assert (layers[0] < 0.3, found) == (True, 0.505)
+
+
 def test_a_method_of_statistics_needs_the_windows_too(tiny_llama: Callable[..., Any], make_plan: Any) -> None:
     model = tiny_llama()
     _, statistics = make_plan(model)

@@ -78,6 +78,23 @@ def test_no_group_holds_a_threshold(checkpoint: Path) -> None:
     assert len([name for name, _ in ready.model.named_buffers() if "threshold" in name]) == 2 * 3
 
 
+@torch.no_grad()
+def test_an_update_reads_what_its_layer_reads(tiny_llama: Any, gather_only: Any) -> None:
+    model = tiny_llama()
+    modeling.apply(gather_only(model, linears="all"), model).double()  # ramps make much of rounding
+    ready = trainable.prepare(model, ("lora",), LoRASettings(rank=3))
+    generator = torch.Generator().manual_seed(0)
+    for _, parameter in ready.groups["lora"]:
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    ready.model.eval()
+    counted: list[int] = []
+    model.base_model.layers[0].self_attn.o_proj.get_base_layer().count = lambda *_: counted.append(1)
+    before = ready.model(IDS).logits
+    assert counted == [1]
+    after = trainable.finish(ready)(IDS).logits
+    assert float((after - before).abs().max() / before.abs().max()) < 1e-9
+
+
 def test_every_trained_weight_gets_a_gradient(checkpoint: Path, windows: np.ndarray) -> None:
     model, _, _ = modeling.load(checkpoint)
     ready = trainable.prepare(model, ("experts", "shared", "attention", "norms", "embeddings"), LoRASettings())

@@ -49,6 +49,33 @@ def test_all_experts_selected_is_the_dense_model(
     assert relative(sparse, dense) > 1e-3  # with k experts something is left out
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_an_expert_holds_the_rows_and_columns_of_its_neurons(
+    biased: bool, tiny_llama: Callable[..., Any], make_plan: Callable[..., Any], gathered: Any
+) -> None:
+    model = tiny_llama(width=67, mlp_bias=biased)
+    for parameter in model.parameters():
+        parameter.data.normal_()
+    plan = gathered(make_plan(model, padding="uneven")[0], model)
+    for block, layer in zip(adapters.ffns(model), plan.layers, strict=True):
+        ffn = modeling.build_ffn(block, layer)
+        assert len({len(expert) for expert in layer.experts}) == 2, "some are padded"
+        for e, expert in enumerate(layer.experts):
+            size, kept = len(expert), expert.astype(np.int64)
+            for name, rows, bias in (("gate", block.gate, block.gate_bias), ("up", block.up, block.up_bias)):
+                found = getattr(ffn, name)[e]
+                assert torch.equal(found[:size, :32], rows[kept])
+                assert not found[size:].any()
+                assert found.shape[1] == 32 + biased
+                if biased:
+                    assert torch.equal(found[:size, 32], bias[kept])
+            assert torch.equal(ffn.down[e, :, :size], block.down[:, kept])
+            assert not ffn.down[e, :, size:].any()
+            assert torch.equal(ffn.h_threshold[e, :size], torch.from_numpy(layer.h_threshold[kept]))
+            assert (ffn.h_threshold[e, size:] == 1).all()
+        assert all(getattr(ffn, name).is_contiguous() for name in ("gate", "up", "down"))
+
+
 @pytest.mark.parametrize("act", ["gelu_pytorch_tanh", "gelu"])
 def test_other_activations_keep_the_identity(
     act: str, tiny_llama: Callable[..., Any], make_plan: Callable[..., Any]

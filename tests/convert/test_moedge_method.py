@@ -47,6 +47,12 @@ def test_plan_is_registered_valid_and_repeats(tiny_llama: Callable[..., Any]) ->
     assert methods.convert("moedge", WINDOWS[::-1].copy(), model, **params).sha256 != plan.sha256
 
 
+@pytest.mark.parametrize("budget", ["uniform", "measured"])
+def test_one_window_is_too_few(budget: str, tiny_llama: Callable[..., Any]) -> None:
+    with pytest.raises(MoEdgeError, match="1 calibration window is too few; give at least 2"):
+        methods.convert("moedge", WINDOWS[:1], tiny_llama(), **LAYOUT, budget=budget)
+
+
 def test_checkpoint_with_every_tensor_reloads_with_identical_logits(
     tiny_llama: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Any
 ) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import moedge
 from moedge import MoEdgeError
-from moedge.convert import adapters, calibration, methods, modeling, offload, sources, streaming
+from moedge.convert import adapters, calibration, domains, methods, modeling, offload, sources, streaming
 
 IDS = np.random.default_rng(0).integers(0, 256, size=(6, 24))
 LAYOUT = {"shared": 2, "active": 2, "experts": 8}
@@ -88,6 +88,22 @@ def test_a_model_on_disk_is_converted_to_the_same_bytes(
     assert files[0].keys() == files[1].keys()
     for name, content in files[0].items():
         assert content == files[1][name], name
+
+
+def test_dive_is_refused_before_any_work(
+    scarce: Callable[[bool], None],
+    tiny_model: Callable[..., Any],
+    tiny_tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = saved(tiny_model("llama", layers=3), tmp_path / "dense", tiny_tokenizer)
+    scarce(True)
+    monkeypatch.setattr(domains, "moments", None)
+    texts = {name: domains.DomainText(IDS, IDS) for name in "ab"}
+    settings = {"domains": dict.fromkeys(texts, "x"), "experts": 2}
+    with pytest.raises(MoEdgeError, match="larger than half of the free memory"):
+        methods.convert("dive", texts, sources.open_model(folder), **settings)
 
 
 @pytest.mark.parametrize("family", adapters.FAMILIES)

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import pytest
 from moedge import MoEdgeError
 from moedge.convert import methods, modeling, processes
 from moedge.convert.plan import MoEPlan
+from moedge.convert.train import training
+from moedge.convert.train.settings import TrainSettings
 
 
 def test_one_process_gets_back_what_it_gives() -> None:
@@ -41,6 +44,30 @@ def test_every_window_belongs_to_one_process(windows: int, count: int, monkeypat
     assert found == list(range(windows))
     with pytest.raises(MoEdgeError, match=f"1 windows cannot be shared by {count} processes"):
         processes.span(1)
+
+
+@pytest.mark.parametrize(("tokens", "count", "found"), [(96, 1, 3), (96, 5, 5), (10, 1, 1), (96, 9, 6), (10**6, 2, 6)])
+def test_every_process_has_a_window_of_what_is_measured(
+    tokens: int, count: int, found: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "count", lambda: count)
+    windows = np.arange(6 * 32).reshape(6, 32)
+    np.testing.assert_array_equal(processes.of_tokens(windows, tokens), windows[:found])
+
+
+def test_processes_wait_for_days(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one downloads and hashes while the others wait."""
+    import accelerate
+
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(accelerate, "PartialState", lambda **more: given.update(more))
+    monkeypatch.setattr(processes, "_state", None)
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        processes.start("cpu")
+    assert given == {"cpu": True, "timeout": timedelta(days=7)}
+    accelerator: Any = training.make(TrainSettings(tokens=1))
+    assert accelerator.init_handler.timeout == timedelta(days=7)
 
 
 def test_methods_that_need_all_tokens_at_once_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -133,6 +134,16 @@ def test_weights_that_are_not_finite_are_refused(folder: Path, dtype: str, value
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(MoEdgeError, match=r"layers\.0\.mlp\.up_proj\.weight holds NaN or infinity"):
         sources.load_model(folder, dtype)
+
+
+@pytest.mark.parametrize(("left", "share", "free"), [(None, "1", 1000), (600.0, "1", 600), (2000.0, "4", 250)])
+def test_free_memory_is_that_of_the_container_and_of_one_process(
+    left: float | None, share: str, free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr("moedge.runtime.device.moedge_sensors.memory_left", lambda: left)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", share)
+    assert sources._free("cpu") == free
 
 
 @pytest.mark.parametrize("left", ["chat_template.jinja", "special_tokens_map.json"])

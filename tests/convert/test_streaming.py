@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -45,14 +47,14 @@ def test_walk_sees_what_a_full_forward_pass_feeds_the_ffns(
     model = tiny_model(family, layers=3, **more)
     inputs, after = hooked(model, token_windows)
     steps: list[tuple[int, int]] = []
-    seen = list(streaming.walk(model, token_windows, progress=lambda done, total: steps.append((done, total))))
-    assert steps == [(1, 3), (2, 3), (3, 3)]
-    for tokens, x, states in zip(seen, inputs, after, strict=True):
+    walk = streaming.walk(model, token_windows, progress=lambda done, total: steps.append((done, total)))
+    for tokens, x, states in zip(walk, inputs, after, strict=True):
         assert torch.equal(tokens.x, x)  # the same operations on the same shapes
         weight = 1 / states.flatten(0, 1).square().mean(dim=1)
         if adapters.FAMILIES[family].post_norm:  # what the FFN puts out is normalised before it is added
             weight = weight / tokens.block.module(x).square().mean(dim=1)
         torch.testing.assert_close(tokens.weight, weight / weight.mean())
+    assert steps == [(1, 3), (2, 3), (3, 3)]
     if more:  # the window must have an effect, or equal inputs prove nothing about each layer's own mask
         plain = hooked(tiny_model(family, layers=3, **{**more, "sliding_window": None}), token_windows)[0]
         assert not torch.allclose(plain[2], inputs[2])
@@ -107,6 +109,27 @@ def test_attention_is_computed_once_a_layer(
     for tokens in streaming.walk(model, token_windows):
         tokens.replacement = modeling.build_ffn(tokens.block, plan.layers[tokens.block.index])
     assert calls == [index for index in range(3) for _ in token_windows]
+
+
+def test_a_layer_is_let_go_before_the_next_one_runs(
+    tiny_llama: Callable[..., Any], make_plan: Callable[..., Any], token_windows: np.ndarray
+) -> None:
+    model = tiny_llama(layers=3)
+    plan, _ = make_plan(model)
+    held: list[Any] = []
+    alive: list[bool] = []
+
+    def look(module: Any, args: Any, index: int) -> None:
+        if held and index == here + 1:
+            alive.extend(ref() is not None for ref in held)
+
+    for index, layer in enumerate(model.model.layers):
+        layer.register_forward_pre_hook(partial(look, index=index))
+    for here, tokens in enumerate(streaming.walk(model, token_windows)):
+        tokens.replacement = modeling.build_ffn(tokens.block, plan.layers[here])
+        names = ("x", "_hidden", "_output", "replacement")
+        held[:] = [weakref.ref(getattr(tokens, name)) for name in names]
+    assert alive == [False] * 4 * 2 * len(token_windows)
 
 
 class Dead(torch.nn.Module):

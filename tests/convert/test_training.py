@@ -368,6 +368,7 @@ def test_lora_is_made_without_warnings_of_libraries(converted: Any, recwarn: pyt
         ({"tokens": 5, "minutes": 1}, "either tokens or minutes"),
         ({"tokens": 5, "trainable": "router+rooter"}, "unknown group 'rooter'"),
         ({"tokens": 5, "trainable": "router+router"}, "named twice"),
+        ({"tokens": 5, "seed": 2**32}, "less than or equal to 4294967295"),
         ({"tokens": 5, "lora": {"dropout": 0.1}}, "attention only"),
     ],
 )

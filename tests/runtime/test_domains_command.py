@@ -69,7 +69,10 @@ def test_a_checkpoint_is_retrained_on_its_domains(home: Path) -> None:
     assert found["tokens"] == found["settings"]["tokens"] == 256
     assert not list(home.glob(".out.*"))
     # The result is a checkpoint like the one before: it loads, and measures what the run said.
-    from moedge.convert import domains, modeling, scoring
+    import torch
+    from safetensors.torch import load_file
+
+    from moedge.convert import domains, modeling, offload, scoring
 
     model, plan, tokenizer = modeling.load(home / "out")
     entries = [{"name": fact["name"], "spec": fact["text"], "every": 10} for fact in plan.provenance["domains"]]
@@ -79,6 +82,16 @@ def test_a_checkpoint_is_retrained_on_its_domains(home: Path) -> None:
         assert scoring.perplexity(model, ids)["ppl"] == pytest.approx(said, rel=1e-5)
     again = CliRunner().invoke(app, command)
     assert "already exists" in again.output
+    # It has the dtype of the one before.
+    model, plan, tokenizer = modeling.load(home / "moe")
+    modeling.save(offload.cast(model, torch.bfloat16), plan, tokenizer, home / "half")
+    command[1:3] = [str(home / "half"), str(home / "half-out")]
+    result = CliRunner().invoke(app, [*command[:3], "--tokens", "32", *settings[:2], "--set=router_share=0"])
+    assert result.exit_code == 0, result.output
+    kinds = {n: t.dtype for n, t in load_file(home / "half-out" / "model.safetensors").items()}
+    wide = [name for name in kinds if ".router." in name or name.endswith("selection_bias")]
+    assert {kinds.pop(name) for name in wide} == {torch.float32}
+    assert set(kinds.values()) == {torch.bfloat16}
 
 
 def test_a_checkpoint_of_another_method_is_refused(home: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moedge.runtime.device.moedge_sensors import Gpu, Machine, cpu_seconds, quota
+from moedge.runtime.device.moedge_sensors import Gpu, Machine, cpu_seconds, memory_left, quota
 
 STAT = """cpu  27573 6 2901 48706 443 21 153 139 900 0
 cpu0 7573 1 901 18706 143 20 53 39 0 0
@@ -173,3 +173,46 @@ def test_quotas_of_containers(
 ) -> None:
     write(tmp_path / "sys/fs/cgroup", files)
     assert quota(group, tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("group", "files", "expected"),
+    [
+        ("0::/", {}, None),
+        ("0::/a", {"a/memory.max": "max", "a/memory.current": 5}, None),
+        ("0::/a", {"a/memory.max": 100, "a/memory.current": 30}, 70),
+        # Of the files that are kept nothing has to stay; shared memory, which counts as one of them, has.
+        (
+            "0::/a",
+            {
+                "a/memory.max": 100,
+                "a/memory.current": 30,
+                "a/memory.stat": "anon 5\nfile 25\nshmem 5\ninactive_file 12\nactive_file 8",
+            },
+            90,
+        ),
+        # The tightest limit on the way up counts.
+        (
+            "0::/a/b",
+            {"a/memory.max": 50, "a/memory.current": 30, "a/b/memory.max": 100, "a/b/memory.current": 10},
+            20,
+        ),
+        (
+            "4:memory:/x\n3:cpu,cpuacct:/y",
+            {
+                "memory/x/memory.limit_in_bytes": 1000,
+                "memory/x/memory.usage_in_bytes": 400,
+                "memory/x/memory.stat": "inactive_file 1\ntotal_inactive_file 30\ntotal_active_file 20",
+                "memory/memory.limit_in_bytes": 9223372036854771712,
+                "memory/memory.usage_in_bytes": 5000,
+                "cpu,cpuacct/y/memory.max": 1,
+                "cpu,cpuacct/y/memory.current": 1,
+            },
+            650,
+        ),
+    ],
+)
+def test_memory_of_containers(tmp_path: Path, group: str, files: dict[str, object], expected: float | None) -> None:
+    write(tmp_path / "sys/fs/cgroup", files)
+    write(tmp_path, {"proc/self/cgroup": group})
+    assert memory_left(tmp_path) == expected
