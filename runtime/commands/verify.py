@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
-from moedge._files import write_text
+from moedge._files import check_writable, write_text
 from moedge._progress import Progress
 from moedge.runtime.bench.machine import commit, created, machine
 from moedge.runtime.commands._options import Device, Force, Json, Text, Threads, Tolerances
@@ -110,6 +110,9 @@ def verify(
     if not tokens and gate is None:
         raise MoEdgeError("There is nothing to compare: --tokens 0 takes no text, and there are no --tasks.")
     old = baselines.read(baseline) if baseline else None
+    files = {"--junit": junit, "--html": html, "--markdown": markdown, "--save-reference": save_reference}
+    for option, path in files.items():
+        check_writable(path, option)
     sample = Sample(text, tokens, window, prefill)
     with single("verify", str(reference)) as reporter:
         if save_reference:
@@ -124,11 +127,13 @@ def verify(
     result["created"], result["commit"], result["machine"] = created(), commit(), machine()
     if old:
         result["baseline"] = baselines.compare(result, old)
-    _write(result, junit=junit, html=html, markdown=markdown, gate=fail_on_worse)
-    if as_json:
-        print(json.dumps(result, indent=2, allow_nan=False))
-    else:
-        _print(result)
+    try:
+        _write(result, junit=junit, html=html, markdown=markdown, gate=fail_on_worse)
+    finally:  # what was measured is shown, also where a file cannot be written
+        if as_json:
+            print(json.dumps(result, indent=2, allow_nan=False))
+        else:
+            _print(result)
     worse = fail_on_worse and result["baseline"]["outcome"] != "not worse"
     return 1 if worse else mark(result["outcome"]).exit_code
 
