@@ -125,10 +125,10 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
-def spare(path: Path, inputs: Iterable[Path | str]) -> None:
+def spare(path: Path, inputs: Iterable[Path | str], called: str = "Output") -> None:
     """Refuse to replace a folder that is or holds one of ``inputs``, the working folder or the home folder.
 
-    Names that are no paths (hub ids) do no harm.
+    Names that are no paths (hub ids) do no harm. ``called`` says what the folder is.
 
     Raises:
         MoEdgeError: replacing ``path`` would delete one.
@@ -136,7 +136,9 @@ def spare(path: Path, inputs: Iterable[Path | str]) -> None:
     place = path.resolve()
     for kept in (*(Path(given).expanduser() for given in inputs), Path.cwd(), Path.home()):
         if kept.exists() and any(part.is_relative_to(place) for part in _parts(kept)):
-            raise MoEdgeError(f"Output {path} is or holds {kept}, which would be deleted; choose another output path.")
+            raise MoEdgeError(
+                f"{called} {path} is or holds {kept}, which would be deleted; choose another output path."
+            )
 
 
 def _parts(kept: Path) -> Iterator[Path]:

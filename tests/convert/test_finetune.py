@@ -160,6 +160,35 @@ def test_what_cannot_work_is_one_sentence(
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.parametrize(
+    ("state", "says"),
+    [
+        ("new", "lie in one another"),  # and the checkpoint would go with it
+        ("new/model", "lie in one another"),
+        ("new/model/state", "lie in one another"),
+        ("new/../new", "lie in one another"),
+        ("text.txt", "--state {state}/state.json cannot be written: Not a directory"),
+        ("text.txt/state", "--state {state}/state.json cannot be written: Not a directory"),
+        ("kept", "--state {state} is or holds {text}, which would be deleted"),
+    ],
+)
+def test_a_place_of_saved_training_that_costs_something_is_refused_before_training(
+    checkpoint: Path, tmp_path: Path, text: Path, state: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finetune, "finetune", lambda *_, **__: pytest.fail("trained"))
+    kept = tmp_path / "kept" / "text.txt"
+    kept.parent.mkdir()
+    kept.write_bytes(text.read_bytes())
+    (tmp_path / "kept" / "state.json").write_text("{}")
+    before = hash_tree(tmp_path)
+    options = ["--tokens", "64", "--length", "16", "--text", str(kept), "--state", str(tmp_path / state)]
+    result = CliRunner().invoke(app, ["finetune", str(checkpoint), str(tmp_path / "new" / "model"), *options])
+    assert result.exit_code == 2
+    said = says.format(state=tmp_path / state, text=kept)
+    assert said in result.stderr
+    assert hash_tree(tmp_path) == before
+
+
 def test_a_tuned_checkpoint_exports_and_computes_the_same(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     from moedge.export.pipeline import export
     from moedge.runtime.engines import open_engine
