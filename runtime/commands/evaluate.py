@@ -46,6 +46,8 @@ def evaluate(
 
     Answers of each model are set beside the first one's, and a bundle's beside those of the checkpoint before it.
 
+    Bundles may carry a library of operators, and engines kernels: native code. Open only those whose origin you trust.
+
     \b
     Examples:
       moedge evaluate runs/smollm2-135m --text asset:wiki --text asset:c4

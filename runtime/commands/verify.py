@@ -93,6 +93,8 @@ def verify(
 
     Where one does, the worst window runs once more, and the layer and the part that departs first are named.
 
+    Bundles may carry a library of operators, and engines kernels: native code. Open only those whose origin you trust.
+
     \b
     Examples:
       moedge verify runs/smollm2-135m
