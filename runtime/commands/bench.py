@@ -102,6 +102,8 @@ def bench(
 ) -> int:
     """Time engines side by side: time to first token, time per token, memory, load time. Judges them when asked to.
 
+    Bundles may carry a library of operators, and engines kernels: native code. Open only those whose origin you trust.
+
     \b
     Examples:
       moedge bench runs/smollm2-135m
@@ -244,7 +246,7 @@ def _given(engines: list[str]) -> tuple[dict[str, Path], Path]:
         folders = {str(ref): folder for ref, folder in run_folder.engines(run).items()}
         if not folders:
             raise MoEdgeError(f"{run} has no engines yet; finish it with `moedge run`.")
-        return folders, run_folder.checkpoint(run)
+        return folders, run_folder.tokenizer(run)
     folders = {}
     for given in engines:
         label, path = _named(given)

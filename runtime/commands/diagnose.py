@@ -56,7 +56,7 @@ def diagnose(
       moedge diagnose runs/smollm2-135m
       moedge diagnose build/moe --dense ./my-llama --text my.txt --text other.txt --stability --plot routing.svg
     """
-    folder = run_folder.checkpoint(path) if run_folder.is_run(path) else path
+    folder = run_folder.converted(path) if run_folder.is_run(path) else path
     if plot is not None and plot.suffix not in (".svg", ".png"):
         raise MoEdgeError(f"--plot {plot}: write a .svg or .png file.")
     check_writable(save, "--save")
@@ -112,12 +112,11 @@ def _diagnose(
     for spec in texts.specs:
         read, how = held_out.beside([plan], spec, texts.every)
         held_out.check_window(model, window, "--window")
-        windows[read.name] = held_out.windows(tokenizer, read, window, count, bos=False, name="diagnosed")
-        reporter.note(f"{read.name}: {how}")
-        result = diagnostics.diagnose(
-            model, windows[read.name], dense_model=parent, k_a=k_a, progress=reporter.progress
-        )
-        found[read.name] = {"documents": how, **result}
+        name = held_out.own_name(read.name, found)
+        windows[name] = held_out.windows(tokenizer, read, window, count, bos=False, name="diagnosed")
+        reporter.note(f"{name}: {how}")
+        result = diagnostics.diagnose(model, windows[name], dense_model=parent, k_a=k_a, progress=reporter.progress)
+        found[name] = {"documents": how, **result}
     again = None
     if stability:
         assert parent is not None

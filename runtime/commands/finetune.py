@@ -236,7 +236,7 @@ def _texts(tokenizer: Any, texts: _Texts, settings: TrainSettings) -> tuple[Any,
         found = calibration.read_text(spec)
         # A text that is trained on gives its held-out documents, any other one all of them.
         found = calibration.split(found, texts.every)[1] if found.sha256 in trained else found
-        name = f"{found.name} ({len(measured) + 1})" if found.name in measured else found.name
+        name = held_out.own_name(found.name, measured)
         measured[name] = calibration.windows(
             tokenizer, found, settings.length, texts.windows, bos=False, name="held-out"
         )

@@ -28,7 +28,6 @@ from moedge.runtime.parity.replay import Replay
 from moedge.runtime.parity.results import Parity
 from moedge.runtime.parity.routing import RouteAgreement
 
-
 _DAMAGED = (
     *(OSError, EOFError, zipfile.BadZipFile, zlib.error),  # cut off, or bytes that changed
     *(ValueError, KeyError, TypeError, AttributeError),  # another file, or a part that is not there

@@ -107,6 +107,19 @@ def test_a_text_is_not_measured_on_what_was_trained_however_it_is_spelled(text: 
     assert one[2]["text_sha256"] == [sha256_file(text)]
 
 
+def test_texts_of_one_file_name_are_all_measured(text: Path, tiny_tokenizer: Any) -> None:
+    from moedge.runtime.commands.finetune import _Texts, _texts, settings_from
+
+    for folder in "ab":
+        (text.parent / folder).mkdir()
+        (text.parent / folder / "text.txt").write_text(f"the cat {folder} " * 40, encoding="utf-8")
+    given = [str(text), *(str(text.parent / folder / "text.txt") for folder in "ab")]
+    settings = settings_from({"tokens": 64, "length": 16})
+    _, measured, about = _texts(tiny_tokenizer, _Texts([str(text)], given, 10, 1), settings)
+    assert list(about["held_out"].items()) == list(zip(["text", "text (2)", "text (3)"], given, strict=True))
+    assert len({ids.tobytes() for ids in measured.values()}) == 3
+
+
 def test_two_runs_of_one_seed_are_one_checkpoint(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         tune(checkpoint, tmp_path / name, text, balance="bias")

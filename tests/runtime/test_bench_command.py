@@ -123,6 +123,18 @@ def test_a_limit_that_is_broken_is_an_exit_code_and_the_summary_of_a_job(
     assert "verdict: NOT DECIDED, not a pass" in found.output
 
 
+def test_a_run_without_a_checkpoint_of_its_own_is_timed_by_its_bundles(home: Path) -> None:
+    """As `moedge tune` and `moedge frontier` leave one."""
+    (home / "run").mkdir()
+    (home / "run" / "run.json").write_text("{}", encoding="utf-8")
+    found = bench("run", *QUICK)
+    assert (found.exit_code, "run has no engines yet" in found.stderr) == (2, True)
+    shutil.copytree(home / "dense", home / "run" / "export-dense" / "ort-cpu")
+    found = bench("run", *QUICK, "--json")
+    assert found.exit_code == 0, found.output
+    assert list(json.loads(found.stdout)["engines"]) == ["ort-cpu dense"]
+
+
 def test_a_file_that_fails_costs_no_measurement(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "old.json")

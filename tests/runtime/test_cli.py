@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import pkgutil
 import re
 import subprocess
@@ -412,6 +413,47 @@ def test_inspect_shows_a_run(tmp_path: Path) -> None:
     for verdict in (True, False):
         write_json(tmp_path / "report.json", {"passed": verdict})
         assert json.loads(moedge("inspect", str(tmp_path), "--json").stdout)["passed"] is verdict
+
+
+def test_inspect_shows_a_study_and_the_stages_of_a_frontier(tmp_path: Path) -> None:
+    from moedge.configs.study import load_study
+
+    study = load_study("smollm2-135m-methods").model_dump(mode="json")
+    write_json(tmp_path / "run.json", {"schema": "moedge.study/1", "study": study})
+    names = ["calibrate", "frontier/gather/convert"]
+    for number, name in enumerate(names):
+        write_json(tmp_path / name / "stage.json", {"stage": name, "seconds": 1.0, "key": "0" * 64, "outputs": {}})
+        os.utime(tmp_path / name / "stage.json", (number, number))
+    write_json(tmp_path / "frontier" / ".gather.1.partial" / "stage.json", {})
+    facts = json.loads(moedge("inspect", str(tmp_path), "--json").stdout)
+    assert (facts["kind"], facts["name"], facts["model"]) == ("study", study["name"], "asset:smollm2-135m-instruct")
+    assert [stage["stage"] for stage in facts["stages"]] == names
+    write_json(tmp_path / "run.json", {"schema": "moedge.run/1"})
+    result = moedge("inspect", str(tmp_path))
+    assert (result.exit_code, "run.json is damaged: it does not say what was run" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["evaluate"],
+        ["diagnose"],
+        ["verify"],
+        ["estimate", "--for", "rtx-4090"],
+        ["verify", "--save-reference", "{tmp}/ref.safetensors"],
+    ],
+)
+def test_a_run_whose_checkpoints_are_elsewhere_names_them(tmp_path: Path, command: list[str]) -> None:
+    """Such as of `moedge tune`."""
+    run, other = tmp_path / "run", tmp_path / "run" / "tuned" / "checkpoint"
+    write_json(run / "run.json", {})
+    write_json(run / "source" / "source.json", {"folder": str(folder_with(tmp_path / "model", model_type="llama"))})
+    arguments = [argument.format(tmp=tmp_path) for argument in command]
+    assert f"Run {run} has no convert/checkpoint; finish it with" in moedge(*arguments, str(run)).stderr
+    toy_plan().save(folder_with(other, model_type="llama"))
+    assert f"Run {run} has no convert/checkpoint; give one of its checkpoints: {other}." in (
+        moedge(*arguments, str(run)).stderr
+    )
 
 
 def test_junit_counts_every_check_and_names_the_failed_ones() -> None:

@@ -79,6 +79,11 @@ def test_a_checkpoint_is_retrained_on_its_domains(home: Path) -> None:
         assert scoring.perplexity(model, ids)["ppl"] == pytest.approx(said, rel=1e-5)
     again = CliRunner().invoke(app, command)
     assert "already exists" in again.output
+    # Where the state of another output would be lies the checkpoint itself: it is deleted in the end, so not begun.
+    kept = (home / "moe").rename(home / ".new.training")
+    again = CliRunner().invoke(app, ["retrain", str(kept), str(home / "new"), "--tokens", "256", *settings])
+    assert f"{kept} is or holds {kept}, which would be deleted" in again.stderr
+    assert (kept / "plan.json").is_file()
 
 
 def test_a_checkpoint_of_another_method_is_refused(home: Path) -> None:
