@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from moedge.runtime.bench.points import Point, grid, tokens_of
 from moedge.runtime.bench.profiling import profilable, profiles
 from moedge.runtime.bench.results import SCHEMA, Bench, Gate
 from moedge.runtime.commands import _peers
+from moedge.runtime.commands._late import said_last
 from moedge.runtime.commands._options import Device, Dtype, Json, Numbers, Save, Text, numbers
 from moedge.runtime.engines import open_engine
 from moedge.runtime.engines.given import local
@@ -141,11 +141,11 @@ def bench(
             progress=reporter.progress,
         )
         result["text"] = name
-        with _said_last(late):
+        with said_last(late):
             if profiled:
                 result["profiles"] = _profiled(profiled, windows[0], points[0], repeats, reporter.progress)
         add_headroom(result, folders)
-    with _said_last(late):
+    with said_last(late):
         if judging.asked:
             result["gate"] = judging.judge(result, beside)
     try:
@@ -158,15 +158,6 @@ def bench(
     if late:
         raise late[0]
     return mark(result["gate"]["outcome"]).exit_code if judging.asked else 0
-
-
-@contextmanager
-def _said_last(late: list[MoEdgeError]) -> Iterator[None]:
-    """Keep an error of what follows the timing until the times are written and printed."""
-    try:
-        yield
-    except MoEdgeError as error:
-        late.append(error)
 
 
 @dataclass(frozen=True)
