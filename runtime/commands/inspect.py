@@ -151,8 +151,9 @@ def _run(path: Path) -> dict[str, Any]:
 def _recorded(file: Path) -> dict[str, Any]:
     """What a run was asked for: a recipe, or of `moedge ablate` a study."""
     record = run_folder.read_json(file)
-    kind, given = ("study", record["study"]) if "study" in record else ("run", record.get("recipe"))
+    kind = "study" if "study" in record else "run"
     try:
+        given = record["study" if kind == "study" else "recipe"]
         found = {"kind": kind, "name": given["name"], "model": given["model"]["source"]}
         return found | ({"convert": given["convert"]} if kind == "run" else {})
     except (KeyError, TypeError) as error:
