@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import socket
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +78,41 @@ def read_json(path: Path, mend: str, *, missing: str | None = None) -> dict[str,
 def write_bytes(path: Path, content: bytes) -> None:
     """Write ``content`` to ``path`` so that a reader sees the old file or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = _temporary(path)
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def check_writable(path: Path | None, option: str) -> None:
+    """Refuse a file that :func:`write_bytes` could not write, before the work whose result it is to hold.
+
+    Args:
+        path: the file; None, where none is wanted, is fine.
+        option: what the user named it by.
+
+    Raises:
+        MoEdgeError: a folder or a device is there, a part of the path is no folder, or writing is not allowed.
+    """
+    if path is None:
+        return
+    try:
+        if path.is_dir() or (path.exists() and not path.is_file()):
+            there = "a folder" if path.is_dir() else "no plain file"
+            raise MoEdgeError(f"{option} {path} is {there}; name a file to write.")
+        with suppress(FileNotFoundError):
+            _temporary(path).lstat()
+        folder = next(part for part in path.absolute().parents if part.exists())
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise MoEdgeError(f"{option} {path} cannot be written: {error.strerror}; name another file.") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -95,10 +125,10 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
-def spare(path: Path, inputs: Iterable[Path | str]) -> None:
+def spare(path: Path, inputs: Iterable[Path | str], called: str = "Output") -> None:
     """Refuse to replace a folder that is or holds one of ``inputs``, the working folder or the home folder.
 
-    Names that are no paths (hub ids) do no harm.
+    Names that are no paths (hub ids) do no harm. ``called`` says what the folder is.
 
     Raises:
         MoEdgeError: replacing ``path`` would delete one.
@@ -106,7 +136,9 @@ def spare(path: Path, inputs: Iterable[Path | str]) -> None:
     place = path.resolve()
     for kept in (*(Path(given).expanduser() for given in inputs), Path.cwd(), Path.home()):
         if kept.exists() and any(part.is_relative_to(place) for part in _parts(kept)):
-            raise MoEdgeError(f"Output {path} is or holds {kept}, which would be deleted; choose another output path.")
+            raise MoEdgeError(
+                f"{called} {path} is or holds {kept}, which would be deleted; choose another output path."
+            )
 
 
 def _parts(kept: Path) -> Iterator[Path]:

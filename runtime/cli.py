@@ -138,8 +138,11 @@ RENAMED = {"bundle": "pack", "report": "device-report"}
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
-_OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
-"""Causes of an error that lie with the machine, not with this program: they get a sentence, not a traceback."""
+_OUTSIDE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
+)
+"""Causes of an error that lie with the machine or a given path, not with this program: a sentence, no traceback."""
 
 
 class _Group(TyperGroup):

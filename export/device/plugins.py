@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from moedge import MoEdgeError
+from moedge._children import module
 from moedge._files import atomic_dir
 from moedge.convert.ops.kernels.launch import Launch
 from moedge.runtime.device.moedge_plugins import PLUGINS, Binary, Plugin, key_of
@@ -96,7 +97,7 @@ def compile_library(folder: Path, requests: Sequence[Request], capabilities: Seq
     check_triton()
     asked = {"requests": [asdict(request) for request in requests], "capabilities": list(capabilities)}
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", __name__, str(folder)]
+    command = module(__name__, str(folder))
     done = subprocess.run(
         command, input=json.dumps(asked), env=environment, capture_output=True, text=True, timeout=3600, check=False
     )

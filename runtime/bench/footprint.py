@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from moedge import MoEdgeError
+from moedge._children import python
 from moedge.runtime.bench.timing import timed_run
 from moedge.runtime.engines import Engine, open_engine
 
@@ -40,7 +41,7 @@ def footprint(opener: Callable[..., Engine], ids: np.ndarray, depth: int, thread
     request = {"path": path, "options": options, "ids": ids.tolist(), "depth": depth}
     try:
         child = subprocess.run(
-            [sys.executable, "-c", "from moedge.runtime.bench.footprint import _child; _child()"],
+            python("from moedge.runtime.bench.footprint import _child; _child()"),
             input=json.dumps(request),
             capture_output=True,
             text=True,

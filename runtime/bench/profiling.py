@@ -61,10 +61,7 @@ def profile(
     """
     from moedge.runtime.engines.ort import OrtEngine
 
-    try:
-        import onnx
-    except ImportError as error:
-        raise MoEdgeError("Profiling needs the onnx package; install it with: pip install onnx") from error
+    onnx = _onnx()
     ids = np.asarray(ids, dtype=np.int64).reshape(1, -1)[:, :prompt]
     engine = OrtEngine(path, threads=threads, last_logits=True)
     plain = [_run(engine, ids, decode) for _ in range(repeats + 1)][1:]
@@ -92,6 +89,29 @@ def profile(
     return result | {phase: summary(runs, groups, times[phase], steps[phase]) for phase, runs in phases.items()}
 
 
+def profilable(folders: Mapping[str, Path]) -> dict[str, Path]:
+    """Return the bundles that ONNX Runtime runs; asked before an hour of timing, of which profiles come last.
+
+    Raises:
+        MoEdgeError: there is none, or ``onnx`` is not installed.
+    """
+    rows = {label: targets.known(_target(path)) for label, path in folders.items()}
+    found = {label: folders[label] for label, row in rows.items() if row is not None and row.engine is None}
+    if not found:
+        raise MoEdgeError("Only bundles that ONNX Runtime runs can be profiled, and there is none among these engines.")
+    _onnx()
+    return found
+
+
+def _onnx() -> Any:
+    """The package that reads graphs."""
+    try:
+        import onnx
+    except ImportError as error:
+        raise MoEdgeError("Profiling needs the onnx package; install it with: pip install onnx") from error
+    return onnx
+
+
 def profiles(
     folders: Mapping[str, Path],
     ids: np.ndarray,
@@ -99,15 +119,12 @@ def profiles(
     progress: Callable[[int, int], None] | None = None,
     **sizes: Any,
 ) -> dict[str, Any]:
-    """Profile every bundle that ONNX Runtime runs, one after the other: label -> what :func:`profile` returns.
+    """Profile every bundle of :func:`profilable`, one after the other: label -> what :func:`profile` returns.
 
     Raises:
         MoEdgeError: there is none.
     """
-    rows = {label: targets.known(_target(path)) for label, path in folders.items()}
-    found = {label: folders[label] for label, row in rows.items() if row is not None and row.engine is None}
-    if not found:
-        raise MoEdgeError("Only bundles that ONNX Runtime runs can be profiled, and there is none among these engines.")
+    found = profilable(folders)
     result = {}
     for number, (label, path) in enumerate(found.items()):
         result[label] = profile(path, ids, **sizes)

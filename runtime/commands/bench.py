@@ -15,14 +15,15 @@ from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
-from moedge._files import read_json, write_json, write_text
+from moedge._files import check_writable, read_json, write_json, write_text
 from moedge._progress import Progress
 from moedge.runtime.bench import latency as benchmark
 from moedge.runtime.bench.headroom import add_headroom
 from moedge.runtime.bench.points import Point, grid, tokens_of
-from moedge.runtime.bench.profiling import profiles
+from moedge.runtime.bench.profiling import profilable, profiles
 from moedge.runtime.bench.results import SCHEMA, Bench, Gate
 from moedge.runtime.commands import _peers
+from moedge.runtime.commands._late import said_last
 from moedge.runtime.commands._options import Device, Dtype, Json, Numbers, Save, Text, numbers
 from moedge.runtime.engines import open_engine
 from moedge.runtime.engines.given import local
@@ -101,25 +102,31 @@ def bench(
 ) -> int:
     """Time engines side by side: time to first token, time per token, memory, load time. Judges them when asked to.
 
+    Bundles may carry a library of operators, and engines kernels: native code. Open only those whose origin you trust.
+
     \b
     Examples:
       moedge bench runs/smollm2-135m
       moedge bench build/dense/ort-cpu build/bundles/ort-cpu --batch 1,2,4,8 --depth 0,1024 --csv sweep.csv
       moedge bench build/new --against build/old --max-slowdown 5% --junit bench.xml
       moedge bench moe=build/moe dense=build/dense --baseline last.json --fail-if "moe: ttft.p99 > 800ms"
-      moedge bench ./my-llama build/moe --device cuda --dtype bfloat16 --profile
+      moedge bench ./my-llama build/moe --device cuda --dtype bfloat16
+      moedge bench build/dense/ort-cpu build/bundles/ort-cpu --profile
       moedge bench build/bundles/ort-cpu-int4 build/dense/ort-cpu-int4 --peer genai:build/peers/genai-int4
     """
     judging = _Judging.of(baseline, against, max_slowdown, fail_if)
-    _check_files(judging.asked, junit, plot)
+    files = {"save": save, "junit": junit, "markdown": markdown, "csv": csv, "plot": plot}
+    _check_files(judging.asked, files)
     folders, tokenizer = _given(engines)
     beside = {} if against is None else _older(folders, against)
     folders |= {label: path for label, (_, path) in beside.items()}
     counts = threads.values if threads else (None,)
+    profiled = profilable(folders) if profile else {}
     points = grid(prompt.values, decode.values, batch.values if batch else (1,), depth.values, counts)
     options: dict[str, Any] = {"pytorch": {"device": device, "dtype": dtype}, "last_logits": True}
     openers = {label: partial(open_engine, path, **options) for label, path in folders.items()}
     others, peers = _peers.timed(peer, folders, points, options["pytorch"])
+    late: list[MoEdgeError] = []
     with single("bench", ", ".join((*folders, *others))) as reporter:
         name, windows = token_windows(tokenizer, text, tokens_of(points), 1)
         result = benchmark.bench(
@@ -134,16 +141,22 @@ def bench(
             progress=reporter.progress,
         )
         result["text"] = name
-        if profile:
-            result["profiles"] = _profiled(folders, windows[0], points[0], repeats, reporter.progress)
+        with said_last(late):
+            if profiled:
+                result["profiles"] = _profiled(profiled, windows[0], points[0], repeats, reporter.progress)
         add_headroom(result, folders)
-    if judging.asked:
-        result["gate"] = judging.judge(result, beside)
-    _write(result, save=save, junit=junit, markdown=markdown, csv=csv, plot=plot)
-    if as_json:
-        print(json.dumps(result, indent=2, allow_nan=False))
-    else:
-        _print(result)
+    with said_last(late):
+        if judging.asked:
+            result["gate"] = judging.judge(result, beside)
+    try:
+        _write(result, files)
+    finally:  # what was measured is shown, also where a file cannot be written
+        if as_json:
+            print(json.dumps(result, indent=2, allow_nan=False))
+        else:
+            _print(result)
+    if late:
+        raise late[0]
     return mark(result["gate"]["outcome"]).exit_code if judging.asked else 0
 
 
@@ -198,18 +211,20 @@ def _profiled(
     )
 
 
-def _check_files(judged: bool, junit: Path | None, plot: Path | None) -> None:
+def _check_files(judged: bool, files: Mapping[str, Path | None]) -> None:
     """Refuse files that could not be written, before an hour of timing.
 
     Raises:
         MoEdgeError: which, and why.
     """
-    if junit and not judged:
+    if files["junit"] and not judged:
         raise MoEdgeError("--junit writes checks; give --against, --baseline or --fail-if, which make some.")
-    if plot:
+    if plot := files["plot"]:
         from moedge.runtime.report import bench_plot
 
         bench_plot.check_ending(plot)
+    for name, path in files.items():
+        check_writable(path, f"--{name}")
 
 
 def _given(engines: list[str]) -> tuple[dict[str, Path], Path]:
@@ -222,7 +237,7 @@ def _given(engines: list[str]) -> tuple[dict[str, Path], Path]:
         folders = {str(ref): folder for ref, folder in run_folder.engines(run).items()}
         if not folders:
             raise MoEdgeError(f"{run} has no engines yet; finish it with `moedge run`.")
-        return folders, run_folder.checkpoint(run)
+        return folders, run_folder.tokenizer(run)
     folders = {}
     for given in engines:
         label, path = _named(given)
@@ -278,7 +293,7 @@ def read_result(path: Path) -> Bench:
         raise MoEdgeError(f"{path} is damaged: {place} is not what it should be; {mend}.") from error
 
 
-def _write(result: Bench, **files: Path | None) -> None:
+def _write(result: Bench, files: Mapping[str, Path | None]) -> None:
     """Write every file that was asked for, and the summary of a GitHub job."""
     writers: dict[str, Callable[[Path], None]] = {
         "save": lambda path: write_json(path, result),
@@ -288,7 +303,7 @@ def _write(result: Bench, **files: Path | None) -> None:
         "plot": lambda path: _draw(result, path),
     }
     for name, path in files.items():
-        if path is not None:
+        if path is not None and (name != "junit" or "gate" in result):  # it may be that nothing could be judged
             writers[name](path)
     ci.step_summary(tables.markdown(result))
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
-from moedge._files import write_bytes, write_json
+from moedge._files import check_writable, write_bytes, write_json
 from moedge.runtime.commands._options import Device, HoldoutEvery, Json, Save
 from moedge.runtime.progress import single
 from moedge.runtime.run import held_out, run_folder
@@ -56,9 +56,11 @@ def diagnose(
       moedge diagnose runs/smollm2-135m
       moedge diagnose build/moe --dense ./my-llama --text my.txt --text other.txt --stability --plot routing.svg
     """
-    folder = run_folder.checkpoint(path) if run_folder.is_run(path) else path
+    folder = run_folder.converted(path) if run_folder.is_run(path) else path
     if plot is not None and plot.suffix not in (".svg", ".png"):
         raise MoEdgeError(f"--plot {plot}: write a .svg or .png file.")
+    check_writable(save, "--save")
+    check_writable(plot, "--plot")
     if stability and dense is None and not run_folder.is_run(path):
         raise MoEdgeError("--stability converts again, which needs the dense parent: give it with --dense.")
     if not (folder / "plan.json").is_file():
@@ -66,14 +68,16 @@ def diagnose(
     texts = _Texts(text or ["asset:wiki"], tokens, window, holdout_every)
     with single("diagnose", str(path)) as reporter:
         result = _diagnose(path, folder, dense, texts, k_a, device, reporter, stability=stability)
-    if save is not None:
-        write_json(save, result)
-    if plot is not None:
-        _draw(result["texts"], plot)
-    if as_json:
-        print(json.dumps(result, indent=2, allow_nan=False))
-    else:
-        _print(result)
+    try:
+        if save is not None:
+            write_json(save, result)
+        if plot is not None:
+            _draw(result["texts"], plot)
+    finally:  # what was measured is shown, also where a file cannot be written
+        if as_json:
+            print(json.dumps(result, indent=2, allow_nan=False))
+        else:
+            _print(result)
 
 
 @dataclass(frozen=True)
@@ -108,12 +112,11 @@ def _diagnose(
     for spec in texts.specs:
         read, how = held_out.beside([plan], spec, texts.every)
         held_out.check_window(model, window, "--window")
-        windows[read.name] = held_out.windows(tokenizer, read, window, count, bos=False, name="diagnosed")
-        reporter.note(f"{read.name}: {how}")
-        result = diagnostics.diagnose(
-            model, windows[read.name], dense_model=parent, k_a=k_a, progress=reporter.progress
-        )
-        found[read.name] = {"documents": how, **result}
+        name = held_out.own_name(read.name, found)
+        windows[name] = held_out.windows(tokenizer, read, window, count, bos=False, name="diagnosed")
+        reporter.note(f"{name}: {how}")
+        result = diagnostics.diagnose(model, windows[name], dense_model=parent, k_a=k_a, progress=reporter.progress)
+        found[name] = {"documents": how, **result}
     again = None
     if stability:
         assert parent is not None

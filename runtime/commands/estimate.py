@@ -43,7 +43,7 @@ def estimate(
       moedge estimate build/bundles/portable --for jetson-orin-nano
       moedge estimate runs/smollm2-135m --for rtx-4060 --for jetson-agx-orin --context 8192
     """
-    folder = run_folder.checkpoint(model) if run_folder.is_run(model) else local(model)
+    folder = run_folder.converted(model) if run_folder.is_run(model) else local(model)
     facts, moe, share = needs.facts(folder)
     work = Work(batch=batch, context=context, prompt=max_prompt or max(1, context // 2))
     if work.prompt > work.context:

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from moedge._files import write_json
+from moedge._files import check_writable, write_json
 from moedge.runtime.bench.machine import commit, created, machine
 from moedge.runtime.commands._options import Device, HoldoutEvery, Json, Save, Threads
 from moedge.runtime.commands._questions import Limit, Shots, TaskData, Tasks, questions
@@ -46,12 +46,15 @@ def evaluate(
 
     Answers of each model are set beside the first one's, and a bundle's beside those of the checkpoint before it.
 
+    Bundles may carry a library of operators, and engines kernels: native code. Open only those whose origin you trust.
+
     \b
     Examples:
       moedge evaluate runs/smollm2-135m --text asset:wiki --text asset:c4
       moedge evaluate ./my-llama build/moe --tasks arc_easy,piqa,sciq --limit 200
       moedge evaluate ./my-llama build/moe build/bundles/ort-cpu-int8 --tasks hellaswag
     """
+    check_writable(save, "--save")
     asked = questions(tasks, task_data, shots, limit)
     evaluation = Evaluation(
         texts=text or ([] if asked.tasks else ["asset:wiki"]),
@@ -67,12 +70,14 @@ def evaluate(
     with single("evaluate", ", ".join(map(str, models))) as reporter:
         result = scores(models, evaluation, progress=reporter.progress, note=reporter.note)
     result |= {"created": created(), "commit": commit(), "machine": machine()}
-    if save is not None:
-        write_json(save, result)
-    if as_json:
-        print(json.dumps(result, indent=2, allow_nan=False))
-    else:
-        _print(result)
+    try:
+        if save is not None:
+            write_json(save, result)
+    finally:  # what was measured is shown, also where the file cannot be written
+        if as_json:
+            print(json.dumps(result, indent=2, allow_nan=False))
+        else:
+            _print(result)
 
 
 def _print(result: dict[str, Any]) -> None:

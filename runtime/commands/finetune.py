@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
-from moedge._files import atomic_dir
+from moedge._files import atomic_dir, check_writable, spare
 from moedge.configs.errors import checked
 from moedge.runtime.commands._options import Converted, Force, Threads
 from moedge.runtime.commands._settings import parse_settings
@@ -84,7 +84,11 @@ def finetune(
 
         torch.set_num_threads(threads)
     texts = _Texts(text or ["asset:wiki"], held_out_text, holdout_every, eval_windows)
-    _train(checkpoint, out, wanted, dense, texts, state or out.with_name(f".{out.name}.training"), force=force)
+    where = state or out.with_name(f".{out.name}.training")
+    inputs: list[Path | str] = [checkpoint, *([] if dense is None else [dense]), *texts.trained]
+    inputs += texts.measured or []
+    _check_state(where, out, inputs)
+    _train(checkpoint, out, wanted, dense, texts, where, inputs, force=force)
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,24 @@ class _Texts:
     """Of the documents of a text that is trained on, every so manyth is held out."""
     windows: int
     """Of each text that is measured."""
+
+
+def _check_state(state: Path, out: Path, inputs: list[Path | str]) -> None:
+    """Refuse a place for the saved training, which is deleted in the end, that holds anything else.
+
+    Raises:
+        MoEdgeError: it and ``out`` lie in each other, it holds other files or an input, or it cannot be written.
+    """
+    one, other = state.resolve(), out.resolve()
+    if one.is_relative_to(other) or other.is_relative_to(one):
+        raise MoEdgeError(
+            f"--state {state} and the output {out} lie in one another, and saved training is deleted in the end; name "
+            "a folder of its own."
+        )
+    if state.is_dir() and any(state.iterdir()) and not (state / "state.json").is_file():
+        raise MoEdgeError(f"--state {state} holds other files, which saved training would replace; name a new folder.")
+    check_writable(state / "state.json", "--state")
+    spare(state, inputs, "--state")
 
 
 def _settings(checkpoint: Path, given: dict[str, Any], dense: str | None) -> TrainSettings:
@@ -120,10 +142,16 @@ def _train(
     parent: str | None,
     texts: _Texts,
     where: Path,
+    inputs: list[Path | str],
     *,
     force: bool,
 ) -> None:
-    """Read the texts and train; every process of `accelerate launch` runs this, the first one writes."""
+    """Read the texts and train; every process of `accelerate launch` runs this, the first one writes.
+
+    Args:
+        where: the saved training, of this run alone; deleted in the end.
+        inputs: what must not be deleted.
+    """
     from moedge.convert import sources
     from moedge.convert.train import finetune as core
     from moedge.convert.train import training
@@ -133,10 +161,6 @@ def _train(
     windows, measured, about = _texts(tokenizer, texts, wanted)
     accelerator = training.make(wanted)
     main = accelerator.is_main_process
-    if where.is_dir() and any(where.iterdir()) and not (where / "state.json").is_file():
-        raise MoEdgeError(f"--state {where} holds other files, which saved training would replace; name a new folder.")
-    inputs: list[Path | str] = [checkpoint, *([] if parent is None else [parent]), *texts.trained]
-    inputs += texts.measured or []
     with ExitStack() as stack:
         reporter = stack.enter_context(single("finetune", f"{checkpoint} -> {out}")) if main else None
         if reporter and where.is_dir():
@@ -212,7 +236,7 @@ def _texts(tokenizer: Any, texts: _Texts, settings: TrainSettings) -> tuple[Any,
         found = calibration.read_text(spec)
         # A text that is trained on gives its held-out documents, any other one all of them.
         found = calibration.split(found, texts.every)[1] if found.sha256 in trained else found
-        name = f"{found.name} ({len(measured) + 1})" if found.name in measured else found.name
+        name = held_out.own_name(found.name, measured)
         measured[name] = calibration.windows(
             tokenizer, found, settings.length, texts.windows, bos=False, name="held-out"
         )

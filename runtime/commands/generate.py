@@ -73,6 +73,8 @@ def generate(
     stderr; docs/generation.md lists it. Text is greedy unless one of --sample, --temperature, --top-k, --top-p, --min-p
     asks for sampling; what these do not say is as in the file.
 
+    Bundles may carry a library of operators, and engines kernels: native code. Open only those whose origin you trust.
+
     \b
     Examples:
       moedge generate runs/smollm2-135m "The capital of France is"

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from moedge._files import write_text
+from moedge._files import check_writable, write_text
 from moedge.runtime.commands._options import Json
 from moedge.runtime.history import page, read, steps
 from moedge.runtime.history.schema import SCHEMA, History
@@ -34,6 +34,7 @@ def history(
       moedge history runs/
       moedge history results/ --html history.html
     """
+    check_writable(html, "--html")
     series, files, notes = read.collect(results)
     if steps.available():
         for one in series:
@@ -41,9 +42,9 @@ def history(
     else:
         notes.append(steps.NEEDS)
     found: History = {"schema": SCHEMA, "series": series, "files": files, "notes": notes}
-    if html is not None:
-        write_text(html, page.page(found))
     if as_json:
         print(json.dumps(found, indent=2, allow_nan=False))
     else:
         page.show(found, Console())
+    if html is not None:
+        write_text(html, page.page(found))

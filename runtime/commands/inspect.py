@@ -98,7 +98,7 @@ def _cell(value: Any) -> str:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Return what ``path`` holds as plain JSON; ``kind`` is run, moe checkpoint, bundle, engine or dense model.
+    """Return what ``path`` holds as plain JSON; ``kind`` is run, study, moe checkpoint, bundle, engine or dense model.
 
     Raises:
         MoEdgeError: it is none of these, or it is damaged.
@@ -127,17 +127,13 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _run(path: Path) -> dict[str, Any]:
-    record = run_folder.read_json(path / "run.json")
-    facts: dict[str, Any] = {
-        "kind": "run",
-        "name": record["recipe"]["name"],
-        "model": record["recipe"]["model"]["source"],
-    }
-    facts["convert"] = record["recipe"]["convert"]
+    facts = _recorded(path / "run.json")
     if (path / "report.json").is_file():
         facts["passed"] = run_folder.read_json(path / "report.json").get("passed")
     facts["stages"] = []
-    for stage in sorted(path.glob("*/stage.json"), key=lambda file: file.stat().st_mtime):
+    for stage in sorted(path.rglob("stage.json"), key=lambda file: file.stat().st_mtime):
+        if any(part.startswith(".") for part in stage.relative_to(path).parts):
+            continue  # half-written
         entry = run_folder.read_json(stage)
         size = sum(file["size"] for file in entry["outputs"].values())
         facts["stages"].append(
@@ -150,6 +146,18 @@ def _run(path: Path) -> dict[str, Any]:
         )
     facts["engines"] = [{"engine": str(ref), "folder": str(folder)} for ref, folder in run_folder.engines(path).items()]
     return facts
+
+
+def _recorded(file: Path) -> dict[str, Any]:
+    """What a run was asked for: a recipe, or of `moedge ablate` a study."""
+    record = run_folder.read_json(file)
+    kind = "study" if "study" in record else "run"
+    try:
+        given = record["study" if kind == "study" else "recipe"]
+        found = {"kind": kind, "name": given["name"], "model": given["model"]["source"]}
+        return found | ({"convert": given["convert"]} if kind == "run" else {})
+    except (KeyError, TypeError) as error:
+        raise MoEdgeError(f"{file} is damaged: it does not say what was run; give the same command again.") from error
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
-from moedge._files import atomic_dir, write_json
+from moedge._files import atomic_dir, spare, write_json
 from moedge.configs.errors import checked
 from moedge.runtime.commands._options import Force
 from moedge.runtime.commands._settings import parse_settings
@@ -55,12 +55,14 @@ def retrain(
     entries = [{"name": fact["name"], "spec": fact["text"], "every": fact["every"]} for fact in facts]
     # An interrupted run leaves its state beside the output, and goes on from there.
     state = out.with_name(f".{out.name}.training")
+    inputs = [checkpoint, *(entry["spec"] for entry in entries)]
+    spare(state, inputs)  # it is deleted in the end
     with single("retrain", f"{checkpoint} -> {out}") as reporter:
         train, held = mining.training_windows(
             tokenizer, entries, length=wanted.length, count=-(-wanted.tokens // wanted.length), seed=wanted.seed
         )
         reporter.note(f"{wanted.tokens:,} tokens from {train.size:,} of {len(entries)} domains; state in {state}")
-        with atomic_dir(out, force=force, inputs=[checkpoint, *(entry["spec"] for entry in entries)]) as partial:
+        with atomic_dir(out, force=force, inputs=inputs) as partial:
             result = training.retrain(
                 model,
                 train,

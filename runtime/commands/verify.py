@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,9 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
-from moedge._files import write_text
+from moedge._files import check_writable, write_text
 from moedge._progress import Progress
 from moedge.runtime.bench.machine import commit, created, machine
+from moedge.runtime.commands._late import said_last
 from moedge.runtime.commands._options import Device, Force, Json, Text, Threads, Tolerances
 from moedge.runtime.commands._questions import Limit, Shots, TaskData, Tasks, questions
 from moedge.runtime.engines.protocol import Opening
@@ -93,6 +95,8 @@ def verify(
 
     Where one does, the worst window runs once more, and the layer and the part that departs first are named.
 
+    Bundles may carry a library of operators, and engines kernels: native code. Open only those whose origin you trust.
+
     \b
     Examples:
       moedge verify runs/smollm2-135m
@@ -110,6 +114,7 @@ def verify(
     if not tokens and gate is None:
         raise MoEdgeError("There is nothing to compare: --tokens 0 takes no text, and there are no --tasks.")
     old = baselines.read(baseline) if baseline else None
+    _check_files({"--junit": junit, "--html": html, "--markdown": markdown, "--save-reference": save_reference})
     sample = Sample(text, tokens, window, prefill)
     with single("verify", str(reference)) as reporter:
         if save_reference:
@@ -122,13 +127,19 @@ def verify(
             shaped: dict[str, Any] = {"thorough": thorough, "max_length": max_length, "tolerances": tolerances}
             result = _compared(reference, test, sample, gate, shaped, {**how, "note": reporter.note})
     result["created"], result["commit"], result["machine"] = created(), commit(), machine()
-    if old:
-        result["baseline"] = baselines.compare(result, old)
-    _write(result, junit=junit, html=html, markdown=markdown, gate=fail_on_worse)
-    if as_json:
-        print(json.dumps(result, indent=2, allow_nan=False))
-    else:
-        _print(result)
+    late: list[MoEdgeError] = []
+    with said_last(late):
+        if old:
+            result["baseline"] = baselines.compare(result, old)
+    try:
+        _write(result, junit=junit, html=html, markdown=markdown, gate=fail_on_worse and not late)
+    finally:  # what was measured is shown, also where a file cannot be written
+        if as_json:
+            print(json.dumps(result, indent=2, allow_nan=False))
+        else:
+            _print(result)
+    if late:
+        raise late[0]
     worse = fail_on_worse and result["baseline"]["outcome"] != "not worse"
     return 1 if worse else mark(result["outcome"]).exit_code
 
@@ -152,6 +163,12 @@ def _check(
         raise MoEdgeError("--reference judges by what the file holds; --tasks, --thorough and --max-length need more.")
     if fail_on_worse and not baseline:
         raise MoEdgeError("--fail-on-worse needs an older result to compare with: --baseline FILE.")
+
+
+def _check_files(files: Mapping[str, Path | None]) -> None:
+    """Refuse files that could not be written, by their options, before anything runs."""
+    for option, path in files.items():
+        check_writable(path, option)
 
 
 def _compared(

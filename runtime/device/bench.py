@@ -32,6 +32,7 @@ def main() -> int:
     """Measure ``--repeats`` rounds after ``--warmup`` ones."""
     folder = Path(__file__).resolve().parent
     options = _options(folder)
+    moedge_trt.check_writable(options.out, "--out")
     manifest, facts, session = moedge_archive.open_session(folder)
     beside = None if options.alone else options.dense or _dense_beside(folder)
     sessions = {MOE: session}

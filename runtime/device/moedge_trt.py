@@ -146,7 +146,8 @@ def build(
     Raises:
         DeviceError: the parser or the builder refuses; the message holds its reason.
     """
-    _check_writable(timing_cache)
+    if timing_cache is not None:
+        check_writable(timing_cache, "The timing cache")
     log = logger_class(trt)()
     builder = trt.Builder(log)
     strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
@@ -287,9 +288,19 @@ def _reason(log: Any) -> str:
     return "; ".join(dict.fromkeys([*log.errors[:1], *log.errors[-1:]])) or "no reason given"
 
 
-def _check_writable(timing_cache: Path | None) -> None:
-    if timing_cache is not None and not timing_cache.absolute().parent.is_dir():
-        raise DeviceError(f"The timing cache {timing_cache} cannot be written: {timing_cache.parent} is no folder.")
+def check_writable(path: Path, what: str) -> None:
+    """Refuse a file that :func:`write_bytes` could not write, before the work whose result it is to hold.
+
+    Raises:
+        DeviceError: a folder is there, or there is none to write it to; ``what`` begins the sentence.
+    """
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise DeviceError(f"{what} {path} cannot be written: {path.parent} is no folder.")
+    if path.is_dir():
+        raise DeviceError(f"{what} {path} cannot be written: it is a folder; name a file.")
+    if not os.access(folder, os.W_OK):
+        raise DeviceError(f"{what} {path} cannot be written: {path.parent} does not allow it.")
 
 
 def _keep_timing_cache(config: Any, path: Path) -> None:

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING or __package__:
-    from moedge.runtime.device import moedge_archive, moedge_compare
+    from moedge.runtime.device import moedge_archive, moedge_compare, moedge_trt
 else:  # in an archive the files lie side by side
     import moedge_archive
     import moedge_compare
+    import moedge_trt
 
 
 def main() -> int:
@@ -32,6 +33,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=folder / "verify-result.json")
     parser.add_argument("--answers", type=Path, default=folder / "verify-answers.npz")
     options = parser.parse_args()
+    moedge_trt.check_writable(options.out, "--out")
+    moedge_trt.check_writable(options.answers, "--answers")
     manifest, facts, session = moedge_archive.open_session(folder)
     cases = [_Case.of(number, case, session) for number, case in enumerate(moedge_archive.golden(folder))]
     reference, test = (np.concatenate([getattr(case, name) for case in cases]) for name in ("wanted", "given"))

@@ -77,7 +77,7 @@ def verify_given(
     if test is None:
         if not run_folder.is_run(reference):
             raise MoEdgeError(f"{reference} is not a run folder; give a run folder, or two engines to compare.")
-        checkpoint = run_folder.checkpoint(reference)
+        checkpoint = run_folder.converted(reference)
         name, windows = sample.windows(checkpoint)
         return verify_run(
             run_folder.engines(reference),

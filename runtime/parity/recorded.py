@@ -8,6 +8,8 @@ whatever experts rounding chose there.
 from __future__ import annotations
 
 import json
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,11 @@ from moedge.runtime.parity.metrics import Cursor, TokenErrors
 from moedge.runtime.parity.replay import Replay
 from moedge.runtime.parity.results import Parity
 from moedge.runtime.parity.routing import RouteAgreement
+
+_DAMAGED = (
+    *(OSError, EOFError, zipfile.BadZipFile, zlib.error),  # cut off, or bytes that changed
+    *(ValueError, KeyError, TypeError, AttributeError),  # another file, or a part that is not there
+)
 
 
 class Recorded:
@@ -49,11 +56,14 @@ class Recorded:
             for name, array in found.items():
                 number, part = name.split(".", 1)
                 cases.setdefault(int(number), {})[part] = array
-            self.cases = [cases[number] for number in sorted(cases)]
+            self.cases = [_checked(number, cases[number]) for number in sorted(cases)]
+            if not self.cases:
+                raise ValueError("it holds no answers")
             self.tokens = sum(len(case["ids"]) for case in self.cases)
+            dtype = str(about["dtype"])
             facts = {"label": about["label"], "target": "tensorrt", "moe": about["kind"] == "moe"}
             model = EngineModel.model_validate({**about["model"], **facts, "routed": self.routed})
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except _DAMAGED as error:
             raise MoEdgeError(
                 f"{path} cannot be read as the answers of a device ({error}); run verify.py there again."
             ) from error
@@ -65,7 +75,7 @@ class Recorded:
             )
         self.info = EngineInfo(
             name=f"tensorrt {about['kind']}", runtime="tensorrt", device=f"recorded in {path.name}",
-            dtype=about["dtype"],
+            dtype=dtype,
             threads=1, model=model,
         )  # fmt: skip
 
@@ -81,6 +91,24 @@ class Recorded:
                 logits = case["logits"][None, rows].astype(np.float32)
                 step = Step(logits, None, taps["routes"] or None, taps["router_inputs"] or None)
                 yield "decode" if start else "prefill", ids[None, rows], step, targets[rows]
+
+
+def _checked(number: int, case: dict[str, Any]) -> dict[str, Any]:
+    """Return a case that has all of its parts, a row of each for every token.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if missing := [part for part in ("ids", "prompt", "logits") if part not in case]:
+        raise ValueError(f"case {number} lacks {' and '.join(missing)}")
+    tokens = case["ids"].shape
+    if len(tokens) != 1 or not 1 <= int(case["prompt"]) <= tokens[0] or case["logits"].ndim != 2:
+        raise ValueError(f"case {number} is no prompt with its answers")
+    if short := [name for name, array in case.items() if name != "prompt" and len(array) != tokens[0]]:
+        raise ValueError(f"case {number} has {tokens[0]} tokens, and not as many rows of {short[0]}")
+    for part in ("routes", "router_inputs"):
+        _layers(case, part)
+    return case
 
 
 def _layers(case: dict[str, Any], part: str) -> dict[int, np.ndarray]:

@@ -202,7 +202,7 @@ def keep_given(
     if path.exists() and not force:
         raise MoEdgeError(f"{path} exists already; pass --force to replace it.")
     if run_folder.is_run(folder):
-        folder = run_folder.checkpoint(folder)
+        folder = run_folder.converted(folder)
     how = how_to_open(folder)
     name, windows = sample.windows(folder)
     identity = identity_of(folder)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from moedge import MoEdgeError
+from moedge._children import module
 
 _OPTIONS = {
     "int4": ("-p", "int4", "--extra_options", "accuracy_level=4", "block_size=32"),
@@ -24,8 +24,8 @@ def build(checkpoint: Path, out: Path, precision: str) -> None:
         MoEdgeError: the builder fails, with the last line that it said.
     """
     with tempfile.TemporaryDirectory() as cache:
-        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint), "-o", str(out)]
-        command += ["-e", "cpu", "-c", cache, *_OPTIONS[precision]]
+        options = ("-i", str(checkpoint), "-o", str(out), "-e", "cpu", "-c", cache, *_OPTIONS[precision])
+        command = module("onnxruntime_genai.models.builder", *options)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode or not (out / "genai_config.json").is_file():
         last = (done.stderr.strip().splitlines() or [f"exit {done.returncode}, no output"])[-1]

@@ -23,9 +23,9 @@ def show(result: Bench, console: Console) -> None:
         if found := point.get("headroom"):
             for sheet in sheets(found):
                 console.print(sheet)
-        for line in sentences(point):
-            bad = line.startswith("NOT TO BE TRUSTED")
-            console.print(escape(line), highlight=False, soft_wrap=True, style="yellow" if bad else None)
+        for said in sentences(point):
+            style = "yellow" if said.concern else None
+            console.print(escape(said.text), highlight=False, soft_wrap=True, style=style)
 
 
 def sheets(found: Headroom) -> Iterator[Sheet]:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from moedge.runtime.bench.results import PointResult
 
 
-def sentences(point: PointResult) -> list[str]:
+class Sentence(NamedTuple):
+    """What is said, and whether it is a reason not to trust the times."""
+
+    text: str
+    concern: bool = False
+
+
+def sentences(point: PointResult) -> list[Sentence]:
     """Say what a conversion gained of what it could, what was not told, the joules, and what the guard found."""
-    said = []
+    said: list[str] = []
     if found := point.get("headroom"):
         for gain in found["gains"]:
             said.append(
@@ -22,9 +29,8 @@ def sentences(point: PointResult) -> list[str]:
             if reason := row.get("reason"):
                 said.append(f"{row['label']}: headroom not told, {reason}.")
     said += _energy(point)
-    if guard := point.get("guard"):
-        said += lines(guard)
-    return said
+    guard = point.get("guard")
+    return [*map(Sentence, said), *(_guarded(guard) if guard else ())]
 
 
 def _energy(point: PointResult) -> list[str]:
@@ -45,13 +51,19 @@ def _energy(point: PointResult) -> list[str]:
 
 def lines(guard: Mapping[str, Any]) -> list[str]:
     """Say what the guard found, for people: the first line is the verdict."""
+    return [sentence.text for sentence in _guarded(guard)]
+
+
+def _guarded(guard: Mapping[str, Any]) -> list[Sentence]:
+    seen = ", ".join(_told(guard))
     if guard["trusted"]:
-        said = ["The measurement can be trusted: " + ", ".join(_told(guard)) + "."]
+        said = [Sentence(f"The measurement can be trusted: {seen}.")]
     else:
-        said = ["NOT TO BE TRUSTED: " + guard["concerns"][0]["says"]]
-        said += [concern["says"] for concern in guard["concerns"][1:]]
-        said.append("Seen: " + ", ".join(_told(guard)) + ".")
-    return [*said, *guard["notes"]]
+        first, *others = (concern["says"] for concern in guard["concerns"])
+        said = [Sentence(f"NOT TO BE TRUSTED: {first}", concern=True)]
+        said += [Sentence(one, concern=True) for one in others]
+        said.append(Sentence(f"Seen: {seen}."))
+    return [*said, *map(Sentence, guard["notes"])]
 
 
 def _told(guard: Mapping[str, Any]) -> list[str]:

@@ -312,6 +312,8 @@ def bench(context: Context) -> None:
         for label, path in folders.items()
     }
     options = {name: params[name] for name in ("repeats", "warmup")}
+    if params["profile"]:
+        profiling.profilable(folders)
     result = benchmark.bench(engines, ids, points, **options, batches=True, progress=context.progress)
     if params["profile"]:
         sizes = {name: params[name] for name in ("prompt", "decode", "repeats", "threads")}

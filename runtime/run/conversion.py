@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +74,7 @@ def _place(out: Path, *, force: bool, inputs: list[str]) -> Iterator[Path]:
 
 
 _PATIENCE = 15.0
-"""Seconds: longer than torchrun needs to end all processes when one has ended."""
+"""Seconds in which the first process, too, should have seen what is wrong."""
 
 
 @contextmanager
@@ -83,5 +85,27 @@ def one_message() -> Iterator[None]:
     except MoEdgeError as error:
         if processes.rank():
             time.sleep(_PATIENCE)
+        if not _speaks():
+            raise SystemExit(MoEdgeError.exit_code) from None
+        if processes.rank():
             raise MoEdgeError(f"process {processes.rank()}: {error}") from error
         raise
+
+
+def _speaks() -> bool:
+    """Whether no other process has said anything. They count in the store by which ``torchrun`` joined them.
+
+    How long it takes until all are ended when one has ended is nothing to count on. Where the store is gone nobody
+    knows, and something said twice is better than nothing said.
+    """
+    if processes.count() == 1:
+        return True
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in its __all__
+
+    try:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(host, port, wait_for_workers=False, timeout=timedelta(seconds=10))
+        said: int = store.add(f"moedge/said/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1)
+    except (KeyError, RuntimeError):
+        return True
+    return said == 1

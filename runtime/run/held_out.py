@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -94,9 +95,14 @@ def texts(entries: dict[str, Any]) -> list[TextSet]:
         text = calibration.read_text(entry["spec"])
         if entry["is"] in seen:
             text = calibration.split(text, entries["calibration"]["every"])[1]
-        same = sum(other.name.split(" ")[0] == text.name for other in found)
-        found.append(replace(text, name=f"{text.name} ({same + 1})") if same else text)
+        found.append(replace(text, name=own_name(text.name, [other.name for other in found])))
     return found
+
+
+def own_name(name: str, taken: Collection[str]) -> str:
+    """Name a text that is read beside others: of the same file name the second one is ``name (2)``, and so on."""
+    numbered = (name if number == 1 else f"{name} ({number})" for number in itertools.count(1))
+    return next(one for one in numbered if one not in taken)
 
 
 def whole(spec: str) -> tuple[TextSet, str]:

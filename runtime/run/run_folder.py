@@ -44,6 +44,33 @@ def checkpoint(run: Path) -> Path:
     return run / "convert" / "checkpoint"
 
 
+def converted(run: Path) -> Path:
+    """Folder of the MoE checkpoint of a finished run, for a command that was given the run.
+
+    Raises:
+        MoEdgeError: there is none. Runs of `moedge tune`, `frontier` and `ablate` have theirs elsewhere.
+    """
+    folder = checkpoint(run)
+    if folder.is_dir():
+        return folder
+    others = sorted(str(plan.parent) for plan in run.rglob("plan.json") if (plan.parent / "config.json").is_file())
+    mend = f"give one of its checkpoints: {', '.join(others)}" if others else "finish it with `moedge run`"
+    raise MoEdgeError(f"Run {run} has no {folder.relative_to(run)}; {mend}.")
+
+
+def tokenizer(run: Path) -> Path:
+    """Folder whose tokenizer reads text for the engines of a run: they all have the same.
+
+    Raises:
+        MoEdgeError: none has one.
+    """
+    places = (checkpoint(run), *engines(run).values())
+    found = next((folder for folder in places if (folder / "tokenizer.json").is_file()), None)
+    if found is None:
+        raise MoEdgeError(f"No engine of run {run} has a tokenizer.json; finish it with `moedge run`.")
+    return found
+
+
 def source(run: Path) -> dict[str, Any]:
     """What the source stage found: spec, kind, sha256, label, folder, config."""
     return read_json(run / "source" / "source.json")

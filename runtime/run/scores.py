@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,14 +93,13 @@ def scores(
     models = _models(paths)
     data_files(evaluation.questions)
     read = _texts(models, evaluation)
-    texts = list({text.name: text for text, _ in read}.values())
     rows, answers = [], dict[str, list[TaskScore]]()
     for model in models:
         opening: Opening = {"threads": evaluation.threads, "pytorch": {"device": evaluation.device}}
         with closing(open_engine(model.folder, **opening)) as engine:
             measure = _Measure(model, engine, open_tokenizer(model.folder), evaluation, progress)
             row: dict[str, Any] = {"model": model.label, "engine": _facts(engine), "perplexity": {}, "tasks": []}
-            for text in texts:
+            for text, _ in read:
                 if note:
                     note(f"{model.label}: perplexity on {text.name}")
                 row["perplexity"][text.name] = measure.perplexity(text)
@@ -198,7 +197,7 @@ def _models(paths: Sequence[str | Path]) -> list[_Model]:
     for given in paths:
         path = Path(given)
         if run_folder.is_run(path):
-            found |= {f"{path} dense": run_folder.dense(path), f"{path} moe": run_folder.checkpoint(path)}
+            found |= {f"{path} dense": run_folder.dense(path), f"{path} moe": run_folder.converted(path)}
         else:
             found[str(given)] = local(path)
     if not found:
@@ -213,7 +212,12 @@ def _texts(models: Sequence[_Model], evaluation: Evaluation) -> list[tuple[TextS
         return []
     plans = [model.plan for model in models if model.plan is not None]
     plans += [plan for model in models if (plan := _plan_of_bundle(model, plans)) is not None]
-    return [held_out.beside(plans, spec, evaluation.holdout_every) for spec in evaluation.texts]
+    found: dict[str, tuple[TextSet, str]] = {}
+    for spec in evaluation.texts:
+        text, how = held_out.beside(plans, spec, evaluation.holdout_every)
+        name = held_out.own_name(text.name, found)
+        found[name] = replace(text, name=name), how
+    return list(found.values())
 
 
 def _plan_of_bundle(model: _Model, known: Iterable[MoEPlan]) -> MoEPlan | None:

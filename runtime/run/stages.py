@@ -22,6 +22,7 @@ from moedge.runtime.run.fingerprint import fingerprint
 # What a body runs of this package; tests/runtime/test_recipe_stages.py follows the imports and finds what is missing.
 ALWAYS_CODE = (
     *(
+        "_children.py",
         "_files.py",
         "_progress.py",
         "_registry.py",

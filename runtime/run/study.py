@@ -117,15 +117,17 @@ def _windows(context: Context, which: str) -> dict[str, Any]:
     from moedge.convert.sources import load_tokenizer
 
     tokenizer = load_tokenizer(run_folder.dense(context.root))
-    found = {}
+    found: dict[str, Any] = {}
+    names: list[str] = []  # of all texts, so that one has the same name in both
     for entry in context.params["texts"]:
+        text = calibration.read_text(entry["source"])
+        names.append(held_out.own_name(text.name, names))
         if not entry[which]:
             continue
-        text = calibration.read_text(entry["source"])
         if entry["calibration"]:  # else all of it is held out
             text = calibration.split(text, entry["holdout_every"])[0 if which == "calibration" else 1]
         length, bos = context.params["window"], context.params["bos"]
-        found[text.name.split(" ")[0]] = held_out.windows(tokenizer, text, length, entry[which], bos=bos, name=which)
+        found[names[-1]] = held_out.windows(tokenizer, text, length, entry[which], bos=bos, name=which)
     return found
 
 

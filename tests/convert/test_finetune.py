@@ -127,6 +127,19 @@ def test_a_text_is_not_measured_on_what_was_trained_however_it_is_spelled(text: 
     assert one[2]["text_sha256"] == [sha256_file(text)]
 
 
+def test_texts_of_one_file_name_are_all_measured(text: Path, tiny_tokenizer: Any) -> None:
+    from moedge.runtime.commands.finetune import _Texts, _texts, settings_from
+
+    for folder in "ab":
+        (text.parent / folder).mkdir()
+        (text.parent / folder / "text.txt").write_text(f"the cat {folder} " * 40, encoding="utf-8")
+    given = [str(text), *(str(text.parent / folder / "text.txt") for folder in "ab")]
+    settings = settings_from({"tokens": 64, "length": 16})
+    _, measured, about = _texts(tiny_tokenizer, _Texts([str(text)], given, 10, 1), settings)
+    assert list(about["held_out"].items()) == list(zip(["text", "text (2)", "text (3)"], given, strict=True))
+    assert len({ids.tobytes() for ids in measured.values()}) == 3
+
+
 def test_two_runs_of_one_seed_are_one_checkpoint(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         tune(checkpoint, tmp_path / name, text, balance="bias")
@@ -178,6 +191,35 @@ def test_what_cannot_work_is_one_sentence(
     assert says in result.output
     assert "Traceback" not in result.output
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    ("state", "says"),
+    [
+        ("new", "lie in one another"),  # and the checkpoint would go with it
+        ("new/model", "lie in one another"),
+        ("new/model/state", "lie in one another"),
+        ("new/../new", "lie in one another"),
+        ("text.txt", "--state {state}/state.json cannot be written: Not a directory"),
+        ("text.txt/state", "--state {state}/state.json cannot be written: Not a directory"),
+        ("kept", "--state {state} is or holds {text}, which would be deleted"),
+    ],
+)
+def test_a_place_of_saved_training_that_costs_something_is_refused_before_training(
+    checkpoint: Path, tmp_path: Path, text: Path, state: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finetune, "finetune", lambda *_, **__: pytest.fail("trained"))
+    kept = tmp_path / "kept" / "text.txt"
+    kept.parent.mkdir()
+    kept.write_bytes(text.read_bytes())
+    (tmp_path / "kept" / "state.json").write_text("{}")
+    before = hash_tree(tmp_path)
+    options = ["--tokens", "64", "--length", "16", "--text", str(kept), "--state", str(tmp_path / state)]
+    result = CliRunner().invoke(app, ["finetune", str(checkpoint), str(tmp_path / "new" / "model"), *options])
+    assert result.exit_code == 2
+    said = says.format(state=tmp_path / state, text=kept)
+    assert said in result.stderr
+    assert hash_tree(tmp_path) == before
 
 
 def test_a_tuned_checkpoint_exports_and_computes_the_same(checkpoint: Path, text: Path, tmp_path: Path) -> None:

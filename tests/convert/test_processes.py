@@ -21,6 +21,7 @@ from moedge.convert import methods, modeling, processes
 from moedge.convert.plan import MoEPlan
 from moedge.convert.train import training
 from moedge.convert.train.settings import TrainSettings
+from moedge.runtime.run import conversion
 
 
 def test_one_process_gets_back_what_it_gives() -> None:
@@ -76,6 +77,47 @@ def test_methods_that_need_all_tokens_at_once_are_refused(monkeypatch: pytest.Mo
     assert refused == {"cmoe-hierarchical", "dive", "moefication"}
     with pytest.raises(MoEdgeError, match="moefication runs in one process; start it without torchrun"):
         methods.convert("moefication", None, None)
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What torchrun joins its processes by; of two, and nobody waits."""
+    dist = pytest.importorskip("torch.distributed")
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(conversion, "_PATIENCE", 0.0)
+    return store
+
+
+def said(rank: int, monkeypatch: pytest.MonkeyPatch) -> str | None:
+    """What a process says that sees an error; None: it ends in silence."""
+    monkeypatch.setattr(processes, "rank", lambda: rank)
+    try:
+        with conversion.one_message():
+            raise MoEdgeError("wrong")
+    except MoEdgeError as error:
+        return str(error)
+    except SystemExit as end:
+        return None if end.code == MoEdgeError.exit_code else f"exit {end.code}"
+
+
+@pytest.mark.parametrize(("order", "sentences"), [([0, 1], ["wrong", None]), ([1, 0], ["process 1: wrong", None])])
+def test_what_all_processes_see_is_said_once(
+    order: list[int], sentences: list[str | None], store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long it takes until the others are ended, and whichever comes first."""
+    assert [said(rank, monkeypatch) for rank in order] == sentences
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert said(0, monkeypatch) == "wrong", "torchrun has started them again"
+
+
+def test_where_nobody_knows_it_is_said(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MASTER_PORT")
+    assert [said(rank, monkeypatch) for rank in (0, 1)] == ["wrong", "process 1: wrong"]
+    monkeypatch.setattr(processes, "count", lambda: 1)
+    assert said(0, monkeypatch) == "wrong"
 
 
 # --- real processes --------------------------------------------------------------------------------------------------
@@ -145,7 +187,7 @@ def test_an_error_is_one_sentence_and_ends_all(options: tuple[str, ...], said: s
     assert done.returncode != 0
     ours = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(ours) == 1, done.stderr
-    assert said in done.stderr
+    assert said in ours[0]
     assert not (home / "failed").exists()
 
 

@@ -372,6 +372,7 @@ def test_without_numpy_the_last_line_names_numpy(unpacked, script):
     [
         (["--repeats", "0"], "must be at least 1"),
         (["--decode", "0"], "must be at least 1"),
+        (["--out", "."], "--out . cannot be written: it is a folder"),
         (["--decode", "64"], "--decode 64 leaves no room for a prompt: this engine holds 64 tokens"),
     ],
 )

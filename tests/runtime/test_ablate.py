@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -15,6 +16,8 @@ from typer.testing import CliRunner
 from moedge.configs.files import packaged
 from moedge.convert import calibration, evaluate, methods, sources
 from moedge.runtime.cli import app
+from moedge.runtime.run import study as bodies
+from moedge.runtime.run.engine import Context
 
 STUDY = """
 name: tiny
@@ -83,6 +86,26 @@ def test_rows_are_measured_on_one_protocol_and_kept(home: Path) -> None:
     assert second.exit_code == 0, second.output
     redone = [line for line in second.output.splitlines() if "done in" in line]
     assert len(redone) == 3, second.output  # `own` at both sparsities, and the table
+
+
+def test_texts_of_one_file_name_are_all_read(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text((home / "other.txt").read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "source.json").write_text(json.dumps({"folder": str(home / "model")}), encoding="utf-8")
+    paths = {"text": home / "text.txt", "text (2)": tmp_path / "text.txt"}
+    counts = [{"calibration": 1, "held_out": 0}, {"calibration": 1, "held_out": 2}]
+    texts = [
+        {"source": str(path), "holdout_every": 4, **count} for path, count in zip(paths.values(), counts, strict=True)
+    ]
+    params = {"texts": texts, "window": 64, "bos": False}
+    context = Context(tmp_path, tmp_path, params, lambda *_: None, lambda _: None)
+    found = bodies._windows(context, "calibration")
+    tokenizer = sources.load_tokenizer(home / "model")
+    for name, path in paths.items():
+        kept = calibration.split(calibration.read_text(str(path)), 4)[0]
+        np.testing.assert_array_equal(found[name], calibration.windows(tokenizer, kept, 64, 1, bos=False, name="check"))
+    assert found.keys() == paths.keys()
+    assert bodies._windows(context, "held_out").keys() == {"text (2)"}, "one text has one name"
 
 
 def test_every_row_reads_the_statistics_of_its_own_profile(home: Path, tmp_path: Path) -> None:

@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy import stats
+from typer.testing import CliRunner
 
 from moedge import MoEdgeError
 from moedge._files import write_json
 from moedge.configs import tolerances
+from moedge.runtime.cli import app
+from moedge.runtime.commands import verify
 from moedge.runtime.parity import baseline
 from moedge.runtime.parity.suite import finished
 
@@ -192,3 +195,16 @@ def test_a_damaged_baseline_is_refused_in_a_sentence(tmp_path: Path) -> None:
     write_json(tmp_path / "old.json", old)
     with pytest.raises(MoEdgeError, match="is damaged"):
         baseline.compare(result(entry(KL, name="z vs b")), baseline.read(tmp_path / "old.json"))
+
+
+def test_a_damaged_baseline_costs_no_verification(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = result(entry(KL))
+    del old["parity"][0]["verdict"]["checks"][0]["limit"], old["parity"][0]["test"]
+    write_json(tmp_path / "old.json", old)
+    monkeypatch.setattr(verify, "_compared", lambda *_: result(entry(KL, name="z vs b")))
+    monkeypatch.setattr(verify.checks, "markdown", lambda _: "")  # of a result with more in it
+    options = ["--baseline", str(tmp_path / "old.json"), "--junit", str(tmp_path / "x.xml"), "--json"]
+    found = CliRunner().invoke(app, ["verify", "one", "two", *options, "--fail-on-worse"])
+    assert (found.exit_code, json.loads(found.stdout)["parity"][0]["name"]) == (2, "z vs b")
+    assert "old.json is damaged" in found.stderr
+    assert (tmp_path / "x.xml").is_file()

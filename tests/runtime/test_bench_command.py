@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -12,8 +14,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
+from moedge import MoEdgeError
 from moedge.runtime.bench import latency, timing
 from moedge.runtime.cli import app
+from moedge.runtime.commands import bench as command
 
 QUICK = ("--prompt", "8", "--decode", "2", "--repeats", "6", "--threads", "1")
 
@@ -119,9 +123,68 @@ def test_a_limit_that_is_broken_is_an_exit_code_and_the_summary_of_a_job(
     assert "verdict: NOT DECIDED, not a pass" in found.output
 
 
+def test_a_run_without_a_checkpoint_of_its_own_is_timed_by_its_bundles(home: Path) -> None:
+    """As `moedge tune` and `moedge frontier` leave one."""
+    (home / "run").mkdir()
+    (home / "run" / "run.json").write_text("{}", encoding="utf-8")
+    found = bench("run", *QUICK)
+    assert (found.exit_code, "run has no engines yet" in found.stderr) == (2, True)
+    shutil.copytree(home / "dense", home / "run" / "export-dense" / "ort-cpu")
+    found = bench("run", *QUICK, "--json")
+    assert found.exit_code == 0, found.output
+    assert list(json.loads(found.stdout)["engines"]) == ["ort-cpu dense"]
+
+
+def test_a_file_that_fails_costs_no_measurement(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "old.json")
+
+    monkeypatch.setattr(command, "write_json", full)
+    found = bench("one", *QUICK, "--json", "--save", "old.json")
+    assert (found.exit_code, json.loads(found.stdout)["schema"]) == (2, "moedge.bench/2")
+    assert "error: No space left on device (old.json);" in found.stderr
+
+
+def test_what_follows_the_timing_costs_no_measurement(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit of an engine that is not there, and a profile that fails: said last, after times and files."""
+    found = bench("one", *QUICK, "--save", "a.json", "--fail-if", "other: tpot > 1s", "--junit", "a.xml")
+    assert found.exit_code == 2
+    assert "error: " in found.stderr
+    assert "other" in found.stderr
+    assert "per token" in found.stdout
+    assert "gate" not in json.loads((home / "a.json").read_text(encoding="utf-8"))
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise MoEdgeError("no node was recorded")
+
+    monkeypatch.setattr(command, "profiles", broken)
+    found = bench("one", *QUICK, "--save", "b.json", "--profile")
+    assert (found.exit_code, found.stderr.splitlines()[-1]) == (2, "error: no node was recorded")
+    assert "per token" in found.stdout
+    assert len(json.loads((home / "b.json").read_text(encoding="utf-8"))["points"]) == 1
+
+
+def test_a_profile_of_nothing_is_refused_before_the_timing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "bench", lambda *_, **__: pytest.fail("timed"))
+    for folder in ("one", "dense"):  # as if both were checkpoints
+        (home / folder / "manifest.json").unlink()
+    found = bench("one", "dense", *QUICK, "--profile")
+    assert found.exit_code == 2
+    assert "error: Only bundles that ONNX Runtime runs can be profiled" in found.stderr
+
+
+def test_a_profile_without_onnx_is_refused_before_the_timing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "bench", lambda *_, **__: pytest.fail("timed"))
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    found = bench("one", *QUICK, "--profile")
+    assert (found.exit_code, "error: Profiling needs the onnx package" in found.stderr) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (("one", "--save", "two"), "--save two is a folder; name a file to write."),
+        (("one", "--markdown", "text.txt/x.md"), "--markdown text.txt/x.md cannot be written: Not a directory;"),
         (("one", "--baseline", "none.json"), "none.json is missing; measure it again with `moedge bench --save`."),
         (
             ("one", "--baseline", "old.json"),

@@ -322,6 +322,8 @@ def test_a_timing_cache_never_costs_the_engine(
     assert path.read_bytes() == written
     with pytest.raises(moedge_trt.DeviceError, match="is no folder"):
         moedge_trt.build(tensorrt(config, accept), "model.onnx", profiles, timing_cache=tmp_path / "no" / "cache")
+    with pytest.raises(moedge_trt.DeviceError, match="it is a folder; name a file"):
+        moedge_trt.build(tensorrt(config, accept), "model.onnx", profiles, timing_cache=tmp_path)
 
 
 def test_a_profile_that_tensorrt_refuses_is_one_sentence() -> None:

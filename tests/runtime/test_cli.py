@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import pkgutil
 import re
 import subprocess
@@ -217,6 +218,13 @@ def folder_with(path: Path, **config: Any) -> Path:
         (["verify", "{tmp}/used", "{tmp}/used"], "tokenizer.json is missing"),
         (["bench", "{tmp}/used"], "tokenizer.json is missing"),
         (["bench", "{tmp}/used", "{tmp}/bundles", "{tmp}/used"], "/used is given twice; name each engine once."),
+        (["bench", "{tmp}/used", "--csv", "{tmp}/file/x.csv"], "--csv {tmp}/file/x.csv cannot be written"),
+        (["verify", "{tmp}/used", "--markdown", "{tmp}/used"], "--markdown {tmp}/used is a folder"),
+        (["verify", "{tmp}/used", "--save-reference", "{tmp}/file/x"], "--save-reference {tmp}/file/x cannot be"),
+        (["evaluate", "{tmp}/used", "--save", "{tmp}/used"], "--save {tmp}/used is a folder"),
+        (["diagnose", "{tmp}/used", "--save", "{tmp}/used"], "--save {tmp}/used is a folder"),
+        (["diagnose", "{tmp}/used", "--plot", "{tmp}/file/x.svg"], "--plot {tmp}/file/x.svg cannot be written"),
+        (["history", "{tmp}/used", "--html", "{tmp}/used"], "--html {tmp}/used is a folder"),
         (["generate", "{tmp}/nothing", "hi"], "{tmp}/nothing"),
         (
             ["generate", "{tmp}/used", "hi", "--engine", "tpu"],
@@ -321,6 +329,11 @@ def test_sigterm_leaves_no_partial_folder(tmp_path: Path) -> None:
             "No space left on device;",
         ),
         (OSError("8192 requested and 4600 written"), "No space left on device;"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "/x"), "Is a directory (/x);"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/x/y"), "Not a directory (/x/y);"),
+        (FileExistsError(errno.EEXIST, "File exists", "/x"), "File exists (/x);"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "/x"), "File name too long (/x);"),
+        (OSError(errno.ELOOP, "Too many levels of symbolic links", "/x"), "Too many levels of symbolic links (/x);"),
         (MemoryError(), "Out of memory"),
     ],
 )
@@ -400,6 +413,47 @@ def test_inspect_shows_a_run(tmp_path: Path) -> None:
     for verdict in (True, False):
         write_json(tmp_path / "report.json", {"passed": verdict})
         assert json.loads(moedge("inspect", str(tmp_path), "--json").stdout)["passed"] is verdict
+
+
+def test_inspect_shows_a_study_and_the_stages_of_a_frontier(tmp_path: Path) -> None:
+    from moedge.configs.study import load_study
+
+    study = load_study("smollm2-135m-methods").model_dump(mode="json")
+    write_json(tmp_path / "run.json", {"schema": "moedge.study/1", "study": study})
+    names = ["calibrate", "frontier/gather/convert"]
+    for number, name in enumerate(names):
+        write_json(tmp_path / name / "stage.json", {"stage": name, "seconds": 1.0, "key": "0" * 64, "outputs": {}})
+        os.utime(tmp_path / name / "stage.json", (number, number))
+    write_json(tmp_path / "frontier" / ".gather.1.partial" / "stage.json", {})
+    facts = json.loads(moedge("inspect", str(tmp_path), "--json").stdout)
+    assert (facts["kind"], facts["name"], facts["model"]) == ("study", study["name"], "asset:smollm2-135m-instruct")
+    assert [stage["stage"] for stage in facts["stages"]] == names
+    write_json(tmp_path / "run.json", {"schema": "moedge.run/1"})
+    result = moedge("inspect", str(tmp_path))
+    assert (result.exit_code, "run.json is damaged: it does not say what was run" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["evaluate"],
+        ["diagnose"],
+        ["verify"],
+        ["estimate", "--for", "rtx-4090"],
+        ["verify", "--save-reference", "{tmp}/ref.safetensors"],
+    ],
+)
+def test_a_run_whose_checkpoints_are_elsewhere_names_them(tmp_path: Path, command: list[str]) -> None:
+    """Such as of `moedge tune`."""
+    run, other = tmp_path / "run", tmp_path / "run" / "tuned" / "checkpoint"
+    write_json(run / "run.json", {})
+    write_json(run / "source" / "source.json", {"folder": str(folder_with(tmp_path / "model", model_type="llama"))})
+    arguments = [argument.format(tmp=tmp_path) for argument in command]
+    assert f"Run {run} has no convert/checkpoint; finish it with" in moedge(*arguments, str(run)).stderr
+    toy_plan().save(folder_with(other, model_type="llama"))
+    assert f"Run {run} has no convert/checkpoint; give one of its checkpoints: {other}." in (
+        moedge(*arguments, str(run)).stderr
+    )
 
 
 def test_junit_counts_every_check_and_names_the_failed_ones() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ import pytest
 from moedge import MoEdgeError
 from moedge.runtime.bench.stats import bootstrap_ci
 from moedge.runtime.commands import device_report
-from moedge.runtime.device import moedge_timing
+from moedge.runtime.device import moedge_archive, moedge_timing
+from moedge.runtime.parity.recorded import Recorded
 from moedge.runtime.report import jetson_llm_benchmark
 
 
@@ -112,3 +114,54 @@ def test_ratios_on_a_device_are_paired_by_round() -> None:
     assert moedge_timing.speedup(10 * drift, 20 * drift)["verdict"] == "slower"
     same = moedge_timing.speedup(np.array([[1.0], [1.2], [0.9]]), np.array([[1.1], [1.0], [1.0]]))
     assert same["verdict"] == "no difference shown"
+
+
+def answered(path: Path, **parts: Any) -> Path:
+    """``verify-answers.npz`` of one case of 3 tokens, 2 of them the prompt, with ``parts`` in place of its own."""
+    about: dict[str, Any] = {"content_sha256": "0", "label": "toy", "kind": "dense", "moe": None, "dtype": "float16"}
+    case = moedge_archive.answers(0, np.array([[5, 6, 7]]), 2, np.zeros((3, 8), np.float32), {}, [])
+    case = {name: array for name, array in {**case, **parts}.items() if array is not None}
+    moedge_archive.write_answers({**about, "model": {"vocab_size": 8}}, case, path)
+    return path
+
+
+def test_whole_answers_are_read(tmp_path: Path) -> None:
+    found = Recorded(answered(tmp_path / "a.npz"))
+    assert (found.tokens, found.info.dtype, found.routed) == (3, "float16", False)
+    assert [(phase, ids.tolist()) for phase, ids, _, _ in found.steps()] == [("prefill", [[5, 6]]), ("decode", [[7]])]
+
+
+@pytest.mark.parametrize("kept", [0, 10, 0.5, 0.95])
+def test_answers_that_were_cut_off_are_one_sentence(tmp_path: Path, kept: float) -> None:
+    path = answered(tmp_path / "a.npz")
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept if kept > 1 else kept * len(content))])
+    with pytest.raises(MoEdgeError, match=r"a.npz cannot be read as the answers of a device .*; run verify.py there"):
+        Recorded(path)
+
+
+def test_answers_with_changed_bytes_are_one_sentence(tmp_path: Path) -> None:
+    path = answered(tmp_path / "a.npz", **{"0.logits": np.random.default_rng(0).normal(size=(3, 8))})
+    content = bytearray(path.read_bytes())
+    place = content.index(b"0.logits.npy") + 150
+    content[place : place + 20] = bytes(20)
+    path.write_bytes(content)
+    with pytest.raises(MoEdgeError, match=r"a.npz cannot be read as the answers of a device"):
+        Recorded(path)
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({"0.prompt": None}, "case 0 lacks prompt"),
+        ({"0.prompt": None, "0.logits": None}, "case 0 lacks prompt and logits"),
+        ({"0.ids": None, "0.prompt": None, "0.logits": None}, "it holds no answers"),
+        ({"0.prompt": np.array(4)}, "case 0 is no prompt with its answers"),
+        ({"0.logits": np.zeros((2, 8))}, "case 0 has 3 tokens, and not as many rows of logits"),
+        ({"0.routes.x": np.zeros((3, 1))}, "invalid literal"),
+    ],
+)
+def test_answers_without_a_part_are_one_sentence(tmp_path: Path, parts: dict[str, Any], said: str) -> None:
+    with pytest.raises(MoEdgeError) as error:
+        Recorded(answered(tmp_path / "a.npz", **parts))
+    assert f"a.npz cannot be read as the answers of a device ({said}" in str(error.value)

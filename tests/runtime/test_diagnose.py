@@ -78,6 +78,13 @@ def test_a_png_and_no_parent(home: Path, tmp_path: Path) -> None:
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_texts_of_one_file_name_are_all_read(home: Path, tmp_path: Path) -> None:
+    shutil.copy(home / "other.txt", tmp_path / "text.txt")
+    options = ["--text", home / "text.txt", "--text", tmp_path / "text.txt", "--tokens", 64, "--window", 64, "--json"]
+    found = json.loads(moedge("diagnose", home / "moe", *options).stdout)["texts"]
+    assert {name: text["documents"][:3] for name, text in found.items()} == {"text": "20 ", "text (2)": "200"}
+
+
 def test_another_parent_is_named(home: Path, tmp_path: Path) -> None:
     shutil.copytree(home / "dense", tmp_path / "other")
     (tmp_path / "other" / "generation_config.json").write_text("{}")

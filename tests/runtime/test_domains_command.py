@@ -92,6 +92,11 @@ def test_a_checkpoint_is_retrained_on_its_domains(home: Path) -> None:
     wide = [name for name in kinds if ".router." in name or name.endswith("selection_bias")]
     assert {kinds.pop(name) for name in wide} == {torch.float32}
     assert set(kinds.values()) == {torch.bfloat16}
+    # Where the state of another output would be lies the checkpoint itself: it is deleted in the end, so not begun.
+    kept = (home / "moe").rename(home / ".new.training")
+    again = CliRunner().invoke(app, ["retrain", str(kept), str(home / "new"), "--tokens", "256", *settings])
+    assert f"{kept} is or holds {kept}, which would be deleted" in again.stderr
+    assert (kept / "plan.json").is_file()
 
 
 def test_a_checkpoint_of_another_method_is_refused(home: Path) -> None:

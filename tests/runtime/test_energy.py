@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from rich.console import Console
 
 from moedge.runtime.bench.energy import energy
 from moedge.runtime.bench.guard import Observer
@@ -26,7 +29,8 @@ from moedge.runtime.device.moedge_power import (
 )
 from moedge.runtime.device.moedge_watch import Recorder
 from moedge.runtime.engines.info import EngineInfo, EngineModel
-from moedge.runtime.report.watched import lines
+from moedge.runtime.report.headroom import show
+from moedge.runtime.report.watched import lines, sentences
 
 SPAN = 262_143_328_850
 """max_energy_range_uj of an Intel server."""
@@ -311,3 +315,10 @@ def test_sentences_name_what_is_not_told() -> None:
     bad = {**found, "trusted": False, "concerns": [{"says": "One."}, {"says": "Two."}], "others_cores": 0.5}
     assert lines(bad)[:2] == ["NOT TO BE TRUSTED: One.", "Two."]
     assert "other programs took 0.50 cores" in lines(bad)[2]
+    point: Any = {"rows": [], "guard": {**bad, "notes": ["NOT TO BE TRUSTED: so begins a note."]}}
+    assert [said.concern for said in sentences(point)] == [True, True, False, False]
+    shown = io.StringIO()
+    result: Any = {"points": [point]}
+    show(result, Console(file=shown, width=120, force_terminal=True, color_system="standard"))
+    yellow = [line for line in shown.getvalue().splitlines() if line.startswith("\x1b[33m")]
+    assert len(yellow) == 2, "the reasons, and not what reads like one"

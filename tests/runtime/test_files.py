@@ -13,13 +13,63 @@ from pathlib import Path
 import pytest
 
 from moedge import MoEdgeError
-from moedge._files import atomic_dir
+from moedge._files import atomic_dir, check_writable, write_text
 
 
 def folder(path: Path, text: str = "old") -> Path:
     path.mkdir(parents=True)
     (path / "file").write_text(text)
     return path
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("folder", "is a folder; name a file to write."),
+        (".", "is a folder; name a file to write."),
+        ("pipe", "is no plain file; name a file to write."),
+        ("file/x.json", "cannot be written: Not a directory; name another file."),
+        ("file/new/x.json", "cannot be written: Not a directory; name another file."),
+        ("n" * 250, "cannot be written: File name too long; name another file."),
+        ("loop/x.json", "cannot be written: Too many levels of symbolic links; name another file."),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_refused_beforehand(tmp_path: Path, name: str, said: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("x")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(MoEdgeError) as error:
+        check_writable(tmp_path / name, "--save")
+    assert str(error.value) == f"--save {tmp_path / name} {said}"
+    if name != "pipe":  # the check is right: writing does fail
+        with pytest.raises(OSError):
+            write_text(tmp_path / name, "x")
+
+
+def test_a_folder_without_permission_is_refused_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def access(folder: Path, mode: int) -> bool:
+        asked.append((folder, mode))
+        return False
+
+    monkeypatch.setattr(os, "access", access)  # root may write everywhere
+    with pytest.raises(MoEdgeError, match=r"cannot be written: Permission denied; name another file\.$"):
+        check_writable(tmp_path / "new" / "x.json", "--save")
+    assert asked == [(tmp_path, os.W_OK | os.X_OK)]
+
+
+@pytest.mark.parametrize("name", ["new.json", "a/b/new.json", "old.json", "link.json", "dangling.json"])
+def test_a_file_that_can_be_written_passes_and_the_check_leaves_nothing(tmp_path: Path, name: str) -> None:
+    (tmp_path / "old.json").write_text("old")
+    (tmp_path / "link.json").symlink_to("old.json")
+    (tmp_path / "dangling.json").symlink_to("nowhere.json")
+    before = sorted(tmp_path.rglob("*"))
+    check_writable(tmp_path / name, "--save")
+    assert sorted(tmp_path.rglob("*")) == before
+    write_text(tmp_path / name, "new")
+    assert (tmp_path / name).read_text() == "new"
 
 
 def test_an_error_leaves_the_old_folder_and_nothing_beside_it(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from moedge import MoEdgeError
 from moedge._files import sha256_file
 from moedge.convert.plan import MoEPlan
-from moedge.runtime.run import held_out
+from moedge.runtime.run import held_out, scores
 from moedge.runtime.text.tokenizer import Tokenizer
 
 
@@ -40,6 +40,23 @@ def test_one_long_document_is_calibrated_on_whole_where_it_is_measured_nowhere(t
 def test_a_folder_that_does_not_exist_is_not_called_a_folder_without_tokenizer(tmp_path):
     with pytest.raises(MoEdgeError, match="does not exist"):
         Tokenizer(tmp_path / "nowhere")
+
+
+def test_a_name_of_its_own():
+    assert held_out.own_name("text", []) == "text"
+    assert held_out.own_name("text", ["other", "text"]) == "text (2)"
+    assert held_out.own_name("my text", ["my text", "my text (2)"]) == "my text (3)"
+
+
+def test_evaluate_reads_both_texts_of_one_file_name(tmp_path):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "my text.txt").write_text(f"document of {folder}\n", encoding="utf-8")
+    found = scores._texts([], scores.Evaluation(texts=[str(tmp_path / folder / "my text.txt") for folder in "ab"]))
+    assert [(text.name, text.documents[0].text) for text, _ in found] == [
+        ("my text", "document of a"),
+        ("my text (2)", "document of b"),
+    ]
 
 
 @pytest.fixture

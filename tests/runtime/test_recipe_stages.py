@@ -291,15 +291,16 @@ def test_held_out_documents_are_those_that_calibration_does_not_see(tmp_path: Pa
     assert len(second.documents) == 40, "all of a text that calibration never saw is held out"
 
 
-def test_texts_of_the_same_name_stay_apart(tmp_path: Path) -> None:
-    paths = [tmp_path / name / "text.txt" for name in ("a", "b")]
+@pytest.mark.parametrize("stem", ["text", "my text"])
+def test_texts_of_the_same_name_stay_apart(tmp_path: Path, stem: str) -> None:
+    paths = [tmp_path / name / f"{stem}.txt" for name in ("a", "b")]
     for path in paths:
         path.parent.mkdir()
         path.write_text(f"{path}\n" * 20)
     calibration = {"texts": [{"spec": str(paths[0]), "is": "x"}], "every": 4}
     entries = [{"spec": str(path), "is": str(path)} for path in paths]
     found = held_out.texts({"calibration": calibration, "held_out": entries})
-    assert [text.name for text in found] == ["text", "text (2)"]
+    assert [text.name for text in found] == [stem, f"{stem} (2)"]
 
 
 def test_statistics_are_measured_where_somebody_reads_them() -> None:
