@@ -72,7 +72,7 @@ class Clock:
 
 
 def ratio(slow: np.ndarray, fast: np.ndarray) -> dict[str, float]:
-    """Geometric mean over two rounds or more of the ratio of both, and its 95 % interval; above 1 ``fast`` is faster."""
+    """Geometric mean of the ratio over two rounds or more, and its 95 % interval; above 1 ``fast`` is faster."""
     found = speedup(slow[:, None], fast[:, None])
     return {
         "ratio": round(found["speedup"], 3),
