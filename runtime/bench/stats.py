@@ -22,12 +22,12 @@ def percentiles(values: np.ndarray, at: Sequence[float]) -> dict[str, float]:
     return {f"p{q:g}": float(value) for q, value in zip(at, np.percentile(values, at), strict=True)}
 
 
-def between(ends: Sequence[float | None], form: str = "{:.2f}") -> str:
+def between(ends: Sequence[float | None], form: str = "{:.2f}", to: str = " to ") -> str:
     """An interval in words; an end that is None is not known."""
     low, high = (None if end is None else form.format(end) for end in ends)
     if low is None or high is None:
         return "no interval" if low == high else f"at least {low}" if high is None else f"at most {high}"
-    return f"{low} to {high}"
+    return f"{low}{to}{high}"
 
 
 def bars(value: float, ends: Sequence[float | None]) -> tuple[float, float]:

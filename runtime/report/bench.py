@@ -28,7 +28,7 @@ def columns(row: Row, engine: EngineEntry, *, gpu: bool, footprint: bool) -> lis
     found = [
         ("first token ms", f"{first['p50']:.1f}"),
         ("per token ms", f"{step['p50']:.2f}"),
-        ("95% CI", between(step["ci95"])),
+        ("95% CI", between(step["ci95"], to="-")),
         ("p90", f"{step['p90']:.2f}"),
         ("p99", f"{step['p99']:.2f}"),
         ("tokens/s", f"{row['decode_tokens_per_s']:.1f}"),
