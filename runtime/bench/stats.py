@@ -22,7 +22,7 @@ def percentiles(values: np.ndarray, at: Sequence[float]) -> dict[str, float]:
     return {f"p{q:g}": float(value) for q, value in zip(at, np.percentile(values, at), strict=True)}
 
 
-def between(ends: Sequence[float | None], form: str = "{:.2f}", to: str = " to ") -> str:
+def between(ends: Sequence[float | str | None], form: str = "{:.2f}", to: str = " to ") -> str:
     """An interval in words; an end that is None is not known."""
     low, high = (None if end is None else form.format(end) for end in ends)
     if low is None or high is None:

@@ -102,7 +102,7 @@ def _turn(session: Any, ids: np.ndarray, decode: int, between: Callable[[], None
     return first, steps
 
 
-def summary(rounds: np.ndarray) -> dict[str, float | None]:
+def summary(rounds: np.ndarray) -> dict[str, Any]:
     """Percentiles of all samples of ``rounds`` [rounds, samples] in ms, and the 95 % interval of their median.
 
     Fewer than 6 rounds tell no interval; its ends are None.
