@@ -33,7 +33,8 @@ from moedge.runtime.device.moedge_plugins import FOLDER
 SCRIPTS = (
     *("build_engine.py", "verify.py", "bench.py", "moedge_archive.py", "moedge_compare.py", "moedge_cuda.py"),
     *("moedge_guard.py", "moedge_jetson.py", "moedge_nvml.py", "moedge_plugins.py", "moedge_power.py"),
-    *("moedge_sensors.py", "moedge_session.py", "moedge_timing.py", "moedge_trt.py", "moedge_watch.py"),
+    *("moedge_sensors.py", "moedge_session.py", "moedge_stats.py", "moedge_timing.py", "moedge_trt.py"),
+    "moedge_watch.py",
 )
 PROMPTS = (
     "The capital of France is",

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moedge.runtime.bench.stats import bootstrap_ci
+from moedge.runtime.bench.stats import mean_ends
 from moedge.runtime.bench.watched import Energy
 
 Turn = tuple[float | None, float | None, float | None]
@@ -26,7 +26,6 @@ def energy(
     reason: str | None,
     tokens: int,
     batch: int,
-    seed: int,
 ) -> Energy:
     """Sum up the turns of one engine.
 
@@ -37,7 +36,6 @@ def energy(
         reason: why there is none.
         tokens: decoded in each round, by each row.
         batch: rows.
-        seed: of the bootstrap.
     """
     told = [(before, between, after) for before, between, after in turns if None not in (before, between, after)]
     if source is None or len(told) < len(turns) or not told:
@@ -47,12 +45,12 @@ def energy(
         )
     counted = np.diff(np.asarray(told, np.float64), axis=1)  # [rounds, 2]: joules of the prompt, of decoding
     each = counted[:, 1] / (tokens * batch)
-    interval = bootstrap_ci(len(each), lambda drawn: np.asarray(each[drawn].mean(axis=-1)), seed=seed)
+    low, high = mean_ends(each)
     return Energy(
         source=source,
         reason=None,
         joules_per_prompt=float(counted[:, 0].mean()) / batch,
         joules_per_token=float(each.mean()),
-        ci95=interval,
+        ci95=None if low is None or high is None else [low, high],
         watts=float(counted[:, 1].sum() / sum(seconds)),
     )

@@ -69,7 +69,7 @@ class Observer:
         found = self._watch.judge(rounds, max(threads) if threads else None, since=turns)
         return cast("Guard", found.document())
 
-    def energy(self, label: str, seconds: Sequence[float], *, tokens: int, batch: int, seed: int = 0) -> Energy:
+    def energy(self, label: str, seconds: Sequence[float], *, tokens: int, batch: int) -> Energy:
         """Sum up what an engine took in the last rounds; see :func:`moedge.runtime.bench.energy.energy`.
 
         Args:
@@ -77,11 +77,10 @@ class Observer:
             seconds: that the decoding of each round that counts took.
             tokens: decoded in a round, by each row.
             batch: rows.
-            seed: of the bootstrap.
         """
         turns = self._turns[label][-len(seconds) :]
         meter = self._meter(label)
-        return energy(turns, seconds, source=meter.name, reason=meter.reason, tokens=tokens, batch=batch, seed=seed)
+        return energy(turns, seconds, source=meter.name, reason=meter.reason, tokens=tokens, batch=batch)
 
     def close(self) -> None:
         """Stop counting."""

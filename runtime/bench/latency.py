@@ -40,8 +40,9 @@ from moedge.runtime.bench.results import (
     Ratio,
     Row,
     Times,
+    Verdict,
 )
-from moedge.runtime.bench.stats import bootstrap_ci, bootstrap_cis, percentiles
+from moedge.runtime.bench.stats import mean_ends, percentiles, quantile_ends, speedup
 from moedge.runtime.bench.timing import Rules, Timed, time_rounds
 from moedge.runtime.bench.warmup import STEADY
 from moedge.runtime.engines import Engine
@@ -63,7 +64,6 @@ def bench(
     memory: bool = True,
     batches: bool = False,
     peers: Peers | None = None,
-    seed: int = 0,
     progress: Progress | None = None,
 ) -> Bench:
     """Benchmark engines, greedy, end-of-text ignored.
@@ -75,19 +75,20 @@ def bench(
         ids: integers, at least as many as the largest point reads, real text: the first ``depth + prompt`` of them are
             the first row, and so on.
         points: what is timed, see :func:`moedge.runtime.bench.points.grid`; those of equal ``threads`` together.
-        repeats: rounds of a point that count, at least. Fewer than 5 give intervals that mean little.
+        repeats: rounds of a point that count, at least. One tells no interval; fewer than 6 none of a median, 36 no
+            upper end of p90, 368 none of p99.
         warmup: rounds that do not, at least; see :mod:`moedge.runtime.bench.warmup`.
         min_duration: seconds that the rounds of a point take, at least.
         memory: measure memory and load time, at the first point.
         batches: also look at decoding at batch 1, 2, 4 and 8, in few rounds.
         peers: which of the engines are other programs, and the dense parent whose tokens they must choose, too.
-        seed: of the bootstrap.
         progress: called with (engine runs done, in all); a warm-up that takes longer makes them more.
 
     Returns:
         JSON-ready, see :class:`moedge.runtime.bench.results.Bench`: ``engines`` by label, and ``points`` with ``rows``
-        (one per engine, in the order given) and ``ratios`` (``speedup`` of ``label`` over ``baseline`` = ratio of
-        medians, > 1 is faster, with a 95% bootstrap interval paired by round).
+        (one per engine, in the order given) and ``ratios`` (``speedup`` of ``label`` over ``baseline``, > 1 is faster:
+        geometric mean over rounds of the ratio of their medians, with its 95% interval). Ends of intervals that the
+        rounds do not tell are None.
 
     Raises:
         MoEdgeError: nothing to measure, too few ids, a point beyond what an engine can hold, or an engine that fails.
@@ -111,12 +112,12 @@ def bench(
             if peers and not timed:  # calls that also let a peer compile before anything is timed
                 for label, asked in peers.ask(live, _rows_of(ids, points[0])[:1], points[0].decode + 1).items():
                     entries[label]["peer"] = asked
-            timed += [_timed(live, ids, point, rules, seed, advance) for point in _fitting(live, list(group))]
+            timed += [_timed(live, ids, point, rules, advance) for point in _fitting(live, list(group))]
     result: Bench = {
         "schema": SCHEMA,
         "created": created(),
         "commit": commit(),
-        "protocol": _protocol(rules, seed),
+        "protocol": _protocol(rules),
         "machine": facts,
         "engines": cast("dict[str, EngineEntry]", entries),
         "points": timed,
@@ -125,21 +126,22 @@ def bench(
         with _opened(engines, points[0].threads) as live:
             # A short text begins again; its rows differ all the same.
             enough = np.resize(ids, tokens_of(BATCHES))
-            result["batches"], result["not_batched"] = _batches(live, enough, points[0].threads, seed, advance)
+            result["batches"], result["not_batched"] = _batches(live, enough, points[0].threads, advance)
     return result
 
 
-def _protocol(rules: Rules, seed: int) -> BenchProtocol:
+def _protocol(rules: Rules) -> BenchProtocol:
     """How it is measured, in words too."""
     return {
         "repeats": rules.repeats,
         "warmup": rules.warmup,
         "min_duration_s": rules.min_duration,
-        "seed": seed,
         "order": "round-robin over engines in one process, start rotated each round",
         "sampling": "greedy, end of text ignored, choice of the token timed",
         "steady": STEADY,
-        "intervals": "95% bootstrap over rounds; ratios of medians paired by round",
+        "intervals": "95%; percentiles between two of the sorted samples (binomial; those of one round count as fewer "
+        "where they are alike), means by Student's t over rounds, ratios by Student's t over the logarithms of each "
+        "round's ratio of medians; null: the rounds are too few to know that end",
         "memory": "peak resident memory and load time (imports included) in a fresh process per engine at the first "
         "point; on a GPU also the peak of PyTorch's allocator there, without what CUDA takes for itself",
     }
@@ -213,7 +215,7 @@ def _fitting(engines: Mapping[str, Engine], points: list[Point]) -> list[Point]:
 
 
 def _timed(
-    engines: Mapping[str, Engine], ids: np.ndarray, point: Point, rules: Rules, seed: int, advance: Callable[[], None]
+    engines: Mapping[str, Engine], ids: np.ndarray, point: Point, rules: Rules, advance: Callable[[], None]
 ) -> PointResult:
     """Time all engines at one point, and watch the machine meanwhile."""
     observer = Observer({label: engine.info for label, engine in engines.items()})
@@ -221,17 +223,17 @@ def _timed(
         found = time_rounds(engines, _rows_of(ids, point), point.depth, point.decode, rules, advance, observer)
     finally:
         observer.close()
-    result = _summed_up(found, point, seed)
+    result = _summed_up(found, point)
     for row in result["rows"]:
         seconds = found.samples["tpot_ms"][row["label"]].sum(axis=1) / 1e3
-        sizes = {"tokens": point.decode, "batch": point.batch, "seed": seed}
+        sizes = {"tokens": point.decode, "batch": point.batch}
         row["energy"] = observer.energy(row["label"], seconds.tolist(), **sizes)
     rounds = {row["label"]: cast("dict[str, list[float]]", row["rounds"]) for row in result["rows"]}
     result["guard"] = observer.guard(rounds, found.dropped)
     return result
 
 
-def _summed_up(found: Timed, point: Point, seed: int) -> PointResult:
+def _summed_up(found: Timed, point: Point) -> PointResult:
     """What was timed of all engines at one point."""
     labels = list(found.samples["ttft_ms"])
     return {
@@ -240,13 +242,13 @@ def _summed_up(found: Timed, point: Point, seed: int) -> PointResult:
         "warmup_rounds": found.dropped,
         "settled": found.settled,
         "seconds": found.seconds,
-        "rows": [_row(label, found, point, seed) for label in labels],
-        "ratios": _ratios(labels, found.samples, seed),
+        "rows": [_row(label, found, point) for label in labels],
+        "ratios": _ratios(labels, found.samples),
     }
 
 
 def _batches(
-    engines: Mapping[str, Engine], ids: np.ndarray, threads: int | None, seed: int, advance: Callable[[], None]
+    engines: Mapping[str, Engine], ids: np.ndarray, threads: int | None, advance: Callable[[], None]
 ) -> tuple[list[PointResult], dict[str, str]]:
     """Look at decoding in batches; engines that refuse the largest are left out, with what they say."""
     refused: dict[str, str] = {}
@@ -263,13 +265,13 @@ def _batches(
     timed = [
         (point, time_rounds(rest, _rows_of(ids, point), point.depth, point.decode, look, advance)) for point in points
     ]
-    return [_summed_up(found, point, seed) for point, found in timed], refused
+    return [_summed_up(found, point) for point, found in timed], refused
 
 
-def _row(label: str, timed: Timed, point: Point, seed: int) -> Row:
+def _row(label: str, timed: Timed, point: Point) -> Row:
     """What was timed of one engine: a step reads all prompts at first, and then decodes a token of each row."""
     ttft, tpot = (timed.samples[metric][label] for metric in METRICS)
-    first, step = _times(ttft, seed), _times(tpot, seed)
+    first, step = _times(ttft), _times(tpot)
     return {
         "label": label,
         "ttft_ms": first,
@@ -280,50 +282,34 @@ def _row(label: str, timed: Timed, point: Point, seed: int) -> Row:
     }
 
 
-def _times(rounds: np.ndarray, seed: int) -> Times:
-    """Percentiles and mean of all samples of ``rounds`` [rounds, samples], and their intervals over rounds."""
-
-    def statistics(drawn: np.ndarray) -> np.ndarray:
-        samples = rounds[drawn].reshape(len(drawn), -1)
-        return np.concatenate([np.percentile(samples, _PERCENTILES, axis=1), samples.mean(axis=1)[None]])
-
+def _times(rounds: np.ndarray) -> Times:
+    """Percentiles and mean of all samples of ``rounds`` [rounds, samples], and their intervals."""
     found = percentiles(rounds.reshape(-1), _PERCENTILES)
-    middle, *tails, mean = bootstrap_cis(len(rounds), statistics, seed=seed)
+    middle, p90, p99 = (quantile_ends(rounds, q / 100) for q in _PERCENTILES)
     return {
         "p50": found["p50"],
         "p90": found["p90"],
         "p99": found["p99"],
         "mean": float(rounds.mean()),
         "ci95": middle,
-        "ci95_of": {"p90": tails[0], "p99": tails[1], "mean": mean},
+        "ci95_of": {"p90": p90, "p99": p99, "mean": mean_ends(rounds.mean(axis=1))},
     }
 
 
-def _ratios(labels: list[str], times: dict[Metric, dict[str, np.ndarray]], seed: int) -> list[Ratio]:
+def _ratios(labels: list[str], times: dict[Metric, dict[str, np.ndarray]]) -> list[Ratio]:
     """Speed-up of every engine over every other, for each metric; samples [rounds, samples]."""
     ratios: list[Ratio] = []
     for metric, samples in times.items():
         for baseline, label in itertools.permutations(labels, 2):
-            slow, fast = samples[baseline], samples[label]
-
-            def speedup(drawn: np.ndarray, slow: np.ndarray = slow, fast: np.ndarray = fast) -> np.ndarray:
-                return _medians(slow, drawn) / _medians(fast, drawn)
-
-            low, high = bootstrap_ci(len(slow), speedup, seed=seed)
+            value, ends, verdict = speedup(samples[baseline], samples[label])
             ratios.append(
                 {
                     "metric": metric,
                     "label": label,
                     "baseline": baseline,
-                    "speedup": float(np.median(slow) / np.median(fast)),
-                    "ci95": [low, high],
-                    # What the interval allows to say: nothing when it holds 1.
-                    "verdict": "faster" if low > 1 else "slower" if high < 1 else "no difference shown",
+                    "speedup": value,
+                    "ci95": ends,
+                    "verdict": cast("Verdict", verdict),
                 }
             )
     return ratios
-
-
-def _medians(rounds: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-    """Median of all samples [rounds, samples] of each drawing of rounds int64 [N, rounds]."""
-    return np.asarray(np.median(rounds[drawn], axis=(-2, -1)))

@@ -20,7 +20,8 @@ from moedge.runtime.parity.figures import Count, Outcome, closed, opened
 SCHEMA: Literal["moedge.bench/2"] = "moedge.bench/2"
 SCHEMA_FILE = Path(__file__).with_name("bench.schema.json")
 
-Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
+Interval = Annotated[list[float | None], Field(min_length=2, max_length=2)]
+"""Low and high end; None is an end that the rounds are too few to know."""
 Metric = Literal["ttft_ms", "tpot_ms"]
 METRICS: tuple[Metric, ...] = ("ttft_ms", "tpot_ms")
 """Time to first token, time per output token; both in ms."""
@@ -36,8 +37,9 @@ class Times(TypedDict):
     p99: float
     mean: float
     ci95: Interval
-    """Of ``p50``."""
+    """Of ``p50``; None below 6 rounds."""
     ci95_of: dict[Literal["p90", "p99", "mean"], Interval]
+    """High end of p90 None below 36 rounds, of p99 below 368."""
 
 
 @closed
@@ -63,7 +65,10 @@ class Row(TypedDict):
 
 @closed
 class Ratio(TypedDict):
-    """One engine beside another in the same rounds; above 1 ``label`` is faster."""
+    """One engine beside another in the same rounds; above 1 ``label`` is faster.
+
+    ``speedup`` is the geometric mean over rounds of the ratio of their medians.
+    """
 
     metric: Metric
     label: str
@@ -150,7 +155,6 @@ class BenchProtocol(TypedDict):
     repeats: Count
     warmup: Count
     min_duration_s: float
-    seed: int
     order: str
     sampling: str
     steady: str

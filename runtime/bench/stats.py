@@ -1,13 +1,18 @@
-"""Percentiles and bootstrap confidence intervals, shared by parity and benchmark."""
+"""Percentiles, and the intervals of :mod:`moedge.runtime.device.moedge_stats` and how they are shown."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-RESAMPLES = 2000
-_BLOCK = 100  # drawings at a time: few megabytes, however many samples a round has
+from moedge.runtime.device.moedge_stats import Ends as Ends
+from moedge.runtime.device.moedge_stats import binomial_cdf as binomial_cdf
+from moedge.runtime.device.moedge_stats import mean_ends as mean_ends
+from moedge.runtime.device.moedge_stats import quantile_ends as quantile_ends
+from moedge.runtime.device.moedge_stats import rounds_needed as rounds_needed
+from moedge.runtime.device.moedge_stats import speedup as speedup
+from moedge.runtime.device.moedge_stats import t_quantile as t_quantile
 
 
 def percentiles(values: np.ndarray, at: Sequence[float]) -> dict[str, float]:
@@ -17,44 +22,15 @@ def percentiles(values: np.ndarray, at: Sequence[float]) -> dict[str, float]:
     return {f"p{q:g}": float(value) for q, value in zip(at, np.percentile(values, at), strict=True)}
 
 
-def bootstrap_ci(
-    rounds: int, statistic: Callable[[np.ndarray], np.ndarray], *, seed: int = 0, resamples: int = RESAMPLES
-) -> list[float]:
-    """95% percentile-bootstrap interval of a statistic of ``rounds`` independent rounds.
-
-    Whole rounds are drawn with replacement, never single samples: samples of one round share the machine's mood, and
-    an interval from single samples would be too narrow. A ratio of two engines measured in the same rounds stays paired
-    because ``statistic`` receives the drawn round numbers.
-
-    Args:
-        rounds: how many rounds were measured.
-        statistic: int64 [N, rounds] round numbers, one drawing a row -> float64 [N], a value of each drawing.
-        seed: of the drawing; equal data give equal intervals.
-        resamples: number of drawings.
-
-    Returns:
-        ``[low, high]``; both are the plain statistic when there is one round only (no interval can be known).
-    """
-    return bootstrap_cis(rounds, lambda drawn: statistic(drawn)[None], seed=seed, resamples=resamples)[0]
+def between(ends: Sequence[float | str | None], form: str = "{:.2f}", to: str = " to ") -> str:
+    """An interval in words; an end that is None is not known."""
+    low, high = (None if end is None else form.format(end) for end in ends)
+    if low is None or high is None:
+        return "no interval" if low == high else f"at least {low}" if high is None else f"at most {high}"
+    return f"{low}{to}{high}"
 
 
-def bootstrap_cis(
-    rounds: int, statistics: Callable[[np.ndarray], np.ndarray], *, seed: int = 0, resamples: int = RESAMPLES
-) -> list[list[float]]:
-    """:func:`bootstrap_ci` of K statistics of the same drawings: ``statistics`` gives float64 [K, N]."""
-    draws = np.random.default_rng(seed).integers(0, rounds, (resamples, rounds))
-    values = [statistics(draws[start : start + _BLOCK]) for start in range(0, resamples, _BLOCK)]
-    ends = np.percentile(np.concatenate(values, axis=1), [2.5, 97.5], axis=1)
-    return [[float(low), float(high)] for low, high in ends.T]
-
-
-def t_quantile(p: float, df: float) -> float:
-    """Return the ``p`` quantile (0.5 <= p < 1) of Student's t with ``df`` degrees of freedom, to six digits.
-
-    With ``t = sqrt(df) tan(a)`` the density becomes ``cos(a)^(df - 1)`` on 0 to pi/2, which a sum over a grid
-    integrates; SciPy, which knows this too, is not among what the runtime needs.
-    """
-    angle = np.linspace(0, np.pi / 2, 20001)
-    density = np.cos(angle) ** (df - 1)
-    area = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
-    return float(np.sqrt(df) * np.tan(np.interp(p - 0.5, area / (2 * area[-1]), angle)))
+def bars(value: float, ends: Sequence[float | None]) -> tuple[float, float]:
+    """How far an interval reaches below and above a value, for a plot; 0 where that is not known."""
+    low, high = ends
+    return (0.0 if low is None else max(value - low, 0.0)), (0.0 if high is None else max(high - value, 0.0))

@@ -81,7 +81,7 @@ class Energy(TypedDict):
     joules_per_token: float | None
     """Of decoding, mean over rounds, for one row of the batch."""
     ci95: list[float] | None
-    """Of ``joules_per_token``, bootstrap over rounds."""
+    """Of ``joules_per_token``, by Student's t over rounds; None of one round."""
     watts: float | None
     """Mean while decoding."""
 

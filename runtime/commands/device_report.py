@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from moedge import MoEdgeError
 from moedge._files import read_json
+from moedge.runtime.bench.stats import between
 from moedge.runtime.commands._options import Json
 from moedge.runtime.device.moedge_archive import RESULT_SCHEMA
 from moedge.runtime.parity.outcomes import mark
@@ -87,7 +88,7 @@ def _print(path: str, result: dict[str, Any], console: Console) -> None:
         for engine, row in (("", result), *([(", dense parent", dense)] if dense else [])):
             for name, key in (("first token", "ttft_ms"), ("per token", "tpot_ms")):
                 t = row[key]
-                interval = f"{t['ci95_low']:.3f}-{t['ci95_high']:.3f}"
+                interval = between((t["ci95_low"], t["ci95_high"]), "{:.3f}")
                 table.add_row(name + engine, f"{t['p50']:.3f}", f"{t['p90']:.3f}", f"{t['p99']:.3f}", interval)
         caption = f"batch 1, prompt {protocol['prompt']}, decode {protocol['decode']}. {protocol['note']}"
     console.print(table)
@@ -106,7 +107,7 @@ def _measured(result: dict[str, Any]) -> list[str]:
     if dense := result.get("dense"):
         for name, words in (("tpot_ms", "per token"), ("ttft_ms", "first token")):
             gain = dense["speedup"][name]
-            interval = f"{gain['ci95_low']:.2f} to {gain['ci95_high']:.2f}"
+            interval = between((gain["ci95_low"], gain["ci95_high"]))
             said.append(f"Against {dense['label']}, {words}: {gain['speedup']:.2f} times as fast ({interval}).")
     if energy := result.get("energy"):
         joules = energy["joules_per_token"]

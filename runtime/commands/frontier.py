@@ -17,7 +17,7 @@ from moedge.runtime.frontier import page, stages
 from moedge.runtime.frontier.show import show
 from moedge.runtime.progress import Reporter
 from moedge.runtime.run import run_folder
-from moedge.runtime.run.engine import execute, plan
+from moedge.runtime.run.engine import execute, lock, plan
 
 
 def frontier(
@@ -52,9 +52,10 @@ def frontier(
     reporter = Reporter(console)
     console.print(escape(f"{wanted.name}: {wanted.model.source} -> {root}"), highlight=False)
     record = {"schema": run_folder.RUN_SCHEMA, "recipe": wanted.model_dump()}
-    with reporter.show():
-        execute(todo, root, reporter, forced=forced, record=record)
-    for name in page.FILES:
-        write_text(root / name, (root / stages.TABLE / name).read_text(encoding="utf-8"))
+    with lock(root):
+        with reporter.show():
+            execute(todo, root, reporter, forced=forced, record=record)
+        for name in page.FILES:
+            write_text(root / name, (root / stages.TABLE / name).read_text(encoding="utf-8"))
     show(page.read(root / stages.TABLE / "frontier.json"), Console())
     Console().print(escape(f"plots: {root / 'frontier.html'}"), highlight=False, soft_wrap=True)

@@ -19,7 +19,7 @@ from moedge.runtime.parity.outcomes import mark
 from moedge.runtime.parity.verdict import run_outcome
 from moedge.runtime.progress import Reporter
 from moedge.runtime.run import run_folder
-from moedge.runtime.run.engine import Stage, Status, execute, plan
+from moedge.runtime.run.engine import Stage, Status, execute, lock, plan
 from moedge.runtime.tables import Sheet
 
 _GIB = 2**30
@@ -63,11 +63,11 @@ def run(
         return 0
     reporter = Reporter(console)
     console.print(escape(f"{wanted.name}: {wanted.model.source} -> {root}"), highlight=False)
-    with reporter.show():
-        execute(
-            todo, root, reporter, forced=forced, record={"schema": run_folder.RUN_SCHEMA, "recipe": wanted.model_dump()}
-        )
-    return finish(root)
+    record = {"schema": run_folder.RUN_SCHEMA, "recipe": wanted.model_dump()}
+    with lock(root):
+        with reporter.show():
+            execute(todo, root, reporter, forced=forced, record=record)
+        return finish(root)
 
 
 def check_early(recipe: Recipe, root: Path) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
+from moedge._files import digest
 from moedge.configs import devices
 from moedge.configs.devices import Device
 from moedge.configs.recipe import load_recipe, recipe_from
@@ -19,9 +20,13 @@ from moedge.export import targets
 from moedge.runtime.bench.machine import machine
 from moedge.runtime.commands._options import Json, Model
 from moedge.runtime.progress import Reporter
+from moedge.runtime.report.text import within
 from moedge.runtime.run import run_folder
 from moedge.runtime.tables import Sheet
 from moedge.runtime.tune.search import Goal
+
+if TYPE_CHECKING:
+    from moedge.runtime.tune.device import ParentTime
 
 _HERE = targets.names(lambda row: row.engine is None)
 
@@ -50,7 +55,7 @@ def tune(
     device_result: Annotated[
         Path | None, typer.Option(help="bench-result.json of that device with the dense parent's times.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder; runs/tune-<model>-<target> by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; runs/tune-<model>-<target>-<goal> by default.")] = None,
     as_json: Json = False,
 ) -> int:
     """Find how much of the FFN weights to read for a wanted speed or loss; convert, export, verify and time it.
@@ -69,18 +74,18 @@ def tune(
     from moedge.runtime.tune.work import Tuning
 
     goal = _goal(speedup=speedup, ms=max_ms, kl=max_kl, ratio=max_ratio)
-    device, dense_ms = _device(profile, device_result)
+    device, timed = _device(profile, device_result)
     target = _target(target, device)
     base = _sections(recipe)
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name).strip("-._") or "model"
-    name = f"tune-{slug}-{target}"[:64]
+    name = _folder(slug, target, device, goal)
     wanted = recipe_from({**base, "name": name, "model": {"source": model}}, where="moedge tune")
     root = out or Path("runs") / name
     run_folder.check_free(root)
     reporter = Reporter(Console(stderr=True))
     with reporter.show():
         given = (wanted, target, goal, root, machine(), reporter)
-        result = (DeviceTuning(*given, device, dense_ms) if device else Tuning(*given)).run()
+        result = (DeviceTuning(*given, device, timed) if device else Tuning(*given)).run()
     if as_json:
         print(json.dumps(result, indent=2, allow_nan=False))
     else:
@@ -88,6 +93,13 @@ def tune(
         if device:
             _show_next(device, target, root, Console())
     return 0 if result["reached"] and result["verified"] == "passed" else 1
+
+
+def _folder(slug: str, target: str, device: Device | None, goal: Goal) -> str:
+    """Return a name for each goal: in one folder a second goal would replace what the first has found."""
+    found = "-".join(["tune", slug, target, *([device.name] if device else []), goal.kind, f"{goal.limit:g}"])
+    found = found.replace("+", "")
+    return found if len(found) <= 64 else f"{found[:57]}-{digest(found)[:6]}"
 
 
 def _sections(recipe: str | None) -> dict[str, Any]:
@@ -99,13 +111,14 @@ def _sections(recipe: str | None) -> dict[str, Any]:
     return base
 
 
-def _device(name: str | None, result: Path | None) -> tuple[Device | None, float | None]:
+def _device(name: str | None, result: Path | None) -> tuple[Device | None, ParentTime | None]:
     """Read the device profile, and what a token of the dense parent took there."""
-    from moedge.runtime.tune.device import dense_ms
+    from moedge.runtime.tune.device import parent_time
 
     if name is None and result is not None:
         raise MoEdgeError("--device-result is of a device; name its profile with --for.")
-    return devices.load(name) if name else None, dense_ms(result) if result else None
+    device = devices.load(name) if name else None
+    return device, parent_time(result, device) if device and result else None
 
 
 def _target(name: str | None, device: Device | None) -> str:
@@ -159,7 +172,7 @@ def show(result: dict[str, Any], root: Path, console: Console) -> None:
     lines = [
         f"{'reached' if result['reached'] else 'NOT reached'}: reads {result['ffn_read_share']:.1%} of the FFN weights",
         *(_predicted(result["target"], device) if device else _timed(result)),
-        f"KL {_within(result['kl'], 3)}, perplexity ratio {_within(result['ppl_ratio'], 3)} (brackets: 95 % intervals)",
+        f"KL {within(result['kl'])}, perplexity ratio {within(result['ppl_ratio'])} (brackets: 95 % intervals)",
         f"ONNX against PyTorch: {result['verified']}",
     ]
     for line in lines:
@@ -179,16 +192,13 @@ def _tries(result: dict[str, Any], title: str) -> Sheet:
     return sheet
 
 
-def _within(found: dict[str, Any], digits: int) -> str:
-    low, high = found["ci95"]
-    return f"{found['value']:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
-
-
 def _timed(result: dict[str, Any]) -> list[str]:
+    found = result | {"parent": result["dense"]["tpot_ms"]}
+    names = ("decode_speedup", "prompt_speedup", "tpot_ms", "parent")
+    decode, prompt, ms, parent = (within(found[name], "{:.2f}") for name in names)
     return [
-        f"decode {_within(result['decode_speedup'], 2)} times the dense parent, prompt "
-        f"{_within(result['prompt_speedup'], 2)} times",
-        f"{_within(result['tpot_ms'], 2)} ms a token, the dense parent {_within(result['dense']['tpot_ms'], 2)}",
+        f"decode {decode} times the dense parent, prompt {prompt} times",
+        f"{ms} ms a token, the dense parent {parent}",
     ]
 
 

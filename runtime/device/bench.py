@@ -34,11 +34,12 @@ def main() -> int:
     options = _options(folder)
     moedge_trt.check_writable(options.out, "--out")
     manifest, facts, session = moedge_archive.open_session(folder)
-    beside = None if options.alone else options.dense or _dense_beside(folder)
+    beside = None if options.alone else options.dense or _dense_beside(folder, manifest)
     sessions = {MOE: session}
     parent: dict[str, Any] | None = None
     if beside is not None:
-        parent, _, sessions[DENSE] = moedge_archive.open_session(beside)
+        parent = _parent(beside, manifest)
+        _, _, sessions[DENSE] = moedge_archive.open_session(beside)
         print(f"beside: {parent['label']} in {beside}", file=sys.stderr)
     free_before = session.cuda.memory()[0]
     protocol = _protocol(sessions, options)
@@ -70,7 +71,7 @@ def main() -> int:
             f"{name}_ms": moedge_timing.speedup(getattr(times[DENSE], name), getattr(times[MOE], name))
             for name in ("ttft", "tpot")
         }
-        about = {"label": parent["label"], "archive_sha256": parent["content_sha256"]}
+        about = {"label": parent["label"], "archive_sha256": parent["content_sha256"], "model": parent["model"]}
         result["dense"] = {**about, **row, "speedup": gains}
     _print(result)
     for opened in sessions.values():
@@ -97,14 +98,34 @@ def _options(folder: Path) -> argparse.Namespace:
     return options
 
 
-def _dense_beside(folder: Path) -> Path | None:
-    """Find the one folder beside this one that holds the archive of a dense model with an engine."""
+def _parent(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return the manifest of the dense parent's archive.
+
+    Raises:
+        moedge_trt.DeviceError: it is of no dense model, or of another one.
+    """
+    found = moedge_archive.open_archive(folder)
+    if found["kind"] != "dense":
+        raise moedge_trt.DeviceError(f"{folder} is no archive of a dense model; give the dense parent's, or --alone.")
+    if differs := moedge_archive.other_model(found["model"], manifest["model"]):
+        raise moedge_trt.DeviceError(
+            f"{folder} is of another model than this archive ({differs}); give the dense parent's, or --alone."
+        )
+    return found
+
+
+def _dense_beside(folder: Path, manifest: dict[str, Any]) -> Path | None:
+    """Find the one folder beside this one that holds the archive of the same dense model with an engine."""
     found = []
     for path in sorted(folder.parent.glob(f"*/{moedge_archive.MANIFEST}")):
         if path.parent == folder or not (path.parent / moedge_archive.ENGINE_FACTS).is_file():
             continue
-        manifest = moedge_trt.read_json(path)
-        if manifest.get("schema") == moedge_archive.SCHEMA and manifest.get("kind") == "dense":
+        other = moedge_trt.read_json(path)
+        if other.get("schema") != moedge_archive.SCHEMA or other.get("kind") != "dense":
+            continue
+        if differs := moedge_archive.other_model(other["model"], manifest["model"]):
+            print(f"not beside: {path.parent} is of another model ({differs})", file=sys.stderr)
+        else:
             found.append(path.parent)
     return found[0] if len(found) == 1 else None
 
@@ -147,7 +168,9 @@ def _print(result: dict[str, Any]) -> None:
     for name, words in (("ttft_ms", "first token"), ("tpot_ms", "per token")):
         if "dense" in result:
             gain = result["dense"]["speedup"][name]
-            print(f"{words}: {gain['speedup']:.2f} times as fast ({gain['ci95_low']:.2f} to {gain['ci95_high']:.2f})")
+            low, high = gain["ci95_low"], gain["ci95_high"]
+            interval = "no interval from one round" if low is None else f"{low:.2f} to {high:.2f}"
+            print(f"{words}: {gain['speedup']:.2f} times as fast ({interval})")
     guard = result["environment"]["guard"]
     for concern in guard["concerns"]:
         print(f"NOT TO BE TRUSTED: {concern['says']}")

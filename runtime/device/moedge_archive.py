@@ -6,7 +6,7 @@ import io
 import json
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,8 @@ ENGINE = "engine.plan"
 ENGINE_FACTS = "engine.json"
 RESULT_SCHEMA = "moedge.device-result/1"
 ANSWERS_SCHEMA = "moedge.device-answers/1"
+MODEL_FACTS = ("num_layers", "hidden_size", "vocab_size", "num_kv_heads")
+"""What a conversion leaves as it was in the dense parent."""
 
 
 def open_archive(folder: Path) -> dict[str, Any]:
@@ -56,6 +58,12 @@ def open_session(folder: Path) -> tuple[dict[str, Any], dict[str, Any], moedge_s
         raise moedge_trt.DeviceError(f"{folder / ENGINE} was built from another graph; run: python3 build_engine.py")
     plan = moedge_trt.read_checked(folder / ENGINE, facts.get("sha256", ""))
     return manifest, facts, moedge_session.Session(plan, facts)
+
+
+def other_model(one: Mapping[str, Any], two: Mapping[str, Any]) -> str | None:
+    """Say how the ``model`` facts of two manifests differ, where a model and its conversion do not; None if nowhere."""
+    names = [name for name in MODEL_FACTS if one.get(name) != two.get(name)]
+    return ", ".join(f"{name} {one.get(name)} against {two.get(name)}" for name in names) or None
 
 
 def golden(folder: Path) -> list[dict[str, Any]]:

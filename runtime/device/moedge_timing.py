@@ -1,7 +1,6 @@
-"""Time engines in turn on a device, and sum the rounds up: intervals over whole rounds, ratios paired by round.
+"""Time engines in turn on a device, and sum the rounds up; ratios are paired by round.
 
-Samples of one round share the machine's mood, so an interval from single samples would be too narrow: whole rounds are
-drawn. (``runtime/bench`` does the same where MoEdge is installed.)
+Intervals are those of :mod:`moedge_stats`, as in ``runtime/bench`` where MoEdge is installed.
 """
 
 from __future__ import annotations
@@ -10,11 +9,15 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-RESAMPLES = 2000
+if TYPE_CHECKING or __package__:
+    from moedge.runtime.device import moedge_stats
+else:  # in an archive the files lie side by side
+    import moedge_stats
+
 Mark = Callable[[str, str], None]
 """Called with an engine's label and ``begin``, ``between`` (prompt and decoding) or ``end``: never in a timed part."""
 
@@ -99,13 +102,13 @@ def _turn(session: Any, ids: np.ndarray, decode: int, between: Callable[[], None
     return first, steps
 
 
-def summary(rounds: np.ndarray) -> dict[str, float]:
-    """Percentiles of all samples of ``rounds`` [rounds, samples] in ms, and a 95 % interval of their median.
+def summary(rounds: np.ndarray) -> dict[str, Any]:
+    """Percentiles of all samples of ``rounds`` [rounds, samples] in ms, and the 95 % interval of their median.
 
-    The interval is of whole rounds drawn with replacement; of one round none can be known, and it is the median.
+    Fewer than 6 rounds tell no interval; its ends are None.
     """
     p50, p90, p99 = np.percentile(rounds, [50, 90, 99])
-    low, high = _interval(len(rounds), lambda drawn: _medians(rounds, drawn))
+    low, high = moedge_stats.quantile_ends(rounds, 0.5)
     return {
         **{"p50": float(p50), "p90": float(p90), "p99": float(p99), "mean": float(rounds.mean())},
         **{"ci95_low": low, "ci95_high": high, "samples": float(rounds.size), "rounds": float(len(rounds))},
@@ -113,22 +116,6 @@ def summary(rounds: np.ndarray) -> dict[str, float]:
 
 
 def speedup(slow: np.ndarray, fast: np.ndarray) -> dict[str, Any]:
-    """Ratio of medians of two engines timed in the same rounds, [rounds, samples] each; above 1 ``fast`` is faster."""
-    low, high = _interval(len(slow), lambda drawn: _medians(slow, drawn) / _medians(fast, drawn))
-    verdict = "faster" if low > 1 else "slower" if high < 1 else "no difference shown"
-    return {
-        "speedup": float(np.median(slow) / np.median(fast)),
-        **{"ci95_low": low, "ci95_high": high, "verdict": verdict},
-    }
-
-
-def _medians(rounds: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-    """Median of all samples of each drawing of rounds, int64 [N, rounds]."""
-    return np.asarray(np.median(rounds[drawn], axis=(-2, -1)))
-
-
-def _interval(rounds: int, statistic: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float]:
-    draws = np.random.default_rng(0).integers(0, rounds, (RESAMPLES, rounds))
-    values = np.concatenate([statistic(draws[start : start + 100]) for start in range(0, RESAMPLES, 100)])
-    low, high = np.percentile(values, [2.5, 97.5])
-    return float(low), float(high)
+    """:func:`moedge_stats.speedup` of two engines timed in the same rounds, [rounds, samples] each, as JSON."""
+    value, (low, high), verdict = moedge_stats.speedup(slow, fast)
+    return {"speedup": value, "ci95_low": low, "ci95_high": high, "verdict": verdict}

@@ -1,12 +1,12 @@
 """Put the quality of every variant beside its measured times: frontier.json as :mod:`moedge.runtime.frontier.schema`.
 
-Intervals are 95 % bootstrap intervals: of quality over the held-out windows, of speed over the rounds of the benchmark.
+Intervals are of 95 %: of quality by Student's t over the held-out windows, of speed those of the benchmark's rounds.
 Two variants are compared on the same windows and in the same rounds, so what both have in common cancels out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from moedge.runtime.bench.results import Bench, Metric, PointResult
-from moedge.runtime.bench.stats import RESAMPLES, bootstrap_ci
+from moedge.runtime.bench.stats import mean_ends
 from moedge.runtime.frontier.schema import (
     Estimate,
     Frontier,
@@ -83,40 +83,40 @@ class Quality:
 
     def lower_kl(self, other: Quality) -> bool:
         """Whether the mean KL of the texts is shown to be below another variant's, on the same windows."""
-        return estimate([self.kl[name] - other.kl[name] for name in self.kl])["ci95"][1] < 0
+        high = mean_ends(_by_window([self.kl[name] - other.kl[name] for name in self.kl]))[1]
+        return high is not None and high < 0
 
 
-def estimate(values: Sequence[np.ndarray], through: Callable[[np.ndarray], np.ndarray] = lambda mean: mean) -> Estimate:
-    """Return ``through`` the mean of the texts' means, and its interval over the windows; float64 [windows] a text.
-
-    Texts have the same number of windows, of which the same numbers are drawn in all variants.
-    """
-
-    def statistic(drawn: np.ndarray) -> np.ndarray:
-        return through(np.mean([one[drawn].mean(axis=-1) for one in values], axis=0))
-
-    every = np.arange(len(values[0]))
-    low, high = bootstrap_ci(len(every), statistic)
-    return {"value": float(statistic(every)), "ci95": [low, high]}
+def _by_window(values: Sequence[np.ndarray]) -> np.ndarray:
+    """Mean over the texts, float64 [windows]; texts have the same number of windows."""
+    return np.mean(values, axis=0)
 
 
 def mean_kl(quality: Quality) -> Estimate:
     """KL to the dense parent, the mean of the texts."""
-    return estimate(list(quality.kl.values()))
+    return _kl(list(quality.kl.values()))
 
 
 def mean_ratio(quality: Quality) -> Estimate:
     """Perplexity over the dense parent's, the geometric mean of the texts."""
-    return estimate(list(quality.loss.values()), _ratio)
+    return _ratio(list(quality.loss.values()))
+
+
+def _kl(values: Sequence[np.ndarray]) -> Estimate:
+    """Mean of the texts' means, float64 [windows] a text; no KL is below 0, whatever its interval would say."""
+    found = _by_window(values)
+    return {"value": float(found.mean()), "ci95": [end and max(end, 0.0) for end in mean_ends(found)]}
+
+
+def _ratio(loss: Sequence[np.ndarray]) -> Estimate:
+    """Perplexity ratio of the texts' losses beyond the parent's, float64 [windows] a text."""
+    found = _by_window(loss)
+    return {"value": _exp(found.mean()), "ci95": [end if end is None else _exp(end) for end in mean_ends(found)]}
 
 
 def _exp(value: Any) -> float:
     """exp of a loss, finite even for a broken variant."""
     return float(np.exp(np.minimum(value, 700.0)))
-
-
-def _ratio(loss: np.ndarray) -> np.ndarray:
-    return np.asarray(np.exp(np.minimum(loss, 700.0)))
 
 
 def variant_facts(given: dict[str, Any], found: dict[str, Any], quality: Quality) -> VariantFacts:
@@ -126,8 +126,8 @@ def variant_facts(given: dict[str, Any], found: dict[str, Any], quality: Quality
     texts: dict[str, TextQuality] = {
         name: {
             "ppl": _exp(quality.nll[name].mean()),
-            "ppl_ratio": estimate([quality.loss[name]], _ratio),
-            "kl": estimate([quality.kl[name]]),
+            "ppl_ratio": _ratio([quality.loss[name]]),
+            "kl": _kl([quality.kl[name]]),
             "ffn_read_share": quality.read[name],
         }
         for name in quality.kl
@@ -227,18 +227,17 @@ class Times:
     def as_fast(self, one: str, other: str) -> bool:
         """Whether ``one`` is not shown to decode slower than ``other``.
 
-        In one run they are paired by round. In two runs each is paired with the dense parent, and the rounds of the two
-        are drawn apart.
+        In one run they are paired by round. In two runs each is paired with the dense parent, and the means of the
+        logarithms of the two speed-ups are compared (Welch).
         """
         if one == other:
             return True
         if self._run[one] == self._run[other]:
             return bool(self._ratios["tpot_ms", one, other]["verdict"] != "slower")
 
-        def speeds(label: str, seed: int) -> np.ndarray:
-            times = np.array(self.rows[label]["rounds"]["tpot_ms"])
-            parent = np.array(self._parents[self._run[label]]["rounds"]["tpot_ms"])
-            drawn = np.random.default_rng(seed).integers(0, len(times), (RESAMPLES, len(times)))
-            return np.asarray(np.median(parent[drawn], axis=1) / np.median(times[drawn], axis=1))
+        def speeds(label: str) -> np.ndarray:
+            parent = self._parents[self._run[label]]["rounds"]["tpot_ms"]
+            return np.log(parent) - np.log(self.rows[label]["rounds"]["tpot_ms"])
 
-        return bool(np.percentile(speeds(one, 0) / speeds(other, 1), 97.5) >= 1)
+        high = mean_ends(speeds(one), speeds(other))[1]
+        return high is None or high >= 0

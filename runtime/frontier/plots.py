@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from moedge.runtime.bench.stats import bars
 from moedge.runtime.report.palette import CONTROL, DENSE, INK, MOE, MUTED, STYLE, figure_of, short, svg
 
 if TYPE_CHECKING:
@@ -90,8 +91,8 @@ def _kl_scale(axis: Axes, values: list[float]) -> None:
 
 
 def _bars(found: Estimate) -> list[list[float]]:
-    low, high = found["ci95"]
-    return [[max(found["value"] - low, 0)], [max(high - found["value"], 0)]]
+    below, above = bars(found["value"], found["ci95"])
+    return [[below], [above]]
 
 
 def _families(frontier: Frontier) -> list[list[str]]:

@@ -14,14 +14,14 @@ from typing_extensions import TypedDict
 from moedge._files import write_json
 from moedge.runtime.parity.figures import Count, closed
 
-Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
+Interval = Annotated[list[float | None], Field(min_length=2, max_length=2)]
 SCHEMA = "moedge.frontier/1"
 SCHEMA_FILE = Path(__file__).with_name("frontier.schema.json")
 
 
 @closed
 class Estimate(TypedDict):
-    """A number and its 95 % bootstrap interval."""
+    """A number and its 95 % interval; an end is None where windows or rounds are too few to know it."""
 
     value: float
     ci95: Interval

@@ -47,5 +47,6 @@ def _sheet(frontier: Frontier, measured: Measured) -> Sheet:
 
 
 def _short(found: Estimate, digits: int) -> str:
-    half = (found["ci95"][1] - found["ci95"][0]) / 2
+    low, high = found["ci95"]
+    half = 0.0 if low is None or high is None else (high - low) / 2
     return f"{found['value']:.{digits}f}" + (f" ±{half:.{digits}f}" if half else "")

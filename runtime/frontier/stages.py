@@ -243,7 +243,7 @@ CODE = ("runtime/frontier/__init__.py", "runtime/run/held_out.py", "configs/__in
 """What every body of the frontier runs besides the packages."""
 _TABLE_CODE = (
     *("runtime/frontier", "runtime/report", "runtime/bench", "runtime/parity", "convert", "configs"),
-    *("export/manifest.py", "runtime/engines/info.py"),
+    *("export/manifest.py", "runtime/engines/info.py", "runtime/device/__init__.py", "runtime/device/moedge_stats.py"),
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from moedge.runtime.bench.stats import between
 from moedge.runtime.frontier.schema import Estimate, Verdict
 
 Compared = Callable[[str, str], bool]
@@ -64,5 +65,5 @@ def judge(
 
 def _words(found: Estimate, digits: int) -> str:
     """The value and its interval."""
-    low, high = found["ci95"]
-    return f"{found['value']:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+    form = f"{{:.{digits}f}}"
+    return f"{form.format(found['value'])} ({between(found['ci95'], form)})"

@@ -10,7 +10,8 @@ import numpy as np
 from moedge import MoEdgeError
 from moedge.runtime.bench.points import Point
 from moedge.runtime.bench.results import METRICS, Bench, EngineEntry, Gate, GateCheck, Metric, PointResult, Row
-from moedge.runtime.gate.limits import Limit
+from moedge.runtime.bench.stats import between
+from moedge.runtime.gate.limits import Limit, Measured
 from moedge.runtime.gate.slowdown import CONFIDENCE, Slowdown, slowdown
 from moedge.runtime.parity.verdict import Outcome
 
@@ -200,7 +201,7 @@ def _within(row: Row, point: PointResult, engine: EngineEntry, limit: Limit) -> 
         "point": words(point),
         "what": limit.text,
         "value": None if found is None else found[0] / limit.scale,
-        "interval": None if found is None else [end / limit.scale for end in found[1:]],
+        "interval": None if found is None else [None if end is None else end / limit.scale for end in found[1:]],
         "limit": limit.value / limit.scale,
         "control": None,
         "outcome": outcome.value,
@@ -208,11 +209,16 @@ def _within(row: Row, point: PointResult, engine: EngineEntry, limit: Limit) -> 
     }
 
 
-def _said_of(limit: Limit, found: tuple[float, float, float] | None, outcome: Outcome) -> str:
+def _said_of(limit: Limit, found: Measured | None, outcome: Outcome) -> str:
     if found is None:
         return f"cannot tell: {limit.metric} was not measured"
-    value, low, high = (limit.shown(one) for one in found)
-    amount = value if low == high else f"{value} (95 % interval {low} to {high})"
+    value, low, high = (None if one is None else limit.shown(one) for one in found)
+    once = low is not None and low == high
+    amount = value if once else f"{value} (95 % interval: {between((low, high), '{}')})"
+    if outcome is Outcome.NOT_DECIDED and None in found:
+        return (
+            f"cannot tell: {amount}; an end is not known, about {limit.rounds_needed()} rounds (--repeats) would tell"
+        )
     if outcome is Outcome.NOT_DECIDED:
         return (
             f"cannot tell: {amount}; the limit lies in the interval, more rounds (--repeats, --min-duration) would tell"

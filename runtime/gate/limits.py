@@ -13,6 +13,7 @@ from typing import Literal
 
 from moedge import MoEdgeError
 from moedge.runtime.bench.results import EngineEntry, Row
+from moedge.runtime.bench.stats import rounds_needed
 from moedge.runtime.parity.verdict import Outcome
 
 _TIME = {"us": 1e-3, "ms": 1.0, "s": 1e3}
@@ -35,6 +36,8 @@ _GRAMMAR = re.compile(
     r"(?P<value>\d+(?:\.\d+)?)\s*(?P<unit>[A-Za-z]*)\s*"
 )
 
+Measured = tuple[float, float | None, float | None]
+"""A value and the ends of its interval; None where an end is not known."""
 EXAMPLE = '"ttft.p99 > 800ms"'
 
 
@@ -57,9 +60,9 @@ class Limit:
     unit: str
     scale: float
 
-    def outcome(self, low: float, high: float) -> Outcome:
-        """A failure if all of the interval is beyond the limit, passed if nothing of it is."""
-        found = {self._beyond(low), self._beyond(high)}
+    def outcome(self, low: float | None, high: float | None) -> Outcome:
+        """A failure if all of the interval is beyond the limit, passed if nothing of it is; None is not known."""
+        found = {self._beyond(-math.inf if low is None else low), self._beyond(math.inf if high is None else high)}
         return Outcome.NOT_DECIDED if len(found) == 2 else Outcome.FAILED if True in found else Outcome.PASSED
 
     def _beyond(self, value: float) -> bool:
@@ -67,7 +70,7 @@ class Limit:
             return value > self.value or (self.operator == ">=" and value == self.value)
         return value < self.value or (self.operator == "<=" and value == self.value)
 
-    def measured(self, row: Row, engine: EngineEntry, batch: int) -> tuple[float, float, float] | None:
+    def measured(self, row: Row, engine: EngineEntry, batch: int) -> Measured | None:
         """Return the value and its interval (equal to it where it was measured once); None where it was not."""
         if self.metric in ("ttft", "tpot"):
             times = row["ttft_ms"] if self.metric == "ttft" else row["tpot_ms"]
@@ -75,12 +78,17 @@ class Limit:
             return times[self.statistic], low, high
         if self.metric == "tokens/s":
             low, high = row["tpot_ms"]["ci95"]
-            return row["decode_tokens_per_s"], 1e3 * batch / high, 1e3 * batch / low
+            slowest, fastest = (None if end is None else 1e3 * batch / end for end in (high, low))
+            return row["decode_tokens_per_s"], slowest, fastest
         found = engine["peak_rss_mib"] if self.metric == "peak_rss" else engine["load_s"]
         if found is None:
             return None
         once = found * (1e3 if self.metric == "load" else 1.0)
         return once, once, once
+
+    def rounds_needed(self) -> int:
+        """Rounds from which on both ends of its interval are known."""
+        return 2 if self.statistic == "mean" else rounds_needed(float(self.statistic[1:]) / 100)
 
     def shown(self, value: float) -> str:
         """The value in the given unit."""

@@ -24,11 +24,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moedge.runtime.bench.stats import RESAMPLES, t_quantile
+from moedge.runtime.bench.stats import t_quantile
 from moedge.runtime.parity.verdict import Outcome
 
 CONFIDENCE = 0.99
 """Of all intervals of one gate together, to one side: of a hundred gates over one build less than one fails."""
+_RESAMPLES = 2000
 _TRIM = 0.2
 _LEAST = 5
 """Rounds below which nothing is said: three samples would be left."""
@@ -84,8 +85,8 @@ def _mean(sample: np.ndarray, seed: int) -> tuple[float, float, int]:
     """Trimmed mean of float64 [n], its standard error, and the error's degrees of freedom."""
     n = len(sample)
     block = max(1, round(n ** (1 / 3)))
-    starts = np.random.default_rng(seed).integers(0, n, (RESAMPLES, -(-n // block)))
-    drawn = ((starts[..., None] + np.arange(block)) % n).reshape(RESAMPLES, -1)[:, :n]
+    starts = np.random.default_rng(seed).integers(0, n, (_RESAMPLES, -(-n // block)))
+    drawn = ((starts[..., None] + np.arange(block)) % n).reshape(_RESAMPLES, -1)[:, :n]
     error = float(_trimmed(sample[drawn]).std(ddof=1)) * math.sqrt(n / max(n - block, 1))
     return float(_trimmed(sample)), error, max(n - 2 * int(_TRIM * n) - 1, 1)
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLUMNS = ("engine", "at", "results", "first", "last", "change", "steps")
+_APART = 0.03
+"""Share of a plot's width that two numbers of steps in one row are apart, at least."""
 _LINES = 8
 """Lines of one plot; more are drawn in the next one."""
 
@@ -85,13 +87,49 @@ def page(history: History) -> str:
                 Markup(svg(draw(metric, found[start : start + _LINES]), f"history{number}-{start}"))
                 for start in range(0, len(found), _LINES)
             ]
-            parts.append({"title": METRICS[metric], "machine": machine, "plots": drawn, "rows": list(map(row, found))})
+            listed = [step_lines(found[start : start + _LINES]) for start in range(0, len(found), _LINES)]
+            plots = list(zip(drawn, listed, strict=True))
+            parts.append({"title": METRICS[metric], "machine": machine, "plots": plots, "rows": list(map(row, found))})
     template = environment(html=True).get_template("history.html.j2")
     return template.render(history=history, parts=parts, columns=COLUMNS)
 
 
+def step_lines(series: list[Series]) -> list[str]:
+    """What stepped when, a line for each number of the plot."""
+    return [
+        f"{when[:10]}: " + "; ".join(f"{one['engine']} {change(one['metric'], *levels)}" for one, levels in stepped)
+        for when, stepped in _steps(series).items()
+    ]
+
+
+def _steps(series: list[Series]) -> dict[str, list[tuple[Series, tuple[float, float]]]]:
+    """By time, which series step to another level, and both levels. Lines that step together have one number."""
+    found: dict[str, list[tuple[Series, tuple[float, float]]]] = {}
+    for one in series:
+        for step in one["steps"]:
+            found.setdefault(step["when"], []).append((one, (step["before"], step["after"])))
+    return dict(sorted(found.items()))
+
+
+def _number_steps(axis: Axes, times: list[str]) -> None:
+    """Write the numbers of steps above the axes, in rows where they are near to each other."""
+    from matplotlib.dates import date2num
+
+    low, high = axis.get_xlim()
+    last: list[float] = []  # in each row, where its last number stands
+    for number, at in enumerate(date2num([datetime.fromisoformat(when) for when in times]), 1):
+        place = (at - low) / (high - low)
+        row = next((row for row, before in enumerate(last) if place - before > _APART), len(last))
+        last[row : row + 1] = [place]
+        text = f"{number}"
+        axis.annotate(
+            text, (at, 1), (0, 3 + 9 * row), xycoords=("data", "axes fraction"), textcoords="offset points",
+            fontsize=7.5, ha="center",
+        )  # fmt: skip
+
+
 def draw(metric: Metric, series: list[Series]) -> Figure:
-    """Draw series of one figure on one machine over time; a dotted line is a step."""
+    """Draw series of one figure on one machine over time; a dotted line is a step of :func:`step_lines`."""
     import matplotlib.dates as dates
 
     from moedge.runtime.report.palette import figure_of
@@ -99,6 +137,7 @@ def draw(metric: Metric, series: list[Series]) -> Figure:
     figure, (axis,) = figure_of(9.4, 3.2 + 0.19 * len(series))
     for number, one in enumerate(series):
         _line(axis, one, f"C{number}")
+    _number_steps(axis, list(_steps(series)))
     if metric == "kl" and min(point["value"] for one in series for point in one["points"]) > 0:
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
@@ -131,8 +170,4 @@ def _line(axis: Axes, one: Series, colour: str) -> None:
         label=label,
     )  # fmt: skip
     for step in one["steps"]:
-        at = when[step["index"]]
-        axis.axvline(at, color=colour, linewidth=1, linestyle=":")
-        said = change(one["metric"], step["before"], step["after"])
-        place = (at, values[step["index"]])
-        axis.annotate(said, place, (4, 8), textcoords="offset points", fontsize=7.5, color=colour)
+        axis.axvline(when[step["index"]], color=colour, linewidth=1, linestyle=":")

@@ -129,7 +129,7 @@ def _readings(document: dict[str, Any]) -> Iterator[Reading]:
 def _bench(document: dict[str, Any]) -> Iterator[Reading]:
     machine = _machine(document)
     for point in document["points"]:
-        said = [f"batch {point['batch']}", f"prompt {point['prompt']}"]
+        said = [f"batch {point['batch']}", f"prompt {point['prompt']}", f"decode {point['decode']}"]
         said += [f"depth {point['depth']}"] if point["depth"] else []
         for row in point["rows"]:
             info = document["engines"][row["label"]]["info"]
@@ -138,21 +138,22 @@ def _bench(document: dict[str, Any]) -> Iterator[Reading]:
             for metric in ("ttft_ms", "tpot_ms"):
                 times = row[metric]
                 setting = ", ".join([*said, where])
-                yield Reading(metric, row["label"], setting, float(times["p50"]), list(times["ci95"]), machine)
+                yield Reading(metric, row["label"], setting, float(times["p50"]), _known(times["ci95"]), machine)
 
 
 def _verify(document: dict[str, Any]) -> Iterator[Reading]:
     machine = _machine(document)
     for entry in document["parity"]:
         kl = entry["overall"]["kl_ref_test"]
-        setting = f"{document['text']}, {entry['overall']['tokens']} tokens"
+        read = [f"{name} {count}" for name, count in entry["tokens"].items()]  # windows, window, prefill
+        setting = ", ".join([document["text"], f"{entry['overall']['tokens']} tokens", *read])
         if kl["mean"] is not None:
             half = 1.96 * (kl.get("standard_error") or 0.0)
             ends = [kl["mean"] - half, kl["mean"] + half] if half else None
             yield Reading("kl", entry["name"], setting, float(kl["mean"]), ends, machine)
     for entry in document.get("accuracy", []):
         for task in entry["tasks"]:
-            setting = f"{task['task']}, {task['questions']} questions"
+            setting = f"{task['task']}, {task['questions']} questions, {entry['shots']} shots, {task['metric']}"
             yield Reading("accuracy", entry["name"], setting, float(task["test_accuracy"]), None, machine)
 
 
@@ -165,22 +166,31 @@ def _scores(document: dict[str, Any]) -> Iterator[Reading]:
             error = found[name].get("stderr")
             value = float(found[name]["value"])
             ends = [value - 1.96 * error, value + 1.96 * error] if error else None
-            setting = f"{task['task']}, {task['questions']} questions, {task['shots']} shots"
+            setting = f"{task['task']}, {task['questions']} questions, {task['shots']} shots, {name}"
             yield Reading("accuracy", row["model"], setting, value, ends, machine)
 
 
 def _frontier(document: dict[str, Any]) -> Iterator[Reading]:
     machine = _machine(document)
-    tokens = sum(document["protocol"]["tokens"].values())
+    protocol = document["protocol"]
+    texts, tokens = " and ".join(protocol["tokens"]), sum(protocol["tokens"].values())
+    read = f"to dense, {texts}, {tokens} tokens, window {protocol['window']}"
     for variant in document["variants"]:
         kl = variant["kl"]
-        yield Reading("kl", variant["label"], f"to dense, {tokens} tokens", kl["value"], list(kl["ci95"]), machine)
+        yield Reading("kl", variant["label"], read, kl["value"], _known(kl["ci95"]), machine)
     for one in document["measured"]:
-        setting = f"batch {one['batch']}, prompt {one['prompt']}, {one['threads']} threads"
+        sizes = [f"{name} {one[name]}" for name in ("batch", "prompt", "decode")]
+        setting = ", ".join([*sizes, f"{one['threads']} threads"])
         for row in one["rows"]:
             engine = f"{one['target']} {row['label']}"
             for metric in ("ttft_ms", "tpot_ms"):
-                yield Reading(metric, engine, setting, row[metric]["value"], list(row[metric]["ci95"]), machine)
+                yield Reading(metric, engine, setting, row[metric]["value"], _known(row[metric]["ci95"]), machine)
+
+
+def _known(ends: Sequence[float | None]) -> list[float] | None:
+    """An interval; None where an end is not known."""
+    found = [end for end in ends if end is not None]
+    return found if len(found) == len(ends) else None
 
 
 def _report(document: dict[str, Any]) -> Iterator[Reading]:

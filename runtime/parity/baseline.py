@@ -6,7 +6,9 @@ limit and that is neither noise nor a trifle.
 * **Noise.** A figure that is known window by window in both results, which read the same windows, is paired: it grew
   when Student's interval of the mean difference over windows lies above 0. A share of decisions is a count out of as
   many: it grew when so many more wrong ones would be chance too rarely, were both equally good (binomial, given the
-  sum). All checks together are wrong in one verification in a hundred at most (:data:`_FALSE`, divided by their number:
+  sum). Decisions after which an engine goes its own way are no such count: one that changes early changes later ones.
+  Of answers to tasks those count that differ from the reference's, and for accuracy those that it alone has right. All
+  checks together are wrong in one verification in a hundred at most (:data:`_FALSE`, divided by their number:
   Bonferroni). What is neither, and what fewer than 5 windows tell, grew when it is :data:`FACTOR` times as large.
   Rounding alone, in another order of sums, makes an error up to twice as large (configs/tolerances.yaml takes that
   factor for errors of one token), and KL, which is quadratic, four times.
@@ -17,7 +19,7 @@ limit and that is neither noise nor a trifle.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+import re
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -25,6 +27,7 @@ import numpy as np
 
 from moedge import MoEdgeError
 from moedge._files import read_json, sha256_file
+from moedge.runtime.bench.stats import binomial_cdf, t_quantile
 from moedge.runtime.parity.figures import CheckFacts
 from moedge.runtime.parity.results import BaselineCheck, BaselineFacts, BaselineOutcome, Verification
 
@@ -62,8 +65,9 @@ def compare(result: Verification, baseline: Baseline) -> BaselineFacts:
     """Say what of ``result`` is worse.
 
     Returns:
-        ``outcome``: ``worse``; ``not worse``; or ``not compared``, where a comparison of the baseline has no
-        counterpart on the same text. ``checks``: what was compared; ``sentences``: what is worse or missing.
+        ``outcome``: ``worse``; ``not worse``; or ``not compared``, where a comparison or a check of the baseline has no
+        counterpart on the same text or questions. ``checks``: what was compared; ``sentences``: what is worse or
+        missing.
 
     Raises:
         MoEdgeError: the baseline lacks a part of what its schema promises.
@@ -78,19 +82,22 @@ def _compared(result: Verification, baseline: Baseline) -> BaselineFacts:
     old = baseline.result
     missing: list[str] = []
     pairs: list[_Pair] = []
-    if old["text"] != result["text"]:
-        missing.append(f"It was measured on {old['text']}, this on {result['text']}: nothing can be compared.")
+    parts = ["accuracy"]
+    if old["text"] == result["text"]:
+        parts = ["identity", "parity", "shapes", *parts]
     else:
-        then: list[Any] = [*old["identity"], *old["parity"]]
-        now: list[Any] = [*result["identity"], *result["parity"]]
-        for before in then:
-            after = _counterpart(before, then, now)
-            if after is None:
-                missing.append(f"{before['name']} is only in the baseline.")
-            elif before["tokens"] != after["tokens"]:
-                missing.append(f"{after['name']}: the baseline has other windows or tokens.")
-            else:
-                pairs += _paired(before, after)
+        missing.append(f"It was measured on {old['text']}, this on {result['text']}, which cannot be compared.")
+    then, now = ([entry for part in parts for entry in one.get(part) or []] for one in _loose(old, result))
+    for before in then:
+        after = _counterpart(before, then, now)
+        if after is None:
+            missing.append(f"{before['name']} is only in the baseline.")
+        elif _read(before) != _read(after):
+            missing.append(f"{after['name']}: the baseline has other windows, tokens or questions.")
+        else:
+            found, gone = _paired(before, after)
+            pairs += found
+            missing += [f"{after['name']}: check {name} is only in the baseline." for name in gone]
     level = _FALSE / max(1, len(pairs))
     checks = [_beside(*pair, level) for pair in pairs]
     worse = [check for check in checks if check["worse"]]
@@ -105,6 +112,16 @@ def _compared(result: Verification, baseline: Baseline) -> BaselineFacts:
     }
 
 
+def _loose(*results: Verification) -> list[dict[str, Any]]:
+    return [cast("dict[str, Any]", one) for one in results]
+
+
+def _read(entry: Any) -> list[Any]:
+    """What a comparison was made on: windows and tokens, the rows of other shapes, or questions."""
+    asked = [[task[name] for name in ("task", "version", "data", "questions")] for task in entry.get("tasks", [])]
+    return [*(entry.get(name) for name in ("tokens", "prompts", "shots")), asked]
+
+
 def _counterpart(before: Any, then: list[Any], now: list[Any]) -> Any:
     """The entry of the same name; else the only other one of the same kind of engines, for a folder may have moved."""
     for entry in now:
@@ -116,23 +133,34 @@ def _counterpart(before: Any, then: list[Any], now: list[Any]) -> Any:
 
 
 def _kind(entry: Any) -> tuple[str, ...]:
-    rounded = entry["reference"]["model"].get("weights_of")
+    reference = entry.get("reference") or {"name": "itself", "model": {}}  # of an engine in other shapes
+    rounded = reference["model"].get("weights_of")
     kept = "kept_reference" in entry
-    return (entry["schema"], entry["reference"]["name"], entry["test"]["name"], str(rounded), str(kept))
+    return (entry["schema"], reference["name"], entry["test"]["name"], str(rounded), str(kept))
 
 
 _Pair = tuple[CheckFacts, CheckFacts, Any, Any]
 """A check before and now, and the comparisons that they are of."""
 
 
-def _paired(before: Any, after: Any) -> list[_Pair]:
-    older = {check["name"]: check for check in _checks_of(before)}
-    return [(older[check["name"]], check, before, after) for check in _checks_of(after) if check["name"] in older]
+def _paired(before: Any, after: Any) -> tuple[list[_Pair], list[str]]:
+    """The checks that both comparisons have, and the names of those that the older one alone has."""
+    older, newer = ({check["name"]: check for check in _checks_of(entry)} for entry in (before, after))
+    pairs = [(older[name], check, before, after) for name, check in newer.items() if name in older]
+    # "not compared" is a check only where something was not.
+    return pairs, [name for name in older if name not in newer and not name.endswith(".not_compared")]
 
 
 def _checks_of(entry: Any) -> list[CheckFacts]:
     if "verdict" in entry:
-        return list(entry["verdict"]["checks"])
+        # Older versions had the number of standard errors in this name.
+        return [
+            cast(
+                "CheckFacts",
+                {**check, "name": re.sub(r"drift_beyond_\d+_errors$", "drift_beyond_errors", check["name"])},
+            )
+            for check in entry["verdict"]["checks"]
+        ]
     named = {"name": "identity.max_rel_error", "value": entry["max_rel_error"], "relation": "<="}
     return [cast("CheckFacts", {**named, "limit": entry["limit"], "passed": entry["passed"]})]
 
@@ -155,17 +183,14 @@ def _beside(old: CheckFacts, new: CheckFacts, before: Any, after: Any, level: fl
     a, b = (_badness(check) for check in (old, new))
     if b <= a:
         return found
-    limit, factor = _badness({**new, "value": new["limit"]}), FACTOR["kl" if "kl_" in new["name"] else "error"]
+    limit, factor = _badness({**new, "value": new["limit"]}), FACTOR["kl" if _is_kl(new["name"]) else "error"]
     jump = b > factor * a
     if b - a < _TRIFLE * limit and not jump:
         return found
     windows = [_windows(entry, new["name"]) for entry in (before, after)]
-    if (
-        new["relation"] == ">="
-        and (count := _decisions(after, new["name"]))
-        and count == _decisions(before, new["name"])
-    ):
-        grew = _chance(round(a * count), round(b * count)) <= level
+    (wrong, count), (more, same) = (_wrong(entry, check) for entry, check in ((before, old), (after, new)))
+    if count and count == same:
+        grew = more > wrong and _chance(wrong, more) <= level
         reason = f"too many of {count:,} for chance"
     elif windows[0] and windows[1] and len(windows[0]) == len(windows[1]) >= _FEWEST:
         found["interval"] = interval = _interval(new["name"], *map(np.array, windows), level=level)
@@ -173,6 +198,10 @@ def _beside(old: CheckFacts, new: CheckFacts, before: Any, after: Any, level: fl
     else:
         grew, reason = jump, f"more than {factor:g} times as large"
     return {**found, "worse": bool(grew), "reason": reason if grew else ""}
+
+
+def _is_kl(name: str) -> bool:
+    return any(part == "kl" or part.startswith("kl_") for part in name.split("."))
 
 
 def _badness(check: CheckFacts) -> float:
@@ -187,20 +216,8 @@ def _interval(name: str, old: np.ndarray, new: np.ndarray, *, level: float) -> l
     if name.endswith("perplexity.drift"):  # it has a sign, and either way is a drift
         old, new = (values * np.sign(values.mean()) for values in (old, new))
     difference = new - old
-    reach = _student(1 - level, len(old) - 1) * float(difference.std(ddof=1)) / math.sqrt(len(old))
+    reach = t_quantile(1 - level, len(old) - 1) * float(difference.std(ddof=1)) / math.sqrt(len(old))
     return [float(difference.mean()) - reach, float(difference.mean()) + reach]
-
-
-@lru_cache
-def _student(share: float, freedom: int) -> float:
-    """The value below which Student's t lies with probability ``share`` > 0.5.
-
-    With t = sqrt(freedom) tan(a) the density of a is proportional to cos(a)^(freedom - 1).
-    """
-    angles = np.linspace(0, math.pi / 2, 100_001)
-    density = np.cos(angles) ** (freedom - 1)
-    below = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    return math.sqrt(freedom) * math.tan(float(np.interp(2 * share - 1, below / below[-1], angles)))
 
 
 def _windows(entry: Any, name: str) -> list[float]:
@@ -208,30 +225,47 @@ def _windows(entry: Any, name: str) -> list[float]:
     first, _, rest = name.partition(".")
     source = (entry.get("replay") or {}) if first == "arithmetic" else entry
     judged = {"arithmetic": source.get("tokens"), "text": entry.get("kept_reference", {}).get("judged_tokens")}
-    if judged.get(first, entry["overall"]["tokens"]) != entry["overall"]["tokens"]:
+    tokens = (entry.get("overall") or {}).get("tokens")
+    if judged.get(first, tokens) != tokens:
         return []  # of some windows only, or in another order
     phase, _, figure = (rest if first in ("arithmetic", "text") else name).partition(".")
     found: list[float] = ((source.get("by_window") or {}).get(phase) or {}).get(figure) or []
     return found
 
 
+def _wrong(entry: Any, check: CheckFacts) -> tuple[int, int]:
+    """How many decisions of a check are wrong, and of how many; of 0 where they are not known or not independent."""
+    if "tasks" in entry:
+        of = entry["overall"]
+        for task in entry["tasks"]:
+            of = task if check["name"].startswith(f"{task['task']}.") else of
+        lost = "accuracy_drop" in check["name"]
+        wrong = of["only_reference"] if lost else round((1 - of["agreement"]) * of["questions"])
+        return wrong, int(of["questions"])
+    count = _decisions(entry, check["name"]) if check["relation"] == ">=" else 0
+    return round(_badness(check) * count), count
+
+
 def _decisions(entry: Any, name: str) -> int:
-    """Of how many decisions a check is a share; 0 where that is not known."""
+    """Of how many independent decisions a check is a share; 0 where that is not known.
+
+    Not in a comparison that runs free although its experts may differ: one changed choice changes all later ones.
+    """
     parts = name.split(".")
     replay = entry.get("replay") or {}
     if parts[-1] == "agreement" and parts[-2] in ("top1", "top5"):
+        if parts[0] == "text" or (parts[0] != "arithmetic" and (entry.get("routing") or {}).get("compared")):
+            return 0
         source = replay if parts[0] == "arithmetic" else entry
-        return int(source["phases"][parts[-3]][parts[-2]].get("compared") or 0) if parts[0] != "text" else 0
+        return int(source["phases"][parts[-3]][parts[-2]].get("compared") or 0)
     layers = entry.get("by_layer") or {}
-    facts = {"routing": entry.get("routing"), "router": replay.get("router") or layers.get("router")}
-    facts["kept"] = replay.get("kept")
+    facts = {"router": replay.get("router") or layers.get("router"), "kept": replay.get("kept")}
     return int((facts.get(parts[0]) or {}).get("decisions") or 0)
 
 
 def _chance(old: int, new: int) -> float:
     """The probability of at least ``new`` of all wrong decisions on the new side, were both sides equally good."""
-    total = old + new
-    return sum(math.comb(total, count) for count in range(new, total + 1)) / 2**total
+    return float(binomial_cdf(old + new, 0.5)[old])
 
 
 def _said(check: BaselineCheck) -> str:

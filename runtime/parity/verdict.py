@@ -168,7 +168,7 @@ def free_checks(result: Parity, limits: Profile) -> tuple[Check, ...]:
     drift = float("nan")
     if math.isfinite(ratio) and ratio > 0 and math.isfinite(error):
         drift = math.expm1(max(0.0, abs(math.log(ratio)) - FREE_ERRORS * error))
-    free.append(Check(f"free.perplexity.drift_beyond_{FREE_ERRORS}_errors", drift, "<=", limits.perplexity_drift))
+    free.append(Check("free.perplexity.drift_beyond_errors", drift, "<=", limits.perplexity_drift))
     return tuple(free)
 
 

@@ -12,8 +12,10 @@ from rich.markup import escape
 
 from moedge.runtime.bench.peers import sentence
 from moedge.runtime.bench.results import Bench, EngineEntry, Gate, PointResult, Row
+from moedge.runtime.bench.stats import between
 from moedge.runtime.gate.judge import words
 from moedge.runtime.parity.outcomes import mark
+from moedge.runtime.report.watched import unknown_tails
 from moedge.runtime.tables import Sheet
 
 Column = tuple[str, str]
@@ -23,11 +25,10 @@ Column = tuple[str, str]
 def columns(row: Row, engine: EngineEntry, *, gpu: bool, footprint: bool) -> list[Column]:
     """The figures of one engine at one point, in the order of every table."""
     first, step = row["ttft_ms"], row["tpot_ms"]
-    low, high = step["ci95"]
     found = [
         ("first token ms", f"{first['p50']:.1f}"),
         ("per token ms", f"{step['p50']:.2f}"),
-        ("95% CI", f"{low:.2f}-{high:.2f}"),
+        ("95% CI", between(step["ci95"], to="-")),
         ("p90", f"{step['p90']:.2f}"),
         ("p99", f"{step['p99']:.2f}"),
         ("tokens/s", f"{row['decode_tokens_per_s']:.1f}"),
@@ -154,7 +155,8 @@ def markdown(result: Bench) -> str:
     for name, headers, rows in tables(result):
         lines += [f"**{name}**", ""]
         table(headers, rows)
-    lines += [*(f"- {cell(line)}" for line in peers(result)), *[""] * bool(peers(result))]
+    said = [*peers(result), *dict.fromkeys(line for point in result["points"] for line in unknown_tails(point))]
+    lines += [*(f"- {cell(line)}" for line in said), *[""] * bool(said)]
     return "\n".join([*lines, cell(footer(result)), ""])
 
 

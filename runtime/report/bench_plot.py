@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from moedge import MoEdgeError
 from moedge.runtime.bench.results import METRICS, Bench, PointResult
+from moedge.runtime.bench.stats import bars
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,8 +46,7 @@ def draw(result: Bench) -> Figure:
             for row in point["rows"]:
                 more = ", ".join(f"{name} {point[name]}" for name in rest)  # type: ignore[literal-required]
                 times = row[metric]
-                low, high = times["ci95"]
-                ends = (max(times["p50"] - low, 0.0), max(high - times["p50"], 0.0))
+                ends = bars(times["p50"], times["ci95"])
                 name = short(row["label"]) + (f" ({more})" if more else "")
                 lines.setdefault(name, []).append((str(point[axis_name]), times["p50"], *ends))  # type: ignore[literal-required]
         for name, values in lines.items():

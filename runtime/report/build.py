@@ -10,6 +10,7 @@ from typing import Any
 from moedge import MoEdgeError, __version__
 from moedge.export import manifest as manifests
 from moedge.export.manifest import Manifest
+from moedge.runtime.bench.stats import between
 from moedge.runtime.parity.verdict import Outcome, outcome_of, run_outcome
 from moedge.runtime.run import run_folder
 from moedge.runtime.run.run_folder import read_json
@@ -187,10 +188,9 @@ def sentences(report: dict[str, Any]) -> list[str]:
         for baseline in ("ort-cpu dense", "torch dense"):
             entry = ratio(report, metric, "ort-cpu moe", baseline)
             if entry:
-                low, high = entry["ci95"]
                 said.append(
                     f"{words}: ort-cpu moe runs at {entry['speedup']:.2f} times the speed of {baseline} "
-                    f"(95% interval {low:.2f} to {high:.2f}), {entry['verdict']}."
+                    f"(95% interval: {between(entry['ci95'])}), {entry['verdict']}."
                 )
     said += [one["verdict"]["sentence"] for one in report.get("frontier", {}).get("measured", [])]
     return said

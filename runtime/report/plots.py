@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from moedge.export import targets
+from moedge.runtime.bench.stats import bars
 from moedge.runtime.report import affinity, diagnosis
 from moedge.runtime.report.palette import BAD, BOUND, CONTROL, DENSE, INK, MOE, MUTED, STYLE, figure_of, short, svg
 
@@ -116,8 +117,7 @@ def _speed(report: dict[str, Any]) -> Figure:
     titles = {"ttft_ms": "time to first token, ms", "tpot_ms": "time per decoded token, ms"}
     for column, (axis, (metric, title)) in enumerate(zip(axes, titles.items(), strict=True)):
         values = [row[metric]["p50"] for row in rows]
-        low = [max(value - row[metric]["ci95"][0], 0) for value, row in zip(values, rows, strict=True)]
-        high = [max(row[metric]["ci95"][1] - value, 0) for value, row in zip(values, rows, strict=True)]
+        low, high = zip(*(bars(row[metric]["p50"], row[metric]["ci95"]) for row in rows), strict=True)
         colours = [MOE if engines[row["label"]]["info"]["model"].get("moe") else DENSE for row in rows]
         axis.barh(range(len(rows)), values, xerr=[low, high], color=colours, height=0.66, ecolor=INK, capsize=2)
         axis.set_yticks(range(len(rows)), [short(row["label"]) for row in rows] if column == 0 else [""] * len(rows))

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from moedge.runtime.bench.stats import between
+
 
 def filters() -> dict[str, Callable[..., str]]:
     """Return the filters that every template may use."""
-    return {"number": number, "cell": markdown_cell, "within": within}
+    return {"number": number, "cell": markdown_cell, "within": within, "between": between}
 
 
 def number(value: float | None, form: str = "{:.4g}") -> str:
@@ -18,7 +20,7 @@ def number(value: float | None, form: str = "{:.4g}") -> str:
 
 def within(found: Mapping[str, Any], form: str = "{:.3f}") -> str:
     """The value of ``{"value", "ci95"}`` and its interval."""
-    return "{} ({} to {})".format(*(form.format(one) for one in (found["value"], *found["ci95"])))
+    return f"{form.format(found['value'])} ({between(found['ci95'], form)})"
 
 
 def markdown_cell(value: Any) -> str:

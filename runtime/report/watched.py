@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from moedge.runtime.bench.stats import rounds_needed
+
 if TYPE_CHECKING:
     from moedge.runtime.bench.results import PointResult
 
@@ -28,9 +30,16 @@ def sentences(point: PointResult) -> list[Sentence]:
         for row in found["rows"]:
             if reason := row.get("reason"):
                 said.append(f"{row['label']}: headroom not told, {reason}.")
-    said += _energy(point)
+    said += [*_energy(point), *unknown_tails(point)]
     guard = point.get("guard")
     return [*map(Sentence, said), *(_guarded(guard) if guard else ())]
+
+
+def unknown_tails(point: PointResult) -> list[str]:
+    """Say where the rounds are too few to know what a high percentile is at most."""
+    rounds, least = point["rounds"], {"p90": rounds_needed(0.9), "p99": rounds_needed(0.99)}
+    few = [f"{name} (it takes {needed})" for name, needed in least.items() if rounds < needed]
+    return [f"{rounds} rounds do not tell what {' and '.join(few)} may be at most."] if few else []
 
 
 def _energy(point: PointResult) -> list[str]:

@@ -14,6 +14,7 @@ import inspect
 import json
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -293,9 +294,13 @@ def version(distribution: str) -> str:
     return installed(distribution) or "absent"
 
 
+_HELD: dict[Path, int] = {}
+"""Run folder -> the thread of this process that holds it."""
+
+
 @contextmanager
 def lock(root: Path) -> Iterator[None]:
-    """Hold the run folder ``root`` for this process.
+    """Hold the run folder ``root`` for this process; a thread that holds it already may take it again.
 
     The lock is the operating system's (it ends with the process, however that ends), and the file holds the pid for
     people, so a lock file left by a killed run is recognised as stale.
@@ -305,6 +310,10 @@ def lock(root: Path) -> Iterator[None]:
     """
     import fcntl
 
+    place, thread = root.resolve(), threading.get_ident()
+    if _HELD.get(place) == thread:
+        yield
+        return
     path = root / ".lock"
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -321,6 +330,10 @@ def lock(root: Path) -> Iterator[None]:
             ) from None
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
-        yield
+        _HELD[place] = thread
+        try:
+            yield
+        finally:
+            del _HELD[place]
     finally:
         os.close(handle)

@@ -54,7 +54,10 @@ _CONFIGS = (
     *("configs/__init__.py", "configs/devices.py", "configs/errors.py", "configs/files.py"),
     *("configs/tolerances.py", "configs/tolerances.yaml"),
 )
-_STATS = ("runtime/bench/__init__.py", "runtime/bench/stats.py")
+_STATS = (
+    *("runtime/bench/__init__.py", "runtime/bench/stats.py"),
+    *("runtime/device/__init__.py", "runtime/device/moedge_stats.py"),
+)
 _ENGINE_CODE = (*CONVERT_CODE, "export", "runtime/engines", *_GENERATION, *_STATS)
 _WATCH = ("__init__", "moedge_guard", "moedge_jetson", "moedge_nvml", "moedge_power", "moedge_sensors")
 BENCH_CODE = (
@@ -289,6 +292,7 @@ def report(recipe: Recipe, facts: Facts) -> Stage:
             "runtime/parity",
             "convert",
             *_CONFIGS,
+            *_STATS,
         ),
         libraries=("jinja2", "matplotlib"),
     )

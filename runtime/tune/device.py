@@ -21,8 +21,8 @@ from moedge.configs.devices import Device
 from moedge.export import needs, targets
 from moedge.export.device import outlook
 from moedge.export.device.outlook import Bound, Work
-from moedge.export.manifest import LayerFacts, MoEFacts
-from moedge.runtime.device.moedge_archive import RESULT_SCHEMA
+from moedge.export.manifest import LayerFacts, ModelFacts, MoEFacts
+from moedge.runtime.device.moedge_archive import RESULT_SCHEMA, other_model
 from moedge.runtime.frontier import stages as frontier
 from moedge.runtime.frontier.join import variant_facts
 from moedge.runtime.frontier.variants import Variant, variants
@@ -79,13 +79,15 @@ class Costs:
     """Of the dense parent, where it was timed on the device."""
 
     @classmethod
-    def of(cls, checkpoint: Path, device: Device, target: str, work: Work, dense_ms: float | None) -> Costs:
+    def of(cls, checkpoint: Path, device: Device, target: str, work: Work, timed: ParentTime | None) -> Costs:
         """Return the costs of a dense checkpoint.
 
         Raises:
-            MoEdgeError: its files do not say enough.
+            MoEdgeError: its files do not say enough, or what was timed is another model or impossibly fast.
         """
         model, _, _ = needs.facts(checkpoint)
+        if timed is not None:
+            timed.check_model(model)
         width = int(read_json(checkpoint / "config.json", "save the model again")["intermediate_size"])
         layer = LayerFacts(num_experts=0, top_k=0, shared_width=width, expert_width=0)
         whole = MoEFacts(plan_sha256="0" * 64, layers=dict.fromkeys(range(model.num_layers), layer))
@@ -98,7 +100,13 @@ class Costs:
             return outlook.step_bound(read, need.decode_products(work.context, work.batch), device)
 
         shares = [round(MOST - _STEP * step, 3) for step in range(round((MOST - LEAST) / _STEP) + 1)]
-        return cls({share: bound(share) for share in (1.0, *shares)}, dense_ms)
+        found = cls({share: bound(share) for share in (1.0, *shares)}, timed.ms if timed else None)
+        if timed is not None and found.ms(LEAST) <= 0:
+            raise MoEdgeError(
+                f"{timed.path} says {timed.ms:.3g} ms a token of the dense parent, less than {device.label} needs for "
+                f"the weights that would be left out alone; is it of that device, and of {checkpoint}?"
+            )
+        return found
 
     def ms(self, share: float) -> float:
         """Return the predicted milliseconds."""
@@ -126,11 +134,36 @@ class Costs:
         return found
 
 
-def dense_ms(path: Path) -> float:
+@dataclass(frozen=True)
+class ParentTime:
+    """What a token of the dense parent took on a device, the model that was timed, and the file that says so."""
+
+    ms: float
+    model: Mapping[str, Any]
+    path: Path
+
+    def check_model(self, model: ModelFacts) -> None:
+        """Refuse the times of another model.
+
+        Raises:
+            MoEdgeError: it has other sizes.
+        """
+        facts, dense = model.document(), dict(self.model)
+        differs = other_model(dense, facts)
+        known = (dense.get("parameters"), facts.get("parameters"))
+        if differs is None and None not in known and known[0] != known[1]:
+            differs = f"parameters {known[0]} against {known[1]}"
+        if differs:
+            raise MoEdgeError(
+                f"{self.path} holds times of another dense model than the one to tune ({differs}); time its archive."
+            )
+
+
+def parent_time(path: Path, device: Device) -> ParentTime:
     """Return the time a token of the dense parent in a device's ``bench-result.json``.
 
     Raises:
-        MoEdgeError: it is no such result, or holds no time of the parent.
+        MoEdgeError: it is no such result, of another device, or holds no time of the parent.
     """
     found = read_json(path, "copy the device's result again", missing=f"{path} does not exist.")
     if found.get("schema") != RESULT_SCHEMA or found.get("kind") != "bench":
@@ -141,7 +174,16 @@ def dense_ms(path: Path) -> float:
             f"{path} holds no time of the dense parent; unpack the archive of the parent beside the other one on the "
             "device, build its engine, and run bench.py again."
         )
-    return float(value)
+    capability = found.get("device", {}).get("compute_capability")
+    if capability != device.compute_capability:
+        raise MoEdgeError(
+            f"{path} was measured on compute capability {capability}, and profile {device.name} has "
+            f"{device.compute_capability}; name that device's profile with --for."
+        )
+    model = found["dense"].get("model")
+    if not isinstance(model, dict):
+        raise MoEdgeError(f"{path} does not say of which model its times are; make both archives and bench again.")
+    return ParentTime(float(value), model, path)
 
 
 @dataclass
@@ -149,14 +191,14 @@ class DeviceTuning(Tuning):
     """A tuning for a device profile. The bundle ``portable`` is written and verified: archives are made of it."""
 
     device: Device
-    dense_ms: float | None = None
+    timed: ParentTime | None = None
 
     @property
     def bundle(self) -> str:
         """Target of the bundle that is written."""
         return "portable"
 
-    def run(self) -> dict[str, Any]:
+    def _run(self) -> dict[str, Any]:
         """Find a share by predicted times or measured losses; convert, export and verify it.
 
         Returns:
@@ -188,7 +230,7 @@ class DeviceTuning(Tuning):
         recipe = self._at(FIRST_SHARE)
         self._do(recipe, [stage for stage in frontier.build(recipe, self.machine) if stage.name == "source"])
         work = Work(context=sum(recipe.frontier_lengths()), prompt=recipe.frontier_lengths()[0])
-        return Costs.of(run_folder.dense(self.root), self.device, self.target, work, self.dense_ms)
+        return Costs.of(run_folder.dense(self.root), self.device, self.target, work, self.timed)
 
     def _found(
         self, variant: Variant, costs: Costs, share: float, predicted: float | None, done: list[Try]
@@ -206,7 +248,7 @@ class DeviceTuning(Tuning):
                 "profile": self.device.name,
                 "label": self.device.label,
                 "context": sum(self.recipe.frontier_lengths()),
-                "dense_timed": self.dense_ms is not None,
+                "dense_timed": self.timed is not None,
                 "dense_ms": costs.ms(1.0),
                 "ms": costs.ms(share),
                 "bound_by": costs.bounds[share].by,

@@ -19,7 +19,7 @@ from moedge.runtime.frontier.schema import Frontier
 from moedge.runtime.frontier.variants import Variant, variants
 from moedge.runtime.progress import Reporter
 from moedge.runtime.run import held_out, run_folder, stages
-from moedge.runtime.run.engine import Context, Stage, execute
+from moedge.runtime.run.engine import Context, Stage, execute, lock
 from moedge.runtime.run.stages import BENCH_CODE, Facts
 from moedge.runtime.tune.search import Decode, Goal, Try, best, first_speed_share, search
 
@@ -50,15 +50,19 @@ class Tuning:
         return self.target
 
     def run(self) -> dict[str, Any]:
-        """Search, then convert, export, verify and time what was found.
+        """Search, then convert, export, verify and time what was found; nobody else works in the run folder meanwhile.
 
         Returns:
             JSON of schema ``moedge.tune/1``, which is also in ``tune.json``; the checkpoint is in ``tuned/checkpoint``
             and its bundle in ``tuned/<target>`` of the run folder.
 
         Raises:
-            MoEdgeError: the goal is out of reach, or what a stage refuses.
+            MoEdgeError: the goal is out of reach, another run holds the folder, or what a stage refuses.
         """
+        with lock(self.root):
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         ffn = self._profiled() if self.goal.of_speed else None
         decode = Decode(ffn["ms"], ffn["part"]) if ffn else None
         first = first_speed_share(self.goal, decode) if decode else (FIRST_SHARE, None)

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/watch_cost.py BUNDLE --rounds 40
 
-Prints the ratio of the watched engine's median times over the other's with its 95 % interval, paired by round, and
+Prints the ratio of the watched engine's times over the other's with its 95 % interval, paired by round, and
 what a reading costs. On an idle machine the interval should hold 1 and be narrow.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from moedge.runtime.bench.guard import Observer
 from moedge.runtime.bench.results import METRICS
-from moedge.runtime.bench.stats import bootstrap_ci
+from moedge.runtime.bench.stats import between, speedup
 from moedge.runtime.bench.timing import Rules, time_rounds
 from moedge.runtime.engines import open_engine
 
@@ -57,12 +57,8 @@ def main() -> None:
     found = time_rounds(engines, ids, 0, options.decode, rules, lambda: None, OneOfTwo(observer))
     for metric in METRICS:
         one, two = (found.samples[metric][label] for label in (WATCHED, ALONE))
-
-        def ratio(drawn: np.ndarray, one: np.ndarray = one, two: np.ndarray = two) -> np.ndarray:
-            return np.asarray(np.median(one[drawn], axis=(-2, -1)) / np.median(two[drawn], axis=(-2, -1)))
-
-        low, high = bootstrap_ci(len(one), ratio)
-        print(f"{metric}: watched over alone {np.median(one) / np.median(two):.4f} ({low:.4f} to {high:.4f})")
+        value, ends, _ = speedup(one, two)
+        print(f"{metric}: watched over alone {value:.4f} ({between(ends, '{:.4f}')})")
     guard = observer.guard({WATCHED: {m: np.median(found.samples[m][WATCHED], axis=1).tolist() for m in METRICS}})
     print(
         f"{guard['readings']} readings of {guard['reading_ms']:.2f} ms; own {guard['own_cores']:.2f} cores, others ",

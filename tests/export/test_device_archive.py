@@ -304,7 +304,8 @@ def test_bench_times_and_report_reads_the_result(unpacked, capsys):
     assert guard["seconds"] > 0
     assert result["energy"]["joules_per_token"] is not None or "NVML" in result["energy"]["reason"]
     assert "dense" not in result
-    assert 0 < result["tpot_ms"]["ci95_low"] <= result["tpot_ms"]["p50"] <= result["tpot_ms"]["p99"]
+    assert 0 < result["tpot_ms"]["p50"] <= result["tpot_ms"]["p99"]
+    assert result["tpot_ms"]["ci95_low"] is result["tpot_ms"]["ci95_high"] is None, "three rounds tell no interval"
     assert device_report.device_report([unpacked / "bench-result.json"], as_json=False) == 0
     shown = capsys.readouterr().out
     assert "per token" in shown
@@ -326,10 +327,27 @@ def test_the_dense_parent_is_timed_in_the_same_rounds_where_its_archive_lies_bes
     assert result["environment"]["guard"]["readings"] == 1 + 2 * 3, "two engines took turns"
     assert {spread["label"] for spread in result["environment"]["guard"]["spread"]} == {"this archive", "dense parent"}
     gain = result["dense"]["speedup"]["tpot_ms"]
-    assert gain["speedup"] == pytest.approx(result["dense"]["tpot_ms"]["p50"] / result["tpot_ms"]["p50"])
+    rounds = [np.array(one["rounds"]["tpot_ms"]) for one in (result["dense"], result)]
+    assert gain["speedup"] == pytest.approx(np.exp(np.log(rounds[0] / rounds[1]).mean()))
+    assert result["dense"]["model"] == json.loads((dense / "manifest.json").read_text())["model"]
     assert gain["ci95_low"] <= gain["speedup"] <= gain["ci95_high"]
     assert device_report.device_report([unpacked / "bench-result.json"], as_json=False) == 0
     assert "Against parent, per token: " in capsys.readouterr().out
+
+    manifest = json.loads((dense / "manifest.json").read_text())
+    other = {**manifest, "model": {**manifest["model"], "num_layers": 99}}
+    (dense / "manifest.json").write_text(json.dumps(other))
+    child = run(unpacked, "bench.py", *sizes)
+    assert child.returncode == 0, child.stderr
+    assert f"not beside: {dense} is of another model (num_layers 99 against" in child.stderr
+    assert "dense" not in json.loads((unpacked / "bench-result.json").read_text())
+    child = run(unpacked, "bench.py", *sizes, "--dense", str(dense))
+    assert (child.returncode, child.stderr.count("Traceback")) == (2, 0)
+    assert "is of another model than this archive (num_layers 99 against" in child.stderr
+    (dense / "manifest.json").write_text(json.dumps(manifest))
+    child = run(dense, "bench.py", *sizes, "--dense", str(unpacked))
+    assert child.returncode == 2
+    assert "is no archive of a dense model" in child.stderr
 
     assert run(unpacked, "bench.py", *sizes, "--alone").returncode == 0
     assert "dense" not in json.loads((unpacked / "bench-result.json").read_text())

@@ -72,7 +72,7 @@ class Clock:
 
 
 def ratio(slow: np.ndarray, fast: np.ndarray) -> dict[str, float]:
-    """Ratio of medians of the same rounds and its 95 % interval over rounds; above 1 ``fast`` is faster."""
+    """Geometric mean of the ratio over two rounds or more, and its 95 % interval; above 1 ``fast`` is faster."""
     found = speedup(slow[:, None], fast[:, None])
     return {
         "ratio": round(found["speedup"], 3),

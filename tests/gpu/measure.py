@@ -55,7 +55,7 @@ def rows(part: str, *, rehearsal: bool) -> Iterator[dict[str, Any]]:
         return
     import clock
 
-    timer = clock.Clock(device, 1 if rehearsal else 40)
+    timer = clock.Clock(device, 2 if rehearsal else 40)
     if name == "ceilings":
         yield {"kind": "ceilings", **clock.ceilings(timer)}
     elif name == "layers":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +40,15 @@ def entry(kl: np.ndarray, flips: int = 0, most: float = 1e-3, name: str = "a vs 
         "test": {"name": "ort-cpu moe"},
         "tokens": {"windows": WINDOWS, "window": 256, "prefill": 224},
         "overall": {"tokens": WINDOWS * 256},
-        "routing": {"compared": True, "decisions": decisions, "flips": flips},
+        "routing": {"compared": True, "decisions": decisions, "flips": 0},
+        "replay": {"router": {"compared": True, "decisions": decisions}},
         "by_window": {"prefill": {"kl_ref_test.mean": kl.tolist()}},
         "verdict": {
             "notes": [],
             "checks": [
                 check("prefill.kl_ref_test.mean", float(kl.mean()), "<=", 0.03),
                 check("decode.rel_error.median", most, "<=", 0.1),
-                check("routing.expert_set_agreement", 1 - flips / decisions, ">=", 0.9999),
+                check("router.expert_set_agreement", 1 - flips / decisions, ">=", 0.9999),
             ],
         },
     }
@@ -117,6 +119,21 @@ def test_a_count_must_be_more_than_chance() -> None:
     assert "too many of 600,000 for chance" in found["sentences"][0]
 
 
+def test_choices_of_an_engine_that_runs_free_are_no_independent_counts() -> None:
+    """One that changes early changes the later ones, so a count must double."""
+
+    def free(flips: int) -> Any:
+        found = entry(KL)
+        found["replay"] = None
+        found["verdict"]["checks"][2] = check("routing.expert_set_agreement", 1 - flips / 600_000, ">=", 0.9999)
+        return result(found)
+
+    assert beside(free(20), free(39))["outcome"] == "not worse"
+    found = beside(free(20), free(41))
+    assert found["outcome"] == "worse"
+    assert "more than 2 times as large" in found["sentences"][0]
+
+
 def test_equal_engines_that_round_otherwise_raise_an_alarm_in_less_than_one_verification_in_a_hundred() -> None:
     """Twelve figures of eight windows each are drawn anew: 400 pairs of results."""
     generator = np.random.default_rng(7)
@@ -132,9 +149,15 @@ def test_equal_engines_that_round_otherwise_raise_an_alarm_in_less_than_one_veri
     assert alarms <= 9, "of 400; were the chance 1 in 100, more than 9 would come in 8 of 1,000 such tests"
 
 
-@pytest.mark.parametrize(("share", "freedom"), [(0.975, 7), (0.9999, 7), (0.999975, 4), (0.99, 40)])
-def test_students_quantiles_are_those_of_scipy(share: float, freedom: int) -> None:
-    assert baseline._student(share, freedom) == pytest.approx(stats.t.ppf(share, freedom), rel=1e-4)
+@pytest.mark.parametrize(("old", "new"), [(0, 9), (3, 11), (40, 70)])
+def test_the_chance_of_a_count_is_exact(old: int, new: int) -> None:
+    exact = sum(math.comb(old + new, count) for count in range(new, old + new + 1)) / 2 ** (old + new)
+    assert baseline._chance(old, new) == pytest.approx(exact, rel=1e-9)
+
+
+def test_the_chance_of_a_large_count_takes_no_minutes() -> None:
+    known = stats.binom.sf(31_000 - 1, 61_440, 0.5)
+    assert baseline._chance(61_440 - 31_000, 31_000) == pytest.approx(known, rel=1e-6)
 
 
 def test_a_check_that_passed_before_and_does_not_now_is_worse_whatever_it_is() -> None:
@@ -172,6 +195,75 @@ def test_what_has_no_counterpart_is_not_compared() -> None:
     assert beside(result(short), result(entry(KL)))["outcome"] == "not compared"
     new = beside(result(entry(KL)), result(entry(KL), entry(KL * 9, name="x vs y")))
     assert new["outcome"] == "not worse", "what the baseline lacks cannot be worse than it"
+
+
+def test_a_check_that_the_new_result_lacks_is_said_and_leaves_it_not_compared() -> None:
+    old, new = entry(KL), entry(KL)
+    new["verdict"]["checks"][1]["name"] = "decode.rel_error.renamed"
+    found = beside(result(old), result(new))
+    assert found["outcome"] == "not compared"
+    assert found["sentences"] == ["a vs b: check decode.rel_error.median is only in the baseline."]
+    old["verdict"]["checks"] += [check("batch.padding.not_compared", 1, "<=", 0)]
+    assert beside(result(old), result(entry(KL)))["outcome"] == "not worse", "now everything was compared"
+    replayed = entry(KL)
+    for one in replayed["verdict"]["checks"][:2]:
+        one["name"] = f"arithmetic.{one['name']}"
+    changed = beside(result(entry(KL)), result(replayed))
+    assert (changed["outcome"], len(changed["sentences"])) == ("not compared", 2)
+
+
+@pytest.mark.parametrize(("before", "outcome"), [(0.001, "worse"), (0.004, "not worse")])
+def test_the_older_name_of_a_check_is_read(before: float, outcome: str) -> None:
+    old, new = entry(KL), entry(KL)
+    old["verdict"]["checks"].append(check("free.perplexity.drift_beyond_3_errors", before, "<=", 0.02))
+    new["verdict"]["checks"].append(check("free.perplexity.drift_beyond_errors", 0.004, "<=", 0.02))
+    found = beside(result(old), result(new))
+    assert found["outcome"] == outcome
+    assert "free.perplexity.drift_beyond_errors" in [one["name"] for one in found["checks"]]
+
+
+def shapes(kl: float) -> dict[str, Any]:
+    checks = [check("batch.padding.decode.kl.max", kl, "<=", 0.01), check("determinism", 0.0, "<=", 0.0)]
+    return {
+        **{"schema": "moedge.shapes/1", "name": "b in other shapes", "test": {"name": "ort-cpu moe"}},
+        **{"prompts": [40, 31, 12], "cases": {}, "not_run": {}, "verdict": {"notes": [], "checks": checks}},
+    }
+
+
+def answers(differ: int, lost: int, questions: int = 1000) -> dict[str, Any]:
+    """One task: so many answers differ from the reference's, and so many it alone has right."""
+    facts = {"questions": questions, "agreement": 1 - differ / questions, "only_reference": lost}
+    checks = [
+        check("agreement.low_95", 1 - differ / questions - 0.01, ">=", 0.9),
+        check("accuracy_drop.high_95", lost / questions, "<=", 0.1),
+    ]
+    return {
+        **{"schema": "moedge.accuracy/1", "name": "b on tasks", "reference": {"name": "torch moe", "model": {}}},
+        **{"test": {"name": "ort-cpu moe"}, "shots": 0, "limit": None, "overall": facts},
+        "tasks": [{**facts, "task": "piqa", "version": "1", "data": "abc"}],
+        "verdict": {"notes": [], "checks": checks},
+    }
+
+
+def test_other_shapes_and_answers_to_tasks_are_compared_too() -> None:
+    def whole(kl: float, differ: int, lost: int, **more: int) -> Any:
+        return {**result(entry(KL)), "shapes": [shapes(kl)], "accuracy": [answers(differ, lost, **more)]}
+
+    old = whole(1e-4, 20, 10)
+    assert beside(old, whole(3.9e-4, 30, 16))["outcome"] == "not worse", "rounding may do that; 30 after 20 is chance"
+    found = beside(old, whole(4.1e-4, 20, 10))
+    (said,) = found["sentences"]
+    assert said.startswith(
+        "b in other shapes: batch.padding.decode.kl.max is 0.00041, was 0.0001 (limit <= 0.01; more th"
+    )
+    found = beside(old, whole(1e-4, 60, 45))
+    assert [one["name"] for one in found["checks"] if one["worse"]] == ["agreement.low_95", "accuracy_drop.high_95"]
+    assert "too many of 1,000 for chance" in found["sentences"][0]
+    other = beside(old, whole(1e-4, 20, 10, questions=500))
+    assert other["sentences"] == ["b on tasks: the baseline has other windows, tokens or questions."]
+    gone = beside(old, result(entry(KL)))
+    assert gone["outcome"] == "not compared"
+    assert gone["sentences"] == [f"{name} is only in the baseline." for name in ("b in other shapes", "b on tasks")]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,15 @@ from moedge.runtime.bench import footprint, timing
 from moedge.runtime.bench import latency as module
 from moedge.runtime.bench.points import Point
 from moedge.runtime.bench.results import Bench
-from moedge.runtime.bench.stats import bootstrap_ci, percentiles, t_quantile
+from moedge.runtime.bench.stats import (
+    binomial_cdf,
+    mean_ends,
+    percentiles,
+    quantile_ends,
+    rounds_needed,
+    speedup,
+    t_quantile,
+)
 from moedge.runtime.engines import Step, open_engine
 from moedge.runtime.engines.info import EngineInfo, EngineModel
 from moedge.runtime.report import bench as shown
@@ -90,7 +98,8 @@ def test_times_are_what_the_engines_took(clock: Clock) -> None:
     )
     row = result["points"][0]["rows"][0]
     assert row["ttft_ms"]["p50"] == pytest.approx(50)
-    assert row["ttft_ms"]["ci95"] == pytest.approx([50, 50])
+    assert row["ttft_ms"]["ci95"] == [None, None], "three rounds tell nothing of a median"
+    assert row["ttft_ms"]["ci95_of"]["mean"] == pytest.approx([50, 50])
     assert row["tpot_ms"]["p50"] == pytest.approx(25)
     assert row["tpot_ms"]["mean"] == pytest.approx(25)
     assert row["tpot_ms"]["p90"] == pytest.approx(np.percentile([10, 20, 30, 40] * 3, 90))
@@ -267,16 +276,67 @@ def test_an_engine_that_fails_in_its_own_process_is_named(toy_bundles: dict[str,
         bench(engines, np.arange(30), prompt=16, decode=4, repeats=2)
 
 
-def test_bootstrap_interval_covers_the_truth_at_its_rate() -> None:
-    """Of 200 samples of 20 normal rounds, the interval of the mean holds the true one in about 95% (bootstrap: 93%)."""
-    generator = np.random.default_rng(0)
+# --- intervals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 3, 6, 20])
+def test_equal_engines_are_called_different_at_the_rate_that_is_said(rounds: int) -> None:
+    """Nominal: 5 % with two sides. A percentile bootstrap of rounds has 100, 51, 24, 7 and 6 %."""
+    times = np.random.default_rng(rounds).lognormal(sigma=0.1, size=(2, 2000, rounds, 1))
+    wrong = [speedup(slow, fast)[2] != "no difference shown" for slow, fast in zip(*times, strict=True)]
+    # Three standard deviations of a binomial(2000, 0.05) around 100.
+    assert sum(wrong) == 0 if rounds == 1 else 70 <= sum(wrong) <= 130
+
+
+def test_ratios_hold_the_geometric_mean_of_the_rounds_in_students_interval() -> None:
+    slow, fast = np.random.default_rng(0).lognormal(sigma=0.3, size=(2, 7, 5))
+    value, ends, _ = speedup(slow, fast)
+    logs = np.log(np.median(slow, axis=1) / np.median(fast, axis=1))
+    assert value == pytest.approx(scipy.stats.gmean(np.exp(logs)))
+    known = scipy.stats.ttest_1samp(logs, 0).confidence_interval(0.95)
+    assert np.log(np.array(ends, float)) == pytest.approx([known.low, known.high], rel=1e-5)
+    assert speedup(slow[:1], fast[:1])[1:] == ([None, None], "no difference shown")
+
+
+def test_means_that_are_not_paired_are_compared_by_welch() -> None:
+    draw = np.random.default_rng(0)
+    one, other = draw.normal(5, 1, 6), draw.normal(4, 3, 9)
+    known = scipy.stats.ttest_ind(one, other, equal_var=False).confidence_interval(0.95)
+    assert mean_ends(one, other) == pytest.approx([known.low, known.high], rel=1e-5)
+    assert mean_ends(one, other[:1]) == [None, None]
+
+
+@pytest.mark.parametrize("rounds", [1, 5, 6, 10, 35, 36, 367, 368, 500])
+@pytest.mark.parametrize("q", [0.5, 0.9, 0.99])
+def test_ends_of_a_quantile_are_scipys_and_none_where_rounds_cannot_tell(rounds: int, q: float) -> None:
+    """One sample a round, as of a first token: ranks of the binomial."""
+    times = np.random.default_rng(rounds).exponential(size=(rounds, 1))
+    known = scipy.stats.quantile_test(times[:, 0], q=0, p=q).confidence_interval(0.95)
+    wanted = [None if np.isnan(end) else float(end) for end in (known.low, known.high)]
+    assert quantile_ends(times, q) == wanted
+    assert (wanted[1] is not None) == (rounds >= rounds_needed(q))
+
+
+def test_samples_of_a_round_count_as_fewer_where_they_are_alike() -> None:
+    """Rounds with a mood hold the truth in 95 %; counted as independent, samples would in a quarter of them."""
+    draw = np.random.default_rng(0)
     hits = 0
-    for i in range(200):
-        rounds = generator.normal(5, 1, 20)
-        low, high = bootstrap_ci(20, lambda drawn, rounds=rounds: rounds[drawn].mean(axis=-1), seed=i, resamples=400)
-        hits += low <= 5 <= high
-    # Three standard deviations of a binomial(200, 0.93) around 186.
-    assert 175 <= hits <= 197
+    for _ in range(300):
+        rounds = draw.normal(size=(20, 1)) + 0.1 * draw.normal(size=(20, 32))
+        low, high = quantile_ends(rounds, 0.5)
+        hits += low is not None and high is not None and low <= 0 <= high
+    assert 274 <= hits <= 298
+    free = draw.normal(size=(20, 32))
+    assert np.diff(np.array(quantile_ends(free, 0.5), float)) < np.diff(
+        np.array(quantile_ends(free[:, :4], 0.5), float)
+    )
+    assert quantile_ends(draw.normal(size=(20, 1000)), 0.99)[1] is None, "of 20 moods, whatever the samples"
+
+
+@pytest.mark.parametrize(("count", "p"), [(1, 0.5), (7, 0.9), (5000, 0.99), (120_000, 0.5)])
+def test_the_binomial_is_scipys(count: int, p: float) -> None:
+    known = scipy.stats.binom.cdf(np.arange(count + 1), count, p)
+    assert binomial_cdf(count, p) == pytest.approx(known, rel=1e-6, abs=1e-8)
 
 
 def test_percentiles_of_nothing_are_nan() -> None:

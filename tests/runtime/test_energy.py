@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+import scipy.stats
 
 from moedge.runtime.bench.energy import energy
 from moedge.runtime.bench.guard import Observer
@@ -186,19 +187,21 @@ def test_a_gpu_board_counts_from_when_it_was_opened(monkeypatch: pytest.MonkeyPa
 
 def test_joules_a_token_and_their_interval() -> None:
     turns = [(0.0, 2.0, 10.0), (20.0, 24.0, 34.0)]  # prompts 2 and 4 J, decoding 8 and 10 J
-    found = energy(turns, [0.5, 0.5], source="test", reason=None, tokens=4, batch=2, seed=0)
+    found = energy(turns, [0.5, 0.5], source="test", reason=None, tokens=4, batch=2)
     assert found["joules_per_prompt"] == pytest.approx(3.0 / 2)
     assert found["joules_per_token"] == pytest.approx(9.0 / 8)
     assert found["watts"] == pytest.approx(18.0)
-    assert found["ci95"] == [pytest.approx(8 / 8), pytest.approx(10 / 8)]
+    known = scipy.stats.ttest_1samp([8 / 8, 10 / 8], 0).confidence_interval(0.95)
+    assert found["ci95"] == pytest.approx([known.low, known.high], rel=1e-4)
     assert found["reason"] is None
+    assert energy(turns[:1], [0.5], source="test", reason=None, tokens=4, batch=2)["ci95"] is None, "of one round"
 
 
 def test_what_is_not_told_is_none_with_its_reason() -> None:
-    found = energy([(None, None, None)], [1.0], source=None, reason="no counter", tokens=1, batch=1, seed=0)
+    found = energy([(None, None, None)], [1.0], source=None, reason="no counter", tokens=1, batch=1)
     assert found["reason"] == "no counter"
     assert {found[name] for name in ("joules_per_prompt", "joules_per_token", "ci95", "watts")} == {None}  # type: ignore[literal-required]
-    stopped = energy([(0.0, 1.0, None)], [1.0], source="test", reason=None, tokens=1, batch=1, seed=0)
+    stopped = energy([(0.0, 1.0, None)], [1.0], source="test", reason=None, tokens=1, batch=1)
     assert (stopped["joules_per_token"], stopped["reason"]) == (None, "the counter stopped")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
+import scipy.stats
 from typer.testing import CliRunner
 
 from moedge import MoEdgeError
@@ -23,7 +24,7 @@ from moedge.export.bundle import open_bundle
 from moedge.runtime.cli import app
 from moedge.runtime.frontier import schema, stages, variants
 from moedge.runtime.frontier.bodies import groups
-from moedge.runtime.frontier.join import Times
+from moedge.runtime.frontier.join import Quality, Times, mean_kl, mean_ratio
 from moedge.runtime.frontier.verdict import judge
 from moedge.runtime.run.engine import Context
 
@@ -260,6 +261,50 @@ def test_variants_of_two_groups_are_compared_through_the_parent() -> None:
     assert times.speedup("tpot_ms", "b")["value"] == 2.5
     assert times.as_fast("b", "a")
     assert not times.as_fast("a", "b"), "it took less time, beside a parent that took less yet"
+
+
+# --- what few windows and rounds tell -------------------------------------------------------------------------------
+
+
+def windows(kl: np.ndarray) -> Quality:
+    """A variant with this KL [texts, windows]."""
+    texts = {f"t{i}": {"kl": one, "nll": one + 3.0, "ffn_read_share": 0.5} for i, one in enumerate(kl)}
+    return Quality(texts, {name: np.full(kl.shape[1], 3.0) for name in texts})
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6])
+def test_equal_variants_are_called_better_at_the_rate_that_is_said(count: int) -> None:
+    """Nominal: 2.5 % to one side. A percentile bootstrap of windows has 50, 25, 13 and 8 %."""
+    kl = np.random.default_rng(count).lognormal(sigma=0.5, size=(2, 2000, 2, count))
+    wrong = sum(windows(one).lower_kl(windows(other)) for one, other in zip(*kl, strict=True))
+    # Three standard deviations of a binomial(2000, 0.025) around 50.
+    assert wrong == 0 if count == 1 else 29 <= wrong <= 71
+
+
+def test_intervals_of_quality_are_students_over_windows() -> None:
+    kl = np.random.default_rng(0).exponential(0.1, (2, 6))
+    known = scipy.stats.ttest_1samp(kl.mean(axis=0), 0).confidence_interval(0.95)
+    assert mean_kl(windows(kl)) == {
+        "value": pytest.approx(kl.mean()),
+        "ci95": [pytest.approx(max(known.low, 0), rel=1e-4), pytest.approx(known.high, rel=1e-4)],
+    }
+    ratio = mean_ratio(windows(kl))
+    assert ratio["value"] == pytest.approx(np.exp(kl.mean()))
+    assert ratio["ci95"] == pytest.approx(np.exp([known.low, known.high]), rel=1e-4)
+    assert mean_kl(windows(kl[:, :1]))["ci95"] == [None, None]
+    assert mean_kl(windows(np.array([[0.0, 0.0, 0.3]])))["ci95"][0] == 0, "no KL is negative"
+
+
+def test_variants_of_two_groups_with_few_rounds_are_not_told_apart() -> None:
+    def run(label: str, times: list[float]) -> Any:
+        found = bench_run({label: 1.0, "dense t": 10.0})
+        found["rows"][0]["rounds"]["tpot_ms"] = times
+        found["rows"][1]["rounds"]["tpot_ms"] = [10.0] * len(times)
+        return found
+
+    assert Times([run("a", [5.0]), run("b", [4.0])], "dense t").as_fast("a", "b"), "of one round nothing is known"
+    assert Times([run("a", [5.0, 5.4]), run("b", [4.6, 4.9])], "dense t").as_fast("a", "b")
+    assert not Times([run("a", [5.0, 5.01, 5.0]), run("b", [4.0, 4.01, 4.0])], "dense t").as_fast("a", "b")
 
 
 # --- the verdict ----------------------------------------------------------------------------------------------------

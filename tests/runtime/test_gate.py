@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from moedge import MoEdgeError
+from moedge.runtime.bench.latency import _times
 from moedge.runtime.gate.judge import judge
 from moedge.runtime.gate.limits import parse
 from moedge.runtime.gate.slowdown import slowdown
@@ -236,6 +237,27 @@ def test_a_limit_is_held_or_broken_by_the_whole_interval(text: str, outcome: str
     assert check["sentence"].startswith(words[outcome])
     low, high = check["interval"]
     assert low <= check["value"] <= high
+
+
+@pytest.mark.parametrize(
+    ("text", "outcome", "rounds"),
+    [
+        ("ttft.p99 > 800ms", "not decided", 368),  # ten rounds of 500 to 509 ms do not show that
+        ("ttft.p99 > 505ms", "failed", None),
+        ("ttft.p90 > 800ms", "not decided", 36),
+        ("ttft > 800ms", "passed", None),
+        ("ttft < 100ms", "passed", None),
+        ("ttft.p99 < 600ms", "not decided", 368),
+    ],
+)
+def test_an_end_that_the_rounds_do_not_tell_decides_nothing(text: str, outcome: str, rounds: int | None) -> None:
+    found = result({"moe": 10.0})
+    found["points"][0]["rows"][0]["ttft_ms"] = _times(np.arange(500.0, 510.0)[:, None])
+    (check,) = judge(found, limits=[parse(text)])["checks"]
+    assert check["outcome"] == outcome
+    if rounds:
+        assert check["interval"][1] is None
+        assert f" ms); an end is not known, about {rounds} rounds (--repeats) would tell" in check["sentence"]
 
 
 def test_a_limit_holds_at_every_point_and_memory_at_the_first() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +46,10 @@ def bench(day: int, tpot: float, where: dict[str, Any] = HERE, **more: Any) -> d
 
 def verification(kl: float, **more: Any) -> dict[str, Any]:
     overall = {"tokens": 510, "kl_ref_test": {"mean": kl, "standard_error": kl / 20}}
-    task = {"task": "piqa", "questions": 200, "test_accuracy": 0.7}
-    entry = {"name": "int8 vs torch", "tasks": [task]}
-    parity = [{"name": "int8 vs torch", "overall": overall}]
+    task = {"task": "piqa", "questions": 200, "metric": "acc", "test_accuracy": 0.7}
+    entry = {"name": "int8 vs torch", "shots": 0, "tasks": [task]}
+    tokens = {"windows": 2, "window": 256, "prefill": 224}
+    parity = [{"name": "int8 vs torch", "tokens": tokens, "overall": overall}]
     return {"schema": "moedge.verify/1", "text": "wiki", "parity": parity, "accuracy": [entry], **more}
 
 
@@ -83,7 +86,7 @@ def test_results_become_series_by_time_whatever_their_files_are_called(tmp_path:
     tpot = history["series"][-1]
     assert [point["value"] for point in tpot["points"]] == [9.0, 10.0, 12.0]
     assert tpot["points"][0]["commit"] == "03abcdef0123"
-    assert tpot["setting"] == "batch 1, prompt 512, 2 threads"
+    assert tpot["setting"] == "batch 1, prompt 512, decode 64, 2 threads"
     assert history["series"][0]["points"][0]["ci95"] == pytest.approx([1e-3 * (1 - 0.098), 1e-3 * (1 + 0.098)])
     table = said(run(tmp_path))
     assert "9 (2026-11-03) 12 (2026-11-20, 20abcdef) +33.3%" in table
@@ -103,6 +106,78 @@ def test_machines_are_never_joined(tmp_path: Path) -> None:
     assert sorted(kl) == ["Here, 2 cores, 24 GiB", read.NOT_TOLD]
     drawn = page.page({"schema": "moedge.history/1", "series": series, "files": 4, "notes": []})
     assert drawn.count("<svg") == 4, "a plot for each figure and machine"
+
+
+def test_other_settings_are_never_joined(tmp_path: Path) -> None:
+    short, few = bench(2, 5.0), bench(3, 5.0)
+    short["points"][0]["decode"] = 8
+    few["points"][0]["rows"][0]["tpot_ms"]["ci95"] = [None, None]
+    write(tmp_path, a=bench(1, 10.0), b=short, c=few)
+    tpot = [one for one in read.collect([tmp_path])[0] if one["metric"] == "tpot_ms"]
+    assert [one["setting"] for one in tpot] == [f"batch 1, prompt 512, decode {n}, 2 threads" for n in (64, 8)]
+    assert [point["ci95"] for point in tpot[0]["points"]] == [pytest.approx([9.8, 10.2]), None]
+    other, more, third = verification(1e-3), verification(1e-3), verification(1e-3)
+    other["parity"][0]["tokens"] = {"windows": 1, "window": 512, "prefill": 480}
+    more["accuracy"][0]["shots"] = 5
+    third["accuracy"][0]["tasks"][0]["metric"] = "acc_norm"
+    write(tmp_path / "v", a=verification(1e-3), b=other, c=more, d=third)
+    found = read.collect([tmp_path / "v"])[0]
+    assert [(one["metric"], one["setting"], len(one["points"])) for one in found] == [
+        ("kl", "wiki, 510 tokens, windows 1, window 512, prefill 480", 1),
+        ("kl", "wiki, 510 tokens, windows 2, window 256, prefill 224", 3),
+        ("accuracy", "piqa, 200 questions, 0 shots, acc", 2),
+        ("accuracy", "piqa, 200 questions, 0 shots, acc_norm", 1),
+        ("accuracy", "piqa, 200 questions, 5 shots, acc", 1),
+    ]
+
+
+def test_a_frontier_s_settings_are_whole(tmp_path: Path) -> None:
+    estimate = {"value": 1.0, "ci95": [0.9, 1.1]}
+    document = {
+        "schema": "moedge.frontier/1",
+        "machine": HERE,
+        "protocol": {"window": 64, "tokens": {"wiki": 300, "c4": 300}},
+        "variants": [{"label": "half", "kl": {"value": 0.1, "ci95": [None, None]}}],
+        "measured": [
+            {
+                **{"target": "ort-cpu", "batch": 1, "prompt": 32, "decode": 3, "threads": 1},
+                "rows": [{"label": "half", "ttft_ms": estimate, "tpot_ms": estimate}],
+            }
+        ],
+    }
+    series = read.collect([write(tmp_path, f=document)])[0]
+    assert [one["setting"] for one in series] == [
+        "to dense, wiki and c4, 600 tokens, window 64",
+        *["batch 1, prompt 32, decode 3, 1 threads"] * 2,
+    ]
+    assert series[0]["points"][0]["ci95"] is None
+
+
+def test_numbers_of_steps_do_not_lie_on_each_other() -> None:
+    """Eight lines that step on the same day, and on the one after it, in sixty days."""
+    days = [datetime(2026, 9, 1, tzinfo=timezone.utc) + timedelta(days=number) for number in range(60)]
+
+    def one(number: int) -> Any:
+        points = [
+            {"when": day.isoformat(), "dated": "told", "commit": None, "value": 10.0, "ci95": None, "source": "x"}
+            for day in days
+        ]
+        marks = [
+            {"index": at, "when": days[at].isoformat(), "commit": None, "before": 10.0, "after": 12.0}
+            for at in (30, 31)
+        ]
+        facts = {"metric": "tpot_ms", "engine": f"engine {number}", "setting": "s", "machine": "m"}
+        return {**facts, "points": points, "steps": marks}
+
+    series = [one(number) for number in range(8)]
+    figure = page.draw("tpot_ms", series)
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert len(boxes) == 2
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    lines = page.step_lines(series)
+    assert lines[0] == "2026-10-01: " + "; ".join(f"engine {number} +20.0%" for number in range(8))
+    assert len(lines) == 2
 
 
 def test_a_result_without_a_date_stands_at_the_time_of_its_file(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rich.console import Console
 from moedge import MoEdgeError
 from moedge.runtime.progress import Reporter
 from moedge.runtime.run import engine
-from moedge.runtime.run.engine import Context, Stage, execute, plan
+from moedge.runtime.run.engine import Context, Stage, execute, lock, plan
 
 
 class Toy:
@@ -235,6 +236,20 @@ def test_one_run_at_a_time_and_a_stale_lock_is_taken_over(tmp_path: Path) -> Non
             holder.kill()  # leaves the lock file with a pid that no longer exists
     assert (tmp_path / ".lock").read_text().strip() == str(holder.pid)
     assert run(Toy(), tmp_path) == ["a", "b", "c", "d"]
+
+
+def test_who_holds_the_lock_may_take_it_again_and_no_other_thread(tmp_path: Path) -> None:
+    def refused() -> str:
+        with pytest.raises(MoEdgeError) as error, lock(tmp_path):
+            pass
+        return str(error.value)
+
+    with ThreadPoolExecutor(1) as pool, lock(tmp_path):
+        with lock(tmp_path / "." / ""):
+            assert run(Toy(), tmp_path) == ["a", "b", "c", "d"]
+        assert "is working in" in pool.submit(refused).result(), "the inner one did not give it back"
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(run, Toy(), tmp_path).result() == []
 
 
 def test_an_unwritable_run_folder_is_one_sentence(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,14 @@ from typer.testing import CliRunner
 from moedge import MoEdgeError
 from moedge.configs import devices
 from moedge.convert.plan import MoEPlan
+from moedge.export import needs
 from moedge.export.device.outlook import Work
 from moedge.runtime.cli import app
 from moedge.runtime.engines import open_engine
-from moedge.runtime.tune.device import Costs, dense_ms
+from moedge.runtime.run.engine import lock
+from moedge.runtime.tune.device import Costs, ParentTime, parent_time
 from moedge.runtime.tune.search import LEAST, Decode, Goal, Try, best, first_speed_share, next_share, search
+from moedge.runtime.tune.work import Tuning
 
 # --- the search -----------------------------------------------------------------------------------------------------
 
@@ -109,6 +114,41 @@ def test_what_cannot_be_asked_for_is_refused(options: list[str], said: str, tmp_
     assert result.exit_code == 2
     assert said in " ".join(result.stderr.split())
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (["--speedup", "1.3"], "tune-my-llama-ort-cpu-speedup-1.3"),
+        (["--max-kl", "0.1"], "tune-my-llama-ort-cpu-kl-0.1"),
+        (["--max-ms", "15", "--for", "jetson-agx-thor"], "tune-my-llama-tensorrt-jetson-agx-thor-ms-15"),
+    ],
+)
+def test_every_goal_has_a_folder_of_its_own(
+    options: list[str], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(self: Tuning) -> None:
+        raise MoEdgeError(f"root {self.root}, recipe {self.recipe.name}")
+
+    monkeypatch.setattr(Tuning, "run", told)
+    result = CliRunner().invoke(app, ["tune", str(tmp_path / "my llama"), *options])
+    assert f"root runs/{name}, recipe {name}" in " ".join(result.stderr.split())
+
+
+def test_nobody_else_works_in_the_folder_of_a_tuning(tmp_path: Path) -> None:
+    """Its stages are run one after the other, and what it found is copied after them."""
+
+    class Held(Tuning):
+        def _run(self) -> dict[str, Any]:
+            def other() -> None:
+                with lock(tmp_path):
+                    pass
+
+            with ThreadPoolExecutor(1) as pool:
+                return {"error": pool.submit(other).exception()}
+
+    found = Held(*[None] * 3, tmp_path, {}, None).run()  # type: ignore[arg-type]
+    assert "is working in" in str(found["error"])
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -209,20 +249,52 @@ def test_a_time_on_a_device_is_predicted_from_its_bandwidth_and_said_to_be(home:
 
 def test_a_measured_parent_takes_the_place_of_the_bound(home: Path, tmp_path: Path) -> None:
     bound = device_costs(home / "model", "jetson-agx-thor")
-    result = {"schema": "moedge.device-result/1", "kind": "bench", "dense": {"tpot_ms": {"p50": 3.0}}}
-    (tmp_path / "bench-result.json").write_text(json.dumps(result))
-    assert dense_ms(tmp_path / "bench-result.json") == 3.0
-    costs = device_costs(home / "model", "jetson-agx-thor", 3.0)
+    costs = device_costs(home / "model", "jetson-agx-thor", parent(tmp_path, home))
     assert costs.ms(1.0) == 3.0
     assert costs.ms(0.5) == pytest.approx(3.0 - (bound.ms(1.0) - bound.ms(0.5)))
     with pytest.raises(MoEdgeError, match=r"--speedup 1.5 is out of reach: a token is predicted to take 3 ms"):
         costs.share_for(Goal("speedup", 1.5))
     with pytest.raises(MoEdgeError, match="--max-ms 3 asks for nothing"):
         costs.share_for(Goal("ms", 3.0))
-    for broken, said in ({}, "is no bench-result.json"), ({**result, "dense": {}}, "no time of the dense parent"):
-        (tmp_path / "bench-result.json").write_text(json.dumps(broken))
-        with pytest.raises(MoEdgeError, match=said):
-            dense_ms(tmp_path / "bench-result.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"schema": "x"}, "is no bench-result.json"),
+        ({"dense": {}}, "no time of the dense parent"),
+        ({"dense": {"tpot_ms": {"p50": 3.0}}}, "does not say of which model"),
+        (
+            {"device": {"compute_capability": "8.7"}},
+            "on compute capability 8.7, and profile jetson-agx-thor has",
+        ),
+    ],
+)
+def test_a_result_that_says_too_little_or_is_of_another_device_is_refused(
+    home: Path, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(MoEdgeError, match=said):
+        parent(tmp_path, home, **change)
+
+
+@pytest.mark.parametrize(
+    ("fact", "value"),
+    [("num_layers", 24), ("hidden_size", 4096), ("vocab_size", 128256), ("num_kv_heads", 9), ("parameters", 7)],
+)
+def test_the_times_of_another_model_are_refused(home: Path, tmp_path: Path, fact: str, value: int) -> None:
+    timed = parent(tmp_path, home)
+    other = replace(timed, model={**timed.model, fact: value})
+    with pytest.raises(MoEdgeError, match=rf"times of another dense model than .* \({fact} {value} against"):
+        device_costs(home / "model", "jetson-agx-thor", other)
+
+
+def test_a_parent_that_is_faster_than_its_saved_bytes_is_refused(home: Path, tmp_path: Path) -> None:
+    bound = device_costs(home / "model", "jetson-agx-thor")
+    saved = bound.ms(1.0) - bound.ms(LEAST)
+    timed = parent(tmp_path, home)
+    assert device_costs(home / "model", "jetson-agx-thor", replace(timed, ms=1.01 * saved)).ms(LEAST) > 0
+    with pytest.raises(MoEdgeError, match="less than NVIDIA Jetson AGX Thor needs for the weights"):
+        device_costs(home / "model", "jetson-agx-thor", replace(timed, ms=0.99 * saved))
 
 
 def test_a_loss_for_a_device_is_measured_and_its_time_predicted(home: Path) -> None:
@@ -235,5 +307,15 @@ def test_a_loss_for_a_device_is_measured_and_its_time_predicted(home: Path) -> N
     assert "--target tensorrt-rtx --expert-form plugins" in result.stdout
 
 
-def device_costs(model: Path, profile: str, measured: float | None = None) -> Costs:
+def parent(folder: Path, home: Path, **change: Any) -> ParentTime:
+    """What a bench-result.json with 3 ms of the tiny model says, read for its device."""
+    thor = devices.load("jetson-agx-thor")
+    dense = {"tpot_ms": {"p50": 3.0}, "model": needs.facts(home / "model")[0].document()}
+    found = {"schema": "moedge.device-result/1", "kind": "bench", "dense": dense}
+    found |= {"device": {"compute_capability": thor.compute_capability}}
+    (folder / "bench-result.json").write_text(json.dumps({**found, **change}))
+    return parent_time(folder / "bench-result.json", thor)
+
+
+def device_costs(model: Path, profile: str, measured: ParentTime | None = None) -> Costs:
     return Costs.of(model, devices.load(profile), "tensorrt", Work(context=36, prompt=32), measured)
