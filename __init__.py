@@ -1,4 +1,4 @@
-"""MoEdge: dense GLU language model -> Mixture-of-Experts -> verified ONNX / TensorRT engine.
+"""MoEdge: dense GLU language model -> one that reads fewer weights for a token -> verified ONNX / TensorRT engine.
 
 The functions that :data:`__all__` names are the whole public API (``docs/python.md``); each is loaded when it is first
 asked for (PEP 562), so that ``import moedge`` imports nothing heavy. Three stages are behind them, each a sub-package

@@ -49,7 +49,7 @@ def convert_model(
     progress: Progress | None = None,
     **params: Any,
 ) -> MoEPlan:
-    """Turn a dense model into a Mixture-of-Experts checkpoint, as ``moedge convert`` does.
+    """Convert a dense model, as ``moedge convert`` does: leave out small values, or cut its FFNs into experts.
 
     The checkpoint is a Hugging Face folder with the plan beside the weights. Equal inputs give equal files.
 

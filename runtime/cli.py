@@ -47,7 +47,7 @@ COMMANDS = {
     "doctor": Command(
         "Run", "Say which runtimes, versions and devices are here, and which lowerings are therefore possible."
     ),
-    "convert": Command("Convert", "Turn a dense model into a Mixture-of-Experts checkpoint."),
+    "convert": Command("Convert", "Convert a dense model: leave out small values, or cut its FFNs into experts."),
     "tune": Command(
         "Convert",
         "Find how much of the FFN weights to read for a wanted speed or loss; convert, export, verify and time it.",
@@ -186,7 +186,8 @@ def _today(prefix: str, renamed: Mapping[str, str]) -> Callable[[str], str]:
 app = typer.Typer(
     cls=_Group,
     name="moedge",
-    help="Turn a dense GLU language model into a Mixture-of-Experts, prove that nothing broke, ship it as ONNX.",
+    help="Make a dense language model read fewer of its weights for a token, by leaving out small values (gather) or "
+    "by experts; prove that nothing broke on the way; ship it as ONNX or as a TensorRT engine.",
     epilog="Start with: moedge run smollm2-135m",
     no_args_is_help=True,
     add_completion=False,

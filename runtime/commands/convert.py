@@ -1,4 +1,4 @@
-"""``moedge convert``: a dense model becomes a MoE checkpoint."""
+"""``moedge convert``: a dense model becomes a checkpoint that reads fewer weights for a token."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from moedge.runtime.run.conversion import one_message, write_checkpoint
 
 def convert(
     model: Model,
-    out: Annotated[Path, typer.Argument(help="Folder for the MoE checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the converted checkpoint.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     text: Annotated[
         list[str] | None,
@@ -47,13 +47,14 @@ def convert(
     device: Device = "cpu",
     force: Force = False,
 ) -> None:
-    """Turn a dense model into a Mixture-of-Experts checkpoint.
+    """Convert a dense model: leave out small values, or cut its FFNs into experts.
 
     The result is a Hugging Face folder (config.json, safetensors, tokenizer) plus plan.json, and works with
     AutoModelForCausalLM after `import moedge.convert.modeling`.
 
     \b
     Examples:
+      moedge convert asset:smollm2-135m-instruct build/moe --method gather --set share=.55
       moedge convert asset:smollm2-135m-instruct build/moe
       moedge convert ./my-llama build/moe --text my.txt --shared 3 --active 3 --experts 8
       moedge convert ./my-llama build/moe --method moedge --device cuda

@@ -53,7 +53,7 @@ def diagnose(
 
     \b
     Examples:
-      moedge diagnose runs/smollm2-135m
+      moedge diagnose runs/smollm2-135m-cmoe
       moedge diagnose build/moe --dense ./my-llama --text my.txt --text other.txt --stability --plot routing.svg
     """
     folder = run_folder.converted(path) if run_folder.is_run(path) else path
@@ -65,6 +65,7 @@ def diagnose(
         raise MoEdgeError("--stability converts again, which needs the dense parent: give it with --dense.")
     if not (folder / "plan.json").is_file():
         raise MoEdgeError(f"{path} is neither a run folder nor a MoE checkpoint; `moedge convert` makes one.")
+    _check_routed(path, folder)
     texts = _Texts(text or ["asset:wiki"], tokens, window, holdout_every)
     with single("diagnose", str(path)) as reporter:
         result = _diagnose(path, folder, dense, texts, k_a, device, reporter, stability=stability)
@@ -78,6 +79,17 @@ def diagnose(
             print(json.dumps(result, indent=2, allow_nan=False))
         else:
             _print(result)
+
+
+def _check_routed(path: Path, folder: Path) -> None:
+    """Refuse the checkpoint ``folder`` of ``path`` when no layer chooses among experts: every column would be empty."""
+    from moedge.convert.plan import MoEPlan
+
+    plan = MoEPlan.load(folder)
+    if not any(layer.num_experts or layer.children for layer in plan.layers):
+        raise MoEdgeError(
+            f"{path} has no routers to diagnose (method {plan.method}); `moedge evaluate` says what it reads and loses."
+        )
 
 
 @dataclass(frozen=True)

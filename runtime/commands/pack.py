@@ -45,7 +45,7 @@ def pack(
 
     \b
     Example:
-      moedge pack build/moe moe-orin.tar --for jetson-agx-orin
+      moedge pack build/moe moe-thor.tar --for jetson-agx-thor
     """
     from moedge.export.device import archive as device_archive
 

@@ -108,5 +108,11 @@ def test_refusals(home: Path, options: list[str], sentence: str) -> None:
     assert sentence in " ".join(moedge("diagnose", home / "moe", *text, *options, code=2).output.split())
 
 
+def test_a_checkpoint_without_routers_is_refused(home: Path, tmp_path: Path, gather_only: Callable[..., Any]) -> None:
+    gather_only(sources.load_model(home / "dense")).save(tmp_path)
+    said = " ".join(moedge("diagnose", tmp_path, "--text", home / "other.txt", code=2).output.split())
+    assert "has no routers to diagnose (method gather)" in said
+
+
 def test_a_dense_folder_is_refused(home: Path) -> None:
     assert "neither a run folder nor a MoE checkpoint" in moedge("diagnose", home / "dense", code=2).output
