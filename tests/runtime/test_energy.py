@@ -9,8 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from rich.console import Console
 import scipy.stats
+from rich.console import Console
 
 from moedge.runtime.bench.energy import energy
 from moedge.runtime.bench.guard import Observer
