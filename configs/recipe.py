@@ -272,7 +272,7 @@ class BenchSection(_Section):
 
     prompt: Positive = 512
     decode: Annotated[int, Field(ge=2)] = 32
-    repeats: Annotated[int, Field(ge=3)] = 5
+    repeats: Annotated[int, Field(ge=3)] = 6
     warmup: NonNegative = 1
     threads: Positive | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

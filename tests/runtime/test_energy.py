@@ -318,7 +318,7 @@ def test_sentences_name_what_is_not_told() -> None:
     bad = {**found, "trusted": False, "concerns": [{"says": "One."}, {"says": "Two."}], "others_cores": 0.5}
     assert lines(bad)[:2] == ["NOT TO BE TRUSTED: One.", "Two."]
     assert "other programs took 0.50 cores" in lines(bad)[2]
-    point: Any = {"rows": [], "guard": {**bad, "notes": ["NOT TO BE TRUSTED: so begins a note."]}}
+    point: Any = {"rows": [], "rounds": 400, "guard": {**bad, "notes": ["NOT TO BE TRUSTED: so begins a note."]}}
     assert [said.concern for said in sentences(point)] == [True, True, False, False]
     shown = io.StringIO()
     result: Any = {"points": [point]}

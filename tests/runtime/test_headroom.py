@@ -199,7 +199,7 @@ def test_a_result_gets_its_headroom_at_every_point(tmp_path: Path, monkeypatch: 
 
     def point(batch: int, threads: int | None) -> dict[str, Any]:
         rows = [{"label": label, **times, "energy": energy} for label in ("moe", "dense")]
-        return {"prompt": 10, "decode": 4, "batch": batch, "depth": 0, "threads": threads, "rows": rows}
+        return {"prompt": 10, "decode": 4, "batch": batch, "depth": 0, "threads": threads, "rounds": 400, "rows": rows}
 
     result: Any = {
         "engines": {label: {"info": info} for label in ("moe", "dense")},

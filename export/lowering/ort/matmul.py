@@ -55,7 +55,8 @@ class MergeSiblings:
         for group in groups:
             kinds.setdefault(frozenset(group.values()), []).append(tuple(group))
         ends = dict.fromkeys(names for found in kinds.values() for names in (found[0], found[-1]))
-        return Applied(len(groups), [Block(names) for names in ends], reason="" if groups else _NO_SIBLINGS)
+        blocks = [Block(names, may_be_new=True) for names in ends]
+        return Applied(len(groups), blocks, reason="" if groups else _NO_SIBLINGS)
 
 
 _NO_SIBLINGS = "no value is multiplied by several matrices"
