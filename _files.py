@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,12 @@ def check_writable(path: Path | None, option: str) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise MoEdgeError(f"{option} {path} cannot be written: {error.strerror}; name another file.") from error
+
+
+def check_all_writable(files: Mapping[str, Path | None]) -> None:
+    """:func:`check_writable` for each file, by the option that names it."""
+    for option, path in files.items():
+        check_writable(path, option)
 
 
 def write_text(path: Path, text: str) -> None:

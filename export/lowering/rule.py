@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import onnx_ir as ir
 
 from moedge import MoEdgeError
+from moedge.export.graph.build import values_by_name
 from moedge.export.lowering import Rewrite
 from moedge.export.lowering.check import selftest
 from moedge.export.manifest import Tap
@@ -85,7 +86,6 @@ class Work:
         self.model, self.limit, self.advice = model, limit, advice
         self.before = model.clone()
         """The portable graph that it was: what every self-test compares with."""
-        self._known = {str(value.name) for node in self.before.graph for value in node.outputs}
         self.rewrites: list[Rewrite] = []
         self.taps: dict[int, Tap] = {}
 
@@ -119,7 +119,8 @@ class Work:
 
     def test(self, name: str, done: Applied) -> dict[str, Any] | None:
         """Execute the blocks of a rewrite before and after; return the worst for the manifest, None without blocks."""
-        blocks = [one for one in done.blocks if not one.may_be_new or self._known.issuperset(one.outputs)]
+        known = values_by_name(self.before)
+        blocks = [one for one in done.blocks if not one.may_be_new or known.keys() >= set(one.outputs)]
         found = [self._compared(name, block, done) for block in blocks]
         if not found:
             return None

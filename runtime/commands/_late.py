@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from moedge import MoEdgeError
 
@@ -15,3 +17,15 @@ def said_last(late: list[MoEdgeError]) -> Iterator[None]:
         yield
     except MoEdgeError as error:
         late.append(error)
+
+
+@contextmanager
+def shown(result: Any, show: Callable[[Any], None], *, as_json: bool) -> Iterator[None]:
+    """Print ``result`` as JSON or by ``show`` when a block that writes files ends, also where one cannot be written."""
+    try:
+        yield
+    finally:
+        if as_json:
+            print(json.dumps(result, indent=2, allow_nan=False))
+        else:
+            show(result)

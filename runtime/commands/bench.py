@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
-from moedge._files import check_writable, read_json, write_json, write_text
+from moedge._files import check_all_writable, read_json, write_json, write_text
 from moedge._progress import Progress
 from moedge.runtime.bench import latency as benchmark
 from moedge.runtime.bench.headroom import add_headroom
@@ -23,7 +22,7 @@ from moedge.runtime.bench.points import Point, grid, tokens_of
 from moedge.runtime.bench.profiling import profilable, profiles
 from moedge.runtime.bench.results import SCHEMA, Bench, Gate
 from moedge.runtime.commands import _peers
-from moedge.runtime.commands._late import said_last
+from moedge.runtime.commands._late import said_last, shown
 from moedge.runtime.commands._options import Device, Dtype, Json, Numbers, Save, Text, numbers
 from moedge.runtime.engines import open_engine
 from moedge.runtime.engines.given import local
@@ -148,13 +147,8 @@ def bench(
     with said_last(late):
         if judging.asked:
             result["gate"] = judging.judge(result, beside)
-    try:
+    with shown(result, _print, as_json=as_json):
         _write(result, files)
-    finally:  # what was measured is shown, also where a file cannot be written
-        if as_json:
-            print(json.dumps(result, indent=2, allow_nan=False))
-        else:
-            _print(result)
     if late:
         raise late[0]
     return mark(result["gate"]["outcome"]).exit_code if judging.asked else 0
@@ -223,8 +217,7 @@ def _check_files(judged: bool, files: Mapping[str, Path | None]) -> None:
         from moedge.runtime.report import bench_plot
 
         bench_plot.check_ending(plot)
-    for name, path in files.items():
-        check_writable(path, f"--{name}")
+    check_all_writable({f"--{name}": path for name, path in files.items()})
 
 
 def _given(engines: list[str]) -> tuple[dict[str, Path], Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
-from moedge._files import check_writable, write_bytes, write_json
+from moedge._files import check_all_writable, write_bytes, write_json
+from moedge.runtime.commands._late import shown
 from moedge.runtime.commands._options import Device, HoldoutEvery, Json, Save
 from moedge.runtime.progress import single
 from moedge.runtime.run import held_out, run_folder
@@ -59,8 +59,7 @@ def diagnose(
     folder = run_folder.converted(path) if run_folder.is_run(path) else path
     if plot is not None and plot.suffix not in (".svg", ".png"):
         raise MoEdgeError(f"--plot {plot}: write a .svg or .png file.")
-    check_writable(save, "--save")
-    check_writable(plot, "--plot")
+    check_all_writable({"--save": save, "--plot": plot})
     if stability and dense is None and not run_folder.is_run(path):
         raise MoEdgeError("--stability converts again, which needs the dense parent: give it with --dense.")
     if not (folder / "plan.json").is_file():
@@ -69,16 +68,11 @@ def diagnose(
     texts = _Texts(text or ["asset:wiki"], tokens, window, holdout_every)
     with single("diagnose", str(path)) as reporter:
         result = _diagnose(path, folder, dense, texts, k_a, device, reporter, stability=stability)
-    try:
+    with shown(result, _print, as_json=as_json):
         if save is not None:
             write_json(save, result)
         if plot is not None:
             _draw(result["texts"], plot)
-    finally:  # what was measured is shown, also where a file cannot be written
-        if as_json:
-            print(json.dumps(result, indent=2, allow_nan=False))
-        else:
-            _print(result)
 
 
 def _check_routed(path: Path, folder: Path) -> None:

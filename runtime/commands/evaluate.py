@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +11,7 @@ from rich.markup import escape
 
 from moedge._files import check_writable, write_json
 from moedge.runtime.bench.machine import commit, created, machine
+from moedge.runtime.commands._late import shown
 from moedge.runtime.commands._options import Device, HoldoutEvery, Json, Save, Threads
 from moedge.runtime.commands._questions import Limit, Shots, TaskData, Tasks, questions
 from moedge.runtime.progress import single
@@ -70,14 +70,9 @@ def evaluate(
     with single("evaluate", ", ".join(map(str, models))) as reporter:
         result = scores(models, evaluation, progress=reporter.progress, note=reporter.note)
     result |= {"created": created(), "commit": commit(), "machine": machine()}
-    try:
+    with shown(result, _print, as_json=as_json):
         if save is not None:
             write_json(save, result)
-    finally:  # what was measured is shown, also where the file cannot be written
-        if as_json:
-            print(json.dumps(result, indent=2, allow_nan=False))
-        else:
-            _print(result)
 
 
 def _print(result: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,10 +12,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
-from moedge._files import check_writable, write_text
+from moedge._files import check_all_writable, write_text
 from moedge._progress import Progress
 from moedge.runtime.bench.machine import commit, created, machine
-from moedge.runtime.commands._late import said_last
+from moedge.runtime.commands._late import said_last, shown
 from moedge.runtime.commands._options import Device, Force, Json, Text, Threads, Tolerances
 from moedge.runtime.commands._questions import Limit, Shots, TaskData, Tasks, questions
 from moedge.runtime.engines.protocol import Opening
@@ -114,7 +113,7 @@ def verify(
     if not tokens and gate is None:
         raise MoEdgeError("There is nothing to compare: --tokens 0 takes no text, and there are no --tasks.")
     old = baselines.read(baseline) if baseline else None
-    _check_files({"--junit": junit, "--html": html, "--markdown": markdown, "--save-reference": save_reference})
+    check_all_writable({"--junit": junit, "--html": html, "--markdown": markdown, "--save-reference": save_reference})
     sample = Sample(text, tokens, window, prefill)
     with single("verify", str(reference)) as reporter:
         if save_reference:
@@ -131,13 +130,8 @@ def verify(
     with said_last(late):
         if old:
             result["baseline"] = baselines.compare(result, old)
-    try:
+    with shown(result, _print, as_json=as_json):
         _write(result, junit=junit, html=html, markdown=markdown, gate=fail_on_worse and not late)
-    finally:  # what was measured is shown, also where a file cannot be written
-        if as_json:
-            print(json.dumps(result, indent=2, allow_nan=False))
-        else:
-            _print(result)
     if late:
         raise late[0]
     worse = fail_on_worse and result["baseline"]["outcome"] != "not worse"
@@ -163,12 +157,6 @@ def _check(
         raise MoEdgeError("--reference judges by what the file holds; --tasks, --thorough and --max-length need more.")
     if fail_on_worse and not baseline:
         raise MoEdgeError("--fail-on-worse needs an older result to compare with: --baseline FILE.")
-
-
-def _check_files(files: Mapping[str, Path | None]) -> None:
-    """Refuse files that could not be written, by their options, before anything runs."""
-    for option, path in files.items():
-        check_writable(path, option)
 
 
 def _compared(

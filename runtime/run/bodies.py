@@ -312,12 +312,11 @@ def bench(context: Context) -> None:
         for label, path in folders.items()
     }
     options = {name: params[name] for name in ("repeats", "warmup")}
-    if params["profile"]:
-        profiling.profilable(folders)
+    profiled = profiling.profilable(folders) if params["profile"] else {}
     result = benchmark.bench(engines, ids, points, **options, batches=True, progress=context.progress)
-    if params["profile"]:
+    if profiled:
         sizes = {name: params[name] for name in ("prompt", "decode", "repeats", "threads")}
-        result["profiles"] = profiling.profiles(folders, ids, **sizes)
+        result["profiles"] = profiling.profiles(profiled, ids, **sizes)
     add_headroom(result, folders)
     write_json(context.out / "bench.json", {**result, "text": text.name, "not_executed": not_executed})
 
