@@ -17,7 +17,6 @@ struct V {
   using Float = __m512;
   using Int = __m512i;
   static constexpr size_t LANES = 16, FLOAT_TILE = 12, INT_TILE = 4;
-  static constexpr bool SIGNED = false;
 
   static Float load(const float* from) { return _mm512_loadu_ps(from); }
   static Float load_half(const uint16_t* from) {
@@ -41,6 +40,8 @@ struct V {
     out[2] = _mm512_unpacklo_epi16(high01, high23);
     out[3] = _mm512_unpackhi_epi16(high01, high23);
   }
+  template <bool FOUR>
+  static int32_t start(int32_t sum, int32_t) { return -(FOUR ? 8 : 128) * sum; }
   static Int whole(Int bytes) { return bytes; }
   static Int low(Int bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi8(15)); }
   static Int high(Int bytes) { return _mm512_and_si512(_mm512_srli_epi16(bytes, 4), _mm512_set1_epi8(15)); }
@@ -50,6 +51,8 @@ struct V {
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(x));
     return sum;
   }
+  template <bool FOUR>
+  static Int total(Int sum, Int start) { return _mm512_add_epi32(sum, start); }
 };
 
 }  // namespace

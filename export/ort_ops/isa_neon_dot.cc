@@ -17,7 +17,6 @@ struct V {
   using Float = float32x4_t;
   using Int = int32x4_t;
   static constexpr size_t LANES = 4, FLOAT_TILE = 10, INT_TILE = 4;
-  static constexpr bool SIGNED = true;  // weights minus their zero point: its products are signed by signed
 
   static Float load(const float* from) { return vld1q_f32(from); }
   static Float load_half(const uint16_t* from) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from))); }
@@ -41,6 +40,9 @@ struct V {
     out[2] = vreinterpretq_s32_u16(vzip1q_u16(high01, high23));
     out[3] = vreinterpretq_s32_u16(vzip2q_u16(high01, high23));
   }
+  // Weights are taken minus their zero point: products are signed by signed.
+  template <bool FOUR>
+  static int32_t start(int32_t, int32_t) { return 0; }
   static Int whole(Int bytes) {
     return vreinterpretq_s32_u8(veorq_u8(vreinterpretq_u8_s32(bytes), vdupq_n_u8(128)));
   }
@@ -53,6 +55,8 @@ struct V {
   static Int dot(Int sum, Int weights, Int x) {
     return vdotq_s32(sum, vreinterpretq_s8_s32(weights), vreinterpretq_s8_s32(x));
   }
+  template <bool FOUR>
+  static Int total(Int sum, Int) { return sum; }
 };
 
 }  // namespace

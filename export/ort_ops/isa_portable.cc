@@ -14,7 +14,6 @@ struct V {
   typedef int32_t Int __attribute__((vector_size(16)));
   typedef uint8_t Bytes __attribute__((vector_size(16)));
   static constexpr size_t LANES = 4, FLOAT_TILE = 4, INT_TILE = 2;
-  static constexpr bool SIGNED = false;
 
   static Float load(const float* from) {
     Float value;
@@ -53,6 +52,8 @@ struct V {
       for (int row = 0; row < 4; ++row) bytes[4 * column + row] = rows[row][at + column];
     std::memcpy(out, bytes, sizeof bytes);
   }
+  template <bool FOUR>
+  static int32_t start(int32_t sum, int32_t) { return -(FOUR ? 8 : 128) * sum; }
   static Int whole(Int bytes) { return bytes; }
   static Int low(Int bytes) { return (Int)((Bytes)bytes & 15); }
   static Int high(Int bytes) { return (Int)((Bytes)bytes >> 4); }
@@ -66,6 +67,8 @@ struct V {
       for (int i = 0; i < 4; ++i) sum[lane] += static_cast<int32_t>(w[4 * lane + i]) * v[4 * lane + i];
     return sum;
   }
+  template <bool FOUR>
+  static Int total(Int sum, Int start) { return sum + start; }
 };
 
 }  // namespace

@@ -44,8 +44,9 @@ struct Block {
 // y[t][n] += sum over blocks of x_scale * scale[n] * sum over the block's rows of x[row][t] * (weight[row][n] - zero).
 struct IntProduct {
   const uint8_t* weights;  // unsigned; columns permuted inside 64 bytes, see pack.py
-  size_t row_bytes;        // a multiple of LINE
-  size_t columns;          // what row_bytes hold
+  size_t row_bytes;        // from one row to the next, a multiple of LINE
+  size_t lines;            // of a row that hold columns; one may follow that does not
+  size_t columns;          // what those lines hold, or a stored cell
   const void* scales;      // [blocks of the matrix][columns], float32 or float16
   bool half;
   const Block* blocks;
@@ -53,7 +54,7 @@ struct IntProduct {
   const uint32_t* rows;   // 4 a cell
   const int32_t* x;       // 4 signed bytes a cell and token
   const float* x_scales;  // [block][token]
-  const int32_t* starts;  // [block][token]: -zero * sum of x
+  const int32_t* starts;  // [block][token], of round()
   size_t tokens;
   float* y;
   size_t y_stride;
@@ -81,8 +82,9 @@ struct Kernels {
   // out = x * clamp((|x| - threshold) / (threshold * ramp), 0, 1); with a ramp of 0, x where not |x| < threshold, else
   // 0. A NaN is kept.
   void (*mask)(const float* x, const float* threshold, float ramp, size_t size, float* out);
-  // Rounds whole blocks to signed bytes. scale: largest |x| / 127, NaN if a value is not finite.
-  void (*round)(const float* x, size_t blocks, int8_t* q, float* scales, int32_t* sums);
+  // Rounds whole blocks to signed bytes. scale: largest |x| / 127, NaN if a value is not finite. start: what is added to
+  // a block's sum of products, -zero * sum of x or what this table needs in place of it.
+  void (*round)(const float* x, size_t blocks, bool four, int8_t* q, float* scales, int32_t* starts);
   // out = activation(gate) * up.
   void (*glu)(const float* gate, const float* up, size_t size, int activation, float* out);
 };

@@ -288,14 +288,16 @@ inline void load_scales(const IntProduct& p, size_t row, size_t column, Float ou
                   : V::load(static_cast<const float*>(p.scales) + at + 16 * i);
 }
 
-inline void add_scaled(const Int sums[4], const Float scales[4], float x_scale, float* y) {
+template <bool FOUR>
+inline void add_scaled(const Int sums[4], int32_t start, const Float scales[4], float x_scale, float* y) {
   const Float factor = V::set(x_scale);
+  const Int begin = V::set_int(start);
   MOEDGE_UNROLL
-  for (size_t i = 0; i < 4; ++i)
-    V::store(y + 16 * i, V::fma(V::to_float(sums[i]), V::mul(scales[i], factor), V::load(y + 16 * i)));
+  for (size_t i = 0; i < 4; ++i) {
+    const Float total = V::to_float(V::total<FOUR>(sums[i], begin));
+    V::store(y + 16 * i, V::fma(total, V::mul(scales[i], factor), V::load(y + 16 * i)));
+  }
 }
-
-inline Int start(int32_t value) { return V::set_int(V::SIGNED ? 0 : value); }
 
 // The rows of a block, and those that come next.
 struct Rows {
@@ -317,7 +319,7 @@ inline void line_direct(const IntProduct& p, size_t b, const Rows& rows, size_t 
     MOEDGE_UNROLL
     for (size_t w = 0; w < W; ++w)
       MOEDGE_UNROLL
-      for (size_t i = 0; i < SUMS; ++i) sums[w][i] = start(p.starts[b * W + w]);
+      for (size_t i = 0; i < SUMS; ++i) sums[w][i] = V::set_int(0);
     for (size_t cell = 0; cell < cells; ++cell) {
       Int bytes[4];
       V::interleave(rows.now + 4 * cell, line * LINE + part * BYTES, bytes);
@@ -338,7 +340,8 @@ inline void line_direct(const IntProduct& p, size_t b, const Rows& rows, size_t 
       load_scales<HALF>(p, block.scale_row, column, scales);
       MOEDGE_UNROLL
       for (size_t w = 0; w < W; ++w)
-        add_scaled(sums[w] + 4 * nibble, scales, p.x_scales[b * W + w], p.y + w * p.y_stride + column);
+        add_scaled<FOUR>(sums[w] + 4 * nibble, p.starts[b * W + w], scales, p.x_scales[b * W + w],
+                         p.y + w * p.y_stride + column);
     }
   }
 }
@@ -352,7 +355,7 @@ inline void part_of_tile(const IntProduct& p, size_t b, const Int* bytes, const 
   MOEDGE_UNROLL
   for (size_t w = 0; w < W; ++w)
     MOEDGE_UNROLL
-    for (size_t i = 0; i < 4; ++i) sums[w][i] = start(p.starts[b * p.tokens + t + w]);
+    for (size_t i = 0; i < 4; ++i) sums[w][i] = V::set_int(0);
   for (size_t cell = 0; cell < cells; ++cell) {
     Int values[4];
     MOEDGE_UNROLL
@@ -365,8 +368,10 @@ inline void part_of_tile(const IntProduct& p, size_t b, const Int* bytes, const 
     }
   }
   MOEDGE_UNROLL
-  for (size_t w = 0; w < W; ++w)
-    add_scaled(sums[w], scales, p.x_scales[b * p.tokens + t + w], p.y + (t + w) * p.y_stride + column);
+  for (size_t w = 0; w < W; ++w) {
+    const size_t at = b * p.tokens + t + w;
+    add_scaled<FOUR>(sums[w], p.starts[at], scales, p.x_scales[at], p.y + (t + w) * p.y_stride + column);
+  }
 }
 
 using PartOfTile = void (*)(const IntProduct&, size_t, const Int*, const Float*, size_t, const int32_t*, size_t);
@@ -447,7 +452,7 @@ inline void look_right(const IntProduct& p, size_t first, size_t lines, Rows& ro
 template <bool FOUR, bool HALF, typename Line>
 inline void each_line(const IntProduct& p, size_t begin, size_t end, Line line) {
   Rows rows;
-  const Tiles windows(p.row_bytes / LINE, WINDOW / LINE / (FOUR ? 2 : 1));
+  const Tiles windows(p.lines, WINDOW / LINE / (FOUR ? 2 : 1));
   for (size_t w = 0; w < windows.count; ++w) {
     const size_t first = windows.begin(w), last = first + windows.width(w);
     size_t seen = 0;
@@ -536,7 +541,7 @@ inline void cells_of_tile(const IntProduct& p, size_t num_blocks, size_t column,
     MOEDGE_UNROLL
     for (size_t w = 0; w < W; ++w)
       MOEDGE_UNROLL
-      for (size_t i = 0; i < N; ++i) sums[w][i] = start(p.starts[b * p.tokens + t + w]);
+      for (size_t i = 0; i < N; ++i) sums[w][i] = V::set_int(0);
     for (size_t stored = 0; stored < CELLS / NIBBLES; ++stored, weights += p.row_bytes) {
       MOEDGE_UNROLL
       for (size_t i = 0; i < N; ++i) {
@@ -558,8 +563,11 @@ inline void cells_of_tile(const IntProduct& p, size_t num_blocks, size_t column,
       const Float scale = HALF ? V::load_half(static_cast<const uint16_t*>(p.scales) + at + i * LANES)
                                : V::load(static_cast<const float*>(p.scales) + at + i * LANES);
       MOEDGE_UNROLL
-      for (size_t w = 0; w < W; ++w)
-        y[w][i] = V::fma(V::to_float(sums[w][i]), V::mul(scale, V::set(p.x_scales[b * p.tokens + t + w])), y[w][i]);
+      for (size_t w = 0; w < W; ++w) {
+        const size_t token = b * p.tokens + t + w;
+        const Float total = V::to_float(V::total<FOUR>(sums[w][i], V::set_int(p.starts[token])));
+        y[w][i] = V::fma(total, V::mul(scale, V::set(p.x_scales[token])), y[w][i]);
+      }
     }
   }
   MOEDGE_UNROLL
@@ -625,7 +633,7 @@ void mask(const float* x, const float* threshold, float ramp, size_t size, float
   for (size_t i = 0; i < size; ++i) out[i] = float_of(bits_of(x[i]) & 0x7fffffffu) < threshold[i] ? 0.0f : x[i];
 }
 
-void round_blocks(const float* x, size_t blocks, int8_t* q, float* scales, int32_t* sums) {
+void round_blocks(const float* x, size_t blocks, bool four, int8_t* q, float* scales, int32_t* starts) {
   constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: added, it leaves an integer in the low bits, ties to even
   for (size_t b = 0; b < blocks; ++b, x += BLOCK, q += BLOCK) {
     int32_t most = 0;  // non-negative floats are ordered as their bits
@@ -635,14 +643,15 @@ void round_blocks(const float* x, size_t blocks, int8_t* q, float* scales, int32
     const float inverse = finite && peak > 0 ? 127.0f / peak : 0.0f;
     const float factor = inverse <= 3.402823466e38f ? inverse : 0.0f;  // below 4e-37 nothing is left
     scales[b] = finite ? peak / 127.0f : float_of(0x7fc00000u);
-    int32_t sum = 0;
+    int32_t sum = 0, negative = 0;
     for (size_t i = 0; i < BLOCK; ++i) {
       const float value = finite ? x[i] * factor : 0.0f;
       const int32_t level = static_cast<int32_t>(bits_of(value + MAGIC)) - static_cast<int32_t>(bits_of(MAGIC));
       q[i] = static_cast<int8_t>(level);
       sum += level;
+      negative += level < 0 ? level : 0;
     }
-    sums[b] = sum;
+    starts[b] = four ? V::start<true>(sum, negative) : V::start<false>(sum, negative);
   }
 }
 

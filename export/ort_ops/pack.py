@@ -8,6 +8,9 @@ output) in rows of one input each, columns padded to whole lines of 64 bytes:
   interleave four rows with instructions that work inside 16 bytes; with this order the sums come out in order.
 - 4 bits: 128 columns a line; the low halves of its bytes are columns 0 to 63 in that order, the high halves 64 to 127.
 
+A row whose length is a multiple of 16 lines has one more, of zeros: rows a multiple of 1 KiB apart fall on few places of
+a cache, and the 32 that a kernel reads side by side throw each other out of it (a product took 1.5 times as long).
+
 Scales are [ceil(K / 32), columns], float32 or float16, 0 in the padding.
 
 Experts that are too narrow for rows of whole lines are stored *interleaved*, the way the kernels interleave rows
@@ -27,6 +30,8 @@ from moedge.export.quantize.format import BLOCK, Quantized, unpack
 
 LINE = 64
 """Bytes of a row that a kernel takes at once."""
+CROWDED_LINES = 16
+"""Rows that are a multiple of so many lines long get one line more."""
 ZERO_POINTS = "the operators take symmetric integers, these have zero points"
 CELL_COLUMNS = 16
 """Columns of interleaved weights are padded to a multiple of this."""
@@ -36,7 +41,7 @@ CELL_COLUMNS = 16
 class Packed:
     """A weight [N, K], or a stack of them, in the layout of the operators.
 
-    ``weights`` float32 [..., K, N] or uint8 [..., K, columns * bits / 8]; ``scales`` float32 or float16
+    ``weights`` float32 [..., K, N] or uint8 [..., K, :func:`row_bytes`]; ``scales`` float32 or float16
     [..., ceil(K / 32), columns] or None (float32 weights).
     """
 
@@ -67,7 +72,8 @@ class Packed:
         """Return the weight, float32 [..., N, K], read back from the stored bytes."""
         if self.scales is None:
             return np.ascontiguousarray(np.swapaxes(self.weights, -1, -2))
-        levels = (_from_cells if self.interleaved else _in_order)(self.weights, self.bits)[..., : self.inputs, :]
+        levels = (_from_cells if self.interleaved else _in_order)(self.weights, self.bits)
+        levels = levels[..., : self.inputs, : self.scales.shape[-1]]
         values = levels.astype(np.float32) - np.float32(2 ** (self.bits - 1))
         values *= np.repeat(self.scales.astype(np.float32), BLOCK, axis=-2)[..., : self.inputs, :]
         return np.ascontiguousarray(np.swapaxes(values[..., : self.outputs], -1, -2))
@@ -109,6 +115,12 @@ def pack(value: Quantized, half_scales: bool = False, interleaved: bool = False)
     return Packed(stored, np.ascontiguousarray(scales), value.bits, outputs, value.columns if interleaved else 0)
 
 
+def row_bytes(outputs: int, bits: int) -> int:
+    """Return the bytes of a stored row of ``outputs`` columns of 8 or 4 bits, padding included."""
+    lines = -(-outputs * bits // (8 * LINE))
+    return LINE * (lines + (lines % CROWDED_LINES == 0))
+
+
 def narrow(outputs: int, bits: int) -> bool:
     """Whether rows of ``outputs`` columns are better stored interleaved: under four lines, where padding costs most."""
     return bits != 32 and outputs * bits // 8 < 4 * LINE
@@ -133,7 +145,9 @@ def _permuted(rows: np.ndarray, bits: int) -> np.ndarray:
     lines = cells.reshape(*rows.shape[:-1], -1, LINE)
     if bits == 4:
         lines = lines[..., ::2, :] | (lines[..., 1::2, :] << 4)
-    return np.ascontiguousarray(lines.reshape(*rows.shape[:-1], -1))
+    stored = lines.reshape(*rows.shape[:-1], -1)
+    padding = [(0, 0)] * (rows.ndim - 1) + [(0, row_bytes(rows.shape[-1], bits) - stored.shape[-1])]
+    return np.ascontiguousarray(np.pad(stored, padding))
 
 
 def _in_order(stored: np.ndarray, bits: int) -> np.ndarray:

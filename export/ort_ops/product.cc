@@ -15,7 +15,7 @@ namespace {
 
 // What a thread keeps. Worker threads get pointers into the caller's; they never name it themselves.
 struct Memory {
-  Buffer rows, source, x, q, scales, sums, blocks, x_scales, starts, parts;
+  Buffer rows, source, x, q, scales, round_starts, blocks, x_scales, starts, parts;
 };
 thread_local Memory memory;
 
@@ -92,7 +92,7 @@ struct Rounded {
   int8_t* q;      // [tokens][stride]; the last bytes of a row are zero
   size_t stride;
   float* scales;  // [tokens][blocks]
-  int32_t* sums;  // [tokens][blocks]
+  int32_t* starts;  // [tokens][blocks]
 };
 
 constexpr size_t ZEROS = 64;  // bytes behind the inputs of a token
@@ -100,12 +100,12 @@ constexpr size_t ZEROS = 64;  // bytes behind the inputs of a token
 Rounded rounded(size_t tokens, size_t blocks) {
   const size_t stride = blocks * BLOCK + ZEROS;
   return {memory.q.get<int8_t>(tokens * stride), stride, memory.scales.get<float>(tokens * blocks),
-          memory.sums.get<int32_t>(tokens * blocks)};
+          memory.round_starts.get<int32_t>(tokens * blocks)};
 }
 
-void round_token(const Kernels& kernels, const Rounded& to, const float* x, size_t blocks, size_t t) {
+void round_token(const Kernels& kernels, int bits, const Rounded& to, const float* x, size_t blocks, size_t t) {
   int8_t* q = to.q + t * to.stride;
-  kernels.round(x + t * blocks * BLOCK, blocks, q, to.scales + t * blocks, to.sums + t * blocks);
+  kernels.round(x + t * blocks * BLOCK, blocks, bits == 4, q, to.scales + t * blocks, to.starts + t * blocks);
   std::memset(q + blocks * BLOCK, 0, ZEROS);
 }
 
@@ -121,6 +121,7 @@ void poison_token(const float* scales, size_t blocks, float* y, size_t columns) 
 IntProduct with_matrix(IntProduct p, const Matrix& matrix, size_t tokens, float* y, size_t y_stride) {
   p.weights = static_cast<const uint8_t*>(matrix.weights);
   p.row_bytes = matrix.row_bytes();
+  p.lines = matrix.lines();
   p.columns = matrix.columns();
   p.scales = matrix.scales;
   p.half = matrix.half;
@@ -181,13 +182,12 @@ void Few::find_floats(const float* x, size_t stride, const Segments* segments) {
 void Few::find_integers(const float* x, size_t stride, const Segments* segments) {
   const size_t all = stride / BLOCK;
   const Rounded round = rounded(tokens_, all);
-  for (size_t t = 0; t < tokens_; ++t) round_token(kernels_, round, x, all, t);
+  for (size_t t = 0; t < tokens_; ++t) round_token(kernels_, bits_, round, x, all, t);
   uint32_t* rows = memory.rows.get<uint32_t>(all * BLOCK + 1);
   uint32_t* source = memory.source.get<uint32_t>(all * BLOCK + 1);
   Block* blocks = memory.blocks.get<Block>(all);
   float* x_scales = memory.x_scales.get<float>(all * tokens_);
   int32_t* starts = memory.starts.get<int32_t>(all * tokens_);
-  const int32_t zero = bits_ == 4 ? 8 : 128;
   const size_t each = segments ? Product::stride_of(segments->width) / BLOCK : all;
   size_t cells = 0;
   for (size_t b = 0; b < all; ++b) {
@@ -199,7 +199,7 @@ void Few::find_integers(const float* x, size_t stride, const Segments* segments)
     blocks[size_] = {static_cast<uint32_t>(scale_row), static_cast<uint32_t>(cells), static_cast<uint32_t>(cells + more)};
     for (size_t t = 0; t < tokens_; ++t) {
       x_scales[size_ * tokens_ + t] = round.scales[t * all + b];
-      starts[size_ * tokens_ + t] = -zero * round.sums[t * all + b];
+      starts[size_ * tokens_ + t] = round.starts[t * all + b];
     }
     cells += more;
     ++size_;
@@ -254,12 +254,11 @@ Cells::Cells(const Kernels& kernels, int bits, const float* x, size_t tokens, si
   const Rounded round = rounded(tokens, blocks_);
   float* x_scales = memory.x_scales.get<float>(blocks_ * tokens);
   int32_t* starts = memory.starts.get<int32_t>(blocks_ * tokens);
-  const int32_t zero = bits == 4 ? 8 : 128;
   for (size_t t = 0; t < tokens; ++t) {
-    round_token(kernels, round, x, blocks_, t);
+    round_token(kernels, bits, round, x, blocks_, t);
     for (size_t b = 0; b < blocks_; ++b) {
       x_scales[b * tokens + t] = round.scales[t * blocks_ + b];
-      starts[b * tokens + t] = -zero * round.sums[t * blocks_ + b];
+      starts[b * tokens + t] = round.starts[t * blocks_ + b];
     }
   }
   product_.num_cells = blocks_ * (BLOCK / CELL);
@@ -333,15 +332,15 @@ void Product::many_integers(const Matrix& matrix, const float* x, size_t tokens,
   float* x_scales = memory.x_scales.get<float>(all * tokens);
   int32_t* starts = memory.starts.get<int32_t>(all * tokens);
   int32_t* packed = memory.x.get<int32_t>(tokens * cells);
-  const int32_t zero = matrix.bits == 4 ? 8 : 128;
+  const int bits = matrix.bits;
   const Tiles tiles(tokens, kernels_.int_tile);
   const Kernels& kernels = kernels_;
   threads_.run(tiles.count, [=, &kernels](size_t tile) {
     for (size_t t = tiles.begin(tile); t < tiles.begin(tile) + tiles.width(tile); ++t) {
-      round_token(kernels, round, x, all, t);
+      round_token(kernels, bits, round, x, all, t);
       for (size_t b = 0; b < all; ++b) {
         x_scales[b * tokens + t] = round.scales[t * all + b];
-        starts[b * tokens + t] = -zero * round.sums[t * all + b];
+        starts[b * tokens + t] = round.starts[t * all + b];
       }
     }
     into_tiles(round.q, round.stride, nullptr, cells, tiles, tile, packed);
@@ -353,7 +352,7 @@ void Product::many_integers(const Matrix& matrix, const float* x, size_t tokens,
   p.x = packed;
   p.x_scales = x_scales;
   p.starts = starts;
-  const size_t lines = p.row_bytes / LINE, tasks = strip_tasks(lines);
+  const size_t lines = p.lines, tasks = strip_tasks(lines);
   const auto kernel = matrix.bits == 4 ? kernels_.int4_strips : kernels_.int8_strips;
   threads_.run(tasks, [=](size_t task) { kernel(p, lines * task / tasks, lines * (task + 1) / tasks, all); });
   for (size_t t = 0; t < tokens; ++t) poison_token(round.scales + t * all, all, y + t * y_stride, p.columns);

@@ -29,6 +29,10 @@ class Threads {
 // How many tasks `units` of work are cut into that read so many bytes of weights together.
 size_t tasks_of(size_t units, size_t bytes);
 
+// Rows that are a multiple of so many lines apart (1 KiB) fall on few places of a cache: the 32 of a block throw each
+// other out of the first level, which has 64 places of 8 lines. Such rows get one line more, which nobody reads.
+constexpr size_t CROWDED_LINES = 16;
+
 // A weight [N, K] as pack.py stores it: one row for each of the K inputs.
 struct Matrix {
   int bits;
@@ -46,7 +50,13 @@ struct Matrix {
   }
   // Rows as they are stored, and their bytes: an input each, or a cell of four (8 bits), of eight (4 bits).
   size_t rows() const { return interleaved ? blocks() * bits : inputs; }
-  size_t row_bytes() const { return interleaved ? columns() * CELL : columns() * bits / 8; }
+  size_t row_bytes() const {
+    if (interleaved) return columns() * CELL;
+    if (bits == 32) return columns() * sizeof(float);
+    return (lines() + (lines() % CROWDED_LINES == 0)) * LINE;
+  }
+  // Of a row of integers.
+  size_t lines() const { return columns() * bits / 8 / LINE; }
   // One of a stack.
   Matrix expert(size_t number) const {
     Matrix one = *this;

@@ -7,7 +7,6 @@ struct V {
   using Float = __m256;
   using Int = __m256i;
   static constexpr size_t LANES = 8, FLOAT_TILE = 6, INT_TILE = 2;
-  static constexpr bool SIGNED = false;
 
   static Float load(const float* from) { return _mm256_loadu_ps(from); }
   static Float load_half(const uint16_t* from) {
@@ -35,20 +34,32 @@ struct V {
   static Int low(Int bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
   static Int high(Int bytes) { return _mm256_and_si256(_mm256_srli_epi16(bytes, 4), _mm256_set1_epi8(15)); }
 
+#if defined(__AVXVNNI__)
+  template <bool FOUR>
+  static int32_t start(int32_t sum, int32_t) { return -(FOUR ? 8 : 128) * sum; }
+  template <bool FOUR>
+  static Int dot(Int sum, Int weights, Int x) { return _mm256_dpbusd_avx_epi32(sum, weights, x); }
+  template <bool FOUR>
+  static Int total(Int sum, Int start) { return _mm256_add_epi32(sum, start); }
+#else
+  // Without VNNI pairs of products are summed in 16 bits (vpmaddubsw: unsigned by signed). Four bits: a block's 16 pairs
+  // are at most 8 * 2 * 15 * 127 in a lane, so they are widened once a block. Eight bits: 2 * 255 * 127 is too large, so
+  // |x| is multiplied by weights as signed bytes, at most 2 * 128 * 127. Where x is negative all their bits are turned,
+  // which makes w - 128 into 127 - w; the products are then x (w - 128) + x, and `start` takes that x away again.
+  template <bool FOUR>
+  static int32_t start(int32_t sum, int32_t negative) { return FOUR ? -8 * sum : -negative; }
   template <bool FOUR>
   static Int dot(Int sum, Int weights, Int x) {
-#if defined(__AVXVNNI__)
-    return _mm256_dpbusd_avx_epi32(sum, weights, x);
-#else
-    const Int ones = _mm256_set1_epi16(1);
-    // 2 * 15 * 127 fits 16 bits, 2 * 255 * 127 does not: those are widened first.
-    if (FOUR) return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(weights, x), ones));
-    const Int even = _mm256_and_si256(weights, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(weights, 8);
-    const Int x_even = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), x_odd = _mm256_srai_epi16(x, 8);
-    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(even, x_even));
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(odd, x_odd));
-#endif
+    if (FOUR) return _mm256_add_epi16(sum, _mm256_maddubs_epi16(weights, x));
+    const Int turn = _mm256_xor_si256(_mm256_cmpgt_epi8(_mm256_setzero_si256(), x), _mm256_set1_epi8(-128));
+    const Int pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_xor_si256(weights, turn));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
+  template <bool FOUR>
+  static Int total(Int sum, Int start) {
+    return _mm256_add_epi32(FOUR ? _mm256_madd_epi16(sum, _mm256_set1_epi16(1)) : sum, start);
+  }
+#endif
 };
 
 }  // namespace

@@ -71,16 +71,14 @@ void integers(const Kernels& mine, size_t tokens, bool four, bool half) {
   for (float& value : singles) value = uniform();
   for (uint16_t& value : halves) value = static_cast<uint16_t>(0x2000 + generator() % 0x1000);
   for (float& value : x_scales) value = uniform();
-  std::vector<int32_t> x(tokens * cells), starts(blocks * tokens);
-  for (size_t t = 0; t < tokens; ++t)
-    for (size_t c = 0; c < cells; ++c) {
-      int8_t bytes[4];
-      for (int8_t& byte : bytes) {
-        byte = static_cast<int8_t>(static_cast<int>(generator() % 255) - 127);
-        starts[c / 8 * tokens + t] -= (four ? 8 : 128) * byte;
-      }
-      __builtin_memcpy(&x[t * cells + c], bytes, 4);
-    }
+  // Whole numbers, one of 127 a block: they are rounded to themselves.
+  std::vector<float> values(tokens * inputs);
+  for (size_t i = 0; i < values.size(); ++i)
+    values[i] = i % BLOCK ? static_cast<float>(static_cast<int>(generator() % 255) - 127) : 127.0f;
+  // And the largest sums of either sign: two blocks of one value, and weights of the least and the most.
+  for (size_t i = 0; i < 2 * BLOCK; ++i) values[i] = i < BLOCK ? 127.0f : -127.0f;
+  for (size_t i = 0; i < weights.size(); ++i)
+    if (i % LINE < 16) weights[i] = i & 1 ? 0 : 255;
   std::vector<uint32_t> rows(inputs);
   for (size_t r = 0; r < inputs; ++r) rows[r] = static_cast<uint32_t>(r);
   std::vector<Block> list;
@@ -89,11 +87,19 @@ void integers(const Kernels& mine, size_t tokens, bool four, bool half) {
   std::vector<float> results[3][2];
   for (const Kernels* kernels : {&mine, &PORTABLE})
     for (int form = 0; form < 3; ++form) {
+      std::vector<int8_t> bytes(tokens * inputs);
+      std::vector<float> ones(tokens * blocks);
+      std::vector<int32_t> x(tokens * cells), by_token(tokens * blocks), starts(blocks * tokens);
+      kernels->round(values.data(), tokens * blocks, four, bytes.data(), ones.data(), by_token.data());
+      __builtin_memcpy(x.data(), bytes.data(), bytes.size());
+      for (size_t t = 0; t < tokens; ++t)
+        for (size_t b = 0; b < blocks; ++b) starts[b * tokens + t] = by_token[t * blocks + b];
       const std::vector<int32_t> packed = tiled(x, cells, tokens, form == 2 ? CELL_TILE : kernels->int_tile);
       std::vector<float> y(tokens * columns);
       IntProduct p{};
       p.weights = weights.data();
       p.row_bytes = form == 2 ? columns * CELL : columns * (four ? 4 : 8) / 8;
+      p.lines = p.row_bytes / LINE;
       p.columns = columns;
       p.scales = half ? static_cast<const void*>(halves.data()) : singles.data();
       p.half = half;
@@ -107,7 +113,7 @@ void integers(const Kernels& mine, size_t tokens, bool four, bool half) {
       p.y = y.data();
       p.y_stride = columns;
       if (form == 0) (four ? kernels->int4_rows : kernels->int8_rows)(p, 0, blocks);
-      if (form == 1) (four ? kernels->int4_strips : kernels->int8_strips)(p, 0, p.row_bytes / LINE, blocks);
+      if (form == 1) (four ? kernels->int4_strips : kernels->int8_strips)(p, 0, p.lines, blocks);
       if (form == 2) (four ? kernels->int4_cells : kernels->int8_cells)(p, blocks);
       results[form][kernels == &PORTABLE] = y;
     }

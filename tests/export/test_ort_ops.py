@@ -187,7 +187,7 @@ def difference(y: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.abs(y - wanted).max() / np.abs(wanted).max())
 
 
-@pytest.mark.parametrize(("inputs", "outputs"), [(70, 50), (160, 192), (70, 8400)])  # the last: several windows
+@pytest.mark.parametrize(("inputs", "outputs"), [(70, 50), (160, 192), (70, 2000), (70, 8400)])  # padded rows; windows
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_integers_are_those_of_onnx_runtime(
@@ -232,10 +232,11 @@ def test_the_whole_ffn_in_float32(built: Path, isa: str, activation: str) -> Non
         assert (np.abs(run(made, x) - wanted) <= 3e-6 * np.abs(wanted).max() + slack).all(), tokens
 
 
+@pytest.mark.parametrize("inner", [150, 1000])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_the_whole_ffn_in_integers(built: Path, isa: str, bits: int) -> None:
-    hidden, inner = 96, 150
-    gate_up, down = (quantize(random(n, *shape) / 10, bits) for n, shape in enumerate(((300, 96), (96, 150))))
+def test_the_whole_ffn_in_integers(built: Path, isa: str, bits: int, inner: int) -> None:
+    hidden = 96
+    gate_up, down = (quantize(random(n, *shape) / 10, bits) for n, shape in enumerate(((2 * inner, 96), (96, inner))))
     thresholds = np.abs(random(3, hidden)) / 2, np.abs(random(4, inner)) / 20
     made = glu(built, pack.pack(gate_up), pack.pack(down), *thresholds)
     first, second = nbits(gate_up), nbits(down)
@@ -278,7 +279,7 @@ def test_routed_experts_in_float32(built: Path, isa: str, width: int) -> None:
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize(("width", "interleaved"), [(24, True), (40, True), (40, False), (150, False)])
+@pytest.mark.parametrize(("width", "interleaved"), [(24, True), (40, True), (40, False), (150, False), (1000, False)])
 def test_routed_experts_in_integers(
     built: Path, isa: str, width: int, interleaved: bool, bits: int, half: bool
 ) -> None:
@@ -494,13 +495,23 @@ def test_the_interface_is_the_one_that_was_declared(built: Path) -> None:
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("shape", [(50, 70), (3, 48, 33)])
+@pytest.mark.parametrize("shape", [(50, 70), (3, 48, 33), (2000, 33), (3, 2000, 33)])
 def test_packed_bytes_are_read_back(shape: tuple[int, ...], interleaved: bool, bits: int, half: bool) -> None:
     value = pack.round_scales(quantize(random(1, *shape), bits))
     packed = pack.pack(value, half, interleaved)
     assert np.array_equal(packed.dequantized(), value.dequantized())
     assert packed.scales is not None
     assert packed.scales.dtype == (np.float16 if half else np.float32)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("outputs", [64, 576, 960, 1024, 1536, 2048, 3072, 8192, 49152, 151936])
+def test_rows_of_a_block_lie_on_many_places_of_a_cache(outputs: int, bits: int) -> None:
+    """A first level of 32 KiB has 64 places of 8 lines: 32 rows that fall on fewer than 4 of them do not stay."""
+    stored = pack.pack(quantize(random(1, outputs, 32), bits)).weights.shape[-1]
+    assert stored == pack.row_bytes(outputs, bits)
+    assert len({row * stored // 64 % 64 for row in range(32)}) >= 8
+    assert outputs * bits / 8 <= stored < outputs * bits / 8 + 128
 
 
 def test_what_cannot_be_packed_is_refused() -> None:

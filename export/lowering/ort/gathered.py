@@ -154,12 +154,11 @@ def stored_bytes(place: PackedPlace, weight: weights.Weight, bits: int, *, half_
     if place.outputs[0]:
         return 0
     blocks, inputs = -(-weight.columns // BLOCK), weight.columns
-    line = pack.LINE * 8 // bits
-    if place.interleaved_inputs:
-        line, inputs = pack.CELL_COLUMNS, blocks * BLOCK
+    line = pack.CELL_COLUMNS if place.interleaved_inputs else pack.LINE * 8 // bits
     columns = -(-place.total // line) * line
+    levels = blocks * BLOCK * columns * bits // 8 if place.interleaved_inputs else inputs * pack.row_bytes(columns, bits)
     experts = weight.shape[0] if weight.layout == "ENK" else 1
-    return experts * columns * (inputs * bits // 8 + blocks * (2 if half_scales else 4))
+    return experts * (levels + columns * blocks * (2 if half_scales else 4))
 
 
 def _replace(
