@@ -37,6 +37,14 @@ def gathered_portable(
 
 
 @pytest.fixture(scope="session")
+def cpu_library() -> Path:
+    """The library of CPU operators, compiled once for this machine."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    return library.compiled()
+
+
+@pytest.fixture(scope="session")
 def folders(
     session_folder: Path, tiny_model: Any, tiny_tokenizer: Any, convert_tiny: Any, gathered: Any, gather_only: Any
 ) -> Any:
