@@ -8,8 +8,8 @@ output) in rows of one input each, columns padded to whole lines of 64 bytes:
   interleave four rows with instructions that work inside 16 bytes; with this order the sums come out in order.
 - 4 bits: 128 columns a line; the low halves of its bytes are columns 0 to 63 in that order, the high halves 64 to 127.
 
-A row whose length is a multiple of 16 lines has one more, of zeros: rows a multiple of 1 KiB apart fall on few places of
-a cache, and the 32 that a kernel reads side by side throw each other out of it (a product took 1.5 times as long).
+A row whose length is a multiple of 16 lines has one more, of zeros: rows a multiple of 1 KiB apart fall on few places
+of a cache, and the 32 that a kernel reads side by side throw each other out of it (a product took 1.5 times as long).
 
 Scales are [ceil(K / 32), columns], float32 or float16, 0 in the padding.
 

@@ -38,7 +38,7 @@ from moedge.runtime.parity.verdict import Check, Outcome, Verdict
 from moedge.runtime.report import schema
 from moedge.runtime.report.checks import junit_xml, markdown
 
-LAYERS, BROKEN = 4, 2
+LAYERS, BROKEN = 3, 1
 WINDOWS = np.random.default_rng(1).integers(0, 256, (3, 120))
 PREFILL = 100
 KINDS = ["dense", "routed", "gathered"]
