@@ -59,7 +59,7 @@ def render(report: dict[str, Any], template: str) -> str:
     from markupsafe import Markup
 
     from moedge.runtime.frontier.plots import draw
-    from moedge.runtime.report.build import ratio
+    from moedge.runtime.report import gains
     from moedge.runtime.report.plots import draw_all
     from moedge.runtime.report.profile import NOTE, table
     from moedge.runtime.report.watched import sentences
@@ -67,7 +67,7 @@ def render(report: dict[str, Any], template: str) -> str:
     html = template.endswith(".html.j2")
     templates = environment(html=html)
     templates.filters |= {"zeros": zeros_sentence, "zeros_note": zeros_note, "prompted": forms.prompted}
-    templates.globals |= {"ratio": ratio, "profile_table": table, "profile_note": NOTE, "watched": sentences}
+    templates.globals |= {"gains": gains, "profile_table": table, "profile_note": NOTE, "watched": sentences}
     # The SVG comes from matplotlib, which escapes the text it draws; everything else is escaped by jinja2.
     plots = {name: Markup(svg) for name, svg in draw_all(report).items()} if html else {}
     drawn = draw(report["frontier"]) if html and "frontier" in report else []

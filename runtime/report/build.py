@@ -10,8 +10,8 @@ from typing import Any
 from moedge import MoEdgeError, __version__
 from moedge.export import manifest as manifests
 from moedge.export.manifest import Manifest
-from moedge.runtime.bench.stats import between
 from moedge.runtime.parity.verdict import Outcome, outcome_of, run_outcome
+from moedge.runtime.report import gains
 from moedge.runtime.run import run_folder
 from moedge.runtime.run.run_folder import read_json
 
@@ -151,14 +151,6 @@ def _bundle(label: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def ratio(report: dict[str, Any], metric: str, label: str, baseline: str) -> dict[str, Any] | None:
-    """The benchmark's paired ratio of two engines (> 1: ``label`` is faster), or None when one was not measured."""
-    for entry in report["speed"]["points"][0]["ratios"]:
-        if (entry["metric"], entry["label"], entry["baseline"]) == (metric, label, baseline):
-            return dict(entry)
-    return None
-
-
 def _counted(checks: Sequence[Mapping[str, Any]], what: str) -> list[str]:
     outcomes = [outcome_of(check) for check in checks]
     failed, open_ones = (outcomes.count(kind) for kind in (Outcome.FAILED, Outcome.NOT_DECIDED))
@@ -184,13 +176,6 @@ def sentences(report: dict[str, Any]) -> list[str]:
     said += [f"{label}: {why}." for label, why in sorted(verification.get("not_executed", {}).items())]
     said += [*quality["verdict"]["sentences"], *quality.get("where", [])]
     said += [f"The control '{name}' was left out: {why}." for name, why in quality.get("skipped", {}).items()]
-    for metric, words in (("tpot_ms", "Decoding"), ("ttft_ms", "Reading the prompt")):
-        for baseline in ("ort-cpu dense", "torch dense"):
-            entry = ratio(report, metric, "ort-cpu moe", baseline)
-            if entry:
-                said.append(
-                    f"{words}: ort-cpu moe runs at {entry['speedup']:.2f} times the speed of {baseline} "
-                    f"(95% interval: {between(entry['ci95'])}), {entry['verdict']}."
-                )
+    said += gains.sentences(report)
     said += [one["verdict"]["sentence"] for one in report.get("frontier", {}).get("measured", [])]
     return said

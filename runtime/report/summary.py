@@ -122,7 +122,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _speed(report: dict[str, Any]) -> tuple[str, Sheet]:
-    from moedge.runtime.report.build import ratio
+    from moedge.runtime.report import gains
 
     speed, sizes = report["speed"], {bundle["label"]: bundle["bytes"] for bundle in report["bundles"]}
     point, engines, machine = speed["points"][0], speed["engines"], report["machine"]
@@ -137,21 +137,23 @@ def _speed(report: dict[str, Any]) -> tuple[str, Sheet]:
         "first token ms",
         "per token ms",
         "tokens/s",
-        "vs ORT dense",
+        "vs its dense",
         "vs PyTorch dense",
         "peak MiB",
         "disk MiB",
     ):
         table.add_column(column, justify="right")
     for row in point["rows"]:
-        gains = [ratio(report, "tpot_ms", row["label"], baseline) for baseline in ("ort-cpu dense", "torch dense")]
         size = sizes.get(row["label"])
         table.add_row(
             escape(row["label"]),
             f"{row['ttft_ms']['p50']:.0f}",
             f"{row['tpot_ms']['p50']:.1f}",
             f"{row['decode_tokens_per_s']:.1f}",
-            *("" if gain is None else f"{gain['speedup']:.2f}x" for gain in gains),
+            *(
+                "" if gain is None else f"{gain['speedup']:.2f}x"
+                for gain in gains.columns(report, "tpot_ms", row["label"])
+            ),
             _number(engines[row["label"]]["peak_rss_mib"], "{:.0f}"),
             "" if size is None else f"{size / 2**20:.0f}",
         )
