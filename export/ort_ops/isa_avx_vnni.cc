@@ -9,6 +9,7 @@
 #pragma GCC target("avx2,fma,f16c,avxvnni")
 #include <immintrin.h>
 
+#define MOEDGE_DPBUSD  // GCC does not set __AVXVNNI__ for a target that a pragma names
 #include "vector256.inl"
 #include "kernels.inl"
 

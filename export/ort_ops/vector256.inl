@@ -34,7 +34,7 @@ struct V {
   static Int low(Int bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
   static Int high(Int bytes) { return _mm256_and_si256(_mm256_srli_epi16(bytes, 4), _mm256_set1_epi8(15)); }
 
-#if defined(__AVXVNNI__)
+#if defined(MOEDGE_DPBUSD)
   template <bool FOUR>
   static int32_t start(int32_t sum, int32_t) { return -(FOUR ? 8 : 128) * sum; }
   template <bool FOUR>

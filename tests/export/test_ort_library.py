@@ -45,6 +45,17 @@ def test_an_older_compiler_is_not_asked_for_what_it_does_not_know(cpu_library: P
             assert set(re.findall(r'__builtin_cpu_supports\("(\w+)"', seen)) <= NAMED_BY_GCC_9 | {"avxvnni"}
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="of x86-64")
+@pytest.mark.parametrize(("name", "used"), [("isa_avx_vnni.cc", True), ("isa_avx2.cc", False)])
+def test_each_table_has_the_instructions_of_its_name(cpu_library: Path, name: str, used: bool) -> None:
+    """No processor here may run them, so ask the preprocessor: macros of a target that a pragma names are not set."""
+    command = ["g++", "-w", "-E", "-P", "-std=c++17", library.FOLDER / name]
+    seen = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    vectors = seen[seen.index("struct V {") :]
+    assert ("_mm256_dpbusd_avx_epi32(sum, weights, x)" in vectors) == used
+    assert ("_mm256_maddubs_epi16(weights, x)" in vectors) == (not used)
+
+
 def test_the_library_shows_nothing_and_needs_no_libstdcxx(cpu_library: Path) -> None:
     if shutil.which("nm") is None:
         pytest.skip("needs nm")
