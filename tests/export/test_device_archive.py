@@ -29,6 +29,7 @@ from moedge.runtime.device import moedge_compare
 from moedge.runtime.parity import metrics as reduction
 from moedge.runtime.parity.given import answers_of_device
 from moedge.runtime.parity.recorded import Recorded
+from moedge.tests.export.archives import extract
 
 STAND_IN = '''
 import os
@@ -128,8 +129,7 @@ def unpacked(archive, tmp_path):
 
 def unpack(archive: Path, tmp_path: Path, name: str = "moedge-jetson-agx-orin") -> Path:
     """The archive's folder, with a file in place of the engine (nothing here can deserialize one)."""
-    with tarfile.open(archive) as tar:
-        tar.extractall(tmp_path / f"{name}.unpacked", filter="data")
+    extract(archive, tmp_path / f"{name}.unpacked")
     folder = (tmp_path / f"{name}.unpacked" / "moedge-jetson-agx-orin").rename(tmp_path / name)
     emulated = tmp_path / f"{name}.onnx"
     manifest = json.loads((folder / "manifest.json").read_text())

@@ -4,13 +4,13 @@ import json
 import shutil
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
 
 from moedge.configs import devices
 from moedge.export.device import archive as device_archive
+from moedge.tests.export.archives import extract
 
 # What build_engine.py needs of TensorRT, recorded instead of done. Dimensions are numbers that say whether they are
 # constant; the parser walks the file's nodes as NVIDIA's does and asks each plugin what TensorRT asks it.
@@ -127,8 +127,7 @@ def thor(source, tmp_path_factory):
     out = tmp_path_factory.mktemp("thor")
     thor = devices.load("jetson-agx-thor")
     device_archive.write(source, out / "moe.tar", thor, label="Mø E", max_length=64, max_prompt=48)
-    with tarfile.open(out / "moe.tar") as tar:
-        tar.extractall(out, filter="data")
+    extract(out / "moe.tar", out)
     return out / "moedge-jetson-agx-thor"
 
 
@@ -139,8 +138,7 @@ def orin(source, tmp_path_factory):
     out = tmp_path_factory.mktemp("orin")
     made = {"label": "Mø E", "max_length": 64, "max_prompt": 48, "tensorrt": "10.13", "dtype": "bfloat16"}
     device_archive.write(source, out / "moe.tar", devices.load("jetson-agx-orin"), **made)
-    with tarfile.open(out / "moe.tar") as tar:
-        tar.extractall(out, filter="data")
+    extract(out / "moe.tar", out)
     return out / "moedge-jetson-agx-orin"
 
 
@@ -151,8 +149,7 @@ def gathered_archive(gathered_portable, tmp_path_factory):
     out = tmp_path_factory.mktemp("gathered")
     made = {"label": "Mø E", "max_length": 64, "max_prompt": 48, "tensorrt": "10.13"}
     device_archive.write(gathered_portable.parent, out / "moe.tar", devices.load("jetson-agx-orin"), **made)
-    with tarfile.open(out / "moe.tar") as tar:
-        tar.extractall(out, filter="data")
+    extract(out / "moe.tar", out)
     return out / "moedge-jetson-agx-orin"
 
 
