@@ -169,7 +169,8 @@ def _of_repetition(settings: Mapping[str, Any], prompt: Sequence[int], ends: lis
     """Biases, penalties, and what may not come again or at all; arguments as of :func:`processors`."""
     get = settings.get
     if pairs := get("sequence_bias"):
-        yield lambda ids, scores: bias_sequences(scores, ids, pairs)
+        last = list({tuple(sequence): bias for sequence, bias in pairs}.items())  # of a sequence that is named twice
+        yield lambda ids, scores: bias_sequences(scores, ids, last)
     if get("encoder_repetition_penalty"):
         inverse = 1 / settings["encoder_repetition_penalty"]
         yield lambda _, scores: penalise(scores, prompt, inverse)

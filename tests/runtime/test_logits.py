@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import Phase, assume, given
+from hypothesis import Phase, assume, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -139,6 +139,7 @@ def some(settings: dict[str, st.SearchStrategy[Any]]) -> st.SearchStrategy[dict[
     # Not the padding token, whose row of zeros makes all logits alike: the order of ties is nobody's promise.
     prompt=st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=6),
 )
+@example(chosen={"sequence_bias": [[[23], 4.5], [[7], 1.0], [[23], -1.0]]}, sampling=None, prompt=[13, 11])
 def test_all_rules_come_in_the_order_of_generate(
     chosen: dict[str, Any], sampling: dict[str, Any] | None, prompt: list[int], model: LlamaForCausalLM
 ) -> None:
