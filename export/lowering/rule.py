@@ -6,8 +6,9 @@ each rule did.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import onnx_ir as ir
@@ -89,6 +90,11 @@ class Work:
         self.rewrites: list[Rewrite] = []
         self.taps: dict[int, Tap] = {}
 
+    @cached_property
+    def _portable(self) -> Set[str]:
+        """Names of the values of the portable graph, which no rule changes."""
+        return values_by_name(self.before).keys()
+
     def run(self, rule: Rule, judge: Judge | None = None) -> bool:
         """Apply a rule unless it is refused, execute what it rewrote, record both; return whether it was applied.
 
@@ -119,8 +125,7 @@ class Work:
 
     def test(self, name: str, done: Applied) -> dict[str, Any] | None:
         """Execute the blocks of a rewrite before and after; return the worst for the manifest, None without blocks."""
-        known = values_by_name(self.before)
-        blocks = [one for one in done.blocks if not one.may_be_new or known.keys() >= set(one.outputs)]
+        blocks = [one for one in done.blocks if not one.may_be_new or self._portable >= set(one.outputs)]
         found = [self._compared(name, block, done) for block in blocks]
         if not found:
             return None

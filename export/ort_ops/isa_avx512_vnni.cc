@@ -41,7 +41,7 @@ struct V {
     out[3] = _mm512_unpackhi_epi16(high01, high23);
   }
   template <bool FOUR>
-  static int32_t start(int32_t sum, int32_t) { return -(FOUR ? 8 : 128) * sum; }
+  static int32_t start(int32_t sum, int32_t) { return minus_zero(FOUR, sum); }
   static Int whole(Int bytes) { return bytes; }
   static Int low(Int bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi8(15)); }
   static Int high(Int bytes) { return _mm512_and_si512(_mm512_srli_epi16(bytes, 4), _mm512_set1_epi8(15)); }

@@ -53,7 +53,7 @@ struct V {
     std::memcpy(out, bytes, sizeof bytes);
   }
   template <bool FOUR>
-  static int32_t start(int32_t sum, int32_t) { return -(FOUR ? 8 : 128) * sum; }
+  static int32_t start(int32_t sum, int32_t) { return minus_zero(FOUR, sum); }
   static Int whole(Int bytes) { return bytes; }
   static Int low(Int bytes) { return (Int)((Bytes)bytes & 15); }
   static Int high(Int bytes) { return (Int)((Bytes)bytes >> 4); }

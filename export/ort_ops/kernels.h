@@ -97,6 +97,9 @@ struct Tiles {
   size_t width(size_t tile) const { return base + (tile < more ? 1 : 0); }
 };
 
+// What centres a sum of products with weights as they are stored: minus their zero point times the sum of x.
+inline int32_t minus_zero(bool four, int32_t sum) { return -(four ? 8 : 128) * sum; }
+
 // What float_strips() copies: rows at once, and floats of its scratch.
 constexpr size_t FLOAT_STRIP_ROWS = 512, FLOAT_STRIP_SCRATCH = 2 * FLOAT_STRIP_ROWS * 32;
 

@@ -36,7 +36,7 @@ struct V {
 
 #if defined(MOEDGE_DPBUSD)
   template <bool FOUR>
-  static int32_t start(int32_t sum, int32_t) { return -(FOUR ? 8 : 128) * sum; }
+  static int32_t start(int32_t sum, int32_t) { return minus_zero(FOUR, sum); }
   template <bool FOUR>
   static Int dot(Int sum, Int weights, Int x) { return _mm256_dpbusd_avx_epi32(sum, weights, x); }
   template <bool FOUR>
@@ -47,7 +47,7 @@ struct V {
   // |x| is multiplied by weights as signed bytes, at most 2 * 128 * 127. Where x is negative all their bits are turned,
   // which makes w - 128 into 127 - w; the products are then x (w - 128) + x, and `start` takes that x away again.
   template <bool FOUR>
-  static int32_t start(int32_t sum, int32_t negative) { return FOUR ? -8 * sum : -negative; }
+  static int32_t start(int32_t sum, int32_t negative) { return FOUR ? minus_zero(FOUR, sum) : -negative; }
   template <bool FOUR>
   static Int dot(Int sum, Int weights, Int x) {
     if (FOUR) return _mm256_add_epi16(sum, _mm256_maddubs_epi16(weights, x));

@@ -43,9 +43,11 @@ def pairs(report: dict[str, Any]) -> list[tuple[EngineRef, EngineRef]]:
     return found
 
 
-def lowered(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """Labels of the bundles, converted and dense, of each target that has both: what a user chooses between."""
-    return [(str(one), str(dense)) for one, dense in pairs(report) if one.row and one.target == dense.target]
+def compared(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """Labels of what is said aloud: each converted bundle and its own dense one, and the first beside PyTorch's."""
+    bundles = [ref for ref in _timed(report) if ref.role == "moe" and ref.row and ref.row.family != "portable"]
+    own = [(one, dense) for one, dense in pairs(report) if one in bundles]
+    return [(str(one), str(dense)) for one, dense in (*own, *((ref, TORCH_DENSE) for ref in bundles[:1]))]
 
 
 def columns(report: dict[str, Any], metric: str, label: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
@@ -56,11 +58,9 @@ def columns(report: dict[str, Any], metric: str, label: str) -> tuple[dict[str, 
 
 def sentences(report: dict[str, Any]) -> list[str]:
     """Say what each converted bundle gains over its dense parent, and the first of them over PyTorch."""
-    bundles = [ref for ref in _timed(report) if ref.role == "moe" and ref.row and ref.row.family != "portable"]
-    compared = [*lowered(report), *((str(ref), str(TORCH_DENSE)) for ref in bundles[:1])]
     said = []
     for metric, words in METRICS:
-        for label, baseline in compared:
+        for label, baseline in compared(report):
             entry = ratio(report, metric, label, baseline)
             if entry:
                 said.append(

@@ -156,8 +156,10 @@ def stored_bytes(place: PackedPlace, weight: weights.Weight, bits: int, *, half_
     blocks, inputs = -(-weight.columns // BLOCK), weight.columns
     line = pack.CELL_COLUMNS if place.interleaved_inputs else pack.LINE * 8 // bits
     columns = -(-place.total // line) * line
-    rows = columns * bits // 8 if place.interleaved_inputs else pack.row_bytes(columns, bits)
-    levels = rows * (blocks * BLOCK if place.interleaved_inputs else inputs)
+    if place.interleaved_inputs:
+        levels = blocks * BLOCK * columns * bits // 8
+    else:
+        levels = inputs * pack.row_bytes(columns, bits)
     experts = weight.shape[0] if weight.layout == "ENK" else 1
     return experts * (levels + columns * blocks * (2 if half_scales else 4))
 
