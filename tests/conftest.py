@@ -25,22 +25,26 @@ def pytest_configure(config: pytest.Config) -> None:
     selected = " ".join(config.option.markexpr.split())
     if "gpu" not in selected.replace("not gpu", ""):
         os.environ.setdefault("TRITON_INTERPRET", "1")
+    # Collections that nobody asks for: a trace makes objects by the hundred thousand and keeps most of them.
+    gc.set_threshold(100_000, 20, 20)
 
 
-_modules_frozen = 0
+_frozen_at: tuple[Path | None, int] = (None, 0)
 
 
-def pytest_runtest_call() -> None:
-    """Keep what libraries hold out of garbage collection.
+def pytest_runtest_call(item: pytest.Item) -> None:
+    """Keep what is there already out of garbage collection: with each file of tests, and when libraries came in.
 
-    torch, transformers and onnx bring a million objects, over which every full collection goes (``modeling.apply``, the
-    benchmark and ``torch.export`` ask for one each): without this they take almost half of the suite's time.
+    torch, transformers and onnx bring a million objects, and caches of traces and kernels as many again. Every full
+    collection goes over all of them (``modeling.apply``, the benchmark and ``torch.export`` ask for one each): without
+    this they take almost half of the suite's time.
     """
-    global _modules_frozen
-    if len(sys.modules) > _modules_frozen + 20:
+    global _frozen_at
+    libraries = len(sys.modules)
+    if item.path != _frozen_at[0] or libraries > _frozen_at[1] + 20:
         gc.collect()
         gc.freeze()
-        _modules_frozen = len(sys.modules)
+        _frozen_at = (item.path, libraries)
 
 
 def pytest_runtest_setup() -> None:
