@@ -16,7 +16,8 @@ constexpr size_t LANES = V::LANES;
 constexpr size_t BYTES = 4 * LANES;       // of a vector
 constexpr size_t PARTS = LINE / BYTES;    // vectors a line
 constexpr size_t CELLS = BLOCK / CELL;    // of a block
-constexpr size_t STRIP = 2 * LANES;       // columns of a packed strip of floats
+constexpr size_t STRIP = 2 * LANES;       // columns of floats at once: two vectors, for which each x is broadcast once
+constexpr size_t FLOATS = LINE / sizeof(float);
 
 // Into the second level of the cache: the first is too small for a block of rows.
 inline void prefetch(const void* address) {
@@ -27,6 +28,8 @@ inline void prefetch(const void* address) {
 // Columns that all rows are read of before the next ones: their sums stay in the first level of the cache, and what is
 // prefetched of the rows that follow in the second. In whole rows of an output projection both would be megabytes.
 constexpr size_t WINDOW = 4096;
+// Columns that all tiles of tokens are computed of before the next ones: rows and sums stay in the first level.
+constexpr size_t TILES_WINDOW = 512;
 
 // ---- float32
 
@@ -37,7 +40,7 @@ struct Ahead {
   size_t rows;
 
   void line(size_t number) const {
-    constexpr size_t FLOATS = LINE / sizeof(float), LINES = (STRIP + FLOATS - 1) / FLOATS;
+    constexpr size_t LINES = (STRIP + FLOATS - 1) / FLOATS;
     prefetch(first + number / LINES * stride + number % LINES * FLOATS);
   }
   size_t lines() const { return rows * ((STRIP * sizeof(float) + LINE - 1) / LINE); }
@@ -103,6 +106,31 @@ struct Window {
   size_t begin, end, first, last, ahead, following;
 };
 
+// Adds `count` rows, x [row][W], to N vectors of y [W][N] from column c on.
+template <size_t W, size_t N>
+inline void add_rows(const float* const* rows, size_t count, const float* x, float* y, size_t y_stride, size_t c) {
+  Float sums[W][N];
+  MOEDGE_UNROLL
+  for (size_t w = 0; w < W; ++w)
+    MOEDGE_UNROLL
+    for (size_t i = 0; i < N; ++i) sums[w][i] = V::load(y + w * y_stride + c + i * LANES);
+  for (size_t r = 0; r < count; ++r) {
+    Float weights[N];
+    MOEDGE_UNROLL
+    for (size_t i = 0; i < N; ++i) weights[i] = V::load(rows[r] + c + i * LANES);
+    MOEDGE_UNROLL
+    for (size_t w = 0; w < W; ++w) {
+      const Float value = V::set(x[r * W + w]);
+      MOEDGE_UNROLL
+      for (size_t i = 0; i < N; ++i) sums[w][i] = V::fma(value, weights[i], sums[w][i]);
+    }
+  }
+  MOEDGE_UNROLL
+  for (size_t w = 0; w < W; ++w)
+    MOEDGE_UNROLL
+    for (size_t i = 0; i < N; ++i) V::store(y + w * y_stride + c + i * LANES, sums[w][i]);
+}
+
 template <size_t W>
 void float_pass(const FloatProduct& p, const Window& window, size_t begin, size_t count, size_t t) {
   constexpr size_t ROWS = rows_at_once(W);
@@ -116,23 +144,20 @@ void float_pass(const FloatProduct& p, const Window& window, size_t begin, size_
   for (size_t r = 0; r < count; ++r) rows[r] = row(begin + r);
   for (size_t r = 0; r < coming; ++r) next[r] = row(from + r) + shift;
   size_t c = window.begin;
-  for (; c + LANES <= window.end; c += LANES) {
-    if (c % (LINE / sizeof(float)) == 0)
-      for (size_t r = 0; r < coming; ++r) prefetch(next[r] + c);
-    Float sums[W];
-    MOEDGE_UNROLL
-    for (size_t w = 0; w < W; ++w) sums[w] = V::load(y + w * p.y_stride + c);
-    const auto add = [&](size_t r) {
-      const Float weights = V::load(rows[r] + c);
-      MOEDGE_UNROLL
-      for (size_t w = 0; w < W; ++w) sums[w] = V::fma(V::set(x[r * W + w]), weights, sums[w]);
-    };
+  for (; c + STRIP <= window.end; c += STRIP) {
+    if (c % FLOATS == 0)
+      for (size_t r = 0; r < coming; ++r)
+        MOEDGE_UNROLL
+        for (size_t i = 0; i < STRIP; i += FLOATS) prefetch(next[r] + c + i);
     if (count == ROWS)
-      for (size_t r = 0; r < ROWS; ++r) add(r);
+      add_rows<W, 2>(rows, ROWS, x, y, p.y_stride, c);
     else
-      for (size_t r = 0; r < count; ++r) add(r);
-    MOEDGE_UNROLL
-    for (size_t w = 0; w < W; ++w) V::store(y + w * p.y_stride + c, sums[w]);
+      add_rows<W, 2>(rows, count, x, y, p.y_stride, c);
+  }
+  if (c + LANES <= window.end) {
+    for (size_t r = 0; r < coming; ++r) prefetch(next[r] + c);
+    add_rows<W, 1>(rows, count, x, y, p.y_stride, c);
+    c += LANES;
   }
   for (; c < window.end; ++c)
     for (size_t r = 0; r < count; ++r)
@@ -196,17 +221,21 @@ inline FloatRows narrow_kernel(size_t columns, size_t tokens) {
 void float_rows(const FloatProduct& p, size_t begin, size_t end) {
   if (const FloatRows narrow = narrow_kernel(p.columns, p.tokens)) return narrow(p, begin, end);
   static constexpr auto PASSES = float_passes(std::make_index_sequence<V::FLOAT_TILE>());
-  constexpr size_t UNIT = LINE / sizeof(float);
-  const Tiles tiles(p.tokens, V::FLOAT_TILE), windows((p.columns + UNIT - 1) / UNIT, WINDOW / UNIT);
+  const Tiles tiles(p.tokens, V::FLOAT_TILE), windows((p.columns + FLOATS - 1) / FLOATS, WINDOW / FLOATS);
   const size_t rows = rows_at_once(tiles.width(tiles.count - 1));
-  const size_t pass_bytes = rows * std::min(p.columns, windows.width(0) * UNIT) * sizeof(float);
+  const size_t pass_bytes = rows * std::min(p.columns, windows.width(0) * FLOATS) * sizeof(float);
   const size_t ahead = (AHEAD_BYTES + pass_bytes - 1) / pass_bytes * rows;
   for (size_t w = 0; w < windows.count; ++w) {
-    const size_t first = windows.begin(w) * UNIT, last = first + windows.width(w) * UNIT;
+    const size_t first = windows.begin(w) * FLOATS, last = first + windows.width(w) * FLOATS;
     const Window window{first, std::min(last, p.columns), begin, end, ahead, w + 1 < windows.count ? last - first : 0};
+    const size_t step = tiles.count > 1 ? TILES_WINDOW : window.end - window.begin;
     for (size_t r = begin; r < end; r += rows)
-      for (size_t tile = 0; tile < tiles.count; ++tile)
-        PASSES[tiles.width(tile)](p, window, r, std::min(rows, end - r), tiles.begin(tile));
+      for (size_t c = window.begin; c < window.end; c += step) {
+        Window part = window;
+        part.begin = c, part.end = std::min(c + step, window.end);
+        for (size_t tile = 0; tile < tiles.count; ++tile)
+          PASSES[tiles.width(tile)](p, part, r, std::min(rows, end - r), tiles.begin(tile));
+      }
   }
 }
 

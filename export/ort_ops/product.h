@@ -68,7 +68,7 @@ struct Matrix {
 };
 
 // Up to this many tokens a row is read once for all of them; above, the matrix is read in strips of columns (measured).
-constexpr size_t few_tokens(int bits) { return bits == 32 ? 32 : 16; }
+constexpr size_t few_tokens(int bits) { return bits == 32 ? 20 : 16; }
 
 // Up to this many tokens, work on single inputs takes less time than waking a thread.
 constexpr size_t FEW_TOKENS = 16;
