@@ -2,8 +2,9 @@
 
 Speed. A decode step of the dense parent takes the time T, of which its FFNs take the part f (profiled). Reading the
 share s of their weights saves ``f e (1 - s)`` of it, where e is how much of the saved bytes becomes saved time: 1 for
-the first prediction, then what the nearest try gave. So the speed-up is ``1 / (1 - f e (1 - s))``. A time for each
-token is the same wish in other words: the dense parent's over the speed-up.
+the first prediction, then what the nearest try gave. So the speed-up is ``1 / (1 - f e (1 - s))``. From two tries on
+the part that is saved is a line through the two nearest, so that a cost that every share has is not taken for bytes. A
+time for each token is the same wish in other words: the dense parent's over the speed-up.
 
 Loss. KL to the dense parent (and the logarithm of the perplexity ratio) grows as ``c (1 - s)^p``: c from the nearest
 try, p from the two nearest ones, and :data:`POWER` while there is one.
@@ -32,6 +33,8 @@ POWER = 2.5
 """Growth of the loss in what is left out, before two tries say otherwise: between .85 and .5 on SmolLM2-135M."""
 SPEED_SLACK, LOSS_SLACK = 0.03, 0.1
 """A try ends the search when it reaches the goal and is beyond it by no more than this part."""
+LEAST_SLOPE = 0.1
+"""Of the FFNs' time that two tries differ by, the part that the saved bytes between them have to save at least."""
 _SMALL = 1e-5
 
 
@@ -141,11 +144,17 @@ def _next_of_speed(goal: Goal, tries: list[Try], decode: Decode) -> tuple[float,
     decode = Decode(tries[-1].dense_ms or decode.ms, decode.part)
     wanted = decode.speed(goal, goal.limit)
     speeds = {one: Decode(one.dense_ms or decode.ms, decode.part).speed(goal, one.value) for one in tries}
-    nearest = min(tries, key=lambda one: abs(speeds[one] - wanted))
-    saved = 1 - 1 / speeds[nearest]
-    kept = min(max(saved / (decode.part * (1 - nearest.share)), 0.1), 2.0)
-    # Aimed at the middle of what ends the search.
-    share = _speed_share(wanted * (1 + SPEED_SLACK / 2), decode.part, kept)
+    near = sorted(tries, key=lambda one: abs(speeds[one] - wanted))
+    aimed = wanted * (1 + SPEED_SLACK / 2)  # the middle of what ends the search
+    saved = [1 - 1 / speeds[one] for one in near]
+    if len(near) > 1:
+        slope = (saved[0] - saved[1]) / (near[1].share - near[0].share)
+        if slope >= LEAST_SLOPE * decode.part:  # else noise: reading less has to save time
+            share = _within(near[0].share - (1 - 1 / aimed - saved[0]) / slope)
+            part = min(saved[0] + slope * (near[0].share - share), 0.95)
+            return share, decode.value(goal, 1 / (1 - part))
+    kept = min(max(saved[0] / (decode.part * (1 - near[0].share)), 0.1), 2.0)
+    share = _speed_share(aimed, decode.part, kept)
     return share, decode.value(goal, speed_at(share, decode.part, kept))
 
 

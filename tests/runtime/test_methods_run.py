@@ -87,7 +87,7 @@ SLOW = ("llamamoe", "atopk", "wanda", "flap")
 def test_a_run_of_every_method_passes_and_its_report_is_complete(
     home: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The memory of an engine, measured in a process of its own, and steps of many rows have nothing to do with the method.
+    # Memory, measured in a process for each engine, and steps of many rows have nothing to do with the method.
     monkeypatch.setattr(bench, "BATCHES", BATCHES[:1])
     unknown = {"peak_rss_mib": None, "load_s": None, "reason": "not measured in this test"}
     monkeypatch.setattr(bench, "footprint", lambda *_: unknown)

@@ -49,6 +49,28 @@ def test_a_speed_is_found_in_a_few_tries_where_not_all_saved_bytes_save_time(kep
     assert times[-1].predicted == pytest.approx(times[-1].value, rel=0.03)
 
 
+@pytest.mark.parametrize("cost", [0.06, 0.09])
+def test_a_cost_that_every_share_has_is_not_taken_for_bytes(cost: float) -> None:
+    """What saves .4 (1 - s) - cost of a step: from the third try on the line is known."""
+    goal, decode = Goal("speedup", 1.2), Decode(10.0, 0.4)
+    done = search(
+        goal, first_speed_share(goal, decode), lambda share: (1 / (1 - 0.4 * (1 - share) + cost), None), decode, 5
+    )
+    assert len(done) <= 4
+    assert goal.close(done[-1].value)
+    third = done[2]
+    assert third.predicted == pytest.approx(third.value, rel=1e-3)
+    assert done[0].share > third.share > done[1].share, "the line through the origin went too far"
+
+
+def test_two_tries_that_noise_turned_round_are_no_line() -> None:
+    goal, decode = Goal("speedup", 1.2), Decode(10.0, 0.4)
+    tries = [Try(0.6, 1.2, 1.10), Try(0.5, 1.2, 1.09)]
+    share, predicted = next_share(goal, tries, decode)
+    assert share < 0.5
+    assert predicted == pytest.approx(1.2 * 1.015, rel=1e-2)
+
+
 @pytest.mark.parametrize("power", [1.5, 2.5, 4.0])
 @pytest.mark.parametrize(("kind", "limit"), [("kl", 0.05), ("ratio", 1.05)])
 def test_a_loss_is_found_in_a_few_tries_whatever_its_power(kind: Any, limit: float, power: float) -> None:
