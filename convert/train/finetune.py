@@ -7,9 +7,7 @@ plan, and a plan whose weights were trained says so, because it no longer descri
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +17,10 @@ import torch
 from moedge import MoEdgeError
 from moedge._files import write_json
 from moedge.convert import modeling, offload, sources
-from moedge.convert.modeling import SparseFFN
-from moedge.convert.plan import LayerPlan, MoEPlan, RouterPlan
+from moedge.convert.plan import MoEPlan
 from moedge.convert.train import balance, trainable, training
 from moedge.convert.train.settings import TrainSettings
+from moedge.convert.train.write_back import write_back
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -32,9 +30,6 @@ if TYPE_CHECKING:
     from moedge.convert.calibration import TextSet
 
 FINETUNE_SCHEMA = "moedge.finetune/1"
-_WEIGHTS = ("lora", "experts", "shared", "attention", "norms", "embeddings")
-"""Groups that change what the plan does not hold."""
-_PLAN = ("selection_bias", "scale", "compensation", "output_bias")
 
 
 def finetune(
@@ -87,7 +82,9 @@ def finetune(
         trained = result.model if result.tensors is None else _rebuild(checkpoint, settings, result.tensors)
         assert trained is not None
         offload.cast(trained, getattr(torch, sources.own_dtype(checkpoint)))  # before the weights are hashed
-        updated = write_back(trained, plan, settings, {"steps": result.steps, "tokens": result.tokens, **(about or {})})
+        counts = {"steps": result.steps, "tokens": result.tokens}
+        note = {"settings": settings.model_dump(mode="json"), **counts, **(about or {})}
+        updated = write_back(trained, plan, settings.groups, note)
         modeling.save(trained, updated, tokenizer, out)
         record["plan_sha256"] = updated.sha256
         write_json(out / "finetune.json", record)
@@ -135,43 +132,6 @@ def recommended(plan: MoEPlan) -> dict[str, Any]:
     return dict(found)
 
 
-def write_back(model: PreTrainedModel, plan: MoEPlan, settings: TrainSettings, about: Mapping[str, Any]) -> MoEPlan:
-    """Return the plan with what training changed in it; the model's config follows.
-
-    When weights outside the plan were trained, the provenance holds their hash, a refitted ``down`` and ``zeros`` are
-    dropped (the trained weights are in the checkpoint, and zeros need not have stayed zero), and
-    :func:`moedge.convert.modeling.apply` refuses the plan.
-    """
-    before = model.config.moedge["layers"]
-    # An output bias may hold the dense FFN's own bias, which is no part of the plan.
-    biased = "compensation" in settings.groups and any("output_bias" in entry["tensors"] for entry in before)
-    weights = biased or any(group in _WEIGHTS for group in settings.groups)
-    layers = [_layer(layer, ffn, weights) for layer, ffn in zip(plan.layers, modeling.sparse_ffns(model), strict=True)]
-    note = {
-        "settings": settings.model_dump(mode="json"),
-        "parent_plan_sha256": plan.sha256,
-        "weights": _hash(model) if weights else None,
-        **about,
-    }
-    earlier = plan.provenance.get("finetune")
-    if earlier:
-        note["before"] = earlier
-        note["weights"] = note["weights"] or earlier["weights"]
-    updated = replace(plan, layers=layers, provenance={**plan.provenance, "finetune": note})
-    activation = plan.model["hidden_act"]
-    model.config.moedge = {
-        **model.config.moedge,
-        "plan_sha256": updated.sha256,
-        "layers": [
-            modeling.layer_config(
-                layer, activation, biased=entry.get("biased", False), output_bias="output_bias" in entry["tensors"]
-            )
-            for layer, entry in zip(layers, before, strict=True)
-        ],
-    }
-    return updated
-
-
 def all_windows(
     tokenizer: PreTrainedTokenizerBase, text: TextSet, length: int, *, limit: int | None = None
 ) -> np.ndarray:
@@ -198,21 +158,6 @@ def all_windows(
     return np.concatenate(parts)[: count * length].reshape(count, length)
 
 
-def _layer(layer: LayerPlan, ffn: SparseFFN, weights: bool) -> LayerPlan:
-    def array(tensor: torch.Tensor | None) -> np.ndarray | None:
-        return None if tensor is None else tensor.detach().float().cpu().numpy().copy()
-
-    changed: dict[str, Any] = {name: array(getattr(ffn, name)) for name in _PLAN}
-    if layer.output_bias is None or not weights:
-        changed["output_bias"] = layer.output_bias
-    if layer.router is not None and ffn.router is not None:
-        tensors = {name: array(tensor) for name, tensor in ffn.router.state_dict().items()}
-        changed["router"] = RouterPlan(layer.router.kind, tensors, layer.router.options)  # type: ignore[arg-type]
-    if weights:
-        changed |= {"down": None, "zeros": None}
-    return replace(layer, combine=ffn.combine, **changed)  # type: ignore[arg-type]
-
-
 def _rebuild(checkpoint: Path, settings: TrainSettings, tensors: dict[str, torch.Tensor]) -> PreTrainedModel:
     """Load the checkpoint again and put trained tensors, gathered from a sharded model, into it."""
     model, _, _ = modeling.load(checkpoint)
@@ -234,11 +179,3 @@ def _parent(folder: Path, model: PreTrainedModel) -> PreTrainedModel:
         if found != wanted:
             raise MoEdgeError(f"{folder} is not the dense parent: its {key} is {found}, the checkpoint's {wanted}.")
     return teacher
-
-
-def _hash(model: PreTrainedModel) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()

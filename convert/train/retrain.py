@@ -32,11 +32,13 @@ from moedge.convert import modeling, routers, scoring
 from moedge.convert.train import training
 from moedge.convert.train.settings import TrainSettings
 from moedge.convert.train.trainable import LoRASettings
+from moedge.convert.train.write_back import write_back
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from moedge._progress import Progress
+    from moedge.convert.plan import MoEPlan
 
 RETRAIN_SCHEMA = "moedge.retrain/1"
 _PAPER_TEMPERATURE = {1: 0.05, 2: 0.5}
@@ -100,6 +102,12 @@ class RetrainResult:
     curves: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     tokens: int = 0
     seconds: float = 0.0
+
+    def plan(self, model: PreTrainedModel, plan: MoEPlan, settings: RetrainSettings) -> MoEPlan:
+        """Return ``plan`` with what was trained; see :func:`moedge.convert.train.write_back.write_back`."""
+        stages = settings.stages(modeling.sparse_ffns(model)[0].top_k).values()
+        groups = {group for stage in stages for group in stage.groups}
+        return write_back(model, plan, groups, {"settings": settings.model_dump(mode="json"), "tokens": self.tokens})
 
     def to_json(self, settings: RetrainSettings) -> dict[str, Any]:
         """Return plain JSON of schema ``moedge.retrain/1``."""

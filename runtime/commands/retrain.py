@@ -73,8 +73,9 @@ def retrain(
                 note=reporter.note,
             )
             offload.cast(model, getattr(torch, sources.own_dtype(checkpoint)))
-            modeling.save(model, plan, tokenizer, partial, force=True)
+            updated = result.plan(model, plan, wanted)  # of weights as they are saved
+            modeling.save(model, updated, tokenizer, partial, force=True)
             write_json(partial / "retrain.json", result.to_json(wanted))
     shutil.rmtree(state, ignore_errors=True)
-    said = f"{out}: {result.tokens:,} tokens, plan {plan.sha256}; retrain.json is in it"
+    said = f"{out}: {result.tokens:,} tokens, plan {updated.sha256}; retrain.json is in it"
     Console().print(escape(said), highlight=False, soft_wrap=True)

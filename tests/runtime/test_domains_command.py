@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from moedge import MoEdgeError
 from moedge.runtime.cli import app
 
 
@@ -72,7 +74,7 @@ def test_a_checkpoint_is_retrained_on_its_domains(home: Path) -> None:
     import torch
     from safetensors.torch import load_file
 
-    from moedge.convert import domains, modeling, offload, scoring
+    from moedge.convert import domains, modeling, offload, scoring, sources
 
     model, plan, tokenizer = modeling.load(home / "out")
     entries = [{"name": fact["name"], "spec": fact["text"], "every": 10} for fact in plan.provenance["domains"]]
@@ -80,6 +82,35 @@ def test_a_checkpoint_is_retrained_on_its_domains(home: Path) -> None:
     for name, ids in held.items():
         said = found["perplexity"]["after stage 2, experts"][name]
         assert scoring.perplexity(model, ids)["ppl"] == pytest.approx(said, rel=1e-5)
+    # Its plan is that of what was trained, not of the checkpoint before.
+    _, parent, _ = modeling.load(home / "moe")
+    note = plan.provenance["finetune"]
+    assert note["parent_plan_sha256"] == parent.sha256 != plan.sha256
+    assert plan.sha256 in result.output
+    assert plan.trained_weights
+    for layer, ffn in zip(plan.layers, modeling.sparse_ffns(model), strict=True):
+        for key, tensor in ffn.router.state_dict().items():
+            assert np.array_equal(layer.router.tensors[key], tensor.numpy())
+    dense = sources.load_model(home / "model")
+    with pytest.raises(MoEdgeError, match="belongs to fine-tuned weights"):
+        modeling.apply(plan, dense)
+    # Where routers alone were trained, the plan still makes the model of its dense parent.
+    alone = [
+        "retrain",
+        str(home / "moe"),
+        str(home / "routers"),
+        "--tokens",
+        "16",
+        *settings[:-1],
+        "--set=router_share=.99",
+    ]
+    assert CliRunner().invoke(app, alone).exit_code == 0
+    trained, plan, _ = modeling.load(home / "routers")
+    assert not plan.trained_weights
+    applied = modeling.apply(plan, dense)
+    ids = torch.arange(2, 18)[None]
+    assert torch.equal(applied(ids).logits, trained(ids).logits)
+    assert not torch.equal(modeling.load(home / "moe")[0](ids).logits, trained(ids).logits)
     again = CliRunner().invoke(app, command)
     assert "already exists" in again.output
     # It has the dtype of the one before.
