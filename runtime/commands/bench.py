@@ -227,10 +227,12 @@ def _given(engines: list[str]) -> tuple[dict[str, Path], Path]:
         MoEdgeError: nothing to time, one given twice, or a model that cannot be had.
     """
     if len(engines) == 1 and run_folder.is_run(run := Path(engines[0])):
-        folders = {str(ref): folder for ref, folder in run_folder.engines(run).items()}
-        if not folders:
+        found, left_out = run_folder.executable(run_folder.engines(run))
+        for label, reason in left_out.items():
+            typer.echo(f"{label}: {reason}", err=True)
+        if not found:
             raise MoEdgeError(f"{run} has no engines yet; finish it with `moedge run`.")
-        return folders, run_folder.tokenizer(run)
+        return {str(ref): folder for ref, folder in found.items()}, run_folder.tokenizer(run)
     folders = {}
     for given in engines:
         label, path = _named(given)

@@ -15,6 +15,8 @@ from moedge.runtime.gate.limits import Limit, Measured
 from moedge.runtime.gate.slowdown import CONFIDENCE, Slowdown, slowdown
 from moedge.runtime.parity.verdict import Outcome
 
+_PLACE = ("device", "threads")
+"""Where an engine ran: with others its times are not comparable. Its runtime and type may be what was changed."""
 _TIMES = {"ttft_ms": "time to first token", "tpot_ms": "time per token"}
 
 
@@ -78,12 +80,15 @@ def _compared(result: Bench, baseline: Bench) -> tuple[list[_Pair], list[str]]:
     """
     _same_machine(result, baseline)
     both = [label for label in result["engines"] if label in baseline["engines"]]
+    otherwise = {label: words for label in both if (words := _otherwise(label, result, baseline))}
+    both = [label for label in both if label not in otherwise]
     controls = {label: _control(label, result, baseline) for label in both}
     only = [label for label, control in controls.items() if control is None and label in controls.values()]
     pairs = list(_since(result, baseline, {label: controls[label] for label in both if label not in only}))
     if not pairs:
-        raise MoEdgeError(_nothing_common(result, baseline))
-    notes = [f"{label} did not change; others are compared by it, and it is not judged" for label in only]
+        raise MoEdgeError(next(iter(otherwise.values()), None) or _nothing_common(result, baseline))
+    notes = list(otherwise.values())
+    notes += [f"{label} did not change; others are compared by it, and it is not judged" for label in only]
     return pairs, [*_left_out(result, baseline), *notes]
 
 
@@ -117,7 +122,7 @@ def _control(label: str, result: Bench, baseline: Bench) -> str | None:
         one, two = result["engines"][other], baseline["engines"].get(other)
         if other == label or two is None or one["sha256"] is None or one["sha256"] != two["sha256"]:
             return False
-        return all(one["info"][fact] == two["info"][fact] for fact in ("runtime", "device", "dtype", "threads"))
+        return all(one["info"][fact] == two["info"][fact] for fact in ("runtime", "dtype", *_PLACE))
 
     def likeness(other: str) -> tuple[bool, bool, bool]:
         mine, its = result["engines"][label]["info"], result["engines"][other]["info"]
@@ -237,6 +242,15 @@ def _same_machine(result: Bench, baseline: Bench) -> None:
             )
 
 
+def _otherwise(label: str, result: Bench, baseline: Bench) -> str | None:
+    """Why an engine of two runs is not compared: it ran on another device or with other threads."""
+    new, old = (one["engines"][label]["info"] for one in (result, baseline))
+    changed = [f"{fact} {old[fact]}, here {new[fact]}" for fact in _PLACE if old[fact] != new[fact]]
+    if not changed:
+        return None
+    return f"{label} ran otherwise in the baseline ({'; '.join(changed)}) and is not compared; ask for the same"
+
+
 def _nothing_common(result: Bench, baseline: Bench) -> str:
     """Why nothing can be compared, and what to do."""
     labels = ", ".join(baseline["engines"])
@@ -255,6 +269,10 @@ def _left_out(result: Bench, baseline: Bench) -> list[str]:
         notes.append(f"the baseline has no {', '.join(added)}")
     if (texts := [one.get("text") for one in (baseline, result)])[0] != texts[1]:
         notes.append(f"the baseline read {texts[0]}, not {texts[1]}")
+    for label in result["engines"]:
+        types = [one["engines"][label]["info"]["dtype"] for one in (baseline, result) if label in one["engines"]]
+        if len(set(types)) > 1:
+            notes.append(f"{label} was {types[0]} in the baseline and is {types[1]}")
     there = {_key(point) for point in baseline["points"]}
     if missing := [words(point) for point in result["points"] if _key(point) not in there]:
         notes.append(f"the baseline was not timed at {'; '.join(missing)}")

@@ -1,14 +1,15 @@
 """Find stored results and take their figures out, by the ``schema`` key of each file.
 
-A report of ``moedge run`` holds the verification, the benchmark and the frontier of its run, so in a run folder that
-has one only that file is read. Everything else that is JSON is passed over.
+A report of ``moedge run`` holds the verification and the benchmark of its run, and the frontier if the run made one: in
+a run folder that has one the files of those stages are not read again. What is given as a file is always read.
+Everything else that is JSON is passed over.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ class Reading:
     value: float
     ci95: list[float] | None = None
     machine: str = NOT_TOLD
+    made: Mapping[str, Any] = field(default_factory=dict)
+    """``created`` and ``commit`` where a part of a report tells its own: it may be older than the report."""
 
 
 def collect(paths: Sequence[Path]) -> tuple[list[Series], int, list[str]]:
@@ -95,7 +98,8 @@ def _files(paths: Sequence[Path]) -> Iterator[Path]:
         for path in sorted(given.rglob("*.json")) if given.is_dir() else [given]:
             inside = path.relative_to(given).parts[:-1] if given.is_dir() else ()
             hidden = any(part.startswith(".") for part in inside)
-            if hidden or path.resolve() in seen or _in_report(path, given) or not path.is_file():
+            covered = given.is_dir() and _in_report(path, given)
+            if hidden or covered or path.resolve() in seen or not path.is_file():
                 continue
             seen.add(path.resolve())
             yield path
@@ -104,8 +108,10 @@ def _files(paths: Sequence[Path]) -> Iterator[Path]:
 def _in_report(path: Path, given: Path) -> bool:
     """Whether a file belongs to a run whose report holds what it holds."""
     for folder in path.parents:
-        if run_folder.is_run(folder) and (folder / "report.json").is_file():
-            return path != folder / "report.json"
+        if run_folder.is_run(folder) and (report := folder / "report.json").is_file():
+            if path == folder / "frontier.json":  # of a `moedge frontier` that shares the folder of a run
+                return "frontier" in (_document(report) or {})
+            return path != report
         if folder == given:
             break
     return False
@@ -134,10 +140,11 @@ def _bench(document: dict[str, Any]) -> Iterator[Reading]:
         for row in point["rows"]:
             info = document["engines"][row["label"]]["info"]
             on_cpu = info["device"] == "CPU"
-            where = f"{info['threads']} threads" if on_cpu else info["device"]
+            where = [f"{point.get('threads') or info['threads']} threads" if on_cpu else info["device"]]
+            where += [info["dtype"]] if info.get("dtype") else []
+            setting = _of_model(", ".join([*said, *where]), info)
             for metric in ("ttft_ms", "tpot_ms"):
                 times = row[metric]
-                setting = ", ".join([*said, where])
                 yield Reading(metric, row["label"], setting, float(times["p50"]), _known(times["ci95"]), machine)
 
 
@@ -147,6 +154,7 @@ def _verify(document: dict[str, Any]) -> Iterator[Reading]:
         kl = entry["overall"]["kl_ref_test"]
         read = [f"{name} {count}" for name, count in entry["tokens"].items()]  # windows, window, prefill
         setting = ", ".join([document["text"], f"{entry['overall']['tokens']} tokens", *read])
+        setting = _of_model(setting, entry.get("test", {}))
         if kl["mean"] is not None:
             half = 1.96 * (kl.get("standard_error") or 0.0)
             ends = [kl["mean"] - half, kl["mean"] + half] if half else None
@@ -174,17 +182,24 @@ def _frontier(document: dict[str, Any]) -> Iterator[Reading]:
     machine = _machine(document)
     protocol = document["protocol"]
     texts, tokens = " and ".join(protocol["tokens"]), sum(protocol["tokens"].values())
-    read = f"to dense, {texts}, {tokens} tokens, window {protocol['window']}"
+    model = {"model": {"label": document.get("model")}}
+    read = _of_model(f"to dense, {texts}, {tokens} tokens, window {protocol['window']}", model)
     for variant in document["variants"]:
         kl = variant["kl"]
         yield Reading("kl", variant["label"], read, kl["value"], _known(kl["ci95"]), machine)
     for one in document["measured"]:
         sizes = [f"{name} {one[name]}" for name in ("batch", "prompt", "decode")]
-        setting = ", ".join([*sizes, f"{one['threads']} threads"])
+        setting = _of_model(", ".join([*sizes, f"{one['threads']} threads"]), model)
         for row in one["rows"]:
             engine = f"{one['target']} {row['label']}"
             for metric in ("ttft_ms", "tpot_ms"):
                 yield Reading(metric, engine, setting, row[metric]["value"], _known(row[metric]["ci95"]), machine)
+
+
+def _of_model(setting: str, info: Mapping[str, Any]) -> str:
+    """A setting with the name of the model: every run folder has a ``torch dense`` of its own."""
+    label = info.get("model", {}).get("label")
+    return f"{setting}; {label}" if label else setting
 
 
 def _known(ends: Sequence[float | None]) -> list[float] | None:
@@ -198,7 +213,7 @@ def _report(document: dict[str, Any]) -> Iterator[Reading]:
     machine = _machine(document)
     for part in _parts(document):
         for one in _READERS[part["schema"]](part) if part["schema"] in _READERS else ():
-            yield replace(one, machine=machine)
+            yield replace(one, machine=machine, made={key: part[key] for key in ("created", "commit") if key in part})
 
 
 def _parts(document: dict[str, Any]) -> list[dict[str, Any]]:
@@ -230,7 +245,7 @@ def _machine(document: dict[str, Any]) -> str:
 
 
 def _point(one: Reading, document: dict[str, Any], path: Path) -> Point:
-    told = document.get("created")
+    told = one.made.get("created") or document.get("created")
     if told:
         when = datetime.fromisoformat(str(told).replace("Z", "+00:00"))
         when = when if when.tzinfo else when.replace(tzinfo=timezone.utc)
@@ -239,7 +254,7 @@ def _point(one: Reading, document: dict[str, Any], path: Path) -> Point:
     return {
         "when": when.astimezone(timezone.utc).isoformat(timespec="seconds"),
         "dated": "told" if told else "file",
-        "commit": document.get("commit"),
+        "commit": one.made.get("commit") or document.get("commit"),
         "value": one.value,
         "ci95": one.ci95,
         "source": str(path),

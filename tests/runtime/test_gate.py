@@ -144,6 +144,29 @@ def test_a_slower_build_is_found_on_a_faster_machine() -> None:
     assert "regression: " in check["sentence"]
 
 
+@pytest.mark.parametrize(("fact", "value"), [("threads", 4), ("device", "CUDA device 0")])
+def test_an_engine_that_ran_elsewhere_is_not_compared(fact: str, value: Any) -> None:
+    old, new = result({"moe": 10.0, "dense": 10.0}), result({"moe": 8.0, "dense": 10.0})
+    new["engines"]["moe"]["info"][fact] = value
+    found = judge(new, baseline=old)
+    assert {check["label"] for check in found["checks"]} == {"dense"}
+    assert (
+        f"moe ran otherwise in the baseline ({fact} {old['engines']['moe']['info'][fact]}, here {value})"
+        in found["notes"][-1]
+    )
+    with pytest.raises(MoEdgeError, match="moe ran otherwise"):
+        alone = result({"moe": 10.0})
+        alone["engines"]["moe"]["info"][fact] = value
+        judge(alone, baseline=result({"moe": 10.0}))
+
+
+def test_another_type_is_said() -> None:
+    """It may be what was changed."""
+    old, new = result({"moe": 10.0, "dense": 10.0}), result({"moe": 8.0, "dense": 10.0})
+    new["engines"]["moe"]["info"]["dtype"] = "bfloat16"
+    assert "moe was float32 in the baseline and is bfloat16" in judge(new, baseline=old)["notes"]
+
+
 def test_without_a_control_a_slow_down_is_not_the_builds() -> None:
     alone = {"moe": 10.0}
     assert outcomes(judge(result(alone, seed=1), baseline=result(alone))) == {"moe": "passed"}

@@ -200,7 +200,10 @@ def test_a_report_stands_for_its_run(tmp_path: Path) -> None:
     series, files, _ = read.collect([tmp_path])
     assert files == 1
     assert {one["machine"] for one in series} == {"Here, 2 cores, 24 GiB"}
-    assert {point["when"] for one in series for point in one["points"]} == {"2026-11-09T00:00:00+00:00"}
+    points = {one["metric"]: one["points"][0] for one in series}
+    own, others = points["tpot_ms"], points["kl"]  # a stage that was reused is older than the report
+    assert (own["when"], own["commit"]) == ("2026-11-01T12:00:00+00:00", "01abcdef0123")
+    assert (others["when"], others["commit"]) == ("2026-11-09T00:00:00+00:00", None)
     report = json.loads((run_folder / "report.json").read_text(encoding="utf-8"))
     write(run_folder, report=report | {"speed": {"schema": "moedge.bench/1", "rows": []}})
     series, _, notes = read.collect([tmp_path])
@@ -208,6 +211,36 @@ def test_a_report_stands_for_its_run(tmp_path: Path) -> None:
     assert notes == [f"{run_folder / 'report.json'} holds moedge.bench/1 of an older version, which is left out"]
     (run_folder / "report.json").unlink()  # a run that was stopped before its report
     assert read.collect([tmp_path])[1] == 1
+
+
+def test_threads_dtypes_and_models_are_never_joined(tmp_path: Path) -> None:
+    """Every run folder has an engine of the same name, and one result may have points of several threads."""
+    one, other = bench(1, 10.0), bench(2, 90.0)
+    one["points"] = [one["points"][0] | {"threads": threads} for threads in (1, 4)]
+    for document, label, dtype in ((one, "SmolLM2", "float32"), (other, "Qwen3", "bfloat16")):
+        document["engines"]["moe"]["info"] |= {"dtype": dtype, "model": {"label": label}}
+    write(tmp_path, one=one, other=other)
+    series, _, _ = read.collect([tmp_path])
+    point = "batch 1, prompt 512, decode 64"
+    assert [found["setting"] for found in series if found["metric"] == "tpot_ms"] == [
+        f"{point}, 1 threads, float32; SmolLM2",
+        f"{point}, 2 threads, bfloat16; Qwen3",
+        f"{point}, 4 threads, float32; SmolLM2",
+    ]
+
+
+def test_what_a_report_does_not_hold_is_read(tmp_path: Path) -> None:
+    run = write(tmp_path / "run", run={"schema": "moedge.run/1"}, mine=bench(2, 11.0))
+    write(run, report={"schema": "moedge.report/1", "machine": HERE, "speed": bench(1, 10.0)})
+    frontier = {"schema": "moedge.frontier/1", "machine": HERE, "model": "tiny", "measured": []}
+    frontier |= {"protocol": {"tokens": {"wiki": 510}, "window": 256}}
+    frontier |= {"variants": [{"label": "half", "kl": {"value": 0.1, "ci95": [None, None]}}]}
+    write(run, frontier=frontier)
+    write(run / "frontier" / "table", frontier=frontier)
+    series, files, _ = read.collect([tmp_path])
+    assert files == 2
+    assert [len(one["points"]) for one in series if one["metric"] == "kl"] == [1]
+    assert read.collect([run / "mine.json"])[1] == 1, "a file that is named is read, wherever it lies"
 
 
 def test_a_damaged_file_is_named_and_the_rest_is_shown(tmp_path: Path) -> None:
