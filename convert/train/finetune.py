@@ -20,7 +20,7 @@ from moedge.convert import modeling, offload, sources
 from moedge.convert.plan import MoEPlan
 from moedge.convert.train import balance, trainable, training
 from moedge.convert.train.settings import TrainSettings
-from moedge.convert.train.write_back import write_back
+from moedge.convert.train.write_back import weights_hash, write_back
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -63,7 +63,10 @@ def finetune(
         MoEdgeError: not a checkpoint, a parent of another shape, or what training itself refuses.
     """
     model, plan, tokenizer = modeling.load(checkpoint)
+    if len(modeling.sparse_ffns(model)) != len(plan.layers):
+        raise MoEdgeError(f"{checkpoint} has experts inside of experts ({plan.method}); these cannot be fine-tuned.")
     teacher = _parent(parent, model) if parent is not None and settings.distill != "none" else None
+    known = [None if one is None else weights_hash(one) for one in (model, teacher)] if state else None
     start_scale(model, settings.groups)
     accelerator = accelerator or training.make(settings)
     result = training.train(
@@ -73,6 +76,7 @@ def finetune(
         held_out=held_out,
         teacher=teacher,
         state=state,
+        identity=known,
         accelerator=accelerator,
         on_eval=on_eval,
         progress=progress,

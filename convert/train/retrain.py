@@ -32,7 +32,7 @@ from moedge.convert import modeling, routers, scoring
 from moedge.convert.train import training
 from moedge.convert.train.settings import TrainSettings
 from moedge.convert.train.trainable import LoRASettings
-from moedge.convert.train.write_back import write_back
+from moedge.convert.train.write_back import weights_hash, write_back
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -151,10 +151,12 @@ def retrain(
     def measure(when: str) -> None:
         keep(when, {name: scoring.perplexity(model, ids)["ppl"] for name, ids in (held_out or {}).items()})
 
+    # Both stages are one run: what the first one makes depends on settings that the second has not.
+    whole = [weights_hash(model), settings.model_dump(mode="json")] if state else None
     if "router" in stages:
         measure("before")
         stage = stages["router"]
-        trained = _train(model, token_windows, stage, result, settings, state, progress)
+        trained = _train(model, token_windows, stage, result, settings, state, progress, identity=whole)
         if settings.fold_temperature:
             fold_temperature(model, stage.router_temperature)
         if "experts" not in stages:
@@ -168,7 +170,7 @@ def retrain(
                 keep(when, entry["ppl"])
 
         with straight_through(model) if settings.gradient != "none" else nullcontext():
-            more: dict[str, Any] = {"held_out": held_out, "on_eval": first}
+            more: dict[str, Any] = {"held_out": held_out, "on_eval": first, "identity": whole}
             trained = _train(model, token_windows, stages["experts"], result, settings, state, progress, **more)
         # A resumed run made that evaluation before it was interrupted.
         result.perplexity.setdefault(when, trained.curve[0]["ppl"])
@@ -218,6 +220,16 @@ def straight_through(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for ffn in changed:
             ffn.straight_through = False
+
+
+def folded(plan: MoEPlan) -> bool:
+    """Whether an earlier retraining divided the routers of a plan by its temperature."""
+    note = plan.provenance.get("finetune")
+    while note:
+        if note["settings"].get("fold_temperature") and note["settings"].get("router_share"):
+            return True
+        note = note.get("before")
+    return False
 
 
 @torch.no_grad()

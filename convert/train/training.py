@@ -14,7 +14,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from moedge import MoEdgeError
 from moedge._files import atomic_dir, digest, write_json
-from moedge.convert import adapters, processes
+from moedge.convert import adapters, modeling, processes
 from moedge.convert.train import balance, trainable
 from moedge.convert.train.settings import TrainSettings
 
@@ -67,6 +67,7 @@ def train(
     held_out: Mapping[str, np.ndarray] | None = None,
     teacher: PreTrainedModel | None = None,
     state: Path | None = None,
+    identity: Any = None,
     accelerator: Accelerator | None = None,
     on_eval: Callable[[dict[str, Any]], None] | None = None,
     progress: Progress | None = None,
@@ -79,6 +80,8 @@ def train(
         held_out: name -> windows int64 [n, L] whose perplexity is measured at step 0, every ``eval_every`` and last.
         teacher: the dense parent, for ``distill``.
         state: folder where the run is saved and from which it resumes; None: it cannot resume. It is left behind.
+        identity: JSON that tells this model and teacher from others (hashes), so that nothing else resumes from
+            ``state``.
         accelerator: None: one is made (reads what ``accelerate launch`` set).
         on_eval: called with each entry of the curve. progress: called with (tokens or seconds done, in all).
 
@@ -91,18 +94,15 @@ def train(
         adapters.check_ids(model, windows)
     if settings.distill != "none" and teacher is None:
         raise MoEdgeError(f"distill={settings.distill} needs the dense parent; give it, or set distill to none.")
-    routing = (
-        trainable.dense_softmax(model, settings.router_temperature)
-        if settings.routing == "dense-softmax"
-        else nullcontext()
-    )
-    with routing:
-        run = _Run(model, token_windows, settings, held_out or {}, teacher, state, accelerator or make(settings))
-        try:
-            run.train(on_eval, progress)
-        finally:
-            run.observer.close()
-        return run.finish()
+    if settings.balance != "none" and not any(ffn.router is not None for ffn in modeling.sparse_ffns(model)):
+        raise MoEdgeError("No layer of the model routes, so there is no load to balance; leave balance out.")
+    chosen = accelerator or make(settings)
+    run = _Run(model, token_windows, settings, held_out or {}, teacher, state, identity, chosen)
+    try:
+        run.train(on_eval, progress)
+    finally:
+        run.observer.close()
+    return run.finish()
 
 
 def make(settings: TrainSettings) -> Accelerator:
@@ -143,13 +143,14 @@ class _Run:
         held_out: Mapping[str, np.ndarray],
         teacher: PreTrainedModel | None,
         state: Path | None,
+        identity: Any,
         accelerator: Accelerator,
     ) -> None:
         from accelerate.utils import set_seed
 
         set_seed(settings.seed)  # the first values of the LoRA factors
         self.settings, self.windows, self.held_out = settings, token_windows, held_out
-        self.accelerator, self.state, self.teacher = accelerator, state, teacher
+        self.accelerator, self.state, self.teacher, self.bare = accelerator, state, teacher, model
         self.trainable = trainable.prepare(model, settings.groups, settings.lora)
         if settings.balance == "bias":
             balance.add_bias(model)
@@ -184,6 +185,7 @@ class _Run:
                 "windows": [list(token_windows.shape), _hash(token_windows)],
                 "held_out": {name: _hash(ids) for name, ids in held_out.items()},
                 "processes": accelerator.num_processes,
+                "of": identity,
             }
         )
 
@@ -215,7 +217,8 @@ class _Run:
         if not self.load():
             self.evaluate(on_eval)
         while (done := self.done()) < 1.0:
-            self.one_step(done)
+            with self.routing():  # of the steps alone: what is measured is the model that is saved
+                self.one_step(done)
             if self.step % settings.eval_every == 0:
                 self.evaluate(on_eval)
             if self.step % (settings.save_every or settings.eval_every) == 0:
@@ -225,6 +228,12 @@ class _Run:
                 progress(min(self.tokens if settings.tokens else int(self.elapsed()), total), total)
         if not self.result.curve or self.result.curve[-1]["step"] != self.step:
             self.evaluate(on_eval)
+
+    def routing(self) -> AbstractContextManager[None]:
+        """How the model routes while it is trained."""
+        if self.settings.routing != "dense-softmax":
+            return nullcontext()
+        return trainable.dense_softmax(self.bare, self.settings.router_temperature)
 
     def one_step(self, done: float) -> None:
         """Make one optimizer step."""
@@ -379,7 +388,7 @@ class _Run:
             raise MoEdgeError(f"The saved training in {self.state} is damaged ({error}); remove it.") from error
         if head.get("schema") != STATE_SCHEMA or head.get("key") != self.key:
             raise MoEdgeError(
-                f"{self.state} holds a run with other settings, texts or number of processes; "
+                f"{self.state} holds a run of another model, or with other settings, texts or number of processes; "
                 "finish it with its own, or remove it to start again."
             )
         tensors: dict[str, Any] = {name[6:]: value for name, value in kept.items() if name.startswith("model.")}

@@ -40,7 +40,7 @@ def write_back(model: PreTrainedModel, plan: MoEPlan, groups: Collection[str], n
     biased = "compensation" in groups and any("output_bias" in entry["tensors"] for entry in before)
     weights = biased or any(group in _WEIGHTS for group in groups)
     layers = [_layer(layer, ffn, weights) for layer, ffn in zip(plan.layers, modeling.sparse_ffns(model), strict=True)]
-    about = {"parent_plan_sha256": plan.sha256, "weights": _hash(model) if weights else None, **note}
+    about = {"parent_plan_sha256": plan.sha256, "weights": weights_hash(model) if weights else None, **note}
     earlier = plan.provenance.get("finetune")
     if earlier:
         about["before"] = earlier
@@ -75,7 +75,8 @@ def _layer(layer: LayerPlan, ffn: SparseFFN, weights: bool) -> LayerPlan:
     return replace(layer, combine=ffn.combine, **changed)  # type: ignore[arg-type]
 
 
-def _hash(model: PreTrainedModel) -> str:
+def weights_hash(model: PreTrainedModel) -> str:
+    """Hash of all weights of a model by their names, as they are in memory."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())

@@ -22,6 +22,7 @@ from moedge.runtime.run import held_out, run_folder
 from moedge.runtime.tables import Sheet
 
 if TYPE_CHECKING:
+    from moedge.convert.plan import MoEPlan
     from moedge.convert.train.settings import TrainSettings
 
 
@@ -153,12 +154,13 @@ def _train(
         inputs: what must not be deleted.
     """
     from moedge.convert import sources
+    from moedge.convert.plan import MoEPlan
     from moedge.convert.train import finetune as core
     from moedge.convert.train import training
 
     folder = None if parent is None else sources.resolve(parent).folder
     tokenizer = sources.load_tokenizer(checkpoint)
-    windows, measured, about = _texts(tokenizer, texts, wanted)
+    windows, measured, about = _texts(tokenizer, MoEPlan.load(checkpoint), texts, wanted)
     accelerator = training.make(wanted)
     main = accelerator.is_main_process
     with ExitStack() as stack:
@@ -218,8 +220,14 @@ def _option(path: str) -> str:
     return _OPTIONS.get(name, f"--set {name}")
 
 
-def _texts(tokenizer: Any, texts: _Texts, settings: TrainSettings) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """Return windows to train on, windows to measure on by text name, and JSON about both."""
+def _texts(
+    tokenizer: Any, plan: MoEPlan, texts: _Texts, settings: TrainSettings
+) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """Return windows to train on, windows to measure on by text name, and JSON about both.
+
+    Raises:
+        MoEdgeError: a text of which the conversion, or an earlier training, held out other documents.
+    """
     import numpy as np
 
     from moedge.convert import calibration
@@ -233,9 +241,10 @@ def _texts(tokenizer: Any, texts: _Texts, settings: TrainSettings) -> tuple[Any,
     measured: dict[str, Any] = {}
     named: dict[str, str] = {}
     for spec in texts.measured if texts.measured is not None else texts.trained:
-        found = calibration.read_text(spec)
-        # A text that is trained on gives its held-out documents, any other one all of them.
-        found = calibration.split(found, texts.every)[1] if found.sha256 in trained else found
+        # A text that was or is trained on gives its held-out documents, any other one all of them.
+        whole, (found, _) = calibration.read_text(spec), held_out.beside([plan], spec, texts.every)
+        if whole.sha256 in trained and len(found.documents) == len(whole.documents):
+            found = calibration.split(found, texts.every)[1]
         name = held_out.own_name(found.name, measured)
         measured[name] = calibration.windows(
             tokenizer, found, settings.length, texts.windows, bos=False, name="held-out"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from moedge.runtime.gate.limits import Limit, Measured
 from moedge.runtime.gate.slowdown import CONFIDENCE, Slowdown, slowdown
 from moedge.runtime.parity.verdict import Outcome
 
-_PLACE = ("device", "threads")
+_PLACE: tuple[Literal["device", "threads"], ...] = ("device", "threads")
 """Where an engine ran: with others its times are not comparable. Its runtime and type may be what was changed."""
 _TIMES = {"ttft_ms": "time to first token", "tpot_ms": "time per token"}
 
@@ -122,7 +123,9 @@ def _control(label: str, result: Bench, baseline: Bench) -> str | None:
         one, two = result["engines"][other], baseline["engines"].get(other)
         if other == label or two is None or one["sha256"] is None or one["sha256"] != two["sha256"]:
             return False
-        return all(one["info"][fact] == two["info"][fact] for fact in ("runtime", "dtype", *_PLACE))
+        before, now = two["info"], one["info"]
+        made = (before["runtime"], before["dtype"]) == (now["runtime"], now["dtype"])
+        return made and all(before[fact] == now[fact] for fact in _PLACE)
 
     def likeness(other: str) -> tuple[bool, bool, bool]:
         mine, its = result["engines"][label]["info"], result["engines"][other]["info"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,6 @@ def checkpoint(
     tmp_path: Path, tiny_llama: Callable[..., Any], tiny_tokenizer: Any, make_plan: Callable[..., Any]
 ) -> Path:
     """A converted tiny Llama of unit weights, with mean compensation, and its dense parent beside it."""
-    from dataclasses import replace
-
     model = tiny_llama()
     model.save_pretrained(tmp_path / "dense")
     tiny_tokenizer.save_pretrained(tmp_path / "dense")
@@ -53,7 +52,7 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-def tune(checkpoint: Path, out: Path, text: Path, **more: Any) -> dict[str, Any]:
+def tune(checkpoint: Path, out: Path, text: Path, state: Path | None = None, **more: Any) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     options = {"tokens": 4 * 4 * LENGTH, "length": LENGTH, "batch": 4, "lr": 1e-2, "router_lr": 1e-2, "eval_every": 2}
@@ -61,7 +60,7 @@ def tune(checkpoint: Path, out: Path, text: Path, **more: Any) -> dict[str, Any]
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     windows = finetune.all_windows(tokenizer, calibration.read_text(str(text)), LENGTH)
     out.mkdir()
-    return finetune.finetune(checkpoint, out, windows[4:], settings, held_out={"t": windows[:4]})
+    return finetune.finetune(checkpoint, out, windows[4:], settings, held_out={"t": windows[:4]}, state=state)
 
 
 def test_the_result_is_a_checkpoint_that_holds_what_was_trained(checkpoint: Path, text: Path, tmp_path: Path) -> None:
@@ -122,9 +121,44 @@ def test_a_text_is_not_measured_on_what_was_trained_however_it_is_spelled(text: 
     from moedge.runtime.commands.finetune import _Texts, _texts, settings_from
 
     settings, other = settings_from({"tokens": 64, "length": 16}), f"{text.parent}/../{text.parent.name}/{text.name}"
-    one, two = (_texts(tiny_tokenizer, _Texts([str(text)], given, 10, 2), settings) for given in (None, [other]))
+    plan = MoEPlan("cmoe", {}, {}, [])
+    one, two = (_texts(tiny_tokenizer, plan, _Texts([str(text)], given, 10, 2), settings) for given in (None, [other]))
     assert (one[1]["text"] == two[1]["text"]).all()
     assert one[2]["text_sha256"] == [sha256_file(text)]
+
+
+def test_a_text_is_not_measured_on_what_the_model_was_made_with(text: Path, tiny_tokenizer: Any) -> None:
+    """By the conversion or by an earlier training, on another text."""
+    from moedge.runtime.commands.finetune import _Texts, _texts, settings_from
+
+    used = {"text_sha256": sha256_file(text), "held_out_every": 10}
+    (text.parent / "new.txt").write_text("a dog ran on the mat\n" * 60, encoding="utf-8")
+    given, settings = (
+        _Texts([str(text.parent / "new.txt")], [str(text)], 10, 2),
+        settings_from({"tokens": 64, "length": 16}),
+    )
+    held = calibration.split(calibration.read_text(str(text)), 10)[1]
+    expected = calibration.windows(tiny_tokenizer, held, 16, 2, bos=False, name="held-out")
+    for provenance in ({"calibration_texts": [used]}, {"finetune": {**used, "text_sha256": [used["text_sha256"]]}}):
+        plan = MoEPlan("cmoe", {}, {}, [], provenance)
+        assert np.array_equal(_texts(tiny_tokenizer, plan, given, settings)[1]["text"], expected)
+        with pytest.raises(MoEdgeError, match="give --holdout-every 10 or a multiple of it"):
+            _texts(tiny_tokenizer, plan, replace(given, every=7), settings)
+
+
+def test_a_saved_training_goes_on_with_its_own_model_alone(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, plan, tokenizer = modeling.load(checkpoint)
+    model.model.norm.weight.data *= 2
+    modeling.save(model, plan, tokenizer, tmp_path / "other")
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "write_back", lambda *_: 1 / 0)  # stopped before anything is written
+        with pytest.raises(ZeroDivisionError):
+            tune(checkpoint, tmp_path / "out", text, state=tmp_path / "state")
+    with pytest.raises(MoEdgeError, match="holds a run of another model"):
+        tune(tmp_path / "other", tmp_path / "new", text, state=tmp_path / "state")
+    tune(checkpoint, tmp_path / "again", text, state=tmp_path / "state")
 
 
 def test_texts_of_one_file_name_are_all_measured(text: Path, tiny_tokenizer: Any) -> None:
@@ -135,7 +169,8 @@ def test_texts_of_one_file_name_are_all_measured(text: Path, tiny_tokenizer: Any
         (text.parent / folder / "text.txt").write_text(f"the cat {folder} " * 40, encoding="utf-8")
     given = [str(text), *(str(text.parent / folder / "text.txt") for folder in "ab")]
     settings = settings_from({"tokens": 64, "length": 16})
-    _, measured, about = _texts(tiny_tokenizer, _Texts([str(text)], given, 10, 1), settings)
+    plan = MoEPlan("cmoe", {}, {}, [])
+    _, measured, about = _texts(tiny_tokenizer, plan, _Texts([str(text)], given, 10, 1), settings)
     assert list(about["held_out"].items()) == list(zip(["text", "text (2)", "text (3)"], given, strict=True))
     assert len({ids.tobytes() for ids in measured.values()}) == 3
 

@@ -20,6 +20,8 @@ from moedge.convert import adapters, calibration, hierarchical, methods, modelin
 from moedge.convert.methods import cmoe_hierarchical
 from moedge.convert.ops import activate
 from moedge.convert.plan import LayerPlan, MoEPlan
+from moedge.convert.train.finetune import finetune
+from moedge.convert.train.settings import TrainSettings
 from moedge.runtime.cli import app
 
 IDS = torch.arange(2, 66).reshape(2, 32)
@@ -266,6 +268,8 @@ def test_the_command_splits_a_folder_and_says_which_method_fits(
     done = run("olmoe", "cmoe-hierarchical", "--set", "min_tokens=8", "--k-a", "6")
     assert done.exit_code == 0, done.output
     assert "cmoe-hierarchical S3A3E8" in done.output
+    with pytest.raises(MoEdgeError, match="experts inside of experts"):
+        finetune(tmp_path / "out", tmp_path / "tuned", CALIBRATION, TrainSettings(tokens=16, length=8))
     shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "out"), "--json"])
     rows = json.loads(shown.stdout)["layers"]
     assert [(row["parents"], row["experts"], row["top_k"]) for row in rows] == [(6, 5, 3)] * 3

@@ -145,6 +145,16 @@ def test_an_interrupted_run_ends_like_one_that_was_not(converted: Any, windows: 
         assert torch.equal(tensor, other), name
 
 
+@pytest.mark.parametrize("other", [{"fold_temperature": False}, {"gradient": "none"}, {"temperature": 0.1}])
+def test_a_run_with_other_settings_of_the_first_stage_does_not_go_on(
+    other: dict[str, Any], converted: Any, windows: np.ndarray, tmp_path: Path
+) -> None:
+    """Its second stage would go on from routers that they did not make."""
+    retrain.retrain(converted(), windows, settings(), state=tmp_path / "state")
+    with pytest.raises(MoEdgeError, match="with other settings"):
+        retrain.retrain(converted(), windows, settings(**other), state=tmp_path / "state")
+
+
 def test_a_model_without_routers_is_refused(tiny_llama: Callable[..., Any], windows: np.ndarray) -> None:
     model = tiny_llama()
     modeling.apply(methods.convert("mlpmoe", None, model, branches=8), model)

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from moedge import MoEdgeError
-from moedge.convert import modeling
+from moedge.convert import methods, modeling, scoring
 from moedge.convert.train import balance, trainable, training
 from moedge.convert.train.settings import TrainSettings
 from moedge.convert.train.trainable import GROUPS, LoRASettings
@@ -318,7 +318,23 @@ def test_dense_softmax_stage_gives_every_score_a_gradient(converted: Any, window
     training.train(model, windows, chosen)
     changed = {n for n, tensor in model.state_dict().items() if not torch.equal(tensor, before[n])}
     assert changed == {name for name in before if ".router." in name}
+    # What is measured is the model as it is saved and routes, not as it was trained.
+    again = converted()
+    held = {"t": windows[:4]}
+    curve = training.train(again, windows, chosen, held_out=held).curve
+    assert curve[0]["ppl"]["t"] == pytest.approx(scoring.perplexity(converted(), held["t"])["ppl"], rel=1e-5)
+    assert curve[-1]["ppl"]["t"] == pytest.approx(scoring.perplexity(again, held["t"])["ppl"], rel=1e-5)
     assert (ffn.top_k, ffn.combine) == (3, "scaled")
+
+
+@pytest.mark.parametrize("rule", ["loss", "bias"])
+def test_no_load_is_balanced_where_nothing_routes(
+    rule: str, tiny_llama: Callable[..., Any], windows: np.ndarray
+) -> None:
+    model = tiny_llama()
+    modeling.apply(methods.convert("mlpmoe", None, model, branches=8), model)
+    with pytest.raises(MoEdgeError, match="no load to balance"):
+        training.train(model, windows, settings(trainable="lora", balance=rule))
 
 
 def test_every_pass_over_the_text_is_a_permutation() -> None:

@@ -75,6 +75,8 @@ def test_a_checkpoint_is_retrained_on_its_domains(home: Path) -> None:
     from safetensors.torch import load_file
 
     from moedge.convert import domains, modeling, offload, scoring, sources
+    from moedge.convert.plan import MoEPlan
+    from moedge.convert.train.retrain import folded
 
     model, plan, tokenizer = modeling.load(home / "out")
     entries = [{"name": fact["name"], "spec": fact["text"], "every": 10} for fact in plan.provenance["domains"]]
@@ -111,8 +113,26 @@ def test_a_checkpoint_is_retrained_on_its_domains(home: Path) -> None:
     ids = torch.arange(2, 18)[None]
     assert torch.equal(applied(ids).logits, trained(ids).logits)
     assert not torch.equal(modeling.load(home / "moe")[0](ids).logits, trained(ids).logits)
+    # The temperature is in its routers: a third stage, as the paper has one, does not put it in again.
+    assert not folded(parent)
+    assert folded(plan)
+    command[1:3] = [str(home / "out"), str(home / "third")]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    size = [
+        np.mean([abs(layer.router.tensors["weight"]).mean() for layer in made.layers])
+        for made in (parent, MoEPlan.load(home / "out"), MoEPlan.load(home / "third"))
+    ]
+    assert size[1] > 10 * size[0]  # 1 / 0.05
+    assert size[2] < 2 * size[1]
+    command[1:3] = [str(home / "moe"), str(home / "out")]
     again = CliRunner().invoke(app, command)
     assert "already exists" in again.output
+    # Of a text that changed nobody knows the held-out documents.
+    kept = (home / "a.txt").read_text(encoding="utf-8")
+    (home / "a.txt").write_text("one more line\n" + kept, encoding="utf-8")
+    changed = CliRunner().invoke(app, [*command[:2], str(home / "changed"), "--tokens", "32", *settings])
+    assert "is not the text that" in " ".join(changed.output.split())
+    (home / "a.txt").write_text(kept, encoding="utf-8")
     # It has the dtype of the one before.
     model, plan, tokenizer = modeling.load(home / "moe")
     modeling.save(offload.cast(model, torch.bfloat16), plan, tokenizer, home / "half")
