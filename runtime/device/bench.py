@@ -41,19 +41,11 @@ def main() -> int:
         parent = _parent(beside, manifest)
         _, _, sessions[DENSE] = moedge_archive.open_session(beside)
         print(f"beside: {parent['label']} in {beside}", file=sys.stderr)
-    free_before = session.cuda.memory()[0]
     protocol = _protocol(sessions, options)
     recorded = np.concatenate([case["ids"][0] for case in moedge_archive.golden(folder)])
     ids = np.resize(recorded, protocol.prompt)[None]  # repeated golden text: real tokens, so routing is not degenerate
-    lowest_free = free_before
     with moedge_watch.Recorder(list(sessions)) as recorder:
-
-        def after() -> None:
-            nonlocal lowest_free
-            lowest_free = min(lowest_free, session.cuda.memory()[0])
-            recorder.after()
-
-        times = moedge_timing.time_engines(sessions, ids, protocol, recorder.mark, after)
+        times = moedge_timing.time_engines(sessions, ids, protocol, recorder.mark, recorder.after)
     rounds = {label: found.rounds() for label, found in times.items()}
     judged = {label: {name: found[name] for name in ("ttft_ms", "tpot_ms")} for label, found in rounds.items()}
     result = {
@@ -62,7 +54,6 @@ def main() -> int:
         "engine": facts,
         "protocol": {"batch": 1, **vars(protocol), "note": options.note},
         **_row(times[MOE], rounds[MOE], recorder.energy(MOE, protocol.repeats, protocol.decode)),
-        "cache_and_work_bytes": free_before - lowest_free,
         "environment": recorder.environment(judged, protocol.warmup),
     }
     if parent is not None:

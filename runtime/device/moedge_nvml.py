@@ -64,6 +64,12 @@ class Nvml:
         if failed:
             raise NoNvml(f"NVML knows no GPU {first or 0}")
 
+    def name(self) -> str | None:
+        """What the GPU is called, e.g. ``NVIDIA L4``."""
+        text = ctypes.create_string_buffer(96)
+        failed = self._lib.nvmlDeviceGetName(self._handle, text, len(text))
+        return None if failed else text.value.decode(errors="replace")
+
     def read(self) -> Gpu:
         """Clocks, temperature and reasons now."""
         mask = self._get("nvmlDeviceGetCurrentClocksEventReasons", ctypes.c_ulonglong)

@@ -19,6 +19,7 @@ from moedge.export.graph import layers as _layers
 from moedge.export.graph import taps as _graph
 from moedge.export.graph.layers import SPOTS, STREAM, LayerPoint, Spot
 from moedge.export.manifest import GatherPlace, Kept, Manifest, ModelFacts, Tap
+from moedge.runtime.device import moedge_nvml
 from moedge.runtime.engines.info import EngineInfo, EngineModel
 from moedge.runtime.engines.ort_session import check_cuda, open_session, ort_value
 from moedge.runtime.engines.protocol import LayerMode
@@ -240,12 +241,23 @@ def _info(
     return EngineInfo(
         name=f"{manifest.target} {manifest.kind}",
         runtime=f"onnxruntime {version}",
-        device="CUDA device 0" if on_gpu else "CPU",
+        device=_gpu() if on_gpu else "CPU",
         dtype=f"int{quantization.bits} weights" if quantization else manifest.cache.dtype or manifest.model.dtype,
         threads=options.threads,
         model=EngineModel.model_validate(facts),
         padding=targets.find(manifest.target).padding,
     )
+
+
+def _gpu() -> str:
+    """The first CUDA device by its name, as PyTorch's engines call it: times of two GPUs are not one engine's."""
+    nvml = moedge_nvml.found()
+    if nvml is None:
+        return "CUDA device 0"
+    try:
+        return f"{nvml.name() or 'CUDA device'} (cuda:0)"
+    finally:
+        nvml.close()
 
 
 def _dequantized(bundle: Bundle, other: str | Path) -> dict[str, tuple[np.ndarray, Any]]:

@@ -18,6 +18,7 @@ from moedge import MoEdgeError
 from moedge.runtime.bench import latency, timing
 from moedge.runtime.cli import app
 from moedge.runtime.commands import bench as command
+from moedge.runtime.run.refs import EngineRef
 
 QUICK = ("--prompt", "8", "--decode", "2", "--repeats", "6", "--threads", "1")
 
@@ -133,6 +134,18 @@ def test_a_run_without_a_checkpoint_of_its_own_is_timed_by_its_bundles(home: Pat
     found = bench("run", *QUICK, "--json")
     assert found.exit_code == 0, found.output
     assert list(json.loads(found.stdout)["engines"]) == ["ort-cpu dense"]
+
+
+def test_what_this_machine_does_not_execute_is_not_timed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refs = {EngineRef("ort-cpu", "moe"): home / "one", EngineRef("tensorrt-rtx", "moe"): home / "two"}
+    (home / "run").mkdir()
+    (home / "run" / "run.json").write_text("{}", encoding="utf-8")
+    monkeypatch.setattr(command.run_folder, "engines", lambda _: refs)
+    monkeypatch.setattr(command.run_folder, "tokenizer", lambda _: home / "one")
+    found = bench("run", *QUICK, "--json")
+    assert found.exit_code == 0, found.output
+    assert list(json.loads(found.stdout)["engines"]) == ["ort-cpu moe"]
+    assert "tensorrt-rtx moe: not executed here" in found.stderr
 
 
 def test_a_file_that_fails_costs_no_measurement(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

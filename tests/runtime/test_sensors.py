@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from moedge.runtime.device import moedge_nvml
 from moedge.runtime.device.moedge_sensors import Gpu, Machine, cpu_seconds, memory_left, quota
 
 STAT = """cpu  27573 6 2901 48706 443 21 153 139 900 0
@@ -216,3 +219,17 @@ def test_memory_of_containers(tmp_path: Path, group: str, files: dict[str, objec
     write(tmp_path / "sys/fs/cgroup", files)
     write(tmp_path, {"proc/self/cgroup": group})
     assert memory_left(tmp_path) == expected
+
+
+@pytest.mark.parametrize(("failed", "said"), [(0, "NVIDIA L4"), (3, None)])
+def test_a_gpu_has_a_name(failed: int, said: str | None) -> None:
+    """Times of two GPUs of one host are not one engine's."""
+
+    def query(handle: Any, text: Any, size: int) -> int:
+        text.value = b"NVIDIA L4"
+        assert size == len(text)
+        return failed
+
+    nvml = object.__new__(moedge_nvml.Nvml)
+    nvml._handle, nvml._lib = None, SimpleNamespace(nvmlDeviceGetName=query)
+    assert nvml.name() == said
