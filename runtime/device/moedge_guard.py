@@ -218,7 +218,13 @@ class _Seen:
             held_back=held,
             throttled=None if throttled is None else int(throttled),
             mhz=_range([max(reading.mhz) for reading in turns if reading.mhz]),
-            hottest=max((value for reading in readings for value in reading.celsius.values()), default=None),
+            hottest=max(
+                (
+                    *(value for reading in readings for value in reading.celsius.values()),
+                    *(gpu.celsius for gpu in gpus if gpu.celsius is not None),
+                ),
+                default=None,
+            ),
             slowed=tuple(dict.fromkeys(name for reading in turns for name in reading.slowed)),
             gpu_mhz=_range([gpu.mhz for gpu in gpus if gpu.mhz]),
             gpu_reasons=tuple(dict.fromkeys(reason for gpu in gpus for reason in gpu.reasons)),

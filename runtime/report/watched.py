@@ -78,12 +78,13 @@ def _guarded(guard: Mapping[str, Any]) -> list[Sentence]:
 def _told(guard: Mapping[str, Any]) -> list[str]:
     """What was seen, and what the machine does not tell."""
     worst = max((spread["cv"] for spread in guard["spread"]), default=None)
-    cores, mhz, hot = guard["others_cores"], guard["mhz"] or guard["gpu_mhz"], guard["hottest_c"]
+    cores, hot = guard["others_cores"], guard["hottest_c"]
+    clocks = [(name, guard[key]) for name, key in (("GPU clock", "gpu_mhz"), ("clock", "mhz")) if guard[key]]
     stolen = guard["stolen_cores"]
     return [
         "spread of rounds not told" if worst is None else f"rounds vary by at most {worst:.1%}",
         "other programs not told" if cores is None else f"other programs took {cores:.2f} cores",
         *([] if not stolen else [f"the host took {stolen:.2f}"]),
-        "clock not told" if mhz is None else f"clock {mhz[0]:.0f} to {mhz[1]:.0f} MHz",
+        *([f"{name} {low:.0f} to {high:.0f} MHz" for name, (low, high) in clocks] or ["clock not told"]),
         "heat not told" if hot is None else f"at most {hot:.0f} C",
     ]

@@ -13,6 +13,7 @@ from moedge.runtime.device import moedge_guard as guard
 from moedge.runtime.device.moedge_guard import WANTED, Verdict, Watch, drift, judge, resolution, rounds_needed, spreads
 from moedge.runtime.device.moedge_nvml import reasons
 from moedge.runtime.device.moedge_sensors import Gpu, Reading, Settings
+from moedge.runtime.report.watched import lines
 
 QUIET = Settings(cores=2, physical_cores=2, governors=("performance",), max_mhz=3000, virtual=False)
 STEADY = {"moe": {"ttft_ms": [100.0, 100.4, 99.8, 100.1], "tpot_ms": [10.0, 10.02, 9.99, 10.01]}}
@@ -92,6 +93,8 @@ def test_on_a_gpu_its_clocks_count_and_the_cores_do_not() -> None:
     cool = verdict(threads=None, gpu=Gpu(mhz=1900, celsius=60), **busy)
     assert cool.trusted
     assert cool.gpu_mhz == (1900, 1900)
+    assert cool.hottest_c == 60
+    assert "GPU clock 1900 to 1900 MHz, clock 1000 to 1000 MHz, at most 60 C" in lines(cool.document())[0]
     hot = Gpu(mhz=1900, reasons=reasons(0x4 | 0x20 | 0x1))
     found = verdict(threads=None, gpu=hot, **busy)
     assert kinds(found) == ["gpu-slowdown"]
