@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from moedge.convert import domains, methods, modeling
+from moedge.convert import domains, methods, modeling, reads
 from moedge.convert.plan import MoEPlan
 from moedge.convert.train import finetune, retrain, trainable, training
 from moedge.convert.train.settings import TrainSettings
@@ -62,6 +62,10 @@ def test_a_tuned_checkpoint_is_better_and_leaves_out_by_the_same_thresholds(
         np.testing.assert_array_equal(ffn.x_threshold, old.x_threshold)
         np.testing.assert_array_equal(ffn.shared_h_threshold, old.h_threshold[layer.shared])
     ids = torch.from_numpy(windows[:2])
+    with torch.no_grad(), reads.counted(model) as counts:
+        model(torch.from_numpy(windows[4:20]))
+    assert reads.of_plan(plan) == pytest.approx(counts.share(int(plan.model["intermediate_size"])), abs=1e-4)
+    assert abs(reads.of_plan(plan) - (reads.of_plan(before) or 0)) > 1e-3, "what training moved is counted"
     with torch.no_grad():
         kept = model(ids).logits
         for ffn in modeling.sparse_ffns(model):
