@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
 """Of a weight or a cached number by its type."""
 _HEAD = "lm_head.weight"
-FEW, FEW_FLOATS = 16, 32
+FEW, FEW_FLOATS = 16, 20
 """Most tokens that are computed together for which a kernel leaves values out; float32 on a CPU
 (``few_tokens`` in export/ort_ops/product.h; the tiles of :mod:`moedge.convert.ops.kernels.gathered` on a GPU)."""
 FFN = ("ffn", "shared", "experts")

@@ -25,8 +25,6 @@ def pytest_configure(config: pytest.Config) -> None:
     selected = " ".join(config.option.markexpr.split())
     if "gpu" not in selected.replace("not gpu", ""):
         os.environ.setdefault("TRITON_INTERPRET", "1")
-    # Collections that nobody asks for: a trace makes objects by the hundred thousand and keeps most of them.
-    gc.set_threshold(100_000, 20, 20)
 
 
 _frozen_at: tuple[Path | None, int] = (None, 0)
