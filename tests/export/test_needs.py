@@ -162,7 +162,7 @@ def gathered(dtype: str, share: float) -> needs.Needs:
     return of_manifest(manifest(**facts, keeps={0: {"x": Kept()}}, cache=CacheFacts(kind="concat", dtype=dtype)))
 
 
-@pytest.mark.parametrize(("dtype", "few"), [("float32", 32), ("float16", 16)])
+@pytest.mark.parametrize(("dtype", "few"), [("float32", 20), ("float16", 16)])
 def test_a_prompt_reads_and_multiplies_what_a_threshold_leaves_out(dtype: str, few: int) -> None:
     """No kernel leaves anything out for more tokens than ``few``: from there on it is the dense model."""
     found = gathered(dtype, share=0.05)  # so small that 32 tokens still drop something: 0.95 ^ 32 is 0.19
