@@ -127,14 +127,23 @@ def training_windows(
     Every domain gives ``count / D`` windows of documents that are not held out, or all that it has; 8 windows of its
     held-out documents, or all, are for measuring.
 
+    Args:
+        entries: name, spec and every of each domain, and ``text_sha256`` where the text has to be that one.
+
     Raises:
-        MoEdgeError: a text that cannot be read, or one without a whole window on either side.
+        MoEdgeError: a text that cannot be read, another one, or one without a whole window on either side.
     """
     from moedge.convert import calibration
 
     each, train, held = -(-count // len(entries)), [], {}
     for entry in entries:
-        parts = calibration.split(calibration.read_text(entry["spec"]), entry["every"])
+        text = calibration.read_text(entry["spec"])
+        if text.sha256 != entry.get("text_sha256", text.sha256):
+            raise MoEdgeError(
+                f"{entry['spec']} is not the text that the model was made with, so nobody knows which of its documents "
+                "were held out; bring that text back, or convert again."
+            )
+        parts = calibration.split(text, entry["every"])
         for part, wanted in zip(parts, (each, _HELD), strict=True):
             ids: list[int] = []
             for i in np.random.default_rng(seed).permutation(len(part.documents)):

@@ -8,7 +8,6 @@ plan, and a plan whose weights were trained says so, because it no longer descri
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ import torch
 
 from moedge import MoEdgeError
 from moedge._files import write_json
-from moedge.convert import modeling, offload, reads, scoring, sources
+from moedge.convert import modeling, offload, sources
 from moedge.convert.plan import MoEPlan
 from moedge.convert.train import balance, trainable, training
 from moedge.convert.train.settings import TrainSettings
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
     from moedge.convert.calibration import TextSet
 
 FINETUNE_SCHEMA = "moedge.finetune/1"
-_COUNTED = 16
-"""Windows of the text on which is counted what a trained model with thresholds reads."""
 
 
 def finetune(
@@ -66,7 +63,7 @@ def finetune(
         MoEdgeError: not a checkpoint, a parent of another shape, or what training itself refuses.
     """
     model, plan, tokenizer = modeling.load(checkpoint)
-    if len(modeling.sparse_ffns(model)) != len(plan.layers):
+    if any(layer.children is not None for layer in plan.layers):
         raise MoEdgeError(f"{checkpoint} has experts inside of experts ({plan.method}); these cannot be fine-tuned.")
     teacher = _parent(parent, model) if parent is not None and settings.distill != "none" else None
     known = [None if one is None else weights_hash(one) for one in (model, teacher)] if state else None
@@ -91,25 +88,12 @@ def finetune(
         offload.cast(trained, getattr(torch, sources.own_dtype(checkpoint)))  # before the weights are hashed
         counts = {"steps": result.steps, "tokens": result.tokens}
         note = {"settings": settings.model_dump(mode="json"), **counts, **(about or {})}
-        updated = write_back(trained, _recounted(plan, trained, token_windows), settings.groups, note)
+        updated = write_back(trained, plan, settings.groups, note, token_windows)
         modeling.save(trained, updated, tokenizer, out)
         record["plan_sha256"] = updated.sha256
         write_json(out / "finetune.json", record)
     accelerator.wait_for_everyone()
     return record
-
-
-@torch.no_grad()
-def _recounted(plan: MoEPlan, model: PreTrainedModel, token_windows: np.ndarray) -> MoEPlan:
-    """Return the plan with what a token reads now: thresholds stay as they are, what they are compared with moves."""
-    if not any(layer.gathers for layer in plan.layers):
-        return plan
-    with reads.counted(model) as counts:
-        scoring.last_hidden_states(model, {"text": token_windows[:_COUNTED]})
-    share = counts.share(int(plan.model["intermediate_size"]))
-    return replace(
-        plan, provenance={**plan.provenance, "gather": {**plan.provenance.get("gather", {}), "share": share}}
-    )
 
 
 def _record(

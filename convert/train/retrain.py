@@ -103,11 +103,14 @@ class RetrainResult:
     tokens: int = 0
     seconds: float = 0.0
 
-    def plan(self, model: PreTrainedModel, plan: MoEPlan, settings: RetrainSettings) -> MoEPlan:
+    def plan(
+        self, model: PreTrainedModel, plan: MoEPlan, settings: RetrainSettings, token_windows: np.ndarray
+    ) -> MoEPlan:
         """Return ``plan`` with what was trained; see :func:`moedge.convert.train.write_back.write_back`."""
         stages = settings.stages(modeling.sparse_ffns(model)[0].top_k).values()
         groups = {group for stage in stages for group in stage.groups}
-        return write_back(model, plan, groups, {"settings": settings.model_dump(mode="json"), "tokens": self.tokens})
+        note = {"settings": settings.model_dump(mode="json"), "tokens": self.tokens}
+        return write_back(model, plan, groups, note, token_windows)
 
     def to_json(self, settings: RetrainSettings) -> dict[str, Any]:
         """Return plain JSON of schema ``moedge.retrain/1``."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from moedge.convert import modeling
+from moedge.convert import modeling, reads, scoring
 from moedge.convert.modeling import SparseFFN
 from moedge.convert.plan import LayerPlan, MoEPlan, RouterPlan
 
@@ -20,9 +20,13 @@ if TYPE_CHECKING:
 _WEIGHTS = ("lora", "experts", "shared", "attention", "norms", "embeddings")
 """Groups that change what the plan does not hold."""
 _PLAN = ("selection_bias", "scale", "compensation", "output_bias")
+_COUNTED = 16
+"""Windows on which is counted what a model with thresholds reads."""
 
 
-def write_back(model: PreTrainedModel, plan: MoEPlan, groups: Collection[str], note: Mapping[str, Any]) -> MoEPlan:
+def write_back(
+    model: PreTrainedModel, plan: MoEPlan, groups: Collection[str], note: Mapping[str, Any], token_windows: np.ndarray
+) -> MoEPlan:
     """Return the plan with what training changed in it; the model's config follows.
 
     When weights outside the plan were trained, the provenance holds their hash, a refitted ``down`` and ``zeros`` are
@@ -34,6 +38,8 @@ def write_back(model: PreTrainedModel, plan: MoEPlan, groups: Collection[str], n
         plan: that the model was made by.
         groups: what was trained, see :class:`moedge.convert.train.settings.TrainSettings`.
         note: JSON for the plan's provenance.
+        token_windows: int64 [N, L] of the text, on which is counted what a token reads now: thresholds stay as they
+            are, what they are compared with moves.
     """
     before = model.config.moedge["layers"]
     # An output bias may hold the dense FFN's own bias, which is no part of the plan.
@@ -45,7 +51,11 @@ def write_back(model: PreTrainedModel, plan: MoEPlan, groups: Collection[str], n
     if earlier:
         about["before"] = earlier
         about["weights"] = about["weights"] or earlier["weights"]
-    updated = replace(plan, layers=layers, provenance={**plan.provenance, "finetune": about})
+    provenance = {**plan.provenance, "finetune": about}
+    if any(layer.gathers for layer in plan.layers):
+        share = _read_share(model, plan, token_windows[:_COUNTED])
+        provenance["gather"] = {**plan.provenance.get("gather", {}), "share": share}
+    updated = replace(plan, layers=layers, provenance=provenance)
     activation = plan.model["hidden_act"]
     model.config.moedge = {
         **model.config.moedge,
@@ -58,6 +68,13 @@ def write_back(model: PreTrainedModel, plan: MoEPlan, groups: Collection[str], n
         ],
     }
     return updated
+
+
+@torch.no_grad()
+def _read_share(model: PreTrainedModel, plan: MoEPlan, token_windows: np.ndarray) -> float:
+    with reads.counted(model) as counts:
+        scoring.last_hidden_states(model, {"text": token_windows})
+    return counts.share(int(plan.model["intermediate_size"]))
 
 
 def _layer(layer: LayerPlan, ffn: SparseFFN, weights: bool) -> LayerPlan:

@@ -242,9 +242,7 @@ def _texts(
     named: dict[str, str] = {}
     for spec in texts.measured if texts.measured is not None else texts.trained:
         # A text that was or is trained on gives its held-out documents, any other one all of them.
-        whole, (found, _) = calibration.read_text(spec), held_out.beside([plan], spec, texts.every)
-        if whole.sha256 in trained and len(found.documents) == len(whole.documents):
-            found = calibration.split(found, texts.every)[1]
+        found, _ = held_out.beside([plan], spec, texts.every, trained)
         name = held_out.own_name(found.name, measured)
         measured[name] = calibration.windows(
             tokenizer, found, settings.length, texts.windows, bos=False, name="held-out"

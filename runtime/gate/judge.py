@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -16,8 +15,6 @@ from moedge.runtime.gate.limits import Limit, Measured
 from moedge.runtime.gate.slowdown import CONFIDENCE, Slowdown, slowdown
 from moedge.runtime.parity.verdict import Outcome
 
-_PLACE: tuple[Literal["device", "threads"], ...] = ("device", "threads")
-"""Where an engine ran: with others its times are not comparable. Its runtime and type may be what was changed."""
 _TIMES = {"ttft_ms": "time to first token", "tpot_ms": "time per token"}
 
 
@@ -123,9 +120,7 @@ def _control(label: str, result: Bench, baseline: Bench) -> str | None:
         one, two = result["engines"][other], baseline["engines"].get(other)
         if other == label or two is None or one["sha256"] is None or one["sha256"] != two["sha256"]:
             return False
-        before, now = two["info"], one["info"]
-        made = (before["runtime"], before["dtype"]) == (now["runtime"], now["dtype"])
-        return made and all(before[fact] == now[fact] for fact in _PLACE)
+        return all(one["info"][fact] == two["info"][fact] for fact in ("runtime", "device", "dtype", "threads"))
 
     def likeness(other: str) -> tuple[bool, bool, bool]:
         mine, its = result["engines"][label]["info"], result["engines"][other]["info"]
@@ -246,9 +241,12 @@ def _same_machine(result: Bench, baseline: Bench) -> None:
 
 
 def _otherwise(label: str, result: Bench, baseline: Bench) -> str | None:
-    """Why an engine of two runs is not compared: it ran on another device or with other threads."""
+    """Why an engine of two runs is not compared: it ran on another device or with other threads.
+
+    Its runtime and its type may be what was changed.
+    """
     new, old = (one["engines"][label]["info"] for one in (result, baseline))
-    changed = [f"{fact} {old[fact]}, here {new[fact]}" for fact in _PLACE if old[fact] != new[fact]]
+    changed = [f"{fact} {old[fact]}, here {new[fact]}" for fact in ("device", "threads") if old[fact] != new[fact]]
     if not changed:
         return None
     return f"{label} ran otherwise in the baseline ({'; '.join(changed)}) and is not compared; ask for the same"
@@ -264,7 +262,7 @@ def _nothing_common(result: Bench, baseline: Bench) -> str:
 
 
 def _left_out(result: Bench, baseline: Bench) -> list[str]:
-    """What only one of two runs has."""
+    """What only one of two runs has, and what differs in what both have."""
     notes = []
     if gone := [label for label in baseline["engines"] if label not in result["engines"]]:
         notes.append(f"only the baseline has {', '.join(gone)}")
@@ -272,10 +270,10 @@ def _left_out(result: Bench, baseline: Bench) -> list[str]:
         notes.append(f"the baseline has no {', '.join(added)}")
     if (texts := [one.get("text") for one in (baseline, result)])[0] != texts[1]:
         notes.append(f"the baseline read {texts[0]}, not {texts[1]}")
-    for label in result["engines"]:
-        types = [one["engines"][label]["info"]["dtype"] for one in (baseline, result) if label in one["engines"]]
-        if len(set(types)) > 1:
-            notes.append(f"{label} was {types[0]} in the baseline and is {types[1]}")
+    for label, engine in result["engines"].items():
+        now, before = (one["info"]["dtype"] for one in (engine, baseline["engines"].get(label, engine)))
+        if now != before:
+            notes.append(f"{label} was {before} in the baseline and is {now}")
     there = {_key(point) for point in baseline["points"]}
     if missing := [words(point) for point in result["points"] if _key(point) not in there]:
         notes.append(f"the baseline was not timed at {'; '.join(missing)}")

@@ -142,7 +142,7 @@ def _bench(document: dict[str, Any]) -> Iterator[Reading]:
             on_cpu = info["device"] == "CPU"
             where = [f"{point.get('threads') or info['threads']} threads" if on_cpu else info["device"]]
             where += [info["dtype"]] if info.get("dtype") else []
-            setting = _of_model(", ".join([*said, *where]), info)
+            setting = _of_model(", ".join([*said, *where]), info.get("model", {}).get("label"))
             for metric in ("ttft_ms", "tpot_ms"):
                 times = row[metric]
                 yield Reading(metric, row["label"], setting, float(times["p50"]), _known(times["ci95"]), machine)
@@ -154,7 +154,7 @@ def _verify(document: dict[str, Any]) -> Iterator[Reading]:
         kl = entry["overall"]["kl_ref_test"]
         read = [f"{name} {count}" for name, count in entry["tokens"].items()]  # windows, window, prefill
         setting = ", ".join([document["text"], f"{entry['overall']['tokens']} tokens", *read])
-        setting = _of_model(setting, entry.get("test", {}))
+        setting = _of_model(setting, entry.get("test", {}).get("model", {}).get("label"))
         if kl["mean"] is not None:
             half = 1.96 * (kl.get("standard_error") or 0.0)
             ends = [kl["mean"] - half, kl["mean"] + half] if half else None
@@ -182,7 +182,7 @@ def _frontier(document: dict[str, Any]) -> Iterator[Reading]:
     machine = _machine(document)
     protocol = document["protocol"]
     texts, tokens = " and ".join(protocol["tokens"]), sum(protocol["tokens"].values())
-    model = {"model": {"label": document.get("model")}}
+    model = document.get("model")
     read = _of_model(f"to dense, {texts}, {tokens} tokens, window {protocol['window']}", model)
     for variant in document["variants"]:
         kl = variant["kl"]
@@ -196,10 +196,9 @@ def _frontier(document: dict[str, Any]) -> Iterator[Reading]:
                 yield Reading(metric, engine, setting, row[metric]["value"], _known(row[metric]["ci95"]), machine)
 
 
-def _of_model(setting: str, info: Mapping[str, Any]) -> str:
+def _of_model(setting: str, model: str | None) -> str:
     """A setting with the name of the model: every run folder has a ``torch dense`` of its own."""
-    label = info.get("model", {}).get("label")
-    return f"{setting}; {label}" if label else setting
+    return f"{setting}; {model}" if model else setting
 
 
 def _known(ends: Sequence[float | None]) -> list[float] | None:

@@ -113,13 +113,14 @@ def whole(spec: str) -> tuple[TextSet, str]:
     return text, f"{len(text.documents)} documents"
 
 
-def beside(plans: Iterable[MoEPlan], spec: str, every: int) -> tuple[TextSet, str]:
+def beside(plans: Iterable[MoEPlan], spec: str, every: int, trained: Collection[str] = ()) -> tuple[TextSet, str]:
     """Documents of a text that no plan was calibrated, trained or pruned on, and what they are in words.
 
     Args:
         plans: of the models that are measured; all of them see the same documents.
         spec: the text.
         every: of a text that a plan has seen, the documents with id (else position) 0 modulo this are taken.
+        trained: hashes of texts that are about to be trained on with this ``every``.
 
     Raises:
         MoEdgeError: a plan held out other documents of the text than ``every`` takes.
@@ -127,7 +128,8 @@ def beside(plans: Iterable[MoEPlan], spec: str, every: int) -> tuple[TextSet, st
     from moedge.convert import calibration
 
     text, words = whole(spec)
-    seen = [used for plan in plans for used in _seen(plan) if text.sha256 == used["text_sha256"]]
+    used_by_all = [*(used for plan in plans for used in _seen(plan)), *({"text_sha256": one} for one in trained)]
+    seen = [used for used in used_by_all if text.sha256 == used["text_sha256"]]
     if not seen:
         return text, words
     for used in seen:

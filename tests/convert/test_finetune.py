@@ -133,10 +133,8 @@ def test_a_text_is_not_measured_on_what_the_model_was_made_with(text: Path, tiny
 
     used = {"text_sha256": sha256_file(text), "held_out_every": 10}
     (text.parent / "new.txt").write_text("a dog ran on the mat\n" * 60, encoding="utf-8")
-    given, settings = (
-        _Texts([str(text.parent / "new.txt")], [str(text)], 10, 2),
-        settings_from({"tokens": 64, "length": 16}),
-    )
+    given = _Texts([str(text.parent / "new.txt")], [str(text)], 10, 2)
+    settings = settings_from({"tokens": 64, "length": 16})
     held = calibration.split(calibration.read_text(str(text)), 10)[1]
     expected = calibration.windows(tiny_tokenizer, held, 16, 2, bos=False, name="held-out")
     for provenance in ({"calibration_texts": [used]}, {"finetune": {**used, "text_sha256": [used["text_sha256"]]}}):

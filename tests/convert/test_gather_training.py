@@ -65,6 +65,7 @@ def test_a_tuned_checkpoint_is_better_and_leaves_out_by_the_same_thresholds(
     with torch.no_grad(), reads.counted(model) as counts:
         model(torch.from_numpy(windows[4:20]))
     assert reads.of_plan(plan) == pytest.approx(counts.share(int(plan.model["intermediate_size"])), abs=1e-4)
+    assert plan.provenance["finetune"]["parent_plan_sha256"] == before.sha256
     assert abs(reads.of_plan(plan) - (reads.of_plan(before) or 0)) > 1e-3, "what training moved is counted"
     with torch.no_grad():
         kept = model(ids).logits
@@ -131,6 +132,10 @@ def test_retraining_goes_through_thresholds_in_both_stages(
         model, windows, retrain.RetrainSettings(**options, lr=1e-2, router_lr=1e-2), held_out={"a": windows[:4]}
     )
     assert result.perplexity["after stage 2, experts"]["a"] < 0.8 * result.perplexity["before"]["a"]
+    updated = result.plan(model, plan, retrain.RetrainSettings(**options), windows)
+    with torch.no_grad(), reads.counted(model) as counts:
+        model(torch.from_numpy(windows[:16]))
+    assert reads.of_plan(updated) == pytest.approx(counts.share(int(plan.model["intermediate_size"])), abs=1e-4)
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert any(".router." in name for name in changed)
     assert "model.layers.0.mlp.gate" in changed

@@ -291,7 +291,7 @@ def test_training_that_fills_zeros_again_takes_them_out_of_the_plan(tiny_llama: 
     model = tiny_llama()
     plan = methods.convert("mlpmoe", None, model, branches=8)
     modeling.apply(plan, model)
-    updated = write_back(model, plan, ("lora",), {})
+    updated = write_back(model, plan, ("lora",), {}, np.zeros((1, 8), np.int64))
     assert updated.trained_weights
     assert updated.zero_share == 0 < plan.zero_share
 
