@@ -10,7 +10,6 @@ part of a step's windows.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -24,9 +23,9 @@ import torch
 import torch.nn.functional as F
 
 from moedge import MoEdgeError
-from moedge._files import atomic_dir, digest, write_json
+from moedge._files import digest
 from moedge.convert import adapters, modeling, processes
-from moedge.convert.train import balance, trainable
+from moedge.convert.train import balance, saved, trainable
 from moedge.convert.train.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 
     from moedge._progress import Progress
 
-STATE_SCHEMA = "moedge.training/1"
 _SLOW_GROUPS = ("router", "scale")
 """Groups that take ``router_lr``: new or nearly new parameters, for which a fine-tuning rate is too small."""
 
@@ -345,11 +343,10 @@ class _Run:
         return StateDictOptions(full_state_dict=True, cpu_offload=many, ignore_frozen_params=True, strict=False)
 
     def save(self) -> None:
-        """Write the state: trained tensors, Adam's moments, counters and the curve."""
+        """Write the state, in the first process: what is sharded or counted by process is gathered there."""
         # An optimizer that made no step must not be read: torch then makes one, with zeros, which Adam counts.
         if self.state is None or not self.optimizer.optimizer.state:
             return
-        from safetensors.torch import save_file
         from torch.distributed.checkpoint.state_dict import get_state_dict
 
         tensors, optimizer = get_state_dict(self.model, self.optimizer.optimizer, options=self.options())
@@ -357,17 +354,11 @@ class _Run:
         losses = float(self.sum(torch.tensor([self.losses], dtype=torch.float64)))
         if not self.accelerator.is_main_process:
             return
-        kept: dict[str, Any] = {f"model.{name}": value for name, value in tensors.items()}
-        moments: dict[str, Any] = optimizer["state"]  # type: ignore[assignment]
-        for name, values in moments.items():
-            kept |= {f"optimizer.{name}/{key}": torch.as_tensor(value) for key, value in values.items()}
-        kept |= {f"load.{index}": counts for index, counts in enumerate(loads)}
-        kept = {name: value.detach().cpu().contiguous().clone() for name, value in kept.items()}
         counters = {"step": self.step, "losses": losses, "since": self.since, "seconds": self.elapsed()}
-        with atomic_dir(self.state, force=True) as partial:
-            save_file(kept, partial / "state.safetensors")
-            head = {"schema": STATE_SCHEMA, "key": self.key, **counters, "curve": self.result.curve}
-            write_json(partial / "state.json", head)
+        counters["curve"] = self.result.curve
+        moments: dict[str, Any] = optimizer["state"]  # type: ignore[assignment]
+        scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else {}
+        saved.write(self.state, self.key, saved.State(dict(tensors), moments, loads, counters, scaler))
 
     def load(self) -> bool:
         """Take up a saved state; False when there is none.
@@ -375,44 +366,27 @@ class _Run:
         Raises:
             MoEdgeError: it belongs to a run with other settings or texts, or is damaged.
         """
-        if self.state is None or not (self.state / "state.json").is_file():
+        found = saved.read(self.state, self.key) if self.state else None
+        if found is None:
             return False
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_state_dict
 
-        try:
-            head = json.loads((self.state / "state.json").read_text(encoding="utf-8"))
-            kept = load_file(self.state / "state.safetensors")
-        except (OSError, ValueError, SafetensorError) as error:
-            raise MoEdgeError(f"The saved training in {self.state} is damaged ({error}); remove it.") from error
-        if head.get("schema") != STATE_SCHEMA or head.get("key") != self.key:
-            raise MoEdgeError(
-                f"{self.state} holds a run of another model, or with other settings, texts or number of processes; "
-                "finish it with its own, or remove it to start again."
-            )
-        tensors: dict[str, Any] = {name[6:]: value for name, value in kept.items() if name.startswith("model.")}
-        moments: dict[str, dict[str, torch.Tensor]] = {}
-        for name, value in kept.items():
-            if name.startswith("optimizer."):
-                parameter, _, key = name[10:].rpartition("/")
-                moments.setdefault(parameter, {})[key] = value
-        optimizer = self.optimizer.optimizer
-        options = self.options()
+        optimizer, options = self.optimizer.optimizer, self.options()
         groups = get_optimizer_state_dict(self.model, optimizer, options=options)["param_groups"]
         set_state_dict(
             self.model,
             optimizer,
-            model_state_dict=tensors,
-            optim_state_dict={"state": moments, "param_groups": groups},  # type: ignore[dict-item]
+            model_state_dict=found.model,
+            optim_state_dict={"state": found.moments, "param_groups": groups},  # type: ignore[dict-item]
             options=options,
         )
-        self.step, self.since = head["step"], head["since"]
-        self.seconds, self.clock = head["seconds"], time.monotonic()
-        self.result.curve = head["curve"]
+        if self.accelerator.scaler and found.scaler:
+            self.accelerator.scaler.load_state_dict(found.scaler)
+        counters = found.counters
+        self.step, self.since, self.result.curve = counters["step"], counters["since"], counters["curve"]
+        self.seconds, self.clock = counters["seconds"], time.monotonic()
         if self.accelerator.is_main_process:  # sums over the processes go on in one of them
-            self.losses = head["losses"]
-            self.observer.counts = [kept[f"load.{index}"] for index in range(len(self.observer.ffns))]
+            self.losses, self.observer.counts = counters["losses"], found.loads
         return True
 
     def finish(self) -> TrainResult:

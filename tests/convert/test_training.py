@@ -174,6 +174,32 @@ def test_interrupted_and_resumed_equals_uninterrupted(converted: Any, windows: n
     assert timeless[0] == timeless[1]
 
 
+def test_a_resumed_run_scales_its_loss_as_the_whole_one_does(
+    converted: Any, windows: np.ndarray, tmp_path: Path
+) -> None:
+    """float16's gradient scaler is part of the state; here it runs on the CPU, in float32."""
+
+    def run(steps: int, **options: Any) -> float:
+        chosen = settings(steps, trainable="norms", save_every=2)
+        accelerator = training.make(chosen)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=3)
+        training.train(converted(), windows, chosen, accelerator=accelerator, **options)
+        return accelerator.scaler.get_scale()
+
+    class Stop(Exception):
+        pass
+
+    def stop(entry: dict[str, Any]) -> None:
+        if entry["step"] == 4:
+            raise Stop
+
+    whole, state = run(16), tmp_path / "state"
+    with pytest.raises(Stop):
+        run(16, state=state, on_eval=stop)
+    resumed = run(16, state=state)
+    assert whole == resumed == 2.0 * 2 ** (16 // 3)  # doubled after every third step
+
+
 def test_a_state_of_another_run_is_refused(converted: Any, windows: np.ndarray, tmp_path: Path) -> None:
     training.train(converted(), windows, settings(2), state=tmp_path / "state")
     with pytest.raises(MoEdgeError, match="other settings"):
