@@ -342,14 +342,18 @@ class BuildFacts(Facts):
 
 
 class FitFacts(Facts):
-    """What an engine needs of one device, see :class:`moedge.export.device.estimate.Fit`; bytes."""
+    """What an engine needs of one device, see :mod:`moedge.export.device.estimate`; bytes.
+
+    ``active``: that a decode step reads, None where the bundle does not tell; with the device's bandwidth it bounds the
+    tokens a second of all rows.
+    """
 
     weights: int
     cache: int
     logits: int
     memory: int
-    active: int
-    bound_tokens_per_s: float
+    active: int | None
+    bound_tokens_per_s: float | None
     needed: int
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +93,12 @@ class Needs:
     def stored(self) -> float:
         """Bytes of all weights."""
         return sum(part.bytes for part in self.parts)
+
+    def whole(self) -> Needs:
+        """The same model where every weight is read for every token, but for what is looked up."""
+        looked_up = ("embedding", "other")
+        parts = (part if part.name in looked_up else replace(part, share=1.0, thresholds=None) for part in self.parts)
+        return replace(self, parts=tuple(parts))
 
     def decode_bytes(self, context: float, batch: int = 1) -> float:
         """Bytes read by one decode step of ``batch`` rows after ``context`` tokens each."""

@@ -1,23 +1,23 @@
-"""What an engine needs of a device's memory, and how fast it can decode at best, from sizes alone."""
+"""What an engine needs of a device's memory, and what a step reads of it, from sizes alone."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moedge import MoEdgeError
 from moedge.configs.devices import Device
-from moedge.export.manifest import ModelFacts, MoEFacts
+from moedge.export.manifest import Manifest, ModelFacts
+from moedge.export.needs import of_manifest
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What one engine needs of a device, in bytes, and its bandwidth bound."""
+    """What one engine needs of a device's memory, in bytes."""
 
     weights: int
     cache: int
     logits: int
     memory: int
-    active: int
-    bound_tokens_per_s: float
 
     @property
     def needed(self) -> int:
@@ -33,34 +33,41 @@ def fit(
     max_length: int,
     max_prompt: int,
     batch: int,
-    unread: int = 0,
     dtype: str = "float16",
 ) -> Fit:
-    """Estimate memory, and the decode speed that bandwidth allows: the bytes of weights read, and a cache half full.
+    """Estimate what an engine takes of a device's memory.
 
     Args:
         model: the ``model`` section of a bundle's manifest.
-        weight_bytes: of the lowered graph. Its engine reads all of them for each token but ``unread``.
+        weight_bytes: of the lowered graph.
         device: the profile.
         max_length: tokens of the cache.
         max_prompt: most tokens of a prefill.
         batch: rows.
-        unread: bytes of the experts that one token does not select, where they are plugins; 0 where every expert is
-            computed (:mod:`moedge.export.lowering.trt.experts`).
         dtype: of the engine; the logits of a bfloat16 one are float32.
     """
     per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * 2
-    cache = per_token * max_length * batch
-    # A tied embedding is read whole, as the output projection. The cache is half full on average.
-    active = weight_bytes - unread + cache // 2
     return Fit(
         weights=weight_bytes,
-        cache=2 * cache,
+        cache=2 * per_token * max_length * batch,
         logits=batch * max_prompt * model.vocab_size * (4 if dtype == "bfloat16" else 2),
         memory=int(device.memory_gib * 2**30),
-        active=active,
-        bound_tokens_per_s=batch * device.bandwidth_gb_s * 1e9 / active,
     )
+
+
+def decode_read(manifest: Manifest, *, max_length: int, batch: int) -> float | None:
+    """Bytes that one decode step of an engine of this bundle reads, its cache half full; as ``moedge estimate`` says.
+
+    None where an older bundle does not tell its parameters, or experts lie inside experts.
+    """
+    try:
+        needs = of_manifest(manifest)
+    except MoEdgeError:
+        return None
+    routed = manifest.moe is not None and any(layer.num_experts for layer in manifest.moe.layers.values())
+    # Merged experts are all computed, and so is everything where no kernel leaves values out.
+    selects = manifest.experts in ("native", "plugins") if routed else manifest.plugins is not None
+    return (needs if selects else needs.whole()).decode_bytes(max_length / 2, batch)
 
 
 def too_large(fit: Fit, device: Device) -> str | None:
@@ -71,14 +78,3 @@ def too_large(fit: Fit, device: Device) -> str | None:
         f"The engine needs {fit.needed / 2**30:.1f} GiB (weights, cache, logits) and {device.label} has "
         f"{device.memory_gib:g}; lower --max-length, --max-prompt or --batch, or choose another device."
     )
-
-
-def unread_bytes(moe: MoEFacts | None, hidden: int) -> int:
-    """Bytes of half-precision experts that one token does not select: (E - k) * 3 * I * H * 2 in each layer.
-
-    Args:
-        moe: the ``moe`` section of a bundle's manifest; None for a dense model.
-        hidden: H.
-    """
-    layers = moe.layers.values() if moe else ()
-    return sum((layer.num_experts - layer.top_k) * 3 * layer.expert_width * hidden * 2 for layer in layers)

@@ -230,6 +230,8 @@ def _given(engines: list[str]) -> tuple[dict[str, Path], Path]:
         found, left_out = run_folder.executable(run_folder.engines(run))
         for label, reason in left_out.items():
             typer.echo(f"{label}: {reason}", err=True)
+        for reason in run_folder.leftovers(run).values():
+            typer.echo(f"{run}: {reason}, and is left out; finish the run with `moedge run`.", err=True)
         if not found:
             raise MoEdgeError(f"{run} has no engines yet; finish it with `moedge run`.")
         return {str(ref): folder for ref, folder in found.items()}, run_folder.tokenizer(run)

@@ -90,8 +90,10 @@ def _print(manifest: EngineManifest, out: Path) -> None:
         f"prefill to {limits.max_prompt} tokens, to {limits.max_length} in all, batch {limits.batch}",
     )
     for name, fit in manifest.estimate.items():
-        text = f"needs {fit.needed / 2**30:.2f} of {fit.memory / 2**30:.0f} GiB; bandwidth allows"
-        table.add_row(name, f"{text} {fit.bound_tokens_per_s:.0f} tokens/s at most (not measured)")
+        text = f"needs {fit.needed / 2**30:.2f} of {fit.memory / 2**30:.0f} GiB"
+        if fit.bound_tokens_per_s is not None:
+            text += f"; bandwidth allows {fit.bound_tokens_per_s:.0f} tokens/s at most (not measured)"
+        table.add_row(name, text)
     table.add_row("sha256", manifest.files[builder.PLAN].sha256)
     console.print(table)
 

@@ -162,14 +162,15 @@ def _suitable(manifest: Manifest, device_names: Sequence[str]) -> list[devices.D
 def _fits(manifest: Manifest, profiles: list[devices.Device], limits: dict[str, int]) -> dict[str, FitFacts]:
     """What the engine takes of each device's memory; one that is too small is refused."""
     model, fits = manifest.model, {}
-    sparse = manifest.experts in ("native", "plugins")
-    unread = estimate.unread_bytes(manifest.moe, model.hidden_size) if sparse else 0
-    dtype = manifest.cache.dtype or "float16"
+    dtype, batch = manifest.cache.dtype or "float16", limits["batch"]
+    read = estimate.decode_read(manifest, max_length=limits["max_length"], batch=batch)
     for device in profiles:
-        fit = estimate.fit(model, manifest.weight_bytes, device, **limits, unread=unread, dtype=dtype)
+        fit = estimate.fit(model, manifest.weight_bytes, device, **limits, dtype=dtype)
         if reason := estimate.too_large(fit, device):
             raise MoEdgeError(reason)
-        fits[device.name] = FitFacts(**vars(fit), needed=fit.needed)
+        bound = read and batch * device.bandwidth_gb_s * 1e9 / read
+        active = None if read is None else round(read)
+        fits[device.name] = FitFacts(**vars(fit), needed=fit.needed, active=active, bound_tokens_per_s=bound)
     return fits
 
 

@@ -25,7 +25,11 @@ def build(run: Path, recipe: dict[str, Any]) -> dict[str, Any]:
         MoEdgeError: a stage's result is missing or damaged.
     """
     source = read_json(run / "source" / "source.json")
-    stages = [read_json(path) for path in sorted(run.glob("*/stage.json")) if path.parent.name != "report"]
+    # An older recipe of the same run may have left stages behind that this one does not ask for.
+    unasked = {"build": not recipe["export"]["build"], "export-dense": not recipe["export"]["dense_parent"]}
+    stages = [read_json(path) for path in (run / name / "stage.json" for name in _ORDER) if path.is_file()]
+    stages = [stage for stage in stages if not unasked.get(stage["stage"])]
+    bundles = run_folder.bundles(run, dense=recipe["export"]["dense_parent"])
     evaluation = read_json(run / "evaluate" / "evaluation.json")
     verification = read_json(run / "verify" / "verify.json")
     speed = read_json(run / "bench" / "bench.json")
@@ -44,7 +48,7 @@ def build(run: Path, recipe: dict[str, Any]) -> dict[str, Any]:
         "quality": evaluation,
         "verification": verification,
         "speed": speed,
-        "bundles": [_bundle(str(ref), folder) for ref, folder in run_folder.bundles(run).items()],
+        "bundles": [_bundle(str(ref), folder) for ref, folder in bundles.items()],
         "machine": speed["machine"],
         "versions": {"moedge": __version__, **_merge(stage["parts"]["versions"] for stage in stages)},
         "stages": [
@@ -54,7 +58,7 @@ def build(run: Path, recipe: dict[str, Any]) -> dict[str, Any]:
                 "seconds": stage["seconds"],
                 "bytes": sum(file["size"] for file in stage["outputs"].values()),
             }
-            for stage in sorted(stages, key=lambda stage: _ORDER.index(stage["stage"]))
+            for stage in stages
         ],
         "recipe": recipe,
     }

@@ -48,7 +48,7 @@ def source_identity(folder: Path) -> str | None:
     where = Path(record["folder"])
     if not where.is_dir() or top_files(where) != record["files"]:
         return None
-    return digest({"sha256": record["sha256"], "label": record["label"]})
+    return run_folder.source_digest(record)
 
 
 # --- calibrate, convert, export -------------------------------------------------------------------------------------

@@ -81,12 +81,53 @@ def dense(run: Path) -> Path:
     return Path(source(run)["folder"])
 
 
-def bundles(run: Path) -> dict[EngineRef, Path]:
-    """Finished bundles, target by target, those of the MoE first."""
-    stages: tuple[tuple[str, Role], ...] = (("export", "moe"), ("export-dense", "dense"))
+_BUNDLES: tuple[tuple[str, Role], ...] = (("export", "moe"), ("export-dense", "dense"))
+"""Stages that write bundles, and of what."""
+
+
+def source_digest(source: dict[str, Any]) -> str:
+    """What later stages see of the stage ``source``: the model that it points to, by its hash and name."""
+    return _files.digest({"sha256": source["sha256"], "label": source["label"]})
+
+
+def leftovers(run: Path) -> dict[str, str]:
+    """Stage -> what it was made of and is no more, where a run was not finished since its recipe was changed.
+
+    Of several recipes' results in one folder only those of the last one belong together.
+    """
+    found: dict[str, str] = {}
+    for stage in ("convert", *(name for name, _ in _BUNDLES)):
+        file = run / stage / "stage.json"
+        if not file.is_file():
+            continue
+        inputs = read_json(file).get("parts", {}).get("inputs", {})
+        for name, words in (("source", "dense model"), ("convert", "conversion")):
+            now = _seen(run, name)
+            if name in inputs and (name in found or (now is not None and now != inputs[name])):
+                found[stage] = f"{stage} is of another {words} than this run has now"
+                break
+    return found
+
+
+def _seen(run: Path, stage: str) -> str | None:
+    """What later stages see of a stage now; None where that is not asked, or it is not there."""
+    if stage == "source" and (run / "source" / "source.json").is_file():
+        return source_digest(source(run))
+    if stage == "convert" and (run / "convert" / "stage.json").is_file():
+        return _files.digest(read_json(run / "convert" / "stage.json")["outputs"])
+    return None
+
+
+def bundles(run: Path, *, dense: bool = True) -> dict[EngineRef, Path]:
+    """Finished bundles, target by target, those of the MoE first; without :func:`leftovers`.
+
+    ``dense=False`` leaves out exports of the dense parent, too (an older recipe may have left some behind).
+    """
+    left = leftovers(run)
     return {
         EngineRef(manifest.parent.name, role): manifest.parent
-        for stage, role in stages
+        for stage, role in _BUNDLES
+        if stage not in left and (dense or role != "dense")
         for manifest in sorted((run / stage).glob("*/manifest.json"))
     }
 
@@ -98,16 +139,16 @@ def bundles_below(path: Path) -> str:
 
 
 def engines(run: Path, *, dense_bundles: bool = True) -> dict[EngineRef, Path]:
-    """Everything in a run that an engine can open: the bundles, and both models in PyTorch.
+    """Everything in a run that an engine can open: the bundles, and both models in PyTorch; without :func:`leftovers`.
 
-    ``dense_bundles=False`` leaves out exports of the dense parent (an older recipe may have left some behind).
+    ``dense_bundles``: see :func:`bundles`.
     """
     found = {}
     if (run / "source" / "source.json").is_file():
         found[TORCH_DENSE] = dense(run)
-    if checkpoint(run).is_dir():
+    if checkpoint(run).is_dir() and "convert" not in leftovers(run):
         found[TORCH_MOE] = checkpoint(run)
-    return found | {ref: path for ref, path in bundles(run).items() if dense_bundles or ref.role != "dense"}
+    return found | bundles(run, dense=dense_bundles)
 
 
 def executable(found: dict[EngineRef, Path]) -> tuple[dict[EngineRef, Path], dict[str, str]]:

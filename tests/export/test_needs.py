@@ -12,7 +12,7 @@ import pytest
 from moedge import MoEdgeError
 from moedge.configs import devices
 from moedge.export import needs
-from moedge.export.device import outlook
+from moedge.export.device import estimate, outlook
 from moedge.export.device.outlook import Work
 from moedge.export.manifest import (
     CacheFacts,
@@ -23,6 +23,7 @@ from moedge.export.manifest import (
     Manifest,
     ModelFacts,
     MoEFacts,
+    Plugins,
     Quantization,
 )
 from moedge.export.needs import of_folder, of_manifest, of_model
@@ -150,6 +151,29 @@ def test_a_gathered_model_reads_the_share_that_was_measured() -> None:
         of_manifest(manifest(**{**facts, "moe": MoEFacts(layers=pruned)}))
     quantised = of_manifest(manifest(**facts, quantization=sized(attention=(1, 60), shared=(1, 100))))
     assert quantised.decode_bytes(0) == pytest.approx(60 + 70)
+
+
+def test_an_engine_reads_what_its_kernels_select_and_half_a_cache() -> None:
+    """What ``moedge build`` says is what ``moedge estimate`` says, and as counted by hand."""
+    kernels = Plugins(oldest_tensorrt="10.9", kernels=[])
+    half = {"cache": CacheFacts(kind="concat", dtype="float16")}
+    cache = 5 * LAYERS * 2 * GROUPS * D * 2  # half of ten positions
+
+    def read(batch: int = 1, **more: Any) -> float | None:
+        return estimate.decode_read(manifest(**half, **more), max_length=10, batch=batch)
+
+    always = 2 * (TABLE + ATTENTION + ALWAYS)
+    assert read(experts="plugins") == pytest.approx(always + 2 * ROUTED * K / E + cache)
+    assert read(3, experts="plugins") == pytest.approx(always + 2 * ROUTED * (1 - (1 - K / E) ** 3) + 3 * cache)
+    assert read(experts="merged") == pytest.approx(always + 2 * ROUTED + cache)
+    dropped = {"moe": MoEFacts(layers=PRUNED, ffn_read_share=0.7), "keeps": {0: {"x": Kept()}}}
+    for tied, row in ((True, 0), (False, H)):  # a table of its own is looked up: one row
+        gather = {**dropped, "model": model(tied=tied, ffn=GATHERED)}
+        rest = 2 * (TABLE + ATTENTION + row) + cache
+        assert read(**gather, plugins=kernels) == pytest.approx(rest + 2 * 0.7 * GATHERED)
+        assert read(**gather) == pytest.approx(rest + 2 * GATHERED)
+    older = model(ffn=ROUTED + ALWAYS).model_copy(update={"parameters": None})
+    assert read(model=older) is None
 
 
 GATHERED = 3 * 50 * H

@@ -6,6 +6,7 @@ import copy
 import html.parser
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from rich.console import Console
 
 from moedge import MoEdgeError
+from moedge._files import write_json
 from moedge.configs.recipe import parse_recipe
 from moedge.runtime import report as reports
 from moedge.runtime.report import schema as report_schema
@@ -157,6 +159,23 @@ def test_the_report_says_when_the_router_loses_and_when_parity_fails(report: dic
     )
     assert "FAIL" in reports.render(failed, "report.html.j2")
     assert "FAILED: ort-cpu moe vs torch moe: prefill.kl" in reports.render(failed, "report.md.j2")
+
+
+def test_what_an_older_recipe_left_is_not_reported(run: Path) -> None:
+    """``export-dense`` and ``build`` of a recipe that asked for them, in the folder of one that does not."""
+    recipe = parse_recipe(
+        "model: {source: x}\nexport: {targets: [ort-cpu], dense_parent: false}", name="toy"
+    ).model_dump()
+    want = build(run, recipe)
+    shutil.copytree(run / "export", run / "export-dense")
+    for name in ("export-dense", "build"):
+        record = {"stage": name, "key": "0" * 64, "seconds": 1.0, "parts": {"versions": {"left": "1"}}, "outputs": {}}
+        write_json(run / name / "stage.json", record)
+    found = build(run, recipe)
+    for part in ("bundles", "stages", "versions"):
+        assert found[part] == want[part], part
+    recipe["export"]["dense_parent"] = True
+    assert len(build(run, recipe)["bundles"]) == 2 * len(want["bundles"])
 
 
 def test_a_missing_or_damaged_result_is_one_sentence(run: Path) -> None:
