@@ -1,10 +1,8 @@
 """How much of a device an engine takes, and how fast its memory lets it be."""
 
-import pytest
-
 from moedge.configs import devices
 from moedge.export.device import estimate
-from moedge.export.manifest import LayerFacts, ModelFacts, MoEFacts
+from moedge.export.manifest import ModelFacts
 
 MODEL = ModelFacts(
     model_type="llama",
