@@ -78,11 +78,16 @@ def add_headroom(result: Bench, folders: Mapping[str, Path]) -> None:
         }
         sizes = Sizes(point["prompt"], point["decode"], point["batch"], point["depth"])
         profiles = result.get("profiles") if number == 0 else None
-        point["headroom"] = headroom(timed, sizes, roofs.setdefault(threads, Roof(threads)), profiles)
+        paired = {(one["metric"], one["label"], one["baseline"]): one["speedup"] for one in point["ratios"]}
+        point["headroom"] = headroom(timed, sizes, roofs.setdefault(threads, Roof(threads)), paired, profiles)
 
 
 def headroom(
-    timed: Mapping[str, Timed], sizes: Sizes, roof: Roof, profiles: Mapping[str, Any] | None = None
+    timed: Mapping[str, Timed],
+    sizes: Sizes,
+    roof: Roof,
+    paired: Mapping[tuple[str, str, str], float],
+    profiles: Mapping[str, Any] | None = None,
 ) -> Headroom:
     """Say how near each engine came to what its model needs.
 
@@ -90,6 +95,7 @@ def headroom(
         timed: label -> what was timed.
         sizes: of the point.
         roof: this machine, with the session's threads.
+        paired: (metric, label, dense label) -> how many times the dense one's speed: the benchmark's ratio over rounds.
         profiles: label -> :func:`moedge.runtime.bench.profiling.profile`, where there is one.
     """
     needs: dict[str, Needs] = {}
@@ -103,7 +109,7 @@ def headroom(
         except MoEdgeError as error:
             needs.pop(label, None)
             rows.append({"label": label, "reason": str(error)})
-    found: Headroom = {"threads": roof.threads, "rows": rows, "gains": _gains(timed, rows)}
+    found: Headroom = {"threads": roof.threads, "rows": rows, "gains": _gains(timed, rows, paired)}
     if profiles:
         found["lost"] = [
             part
@@ -152,7 +158,9 @@ def _row(label: str, one: Timed, needs: Needs, sizes: Sizes, roof: Roof) -> Head
     }
 
 
-def _gains(timed: Mapping[str, Timed], rows: list[HeadroomRow]) -> list[Gain]:
+def _gains(
+    timed: Mapping[str, Timed], rows: list[HeadroomRow], paired: Mapping[tuple[str, str, str], float]
+) -> list[Gain]:
     """Pairs of a converted model and a dense one on the same target, in the same type."""
     known = {row["label"]: row for row in rows if "reason" not in row}
     changed = [label for label in known if converted(timed[label].folder)]
@@ -169,7 +177,7 @@ def _gains(timed: Mapping[str, Timed], rows: list[HeadroomRow]) -> list[Gain]:
             one, other = row[name], known[parent][name]
             # Under one roof, the parent's: two measurements of it would put their noise into the ratio.
             ideal = other["least_ms"] / _least(one, known[parent])
-            measured = other["ms"] / one["ms"]
+            measured = paired[PHASES[name], label, parent]
             gain: Gain = {
                 "phase": name,
                 "label": label,

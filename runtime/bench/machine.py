@@ -11,21 +11,39 @@ from pathlib import Path
 from typing import Any
 
 from moedge import __version__
+from moedge.runtime.device import moedge_nvml
+from moedge.runtime.engines.calls import default_threads
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, memory and versions: what the numbers were measured on. Equal from run to run."""
+    """Processor, cores, memory, GPU and versions: what the numbers were measured on. Equal from run to run.
+
+    ``usable_cores``: threads of an engine that is told no number; a process may be held to some of the cores.
+    """
     import psutil
 
     return {
         "processor": processor_name(),
         "cores": psutil.cpu_count(logical=False),
         "logical_cores": psutil.cpu_count(),
+        "usable_cores": default_threads(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "moedge": __version__,
+        **_gpu(),
     }
+
+
+def _gpu() -> dict[str, str]:
+    """The first GPU and its driver, where there is one."""
+    nvml = moedge_nvml.found()
+    if nvml is None:
+        return {}
+    try:
+        return {"gpu": ", driver ".join(filter(None, (nvml.name(), nvml.driver())))}
+    finally:
+        nvml.close()
 
 
 def created() -> str:

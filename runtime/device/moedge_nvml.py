@@ -70,6 +70,12 @@ class Nvml:
         failed = self._lib.nvmlDeviceGetName(self._handle, text, len(text))
         return None if failed else text.value.decode(errors="replace")
 
+    def driver(self) -> str | None:
+        """Version of the driver, e.g. ``550.54.15``."""
+        text = ctypes.create_string_buffer(80)
+        failed = self._lib.nvmlSystemGetDriverVersion(text, len(text))
+        return None if failed else text.value.decode(errors="replace")
+
     def read(self) -> Gpu:
         """Clocks, temperature and reasons now."""
         mask = self._get("nvmlDeviceGetCurrentClocksEventReasons", ctypes.c_ulonglong)

@@ -19,7 +19,7 @@ from moedge.runtime.frontier import bodies
 from moedge.runtime.frontier.variants import Variant, chosen_targets, variants
 from moedge.runtime.run import run_folder, stages
 from moedge.runtime.run.engine import Stage
-from moedge.runtime.run.stages import BENCH_CODE, CONVERT_CODE, Facts
+from moedge.runtime.run.stages import BENCH_CODE, CONVERT_CODE, RUNS, Facts
 
 ROOM = "frontier"
 TABLE = f"{ROOM}/table"
@@ -218,7 +218,7 @@ class _Frontier:
             params,
             reads=("source", *held),
             sources=(*BENCH_CODE, *CODE),
-            libraries=(*_TORCH, "onnx", "onnxruntime"),
+            libraries=(*_TORCH, *RUNS),
         )
 
     def _table(self, measured: dict[str, str], times: dict[str, str]) -> Stage:

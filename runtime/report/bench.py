@@ -15,6 +15,7 @@ from moedge.runtime.bench.results import Bench, EngineEntry, Gate, PointResult, 
 from moedge.runtime.bench.stats import between
 from moedge.runtime.gate.judge import words
 from moedge.runtime.parity.outcomes import mark
+from moedge.runtime.report.text import kinds
 from moedge.runtime.report.watched import unknown_tails
 from moedge.runtime.tables import Sheet
 
@@ -80,10 +81,9 @@ def peers(result: Bench) -> list[str]:
 def footer(result: Bench) -> str:
     """What it was measured on, in a line."""
     infos = [engine["info"] for engine in result["engines"].values()]
-    kinds = ", ".join(dict.fromkeys(f"{info['dtype']} on {info['device']}" for info in infos))
     asked = dict.fromkeys(point["threads"] or infos[0]["threads"] for point in result["points"])
     threads = " and ".join(map(str, asked))
-    where = f"{result['machine']['processor']}, {threads} threads, {kinds}"
+    where = f"{result['machine']['processor']}, {threads} threads, {kinds(result)}"
     return f"{where}{pages(result)}, text {result.get('text', 'given')}"
 
 

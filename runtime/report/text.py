@@ -10,7 +10,13 @@ from moedge.runtime.bench.stats import between
 
 def filters() -> dict[str, Callable[..., str]]:
     """Return the filters that every template may use."""
-    return {"number": number, "cell": markdown_cell, "within": within, "between": between}
+    return {"number": number, "cell": markdown_cell, "within": within, "between": between, "kinds": kinds}
+
+
+def kinds(result: Mapping[str, Any]) -> str:
+    """The types that the engines of a benchmark compute in, and where; each once."""
+    infos = (engine["info"] for engine in result["engines"].values())
+    return ", ".join(dict.fromkeys(f"{info['dtype']} on {info['device']}" for info in infos))
 
 
 def number(value: float | None, form: str = "{:.4g}") -> str:

@@ -16,7 +16,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -72,7 +72,7 @@ class Stage:
     params: dict[str, Any] = field(default_factory=dict)
     reads: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
-    libraries: tuple[str, ...] = ()
+    libraries: tuple[str | tuple[str, ...], ...] = ()
     identity: Callable[[Path], str | None] | None = None
     check: Callable[[Path], None] | None = None
     called: dict[str, str] = field(default_factory=dict)
@@ -104,7 +104,7 @@ def parts(stage: Stage, inputs: dict[str, str]) -> dict[str, Any]:
         "params": stage.params,
         "inputs": {name: inputs[name] for name in stage.reads},
         "code": digest([source_digests(stage.sources), inspect.getsource(stage.body)]),
-        "versions": {"moedge": moedge.__version__, **{name: version(name) for name in stage.libraries}},
+        "versions": {"moedge": moedge.__version__, **versions(stage.libraries)},
     }
 
 
@@ -289,9 +289,14 @@ def source_digests(sources: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     return tuple(sorted(found.items()))
 
 
-def version(distribution: str) -> str:
-    """Return the installed version of a distribution, or ``"absent"``."""
-    return installed(distribution) or "absent"
+def versions(libraries: Sequence[str | tuple[str, ...]]) -> dict[str, str]:
+    """Return the version of each distribution, or ``"absent"``; of alternatives those that are installed."""
+    found: dict[str, str] = {}
+    for each in libraries:
+        names = (each,) if isinstance(each, str) else each
+        here = {name: version for name in names if (version := installed(name))}
+        found |= here or {names[0]: "absent"}
+    return found
 
 
 _HELD: dict[Path, int] = {}

@@ -66,7 +66,8 @@ BENCH_CODE = (
     *(f"runtime/device/{name}.py" for name in _WATCH),
 )
 _TORCH = ("torch", "transformers")
-_ONNX = ("onnx", "onnx-ir", "onnxscript", "onnxruntime")
+RUNS = ("onnx", *targets.ONNXRUNTIME)
+_ONNX = (*RUNS, "onnx-ir", "onnxscript")
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,7 @@ def build_engine(recipe: Recipe, facts: Facts) -> Stage | None:
         {"devices": recipe.export.build, "profiles": profiles},
         reads=("export",),
         sources=(*_EXPORT_CODE, "runtime/engines", "runtime/device", *_CONFIGS, *_STATS),
-        libraries=("tensorrt-rtx-cu13",),
+        libraries=targets.RTX,
     )
 
 
@@ -259,7 +260,7 @@ def verify(recipe: Recipe, facts: Facts) -> Stage:
         {**recipe.verify.model_dump(), **_limits(recipe), **_on_this_machine(recipe, facts)},
         reads=("source", "convert", "export", *_dense(recipe)),
         sources=(*_ENGINE_CODE, "runtime/parity", "runtime/accuracy", *_CONFIGS),
-        libraries=(*_TORCH, "onnx", "onnxruntime"),
+        libraries=(*_TORCH, *RUNS),
     )
 
 
@@ -272,7 +273,7 @@ def bench(recipe: Recipe, facts: Facts) -> Stage:
         {**recipe.bench.model_dump(), **_on_this_machine(recipe, facts)},
         reads=("source", "convert", "export", *_dense(recipe)),
         sources=BENCH_CODE,
-        libraries=(*_TORCH, "onnx", "onnxruntime"),
+        libraries=(*_TORCH, *RUNS),
     )
 
 

@@ -20,7 +20,7 @@ from moedge.runtime.frontier.variants import Variant, variants
 from moedge.runtime.progress import Reporter
 from moedge.runtime.run import held_out, run_folder, stages
 from moedge.runtime.run.engine import Context, Stage, execute, lock
-from moedge.runtime.run.stages import BENCH_CODE, Facts
+from moedge.runtime.run.stages import BENCH_CODE, RUNS, Facts
 from moedge.runtime.tune.search import Decode, Goal, Try, best, first_speed_share, search
 
 SCHEMA = "moedge.tune/1"
@@ -111,7 +111,7 @@ class Tuning:
             params,
             reads=("source", "export-dense"),
             sources=(*BENCH_CODE, *frontier.CODE, "runtime/tune"),
-            libraries=("torch", "transformers", "onnx", "onnxruntime"),
+            libraries=("torch", "transformers", *RUNS),
         )
         self._do(recipe, [*needed, stage])
         return dict(run_folder.read_json(self.root / stage.name / "profile.json")["ffn"])

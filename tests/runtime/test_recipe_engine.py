@@ -118,7 +118,7 @@ def test_changed_code_and_library_versions_rebuild(tmp_path: Path, monkeypatch: 
     assert plan([stage], tmp_path / "run")[0][1].reason == "its code changed"
     execute([stage], tmp_path / "run", reporter)
     assert len(made) == 2
-    monkeypatch.setattr(engine, "version", lambda name: "99")
+    monkeypatch.setattr(engine, "installed", lambda name: "99")
     assert plan([stage], tmp_path / "run")[0][1].reason == "another version of numpy"
 
 

@@ -16,8 +16,11 @@ from moedge import MoEdgeError
 from moedge.configs.recipe import ControlName, EvaluateSection, Recipe, conversion_from, load_recipe, recipe_from
 from moedge.configs.study import load_study
 from moedge.convert import sources
+from moedge.runtime.bench import machine as bench_machine
+from moedge.runtime.bench.machine import machine
+from moedge.runtime.device import moedge_nvml
 from moedge.runtime.frontier import stages as frontier
-from moedge.runtime.run import held_out, run_folder, stages, study
+from moedge.runtime.run import engine, held_out, run_folder, stages, study
 from moedge.runtime.run.engine import Context, Stage, parts, source_digests
 from moedge.runtime.run.fingerprint import fingerprint
 from moedge.runtime.run.refs import EngineRef
@@ -140,6 +143,35 @@ def test_what_is_measured_on_a_machine_is_redone_on_another() -> None:
     recipe = load_recipe("smollm2-135m-cmoe")
     before, after = params(recipe), params(recipe, {"processor": "another"})
     assert {name for name in before if before[name] != after[name]} == {"verify", "bench"}
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "onnxruntime-gpu"])
+def test_what_ran_under_another_onnxruntime_is_redone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA machines have ``onnxruntime-gpu`` in place of ``onnxruntime``."""
+
+    def keys(version: str) -> dict[str, Any]:
+        others = {"onnxruntime": None, "onnxruntime-gpu": None, name: version}
+        monkeypatch.setattr(engine, "installed", lambda asked: others.get(asked, "1"))
+        todo = stages.build(load_recipe("smollm2-135m-cmoe"), MACHINE)
+        return {stage.name: parts(stage, dict.fromkeys(stage.reads, "0"))["versions"] for stage in todo}
+
+    before, after = keys("1.31.0"), keys("1.32.0")
+    redone = {"export", "export-dense", "verify", "bench"}
+    assert {stage for stage in before if before[stage] != after[stage]} == redone
+    assert all(after[stage][name] == "1.32.0" for stage in redone)
+    assert all("absent" not in versions.values() for versions in after.values())
+
+
+def test_a_machine_is_its_gpu_and_the_cores_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both decide what is measured, and so the keys of what was."""
+    assert "gpu" not in machine() or moedge_nvml.found() is not None
+
+    class Board:
+        name, driver, close = (lambda _: "NVIDIA L4"), (lambda _: "550.54"), (lambda _: None)
+
+    monkeypatch.setattr(moedge_nvml, "found", Board)
+    monkeypatch.setattr(bench_machine, "default_threads", lambda: 7)
+    assert (machine()["gpu"], machine()["usable_cores"]) == ("NVIDIA L4, driver 550.54", 7)
 
 
 def test_what_pytorch_computes_is_redone_on_another_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,6 +161,15 @@ def test_the_report_says_when_the_router_loses_and_when_parity_fails(report: dic
     assert "FAILED: ort-cpu moe vs torch moe: prefill.kl" in reports.render(failed, "report.md.j2")
 
 
+def test_the_types_of_all_engines_are_told(report: dict[str, Any]) -> None:
+    """PyTorch in bfloat16 beside ONNX Runtime in float32: not one type for all."""
+    first, *others = report["speed"]["engines"].values()
+    first["info"]["dtype"] = "bfloat16"
+    assert {engine["info"]["dtype"] for engine in others} == {"float32"}
+    for template in ("report.md.j2", "report.html.j2"):
+        assert "bfloat16 on CPU, float32 on CPU" in reports.render(report, template)
+
+
 def test_what_an_older_recipe_left_is_not_reported(run: Path) -> None:
     """``export-dense`` and ``build`` of a recipe that asked for them, in the folder of one that does not."""
     recipe = parse_recipe(
