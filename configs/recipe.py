@@ -397,6 +397,10 @@ class Conversion(_Section):
             options = " or ".join(str(n) for n in sorted(near)) or "another number"
             said = f"{experts} does not divide the FFN width {width}; choose {options}, or set "
             problems.append(("convert.experts", f"{said}{called('convert.padding: uneven')}."))
+        for layout in convert.get("layouts", []):
+            count = int(layout.partition("E")[2])
+            if count > width or (width % count and convert["padding"] == "none"):
+                problems.append(("convert.layouts", f"{layout} does not divide the FFN width {width}."))
         return problems
 
     def _of_lengths(self, config: dict[str, Any]) -> Problems:

@@ -81,8 +81,10 @@ def group_widths(width: int, shared: int, experts: int, padding: Padding = "none
     zero-padded to the widest when the plan is applied); no neuron is dropped.
 
     Raises:
-        MoEdgeError: the width does not divide and no padding was chosen.
+        MoEdgeError: the width does not divide and no padding was chosen, or some expert would have no neuron.
     """
+    if width < experts:
+        raise MoEdgeError(f"{experts} experts are more than the FFN's {width} neurons; choose fewer.")
     if width % experts and padding == "none":
         raise MoEdgeError(
             f"FFN width {width} does not divide into {experts} experts; choose a divisor or set padding: uneven."

@@ -59,6 +59,10 @@ class RouterPlan:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+_NUMBERS = ("selection_bias", "scale", "compensation", "expert_bias", "output_bias", "down")
+"""Tensors of a layer's plan that hold weights."""
+
+
 @dataclass
 class LayerPlan:
     """What one FFN becomes.
@@ -176,7 +180,7 @@ class LayerPlan:
 
         Raises:
             MoEdgeError: a neuron out of range or used twice, top_k out of range, experts without a router, a bias
-                of another number of experts, or zeros of another shape.
+                of another number of experts, zeros of another shape, or numbers that are not finite.
         """
         if self.zeros is not None:
             zero_bits.check(self.zeros, width, hidden, where)
@@ -202,6 +206,7 @@ class LayerPlan:
             raise MoEdgeError(f"{where}: {len(self.expert_bias)} expert biases for {self.num_experts} experts.")
         if not neurons.size:
             raise MoEdgeError(f"{where}: no neuron is kept.")
+        _check_finite(self, where)
         _check_thresholds(self, width, hidden, where)
 
     def _validate_children(self, width: int, where: str, hidden: int | None) -> None:
@@ -212,6 +217,13 @@ class LayerPlan:
             raise MoEdgeError(f"{where}: small values cannot be left out of experts inside experts.")
         for number, child in enumerate(self.children):
             child.validate(width, f"{where}, expert {number}", hidden)
+
+
+def _check_finite(layer: LayerPlan, where: str) -> None:
+    own = {name: getattr(layer, name) for name in _NUMBERS}
+    for name, value in {**own, **(layer.router.tensors if layer.router else {})}.items():
+        if value is not None and not np.isfinite(value).all():
+            raise MoEdgeError(f"{where}: {name} has values that are not finite.")
 
 
 def _check_thresholds(layer: LayerPlan, width: int, hidden: int | None, where: str) -> None:

@@ -71,9 +71,20 @@ def _wait() -> None:
             _state.wait_for_everyone()
 
 
+PIECE = 512
+"""Longest piece of a window on which scores are measured: logits of a whole piece are held, and their gradients."""
+
+
 def of_tokens(windows: np.ndarray, tokens: int) -> np.ndarray:
-    """Return the first of windows int64 [N, L] that hold about ``tokens``; each process gets one at least."""
-    return windows[: max(count(), tokens // windows.shape[1])]
+    """Return pieces, int64 [n, min(L, 512)], of windows [N, L] that hold about ``tokens``; each process gets one.
+
+    The first piece of every window comes before the second of any: windows of several texts take turns, and a few long
+    ones would be of the first texts alone.
+    """
+    count_of, length = windows.shape
+    size = min(length, PIECE)
+    pieces = windows[:, : length // size * size].reshape(count_of, -1, size).swapaxes(0, 1).reshape(-1, size)
+    return pieces[: max(count(), tokens // size)]
 
 
 def span(windows: int) -> slice:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from moedge.convert import adapters, kept_inputs, modeling
+from moedge import MoEdgeError
+from moedge.convert import adapters, kept_inputs, modeling, offload
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,6 +83,8 @@ def swapped(model: PreTrainedModel, plan: MoEPlan) -> Iterator[PreTrainedModel]:
 def in_place(model: PreTrainedModel, layers: list[LayerPlan]) -> Iterator[None]:
     """Run a block with some layers' FFNs and thresholds in a dense model; what was there comes back afterwards."""
     blocks = adapters.ffns(model)
+    if offload.is_offloaded(model) and any(kept_inputs.wanted(layers)):
+        raise MoEdgeError("Thresholds of attention need a model that is in memory; open it with load_model.")
     try:
         for block, layer in zip(blocks, layers, strict=True):
             model.set_submodule(block.name, modeling.build_ffn(block, layer))

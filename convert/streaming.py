@@ -34,7 +34,7 @@ KEEP_BYTES = 1 << 29
 """Largest h [q, D] that is kept while a layer is worked on."""
 _ROWS = 2048
 """Tokens whose h is computed at a time."""
-_HELD_EVERY = 5
+HELD_EVERY = 5
 
 
 class Block(Protocol):
@@ -135,11 +135,8 @@ def walk(
     blocks = adapters.ffns(model)
     count, length = token_windows.shape
     apart = held_out(count)
-    if dense_stream and blocks[0].family.post_norm:
-        raise MoEdgeError(
-            f"fit_to: stream cannot be used for {model.config.model_type}: it normalises the FFN's output, so no FFN "
-            "output brings the stream back; use fit_to: ffn."
-        )
+    if dense_stream:
+        check_stream(model)
     own = processes.span(count)
     runner = Runner(model, token_windows[own])
     states = runner.embed()
@@ -173,6 +170,19 @@ def walk(
             progress(block.index + 1, len(blocks))
 
 
+def check_stream(model: PreTrainedModel) -> None:
+    """Refuse to bring back the dense stream of a family that normalises the FFN's output.
+
+    Raises:
+        MoEdgeError: the model is of such a family.
+    """
+    if adapters.ffns(model)[0].family.post_norm:
+        raise MoEdgeError(
+            f"fit_to: stream cannot be used for {model.config.model_type}: it normalises the FFN's output, so no FFN "
+            "output brings the stream back; use fit_to: ffn."
+        )
+
+
 def held_out(windows: int) -> np.ndarray:
     """Return which of N windows are held out to choose settings on, bool [N]: one in five, and at least one.
 
@@ -181,7 +191,7 @@ def held_out(windows: int) -> np.ndarray:
     """
     if windows < 2:
         raise MoEdgeError(f"{windows} calibration window is too few; give at least 2, one is held out to choose on.")
-    every = min(_HELD_EVERY, windows)
+    every = min(HELD_EVERY, windows)
     return np.arange(windows) % every == every - 1
 
 

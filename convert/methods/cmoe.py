@@ -124,7 +124,11 @@ def representative_router(block: adapters.FFN, neurons: np.ndarray, score: str, 
     """
     tensors = {name: getattr(block, name)[neurons].float().cpu().numpy() for name in ("gate", "up")}
     if normalised:
-        tensors = {name: rows / np.linalg.norm(rows, axis=1, keepdims=True) for name, rows in tensors.items()}
+        # The floor is that of ``F.normalize``, by which calibration normalises: rows of a pruned neuron are zero.
+        tensors = {
+            name: rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+            for name, rows in tensors.items()
+        }
     options: dict[str, Any] = {"score": score}
     if block.gate_bias is not None or block.up_bias is not None:
         options["bias"] = True

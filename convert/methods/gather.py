@@ -37,7 +37,8 @@ class GatherParams(BaseModel):
     """What a value is worth: the KL that it costs to leave it out (one price for all layers), its size times the norm
     of the weights that read it (WINA), or its size (TEAL); the last two keep the same share in every layer."""
     score_tokens: int = Field(default=4096, ge=1)
-    """Tokens of the calibration text on which the scores, and how much is read, are measured, in whole windows."""
+    """Tokens of the calibration text on which the scores, and how much is read, are measured: of every window in turn,
+    in pieces of at most 512."""
     ramp: float = Field(default=RAMP, ge=SMALLEST_RAMP, le=10, allow_inf_nan=False)
     """A value grows from 0 at its threshold t to its own at (1 + ramp) t, so that rounding turns no decision."""
 
@@ -126,5 +127,5 @@ def on_top(
 
 
 def measured_on(token_windows: np.ndarray, params: GatherParams) -> np.ndarray:
-    """Return the windows, of int64 [N, L], on which the scores and what is read are measured."""
+    """Return the pieces of windows, of int64 [N, L], on which the scores and what is read are measured."""
     return processes.of_tokens(token_windows, params.score_tokens)

@@ -42,6 +42,6 @@ class BudgetParams(BaseModel):
     """The same active width in every layer, or on average, by each layer's measured cost of skipping (this takes one
     more pass forwards and backwards)."""
     budget_tokens: int = Field(default=4096, ge=1)
-    """Tokens that the measurement looks at, in whole windows."""
+    """Tokens that the measurement looks at, of every window in turn, in pieces of at most 512."""
     most_skipped: float = Field(default=1.5, ge=1, allow_inf_nan=False)
     """With a measured budget, no layer skips more than this times the mean share of what can be skipped."""

@@ -88,6 +88,11 @@ class MLPMoEParams(BaseModel):
     def _fits(self) -> MLPMoEParams:
         if self.keep is not None and self.keep > self.branches:
             raise ValueError(f"keep: {self.keep} exceeds branches = {self.branches}.")
+        asked = "p_max" in self.model_fields_set and self.p_max > 0
+        if self.branches == 1 and self.fade != "flat" and asked:
+            raise ValueError(
+                f"p_max: a {self.fade} fade over one branch takes nothing; set fade: flat, or more branches."
+            )
         if self.p_max == 1 and self.fade == "geometric":
             raise ValueError("p_max: a geometric fade to 1 leaves nothing; make it less than 1.")
         if self.order == "neurons" and self.structure in ("2:4", "block"):

@@ -70,12 +70,18 @@ def calibration_windows(
 def interleaved(parts: list[np.ndarray]) -> np.ndarray:
     """Return the windows of several texts so that they take turns, evenly where one has more than another.
 
-    Every fifth window, which some methods hold out, is then drawn from all of them.
+    Those that some methods hold out (:func:`moedge.convert.streaming.held_out`) are then drawn from all of them.
     """
     import numpy as np
 
-    order = np.argsort(np.concatenate([np.arange(len(ids)) / len(ids) for ids in parts]), kind="stable")
-    mixed: np.ndarray = np.concatenate(parts)[order]
+    from moedge.convert.streaming import HELD_EVERY
+
+    number = len(parts)
+    when = np.concatenate([np.arange(len(ids)) / len(ids) for ids in parts])
+    turn = np.concatenate([np.full(len(ids), place) for place, ids in enumerate(parts)])
+    if number % HELD_EVERY == 0:  # the held-out place of every round would be the same text's: each round starts later
+        turn = (turn - np.concatenate([np.arange(len(ids)) for ids in parts])) % number
+    mixed: np.ndarray = np.concatenate(parts)[np.lexsort((turn, when))]
     return mixed
 
 

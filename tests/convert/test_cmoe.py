@@ -53,6 +53,20 @@ def test_normalised_profile_has_unit_router_rows(tiny_llama: Callable[..., Any],
     np.testing.assert_allclose(np.linalg.norm(plan.layers[0].router.tensors["gate"], axis=1), 1, atol=2e-7)
 
 
+def test_a_neuron_of_zeros_has_a_router_row_of_zeros(
+    tiny_llama: Callable[..., Any], make_plan: Callable[..., Any]
+) -> None:
+    """Pruned neurons mark nothing and lie nearest to many centres; their rows have no length to divide by."""
+    model = tiny_llama()
+    for block in adapters.ffns(model):
+        block.gate[30:] = block.up[30:] = 0
+    plan, _ = make_plan(model, profile="normalised", k_a=3)
+    rows = np.concatenate([layer.router.tensors["gate"] for layer in plan.layers])
+    lengths = np.linalg.norm(rows, axis=1)
+    assert (lengths == 0).any()
+    np.testing.assert_allclose(lengths[lengths > 0], 1, atol=2e-7)
+
+
 def test_router_is_exact_when_experts_are_identical_neurons(
     tiny_llama: Callable[..., Any], make_plan: Callable[..., Any], token_windows: np.ndarray
 ) -> None:

@@ -39,7 +39,7 @@ def test_nothing_faded_and_every_branch_kept_is_the_dense_model(
 @pytest.mark.parametrize("fade", ["linear", "geometric"])
 @pytest.mark.parametrize("branches", [1, 2, 5])
 def test_schedule_rises_from_zero_to_p_max(fade: str, branches: int) -> None:
-    shares = mlpmoe.schedule(MLPMoEParams(branches=branches, fade=fade, p_max=0.4))
+    shares = mlpmoe.schedule(MLPMoEParams(branches=branches, fade=fade))  # p_max is 0.4
     assert shares[0] == 0
     if branches > 1:
         assert shares[-1] == pytest.approx(0.4)
@@ -307,6 +307,12 @@ def test_training_that_fills_zeros_again_takes_them_out_of_the_plan(tiny_llama: 
 def test_what_no_pattern_fits_is_refused(settings: dict[str, Any], said: str, tiny_llama: Callable[..., Any]) -> None:
     with pytest.raises(MoEdgeError, match=said):
         methods.convert("mlpmoe", None, tiny_llama(), **settings)
+
+
+def test_a_fade_over_one_branch_is_refused() -> None:
+    with pytest.raises(ValidationError, match="p_max: a linear fade over one branch takes nothing; set fade: flat"):
+        MLPMoEParams(branches=1, p_max=0.5)
+    assert mlpmoe.schedule(MLPMoEParams(branches=1, p_max=0.5, fade="flat")) == 0.25
 
 
 def test_damaged_zeros_are_refused(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from moedge import MoEdgeError
-from moedge.convert import adapters, closed_form, methods, modeling, scoring, streaming
+from moedge.convert import adapters, budgets, closed_form, methods, modeling, scoring, streaming
 from moedge.convert.methods import METHODS, baselines, moedge
 from moedge.convert.plan import MoEPlan, RouterPlan
 
@@ -132,6 +132,38 @@ def test_a_layout_without_routed_experts_is_not_tried() -> None:
     # A measured budget may leave a layer one active expert.
     least = params.model_copy(update={"active": 1})
     assert [(one.shared, one.active, one.experts) for one in least.variants()] == [(4, 2, 16)]
+
+
+def test_no_layout_is_wider_than_the_one_it_replaces() -> None:
+    """A wider one misses less because it reads more: 5 of 8 are 2.5 of 4, so 2."""
+    params = moedge.MoEdgeParams(shared=2, active=3, experts=8, layouts=["S1E4", "S0E3", "S3E24"])
+    assert [(one.shared, one.active, one.experts) for one in params.variants()] == [(1, 1, 4), (0, 1, 3), (3, 12, 24)]
+
+
+def test_a_layer_that_adds_nothing_is_converted(tiny_llama: Callable[..., Any]) -> None:
+    """Depth is added with down projections of zero: no neuron has any energy."""
+    model = tiny_llama()
+    adapters.ffns(model)[1].down.zero_()
+    plan = methods.convert("moedge", WINDOWS, model, **LAYOUT)
+    assert plan.layers[1].report["energy_shared"] == 0
+    assert len(plan.sha256) == 64
+    plan.validate()
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "said"),
+    [
+        ("llama", {"layouts": ["S1E7"]}, "64 does not divide into 7"),
+        ("llama", {"layouts": ["S9E100"], "padding": "uneven"}, "100 experts are more than the FFN's 64 neurons"),
+        ("gemma2", {"fit_to": "stream"}, "fit_to: stream cannot be used for gemma2"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_the_budget(
+    family: str, settings: dict[str, Any], said: str, tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budgets, "calibration_curves", lambda *_: pytest.fail("minutes of work came first"))
+    with pytest.raises(MoEdgeError, match=said):
+        methods.convert("moedge", WINDOWS, tiny_model(family), **LAYOUT, budget="measured", **settings)
 
 
 def test_a_measured_budget_keeps_the_mean_width(tiny_llama: Callable[..., Any]) -> None:

@@ -120,13 +120,13 @@ def test_representative_is_the_nearest_member_of_its_own_cluster(seed: int) -> N
         assert cost[neuron, e] == cost[labels == e, e].min()
 
 
-@given(width=st.integers(8, 400), experts=st.integers(2, 12), data=st.data())
+@given(width=st.integers(12, 400), experts=st.integers(2, 12), data=st.data())
 def test_uneven_widths_drop_no_neuron(width: int, experts: int, data: st.DataObject) -> None:
     shared = data.draw(st.integers(0, experts - 1))
     shared_width, widths = partition.group_widths(width, shared, experts, "uneven")
     assert shared_width + sum(widths) == width
     assert len(widths) == experts - shared
-    assert max(widths) - min(widths) <= 1
+    assert 1 <= min(widths) <= max(widths) <= min(widths) + 1
     if width % experts == 0:
         assert shared_width == shared * width // experts
         assert set(widths) == {width // experts}
@@ -135,6 +135,12 @@ def test_uneven_widths_drop_no_neuron(width: int, experts: int, data: st.DataObj
 def test_indivisible_width_is_refused_without_padding() -> None:
     with pytest.raises(MoEdgeError, match=r"1537 does not divide into 16 experts; .*padding: uneven"):
         partition.group_widths(1537, 6, 16)
+
+
+@pytest.mark.parametrize("padding", ["none", "uneven"])
+def test_an_expert_without_a_neuron_is_refused(padding: partition.Padding) -> None:
+    with pytest.raises(MoEdgeError, match="17 experts are more than the FFN's 16 neurons; choose fewer"):
+        partition.group_widths(16, 2, 17, padding)
 
 
 def test_rate_order_breaks_ties_by_index() -> None:

@@ -56,6 +56,16 @@ def test_every_process_has_a_window_of_what_is_measured(
     np.testing.assert_array_equal(processes.of_tokens(windows, tokens), windows[:found])
 
 
+def test_long_windows_are_measured_in_pieces_of_each_in_turn() -> None:
+    """Of eight windows of 2048 tokens 4096 tokens are not the first two windows, which are of the first two texts."""
+    windows = np.arange(8 * 2048).reshape(8, 2048)
+    np.testing.assert_array_equal(processes.of_tokens(windows, 4096), windows[:, :512])
+    more = processes.of_tokens(windows, 6000)
+    np.testing.assert_array_equal(more, [*windows[:, :512], *windows[:3, 512:1024]])
+    odd = np.arange(2 * 700).reshape(2, 700)
+    np.testing.assert_array_equal(processes.of_tokens(odd, 10**6), odd[:, :512])
+
+
 def test_processes_wait_for_days(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first one downloads and hashes while the others wait."""
     import accelerate

@@ -3,10 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from moedge import MoEdgeError
 from moedge._files import sha256_file
+from moedge.convert import streaming
 from moedge.convert.plan import MoEPlan
 from moedge.runtime.run import held_out, scores
 from moedge.runtime.text.tokenizer import Tokenizer
@@ -109,6 +111,20 @@ def test_windows_beyond_the_models_positions_are_refused(tiny_llama):
     held_out.check_window(tiny_llama(), 256, "--window")
     with pytest.raises(MoEdgeError, match="--window 257 is beyond the model's 256 positions"):
         held_out.check_window(tiny_llama(), 257, "--window")
+
+
+@pytest.mark.parametrize("texts", range(1, 16))
+def test_windows_that_are_held_out_are_of_every_text(texts: int) -> None:
+    """Five texts that simply take turns would have every fifth window from the last one."""
+    parts = [np.full((20, 3), number) for number in range(texts)]
+    mixed = held_out.interleaved(parts)[:, 0]
+    apart = streaming.held_out(len(mixed))
+    for some in (mixed[apart], mixed[~apart]):
+        assert set(some) == set(range(texts))
+    held = np.bincount(mixed[apart])
+    assert held.max() - held.min() <= 1
+    for start in range(0, len(mixed), texts):  # every round has all of them
+        assert set(mixed[start : start + texts]) == set(range(texts))
 
 
 def test_several_calibration_texts_share_the_windows_and_take_turns(tmp_path: Path, tiny_tokenizer: Any) -> None:

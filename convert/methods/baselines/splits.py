@@ -207,8 +207,9 @@ def _clusters(
     found = partition.balanced_kmeans(points, initial, widths, max_iters=max_iters)
     experts = [np.flatnonzero(found.labels == e).astype(np.int32) for e in range(len(widths))]
     nearest = partition.representatives(points, found.labels, found.centroids)
-    spread = float(np.square(points - found.centroids[found.labels]).sum() / np.square(points - points.mean(0)).sum())
-    report = {"iterations": found.iterations, "converged": found.converged, "inertia_share": round(spread, 6)}
+    spread = float(np.square(points - found.centroids[found.labels]).sum())
+    whole = float(np.square(points - points.mean(0)).sum()) or 1.0  # 0 where all rows are
+    report = {"iterations": found.iterations, "converged": found.converged, "inertia_share": round(spread / whole, 6)}
     return experts, nearest, report
 
 

@@ -119,7 +119,8 @@ def _partition(
     else:
         order = mean_energy.argsort(descending=True, stable=True).cpu().numpy()
         shared = np.sort(order[:shared_width]).astype(np.int32)
-    report: dict[str, Any] = {"energy_shared": six(float(mean_energy[shared].sum() / mean_energy.sum()))}
+    whole = float(mean_energy.sum()) or 1.0  # 0 where down_proj is: a layer that was added to do nothing
+    report: dict[str, Any] = {"energy_shared": six(float(mean_energy[shared].sum()) / whole)}
     rest = np.setdiff1d(np.arange(len(mean), dtype=np.int32), shared)
     loss = Loss(tokens, rest, mean, norms, shared if params.loss == "shared" else None)
     if params.partition == "cmoe":

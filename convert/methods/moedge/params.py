@@ -44,7 +44,8 @@ class MoEdgeParams(BudgetParams, LayoutParams):
 
     layouts: list[Annotated[str, Field(pattern=r"^S\d+E[1-9]\d*$")]] = Field(default=[])
     """Other numbers of shared experts and of experts, e.g. ``[S2E16, S16E128]``: every layer is converted by each, at
-    the same active width, and keeps what misses least of its output on held-out tokens."""
+    the same active width or the next one below that it has, and keeps what misses least of its output on held-out
+    tokens."""
 
     @model_validator(mode="after")
     def _fits(self) -> MoEdgeParams:
@@ -56,10 +57,13 @@ class MoEdgeParams(BudgetParams, LayoutParams):
         return self
 
     def variant(self, layout: str) -> MoEdgeParams:
-        """Return these parameters with another layout of the same active width."""
+        """Return these parameters with another layout of the same active width, or the next one below it.
+
+        Never a wider one: that misses less because it reads more.
+        """
         shared, experts = map(int, layout[1:].split("E"))
-        share = (self.shared + self.active) / self.experts
-        changed = {"shared": shared, "experts": experts, "active": round(share * experts) - shared}
+        active = (self.shared + self.active) * experts // self.experts
+        changed = {"shared": shared, "experts": experts, "active": active - shared}
         return self.model_copy(update=changed)
 
     def variants(self) -> list[MoEdgeParams]:

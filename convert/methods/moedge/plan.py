@@ -28,14 +28,21 @@ def plan(
     Raises:
         MoEdgeError: a width that does not divide, too few windows, or a model without GLU FFNs.
     """
-    from moedge.convert import modeling, streaming
+    from moedge.convert import modeling, partition, streaming
     from moedge.convert.methods.moedge.layer import make_layer
 
-    active = [params.active] * len(adapters.ffns(model))
+    # What cannot be done is refused before the budget's passes, which take minutes.
+    streaming.held_out(len(token_windows))
+    stream = params.fit_to == "stream"
+    if stream:
+        streaming.check_stream(model)
+    blocks = adapters.ffns(model)
+    for one in (params, *params.variants()):
+        partition.group_widths(blocks[0].width, one.shared, one.experts, one.padding)
+    active = [params.active] * len(blocks)
     if params.budget == "measured":
         active = _measured(model, token_windows, params)
     layers = []
-    stream = params.fit_to == "stream"
     for tokens in streaming.walk(model, token_windows, dense_stream=stream, progress=progress):
         here = params.model_copy(update={"active": active[tokens.block.index]})
         tried = [make_layer(tokens, one) for one in (here, *here.variants())]
