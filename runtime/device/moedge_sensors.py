@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path("/")
 _TICKS = float(os.sysconf("SC_CLK_TCK")) if hasattr(os, "sysconf") else 100.0
 _PASSIVE = ("passive", "active_passive")
+_JETSON_GPUS = ("*.g*", "gpu-gpc-*")
+"""Names under devfreq: ``17000000.gpu`` or ``.ga10b`` (Orin and older), ``gpu-gpc-0`` (Thor)."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,8 @@ class Machine:
         self._group = _text(root / "proc/self/cgroup") or ""
         self._names = {zone: _text(zone / "type") or zone.name for zone in self._zones}
         self._trips = {zone: _trip(zone) for zone in self._zones}
-        self._gpu = next(iter(sorted((root / "sys/class/devfreq").glob("*.g*"))), None)
+        gpus = (path for name in _JETSON_GPUS for path in sorted((root / "sys/class/devfreq").glob(name)))
+        self._gpu = next(gpus, None)
 
     def settings(self, power_mode: str | None = None) -> Settings:
         """Read how the machine is set up; ``power_mode`` where somebody else told it (``nvpmodel``)."""
@@ -206,7 +209,7 @@ class Machine:
         )
 
     def read(self, gpu: Gpu | None = None) -> Reading:
-        """Read everything that changes; ``gpu`` where somebody else read it (NVML)."""
+        """Read everything that changes; ``gpu`` where somebody else read it (NVML), which ``/sys`` completes."""
         busy = cpu_seconds(_text(self._root / "proc/stat") or "", self._allowed)
         clocks = [_number(path) for path in self._clocks]
         counts = [
@@ -225,7 +228,7 @@ class Machine:
             held_back_s=quota(self._group, self._root)[1],
             celsius={self._names[zone]: value for zone, value in celsius.items()},
             slowed=self._slowed(celsius),
-            gpu=gpu or self._jetson_gpu(),
+            gpu=_completed(gpu, self._jetson_gpu()),
         )
 
     def _celsius(self) -> dict[Path, float]:
@@ -259,6 +262,13 @@ class Machine:
     def _jetson_gpu(self) -> Gpu | None:
         clock = _number(self._gpu / "cur_freq") if self._gpu is not None else None
         return None if clock is None else Gpu(mhz=clock / 1e6)
+
+
+def _completed(told: Gpu | None, own: Gpu | None) -> Gpu | None:
+    """What NVML told; from ``/sys`` what it did not, for on a Jetson it starts and then answers next to nothing."""
+    if told is None or own is None:
+        return told or own
+    return replace(told, **{name: value for name, value in vars(own).items() if getattr(told, name) is None})
 
 
 def _trip(zone: Path) -> float | None:

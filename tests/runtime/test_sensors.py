@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from moedge.runtime.device import moedge_nvml
+from moedge.runtime.device.moedge_guard import Watch
 from moedge.runtime.device.moedge_sensors import Gpu, Machine, cpu_seconds, memory_left, quota
 
 STAT = """cpu  27573 6 2901 48706 443 21 153 139 900 0
@@ -86,6 +87,13 @@ def orin(root: Path) -> Path:
     )
 
 
+class NotSupported:
+    """An NVML that starts, and whose every query is NVML_ERROR_NOT_SUPPORTED."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: 3
+
+
 def test_busy_time_is_what_is_neither_idle_nor_stolen_of_the_cores_that_we_may_use() -> None:
     first, second = (7573 + 1 + 901 + 20 + 53) / 100, (8000 + 2 + 1000 + 1 + 50) / 100
     assert cpu_seconds(STAT, {0}, 100.0) == (pytest.approx(first), 0.39)
@@ -121,6 +129,38 @@ def test_a_jetson_is_read(tmp_path: Path) -> None:
     assert machine.settings("MAXN").power_mode == "MAXN"
     assert machine.settings().clocks_locked is True
     (tmp_path / "sys/class/devfreq/17000000.gpu/min_freq").write_text("306000000")
+    assert machine.settings().clocks_locked is False
+
+
+def test_a_jetson_whose_nvml_starts_and_answers_nothing_tells_its_clock_in_sys(tmp_path: Path) -> None:
+    """As on JetPack 6 and 7; the clock moves between 306 and 1300.5 MHz, those of an AGX Orin."""
+    machine = Machine(orin(tmp_path))
+    nvml = object.__new__(moedge_nvml.Nvml)
+    nvml._handle, nvml._lib = None, NotSupported()
+    assert nvml.read() == Gpu()
+    assert machine.read(nvml.read()).gpu == Gpu(mhz=624.75)
+    whole = Gpu(mhz=1000, celsius=50, reasons=("power limit",))
+    assert machine.read(whole).gpu == whole, "what NVML tells stays"
+    assert machine.read(Gpu(celsius=50)).gpu == Gpu(mhz=624.75, celsius=50)
+
+    watch = Watch(machine, gpu=nvml.read)
+    for clock in (306_000_000, 1_300_500_000, 306_000_000):
+        (tmp_path / "sys/class/devfreq/17000000.gpu/cur_freq").write_text(str(clock))
+        watch.read()
+    found = watch.judge({"moe": {"tpot_ms": [10.0, 10.0]}}, None)
+    assert found.gpu_mhz == (306, 1300.5)
+    assert "gpu-clock" in [concern.kind for concern in found.concerns]
+
+
+def test_the_gpu_of_a_thor_has_another_name_in_sys(tmp_path: Path) -> None:
+    """Its other clock there, ``gpu-nvd-0``, is that of the video units; names and 1575 MHz were recorded on one."""
+    for name, clock in (("bwmgr", 4266), ("gpu-gpc-0", 1575), ("gpu-nvd-0", 1692)):
+        freqs = {f"sys/class/devfreq/{name}/{end}_freq": clock * 10**6 for end in ("cur", "min", "max")}
+        write(tmp_path, freqs)
+    machine = Machine(tmp_path)
+    assert machine.read(Gpu()).gpu == Gpu(mhz=1575)
+    assert machine.settings().clocks_locked is True
+    (tmp_path / "sys/class/devfreq/gpu-gpc-0/min_freq").write_text("315000000")
     assert machine.settings().clocks_locked is False
 
 
