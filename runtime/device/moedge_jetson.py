@@ -20,7 +20,8 @@ _HEAT = re.compile(r"\b([A-Za-z][A-Za-z0-9_]*)@(-?[\d.]+)C")
 _CPU = re.compile(r"\bCPU \[([^\]]*)\]")
 _GPU = re.compile(r"\bGR3D_FREQ (?:(\d+)%)?(?:@\[?([\d,]+)\]?)?")
 _MEMORY = re.compile(r"\bEMC_FREQ (\d+)%(?:@(\d+))?")
-_CLOCK = re.compile(r"^\s*(\S+?):?\s.*?MinFreq=(\d+) MaxFreq=(\d+) CurrentFreq=(\d+)", re.MULTILINE)
+_CLOCK = re.compile(r"\s*(?:cpu\d+|GPU|gpu-\S+|EMC):?\s.*?MinFreq=(\d+) MaxFreq=(\d+)")
+"""Those that an engine needs. DLA and PVA, where a board shows them, have MinFreq=0 however they are set."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,14 @@ def l4t(text: str) -> str | None:
 
 
 def clocks_locked(text: str) -> bool | None:
-    """Whether every clock that ``jetson_clocks --show`` prints is held at one value; None where it prints none.
+    """Whether the clocks of cores, GPU and memory are held at one value each, from ``jetson_clocks --show``.
 
-    On Orin the memory's is held by ``FreqOverride=1``, not by equal limits.
+    None where it prints none. The memory's (EMC) is mostly held by ``FreqOverride=1``, not by equal limits.
     """
     held = []
     for line in text.splitlines():
         if "Online=0" not in line and (found := _CLOCK.match(line)):
-            held.append(found[2] == found[3] or "FreqOverride=1" in line)
+            held.append(found[1] == found[2] or "FreqOverride=1" in line)
     return all(held) if held else None
 
 

@@ -50,6 +50,38 @@ EMC MinFreq=204000000 MaxFreq=1600000000 CurrentFreq=1600000000 FreqOverride=1
 Fan: PWM=0
 NV Power Mode: MAXN
 """
+ACCELERATORS = """DLA0_CORE:   Online=1 MinFreq=0 MaxFreq=1369600000 CurrentFreq=1369600000
+DLA0_FALCON: Online=1 MinFreq=0 MaxFreq=729600000 CurrentFreq=729600000
+DLA1_CORE:   Online=1 MinFreq=0 MaxFreq=1369600000 CurrentFreq=1369600000
+DLA1_FALCON: Online=1 MinFreq=0 MaxFreq=729600000 CurrentFreq=729600000
+PVA0_VPS0: Online=1 MinFreq=0 MaxFreq=512000000 CurrentFreq=512000000
+PVA0_AXI:  Online=1 MinFreq=0 MaxFreq=358400000 CurrentFreq=358400000
+FAN Dynamic Speed Control=nvfancontrol hwmon0_pwm1=48
+NV Power Mode: MODE_30W
+"""
+AGX_ORIN_NOT_LOCKED = f"""SOC family:tegra234  Machine:NVIDIA Jetson AGX Orin Developer Kit
+Online CPUs: 0-7
+cpu0:  Online=1 Governor=schedutil MinFreq=729600 MaxFreq=1728000 CurrentFreq=1420800 IdleStates: WFI=1 c7=1
+cpu8:  Online=0 Governor=schedutil MinFreq=729600 MaxFreq=2201600 CurrentFreq=729600 IdleStates: WFI=1 c7=1
+GPU MinFreq=306000000 MaxFreq=612000000 CurrentFreq=306000000
+Active GPU TPCs: 4
+EMC MinFreq=204000000 MaxFreq=3199000000 CurrentFreq=3199000000 FreqOverride=0
+{ACCELERATORS}"""
+AGX_ORIN_LOCKED = f"""SOC family:tegra234  Machine:NVIDIA Jetson AGX Orin Developer Kit
+Online CPUs: 0-7
+cpu0:  Online=1 Governor=schedutil MinFreq=1728000 MaxFreq=1728000 CurrentFreq=1728000 IdleStates: WFI=0 c7=0
+cpu8:  Online=0 Governor=schedutil MinFreq=729600 MaxFreq=2201600 CurrentFreq=729600 IdleStates: WFI=0 c7=0
+GPU MinFreq=612000000 MaxFreq=612000000 CurrentFreq=612000000
+Active GPU TPCs: 4
+EMC MinFreq=204000000 MaxFreq=3199000000 CurrentFreq=3199000000 FreqOverride=1
+{ACCELERATORS}"""
+"""The same board, a moment later: what it says of DLA and PVA has not changed."""
+THOR_LOCKED = """cpu13: Governor=schedutil MinFreq=2601000 MaxFreq=2601000 CurrentFreq=2601000 IdleStates: WFI=0 cc7=0
+gpu-gpc-0 MinFreq=1575000000 MaxFreq=1575000000 CurrentFreq=1575000000
+gpu-nvd-0 MinFreq=1692000000 MaxFreq=1692000000 CurrentFreq=1692000000
+EMC MinFreq=665600000 MaxFreq=4266000000 CurrentFreq=4266000000 FreqOverride=1
+PVA0_VPS0: Online=0 MinFreq=0 MaxFreq=1215000000 CurrentFreq=1215000000
+"""
 
 
 def test_tegrastats_of_orin_and_thor() -> None:
@@ -112,6 +144,16 @@ def test_locked_clocks() -> None:
     assert clocks_locked(LOCKED.replace("Online=0", "Online=1")) is False, "only a core that is off may differ"
     assert clocks_locked("gpu-gpc-0 MinFreq=1575000000 MaxFreq=1575000000 CurrentFreq=1575000000") is True
     assert clocks_locked("Error: Run this script as a root user") is None
+
+
+def test_accelerators_that_no_engine_uses_do_not_unlock_a_locked_board() -> None:
+    assert clocks_locked(AGX_ORIN_LOCKED) is True
+    assert clocks_locked(AGX_ORIN_NOT_LOCKED) is False
+    assert clocks_locked(THOR_LOCKED) is True
+    for held, free in (("=1728000 Max", "=729600 Max"), ("=612000000 Max", "=306000000 Max"), ("ride=1", "ride=0")):
+        assert clocks_locked(AGX_ORIN_LOCKED.replace(held, free)) is False, held
+    assert clocks_locked(THOR_LOCKED.replace("MinFreq=1575000000", "MinFreq=315000000")) is False
+    assert clocks_locked(ACCELERATORS) is None
 
 
 def test_tools_that_are_not_there_say_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
