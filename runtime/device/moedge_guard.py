@@ -30,6 +30,7 @@ _MEDIAN = math.sqrt(math.pi / 2)
 _TREND_Z = 2.576
 """Normal quantile of 99 %, two-sided: a trend of rounds that chance shows once in a hundred runs is no trend."""
 _ROUNDS_FOR_A_TREND = 8
+_JETSON_CLOCKS = "sudo jetson_clocks"
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,7 @@ def judge(
     rounds: Mapping[str, Mapping[str, Sequence[float]]],
     *,
     threads: int | None,
+    jetson: bool = False,
     reading_ms: float = 0.0,
 ) -> Verdict:
     """Judge a measurement.
@@ -148,6 +150,7 @@ def judge(
         settings: of the machine.
         rounds: label -> metric -> milliseconds of each round.
         threads: of an engine on the CPU; None: the work is on a GPU, so what cores do hardly matters.
+        jetson: the machine is one, so clocks are held with its own tool.
         reading_ms: mean cost of a reading.
     """
     seen = _Seen.of(readings)
@@ -158,12 +161,12 @@ def judge(
         *_of_drift(trend),
         *(_of_cores(seen, settings, threads) if threads else []),
         *_of_heat(seen),
-        *_of_clocks(seen, settings, on_gpu=threads is None),
+        *_of_clocks(seen, settings, on_gpu=threads is None, jetson=jetson),
     ]
     return Verdict(
         trusted=not concerns,
         concerns=concerns,
-        notes=_notes(settings, threads),
+        notes=_notes(settings, threads, jetson=jetson),
         settings=settings,
         spread=found,
         drift=trend,
@@ -337,7 +340,7 @@ def _of_heat(seen: _Seen) -> list[Concern]:
     return found
 
 
-def _of_clocks(seen: _Seen, settings: Settings, *, on_gpu: bool) -> list[Concern]:
+def _of_clocks(seen: _Seen, settings: Settings, *, on_gpu: bool, jetson: bool) -> list[Concern]:
     found = []
     if not on_gpu and seen.mhz and _apart(seen.mhz):
         governor = f" (governor {', '.join(settings.governors)})" if settings.governors else ""
@@ -345,7 +348,7 @@ def _of_clocks(seen: _Seen, settings: Settings, *, on_gpu: bool) -> list[Concern
             Concern(
                 "clock",
                 f"The processor's clock moved between {seen.mhz[0]:.0f} and {seen.mhz[1]:.0f} MHz{governor}: hold it, "
-                "such as with: sudo cpupower frequency-set -g performance (on a Jetson: sudo jetson_clocks).",
+                f"such as with: {_JETSON_CLOCKS if jetson else 'sudo cpupower frequency-set -g performance'}.",
             )
         )
     if on_gpu and seen.gpu_mhz and _apart(seen.gpu_mhz):
@@ -354,7 +357,7 @@ def _of_clocks(seen: _Seen, settings: Settings, *, on_gpu: bool) -> list[Concern
             Concern(
                 "gpu-clock",
                 f"The GPU's clock moved between {seen.gpu_mhz[0]:.0f} and {seen.gpu_mhz[1]:.0f} MHz{why}: lock it, "
-                "with: sudo nvidia-smi --lock-gpu-clocks=MHZ (on a Jetson: sudo jetson_clocks).",
+                f"with: {_JETSON_CLOCKS if jetson else 'sudo nvidia-smi --lock-gpu-clocks=MHZ'}.",
             )
         )
     return found
@@ -364,13 +367,13 @@ def _apart(span: tuple[float, float]) -> bool:
     return span[1] > (1 + WANTED) * span[0]
 
 
-def _notes(settings: Settings, threads: int | None) -> list[str]:
+def _notes(settings: Settings, threads: int | None, *, jetson: bool) -> list[str]:
     """What another run should know: settings that make machines differ, without harm within this run."""
     notes = []
     if settings.power_mode and not settings.power_mode.upper().startswith(("MAXN", "PERFORMANCE")):
         notes.append(f"The power mode is {settings.power_mode}; figures of others are mostly of the greatest one.")
-    if settings.clocks_locked is False and settings.power_mode:
-        notes.append("The clocks are not locked (jetson_clocks).")
+    if jetson and settings.clocks_locked is False:  # elsewhere clocks are hardly ever locked
+        notes.append(f"The clocks are not locked ({_JETSON_CLOCKS}).")
     if threads and settings.physical_cores and threads > settings.physical_cores:
         notes.append(
             f"{threads} threads on {settings.physical_cores} physical cores: two of them share a core's arithmetic."
@@ -384,7 +387,7 @@ class Watch:
     Args:
         machine: what to read.
         gpu: reads the GPU's clocks (:meth:`moedge_nvml.Nvml.read`), for engines that run there.
-        power_mode: where a tool told it (``nvpmodel``).
+        power_mode: where a Jetson's tool told it (``nvpmodel``).
     """
 
     def __init__(
@@ -392,6 +395,7 @@ class Watch:
     ) -> None:
         self._machine, self._gpu = machine or Machine(), gpu
         self.settings = self._machine.settings(power_mode)
+        self._jetson = power_mode is not None or self._machine.jetson
         self.readings: list[Reading] = []
         self._spent = 0.0
 
@@ -406,4 +410,5 @@ class Watch:
     ) -> Verdict:
         """Judge what was measured after the first ``since`` turns, which were warm-up; see :func:`judge`."""
         cost = 1e3 * self._spent / len(self.readings)
-        return judge(self.readings[since:], self.settings, rounds, threads=threads, reading_ms=cost)
+        readings = self.readings[since:]
+        return judge(readings, self.settings, rounds, threads=threads, jetson=self._jetson, reading_ms=cost)

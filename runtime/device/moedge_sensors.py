@@ -75,6 +75,7 @@ class Settings:
     load_average: float | None = None
     """Programs that ran or waited, mean of the last minute, before the measurement."""
     power_mode: str | None = None
+    """A Jetson's (``nvpmodel``), elsewhere the firmware's platform profile (ACPI)."""
     clocks_locked: bool | None = None
     """Whether least and greatest clock are set equal (``jetson_clocks``)."""
 
@@ -186,6 +187,8 @@ class Machine:
         self._trips = {zone: _trip(zone) for zone in self._zones}
         gpus = (path for name in _JETSON_GPUS for path in sorted((root / "sys/class/devfreq").glob(name)))
         self._gpu = next(gpus, None)
+        self.jetson = "nvidia,tegra" in (_text(root / "proc/device-tree/compatible") or "")
+        """Whether this is a Jetson, whichever board its module is on."""
 
     def settings(self, power_mode: str | None = None) -> Settings:
         """Read how the machine is set up; ``power_mode`` where somebody else told it (``nvpmodel``)."""

@@ -23,9 +23,15 @@ END = replace(START, at=10.0, own_s=19.0, busy_s=119.2, mhz=(2950.0, 3000.0))
 
 
 def verdict(
-    *, settings: Settings = QUIET, rounds: Any = STEADY, threads: int | None = 2, start: Reading = START, **end: Any
+    *,
+    settings: Settings = QUIET,
+    rounds: Any = STEADY,
+    threads: int | None = 2,
+    start: Reading = START,
+    jetson: bool = False,
+    **end: Any,
 ) -> Verdict:
-    return judge([start, replace(END, **end)], settings, rounds, threads=threads)
+    return judge([start, replace(END, **end)], settings, rounds, threads=threads, jetson=jetson)
 
 
 def kinds(found: Verdict) -> list[str]:
@@ -113,13 +119,21 @@ def test_what_is_not_told_is_no_concern() -> None:
 
 
 def test_settings_that_make_machines_differ_are_notes() -> None:
-    found = verdict(settings=replace(QUIET, power_mode="15W", clocks_locked=False, physical_cores=1))
+    found = verdict(settings=replace(QUIET, power_mode="15W", clocks_locked=False, physical_cores=1), jetson=True)
     assert found.trusted
     said = " ".join(found.notes)
     assert "15W" in said
     assert "jetson_clocks" in said
     assert "1 physical core" in said
-    assert verdict(settings=replace(QUIET, power_mode="MAXN_SUPER", clocks_locked=True)).notes == []
+    assert verdict(settings=replace(QUIET, power_mode="MAXN_SUPER", clocks_locked=True), jetson=True).notes == []
+
+
+def test_only_a_jetson_is_told_of_its_tools() -> None:
+    moved = [START, replace(END, at=5.0, mhz=(2000.0,), gpu=Gpu(mhz=1500)), replace(END, gpu=Gpu(mhz=1900))]
+    for threads, elsewhere in ((2, "sudo cpupower frequency-set -g performance."), (None, "--lock-gpu-clocks=MHZ.")):
+        for jetson, remedy in ((False, elsewhere), (True, "sudo jetson_clocks.")):
+            (concern,) = judge(moved, QUIET, STEADY, threads=threads, jetson=jetson).concerns
+            assert concern.says.endswith(remedy)
 
 
 def test_rounds_that_vary_say_how_many_are_needed() -> None:

@@ -69,6 +69,7 @@ def orin(root: Path) -> Path:
     return write(
         root,
         {
+            "proc/device-tree/compatible": "nvidia,p3737-0000+p3701-0005\0nvidia,tegra234\0",
             "sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq": 1_510_400,
             "sys/devices/system/cpu/cpu0/cpufreq/scaling_min_freq": 1_510_400,
             "sys/devices/system/cpu/cpu0/cpufreq/scaling_max_freq": 1_510_400,
@@ -150,6 +151,21 @@ def test_a_jetson_whose_nvml_starts_and_answers_nothing_tells_its_clock_in_sys(t
     found = watch.judge({"moe": {"tpot_ms": [10.0, 10.0]}}, None)
     assert found.gpu_mhz == (306, 1300.5)
     assert "gpu-clock" in [concern.kind for concern in found.concerns]
+
+
+def test_a_laptop_with_a_platform_profile_is_told_nothing_of_a_jetsons_tools(tmp_path: Path) -> None:
+    """Both have clocks that are not locked; a Jetson without nvpmodel (in a container) tells no mode, and is one."""
+    freed = {"sys/class/devfreq/17000000.gpu/min_freq": 306_000_000}
+    notes = []
+    for machine in (Machine(laptop(tmp_path / "laptop")), Machine(write(orin(tmp_path / "orin"), freed))):
+        watch = Watch(machine)
+        watch.read()
+        watch.read()
+        notes.append(watch.judge({"moe": {"tpot_ms": [10.0, 10.0]}}, None).notes)
+    assert notes == [
+        ["The power mode is low-power; figures of others are mostly of the greatest one."],
+        ["The clocks are not locked (sudo jetson_clocks)."],
+    ]
 
 
 def test_the_gpu_of_a_thor_has_another_name_in_sys(tmp_path: Path) -> None:
