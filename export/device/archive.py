@@ -116,10 +116,12 @@ def write(
     _check_output(out, source, force=force)
     report = progress or (lambda *_: None)
     version = _version(device, tensorrt)
-    with _archived(out, f"moedge-{device.name}") as (work, folder):
+    with _scratch(out) as work:
         report("exporting", 0, 3)
         name = label or source.name or source.resolve().name
         graph, reference = _bundles(source, work / "bundles", name, version, experts, dtype)
+        folder = work / "content" / folder_name(device.name, graph.manifest.kind)
+        folder.mkdir(parents=True)
         label = label or graph.manifest.label
         profiles = _profiles(graph, device, max_length, max_prompt, batch)
         report("recording answers", 1, 3)
@@ -128,21 +130,25 @@ def write(
         manifest = _manifest(graph, device, label, version, profiles, given, hash_tree(folder))
         write_json(folder / MANIFEST, manifest.document())
         report("packing", 2, 3)
+        _pack(folder, work / "archive.tar")
+        os.replace(work / "archive.tar", out)
     report("done", 3, 3)
     return manifest
 
 
+def folder_name(device: str, kind: str) -> str:
+    """Return what the folder in an archive is called: a model and its dense parent are unpacked beside each other."""
+    return f"moedge-{device}-{kind}"
+
+
 @contextmanager
-def _archived(out: Path, name: str) -> Iterator[tuple[Path, Path]]:
-    """Give a scratch folder and a folder called ``name``, which is packed to ``out`` if the block ends well."""
+def _scratch(out: Path) -> Iterator[Path]:
+    """Give a scratch folder beside ``out``, whose folder is made where it is missing."""
     out.parent.mkdir(parents=True, exist_ok=True)
     work = partial_of(out)
-    folder = work / "content" / name
     try:
-        folder.mkdir(parents=True)
-        yield work, folder
-        _pack(folder, work / "archive.tar")
-        os.replace(work / "archive.tar", out)
+        work.mkdir()
+        yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -185,7 +191,12 @@ def _fill(graph: Bundle, device: Device, label: str, folder: Path, report: Steps
     scripts = Path(moedge_trt.__file__).parent
     for name in SCRIPTS:
         shutil.copyfile(scripts / name, folder / name)
-    (folder / "README.md").write_text(_README.format(label=label, device=device.label), encoding="utf-8")
+    (folder / "README.md").write_text(_readme(label, device), encoding="utf-8")
+
+
+def _readme(label: str, device: Device) -> str:
+    folders = {kind: folder_name(device.name, kind) for kind in ("moe", "dense")}
+    return _README.format(label=label, device=device.label, **folders)
 
 
 def _manifest(
@@ -311,8 +322,9 @@ On the device, with numpy and TensorRT's Python package (JetPack has both):
     sudo nvpmodel -m 0 && sudo jetson_clocks                      # a Jetson's greatest power mode; others: leave it out
     python3 bench.py --prompt 512 --decode 64
 
-bench.py records power mode, clocks, heat and energy where the device tells them (a Jetson's rails: run it with sudo),
-and times the dense parent in the same rounds where its archive lies beside this folder.
+bench.py records power mode, clocks, heat and energy where the device tells them (a Jetson's rails: run it with sudo).
+It times a converted model and its dense parent in the same rounds where both archives are unpacked in one place, as
+{moe} and {dense}, and both engines are built.
 
 Both results are JSON. Where MoEdge is installed: moedge device-report verify-result.json bench-result.json, and, for a
 model with experts, moedge verify CHECKPOINT verify-answers.npz, which judges every token whatever experts were chosen.

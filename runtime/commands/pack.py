@@ -71,16 +71,32 @@ def pack(
 
 
 def _print(out: Path, manifest: ArchiveManifest) -> None:
-    """Say what the archive holds and what to do with it."""
+    """Say what the archive holds, what to do with it, and how it is timed beside its parent, or what was made of it."""
+    from moedge.export.device.archive import folder_name
+
+    name, kind = manifest.device["name"], manifest.kind
     console = Console()
     size = out.stat().st_size / 2**20
     console.print(
         escape(f"{out}: {size:.0f} MiB, {len(manifest.files)} files, sha256 {sha256_file(out)}"), soft_wrap=True
     )
     console.print(escape(f"For TensorRT {manifest.tensorrt}, {manifest.dtype}: {_form(manifest)}"), soft_wrap=True)
-    unpack = f"tar xf {shlex.quote(out.name)} && cd moedge-{manifest.device['name']}"
+    unpack = f"tar xf {shlex.quote(out.name)} && cd {shlex.quote(folder_name(name, kind))}"
     said = f"On the device: {unpack} && python3 build_engine.py && python3 verify.py"
     console.print(escape(said), soft_wrap=True)
+    other = folder_name(name, "dense" if kind == "moe" else "moe")
+    console.print(escape(_beside(kind, other)), highlight=False, soft_wrap=True)
+
+
+def _beside(kind: str, folder: str) -> str:
+    """How a model and its dense parent are timed together; ``folder`` is what the other archive unpacks to."""
+    what, whose, where = "its dense parent", "the parent's", "here"
+    if kind == "dense":
+        what, whose, where = "a model made of it", "that model's", "there"
+    return (
+        f"To time it beside {what}: unpack {whose} archive in the same place ({folder}), build its engine, and run "
+        f"bench.py {where}."
+    )
 
 
 def _form(manifest: ArchiveManifest) -> str:

@@ -7,6 +7,7 @@ everything but the engine.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -24,7 +25,9 @@ from moedge.configs.tolerances import Given
 from moedge.export.bundle import open_bundle
 from moedge.export.device import archive as device_archive
 from moedge.export.graph import emulation
+from moedge.export.manifest import ArchiveManifest
 from moedge.runtime.commands import device_report
+from moedge.runtime.commands import pack as pack_command
 from moedge.runtime.device import moedge_compare
 from moedge.runtime.parity import metrics as reduction
 from moedge.runtime.parity.given import answers_of_device
@@ -127,11 +130,12 @@ def unpacked(archive, tmp_path):
     return unpack(archive, tmp_path)
 
 
-def unpack(archive: Path, tmp_path: Path, name: str = "moedge-jetson-agx-orin") -> Path:
+def unpack(archive: Path, tmp_path: Path) -> Path:
     """The archive's folder, with a file in place of the engine (nothing here can deserialize one)."""
-    extract(archive, tmp_path / f"{name}.unpacked")
-    folder = (tmp_path / f"{name}.unpacked" / "moedge-jetson-agx-orin").rename(tmp_path / name)
-    emulated = tmp_path / f"{name}.onnx"
+    with tarfile.open(archive) as tar:
+        folder = tmp_path / Path(tar.getnames()[0]).parts[0]
+    extract(archive, tmp_path)
+    emulated = tmp_path / f"{folder.name}.onnx"
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "engine.plan").write_bytes(b"stand-in")
     model = onnx.load(folder / "model.onnx", load_external_data=False)
@@ -180,14 +184,38 @@ def test_the_manifest_lists_every_file_and_nothing_is_a_path_outside(archive):
     with tarfile.open(archive) as tar:
         names = sorted(member.name for member in tar)
         assert all(member.isfile() and member.mtime == 0 and member.uid == 0 for member in tar)
-        manifest = json.loads(tar.extractfile("moedge-jetson-agx-orin/manifest.json").read())
-    assert names == sorted(f"moedge-jetson-agx-orin/{name}" for name in [*manifest["files"], "manifest.json"])
+        manifest = json.loads(tar.extractfile("moedge-jetson-agx-orin-moe/manifest.json").read())
+    assert names == sorted(f"moedge-jetson-agx-orin-moe/{name}" for name in [*manifest["files"], "manifest.json"])
     assert manifest["tensorrt"] == "10.3", "JetPack 6.2 ships it, so there is no kernel in the archive"
     assert "plugins" not in manifest
     assert not [name for name in names if "plugins/" in name]
     assert {"model.onnx", "model.onnx.data", "tokenizer.json", "golden.json", *device_archive.SCRIPTS} <= set(
         manifest["files"]
     )
+
+
+def test_what_pack_says_to_do_keeps_a_model_and_its_dense_parent_apart(archive, dense_archive, tmp_path, capsys):
+    """Both lines are run in one folder, the parent's after the model's engine was built."""
+    said = {}
+    for kind, made in (("moe", archive), ("dense", dense_archive)):
+        shutil.copy(made, tmp_path)
+        with tarfile.open(made) as tar:
+            name = next(one for one in tar.getnames() if one.endswith("/manifest.json"))
+            manifest = ArchiveManifest.model_validate(json.loads(tar.extractfile(name).read()))
+        pack_command._print(made, manifest)
+        said[kind] = capsys.readouterr().out
+        unpacking = said[kind].partition("On the device: ")[2].partition(" && python3 build_engine.py")[0]
+        subprocess.run(["bash", "-c", f"{unpacking} && echo {kind} > engine.plan"], cwd=tmp_path, check=True)
+    folders = {"moe": tmp_path / "moedge-jetson-agx-orin-moe", "dense": tmp_path / "moedge-jetson-agx-orin-dense"}
+    for kind, folder in folders.items():
+        assert (folder / "engine.plan").read_text() == f"{kind}\n"
+        assert json.loads((folder / "manifest.json").read_text())["kind"] == kind
+    assert (
+        f"beside its dense parent: unpack the parent's archive in the same place ({folders['dense'].name})"
+        in said["moe"]
+    )
+    assert f"unpack that model's archive in the same place ({folders['moe'].name})" in said["dense"]
+    assert all(folder.name in (folders["moe"] / "README.md").read_text() for folder in folders.values())
 
 
 def test_verify_passes_the_half_precision_graph_and_report_reads_the_result(unpacked, capsys):
@@ -316,7 +344,7 @@ def test_bench_times_and_report_reads_the_result(unpacked, capsys):
 def test_the_dense_parent_is_timed_in_the_same_rounds_where_its_archive_lies_beside(
     unpacked, dense_archive, tmp_path, capsys
 ):
-    dense = unpack(dense_archive, tmp_path, "dense")
+    dense = unpack(dense_archive, tmp_path)
     sizes = ("--prompt", "20", "--decode", "3", "--repeats", "3")
     child = run(unpacked, "bench.py", *sizes)
     assert child.returncode == 0, child.stdout + child.stderr
@@ -472,7 +500,7 @@ def test_what_the_device_would_refuse_is_refused_here(bundles, profiles, memory,
 
 
 def test_weights_of_more_than_8_gib_fit_into_an_archive():
-    entry = tarfile.TarInfo("moedge-jetson-agx-thor/model.onnx.data")
+    entry = tarfile.TarInfo("moedge-jetson-agx-thor-moe/model.onnx.data")
     entry.size = 14 * 2**30
     assert tarfile.TarInfo.frombuf(entry.tobuf(device_archive.FORMAT), "utf-8", "strict").size == entry.size
 

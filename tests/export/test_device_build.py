@@ -128,7 +128,7 @@ def thor(source, tmp_path_factory):
     thor = devices.load("jetson-agx-thor")
     device_archive.write(source, out / "moe.tar", thor, label="Mø E", max_length=64, max_prompt=48)
     extract(out / "moe.tar", out)
-    return out / "moedge-jetson-agx-thor"
+    return out / "moedge-jetson-agx-thor-moe"
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def orin(source, tmp_path_factory):
     made = {"label": "Mø E", "max_length": 64, "max_prompt": 48, "tensorrt": "10.13", "dtype": "bfloat16"}
     device_archive.write(source, out / "moe.tar", devices.load("jetson-agx-orin"), **made)
     extract(out / "moe.tar", out)
-    return out / "moedge-jetson-agx-orin"
+    return out / "moedge-jetson-agx-orin-moe"
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def gathered_archive(gathered_portable, tmp_path_factory):
     made = {"label": "Mø E", "max_length": 64, "max_prompt": 48, "tensorrt": "10.13"}
     device_archive.write(gathered_portable.parent, out / "moe.tar", devices.load("jetson-agx-orin"), **made)
     extract(out / "moe.tar", out)
-    return out / "moedge-jetson-agx-orin"
+    return out / "moedge-jetson-agx-orin-moe"
 
 
 def build(folder: Path, tensorrt: str, capability: str = "11.0") -> subprocess.CompletedProcess:
