@@ -105,10 +105,12 @@ def _measured(result: dict[str, Any]) -> list[str]:
     """What a benchmark says beside its times: gain, energy, power mode, and whether to trust it."""
     said = []
     if dense := result.get("dense"):
+        other = dense.get("dtype", result["engine"].get("dtype"))
+        of = "" if other == result["engine"].get("dtype") else f" in {other}"
         for name, words in (("tpot_ms", "per token"), ("ttft_ms", "first token")):
             gain = dense["speedup"][name]
             interval = between((gain["ci95_low"], gain["ci95_high"]))
-            said.append(f"Against {dense['label']}, {words}: {gain['speedup']:.2f} times as fast ({interval}).")
+            said.append(f"Against {dense['label']}{of}, {words}: {gain['speedup']:.2f} times as fast ({interval}).")
     if energy := result.get("energy"):
         joules = energy["joules_per_token"]
         told = f"not told: {energy['reason']}" if joules is None else f"{joules:.3f} J a token, {energy['source']}"

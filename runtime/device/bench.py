@@ -41,6 +41,9 @@ def main() -> int:
         parent = _parent(beside, manifest)
         _, _, sessions[DENSE] = moedge_archive.open_session(beside)
         print(f"beside: {parent['label']} in {beside}", file=sys.stderr)
+        if parent["dtype"] != manifest["dtype"]:
+            said = f"the dense parent is in {parent['dtype']} and this archive in {manifest['dtype']}"
+            print(f"note: {said}, so the gain is of both, the conversion and the type", file=sys.stderr)
     protocol = _protocol(sessions, options)
     recorded = np.concatenate([case["ids"][0] for case in moedge_archive.golden(folder)])
     ids = np.resize(recorded, protocol.prompt)[None]  # repeated golden text: real tokens, so routing is not degenerate
@@ -62,8 +65,8 @@ def main() -> int:
             f"{name}_ms": moedge_timing.speedup(getattr(times[DENSE], name), getattr(times[MOE], name))
             for name in ("ttft", "tpot")
         }
-        about = {"label": parent["label"], "archive_sha256": parent["content_sha256"], "model": parent["model"]}
-        result["dense"] = {**about, **row, "speedup": gains}
+        about = {key: parent[key] for key in ("label", "model", "dtype")}
+        result["dense"] = {**about, "archive_sha256": parent["content_sha256"], **row, "speedup": gains}
     _print(result)
     for opened in sessions.values():
         opened.close()
@@ -106,8 +109,11 @@ def _parent(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _dense_beside(folder: Path, manifest: dict[str, Any]) -> Path | None:
-    """Find the one folder beside this one that holds the archive of the same dense model with an engine."""
-    found = []
+    """Find the one folder beside this one that holds the archive of the same dense model with an engine.
+
+    Where there are several, none is chosen; they are named.
+    """
+    found: dict[Path, Any] = {}
     for path in sorted(folder.parent.glob(f"*/{moedge_archive.MANIFEST}")):
         if path.parent == folder or not (path.parent / moedge_archive.ENGINE_FACTS).is_file():
             continue
@@ -117,8 +123,12 @@ def _dense_beside(folder: Path, manifest: dict[str, Any]) -> Path | None:
         if differs := moedge_archive.other_model(other["model"], manifest["model"]):
             print(f"not beside: {path.parent} is of another model ({differs})", file=sys.stderr)
         else:
-            found.append(path.parent)
-    return found[0] if len(found) == 1 else None
+            found[path.parent] = other.get("dtype")
+    if len(found) > 1:
+        listed = ", ".join(f"{path} ({dtype})" for path, dtype in found.items())
+        print(f"not beside: several archives of the dense parent ({listed}); name one with --dense", file=sys.stderr)
+        return None
+    return next(iter(found), None)
 
 
 def _protocol(sessions: dict[str, Any], options: argparse.Namespace) -> moedge_timing.Protocol:

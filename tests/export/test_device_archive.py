@@ -387,6 +387,31 @@ def test_the_dense_parent_is_timed_in_the_same_rounds_where_its_archive_lies_bes
     assert "has no engine yet" in child.stderr
 
 
+def test_a_dense_parent_of_another_type_is_said_and_of_two_archives_of_it_none_is_taken(
+    unpacked, dense_archive, tmp_path, capsys
+):
+    dense = unpack(dense_archive, tmp_path)
+    sizes = ("--prompt", "8", "--decode", "2", "--repeats", "1", "--warmup", "0")
+    child = run(unpacked, "bench.py", *sizes)
+    assert "the dense parent is in" not in child.stderr, "both are float16"
+    manifest = json.loads((dense / "manifest.json").read_text())
+    (dense / "manifest.json").write_text(json.dumps({**manifest, "dtype": "bfloat16"}))
+    child = run(unpacked, "bench.py", *sizes)
+    assert child.returncode == 0, child.stderr
+    assert "note: the dense parent is in bfloat16 and this archive in float16" in child.stderr
+    device_report.device_report([unpacked / "bench-result.json"], as_json=False)
+    assert "Against parent in bfloat16, per token: " in capsys.readouterr().out
+
+    second = shutil.copytree(dense, tmp_path / "second")
+    (second / "manifest.json").write_text(json.dumps(manifest))
+    child = run(unpacked, "bench.py", *sizes)
+    assert child.returncode == 0, child.stderr
+    several = f"not beside: several archives of the dense parent ({dense} (bfloat16), {second} (float16))"
+    assert f"{several}; name one with --dense" in child.stderr
+    assert "dense" not in json.loads((unpacked / "bench-result.json").read_text())
+    assert f"beside: parent in {second}" in run(unpacked, "bench.py", *sizes, "--dense", str(second)).stderr
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
