@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
-from moedge._files import read_json
 from moedge.runtime.bench.stats import between
 from moedge.runtime.commands._options import Json
-from moedge.runtime.device.moedge_archive import RESULT_SCHEMA
 from moedge.runtime.parity.outcomes import mark
 from moedge.runtime.parity.verdict import outcome_of
 from moedge.runtime.report import jetson_llm_benchmark
+from moedge.runtime.report.device_result import Benched, DeviceResult, Verified, read
 from moedge.runtime.report.watched import lines as guard_lines
 from moedge.runtime.tables import Sheet
 
@@ -50,65 +49,54 @@ def device_report(
         console = Console()
         for path, result in loaded.items():
             _print(path, result, console)
-    return 0 if all(result.get("passed", True) for result in loaded.values()) else 1
+    return 0 if all(result["kind"] == "bench" or result["passed"] for result in loaded.values()) else 1
 
 
-def read(path: Path) -> dict[str, Any]:
-    """Read one result.
-
-    Raises:
-        MoEdgeError: it is missing, damaged or not a device result.
-    """
-    absent = f"{path} does not exist; verify.py and bench.py of an archive write such files."
-    value = read_json(path, "copy the device's result again", missing=absent)
-    needed = {"verify": ("checks", "logits", "routing", "passed"), "bench": ("ttft_ms", "tpot_ms", "protocol")}
-    if value.get("schema") != RESULT_SCHEMA or value.get("kind") not in needed:
-        raise MoEdgeError(f"{path} is not a result of verify.py or bench.py (schema {RESULT_SCHEMA}).")
-    if missing := [key for key in ("label", "device", "engine", *needed[value["kind"]]) if key not in value]:
-        raise MoEdgeError(f"{path} lacks {', '.join(missing)}; run the script again.")
-    return value
-
-
-def _print(path: str, result: dict[str, Any], console: Console) -> None:
-    device = result["device"]
+def _print(path: str, result: DeviceResult, console: Console) -> None:
     table = Sheet(title=escape(f"{path}: {result['label']}"))
-    caption = ""
-    if result["kind"] == "verify":
-        for column in ("check", "value", "limit", ""):
-            table.add_column(column)
-        for check in result["checks"]:
-            shown = "none" if check["value"] is None else f"{check['value']:.6g}"
-            outcome = outcome_of(check)
-            table.add_row(escape(check["name"]), shown, f"{check['relation']} {check['limit']:.4g}", mark(outcome).cell)
-    else:
-        protocol = result["protocol"]
-        for column in ("", "p50 ms", "p90", "p99", "95% CI of p50"):
-            table.add_column(column, justify="right" if column else "left")
-        dense = result.get("dense")
-        for engine, row in (("", result), *([(", dense parent", dense)] if dense else [])):
-            for name, key in (("first token", "ttft_ms"), ("per token", "tpot_ms")):
-                t = row[key]
-                interval = between((t["ci95_low"], t["ci95_high"]), "{:.3f}")
-                table.add_row(name + engine, f"{t['p50']:.3f}", f"{t['p90']:.3f}", f"{t['p99']:.3f}", interval)
-        caption = f"batch 1, prompt {protocol['prompt']}, decode {protocol['decode']}. {protocol['note']}"
+    said = _checks(table, result) if result["kind"] == "verify" else _times(table, result)
     console.print(table)
-    for line in (caption, *_measured(result)):
-        if line:
-            console.print(escape(line), highlight=False, soft_wrap=True)
-    said = (
-        f"{device['name']}, SM{device['compute_capability'].replace('.', '')}, {device['runtime']}, {device['system']}"
-    )
-    console.print(escape(said), highlight=False, soft_wrap=True)
+    device = result["device"]
+    system = f"SM{device['compute_capability'].replace('.', '')}, {device['runtime']}, {device['system']}"
+    for line in (*said, f"{device['name']}, {system}"):
+        console.print(escape(line), highlight=False, soft_wrap=True)
 
 
-def _measured(result: dict[str, Any]) -> list[str]:
+def _checks(table: Sheet, result: Verified) -> list[str]:
+    """Fill the table of a verification."""
+    for column in ("check", "value", "limit", ""):
+        table.add_column(column)
+    for check in result["checks"]:
+        shown = "none" if check["value"] is None else f"{check['value']:.6g}"
+        limit = escape(f"{check['relation']} {check['limit']:.4g}")
+        table.add_row(escape(check["name"]), shown, limit, mark(outcome_of(check)).cell)
+    return []
+
+
+def _times(table: Sheet, result: Benched) -> list[str]:
+    """Fill the table of a benchmark; what is said below it."""
+    for column in ("", "p50 ms", "p90", "p99", "95% CI of p50"):
+        table.add_column(column, justify="right" if column else "left")
+    rows = [("", result["ttft_ms"], result["tpot_ms"])]
+    if dense := result.get("dense"):
+        rows.append((", dense parent", dense["ttft_ms"], dense["tpot_ms"]))
+    for engine, *both in rows:
+        for name, t in zip(("first token", "per token"), both, strict=True):
+            interval = between((t["ci95_low"], t["ci95_high"]), "{:.3f}")
+            table.add_row(name + engine, f"{t['p50']:.3f}", f"{t['p90']:.3f}", f"{t['p99']:.3f}", interval)
+    protocol = result["protocol"]
+    said = f"batch 1, prompt {protocol['prompt']}, decode {protocol['decode']}. {protocol['note']}"
+    return [said, *_measured(result)]
+
+
+def _measured(result: Benched) -> list[str]:
     """What a benchmark says beside its times: gain, energy, power mode, and whether to trust it."""
     said = []
     if dense := result.get("dense"):
         other = dense.get("dtype", result["engine"].get("dtype"))
         of = "" if other == result["engine"].get("dtype") else f" in {other}"
-        for name, words in (("tpot_ms", "per token"), ("ttft_ms", "first token")):
-            gain = dense["speedup"][name]
+        gains = dense["speedup"]
+        for words, gain in (("per token", gains["tpot_ms"]), ("first token", gains["ttft_ms"])):
             interval = between((gain["ci95_low"], gain["ci95_high"]))
             said.append(f"Against {dense['label']}{of}, {words}: {gain['speedup']:.2f} times as fast ({interval}).")
     if energy := result.get("energy"):

@@ -7,12 +7,12 @@ answer of ``output_len`` tokens holds the first one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from moedge import MoEdgeError
+from moedge.runtime.report.device_result import Benched, DeviceResult
 
 FORMAT = "jetson-llm-benchmark"
 _BOARDS = (("thor", "thor"), ("agx orin", "orin-agx"), ("orin nx", "orin-nx"), ("orin nano", "orin-nano"))
@@ -23,18 +23,18 @@ _SIZES = {"orin-agx": ((56, 64), (28, 32)), "orin-nx": ((14, 16), (7, 8)), "orin
 _UNKNOWN = "unknown"
 
 
-def convert(result: Mapping[str, Any]) -> dict[str, Any]:
+def convert(result: DeviceResult) -> dict[str, Any]:
     """Return a benchmark's result of a device in that format.
 
     Raises:
         MoEdgeError: it is no benchmark, or one of an older archive without its rounds.
     """
-    if result.get("kind") != "bench" or "rounds" not in result:
+    if result["kind"] != "bench" or "rounds" not in result:
         raise MoEdgeError(f"{FORMAT} holds a benchmark of a current archive: give a bench-result.json, or bench again.")
-    protocol, device, environment = result["protocol"], result["device"], result.get("environment") or {}
-    board = _board(str(device["name"]))
+    protocol, device, environment = result["protocol"], result["device"], result.get("environment")
+    board = _board(device["name"])
     generation, line = _LINES.get(board, ("orin", board) if board != _UNKNOWN else (_UNKNOWN, _UNKNOWN))
-    guard = environment.get("guard") or {"concerns": [], "notes": []}
+    guard = environment["guard"] if environment else None
     return {
         "skill": FORMAT,
         "runtime": f"moedge ({device['runtime']})",
@@ -43,7 +43,7 @@ def convert(result: Mapping[str, Any]) -> dict[str, Any]:
         "generation": generation,
         "product_line": line,
         "variant": _variant(board, device["memory_bytes"]["total"] / 2**30),
-        "l4t": environment.get("l4t") or _UNKNOWN,
+        "l4t": (environment and environment.get("l4t")) or _UNKNOWN,
         "benchmark_mode": "native",
         "container": "",
         "config": {
@@ -52,20 +52,19 @@ def convert(result: Mapping[str, Any]) -> dict[str, Any]:
             "num_prompts": protocol["repeats"],
         },
         "runs": [_run(result, protocol["decode"])],
-        "warnings": [concern["says"] for concern in guard["concerns"]] + list(guard["notes"]),
+        "warnings": [*(concern["says"] for concern in guard["concerns"]), *guard["notes"]] if guard else [],
     }
 
 
-def _run(result: Mapping[str, Any], decode: int) -> dict[str, float]:
-    rounds = {name: np.asarray(values) for name, values in result["rounds"].items()}
-    whole = rounds["e2e_ms"]
+def _run(result: Benched, decode: int) -> dict[str, float]:
+    first, whole = (np.asarray(result["rounds"][name]) for name in ("ttft_ms", "e2e_ms"))
     return {
         "concurrency": 1,
         "ttft_ms_p50": result["ttft_ms"]["p50"],
         "ttft_ms_p99": result["ttft_ms"]["p99"],
         "itl_ms_p50": result["tpot_ms"]["p50"],
         "itl_ms_p99": result["tpot_ms"]["p99"],
-        "tpot_ms_p50": float(np.median((whole - rounds["ttft_ms"]) / decode)),
+        "tpot_ms_p50": float(np.median((whole - first) / decode)),
         "throughput_tok_s": float(1e3 * (decode + 1) * len(whole) / whole.sum()),
         "e2e_latency_ms_p50": float(np.median(whole)),
     }

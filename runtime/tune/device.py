@@ -168,13 +168,13 @@ def parent_time(path: Path, device: Device) -> ParentTime:
     found = read_json(path, "copy the device's result again", missing=f"{path} does not exist.")
     if found.get("schema") != RESULT_SCHEMA or found.get("kind") != "bench":
         raise MoEdgeError(f"{path} is no bench-result.json of a device archive (schema {RESULT_SCHEMA}).")
-    value = found.get("dense", {}).get("tpot_ms", {}).get("p50")
+    value = _below(found, "dense", "tpot_ms", "p50")
     if not isinstance(value, float | int) or not (math.isfinite(value) and value > 0):
         raise MoEdgeError(
             f"{path} holds no time of the dense parent; unpack the archive of the parent beside the other one on the "
             "device, build its engine, and run bench.py again."
         )
-    capability = found.get("device", {}).get("compute_capability")
+    capability = _below(found, "device", "compute_capability")
     if capability != device.compute_capability:
         raise MoEdgeError(
             f"{path} was measured on compute capability {capability}, and profile {device.name} has "
@@ -184,6 +184,13 @@ def parent_time(path: Path, device: Device) -> ParentTime:
     if not isinstance(model, dict):
         raise MoEdgeError(f"{path} does not say of which model its times are; make both archives and bench again.")
     return ParentTime(float(value), model, path)
+
+
+def _below(value: Any, *keys: str) -> Any:
+    """The value below a path of keys; None where a damaged or an older file has something else there."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 @dataclass

@@ -32,6 +32,7 @@ from moedge.runtime.device import moedge_compare
 from moedge.runtime.parity import metrics as reduction
 from moedge.runtime.parity.given import answers_of_device
 from moedge.runtime.parity.recorded import Recorded
+from moedge.runtime.report import device_result
 from moedge.tests.export.archives import extract
 
 STAND_IN = '''
@@ -556,12 +557,12 @@ def test_routes_are_compared_as_sets_by_layer():
 def test_report_refuses_what_is_no_result(tmp_path, content):
     (tmp_path / "r.json").write_text(content)
     with pytest.raises(MoEdgeError, match=r"r\.json"):
-        device_report.read(tmp_path / "r.json")
+        device_result.read(tmp_path / "r.json")
 
 
 def test_report_names_a_result_that_is_not_there(tmp_path):
     with pytest.raises(MoEdgeError, match=r"r\.json does not exist; verify\.py and bench\.py of an archive write"):
-        device_report.read(tmp_path / "r.json")
+        device_result.read(tmp_path / "r.json")
 
 
 def test_a_device_without_tensorrts_moe_layer_gets_none(source, tmp_path):

@@ -16,6 +16,109 @@ from moedge.runtime.parity.recorded import Recorded
 from moedge.runtime.report import jetson_llm_benchmark
 
 
+def guard(**change: Any) -> dict[str, Any]:
+    settings = {"power_mode": "15W", "clocks_locked": None}
+    told = {"others_cores": 0.1, "stolen_cores": None, "mhz": None, "gpu_mhz": [624.75, 1300.5], "hottest_c": 60.5}
+    seen = {"trusted": False, "concerns": [{"says": "Hot."}], "notes": ["15W."], "spread": [{"cv": 0.01}]}
+    return {"settings": settings, **told, **seen, **change}
+
+
+def result_of(kind: str) -> dict[str, Any]:
+    """A device's result as its script writes it, without what nobody reads here."""
+    device = {"name": "Orin", "compute_capability": "8.7", "runtime": "tensorrt 10.3", "system": "Linux 5.15"}
+    about = {"schema": "moedge.device-result/1", "kind": kind, "label": "moe", "engine": {"dtype": "float16"}}
+    about |= {"device": {**device, "memory_bytes": {"free": 1, "total": 2}}}
+    if kind == "verify":
+        check = {"name": "mean_kl", "value": 0.001, "relation": "<=", "limit": 0.01, "passed": True, "decided": True}
+        return {**about, "logits": {}, "judged": None, "routing": {}, "checks": [check], "passed": True}
+    times = moedge_timing.Times([[100.0], [110.0]], [[10.0, 12.0], [14.0, 20.0]])
+    energy = {"source": None, "reason": "no rails", "joules_per_prompt": None, "joules_per_token": None}
+    row = {"ttft_ms": moedge_timing.summary(times.ttft), "tpot_ms": moedge_timing.summary(times.tpot)}
+    row |= {"rounds": times.rounds(), "energy": energy}
+    gains = {name: moedge_timing.speedup(times.ttft, times.ttft) for name in ("ttft_ms", "tpot_ms")}
+    protocol = {"batch": 1, "prompt": 512, "decode": 2, "repeats": 2, "warmup": 1, "note": ""}
+    environment = {"l4t": "36.4.7", "guard": guard()}
+    return {
+        **about,
+        **row,
+        "protocol": protocol,
+        "environment": environment,
+        "dense": {"label": "d", **row, "speedup": gains},
+    }
+
+
+def damaged(kind: str, place: str, value: Any) -> dict[str, Any]:
+    """A result with another value at a dotted place; without it where ``value`` is ``...``."""
+    found = json.loads(json.dumps(result_of(kind)))
+    *above, last = place.split(".")
+    below = found
+    for key in above:
+        below = below[key]
+    if value is ...:
+        del below[last]
+    else:
+        below[last] = value
+    return found
+
+
+@pytest.mark.parametrize("kind", ["verify", "bench"])
+@pytest.mark.parametrize("as_json", [True, False])
+def test_a_whole_result_is_printed(
+    kind: str, as_json: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "r.json").write_text(json.dumps(result_of(kind)))
+    assert device_report.device_report([tmp_path / "r.json"], as_json=as_json) == 0
+    shown = capsys.readouterr().out
+    if as_json:
+        assert json.loads(shown) == {str(tmp_path / "r.json"): result_of(kind)}, "as it is in the file"
+    else:
+        assert "Orin, SM87, tensorrt 10.3, Linux 5.15" in shown
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "value", "said"),
+    [
+        (
+            "bench",
+            "device",
+            {},
+            "lacks device.name, device.compute_capability, device.runtime, device.system, device.mem",
+        ),
+        ("bench", "device.memory_bytes", ..., "lacks device.memory_bytes;"),
+        ("bench", "device.memory_bytes", {"total": "64 GB"}, "device.memory_bytes.total is not what it should be"),
+        ("bench", "ttft_ms", {}, "lacks ttft_ms.p50, ttft_ms.p90, ttft_ms.p99, ttft_ms.ci95_low, ttft_ms.ci95_high;"),
+        ("bench", "tpot_ms", [1.0], "tpot_ms is not what it should be"),
+        ("bench", "tpot_ms.p50", "fast", "tpot_ms.p50 is not what it should be"),
+        ("bench", "tpot_ms.p99", float("nan"), "a number in it is not finite"),
+        ("bench", "protocol.decode", 0, "protocol.decode is not what it should be"),
+        ("bench", "protocol.note", ..., "lacks protocol.note;"),
+        ("bench", "rounds.e2e_ms", [], "rounds.e2e_ms is not what it should be"),
+        ("bench", "rounds.e2e_ms", [1.0], "rounds is not what it should be"),
+        ("bench", "energy", {}, "lacks energy.source, energy.reason, energy.joules_per_token;"),
+        ("bench", "environment.guard", {}, "lacks environment.guard.trusted"),
+        ("bench", "environment.guard", guard(concerns=[]), "environment.guard is not what it should be"),
+        ("bench", "environment.guard.gpu_mhz", [1.0], "environment.guard.gpu_mhz is not what it should be"),
+        ("bench", "dense", {}, "lacks dense.label"),
+        ("bench", "dense.speedup.ttft_ms", None, "dense.speedup.ttft_ms is not what it should be"),
+        ("bench", "engine", [], "engine is not what it should be"),
+        ("bench", "kind", [], "is not a result of verify.py or bench.py"),
+        ("verify", "device", None, "device is not what it should be"),
+        ("verify", "checks", [], "checks is not what it should be"),
+        ("verify", "checks", [{}], "lacks checks.0.name"),
+        ("verify", "passed", False, "passed is not what its checks say"),
+        ("verify", "passed", "yes", "passed is not what it should be"),
+    ],
+)
+def test_a_damaged_result_is_one_sentence(kind: str, place: str, value: Any, said: str, tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text(json.dumps(damaged(kind, place, value)))
+    for form, as_json in ((None, False), (None, True), ("jetson-llm-benchmark", False)):
+        with pytest.raises(MoEdgeError) as error:
+            device_report.device_report([tmp_path / "r.json"], form=form, as_json=as_json)
+        assert said in str(error.value)
+        assert str(error.value).startswith(f"{tmp_path / 'r.json'} ")
+        assert "\n" not in str(error.value)
+
+
 def test_a_benchmark_in_the_format_of_jetson_llm_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Times are chosen so that each figure has a value of its own: two rounds of a prompt and two more tokens."""
     times = moedge_timing.Times([[100.0], [110.0]], [[10.0, 12.0], [14.0, 20.0]])
@@ -28,7 +131,7 @@ def test_a_benchmark_in_the_format_of_jetson_llm_benchmark(tmp_path: Path, capsy
         },
         "protocol": {"batch": 1, "prompt": 512, "decode": 2, "repeats": 2, "warmup": 1, "note": ""},
         **{"ttft_ms": ttft, "tpot_ms": tpot, "rounds": times.rounds()},
-        "environment": {"l4t": "36.4.7", "guard": {"concerns": [{"says": "Hot."}], "notes": ["15W."]}},
+        "environment": {"l4t": "36.4.7", "guard": guard()},
     }
     (tmp_path / "b.json").write_text(json.dumps(result))
     assert device_report.device_report([tmp_path / "b.json"], form="jetson-llm-benchmark") == 0

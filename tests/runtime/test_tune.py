@@ -285,6 +285,9 @@ def test_a_measured_parent_takes_the_place_of_the_bound(home: Path, tmp_path: Pa
     [
         ({"schema": "x"}, "is no bench-result.json"),
         ({"dense": {}}, "no time of the dense parent"),
+        ({"dense": None}, "no time of the dense parent"),
+        ({"dense": {"tpot_ms": [3.0]}}, "no time of the dense parent"),
+        ({"device": "Thor"}, "on compute capability None, and profile jetson-agx-thor has"),
         ({"dense": {"tpot_ms": {"p50": 3.0}}}, "does not say of which model"),
         (
             {"device": {"compute_capability": "8.7"}},
