@@ -354,11 +354,12 @@ class _Run:
         losses = float(self.sum(torch.tensor([self.losses], dtype=torch.float64)))
         if not self.accelerator.is_main_process:
             return
-        counters = {"step": self.step, "losses": losses, "since": self.since, "seconds": self.elapsed()}
-        counters["curve"] = self.result.curve
+        counters: dict[str, Any] = {"step": self.step, "losses": losses, "since": self.since}
+        counters |= {"seconds": self.elapsed(), "curve": self.result.curve}
+        trained: dict[str, Any] = dict(tensors)
         moments: dict[str, Any] = optimizer["state"]  # type: ignore[assignment]
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else {}
-        saved.write(self.state, self.key, saved.State(dict(tensors), moments, loads, counters, scaler))
+        saved.write(self.state, self.key, saved.State(trained, moments, loads, counters, scaler))
 
     def load(self) -> bool:
         """Take up a saved state; False when there is none.
@@ -376,7 +377,7 @@ class _Run:
         set_state_dict(
             self.model,
             optimizer,
-            model_state_dict=found.model,
+            model_state_dict=dict(found.model),
             optim_state_dict={"state": found.moments, "param_groups": groups},  # type: ignore[dict-item]
             options=options,
         )

@@ -22,9 +22,9 @@ from moedge.runtime.bench.roofline import Roof
 from moedge.runtime.bench.watched import Gain, Headroom, HeadroomRow, Lost, Phase, Reached
 
 if TYPE_CHECKING:
-    from moedge.runtime.bench.results import Bench
+    from moedge.runtime.bench.results import Bench, Metric
 
-PHASES: dict[Phase, str] = {"prompt": "ttft_ms", "decode": "tpot_ms"}
+PHASES: dict[Phase, Metric] = {"prompt": "ttft_ms", "decode": "tpot_ms"}
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def headroom(
     timed: Mapping[str, Timed],
     sizes: Sizes,
     roof: Roof,
-    paired: Mapping[tuple[str, str, str], float],
+    paired: Mapping[tuple[Metric, str, str], float],
     profiles: Mapping[str, Any] | None = None,
 ) -> Headroom:
     """Say how near each engine came to what its model needs.
@@ -159,7 +159,7 @@ def _row(label: str, one: Timed, needs: Needs, sizes: Sizes, roof: Roof) -> Head
 
 
 def _gains(
-    timed: Mapping[str, Timed], rows: list[HeadroomRow], paired: Mapping[tuple[str, str, str], float]
+    timed: Mapping[str, Timed], rows: list[HeadroomRow], paired: Mapping[tuple[Metric, str, str], float]
 ) -> list[Gain]:
     """Pairs of a converted model and a dense one on the same target, in the same type."""
     known = {row["label"]: row for row in rows if "reason" not in row}
