@@ -115,10 +115,37 @@ def check_writable(path: Path | None, option: str) -> None:
         raise MoEdgeError(f"{option} {path} cannot be written: {error.strerror}; name another file.") from error
 
 
-def check_all_writable(files: Mapping[str, Path | None]) -> None:
-    """:func:`check_writable` for each file, by the option that names it."""
+def check_all_writable(files: Mapping[str, Path | None], inputs: Iterable[Path | str] = ()) -> None:
+    """:func:`check_writable` for each file, by the option that names it.
+
+    Args:
+        files: results. They replace what a file of their name holds, as results of a test run do.
+        inputs: what the command reads; a result may be none of that.
+
+    Raises:
+        MoEdgeError: a file cannot be written, is an input, or lies in a folder that is one.
+    """
+    read = [Path(given).resolve() for given in inputs if Path(given).exists()]
     for option, path in files.items():
         check_writable(path, option)
+        if path is None:
+            continue
+        place = path.resolve()
+        for given in read:
+            if place == given:
+                raise MoEdgeError(f"{option} {path} is read by this command; name another file.")
+            # Beside its report a run has room for more.
+            if given in place.parents and not (place.parent == given and is_run(given) and place.name not in RUN_FILES):
+                raise MoEdgeError(f"{option} {path} lies in {given}, which this command reads; name a file elsewhere.")
+
+
+RUN_FILES = ("run.json", "report.json", "report.md", "report.html", "frontier.json", "frontier.md", "frontier.html")
+"""What a run writes on top of its folder."""
+
+
+def is_run(path: Path) -> bool:
+    """Tell whether ``path`` is a run folder."""
+    return (path / "run.json").is_file()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from moedge.configs import files as yaml_files
-from moedge.configs.errors import checked, sentences
+from moedge.configs.errors import checked, nearest, sentences
 from moedge.configs.recipe import CONVERT_SECTIONS, ModelSection, Name, NonNegative, Positive, Spec
 from moedge.convert.methods import METHODS
 
@@ -95,11 +95,20 @@ class Study(_Section):
                 continue
             for sparsity in self.sparsities:
                 self.parameters(row, sparsity)
+        self._check_sparsities()
         if sum(text.calibration for text in self.texts) < 2:
             raise ValueError("texts: fewer than 2 calibration windows; methods compare windows.")
         if not any(text.held_out for text in self.texts):
             raise ValueError("texts: no held_out windows; there is nothing to measure on.")
         return self
+
+    def _check_sparsities(self) -> None:
+        """Refuse parameters of what is no method: its rows would silently have the defaults."""
+        for sparsity in self.sparsities:
+            for name in sparsity.methods:
+                if name not in CONVERT_SECTIONS:
+                    known = f"{', '.join(CONVERT_SECTIONS)}{nearest(name, list(CONVERT_SECTIONS))}"
+                    raise ValueError(f"sparsities: {sparsity.name}: unknown method {name!r}; known: {known}.")
 
     def parameters(self, row: Row, sparsity: Sparsity) -> dict[str, Any]:
         """Return the checked parameters of a method's row at a sparsity, with the method's defaults.

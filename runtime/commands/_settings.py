@@ -1,13 +1,15 @@
-"""What ``--set KEY=VALUE`` says, joined with the options that have a name of their own."""
+"""What ``--set KEY=VALUE`` says, joined with options that have a name of their own; and what defaults depend on."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from moedge import MoEdgeError
+from moedge._files import read_json
 
 
 def parse_settings(assignments: list[str], named: dict[str, Any]) -> dict[str, Any]:
@@ -33,6 +35,18 @@ def parse_settings(assignments: list[str], named: dict[str, Any]) -> dict[str, A
             raise MoEdgeError(f"--set {assignment}: {key} is given twice, or has an option of its own; give it once.")
         inner[last] = _value(text, assignment)
     return found
+
+
+def positions(model: str) -> int | None:
+    """Tokens that a model in a folder here was made for; None where the folder does not tell, or is not here yet."""
+    file = Path(model).expanduser() / "config.json"
+    if not file.is_file():
+        return None
+    try:
+        found = read_json(file, "download or save the model again").get("max_position_embeddings")
+    except MoEdgeError:
+        return None  # what opens the model says what is wrong with it
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def _value(text: str, assignment: str) -> Any:

@@ -27,7 +27,7 @@ from moedge.runtime.commands._options import Device, Dtype, Json, Numbers, Save,
 from moedge.runtime.engines import open_engine
 from moedge.runtime.engines.given import local
 from moedge.runtime.gate import limits
-from moedge.runtime.gate.judge import judge
+from moedge.runtime.gate.judge import check_label, judge, no_engine_common
 from moedge.runtime.parity.outcomes import mark
 from moedge.runtime.parity.verdict import Outcome
 from moedge.runtime.progress import single
@@ -86,8 +86,11 @@ def bench(
         Path | None, typer.Option(metavar="FILE", help="Judge against an older result of --save or --json.")
     ] = None,
     max_slowdown: Annotated[
-        str, typer.Option(metavar="SHARE", help="A slow-down as large as this must not pass.")
-    ] = "5%",
+        str | None,
+        typer.Option(
+            metavar="SHARE", help="A slow-down as large as this must not pass; 5% with --against or --baseline."
+        ),
+    ] = None,
     fail_if: Annotated[
         list[str] | None,
         typer.Option(metavar="LIMIT", help='Limit of your own, such as "ttft.p99 > 800ms" (may be repeated).'),
@@ -119,12 +122,14 @@ def bench(
     folders, tokenizer = _given(engines)
     beside = {} if against is None else _older(folders, against)
     folders |= {label: path for label, (_, path) in beside.items()}
+    check_all_writable(_options(files), [text, *engines[:1], *folders.values(), *([baseline] if baseline else [])])
     counts = threads.values if threads else (None,)
     profiled = profilable(folders) if profile else {}
     points = grid(prompt.values, decode.values, batch.values if batch else (1,), depth.values, counts)
     options: dict[str, Any] = {"pytorch": {"device": device, "dtype": dtype}, "last_logits": True}
     openers = {label: partial(open_engine, path, **options) for label, path in folders.items()}
     others, peers = _peers.timed(peer, folders, points, options["pytorch"])
+    judging.check((*folders, *others))
     late: list[MoEdgeError] = []
     with single("bench", ", ".join((*folders, *others))) as reporter:
         name, windows = token_windows(tokenizer, text, tokens_of(points), 1)
@@ -168,14 +173,16 @@ class _Judging:
 
     @classmethod
     def of(
-        cls, baseline: Path | None, against: str | None, max_slowdown: str, fail_if: Sequence[str] | None
+        cls, baseline: Path | None, against: str | None, max_slowdown: str | None, fail_if: Sequence[str] | None
     ) -> _Judging:
         """Read the options.
 
         Raises:
             MoEdgeError: one that cannot be read.
         """
-        share = _share(max_slowdown)
+        if max_slowdown is not None and baseline is None and against is None:
+            raise MoEdgeError("--max-slowdown compares with something: give --baseline or --against.")
+        share = _share(max_slowdown or "5%")
         own = [limits.parse(text) for text in fail_if or []]
         return cls(None if baseline is None else read_result(baseline), against is not None, share, own)
 
@@ -183,6 +190,17 @@ class _Judging:
     def asked(self) -> bool:
         """Whether there is anything to judge by."""
         return bool(self.limits or self.older or self.beside)
+
+    def check(self, labels: Sequence[str]) -> None:
+        """Refuse limits and a baseline of engines that are not going to be timed, before an hour of timing.
+
+        Raises:
+            MoEdgeError: which.
+        """
+        for limit in self.limits:
+            check_label(limit, labels)
+        if self.older is not None and not set(labels) & set(self.older["engines"]):
+            raise MoEdgeError(no_engine_common(self.older))
 
     def judge(self, result: Bench, beside: Mapping[str, tuple[str, Path]]) -> Gate:
         """Judge a benchmark; ``beside``: what :func:`_older` found."""
@@ -217,7 +235,11 @@ def _check_files(judged: bool, files: Mapping[str, Path | None]) -> None:
         from moedge.runtime.report import bench_plot
 
         bench_plot.check_ending(plot)
-    check_all_writable({f"--{name}": path for name, path in files.items()})
+    check_all_writable(_options(files))
+
+
+def _options(files: Mapping[str, Path | None]) -> dict[str, Path | None]:
+    return {f"--{name}": path for name, path in files.items()}
 
 
 def _given(engines: list[str]) -> tuple[dict[str, Path], Path]:

@@ -12,7 +12,7 @@ from rich.markup import escape
 from moedge.configs.recipe import Conversion, conversion_from
 from moedge.convert import processes
 from moedge.runtime.commands._options import Device, Force, Model, Settings
-from moedge.runtime.commands._settings import parse_settings
+from moedge.runtime.commands._settings import parse_settings, positions
 from moedge.runtime.progress import single
 from moedge.runtime.run import run_folder, stages
 from moedge.runtime.run.conversion import one_message, write_checkpoint
@@ -30,7 +30,10 @@ def convert(
         ),
     ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 8,
-    length: Annotated[int, typer.Option(min=8, help="Tokens per calibration window.")] = 2048,
+    length: Annotated[
+        int | None,
+        typer.Option(min=8, help="Tokens per calibration window; 2048, or what the model takes."),
+    ] = None,
     method: Annotated[str, typer.Option(help="Conversion method; `moedge methods` lists them.")] = "cmoe",
     settings: Settings = None,
     shared: Annotated[int | None, typer.Option(min=0, help="Always-on experts; cmoe: 6.")] = None,
@@ -70,7 +73,7 @@ def convert(
                 "name": "convert",
                 "model": {"source": model, "revision": revision, "device": device},
                 "text": {"calibration": text or ["asset:wiki"]},  # nothing is measured here
-                "calibration": {"windows": windows, "length": length},
+                "calibration": {"windows": windows, "length": length or min(2048, positions(model) or 2048)},
                 "convert": {"method": method, **parse_settings(settings or [], named)},
             },
             where=_WHERE,

@@ -15,10 +15,18 @@ from moedge import MoEdgeError
 from moedge._files import digest
 from moedge.configs import devices
 from moedge.configs.devices import Device
-from moedge.configs.recipe import load_recipe, recipe_from
+from moedge.configs.recipe import (
+    BenchSection,
+    EvaluateSection,
+    ExportSection,
+    VerifySection,
+    load_recipe,
+    recipe_from,
+)
 from moedge.export import targets
 from moedge.runtime.bench.machine import machine
 from moedge.runtime.commands._options import Json, Model
+from moedge.runtime.commands._settings import positions
 from moedge.runtime.progress import Reporter
 from moedge.runtime.report.text import within
 from moedge.runtime.run import run_folder
@@ -76,7 +84,7 @@ def tune(
     goal = _goal(speedup=speedup, ms=max_ms, kl=max_kl, ratio=max_ratio)
     device, timed = _device(profile, device_result)
     target = _target(target, device)
-    base = _sections(recipe)
+    base = _sections(recipe, positions(model))
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name).strip("-._") or "model"
     name = _folder(slug, target, device, goal)
     wanted = recipe_from({**base, "name": name, "model": {"source": model}}, where="moedge tune")
@@ -102,12 +110,27 @@ def _folder(slug: str, target: str, device: Device | None, goal: Goal) -> str:
     return found if len(found) <= 64 else f"{found[:57]}-{digest(found)[:6]}"
 
 
-def _sections(recipe: str | None) -> dict[str, Any]:
-    """The sections of a recipe but the model; without one the texts and the gather of the packaged recipe."""
+def _sections(recipe: str | None, positions: int | None) -> dict[str, Any]:
+    """The sections of a recipe but the model; without one the texts and the gather of the packaged recipe.
+
+    Lengths that nobody asked for fit into the ``positions`` of a short model; None: they are not known yet.
+    """
     if recipe is not None:
         return load_recipe(recipe).model_dump(mode="json", exclude={"model"})
     base = load_recipe("smollm2-135m").model_dump(mode="json", include={"text", "calibration", "convert"})
     base["calibration"]["bos"] = False  # not every tokenizer has such a token
+    if positions is not None and positions < ExportSection().max_length:
+        window = min(VerifySection().window, positions)
+        base["calibration"]["length"] = min(base["calibration"]["length"], positions)
+        base |= {
+            "export": {"max_length": positions},
+            "evaluate": {"window": min(EvaluateSection().window, positions)},
+            "verify": {"window": window, "prefill": min(VerifySection().prefill, window * 7 // 8)},
+            "bench": {
+                "prompt": min(BenchSection().prompt, positions // 2),
+                "decode": min(BenchSection().decode, positions // 4),
+            },
+        }
     return base
 
 

@@ -181,13 +181,22 @@ def _said(pair: _Pair, found: Slowdown, limit: float, outcome: Outcome, uncontro
     )
 
 
-def _beyond(result: Bench, limit: Limit) -> Iterator[GateCheck]:
-    """Judge one limit at every point of every engine that it names."""
-    labels = list(result["engines"])
+def check_label(limit: Limit, labels: Sequence[str]) -> None:
+    """Refuse a limit of an engine that is not among those that are timed.
+
+    Raises:
+        MoEdgeError: it is not.
+    """
     if limit.label is not None and limit.label not in labels:
         raise MoEdgeError(
             f"--fail-if {limit.text!r} names an engine that is not timed; there are: {', '.join(labels)}."
         )
+
+
+def _beyond(result: Bench, limit: Limit) -> Iterator[GateCheck]:
+    """Judge one limit at every point of every engine that it names."""
+    labels = list(result["engines"])
+    check_label(limit, labels)
     once = limit.metric in ("peak_rss", "load")  # measured at the first point alone
     for point in result["points"][: 1 if once else None]:
         for row in point["rows"]:
@@ -252,11 +261,16 @@ def _otherwise(label: str, result: Bench, baseline: Bench) -> str | None:
     return f"{label} ran otherwise in the baseline ({'; '.join(changed)}) and is not compared; ask for the same"
 
 
+def no_engine_common(baseline: Bench) -> str:
+    """What is said where no engine of a baseline is timed again."""
+    labels = ", ".join(baseline["engines"])
+    return f"The baseline has no engine of the same name; it has: {labels}. Give a name with NAME=PATH."
+
+
 def _nothing_common(result: Bench, baseline: Bench) -> str:
     """Why nothing can be compared, and what to do."""
-    labels = ", ".join(baseline["engines"])
     if not set(result["engines"]) & set(baseline["engines"]):
-        return f"The baseline has no engine of the same name; it has: {labels}. Give a name with NAME=PATH."
+        return no_engine_common(baseline)
     points = "; ".join(words(point) for point in baseline["points"])
     return f"The baseline was timed at other points: {points}. Ask for the same ones."
 

@@ -12,9 +12,7 @@ from moedge.runtime.run.refs import TORCH_DENSE, TORCH_MOE, EngineRef, Role
 RUN_SCHEMA = "moedge.run/1"
 
 
-def is_run(path: Path) -> bool:
-    """Tell whether ``path`` is a run folder."""
-    return (path / "run.json").is_file()
+is_run = _files.is_run
 
 
 def check_free(root: Path) -> None:

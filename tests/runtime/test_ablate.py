@@ -228,6 +228,7 @@ rows:
         ("window: 64", "window: 4", "window"),
         ("{home}/other.txt", "{home}/missing.txt", "missing.txt does not exist"),
         ("shared: 2, active: 2", "shared: 2, active: 9", "CMoE at 50 %"),
+        ("methods: {{cmoe:", "methods: {{cmo:", "sparsities: 25 %: unknown method 'cmo'; known: cmoe,"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_work(home: Path, old: str, new: str, said: str) -> None:

@@ -159,22 +159,33 @@ def test_a_file_that_fails_costs_no_measurement(home: Path, monkeypatch: pytest.
 
 
 def test_what_follows_the_timing_costs_no_measurement(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A limit of an engine that is not there, and a profile that fails: said last, after times and files."""
-    found = bench("one", *QUICK, "--save", "a.json", "--fail-if", "other: tpot > 1s", "--junit", "a.xml")
-    assert found.exit_code == 2
-    assert "error: " in found.stderr
-    assert "other" in found.stderr
-    assert "per token" in found.stdout
-    assert "gate" not in json.loads((home / "a.json").read_text(encoding="utf-8"))
+    """A gate and a profile that fail: said last, after times and files."""
 
     def broken(*_: Any, **__: Any) -> None:
         raise MoEdgeError("no node was recorded")
 
+    monkeypatch.setattr(command, "judge", broken)
+    found = bench("one", *QUICK, "--save", "a.json", "--fail-if", "tpot > 1s", "--junit", "a.xml")
+    assert (found.exit_code, found.stderr.splitlines()[-1]) == (2, "error: no node was recorded")
+    assert "per token" in found.stdout
+    assert "gate" not in json.loads((home / "a.json").read_text(encoding="utf-8"))
     monkeypatch.setattr(command, "profiles", broken)
     found = bench("one", *QUICK, "--save", "b.json", "--profile")
     assert (found.exit_code, found.stderr.splitlines()[-1]) == (2, "error: no node was recorded")
     assert "per token" in found.stdout
     assert len(json.loads((home / "b.json").read_text(encoding="utf-8"))["points"]) == 1
+
+
+def test_engines_that_are_not_timed_are_named_before_the_timing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bench("one", *QUICK, "--save", "saved.json").exit_code == 0
+    monkeypatch.setattr(latency, "bench", lambda *_, **__: pytest.fail("timed"))
+    found = bench("one", "--fail-if", "other: tpot > 1s")
+    said = "error: --fail-if 'other: tpot > 1s' names an engine that is not timed; there are: one."
+    assert (found.exit_code, said in found.stderr) == (2, True)
+    found = bench("new=one", "--baseline", "saved.json")
+    assert (found.exit_code, "error: The baseline has no engine of the same name" in found.stderr) == (2, True)
+    found = bench("one", "--baseline", "saved.json", "--save", "saved.json")
+    assert (found.exit_code, "error: --save saved.json is read by this command; name" in found.stderr) == (2, True)
 
 
 def test_a_profile_of_nothing_is_refused_before_the_timing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +219,10 @@ def test_a_profile_without_onnx_is_refused_before_the_timing(home: Path, monkeyp
         (("one", "--plot", "x.gif"), "--plot x.gif ends in .gif; give a name with .svg, .png, .pdf."),
         (("one", "two", "--against", "slow"), "--against slow is the older one of which engine?"),
         (("x=one", "x=two"), "x is given twice; name each engine once."),
-        (("one", "--max-slowdown", "5"), "--max-slowdown '5' is not a share such as 5%."),
+        (("one", "--max-slowdown", "5", "--against", "slow"), "--max-slowdown '5' is not a share such as 5%."),
+        (("one", "--max-slowdown", "5%"), "--max-slowdown compares with something: give --baseline or --against."),
+        (("one", "--save", "one/manifest.json"), "which this command reads; name a file elsewhere."),
+        (("one", "--text", "text.txt", "--csv", "text.txt"), "--csv text.txt is read by this command; name another"),
         (("one", "--prompt", "8,8"), "prompt is a list of different numbers, not [8, 8]; name each value once."),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from moedge import MoEdgeError
-from moedge._files import atomic_dir, check_writable, write_text
+from moedge._files import atomic_dir, check_all_writable, check_writable, write_text
 
 
 def folder(path: Path, text: str = "old") -> Path:
@@ -70,6 +71,27 @@ def test_a_file_that_can_be_written_passes_and_the_check_leaves_nothing(tmp_path
     assert sorted(tmp_path.rglob("*")) == before
     write_text(tmp_path / name, "new")
     assert (tmp_path / name).read_text() == "new"
+
+
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [
+        ("text.txt", "--save text.txt is read by this command; name another file."),
+        ("model/config.json", "which this command reads; name a file elsewhere."),
+        ("model/new.json", "which this command reads; name a file elsewhere."),
+        ("run/report.json", "which this command reads; name a file elsewhere."),
+        ("run/convert/new.json", "which this command reads; name a file elsewhere."),
+        ("run/new.json", None),
+        ("old.json", None),
+    ],
+)
+def test_a_result_is_no_input(result: str, said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("text.txt", "model/config.json", "run/run.json", "run/report.json", "run/convert/x", "old.json"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("{}")
+    with pytest.raises(MoEdgeError, match=re.escape(said)) if said else nullcontext():
+        check_all_writable({"--save": Path(result), "--html": None}, ["text.txt", "model", Path("run"), "asset:wiki"])
 
 
 def test_an_error_leaves_the_old_folder_and_nothing_beside_it(tmp_path: Path) -> None:

@@ -14,11 +14,15 @@ import pytest
 from typer.testing import CliRunner
 
 from moedge import MoEdgeError
+from moedge._files import write_json
 from moedge.configs import devices
+from moedge.configs.recipe import recipe_from
 from moedge.convert.plan import MoEPlan
 from moedge.export import needs
 from moedge.export.device.outlook import Work
 from moedge.runtime.cli import app
+from moedge.runtime.commands import tune as command
+from moedge.runtime.commands._settings import positions
 from moedge.runtime.engines import open_engine
 from moedge.runtime.run.engine import lock
 from moedge.runtime.tune.device import Costs, ParentTime, parent_time
@@ -136,6 +140,16 @@ def test_what_cannot_be_asked_for_is_refused(options: list[str], said: str, tmp_
     assert result.exit_code == 2
     assert said in " ".join(result.stderr.split())
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("limit", [64, 512, 1024, 2048, None])
+def test_lengths_that_nobody_asked_for_fit_the_model(limit: int | None, tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", {} if limit is None else {"max_position_embeddings": limit})
+    assert positions(str(tmp_path)) == limit
+    found = recipe_from({"name": "x", "model": {"source": "x"}, **command._sections(None, limit)}, where="test")
+    assert found.export.max_length == min(limit or 2048, 2048)
+    assert found.evaluate.window == min(limit or 512, 512)
+    found.check_model({"max_position_embeddings": limit, "model_type": "llama", "intermediate_size": 64}, "test")
 
 
 @pytest.mark.parametrize(
