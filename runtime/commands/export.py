@@ -71,7 +71,8 @@ def export(
 ) -> None:
     """Write an ONNX bundle with KV cache for each target.
 
-    All targets are written or none. What OUT holds of other targets stays when it is of the same graph.
+    All targets are written or none. What OUT holds of other targets, and engines, stay when they are of the same graph;
+    --force drops those that are not, and leaves what is neither.
 
     \b
     Examples:
