@@ -71,8 +71,7 @@ def export(
 ) -> None:
     """Write an ONNX bundle with KV cache for each target.
 
-    All targets are written or none. What OUT holds of other targets, and engines, stay when they are of the same graph;
-    --force drops those that are not, and leaves what is neither.
+    All targets are written or none. What OUT holds of the same graph stays; --force drops other bundles, never files.
 
     \b
     Examples:
