@@ -333,11 +333,11 @@ def _lower(
     """Lower an opened bundle; ``moments`` are those of ``calibration``, asked for where they are read."""
     import onnx_ir as ir
 
-    from moedge.export.graph import kept, nodes, shapes
+    from moedge.export.graph import build, kept, nodes, shapes
     from moedge.export.ort_ops import library as ort_ops
 
     bundle.check_external_data(source.model_path, set(source.manifest.files))
-    graph = ir.load(source.model_path)
+    graph = build.load(source.model_path)
     nodes.complete(graph, f"Bundle {source.path}")
     row = registry.find(target)
     options = registry.options(row, **forms)

@@ -1,6 +1,8 @@
 """int8 and int4 bundles: everything is quantised, and the kernels compute what their weights say."""
 
 import json
+import os
+import shutil
 
 import numpy as np
 import onnx
@@ -8,7 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from moedge import MoEdgeError
-from moedge.export import bundle
+from moedge.export import bundle, pipeline
 from moedge.export.graph import weights
 from moedge.export.graph.build import array_of
 from moedge.export.lowering.ort import quantized as ort_quantized
@@ -53,6 +55,20 @@ def test_every_class_is_quantised_and_every_byte_is_accounted_for(bundles, name)
 @pytest.mark.parametrize("name", ALL)
 def test_every_value_has_its_type_and_shape(bundles, values_match_their_shapes, name):
     assert values_match_their_shapes(bundles[name]) > 50
+
+
+def test_weights_with_several_names_are_read(bundles, tmp_path):
+    """Hard links, as a backup by ``cp -al`` leaves them: onnx and onnx_ir refuse such files."""
+    made = bundle.open_bundle(shutil.copytree(bundles["dense/ort-cpu-int4"], tmp_path / "made"))
+    portable = bundle.open_bundle(shutil.copytree(bundles["dense/portable"], tmp_path / "portable"))
+    for opened in (made, portable):
+        os.link(opened.path / "model.onnx.data", tmp_path / f"backup of {opened.path.name}")
+    assert dict(dequantized_weights(made)).keys() == made.manifest.quantization.tensors.keys()
+    (tmp_path / "openvino").mkdir()
+    pipeline.lower("openvino", portable.path, tmp_path / "openvino")
+    weights_file = bundle.open_bundle(tmp_path / "openvino").path / "model.onnx.data"
+    assert weights_file.stat().st_nlink == 1
+    OrtEngine(portable.path, weights_of=made.path)
 
 
 @pytest.mark.parametrize("name", ALL)
