@@ -309,7 +309,8 @@ def safe_join(root: Path, relative: str) -> Path:
     """Return ``root / relative`` after checking that it names a plain file or folder inside ``root``.
 
     Raises:
-        MoEdgeError: absolute path, ``..`` component, or a symbolic link anywhere below ``root``.
+        MoEdgeError: absolute path, ``..`` component, a symbolic link anywhere below ``root``, or a name that the file
+            system does not take.
     """
     part = Path(relative)
     if not relative or part.is_absolute() or ".." in part.parts or "\\" in relative or "\0" in relative:
@@ -317,7 +318,11 @@ def safe_join(root: Path, relative: str) -> Path:
     current = root
     for piece in part.parts:
         current = current / piece
-        if current.is_symlink():
+        try:
+            link = current.is_symlink()
+        except OSError as error:
+            raise MoEdgeError(f"Unsafe path {relative[:80]!r} in {root}: {error.strerror}.") from error
+        if link:
             raise MoEdgeError(f"Unsafe path {relative!r} in {root}: {current} is a symbolic link.")
     return current
 
