@@ -141,6 +141,8 @@ def _mutated(bundles, monkeypatch, **patches):
     after = before.clone()
     edge = next(str(node.outputs[0].name) for node in before.graph if node.op_type == "SparseGLU")
     ort_moe.FuseMoE().apply(after)
+    stacks = [value.const_value for value in after.graph.initializers.values() if ".gate_up" in value.name]
+    assert [type(stack) for stack in stacks] == [ir.LazyTensor] * 2, "a copy of the model's experts in memory"
     return selftest.compare("MoE", before, after, [edge], 2e-6)
 
 
