@@ -6,9 +6,10 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -195,28 +196,36 @@ def check_links(folder: Path) -> None:
 
 
 @contextmanager
-def atomic_dir(path: Path, *, force: bool = False, inputs: Iterable[Path | str] = ()) -> Iterator[Path]:
+def atomic_dir(
+    path: Path, *, force: bool = False, inputs: Iterable[Path | str] = (), drops: Set[str] | None = None
+) -> Iterator[Path]:
     """Yield an empty folder beside ``path`` that becomes ``path`` when the block ends without an error.
 
-    On any error, Ctrl-C included, the partial folder is removed and whatever was at ``path`` stays as it was.
+    On any error, Ctrl-C included, the partial folder is removed and whatever was at ``path`` stays as it was. What a
+    process that was killed while it replaced ``path`` had moved aside is put back first.
 
     Args:
         path: the output.
         force: replace what is there, all of it.
         inputs: what the output is made from; see :func:`spare`.
+        drops: given, only what is in ``path`` under a new name, or one that is here in the end, goes: entries that stay
+            are never moved, copied or linked, so no stop can cost them and tens of GB take no time.
 
     Raises:
-        MoEdgeError: ``path`` exists, at the start or in the end, and ``force`` is not given, its parent cannot be
-            written, or replacing it would delete an input, the working folder or the home folder.
+        MoEdgeError: ``path`` exists, at the start (without ``drops``) or in the end, and ``force`` is not given, its
+            parent cannot be written, or replacing it would delete an input, the working folder or the home folder.
     """
     spare(path, inputs)
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise MoEdgeError(f"Output {path} exists and is not a folder; choose another output path.")
-    if path.exists() and any(path.iterdir()) and not force:
-        raise MoEdgeError(f"Output folder {path} already exists and is not empty; pass --force to replace it.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = partial_of(path)
+        if drops is not None and path.exists():
+            recover(path)
+        before = _names(path)
+        if before and not force and drops is None:
+            raise MoEdgeError(f"Output folder {path} already exists and is not empty; pass --force to replace it.")
         partial.mkdir()
     except OSError as error:
         raise MoEdgeError(
@@ -224,17 +233,44 @@ def atomic_dir(path: Path, *, force: bool = False, inputs: Iterable[Path | str] 
         ) from error
     try:
         yield partial
-        replaced = path.with_name(f".{path.name}.{os.getpid()}.replaced")
-        if path.exists():
-            if any(path.iterdir()) and not force:
-                raise MoEdgeError(
-                    f"Output folder {path} was written by another process meanwhile; nothing was changed."
-                )
-            os.replace(path, replaced)
-        os.replace(partial, path)
-        shutil.rmtree(replaced, ignore_errors=True)
+        new, there = _names(partial), _names(path)
+        if not force and (there if drops is None else there & new - before):
+            raise MoEdgeError(f"Output folder {path} was written by another process meanwhile; nothing was changed.")
+        if drops is None or not path.exists():
+            _take_places([(partial, path)], [], partial)
+        else:
+            gone = [path / name for name in sorted(there & drops - new)]
+            _take_places([(partial / name, path / name) for name in sorted(new)], gone, partial)
     finally:
         _remove(partial)
+
+
+def _names(folder: Path) -> set[str]:
+    return {entry.name for entry in folder.iterdir()} if folder.exists() else set()
+
+
+def _take_places(pairs: Sequence[tuple[Path, Path]], drops: Sequence[Path], partial: Path) -> None:
+    """Move each new folder to its place, all or none; what was there goes to ``partial``, as do ``drops``.
+
+    An exception in between undoes all of it. Where the process is killed, :func:`recover` puts back what has no new one
+    in its place yet: each entry is then the old or the new one, whole. So what goes gets another name beside its place
+    first, and leaves for ``partial``, which is deleted, when all is done.
+    """
+    replaced = [*drops, *(place for _, place in pairs if os.path.lexists(place))]
+    aside = {place: _left_of(place, "replaced") for place in replaced}
+    moves = [*aside.items(), *pairs]
+    begun: list[tuple[Path, Path]] = []
+    try:
+        for source, target in moves:
+            begun.append((source, target))
+            os.replace(source, target)
+    except BaseException:
+        for source, target in reversed(begun):
+            if os.path.lexists(target) and not os.path.lexists(source):
+                os.replace(target, source)
+        raise
+    for place, old in aside.items():
+        os.replace(old, partial / place.name if partial.exists() else partial)
 
 
 def _remove(folder: Path) -> None:
@@ -249,20 +285,43 @@ def _remove(folder: Path) -> None:
 def partial_of(path: Path) -> Path:
     """Return this process's folder beside ``path`` for what is not whole yet, which nobody has made.
 
-    Those of processes on this machine that were killed (out of memory, ``kill -9``) are deleted.
+    Those of processes on this machine that were killed are gone then, see :func:`recover`.
     """
-    start = f".{path.name}.{socket.gethostname()}."
-    for left in path.parent.iterdir():
-        number = left.name.removeprefix(start).removesuffix(".partial")
-        if left.name != f"{start}{number}.partial" or not number.isdecimal():
+    recover(path.parent, path.name)
+    return _left_of(path, "partial")
+
+
+def _left_of(path: Path, what: str) -> Path:
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{what}")
+
+
+def recover(folder: Path, name: str | None = None) -> None:
+    """Undo in ``folder`` what killed processes of this machine (out of memory, ``kill -9``) had begun.
+
+    Args:
+        folder: holds the outputs.
+        name: of one output; all of them by default.
+    """
+    for left in folder.iterdir() if folder.is_dir() else ():
+        host = re.escape(socket.gethostname())
+        found = re.fullmatch(rf"\.(.+)\.{host}\.(\d+)\.(partial|replaced)", left.name)
+        if found is None or name not in (None, found[1]) or _alive(int(found[2])):
             continue
-        try:
-            os.kill(int(number), 0)
-        except ProcessLookupError:
+        place = left.with_name(found[1])
+        if found[3] == "replaced" and not os.path.lexists(place):
+            os.replace(left, place)  # it was killed between two renames: the new one is not there yet
+        else:
             shutil.rmtree(left, ignore_errors=True)
-        except (PermissionError, OverflowError):
-            continue  # somebody else's process, which lives
-    return path.with_name(f"{start}{os.getpid()}.partial")
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass  # somebody else's process, which lives
+    return True
 
 
 def link_or_copy(source: Path | str, destination: Path | str) -> None:
@@ -277,7 +336,8 @@ def safe_join(root: Path, relative: str) -> Path:
     """Return ``root / relative`` after checking that it names a plain file or folder inside ``root``.
 
     Raises:
-        MoEdgeError: absolute path, ``..`` component, or a symbolic link anywhere below ``root``.
+        MoEdgeError: absolute path, ``..`` component, a symbolic link anywhere below ``root``, or a name that the file
+            system does not take.
     """
     part = Path(relative)
     if not relative or part.is_absolute() or ".." in part.parts or "\\" in relative or "\0" in relative:
@@ -285,7 +345,11 @@ def safe_join(root: Path, relative: str) -> Path:
     current = root
     for piece in part.parts:
         current = current / piece
-        if current.is_symlink():
+        try:
+            link = current.is_symlink()
+        except OSError as error:
+            raise MoEdgeError(f"Unsafe path {relative[:80]!r} in {root}: {error.strerror}.") from error
+        if link:
             raise MoEdgeError(f"Unsafe path {relative!r} in {root}: {current} is a symbolic link.")
     return current
 
@@ -307,6 +371,7 @@ def hash_tree(root: Path) -> dict[str, dict[str, Any]]:
 
 def remove_partials(folder: Path) -> None:
     """Delete what a killed process left in ``folder`` (the names of :func:`atomic_dir` and :func:`write_text`)."""
+    recover(folder)
     for pattern in (".*.partial", ".*.replaced"):
         for path in folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)

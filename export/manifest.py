@@ -8,6 +8,7 @@ This module needs neither torch nor onnx.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -407,18 +408,39 @@ def load(folder: Path, mend: str = "export again") -> object:
 
     Raises:
         FileNotFoundError: there is none.
-        MoEdgeError: a link, a Git LFS pointer, or no JSON.
+        MoEdgeError: a link, a Git LFS pointer, or no JSON: no number is NaN or infinite.
     """
     path = safe_join(folder, MANIFEST)
     refuse_pointer(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), parse_float=_finite, parse_constant=_finite)
+        if _deeper(value, _DEEPEST):
+            raise ValueError(f"its values are nested more than {_DEEPEST} deep")
+        return value
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(path) from None
     except OSError as error:
         raise MoEdgeError(f"{path} cannot be read ({error}); {mend}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MoEdgeError(f"{path} cannot be read: it is not valid JSON ({error}); {mend}.") from error
+
+
+def _finite(text: str) -> float:
+    """A number of JSON, which has no NaN and no infinity; 1e999 would be one."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no number")
+    return value
+
+
+_DEEPEST = 100
+"""No manifest is as deep as 10. pydantic writes 255 levels, Python's JSON about 1000, and each fails in its own way."""
+
+
+def _deeper(value: object, levels: int) -> bool:
+    """Whether lists and objects are nested more than ``levels`` deep."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return inside is not None and (levels == 0 or any(_deeper(each, levels - 1) for each in inside))
 
 
 def parse(kind: type[AnySealed], document: object, path: Path, mend: str | None = None) -> AnySealed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moedge import MoEdgeError, __version__
-from moedge._files import atomic_dir, link_or_copy
+from moedge._files import atomic_dir
 from moedge._progress import Steps
 from moedge._versions import installed
 from moedge.convert.adapters import MOE_PREFIX
@@ -25,6 +25,7 @@ from moedge.export.lowering import Lowered
 from moedge.export.manifest import (
     BUNDLE_SCHEMA,
     Calibration,
+    EngineManifest,
     IOFacts,
     LayerFacts,
     Manifest,
@@ -59,7 +60,7 @@ def export(
 
     The portable bundle is always there in the end, since every other target is lowered from it. One that an earlier
     export made of the same checkpoint with the same label and length is taken as it is: the one in ``out``, or
-    ``portable``. What ``out`` holds of other targets stays when it was lowered from that graph.
+    ``portable``. What ``out`` holds of other targets, and engines, stay when they are of that graph.
 
     Args:
         checkpoint: a dense folder or one that ``moedge convert`` wrote.
@@ -70,7 +71,8 @@ def export(
         tensorrt: version of TensorRT on the device that the bundle ``tensorrt`` is for; the newest by default.
         experts: form of the experts in the bundle ``tensorrt``, see :func:`moedge.export.lowering.trt.experts.choose`.
         dtype: ``float16`` or ``bfloat16`` for targets that leave the choice; float16 by default.
-        force: replace bundles of ``targets`` that are there, and drop what is not of the same graph.
+        force: replace bundles of ``targets`` that are there, and drop bundles and engines that are not of the same
+            graph. What is neither stays.
         progress: see :data:`moedge._progress.Steps`.
         calibration: int64 [N, L], text for which 4-bit weights are chosen by GPTQ instead of rounding to the nearest.
         zero_points: instead, fit the levels of each block of 4-bit weights to its range, where a target can.
@@ -82,29 +84,28 @@ def export(
 
     Raises:
         MoEdgeError: ``calibration`` with ``zero_points``, unknown target, a model without a tokenizer or that cannot be
-            traced, an existing bundle of ``targets`` or one of another graph without ``force``, something else in
-            ``out``, or a lowering whose self-test fails.
+            traced, an existing bundle of ``targets``, one of another graph or something else in ``out`` without
+            ``force``, or a lowering whose self-test fails.
     """
     if calibration is not None and zero_points:
         raise MoEdgeError("GPTQ has no zero points; give a calibration text or zero points, not both.")
     from moedge.export.ort_ops import library
 
     registry.check(targets)
-    there = _bundles(out)
-    if not force and (taken := sorted(set(there) & set(targets))):
-        raise MoEdgeError(f"Output folder {out / taken[0]} already exists; pass --force to replace it.")
     order = registry.names(lambda row: row.name in targets or row.name == registry.PORTABLE)
     report = progress or (lambda *_: None)
-    known = [folder for folder in (portable, there.get(registry.PORTABLE)) if folder is not None]
-    if registry.PORTABLE in targets and force:
-        known = []
     inputs = [checkpoint, *([portable] if portable else [])]
-    with atomic_dir(out, force=force or bool(there), inputs=inputs) as partial:
+    drops: set[str] = set()
+    with atomic_dir(out, force=force, inputs=inputs, drops=drops) as partial:
+        there = _there(out, targets, force=force)
+        retraced = registry.PORTABLE in targets and force
+        known = [] if retraced else [folder for folder in (portable, out / registry.PORTABLE) if folder]
         made = next((made for folder in known if (made := _fitting(folder, checkpoint, label, max_length))), None)
         report(f"{'keeping' if made else 'tracing'} {registry.PORTABLE}", 0, len(order))
-        if made and made.path == portable:  # a copy: onnx 1.23 refuses weights with several hard links
+        if made and made.path == portable:
             shutil.copytree(portable, partial / registry.PORTABLE, copy_function=shutil.copyfile)
         source = made or _export_portable(checkpoint, partial / registry.PORTABLE, label, max_length)
+        drops.update(_of_others(out, there, source, force=force))
         moments = _measured_once(source, calibration)
         for step, target in enumerate(order[1:], 1):
             report(f"lowering {target}", step, len(order))
@@ -112,33 +113,80 @@ def export(
             with library.stock_operators(stock_operators):
                 forms = {"tensorrt": tensorrt, "experts": experts, "dtype": dtype}
                 _lower(target, source, partial / target, forms, calibration, moments, zero_points=zero_points)
-        _keep(there, source.sha256, partial, force=force)
     report("done", len(order), len(order))
     return {target: out / target for target in order}
 
 
-def _bundles(out: Path) -> dict[str, Path]:
-    """Return the bundles in ``out`` by target; none when something else is there too, which is not ours to touch."""
-    found = {path.parent.name: path.parent for path in out.glob("*/manifest.json")}
-    return found if out.is_dir() and {path.name for path in out.iterdir()} == set(found) else {}
-
-
-def _keep(there: dict[str, Path], graph: str, partial: Path, *, force: bool) -> None:
-    """Link those bundles of ``there`` into ``partial`` that were not made again and are of the hash ``graph``.
+def _there(out: Path, targets: Sequence[str], *, force: bool) -> dict[str, Manifest | EngineManifest]:
+    """Return the facts of the bundles and engines in ``out`` that are not of ``targets``, by folder.
 
     Raises:
-        MoEdgeError: one stems from another graph and ``force``, which drops it, is not given.
+        MoEdgeError: a manifest cannot be read; or, without ``force``, a folder of ``targets`` is there, or something
+            that is neither. Hidden entries, which systems make by themselves, are not asked about.
     """
-    for name, folder in there.items():
-        manifest = manifests.read(folder, "delete the folder and export again")
-        of = manifests.content_hash(folder) if name == registry.PORTABLE else manifest.parent if manifest else None
-        if graph != of and not force:
-            raise MoEdgeError(
-                f"{folder} is of another model, or was exported with other settings or libraries; choose another "
-                "output folder, or pass --force to replace it."
-            )
-        if graph == of and not (partial / name).exists():
-            shutil.copytree(folder, partial / name, copy_function=link_or_copy)
+    found, entries = {}, sorted(out.iterdir()) if out.exists() else []
+    for path in entries:
+        if path.name in targets:
+            if not force:
+                raise MoEdgeError(f"Output folder {path} already exists; pass --force to replace it.")
+        elif not path.name.startswith("."):
+            if facts := _facts(path):
+                found[path.name] = facts
+            elif not force:
+                raise MoEdgeError(
+                    f"Output folder {out} already exists and is not empty: {path.name} is no bundle; choose another "
+                    "output folder, or pass --force to export beside it."
+                )
+    return found
+
+
+def _facts(path: Path) -> Manifest | EngineManifest | None:
+    """Read the manifest of a bundle or an engine; None where there is none, or one of something else."""
+    mend = "delete the folder and export again"
+    try:
+        document = manifests.load(path, mend)
+    except FileNotFoundError:
+        return None
+    schema = document.get("schema") if isinstance(document, dict) else None
+    ours = str(schema).startswith(("moedge.bundle/", "moedge.engine/"))  # of any version
+    return manifests.read(path, mend) if ours else None
+
+
+def _of_others(
+    out: Path, there: Mapping[str, Manifest | EngineManifest], source: Bundle, *, force: bool
+) -> Iterator[str]:
+    """Name what in ``out`` is of another graph than the portable bundle ``source``: ``force`` drops it.
+
+    Asked before anything is lowered, which can take hours.
+
+    Raises:
+        MoEdgeError: something is, without ``force``.
+    """
+    for name, facts in there.items():
+        if difference := _difference(out / name, facts, source):
+            if not force:
+                raise MoEdgeError(
+                    f"{out / name} {difference}; choose another output folder, or pass --force to drop it."
+                )
+            yield name
+
+
+def _difference(folder: Path, facts: Manifest | EngineManifest, source: Bundle) -> str | None:
+    """Say why the bundle or engine in ``folder`` is not of the portable bundle ``source``; None: it is."""
+    wanted = source.manifest
+    if source.sha256 == (manifests.content_hash(folder) if facts.target == registry.PORTABLE else facts.parent):
+        return None
+    if facts.checkpoint is not None and facts.checkpoint != wanted.checkpoint:
+        return "is of another model (of a checkpoint with other files)"
+    if facts.label != wanted.label:
+        return f"has the label {facts.label!r}, this export has {wanted.label!r}"
+    longest, asked = facts.model.max_position_embeddings, wanted.model.max_position_embeddings
+    if longest != asked:
+        return f"is for up to {longest} tokens, this export for {asked} (--max-length)"
+    # An engine's parent is the bundle that it was built from, which may be gone; these facts come from the graph.
+    if isinstance(facts, EngineManifest) and (facts.model, facts.moe) == (wanted.model, wanted.moe):
+        return None
+    return "is of another model, or was exported with other settings or libraries"
 
 
 def _fitting(folder: Path, checkpoint: Path, label: str, max_length: int | None) -> Bundle | None:
@@ -285,11 +333,11 @@ def _lower(
     """Lower an opened bundle; ``moments`` are those of ``calibration``, asked for where they are read."""
     import onnx_ir as ir
 
-    from moedge.export.graph import kept, nodes, shapes
+    from moedge.export.graph import build, kept, nodes, shapes
     from moedge.export.ort_ops import library as ort_ops
 
     bundle.check_external_data(source.model_path, set(source.manifest.files))
-    graph = ir.load(source.model_path)
+    graph = build.load(source.model_path)
     nodes.complete(graph, f"Bundle {source.path}")
     row = registry.find(target)
     options = registry.options(row, **forms)

@@ -130,7 +130,7 @@ def export_model(
 ) -> dict[str, Path]:
     """Write a checkpoint or a dense model as ONNX bundles, one folder a target; ``portable`` is always among them.
 
-    All are written or none. What ``out`` holds of other targets stays when it is of the same graph.
+    All are written or none. What ``out`` holds of other targets, and engines, stay when they are of the same graph.
 
     Args:
         checkpoint: of :func:`convert_model`, or a dense model.
@@ -144,7 +144,8 @@ def export_model(
         calibration: int64 [N, L], token windows by which 4-bit weights are chosen (GPTQ) instead of rounded.
         zero_points: or, fit the levels of each block of 4-bit weights to its range (``ort-cpu-int4``).
         stock_operators: use none of our own operators for ONNX Runtime on a CPU, so that any program opens the bundles.
-        force: replace bundles that are there, and whatever else ``out`` holds that is not of the same graph.
+        force: replace bundles of ``targets`` that are there, and drop bundles and engines that are not of the same
+            graph. What is neither stays.
         progress: in targets.
 
     Returns:

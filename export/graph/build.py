@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,31 @@ import onnx
 import onnx_ir as ir
 
 from moedge import MoEdgeError
+from moedge._files import safe_join
 
 LARGEST_INSIDE = 1 << 20
 """Bytes of a weight that a part of a graph holds inside: a protobuf message ends at 2 GiB, which one table can pass."""
+
+
+def load(path: Path) -> ir.Model:
+    """Load the graph of a bundle that was opened, its weights memory-mapped when they are read.
+
+    They may have several names (a backup by ``cp -al``, a file system that joins equal files). onnx and onnx_ir refuse
+    those, as one could lead to a file that is none of the graph's; of a bundle every byte has been compared with its
+    hash.
+
+    Raises:
+        MoEdgeError: weights outside of the bundle's folder, or behind a symbolic link.
+    """
+    model = ir.load(path)
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            place = safe_join(path.parent.absolute(), str(tensor.location))
+            value.const_value = ir.ExternalTensor(  # without a folder: that is where the number of names is looked at
+                place, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=tensor.name
+            )
+    return model
 
 
 class Builder:

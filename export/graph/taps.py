@@ -228,12 +228,10 @@ def routers(path: Path, layers: list[int]) -> tuple[bytes, dict[int, str], list[
     Raises:
         MoEdgeError: a router reads something else than its layer's input.
     """
-    import onnx_ir as ir
-
     from moedge.export.graph import nodes
-    from moedge.export.graph.build import Builder, cut_whole, values_by_name
+    from moedge.export.graph.build import Builder, cut_whole, load, values_by_name
 
-    model = ir.load(path)
+    model = load(path)
     inputs = nodes.router_inputs(model)
     stops = set(inputs.values())
     found = nodes.nodes_of(model, "Route")

@@ -107,10 +107,9 @@ def pack(value: Quantized, half_scales: bool = False, interleaved: bool = False)
     rows = np.pad(rows, padding, constant_values=2 ** (value.bits - 1))
     scales = np.pad(np.swapaxes(value.scales, -1, -2), padding)
     if half_scales:
-        halves = scales.astype(np.float16)
-        if not np.array_equal(halves.astype(np.float32), scales):
+        if not fits_half(value):
             raise MoEdgeError("A scale is none that float16 holds; round the scales first (round_scales).")
-        scales = halves
+        scales = scales.astype(np.float16)
     stored = _cells(rows, value.bits) if interleaved else _permuted(rows[..., : value.columns, :], value.bits)
     return Packed(stored, np.ascontiguousarray(scales), value.bits, outputs, value.columns if interleaved else 0)
 
@@ -126,17 +125,31 @@ def narrow(outputs: int, bits: int) -> bool:
     return bits != 32 and outputs * bits // 8 < 4 * LINE
 
 
+HALF_LIMIT = 2.0**-10
+"""How far float16 may move a scale, as a part of the largest in its row (output). Rounding moves one of 2^-14 and more
+by up to 2^-11 of itself; below, float16 is spaced by 2^-24 and moves it by up to 2^-25, so the limit bites where the
+largest is under 2^-15. A small scale beside a large one may move further: that is less than the integers beside the
+large one lose, half a step each."""
+
+
 def round_scales(value: Quantized) -> Quantized:
     """Return the same levels with the nearest scales of float16: the weights that ``half_scales`` stores.
 
-    Raises:
-        MoEdgeError: a scale is too large for float16.
+    Where float16 loses them, as :data:`HALF_LIMIT` says or because they are too large, they stay as they are.
     """
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         scales = value.scales.astype(np.float16).astype(np.float32)
-    if not np.isfinite(scales).all():
-        raise MoEdgeError("A scale is above 65504 and float16 does not hold it; keep float32 scales.")
+        moved = np.abs(scales - value.scales)
+    largest = np.abs(value.scales).max(axis=-1, keepdims=True)
+    if (moved > HALF_LIMIT * largest).any():
+        return value
     return Quantized(value.packed, scales, value.zero_points, value.bits, value.columns)
+
+
+def fits_half(value: Quantized) -> bool:
+    """Whether float16 holds every scale as it is; of a weight that :func:`round_scales` left alone it does not."""
+    with np.errstate(over="ignore"):
+        return np.array_equal(value.scales.astype(np.float16).astype(np.float32), value.scales)
 
 
 def _permuted(rows: np.ndarray, bits: int) -> np.ndarray:

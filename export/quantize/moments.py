@@ -19,7 +19,7 @@ from moedge import MoEdgeError
 from moedge.export.bundle import Bundle
 from moedge.export.functions import DOMAIN
 from moedge.export.graph.activations import ACTIVATIONS
-from moedge.export.graph.build import array_of
+from moedge.export.graph.build import array_of, load
 from moedge.export.graph.nodes import h_threshold_of
 from moedge.export.graph.weights import collect, product_weight
 from moedge.export.quantize.format import QUANTISED
@@ -34,7 +34,7 @@ def moments(bundle: Bundle, windows: np.ndarray, progress: Callable[[int, int], 
     Raises:
         MoEdgeError: an id outside the vocabulary, or ONNX Runtime cannot run the graph.
     """
-    model = ir.load(bundle.model_path)
+    model = load(bundle.model_path)
     # A tied output projection is also looked up by row, where every input counts the same.
     classes = set(QUANTISED) - {"embedding"}
     table = {name: weight for name, weight in collect(model).items() if weight.tensor_class in classes}

@@ -24,16 +24,15 @@ def dequantized_weights(bundle: Bundle) -> Iterator[tuple[str, np.ndarray]]:
     Raises:
         MoEdgeError: the bundle is not quantised.
     """
-    import onnx
+    from moedge.export.graph.build import array_of, load
 
     section = bundle.manifest.quantization
     if section is None:
         raise MoEdgeError(f"{bundle.path} holds float weights; there is nothing to de-quantise.")
-    model = onnx.load(bundle.model_path, load_external_data=False)
-    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    stored = load(bundle.model_path).graph.initializers
 
     def read(name: str) -> np.ndarray:
-        return onnx.numpy_helper.to_array(stored[name], base_dir=str(bundle.path))
+        return array_of(stored[name])
 
     def blocks(place: Rows, columns: int, layout: str = "", part: str | None = None) -> np.ndarray:
         scales = read(f"{place.tensor}.scales")

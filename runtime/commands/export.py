@@ -71,7 +71,7 @@ def export(
 ) -> None:
     """Write an ONNX bundle with KV cache for each target.
 
-    All targets are written or none. What OUT holds of other targets stays when it is of the same graph.
+    All targets are written or none. What OUT holds of the same graph stays; --force drops other bundles, never files.
 
     \b
     Examples:

@@ -141,6 +141,8 @@ def _mutated(bundles, monkeypatch, **patches):
     after = before.clone()
     edge = next(str(node.outputs[0].name) for node in before.graph if node.op_type == "SparseGLU")
     ort_moe.FuseMoE().apply(after)
+    stacks = [value.const_value for value in after.graph.initializers.values() if ".gate_up" in value.name]
+    assert [type(stack) for stack in stacks] == [ir.LazyTensor] * 2, "a copy of the model's experts in memory"
     return selftest.compare("MoE", before, after, [edge], 2e-6)
 
 
@@ -234,8 +236,23 @@ def _rewrite_manifest(folder, change):
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
+def _write_number(folder, text):
+    _rewrite_manifest(folder, lambda m: m.update(x=12345.5))
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace("12345.5", text))
+
+
+def _nested(levels):
+    """Lists in lists; the manifest around them is one level more."""
+    return [_nested(levels - 1)] if levels > 1 else []
+
+
 def _list_outside(manifest):
     manifest["files"]["../secret"] = {"sha256": "0" * 64, "size": 1}
+
+
+def _list_long(manifest):
+    manifest["files"]["a" * 256] = {"sha256": "0" * 64, "size": 1}
 
 
 def _list_absolute(manifest):
@@ -249,6 +266,12 @@ def _list_absolute(manifest):
         (lambda f: (f / "extra.so").write_text("x"), "extra.so, which its manifest does not list"),
         (lambda f: (f / "manifest.json").unlink(), "is not a bundle"),
         (lambda f: (f / "manifest.json").write_text("{"), "cannot be read"),
+        (lambda f: (f / "manifest.json").write_text("[" * 100_000), "cannot be read: it is not valid JSON"),
+        (lambda f: _rewrite_manifest(f, lambda m: m.update(x=_nested(100))), "nested more than 100 deep"),
+        (lambda f: _rewrite_manifest(f, lambda m: m.update(x=float("nan"))), "NaN is no number"),
+        (lambda f: _rewrite_manifest(f, lambda m: m.update(x=-float("inf"))), "-Infinity is no number"),
+        (lambda f: _write_number(f, "1e999"), "1e999 is no number"),
+        (lambda f: _rewrite_manifest(f, _list_long), r"Unsafe path 'a+' in .*: File name too long"),
         (lambda f: _rewrite_manifest(f, lambda m: m.update(schema="moedge.bundle/99")), "not of schema"),
         (lambda f: _rewrite_manifest(f, lambda m: m.pop("cache")), "lacks cache"),
         (lambda f: _rewrite_manifest(f, lambda m: m.update(io=[])), "damaged: io is not"),

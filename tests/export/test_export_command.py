@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -15,10 +14,11 @@ from typer.testing import CliRunner
 
 import moedge as moedge_
 from moedge import MoEdgeError
-from moedge._files import hash_tree
+from moedge._files import hash_tree, write_json
 from moedge.configs import tolerances
 from moedge.export import bundle, pipeline, trace
 from moedge.export.bundle import open_bundle
+from moedge.export.manifest import ENGINE_SCHEMA
 from moedge.runtime.cli import app
 from moedge.runtime.commands import inspect
 
@@ -174,8 +174,56 @@ def test_bundles_of_another_model_are_not_mixed(out: Path, checkpoints: dict[str
 def test_a_folder_with_other_files_is_left_alone(out: Path, checkpoints: dict[str, Path]) -> None:
     (out / "mine.txt").write_text("keep")
     refused = moedge("export", checkpoints["moe"], out, "--target", "openvino")
-    assert (refused.exit_code, "already exists and is not empty" in refused.stderr) == (2, True)
+    assert (refused.exit_code, "already exists and is not empty: mine.txt is no bundle" in refused.stderr) == (2, True)
     assert (out / "mine.txt").read_text() == "keep"
+
+
+def as_engine(folder: Path, made: Path, **other: Any) -> Path:
+    """An engine folder as ``moedge build`` writes it from the bundle in ``folder``."""
+    facts = open_bundle(folder)
+    taken = {
+        name: facts.manifest.document()[name] for name in ("target", "kind", "label", "model", "moe", "checkpoint")
+    }
+    sizes = {"max_length": 64, "max_prompt": 32, "batch": 1}
+    said = {"profiles": sizes, "compute_capabilities": [], "taps": {}, "versions": {}, "files": {}}
+    write_json(made / "manifest.json", {"schema": ENGINE_SCHEMA, **taken, **said, "parent": facts.sha256, **other})
+    return made
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_an_export_does_not_make_anew_stays_as_it_is(force, out, checkpoints, monkeypatch):
+    """Also under --force, whatever else lies there: no byte is moved, copied or linked."""
+    monkeypatch.setattr(pipeline, "_lower", lambda *_, **__: None)
+    as_engine(out / "ort-cpu", out / "engine")
+    as_engine(out / "ort-cpu", out / "engine-of-a-bundle-that-is-gone", parent="0" * 64)
+    (out / ".DS_Store").write_text("made by the system")
+    if force:
+        as_engine(out / "ort-cpu", out / "engine-of-another-model", checkpoint="0" * 64)
+        (out / "notes.txt").write_text("mine")
+        (out / "old").mkdir()
+        (out / "old" / "manifest.json").write_text('{"schema": "of another program"}')
+    before = {path: path.stat().st_ino for path in out.rglob("*") if "another" not in str(path)}
+    pipeline.export(checkpoints["moe"], out, ["openvino"], label="moe", force=force)
+    after = {path: (path.stat().st_ino, path.stat().st_nlink) for path in out.rglob("*")}
+    assert {path: number for path, (number, _) in after.items()} == {
+        **before,
+        out / "openvino": (out / "openvino").stat().st_ino,
+    }
+    assert all(links == 1 for path, (_, links) in after.items() if path.is_file())
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"label": "new"}, "ort-cpu has the label 'moe', this export has 'new'; choose another output folder"),
+        ({"max_length": 64}, "ort-cpu is for up to 256 tokens, this export for 64 (--max-length); choose"),
+    ],
+)
+def test_bundles_of_another_graph_are_refused_before_anything_is_lowered(other, said, out, checkpoints, monkeypatch):
+    monkeypatch.setattr(pipeline, "_lower", lambda *_, **__: pytest.fail("it took hours"))
+    with pytest.raises(MoEdgeError) as refused:
+        pipeline.export(checkpoints["moe"], out, ["openvino"], **{"label": "moe", **other})
+    assert said in str(refused.value)
 
 
 def test_force_never_deletes_the_checkpoint_or_the_text(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
@@ -188,18 +236,6 @@ def test_force_never_deletes_the_checkpoint_or_the_text(tmp_path: Path, checkpoi
     refused = moedge("export", checkpoints["moe"], tmp_path / "all", "--force", *on_text)
     assert (refused.exit_code, "would be deleted" in refused.stderr) == (2, True)
     assert hash_tree(tmp_path) == before
-
-
-def test_bundles_are_kept_where_there_are_no_hard_links(
-    out: Path, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def link(*_: Any) -> None:
-        raise OSError("no links here")
-
-    monkeypatch.setattr(os, "link", link)
-    shutil.rmtree(out / "portable")
-    assert moedge("export", checkpoints["moe"], out, "--target", "openvino").exit_code == 0
-    open_bundle(out / "ort-cpu")
 
 
 def test_a_form_of_experts_is_for_the_target_that_has_forms(tmp_path: Path, checkpoints: dict[str, Path]) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from moedge import MoEdgeError
 from moedge.export.ort_ops import pack
-from moedge.export.quantize.format import quantize
+from moedge.export.quantize.format import Quantized, quantize
 from moedge.tests.export.cpu_nodes import random
 
 
@@ -41,5 +41,22 @@ def test_what_cannot_be_packed_is_refused() -> None:
         pack.pack(quantize(weight, 4, block=64))
     with pytest.raises(MoEdgeError, match="round the scales first"):
         pack.pack(quantize(weight, 4), half_scales=True)
-    with pytest.raises(MoEdgeError, match="above 65504"):
-        pack.round_scales(quantize(weight * 1e8, 4))
+
+
+@pytest.mark.parametrize(
+    ("row", "stays"),
+    [
+        ([0.01, 2.0**-15, 0.0], False),
+        ([2.0**-15, 3e-8], False),  # 3e-8 becomes 6e-8, and counts for nothing beside the other
+        ([2.0**-16 * (1 + 2.0**-9), 0.0], True),  # half way between two that float16 has: moved by 2^-25
+        ([3e-8, 0.0], True),
+        ([0.0, 0.0], False),
+        ([65536.0, 1.0], True),
+    ],
+)
+def test_scales_that_float16_loses_stay(row: list[float], stays: bool) -> None:
+    scales = np.array([[0.01] * len(row), row], np.float32)
+    value = Quantized(np.zeros((*scales.shape, 32), np.uint8), scales, None, 8, 32 * len(row))
+    rounded = pack.round_scales(value)
+    assert np.array_equal(rounded.scales, scales if stays else scales.astype(np.float16))
+    assert pack.fits_half(rounded) is not stays

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from moedge import MoEdgeError
-from moedge._files import atomic_dir, check_all_writable, check_writable, write_text
+from moedge._files import atomic_dir, check_all_writable, check_writable, remove_partials, write_text
 
 
 def folder(path: Path, text: str = "old") -> Path:
@@ -125,6 +125,47 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) 
         assert not orphan.exists()
         (partial / "file").write_text("new")
     assert sorted(tmp_path.iterdir()) == sorted([*others, tmp_path / "out"])
+
+
+@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_stop_between_two_renames_is_undone(tmp_path: Path, whole: bool, killed: bool) -> None:
+    """A whole folder takes two renames; a new entry, one in the place of another and one that goes take four.
+
+    Where the process is killed, an entry that has its place by then keeps it.
+    """
+    stop = "os.kill(os.getpid(), signal.SIGKILL)" if killed else "os.replace = real; raise KeyboardInterrupt"
+    code = (
+        "import os, signal, sys; from pathlib import Path; from moedge._files import atomic_dir\n"
+        "left, real = int(sys.argv[2]), os.replace\n"
+        "def replace(*paths):\n"
+        "    global left\n"
+        "    left -= 1\n"
+        "    if left < 0:\n"
+        f"        {stop}\n"
+        "    real(*paths)\n"
+        "os.replace = replace\n"
+        f"with atomic_dir(Path(sys.argv[1]), force=True, drops={None if whole else {'dropped'}}) as partial:\n"
+        "    for name in ('new', 'kept'):\n"
+        "        (partial / name).mkdir(); (partial / name / 'file').write_text('new')"
+    )
+    expected = {}
+    for number in range(2 if whole else 4):
+        out = tmp_path / str(number)
+        placed = killed and number == 3
+        expected |= {out / "kept" / "file": "new" if placed else "old", out / "dropped" / "file": "old"}
+        for name in ("kept", "dropped"):
+            folder(out / name)
+        stopped = subprocess.run(
+            [sys.executable, "-c", code, str(out), str(number)], check=False, timeout=60, stderr=subprocess.DEVNULL
+        )
+        assert stopped.returncode == (-signal.SIGKILL if killed else -signal.SIGINT)
+        if killed and whole:
+            remove_partials(tmp_path)  # as a run does with the folders of its stages
+        elif killed:
+            with pytest.raises(RuntimeError), atomic_dir(out, force=True, drops=set()):
+                raise RuntimeError("another stop, after what was begun is undone")
+        assert {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == expected
 
 
 @pytest.mark.parametrize("out", ["parent", "parent/model", "parent/x/../model", "parent/link"])

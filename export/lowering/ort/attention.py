@@ -191,9 +191,12 @@ class FuseAttention:
     name: str = "CausalAttention -> GroupQueryAttention"
 
     def refuse(self, graph: ir.Model) -> str | None:
-        """Only float32 was executed on the CPU kernel."""
+        """Only float32 was executed on the CPU kernel, and it takes no heads but of multiples of 8 values."""
         dtype = weights_dtype(graph)
-        return None if dtype == "float32" else f"only float32 was executed on the CPU kernel, the model is {dtype}"
+        if dtype != "float32":
+            return f"only float32 was executed on the CPU kernel, the model is {dtype}"
+        odd = [head for node in nodes_of(graph, "CausalAttention") if (head := size(node.inputs[0], 3)) % 8]
+        return f"GroupQueryAttention takes heads of multiples of 8 values, these have {odd[0]}" if odd else None
 
     def apply(self, graph: ir.Model) -> Applied:
         """Replace every node, or none when the surroundings of one are not recognised."""

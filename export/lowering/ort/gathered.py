@@ -54,12 +54,11 @@ def stored_integers(builder: Builder, name: str, made: pack.Packed) -> list[ir.V
 class FuseGather:
     """Rule for every KeepLarge; with ``packed`` (quantised rows by the weight's name) the operators read integers.
 
-    ``half_scales``: scales of integers are stored as float16, which must hold them. After :meth:`apply`, ``stored``
-    says where each weight went.
+    Their scales are stored as float16 where that holds them. After :meth:`apply`, ``stored`` says where each weight
+    went.
     """
 
     packed: Mapping[str, Quantized] | None = None
-    half_scales: bool = True
     class_of: Callable[[str], str] = lambda name: "shared"
     stored: dict[str, PackedPlace] = field(default_factory=dict)
     name: str = "KeepLarge, products -> operators that read only kept inputs"
@@ -136,7 +135,8 @@ class FuseGather:
 
             return [builder.lazy(f"{joined}.rows", shape, ir.DataType.FLOAT, floats), None]
         parts = [self.packed[name] for name in names]
-        return stored_integers(builder, joined, pack.pack(parts[0].rows(*parts[1:]), self.half_scales))
+        whole = parts[0].rows(*parts[1:])
+        return stored_integers(builder, joined, pack.pack(whole, pack.fits_half(whole)))
 
 
 def gathered_weights(graph: ir.Model) -> set[str]:
@@ -149,7 +149,7 @@ def gathered_weights(graph: ir.Model) -> set[str]:
     return {product.weight.name for product in found if product is not None}
 
 
-def stored_bytes(place: PackedPlace, weight: weights.Weight, bits: int, *, half_scales: bool = True) -> int:
+def stored_bytes(place: PackedPlace, weight: weights.Weight, bits: int, *, half_scales: bool) -> int:
     """Bytes of the stored tensor and its scales, padding included, for the first of the weights in it; else 0."""
     if place.outputs[0]:
         return 0

@@ -18,7 +18,15 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 
-from moedge.export.graph.build import Builder, array_of, constant_of, remove_unused, values_by_name, weights_dtype
+from moedge.export.graph.build import (
+    Builder,
+    array_of,
+    constant_of,
+    remove_unused,
+    sizes,
+    values_by_name,
+    weights_dtype,
+)
 from moedge.export.graph.nodes import (
     KEEPS,
     activations,
@@ -154,7 +162,14 @@ def _replace(model: ir.Model, node: ir.Node, layer: int) -> Tap:
 
 def _moe(builder: Builder, node: ir.Node, logits: ir.Value, top_k: int, name: str) -> ir.Value:
     x, _, _, gate, up, down = node.inputs[:6]
-    fc1 = builder.initializer(f"{name}.gate_up", interleave(array_of(gate), array_of(up)))
+    experts, width, hidden = sizes(gate)
+    # Made when it is written: all layers' together are two thirds of the experts' weights. The rule reads float32.
+    fc1 = builder.lazy(
+        f"{name}.gate_up",
+        (experts, 2 * width, hidden),
+        ir.DataType.FLOAT,
+        lambda: interleave(array_of(gate), array_of(up)),
+    )
     y: ir.Value = builder.node(
         "MoE",
         [x, logits, fc1, None, down],

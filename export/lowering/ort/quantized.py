@@ -89,9 +89,9 @@ def lower(
     # A table that our operators multiply by (a tied output projection), and that is looked up in, is stored twice.
     twice = {name for name in own if blocks.class_of(name) == "embedding" and not held(own[name], bits)}
     pending += [(rule, work.start(rule)) for rule in blocks.products(own.keys() - twice)]
-    should = _stored(
-        work.before, blocks.table, bits, method, padded=isinstance(experts, FuseQMoE), own=own, twice=twice
-    )
+    padded = isinstance(experts, FuseQMoE)
+    wide = {own[name].tensor for name in own if not pack.fits_half(blocks.packed[name])}
+    should = _stored(work.before, blocks.table, bits, method, padded=padded, own=own, twice=twice, wide=wide)
     sizes = account_for(work.before, model, blocks.table, bits, should=should)
     merged = len(ort_matmul.merge_siblings(model))
     remove_unused(model)
@@ -137,7 +137,7 @@ class _Blocks:
         return self.chosen[name].tensor_class
 
     def round_scales(self, names: Iterable[str]) -> None:
-        """Round the scales of some weights to what our own operators store."""
+        """Round the scales of some weights to what our own operators store, float16 where that loses nothing."""
         self.packed.update({name: pack.round_scales(self.packed[name]) for name in names})
 
     def experts(self) -> dict[str, Quantized]:
@@ -301,19 +301,21 @@ def _stored(
     padded: bool,
     own: Mapping[str, PackedPlace],
     twice: Set[str],
+    wide: Set[str],
 ) -> Callable[[str], int]:
     """Return the bytes that a weight of ``model`` takes in blocks.
 
     Args:
         padded: experts are as wide as QMoE needs.
         own: weights in the layout of our own operators. twice: those of them that are also stored as others are.
+        wide: tensors of ours with float32 scales.
     """
 
     def should(name: str) -> int:
         weight = table[name]
         if name in own:
             again = stored_bytes(weight.rows, weight.columns, bits, method) if name in twice else 0
-            return own_bytes(own[name], weight, bits) + again
+            return own_bytes(own[name], weight, bits, half_scales=own[name].tensor not in wide) + again
         # QMoE's expert widths are padded to whole blocks: rows of gate and up, inputs of down.
         grown = padded and _is_gate_or_up(model, name)
         extra = ort_qmoe.padded_width(weight.shape[1]) / weight.shape[1] if grown else 1

@@ -39,12 +39,11 @@ from moedge.export.quantize.format import Quantized
 class FuseRouted:
     """Rule for every SparseGLU; with ``packed`` (quantised stacks by name) the operators read integers.
 
-    ``half_scales``: scales of integers are stored as float16, which must hold them. After :meth:`apply`, ``stored``
-    says where each stack went.
+    Their scales are stored as float16 where that holds them. After :meth:`apply`, ``stored`` says where each stack
+    went.
     """
 
     packed: Mapping[str, Quantized] | None = None
-    half_scales: bool = True
     stored: dict[str, PackedPlace] = field(default_factory=dict)
     name: str = "SparseGLU -> RoutedGLU, which reads only the selected experts"
 
@@ -125,8 +124,8 @@ class FuseRouted:
                 return pack.pack_floats(np.concatenate([array_of(value) for value in group], axis=1)).weights
 
             return [builder.lazy(f"{joined}.rows", (experts, inputs, total), ir.DataType.FLOAT, floats), None]
-        made = pack.pack(_joined([self.packed[name] for name in names]), self.half_scales, interleaved)
-        return stored_integers(builder, joined, made)
+        whole = _joined([self.packed[name] for name in names])
+        return stored_integers(builder, joined, pack.pack(whole, pack.fits_half(whole), interleaved))
 
 
 def stack_weights(graph: ir.Model) -> set[str]:

@@ -1,6 +1,8 @@
 """int8 and int4 bundles: everything is quantised, and the kernels compute what their weights say."""
 
 import json
+import os
+import shutil
 
 import numpy as np
 import onnx
@@ -8,10 +10,12 @@ import onnx_ir as ir
 import pytest
 
 from moedge import MoEdgeError
-from moedge.export import bundle
+from moedge.export import bundle, pipeline
 from moedge.export.graph import weights
 from moedge.export.graph.build import array_of
+from moedge.export.graph.nodes import nodes_of
 from moedge.export.lowering.ort import quantized as ort_quantized
+from moedge.export.lowering.ort.routed import FuseRouted
 from moedge.export.quantize import format as quantize
 from moedge.export.quantize.stored import dequantized_weights
 from moedge.runtime.engines.ort import OrtEngine
@@ -53,6 +57,20 @@ def test_every_class_is_quantised_and_every_byte_is_accounted_for(bundles, name)
 @pytest.mark.parametrize("name", ALL)
 def test_every_value_has_its_type_and_shape(bundles, values_match_their_shapes, name):
     assert values_match_their_shapes(bundles[name]) > 50
+
+
+def test_weights_with_several_names_are_read(bundles, tmp_path):
+    """Hard links, as a backup by ``cp -al`` leaves them: onnx and onnx_ir refuse such files."""
+    made = bundle.open_bundle(shutil.copytree(bundles["dense/ort-cpu-int4"], tmp_path / "made"))
+    portable = bundle.open_bundle(shutil.copytree(bundles["dense/portable"], tmp_path / "portable"))
+    for opened in (made, portable):
+        os.link(opened.path / "model.onnx.data", tmp_path / f"backup of {opened.path.name}")
+    assert dict(dequantized_weights(made)).keys() == made.manifest.quantization.tensors.keys()
+    (tmp_path / "openvino").mkdir()
+    pipeline.lower("openvino", portable.path, tmp_path / "openvino")
+    weights_file = bundle.open_bundle(tmp_path / "openvino").path / "model.onnx.data"
+    assert weights_file.stat().st_nlink == 1
+    OrtEngine(portable.path, weights_of=made.path)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -115,6 +133,21 @@ def test_dequantising_asks_for_the_portable_bundle_of_the_same_export(bundles):
         OrtEngine(bundles["dense/portable"], weights_of=bundles["moe/ort-cpu-int4"])
     with pytest.raises(MoEdgeError, match="nothing to de-quantise"):
         list(dequantized_weights(bundle.open_bundle(bundles["moe/portable"])))
+
+
+def test_experts_of_tiny_weights_keep_float32_scales(bundles):
+    """Up times 2^20 and down by it is the same model, whose quantisation errors are the same part of its outputs."""
+    errors, types = [], []
+    for factor in (1.0, 2.0**20):
+        graph = ir.load(bundles["moe/portable"] / "model.onnx")
+        for node in nodes_of(graph, "SparseGLU"):
+            for value, by in ((node.inputs[4], factor), (node.inputs[5], 1 / factor)):
+                value.const_value = ir.tensor(array_of(value) * np.float32(by), name=value.name)
+        found = ort_quantized.lower(graph, max_length=256, bits=8).rewrites
+        errors += [entry.self_test["quantisation_error"] for entry in found if entry.rewrite == FuseRouted.name]
+        types.append([node.inputs[8].dtype for node in graph.graph if node.op_type == "RoutedGLU"])
+    assert types == [[ir.DataType.FLOAT16] * 2, [ir.DataType.FLOAT] * 2]
+    assert errors[1] == pytest.approx(errors[0], rel=0.1)  # scales of float16 are 2^-11 off, steps of 8 bits 2^-8
 
 
 def test_the_self_tests_keep_kernel_error_and_quantisation_error_apart(bundles):
