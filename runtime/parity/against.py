@@ -17,6 +17,9 @@ reference's numbers, and two questions are asked:
 * **text**: the engine runs the whole text by itself. Where the model decides nothing, every token is held to the limits
   of arithmetic, from the kept logits (:mod:`.shortened`). In float32 a routed model, too, as long as it chose what the
   reference chose: the tokens of a window before its first changed choice, which see the same composition of products.
+  That choice reads what the reference's router read, up to rounding, so the reference's scores must nearly tie there;
+  the reference holds by how much its choices lead. What comes after it is not judged, so a phase none of whose tokens
+  comes before it is not decided.
   Otherwise the distance of the two runs says how steady the model is, and only ``free`` is judged: broken rows, and a
   loss of perplexity beyond chance.
 
@@ -28,6 +31,7 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +44,16 @@ from moedge.configs.tolerances import Profile
 from moedge.export import manifest as manifests
 from moedge.export.graph.layers import STREAM
 from moedge.export.manifest import EngineManifest, Manifest
-from moedge.runtime.engines import Engine, open_engine
+from moedge.runtime.engines import Engine, Step, open_engine
 from moedge.runtime.engines.protocol import Opening
-from moedge.runtime.parity import alone, shortened, verdict
+from moedge.runtime.parity import alone, alone_shapes, shapes, shortened, verdict
 from moedge.runtime.parity.compare import json_ready, measured, same_vocabulary, steps
 from moedge.runtime.parity.figures import KeptReferenceFacts
 from moedge.runtime.parity.metrics import Cursor, TokenErrors, mean
 from moedge.runtime.parity.reference import Reference, identity_of, load
-from moedge.runtime.parity.results import Parity, ParityEntry, Verification
-from moedge.runtime.parity.routing import RouteAgreement
-from moedge.runtime.parity.suite import FREE, SCHEMA, finished, graph_dtype
+from moedge.runtime.parity.results import Compared, Parity, ParityEntry, Shapes, Verification
+from moedge.runtime.parity.routing import RouteAgreement, same_sets
+from moedge.runtime.parity.suite import FREE, SCHEMA, Judging, finished, graph_dtype, kernel_limits
 from moedge.runtime.parity.verdict import Check, Outcome, Verdict
 
 
@@ -82,23 +86,49 @@ def verify_kept(
     if isinstance(manifest, EngineManifest):
         routed = bool(manifest.taps)  # it may have been built without
     judged = limits.profile(tolerances, target, graph_dtype(test))
-    with closing(open_engine(test, **opening, taps=routed)) as whole:
+    free = limits.profile(FREE, target, graph_dtype(test)) if f"{FREE}/{target}" in limits.profiles else None
+
+    def in_shapes(engine: Engine) -> Shapes:
+        how = Judging(free if free and engine.info.model.routed else judged, False)
+        rules = how.rules(kernel_limits(test, limits, tolerances, target), None, engine)
+        return shapes.check(engine, reference.windows, shapes.Asked(), rules)
+
+    opened = partial(open_engine, test, **opening, taps=routed)
+    shaped: Shapes | None = None
+    with closing(opened()) as whole:
         same_vocabulary(reference, whole)
         run = _Run.of(reference, whole, judged, progress)
+        if not isinstance(manifest, Manifest) or _as_a_whole(whole, free):
+            shaped = in_shapes(whole)
     layers, reason = None, "PyTorch and engine folders run as a whole"
     if isinstance(manifest, Manifest):
         try:
-            single: Any = open_engine(test, **opening, taps=routed, layers="given", spots=STREAM)
+            single: Any = opened(layers="given", spots=STREAM)
         except MoEdgeError as error:
             reason = str(error).rstrip(".")
         else:
             with closing(single):
                 layers = alone.Alone.of(reference, single, judged)
-    if layers is None and run.routes.summary()["compared"] and f"{FREE}/{target}" in limits.profiles:
-        judged = limits.profile(FREE, target, graph_dtype(test))
+                shaped = shaped or alone_shapes.check(reference, single, judged)
+    if shaped is None:
+        with closing(opened()) as again:
+            shaped = in_shapes(again)
+    if layers is None and run.routes.summary()["compared"] and free:
+        judged = free
     entry = _entry(reference, whole, run, layers, judged, reason)
     named: ParityEntry = {"name": f"{test} vs {file.name}", **entry}
-    return finished({"schema": SCHEMA, "text": reference.facts.text, "identity": [], "parity": [named]}, limits)
+    result: Compared = {"schema": SCHEMA, "text": reference.facts.text, "identity": [], "parity": [named]}
+    result["shapes"] = [{"name": shapes.name(str(test)), **shaped}]
+    return finished(result, limits)
+
+
+def _as_a_whole(engine: Engine, free: Profile | None) -> bool:
+    """Whether an engine can be judged as a whole in other shapes: what they turn of its choices nobody replays here.
+
+    ``free`` are limits that allow for other experts, where its target has some.
+    """
+    model = engine.info.model
+    return not model.gathered and (not model.routed or free is not None)
 
 
 def _check_same(reference: Reference, test: Path) -> None:
@@ -127,6 +157,11 @@ class _Run:
     routes: RouteAgreement = field(default_factory=RouteAgreement)
     tail: dict[str, list[np.ndarray]] = field(default_factory=dict)
     """By phase [n, 2], see :func:`moedge.runtime.parity.shortened.add`."""
+    steady_tail: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    """The same of the tokens in ``steady``."""
+    leads: list[float] = field(default_factory=list)
+    """Of each window with a changed choice, of its first: the reference's lead (:class:`.reference.Reference`) in the
+    first layer that chose otherwise; NaN where it is not kept."""
 
     @classmethod
     def of(cls, reference: Reference, engine: Engine, limits: Profile, progress: Progress) -> _Run:
@@ -139,25 +174,56 @@ class _Run:
             chosen = {layer: found[rows] for layer, found in reference.routes.items()}
             changed = run.routes.add(chosen, step.routes)
             one = TokenErrors.by_phase(limits)[phase]
-            run.tail.setdefault(phase, []).append(shortened.add(one, kept, step.logits[0], targets, changed, at))
+            tail = shortened.add(one, kept, step.logits[0], targets, changed, at)
+            run.tail.setdefault(phase, []).append(tail)
             run.phases[phase].extend(one)
             turned = turned and phase != "prefill"
             after = np.full(ids.size, turned)
             if changed is not None:
                 after |= np.maximum.accumulate(changed)
+            if after.any() and not turned:
+                run.leads.append(_lead(reference, chosen, step, rows.start, int(after.argmax())))
             turned = bool(after[-1])
             if not after.any():
                 run.steady[phase].extend(one)
+                run.steady_tail.setdefault(phase, []).append(tail)
             elif not after.all():
                 before = ~after
                 logits = step.logits[0][before]  # these come first, so they begin where the step does
-                shortened.add(run.steady[phase], kept.rows(before), logits, targets[before], at=at)
+                tail = shortened.add(run.steady[phase], kept.rows(before), logits, targets[before], at=at)
+                run.steady_tail.setdefault(phase, []).append(tail)
         if first != len(reference.answers.log_sum):
             raise MoEdgeError(
                 f"{engine.info.name} reads the text of {reference.path} in other steps than the reference did: they "
                 "are not the same model."
             )
         return run
+
+    def text(self, limits: Profile) -> tuple[Check, ...]:
+        """Checks of the text of a model that decides nothing, or of a routed one in float32."""
+        found = []
+        for phase, tokens in self.steady.items():
+            if tokens.tokens:
+                found += verdict.phase_checks(f"text.{phase}", tokens.summary(), limits)
+            elif self.phases[phase].tokens:  # what was not looked at is not passed
+                found.append(Check(f"text.{phase}.judged_tokens", 0, ">=", 1, decided=False))
+        if self.routes.counts:
+            leads = np.array(self.leads)
+            wrong, unknown = int((leads > alone.tie_margin(limits)).sum()), bool(np.isnan(leads).any())
+            value = None if unknown and not wrong else wrong
+            found.append(Check(verdict.FIRST_CHANGES, value, "<=", 0, decided=bool(wrong)))
+        return tuple(found)
+
+
+def _lead(reference: Reference, chosen: dict[int, np.ndarray], step: Step, first: int, token: int) -> float:
+    """The reference's lead where its experts ``chosen`` and those of ``step`` first differ, for one of its tokens.
+
+    Args:
+        first: where the step begins in the reference's tokens. token: of the step.
+    """
+    row, routes = slice(token, token + 1), step.routes or {}
+    layer = min(layer for layer, one in chosen.items() if not same_sets(one[row], routes[layer][row]).all())
+    return float(reference.leads[layer][first + token]) if layer in reference.leads else float("nan")
 
 
 def _entry(
@@ -193,22 +259,19 @@ def _judged(result: Parity, run: _Run, limits: Profile, reason: str) -> tuple[Ve
     if layers is None and not gathered:
         said = [f"No layer was looked at by itself: {reason}."]
         found = verdict.judge(result, limits, routing=routed)
+        if routed and not result["routing"]["compared"] and found.outcome is not Outcome.PASSED:
+            said.append(
+                "The engine shows no choices of experts, so nobody can tell what is due to other ones; build it with "
+                "--taps."
+            )
         if routed and limits.expert_set_agreement is None:  # limits under equal choices, which nobody made sure of
             found = found.undecided(check.name for check in found.missed)
         return _undecided(found, run.phases, run.tail, limits), said
     parts: dict[str, tuple[Check, ...]] = {}
     notes = []
     if not gathered and (not routed or limits.expert_set_agreement is not None):
-        steady = {phase: tokens for phase, tokens in run.steady.items() if tokens.tokens}
-        checks = [verdict.phase_checks(f"text.{phase}", one.summary(), limits) for phase, one in steady.items()]
-        parts["text"] = tuple(check for found in checks for check in found)
-        if flips := result["routing"].get("flips"):
-            judged, total = result["kept_reference"]["judged_tokens"], result["overall"]["tokens"]
-            notes.append(
-                f"{flips:,} of {result['routing']['decisions']:,} choices of experts differ from the reference's. Held "
-                f"to the limits of arithmetic are {judged:,} of {total:,} tokens: each window's before its first "
-                "other choice."
-            )
+        parts["text"] = run.text(limits)
+        notes += _changes_said(result, run, parts["text"])
     if layers is None:
         notes.append(
             f"Not decided: no layer could be looked at by itself ({reason}), and two right runs of a model that leaves "
@@ -225,7 +288,38 @@ def _judged(result: Parity, run: _Run, limits: Profile, reason: str) -> tuple[Ve
             )
     if routed or gathered:
         parts["free"] = verdict.free_checks(result, limits)
-    return _undecided(Verdict(parts), run.steady, run.tail, limits), notes
+    return _undecided(Verdict(parts), run.steady, run.steady_tail, limits), notes
+
+
+def _changes_said(result: Parity, run: _Run, checks: tuple[Check, ...]) -> list[str]:
+    """Say how much of the text is judged where choices of experts differ, and what their first changes tell."""
+    flips = result["routing"].get("flips")
+    if not flips:
+        return []
+    judged, total = result["kept_reference"]["judged_tokens"], result["overall"]["tokens"]
+    said = [
+        f"{flips:,} of {result['routing']['decisions']:,} choices of experts differ from the reference's. Held to the "
+        f"limits of arithmetic are {judged:,} of {total:,} tokens: each window's before its first other choice."
+    ]
+    instead = "compare with the checkpoint: moedge verify CHECKPOINT BUNDLE."
+    for check in checks:
+        if check.passed:
+            continue
+        if check.name == verdict.FIRST_CHANGES and check.value:
+            said.append(
+                f"In {check.value:.0f} of {len(run.leads):,} windows with another choice the first one is no near tie "
+                "by the reference's scores: before it nothing but rounding differs, so something is wrong there."
+            )
+        elif check.name == verdict.FIRST_CHANGES:
+            said.append(
+                "Not decided: this reference does not say by how much its routers' choices lead in the text (an older "
+                "version kept it, or these are experts inside experts), so nobody can tell whether the first other "
+                f"choice of a window is nearly a tie; keep it again, or {instead}"
+            )
+        elif check.name.endswith(".judged_tokens"):
+            phase = check.name.split(".")[1]
+            said.append(f"Not decided: in {phase} every token comes after its window's first other choice; {instead}")
+    return said
 
 
 def _undecided(

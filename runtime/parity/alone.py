@@ -17,7 +17,7 @@ from moedge.runtime.parity.reference import Probe, Reference, probing
 from moedge.runtime.parity.routing import RouterChoices, same_sets
 from moedge.runtime.parity.verdict import Check
 
-_PHASES: tuple[Literal["prefill", "decode"], ...] = ("prefill", "decode")
+PHASES: tuple[Literal["prefill", "decode"], ...] = ("prefill", "decode")
 _LEAST = 1 / 20
 """Share of the stream that a layer is taken to add at least: what rounding of the stream itself leaves is no error of a
 layer that adds less (a token with a massive activation, arXiv 2402.17762)."""
@@ -35,28 +35,39 @@ class Alone:
     changed: dict[int, int] = field(default_factory=dict)
 
     @classmethod
+    def nothing(cls, probe: Probe, limits: Profile) -> Alone:
+        """Nothing yet."""
+        layers = len(probe.streams) - 1
+        head = TokenErrors(limits.near_tie_margin, limits.near_tie_scale)
+        # A tie is told by the largest score of the whole probe, however little of it is read.
+        largest = {layer: float(np.abs(scores).max()) for layer, scores in probe.scores.items()}
+        router = RouterChoices(tie_margin(limits), largest=largest)
+        return cls({phase: [[] for _ in range(layers)] for phase in PHASES}, head, router)
+
+    @classmethod
     def of(cls, reference: Reference, engine: LayerEngine, limits: Profile) -> Alone:
         """Run the probe; ``engine`` was opened to be given the stream, and with ``taps`` if it is routed."""
         probe, facts = reference.probe, reference.facts
-        layers = len(probe.streams) - 1
-        margin = limits.router_tie_margin + 2 * (limits.layer_rel_error or 0.0)
-        head = TokenErrors(limits.near_tie_margin, limits.near_tie_scale)
-        found = cls({phase: [[] for _ in range(layers)] for phase in _PHASES}, head, RouterChoices(margin))
+        found = cls.nothing(probe, limits)
         cache: Any = None
         for phase, rows, ids, targets in probing(reference.windows[0], facts.probe, facts.probe_prefill):
-            streams = [stream[rows] for stream in probe.streams.values()]
-            given: dict[LayerPoint, np.ndarray] = {(layer, "stream"): each for layer, each in enumerate(streams)}
+            given = streams_at(probe, rows)
             prefill = phase == "prefill"
             step = engine.prefill(ids, given=given) if prefill else engine.decode(ids, cache, given=given)
             cache = step.cache
-            same = found._routed(probe, step, rows)
-            shown = [each for _, each in sorted((step.layers or {}).items())]
-            found.embedding.append(distance(streams[0], shown[0]))
-            for layer in range(layers):
-                error = _layer_error(shown[layer + 1], streams[layer + 1], streams[layer])
-                found.errors[phase][layer].append(error[same[layer]] if layer in same else error)
-            shortened.add(head, probe.answers.rows(rows), step.logits[0], targets, at=(0, rows.start))
+            found.add(phase, probe, step, rows, targets)
         return found
+
+    def add(self, phase: str, probe: Probe, step: Step, rows: slice, targets: np.ndarray) -> None:
+        """Compare one step of one row, which read the tokens ``rows`` of the probe; ``targets`` int64 [n] follow."""
+        streams = [stream[rows] for stream in probe.streams.values()]
+        same = self._routed(probe, step, rows)
+        shown = [each for _, each in sorted((step.layers or {}).items())]
+        self.embedding.append(distance(streams[0], shown[0]))
+        for layer, found in enumerate(self.errors[phase]):
+            error = _layer_error(shown[layer + 1], streams[layer + 1], streams[layer])
+            found.append(error[same[layer]] if layer in same else error)
+        shortened.add(self.head, probe.answers.rows(rows), step.logits[0], targets, at=(0, rows.start))
 
     def _routed(self, probe: Probe, step: Step, rows: slice) -> dict[int, np.ndarray]:
         """Judge the routers of one step; return by layer which tokens [T] have the reference's experts."""
@@ -95,6 +106,17 @@ class Alone:
         }
 
 
+def tie_margin(limits: Profile) -> float:
+    """Scores of a router tie that are closer than this times the layer's largest score, where the inputs of two engines
+    are equal up to the rounding of a layer: each of the two scores takes that, and routers round besides."""
+    return limits.router_tie_margin + 2 * (limits.layer_rel_error or 0.0)
+
+
+def streams_at(probe: Probe, rows: slice | np.ndarray) -> dict[LayerPoint, np.ndarray]:
+    """What layers are given for some tokens of the probe."""
+    return {(layer, "stream"): stream[rows] for layer, stream in enumerate(probe.streams.values())}
+
+
 def _layer_error(shown: np.ndarray, right: np.ndarray, before: np.ndarray) -> np.ndarray:
     """|a - b| [T] of what a layer adds to streams [T, H], of the size of what the reference's layer adds."""
     wide = right.astype(np.float64)
@@ -110,12 +132,12 @@ def parts(layers: LayersFacts, limits: Profile, *, routed: bool) -> dict[str, tu
     if limits.layer_rel_error is not None:
         limit = limits.layer_rel_error
         rows = [("embedding", layers["embedding_rel_error"])]
-        for phase in _PHASES:
+        for phase in PHASES:
             errors = [layer[phase] for layer in layers["layers"].values()]
             rows.append((f"{phase}.rel_error", float(np.max(errors))))
         found["layers"] = tuple(Check(f"layers.{name}", value, "<=", limit) for name, value in rows)
     if routed:
-        found["router"] = _router_checks(layers, limits)
+        found["router"] = router_checks(layers, limits)
     head = layers["head"]
     found["head"] = (
         Check("head.non_finite_tokens", head["non_finite"], "<=", 0),
@@ -126,7 +148,8 @@ def parts(layers: LayersFacts, limits: Profile, *, routed: bool) -> dict[str, tu
     return found
 
 
-def _router_checks(layers: LayersFacts, limits: Profile) -> tuple[Check, ...]:
+def router_checks(layers: LayersFacts, limits: Profile) -> tuple[Check, ...]:
+    """Hold the choices of experts to what the reference's scores say of them."""
     router = layers["router"]
     least = limits.router_set_agreement or limits.expert_set_agreement or 0.0
     if router["compared"]:
@@ -148,7 +171,7 @@ def departing(layers: LayersFacts, limits: Profile) -> list[str]:
         return []
     said = [] if layers["embedding_rel_error"] <= limit else ["The embedding is not the reference's."]
     each = layers["layers"].items()
-    prefill, decode = ({layer for layer, errors in each if not errors[phase] <= limit} for phase in _PHASES)
+    prefill, decode = ({layer for layer, errors in each if not errors[phase] <= limit} for phase in PHASES)
     found = sorted(prefill | decode, key=int)
     if not found:
         return said

@@ -1,9 +1,9 @@
 """A reference that is kept: what one run of a right engine answered, in a file that needs no torch to be judged by.
 
 ``ref.safetensors`` holds the text as token ids, what :mod:`.shortened` keeps of the logits of every token, which
-experts each layer chose for it, and, for the first tokens of the text (the *probe*), the stream that passes from layer
-to layer (:mod:`moedge.export.graph.layers`) and what each router ranked its experts by. :mod:`.against` says what these
-judge.
+experts each layer chose for it and by how much these scored above the others, and, for the first tokens of the text
+(the *probe*), the stream that passes from layer to layer (:mod:`moedge.export.graph.layers`) and what each router
+ranked its experts by. :mod:`.against` says what these judge.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from moedge.export import manifest as manifests
 from moedge.export.graph.layers import STREAM
 from moedge.export.manifest import EngineManifest, Manifest
 from moedge.export.targets import PORTABLE
-from moedge.runtime.engines import Engine, ReplayEngine, open_engine
+from moedge.runtime.engines import Engine, ReplayEngine, Step, open_engine
 from moedge.runtime.engines.info import EngineInfo, EngineModel
 from moedge.runtime.engines.protocol import Opening
 from moedge.runtime.parity.compare import steps
+from moedge.runtime.parity.routing import Leads
 from moedge.runtime.parity.sample import Sample
 from moedge.runtime.parity.shortened import Shortened, joined, shortened
 from moedge.runtime.run import run_folder
@@ -109,6 +110,10 @@ class Reference:
     """Of the tokens in the order in which :func:`moedge.runtime.parity.compare.steps` feeds them."""
     routes: dict[int, np.ndarray]
     """By layer int32 [T, k], in that order."""
+    leads: dict[int, np.ndarray]
+    """By layer float32 [T], in that order: how much the worst expert that was taken scores above the best one that was
+    left out, of the layer's largest score in the text. Empty where ``probe.scores`` is, and in files of versions that
+    kept none."""
     probe: Probe
     path: Path
     sha256: str
@@ -232,16 +237,19 @@ def keep(
     """
     parts: list[Shortened] = []
     routes: dict[int, list[np.ndarray]] = {}
+    leads = Leads()
     for _, _, step, _, targets in steps(engine, [], windows, prefill, progress):
         parts.append(shortened(step.logits[0], targets))
         for layer, chosen in (step.routes or {}).items():
             routes.setdefault(layer, []).append(chosen)
+        leads.add(_scores(engine, step), step.routes or {})
     boundary = engine.info.model.rope_boundary
     probe = min(PROBE, windows.shape[1], boundary or PROBE)
     probe_prefill = max(1, probe * 2 // 3)
     probed = _probed(engine, windows[0], probe, probe_prefill)
     arrays = {"ids": windows.astype(np.int32)}
     arrays |= _arrays("", joined(parts), {layer: np.concatenate(found) for layer, found in routes.items()})
+    arrays |= {f"leads.{layer}": found for layer, found in leads.shares().items()}
     arrays |= _arrays("probe.", probed.answers, probed.routes)
     arrays |= {f"probe.streams.{layer}": found for layer, found in probed.streams.items()}
     arrays |= {f"probe.scores.{layer}": found for layer, found in probed.scores.items()}
@@ -282,15 +290,20 @@ def _probed(engine: Engine, window: np.ndarray, probe: int, prefill: int) -> Pro
         step = engine.prefill(ids) if phase == "prefill" else engine.decode(ids, cache)
         cache = step.cache
         answers.append(shortened(step.logits[0], targets))
-        scores: dict[int, np.ndarray] = {}
-        if step.router_inputs and isinstance(engine, ReplayEngine):
-            scores = engine.scores(step.router_inputs)
+        scores = _scores(engine, step)
         streams = {layer: values for (layer, _), values in (step.layers or {}).items()}
         for name, by_layer in (("routes", step.routes or {}), ("streams", streams), ("scores", scores)):
             for layer, values in by_layer.items():
                 found[name].setdefault(layer, []).append(values)
     whole = {name: {layer: np.concatenate(parts) for layer, parts in each.items()} for name, each in found.items()}
     return Probe(joined(answers), **whole)
+
+
+def _scores(engine: Engine, step: Step) -> dict[int, np.ndarray]:
+    """By layer float32 [T, E]: what each router ranked its experts by; empty where the engine cannot say."""
+    if step.router_inputs and isinstance(engine, ReplayEngine):
+        return engine.scores(step.router_inputs)
+    return {}
 
 
 def load(path: Path) -> Reference:
@@ -333,7 +346,7 @@ def _made(path: Path, facts: Facts, arrays: dict[str, np.ndarray]) -> Reference:
 
     probe = Probe(*answered("probe."), by_layer("probe.streams"), by_layer("probe.scores"))
     windows = arrays["ids"].astype(np.int64)
-    return Reference(facts, windows, *answered(""), probe, path, sha256_file(path))
+    return Reference(facts, windows, *answered(""), by_layer("leads"), probe, path, sha256_file(path))
 
 
 def _engine_facts(info: EngineInfo) -> dict[str, Any]:

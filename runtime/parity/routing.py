@@ -167,6 +167,29 @@ class RouterChoices:
         }
 
 
+@dataclass
+class Leads:
+    """By how much a router's choices were clear: what is kept of its scores where they are too many."""
+
+    found: dict[int, list[np.ndarray]] = field(default_factory=dict)
+    """By layer float64 [T]: the worst score taken less the best one left out; infinite where none was left out."""
+    largest: dict[int, float] = field(default_factory=dict)
+
+    def add(self, scores: dict[int, np.ndarray], routes: dict[int, np.ndarray]) -> None:
+        """Count one step: by layer scores [T, E] and the experts [T, k] that were chosen by them."""
+        for layer, each in scores.items():
+            self.found.setdefault(layer, []).append(-gap(each, routes[layer]))
+            self.largest[layer] = max(self.largest.get(layer, 0.0), float(np.abs(each).max()))
+
+    def shares(self) -> dict[int, np.ndarray]:
+        """By layer float32 [T]: the same of the layer's largest score."""
+        tiny = np.finfo(np.float64).tiny
+        return {
+            layer: (np.concatenate(parts) / max(self.largest[layer], tiny)).astype(np.float32)
+            for layer, parts in self.found.items()
+        }
+
+
 def taken(chosen: np.ndarray, num_experts: int) -> np.ndarray:
     """Experts [T, k] as bool [T, E]."""
     found = np.zeros((len(chosen), num_experts), dtype=bool)

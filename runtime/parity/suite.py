@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from moedge import MoEdgeError
 from moedge.configs import tolerances as tolerance_files
 from moedge.export import manifest as manifests
 from moedge.export import targets
@@ -30,6 +31,8 @@ DEQUANTIZED = "dequantized"
 """Profiles of quantised kernels against float32 on their own weights: ``dequantized/<target>``."""
 FREE = "free"
 """Profiles of routed bundles that cannot be replayed, and would be if they could: ``free/<target>``."""
+
+NOTHING = "There is nothing to compare: this run has nothing exported; finish it with `moedge run`."
 
 
 def verify_run(
@@ -64,6 +67,9 @@ def verify_run(
         ``{"schema", "text", "identity_note", "identity": [...], "parity": [...], "shapes": [...], "passed",
         "outcome"}``; entries are what :mod:`parity` returns plus ``"name"``, the note says why the dense parent is not
         the identity's reference, or is None.
+
+    Raises:
+        MoEdgeError: there is nothing to compare.
     """
     suite = _Suite(
         engines=engines,
@@ -76,7 +82,10 @@ def verify_run(
         note=note or (lambda _: None),
     )
     identity, identity_note = identity_reference(engines)
-    found, shaped = suite.run(grouped(comparisons(engines, identity), len(windows)), progress)
+    pairs = comparisons(engines, identity)
+    if not pairs:
+        raise MoEdgeError(NOTHING)
+    found, shaped = suite.run(grouped(pairs, len(windows)), progress)
     found = suite.related(found)
     result: Compared = {
         "schema": SCHEMA,
@@ -288,8 +297,11 @@ class Judging:
         """How to open the engine: what it must show of its choices."""
         return {"taps": moe, "router_inputs": True} if self.replayed else {"taps": moe}
 
-    def rules(self, own: tolerance_files.Profile, reference: Engine, test: Engine) -> shapes.Rules:
-        """How the engine ``test`` is judged in other shapes; ``own`` are the limits of its arithmetic."""
+    def rules(self, own: tolerance_files.Profile, reference: Engine | None, test: Engine) -> shapes.Rules:
+        """How the engine ``test`` is judged in other shapes, by itself alone without a ``reference``.
+
+        ``own`` are the limits of its arithmetic.
+        """
         row = targets.known(test.info.model.target)
         half = test.info.dtype in targets.HALF or (row is not None and row.half)
         unsure = test.info.model.gathered and not (self.replayed and self.reason is None)

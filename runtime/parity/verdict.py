@@ -28,8 +28,8 @@ class Outcome(str, Enum):
 
     @classmethod
     def over(cls, outcomes: Iterable[Outcome]) -> Outcome:
-        """Return the outcome of several: one failure fails them, and what is not decided is no pass."""
-        found = set(outcomes)
+        """Return the outcome of several: one failure fails them; what is not decided is no pass, nor is nothing."""
+        found = set(outcomes) or {cls.NOT_DECIDED}
         return next((outcome for outcome in (cls.FAILED, cls.NOT_DECIDED) if outcome in found), cls.PASSED)
 
 
@@ -143,6 +143,8 @@ def _replay_parts(result: Parity, replay: Replayed, limits: Profile) -> dict[str
     return {**parts, "free": free_checks(result, limits)}
 
 
+FIRST_CHANGES = "text.first_changes.no_ties"
+"""Beside a kept reference: windows whose first changed choice is no near tie (:mod:`.against`)."""
 FREE_ERRORS = 4
 """Standard errors that are chance in a free-running comparison: two right engines that round otherwise are two draws.
 
@@ -300,15 +302,16 @@ def explain(result: Parity, verdict: Verdict, limits: Profile) -> list[str]:
         )
     if any(not check.decided and ".top" in check.name for check in missed):
         said.append(_near_ties_said(result, limits))
-    if any(not check.decided and _bare(check) in _WORST for check in missed):
-        routing = result["routing"]
+    routing = result["routing"]
+    wrong_choice = any(check.name == FIRST_CHANGES and check.outcome is Outcome.FAILED for check in missed)
+    if any(not check.decided and _bare(check) in _WORST for check in missed) and routing.get("flips"):
         said.append(
             f"Not decided: {routing['flips']:,} of {routing['decisions']:,} choices of experts differ, no more than "
             "the limits allow, and only tokens with a changed choice are too far off: all others are within the limits "
             "(same_choices in --json). The fewer layers and experts a model has, the more one choice weighs, and the "
             "limits are derived for about 30 layers; verify a model of that depth."
         )
-    elif any(check.decided for check in missed) and not result["replay"] and result["routing"].get("flips"):
+    elif any(check.decided for check in missed) and not result["replay"] and routing.get("flips") and not wrong_choice:
         said.append(_changed_choices_said(result, limits))
     replay = result["replay"]
     kept = replay.get("kept") if replay else None
@@ -317,7 +320,7 @@ def explain(result: Parity, verdict: Verdict, limits: Profile) -> list[str]:
             f"{kept['wrong']:,} of {kept['decisions']:,} values were kept or left out otherwise than "
             "the model's thresholds say of what the engine itself shows: its thresholds or its ramp are others."
         )
-    if replay and result["routing"].get("flips") and limits.expert_set_agreement is not None:
+    if replay and routing.get("flips") and limits.expert_set_agreement is not None:
         said.append(_replayed_said(result, replay, limits))
     return said
 

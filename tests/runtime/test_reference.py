@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -17,6 +18,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
+from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from moedge import MoEdgeError
@@ -27,7 +29,7 @@ from moedge.export import bundle
 from moedge.export.pipeline import export
 from moedge.runtime import report
 from moedge.runtime.cli import app
-from moedge.runtime.engines import open_engine
+from moedge.runtime.engines import Step, open_engine, ort
 from moedge.runtime.parity import against
 from moedge.runtime.parity import reference as references
 from moedge.runtime.parity.compare import compare
@@ -86,7 +88,7 @@ def judged(test: Path, reference: Path) -> dict[str, Any]:
     json.dumps(result, allow_nan=False)
     jsonschema.validate(result, json.loads(report.VERIFY_SCHEMA_FILE.read_text(encoding="utf-8")))
     (entry,) = result["parity"]
-    return dict(entry)
+    return {**entry, "shaped": dict(result["shapes"][0])}
 
 
 def missed(entry: dict[str, Any]) -> list[str]:
@@ -106,6 +108,7 @@ def test_a_right_bundle_passes_part_by_part(folders: Any, kind: str, target: str
     entry = judged(folders(kind, target), folders(kind, "reference"))
     parts = [part for part in PARTS[kind] if part != "text" or kind == "dense" or target in FLOAT32]
     assert list(entry["verdict"]["parts"]) == parts
+    assert missed(entry["shaped"]) == []
     if (kind, target) != ("dense", "ort-cpu-int8"):
         assert missed(entry) == []
     else:  # what 8 bits cost random weights over all layers is beyond the limits; alone each layer is within them
@@ -240,6 +243,100 @@ def test_a_fault_of_the_cache_is_found_in_decoding_alone(folders: Any, tmp_path:
     assert "layers.decode.rel_error" in missed(entry)
 
 
+Spoil = Callable[[Step, np.ndarray, np.ndarray], Step]
+
+
+def spoiled(monkeypatch: pytest.MonkeyPatch, change: Spoil) -> None:
+    """Pass every step of ONNX Runtime with its ids and mask through ``change``."""
+    run = ort.OrtEngine._run
+    monkeypatch.setattr(
+        ort.OrtEngine,
+        "_run",
+        lambda self, ids, mask, *more, **given: change(run(self, ids, mask, *more, **given), ids, mask),
+    )
+
+
+def wrong_from_the_first_decoded_token_on(step: Step, ids: np.ndarray, mask: np.ndarray) -> Step:
+    if mask.shape[1] <= PREFILL:
+        return step
+    routes = {layer: (chosen + 1) % 6 for layer, chosen in (step.routes or {}).items()}
+    return replace(step, logits=np.roll(step.logits, 1, axis=-1), routes=routes)
+
+
+def test_a_changed_choice_that_is_no_near_tie_excuses_nothing(
+    folders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every decoded token is wrong, in its experts too: none is left that could be held to the limits of arithmetic."""
+    older = tmp_path / "older.safetensors"
+    arrays, facts = load_file(folders("routed", "reference")), references.load(folders("routed", "reference")).facts
+    arrays = {name: array for name, array in arrays.items() if not name.startswith("leads.")}
+    facts = facts.model_copy(update={"sha256": references._digest(arrays)})
+    save_file(arrays, older, metadata={"moedge": facts.model_dump_json(by_alias=True)})
+    spoiled(monkeypatch, wrong_from_the_first_decoded_token_on)
+    entry = judged(folders("routed", "ort-cpu"), folders("routed", "reference"))
+    assert entry["verdict"]["outcome"] == "failed"
+    assert missed(entry) == ["text.decode.judged_tokens", "text.first_changes.no_ties"]
+    assert "In 3 of 3 windows with another choice the first one is no near tie" in entry["verdict"]["notes"][2]
+    # Nobody can tell it by a file of a version that kept no lead of the routers' choices.
+    entry = judged(folders("routed", "ort-cpu"), older)
+    assert entry["verdict"]["outcome"] == "not decided"
+    assert missed(entry) == ["text.decode.judged_tokens", "text.first_changes.no_ties"]
+
+
+def rows_exchanged(step: Step, ids: np.ndarray, mask: np.ndarray) -> Step:
+    return replace(step, logits=step.logits[::-1].copy())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_a_batch_that_are_exchanged_are_found(folders: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoiled(monkeypatch, rows_exchanged)
+    result = against_kept(folders(kind, "ort-cpu"), folders(kind, "reference"), threads=1)
+    assert result["outcome"] == "failed"
+    assert missed(dict(result["parity"][0])) == []
+    (shaped,) = result["shapes"]
+    failed = missed(dict(shaped))
+    assert failed
+    assert all(name.startswith("batch.") for name in failed)
+
+
+def test_padding_that_attention_sees_is_found_layer_by_layer(folders: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = ort.OrtEngine._run
+    monkeypatch.setattr(
+        ort.OrtEngine,
+        "_run",
+        lambda self, ids, mask, *more, **given: run(self, ids, np.ones_like(mask), *more, **given),
+    )
+    (shaped,) = against_kept(folders("gathered", "ort-cpu"), folders("gathered", "reference"), threads=1)["shapes"]
+    assert {f"batch.padding.{phase}.layer_rel_error" for phase in ("prefill", "decode")} <= set(missed(dict(shaped)))
+    assert shaped["verdict"]["notes"][0].startswith("batch.padding: padding is seen")
+
+
+def test_an_engine_that_shows_no_choices_is_judged_or_not_decided_in_a_sentence(folders: Any) -> None:
+    """As an engine folder that was built without ``--taps``, beyond a limit that one token can fail."""
+    kept = references.load(folders("routed", "reference"))
+    limits = tolerances.load().profile("float32", "tensorrt-rtx").model_copy(update={"max_kl": 1e-12})
+    engine = open_engine(folders("routed", "tensorrt-rtx"), threads=1)
+    run = against._Run.of(kept, engine, limits, lambda done, total: None)
+    entry = against._entry(kept, engine, run, None, limits, "engine folders run as a whole")
+    engine.close()
+    assert entry["verdict"]["outcome"] == "not decided"
+    assert entry["verdict"]["notes"][1].endswith("build it with --taps.")
+
+
+def test_what_hidden_logits_excuse_is_measured_on_the_tokens_that_are_judged(folders: Any) -> None:
+    """Of each window the first token alone comes before a changed choice, so no other one's tail may excuse it."""
+    kept = references.load(folders("routed", "reference"))
+    other = {layer: np.where(np.arange(len(c))[:, None] % 120, (c + 1) % 6, c) for layer, c in kept.routes.items()}
+    kept = replace(kept, routes={layer: chosen.astype(np.int32) for layer, chosen in other.items()})
+    engine = open_engine(folders("routed", "ort-cpu"), threads=1, taps=True)
+    limits = tolerances.load().profile("float32", "ort-cpu")
+    run = against._Run.of(kept, engine, limits, lambda done, total: None)
+    engine.close()
+    assert {phase: tokens.tokens for phase, tokens in run.steady.items()} == {"prefill": 3, "decode": 0}
+    assert {phase: sum(map(len, tails)) for phase, tails in run.steady_tail.items()} == {"prefill": 3}
+    assert sum(map(len, run.tail["prefill"])) == 3 * PREFILL
+
+
 def test_a_reference_of_another_model_is_refused(folders: Any, tmp_path: Path) -> None:
     with pytest.raises(MoEdgeError, match="is the reference of another model than"):
         against_kept(folders("dense", "ort-cpu"), folders("routed", "reference"))
@@ -350,7 +447,10 @@ def test_no_torch_is_needed_and_every_surface_tells_the_same(folders: Any, tmp_p
     result = json.loads(done.stdout)
     assert result["outcome"] == "passed"
     suite = ElementTree.fromstring(names["verify.xml"].read_text(encoding="utf-8"))
-    assert int(suite.get("tests", 0)) == len(result["parity"][0]["verdict"]["checks"])
+    entries = [*result["parity"], *result["shapes"]]
+    assert int(suite.get("tests", 0)) == sum(
+        len(one["verdict"]["checks"]) + len(one.get("not_run", {})) for one in entries
+    )
     shown = names["verify.md"].read_text(encoding="utf-8")
     assert shown.startswith("### moedge verify: passed\n")
     assert names["summary.md"].read_text(encoding="utf-8") == shown + "\n"

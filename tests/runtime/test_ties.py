@@ -23,7 +23,8 @@ from moedge.export import bundle
 from moedge.export.pipeline import export, lower
 from moedge.runtime.engines import open_engine
 from moedge.runtime.parity import compare as parity
-from moedge.runtime.parity.given import pair
+from moedge.runtime.parity import reference as references
+from moedge.runtime.parity.given import against_kept, pair
 from moedge.runtime.parity.suite import Judging
 
 LAYERS, HIDDEN, EXPERTS, TOP_K = 3, 128, 6, 3
@@ -87,6 +88,21 @@ def test_a_right_engine_passes_though_it_chose_otherwise(folders: dict[str, Path
     assert 0 < entry["replay"]["tokens"] <= WINDOWS.size
     (note,) = entry["verdict"]["notes"]
     assert "choices of experts differ from the reference's: experts tie where their scores are equal" in note
+
+
+def test_a_kept_reference_passes_a_right_engine_whose_first_other_choice_ties(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    engine = open_engine(folders["checkpoint"], threads=1, **references.how_to_open(folders["checkpoint"]))
+    identity, file = references.identity_of(folders["checkpoint"]), tmp_path / "ref.safetensors"
+    references.keep(engine, WINDOWS[:2, :150], file, text="random", prefill=140, identity=identity)
+    engine.close()
+    result = against_kept(folders["ort-cpu"], file, threads=1)
+    (entry,) = result["parity"]
+    assert entry["routing"]["flips"] > 0  # else nothing is shown
+    (check,) = (check for check in entry["verdict"]["checks"] if check["name"] == "text.first_changes.no_ties")
+    assert check["value"] == 0
+    assert not [check["name"] for check in entry["verdict"]["checks"] if not check["passed"] and check["decided"]]
 
 
 def test_a_second_run_of_changed_windows_alone_gives_what_replaying_everything_gives(
