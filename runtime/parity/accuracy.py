@@ -26,8 +26,8 @@ from moedge.runtime.engines.given import local
 from moedge.runtime.engines.info import EngineInfo
 from moedge.runtime.parity.comparisons import comparisons
 from moedge.runtime.parity.results import AccuracyEntry, Compared, PairedTask, Verification
+from moedge.runtime.parity.suite import NOTHING, finished, graph_dtype
 from moedge.runtime.parity.suite import SCHEMA as SUITE
-from moedge.runtime.parity.suite import finished, graph_dtype
 from moedge.runtime.parity.verdict import Check, Verdict
 from moedge.runtime.run import run_folder
 from moedge.runtime.run.refs import EngineRef
@@ -106,6 +106,9 @@ class Gate:
         """Find the questions and the limits of (name, reference, test, target of the test)."""
         profile, limits = tolerance_files.chosen(given)
         data_files(questions)
+        named = list(named)
+        if not named:
+            raise MoEdgeError(NOTHING)
         pairs = [
             Pair(f"{name}, answers", one, two, limits.profile(profile, target, graph_dtype(two)))
             for name, one, two, target in named

@@ -24,6 +24,7 @@ from moedge.runtime.parity.results import Compared, ParityEntry, ShapesEntry, Ve
 from moedge.runtime.parity.sample import Sample
 from moedge.runtime.parity.suite import (
     DEQUANTIZED,
+    NOTHING,
     SCHEMA,
     Judging,
     exact_limits,
@@ -77,6 +78,8 @@ def verify_given(
     if test is None:
         if not run_folder.is_run(reference):
             raise MoEdgeError(f"{reference} is not a run folder; give a run folder, or two engines to compare.")
+        if not run_folder.bundles(reference):
+            raise MoEdgeError(NOTHING)
         checkpoint = run_folder.converted(reference)
         name, windows = sample.windows(checkpoint)
         return verify_run(

@@ -12,13 +12,18 @@ import jsonschema
 import pytest
 from rich.console import Console
 
+from moedge import MoEdgeError
 from moedge._files import write_json
 from moedge.configs import tolerances
 from moedge.configs.recipe import parse_recipe
+from moedge.convert.tasks import Questions
 from moedge.runtime import report as reports
 from moedge.runtime.commands import run as run_command
 from moedge.runtime.commands import verify as verify_command
+from moedge.runtime.parity.accuracy import Gate
+from moedge.runtime.parity.given import verify_given
 from moedge.runtime.parity.outcomes import mark
+from moedge.runtime.parity.sample import Sample
 from moedge.runtime.parity.suite import finished
 from moedge.runtime.parity.verdict import Check, Outcome, Verdict, run_outcome
 from moedge.runtime.report.build import build
@@ -98,9 +103,19 @@ def test_one_failure_fails_what_is_not_decided_otherwise() -> None:
     found = Verdict({"whole": tuple(CHECKS.values())})
     assert found.outcome is Outcome.FAILED
     assert Verdict({"whole": (CHECKS[Outcome.PASSED], CHECKS[Outcome.NOT_DECIDED])}).outcome is Outcome.NOT_DECIDED
-    assert Verdict({}).outcome is Outcome.PASSED
+    assert Verdict({}).outcome is Outcome.NOT_DECIDED  # nothing was compared
     assert [check.name for check in found.missed] == ["prefill.top1.agreement"] * 2
     assert Check("x", float("nan"), "<=", 1.0).outcome is Outcome.FAILED  # nothing compared is within no limit
+
+
+def test_where_nothing_is_compared_nothing_passes(tmp_path: Path) -> None:
+    empty: Any = {"schema": "moedge.verify/1", "text": "none", "identity": [], "parity": []}
+    assert finished(empty, tolerances.load())["outcome"] == "not decided"
+    write_json(tmp_path / "run.json", {"schema": "moedge.run/1"})  # as an interrupted run leaves it
+    with pytest.raises(MoEdgeError, match="this run has nothing exported; finish it with `moedge run`"):
+        verify_given(tmp_path, sample=Sample())
+    with pytest.raises(MoEdgeError, match="has nothing exported"):
+        Gate._over([], Questions(()), "float32")
 
 
 def test_a_result_of_an_older_version_has_an_outcome(tmp_path: Path, sample_runs: Any) -> None:
