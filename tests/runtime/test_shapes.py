@@ -498,6 +498,18 @@ def test_the_first_token_of_a_row_is_in_no_mean_of_half_precision(toy_bundles: d
     assert entry["cases"]["batch.padding.prefill"]["rel_error"]["max"] == pytest.approx(0.03, rel=1e-2)
 
 
+@pytest.mark.parametrize("long", [False, True])
+def test_first_tokens_alone_are_judged_by_their_kl(long: bool) -> None:
+    """In half precision a row of one token may be all that one side of a case holds, while the other is replayed."""
+    case, right = Case("x", Between.reference(LIMITS), long=long, heavy_first=True), np.eye(1, 8, dtype=np.float32)
+    case.add(case.alone, right, right, row=2, start=0)
+    (check,) = case.checks(LIMITS, unsure=False)
+    assert (check.name, check.outcome) == ("x.kl.max", Outcome.PASSED)
+    case.add(case.alone, right, right * np.nan, row=2, start=0)
+    (check,) = case.checks(LIMITS, unsure=False)
+    assert check.outcome is Outcome.FAILED
+
+
 def test_limits_that_allow_for_changed_choices_judge_every_token() -> None:
     free = tolerances.load().profile("free", "ort-cuda")
     asked, rules = shapes.Asked(), shapes.Rules(LIMITS, free)
