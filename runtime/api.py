@@ -192,7 +192,7 @@ def generate(
     top_p: float | None = None,
     min_p: float | None = None,
     seed: int = 0,
-    stop: Iterable[str] = (),
+    stop: str | Iterable[str] = (),
     on_text: Callable[[str], None] | None = None,
     threads: int | None = None,
     device: str = "cpu",
@@ -212,7 +212,8 @@ def generate(
         temperature: 0 is greedy. top_k: of so many likeliest tokens, 0: of all. top_p: of the smallest set with this
             probability, 0 < top_p <= 1. min_p: of the tokens with at least this share of the likeliest one's.
         seed: of the draws; equal seeds give equal text on one engine.
-        stop: texts that end the answer, besides the model's own; they are not part of it.
+        stop: text or texts that end the answer, besides the model's own; they are not part of it. Special tokens count
+            by their text.
         on_text: called with each new piece of text: whole characters, nothing that is later taken back.
         threads, device, dtype: of an engine that is opened here; the last two are for checkpoints, which PyTorch runs.
 

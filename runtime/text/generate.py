@@ -55,7 +55,7 @@ def generate(
     top_p: float | None = None,
     min_p: float | None = None,
     seed: int = 0,
-    stop: Iterable[str] = (),
+    stop: str | Iterable[str] = (),
     generation: GenerationConfig | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> GenerationResult:
@@ -76,13 +76,15 @@ def generate(
     sampled = _samples(sample, drawn)
     if max_new_tokens < 1 or (top_p is not None and not 0 < top_p <= 1):
         raise MoEdgeError("Generation needs max_new_tokens >= 1 and 0 < top_p <= 1.")
+    if seed < 0:
+        raise MoEdgeError(f"seed is {seed}; it must be a whole number, 0 or more.")
     ids = _encode(tokenizer, prompt)
     budget = _budget(model, len(ids), max_new_tokens)
     ends = _ends(model, None if isinstance(prompt, str) else tokenizer.eos_token_id)
     settings = asked.of(Use.ALWAYS)
     chooser = _Chooser(settings, asked.sampling(drawn) if sampled else None, ids, ends, budget, seed)
-    own = settings.get("stop_strings") or []
-    shown = _Shown(tokenizer, [*([own] if isinstance(own, str) else own), *stop], on_text)
+    stops = [[each] if isinstance(each, str) else each for each in (settings.get("stop_strings") or [], stop)]
+    shown = _Shown(tokenizer, [text for each in stops for text in each], on_text)
     made, reason, first, spent = _continue(engine, ids, chooser, ends, budget, shown)
     rate = (len(made) - 1) / spent if len(made) > 1 and spent > 0 else None
     notes = tuple(asked.said(sampled=sampled))
@@ -121,11 +123,13 @@ class _Shown:
 
     def __init__(self, tokenizer: Tokenizer, stop: list[str], on_text: Callable[[str], None] | None) -> None:
         self.pieces: list[str] = []
+        self._tokenizer = tokenizer
         self._stream, self._stops, self._on_text = tokenizer.stream(), StopStrings(stop), on_text
 
     def push(self, token: int) -> bool:
-        """Add a token; True when its text completes a stop string."""
+        """Add a token; True when its text completes a stop string, also where decoding leaves it out."""
         self._show(self._stops.push(self._stream.push(token)))
+        self._show(self._stops.push(self._tokenizer.special_text(token), hidden=True))
         return self._stops.hit is not None
 
     def finish(self) -> bool:

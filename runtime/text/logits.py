@@ -210,8 +210,14 @@ def _of_tokens(settings: Mapping[str, Any], start: int) -> Iterator[Processor]:
         yield lambda ids, scores: suppress(scores, not_first) if len(ids) == at else scores
 
 
+def tempered(scores: np.ndarray, temperature: float) -> np.ndarray:
+    """Scores less the largest, over the temperature, as float64: none is too small for it, and 0 stays the largest."""
+    found: np.ndarray = (scores.astype(np.float64) - scores.max()) / temperature
+    return found
+
+
 WARPERS: dict[str, Callable[[np.ndarray, Any], np.ndarray]] = {
-    "temperature": lambda scores, value: scores / np.float32(value),
+    "temperature": tempered,
     "top_h": top_h,
     "top_k": top_k,
     "top_p": top_p,

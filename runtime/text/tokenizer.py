@@ -80,6 +80,8 @@ class Tokenizer:
             or config.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output") is True
         )
         self.byte_fallback = bool(getattr(self._tokenizer.model, "byte_fallback", False))
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._specials = {token: found.content for token, found in added.items() if found.special}
         self._templates = chat_template.find(files, config)
         self._template: ChatTemplate | None = None
 
@@ -102,8 +104,23 @@ class Tokenizer:
         text = self._special_tokens.get(name)
         return self._tokenizer.token_to_id(text) if text else None
 
+    def special_text(self, token: int) -> str:
+        """Text of a special token, which decoding leaves out; empty for any other token."""
+        return self._specials.get(token, "")
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Return the token ids of ``text``; special tokens (BOS) as the tokenizer's own post-processor adds them."""
+        """Return the token ids of ``text``; special tokens (BOS) as the tokenizer's own post-processor adds them.
+
+        Raises:
+            MoEdgeError: the text holds half of a surrogate pair, which is no character.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise MoEdgeError(
+                f"The text holds a lone surrogate (character {error.start + 1}), which is no character; decode it as "
+                "UTF-8 before it is given."
+            ) from error
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -221,30 +238,42 @@ class TextStream:
 
 
 class StopStrings:
-    """Cut a stream at the first stop string, and hold back text that may become one."""
+    """Cut a stream at the first stop string, and hold back text that may become one.
+
+    Hidden text (of special tokens) takes part in stop strings, as in transformers, and is never shown.
+    """
 
     def __init__(self, stops: Iterable[str]) -> None:
         self._stops = [stop for stop in stops if stop]
         self._held = ""
+        self._hidden: list[bool] = []  # by character of what is held
         self.hit: str | None = None
 
-    def push(self, text: str) -> str:
+    def push(self, text: str, *, hidden: bool = False) -> str:
         """Add text and return what is safe to show. After a hit everything is dropped."""
         if self.hit is not None:
             return ""
-        held = self._held + text
+        self._held += text
+        self._hidden += [hidden] * len(text)
+        held = self._held
         found = min(((held.index(stop), stop) for stop in self._stops if stop in held), default=None)
         if found is not None:
-            self.hit, self._held = found[1], ""
-            return held[: found[0]]
+            self.hit = found[1]
+            shown = self._taken(found[0])
+            self._held, self._hidden = "", []
+            return shown
         keep = max((_overlap(held, stop) for stop in self._stops), default=0)
-        self._held = held[len(held) - keep :]
-        return held[: len(held) - keep]
+        return self._taken(len(held) - keep)
 
     def finish(self) -> str:
         """Return what was held back: no stop string will come any more."""
-        held, self._held = self._held, ""
-        return held
+        return self._taken(len(self._held))
+
+    def _taken(self, count: int) -> str:
+        """Take so many characters from what is held, and return those that are shown."""
+        shown = "".join(char for char, hidden in zip(self._held[:count], self._hidden, strict=False) if not hidden)
+        self._held, self._hidden = self._held[count:], self._hidden[count:]
+        return shown
 
 
 def _overlap(text: str, stop: str) -> int:

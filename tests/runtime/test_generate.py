@@ -12,6 +12,7 @@ import pytest
 import tokenizers
 import tokenizers.decoders
 import tokenizers.models
+import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -171,6 +172,26 @@ def test_stop_strings_of_the_model_and_of_the_caller_end_a_text(tokenizer: Token
     assert generate(engine, tokenizer, "x").text == "one "
 
 
+@pytest.mark.parametrize("stop", ["<|start|>", "a<|start|>b", "b", "<|start|>b<|end|>"])
+def test_special_tokens_count_in_stop_strings_as_in_transformers(
+    stop: str, tokenizer: Tokenizer, toy_bundles: dict[str, Path]
+) -> None:
+    from transformers import PreTrainedTokenizerFast
+    from transformers.generation.stopping_criteria import StopStringCriteria
+
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(toy_bundles["concat"] / "tokenizer.json"))
+    ids = tokenizer.encode("xa<|start|>b<|end|>c", add_special_tokens=False)
+    wanted = StopStringCriteria(theirs, [stop])
+    last = next(n for n in range(1, len(ids) + 1) if wanted(torch.tensor([ids[:n]]), None)[0])
+    found = generate(Script(ids, eos=[]), tokenizer, "x", max_new_tokens=len(ids), stop=stop)
+    assert (found.ids, found.finish_reason) == (ids[:last], "stop")
+    assert found.text == "xa<|start|>b<|end|>".partition(stop)[0].replace("<|start|>", "")
+
+
+def test_a_tiny_temperature_is_nearly_greedy(tokenizer: Tokenizer) -> None:
+    assert generate(Script([65]), tokenizer, "x", max_new_tokens=3, temperature=1e-40).ids == [65] * 3
+
+
 def test_a_setting_that_rules_out_every_token_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(MoEdgeError, match=r"generation_config\.json rules out every token here \(suppress_tokens\)"):
         generate(Script([65], suppress_tokens=list(range(300))), tokenizer, "x")
@@ -293,6 +314,8 @@ def test_both_cache_kinds_generate_the_same_text(toy_bundles: dict[str, Path], t
         ({"min_p": 1.5}, "min_p is 1.5"),
         ({"top_p": 0}, "top_p <= 1"),
         ({"prompt": ""}, "empty"),
+        ({"prompt": "a\ud800"}, "lone surrogate .character 2."),
+        ({"seed": -1}, "seed is -1"),
     ],
 )
 def test_bad_settings_are_one_sentence(options: dict[str, Any], message: str, tokenizer: Tokenizer) -> None:
