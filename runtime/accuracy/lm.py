@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
@@ -102,19 +103,28 @@ class EngineLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Greedy answers, one at a time; what the model's own ``generation_config.json`` asks for is left out.
 
+        A context that leaves no room for the answer is cut on the left, as lm-eval's ``HFLM`` does.
+
         Raises:
-            MoEdgeError: a task that samples its answers.
+            MoEdgeError: a task that samples its answers, or whose answers may be as long as what the engine holds.
         """
+        longest = self._engine.info.model.longest
         texts = []
         for done, (context, settings) in enumerate(one.args for one in requests):
             if settings.get("do_sample", bool(settings.get("temperature"))):
                 raise MoEdgeError("This task samples its answers; only greedy ones can be compared.")
-            until = settings.get("until") or []
+            until, most = settings.get("until") or [], int(settings.get("max_gen_toks", MAX_NEW_TOKENS))
+            if longest is not None and longest <= most:
+                raise MoEdgeError(
+                    f"This task's answers may have {most} tokens, and {self._engine.info.name} holds {longest} with "
+                    "the question; leave the task out."
+                )
+            ids = self.tok_encode(context)
             answer = generate(
                 self._engine,
                 self._tokenizer,
-                context,
-                max_new_tokens=int(settings.get("max_gen_toks", MAX_NEW_TOKENS)),
+                np.array(ids if longest is None else ids[most - longest :], dtype=np.int64),
+                max_new_tokens=most,
                 stop=[until] if isinstance(until, str) else until,
                 generation=GenerationConfig(),
             )

@@ -46,7 +46,7 @@ class GenerationResult:
 def generate(
     engine: Engine,
     tokenizer: Tokenizer,
-    prompt: str | Sequence[Message],
+    prompt: str | Sequence[Message] | np.ndarray,
     *,
     max_new_tokens: int = 128,
     sample: bool = False,
@@ -64,7 +64,7 @@ def generate(
     Args:
         engine: any engine.
         tokenizer: of the same model.
-        prompt: and all below but ``generation``: see :func:`moedge.runtime.api.generate`.
+        prompt: and all below but ``generation``: see :func:`moedge.runtime.api.generate`; or token ids int64 [n].
         generation: what to obey instead of the model's own file; ``GenerationConfig()`` for nothing.
 
     Raises:
@@ -80,7 +80,7 @@ def generate(
         raise MoEdgeError(f"seed is {seed}; it must be a whole number, 0 or more.")
     ids = _encode(tokenizer, prompt)
     budget = _budget(model, len(ids), max_new_tokens)
-    ends = _ends(model, None if isinstance(prompt, str) else tokenizer.eos_token_id)
+    ends = _ends(model, None if isinstance(prompt, str | np.ndarray) else tokenizer.eos_token_id)
     settings = asked.of(Use.ALWAYS)
     chooser = _Chooser(settings, asked.sampling(drawn) if sampled else None, ids, ends, budget, seed)
     stops = [[each] if isinstance(each, str) else each for each in (settings.get("stop_strings") or [], stop)]
@@ -173,8 +173,11 @@ def _samples(sample: bool, given: dict[str, Any]) -> bool:
     return sample or any(value is not None for value in given.values())
 
 
-def _encode(tokenizer: Tokenizer, prompt: str | Sequence[Message]) -> list[int]:
-    if isinstance(prompt, str):
+def _encode(tokenizer: Tokenizer, prompt: str | Sequence[Message] | np.ndarray) -> list[int]:
+    ids: list[int]
+    if isinstance(prompt, np.ndarray):
+        ids = prompt.tolist()
+    elif isinstance(prompt, str):
         ids = tokenizer.encode(prompt)
     else:
         ids = tokenizer.encode(tokenizer.apply_chat_template(prompt), add_special_tokens=False)

@@ -69,7 +69,11 @@ def test_generated_answers(name: str, lms: dict[str, Any]) -> None:
         ("The cat", {"until": ["e"], "max_gen_toks": 12}),
         ("A dog and", {"until": [], "max_gen_toks": 5, "do_sample": False, "temperature": 0.7}),
     )
-    assert lms[name].generate_until(given) == lms["own"].generate_until(given)
+    long = requests("generate_until", ("many words before the question " * 20, {"until": [], "max_gen_toks": 9}))
+    for asked in (given, long):
+        assert lms[name].generate_until(asked) == lms["own"].generate_until(asked)
+    with pytest.raises(MoEdgeError, match="answers may have 5000 tokens"):
+        lms[name].generate_until(requests("generate_until", ("The cat", {"max_gen_toks": 5000})))
     with pytest.raises(MoEdgeError, match="samples its answers"):
         lms[name].generate_until(requests("generate_until", ("The cat", {"temperature": 0.7})))
 
