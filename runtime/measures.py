@@ -27,7 +27,7 @@ def verify(
     window: int = 256,
     prefill: int = 224,
     tolerances: PathLike = "float32",
-    tasks: Sequence[str] = (),
+    tasks: str | Sequence[str] = (),
     task_data: Mapping[str, PathLike] | None = None,
     shots: int = 0,
     limit: int | None = None,
@@ -159,9 +159,9 @@ def _several(given: int | Sequence[int]) -> Sequence[int]:
 
 def evaluate(
     models: PathLike | Sequence[PathLike],
-    texts: Sequence[PathLike] = ("asset:wiki",),
+    texts: PathLike | Sequence[PathLike] = ("asset:wiki",),
     *,
-    tasks: Sequence[str] = (),
+    tasks: str | Sequence[str] = (),
     task_data: Mapping[str, PathLike] | None = None,
     shots: int = 0,
     limit: int | None = None,
@@ -203,7 +203,7 @@ def evaluate(
     from moedge.runtime.run.scores import Evaluation, scores
 
     evaluation = Evaluation(
-        texts=[str(text) for text in texts],
+        texts=[str(text) for text in ([texts] if isinstance(texts, str | Path) else texts)],
         questions=_questions(tasks, task_data, shots, limit),
         tokens=tokens,
         window=window,
@@ -217,9 +217,9 @@ def evaluate(
 
 
 def _questions(
-    tasks: Sequence[str], task_data: Mapping[str, PathLike] | None, shots: int, limit: int | None
+    tasks: str | Sequence[str], task_data: Mapping[str, PathLike] | None, shots: int, limit: int | None
 ) -> Questions:
     from moedge.convert.tasks import Questions
 
     data = {name: Path(path).expanduser() for name, path in (task_data or {}).items()}
-    return Questions(tuple(tasks), data, shots, limit)
+    return Questions((tasks,) if isinstance(tasks, str) else tuple(tasks), data, shots, limit)

@@ -16,7 +16,7 @@ class Sample:
     """Which text, how much of it, and how it is read.
 
     Raises:
-        MoEdgeError: a window of which nothing would be decoded.
+        MoEdgeError: a window of which nothing would be read at once or decoded.
     """
 
     text: str = "asset:wiki"
@@ -30,6 +30,9 @@ class Sample:
 
     def __post_init__(self) -> None:
         """Refuse what decodes nothing."""
+        for name, least in (("tokens", 0), ("window", 2), ("prefill", 1)):
+            if getattr(self, name) < least:
+                raise MoEdgeError(f"{name} is {getattr(self, name)}; it must be {least} or more.")
         if self.prefill >= self.window:
             raise MoEdgeError(
                 f"A prefill of {self.prefill} leaves nothing to decode in a window of {self.window} tokens."

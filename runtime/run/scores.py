@@ -29,7 +29,11 @@ SCHEMA = "moedge.scores/1"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is measured of every model."""
+    """What is measured of every model.
+
+    Raises:
+        MoEdgeError: windows in which nothing is scored, or a number that is none.
+    """
 
     texts: Sequence[str] = ("asset:wiki",)
     """``asset:NAME`` or files."""
@@ -48,6 +52,12 @@ class Evaluation:
     """Where PyTorch computes."""
     threads: int | None = None
     """On the CPU; physical cores by default."""
+
+    def __post_init__(self) -> None:
+        """Refuse what measures nothing."""
+        for name, least in (("tokens", 2), ("window", 2), ("holdout_every", 2), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise MoEdgeError(f"{name} is {getattr(self, name)}; it must be {least} or more.")
 
 
 @dataclass(frozen=True)
