@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -35,7 +36,13 @@ def junit_xml(name: str, cases: Iterable[Case]) -> str:
 
 
 def step_summary(markdown: str) -> None:
-    """Append to the summary of the GitHub job that this runs in; does nothing elsewhere."""
+    """Append to the summary of the GitHub job that this runs in; does nothing elsewhere.
+
+    Nobody asked for that file, so what keeps it from being written changes no outcome and is said on stderr.
+    """
     if path := os.environ.get(STEP_SUMMARY):
-        with Path(path).open("a", encoding="utf-8") as stream:
-            stream.write(markdown + "\n")
+        try:
+            with Path(path).open("a", encoding="utf-8") as stream:
+                stream.write(markdown + "\n")
+        except OSError as error:
+            print(f"warning: the job's summary was not written ({STEP_SUMMARY}): {error}", file=sys.stderr)

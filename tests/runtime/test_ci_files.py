@@ -23,6 +23,7 @@ from moedge.runtime.cli import COMMANDS, load
 from moedge.runtime.engines import open_engine
 from moedge.runtime.parity import reference as references
 from moedge.runtime.pytest_plugin import BUNDLE, REFERENCE
+from moedge.runtime.report import ci
 
 ROOT = Path(moedge.__file__).parent
 ACTION = ROOT / "docs" / "ci" / "action" / "action.yml"
@@ -195,3 +196,11 @@ def test_an_error_is_a_sentence_and_no_empty_result(runner: Runner) -> None:
     assert "No kept reference at none; touch stolen" in said
     assert list((runner.folder / "moedge-gate").iterdir()) == []
     assert not (runner.folder / "stolen").exists()
+
+
+def test_a_job_summary_that_cannot_be_written_is_said_and_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path))  # a folder
+    ci.step_summary("### moedge verify: passed")
+    assert capsys.readouterr().err.startswith("warning: the job's summary was not written (GITHUB_STEP_SUMMARY): ")
