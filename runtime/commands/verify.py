@@ -108,13 +108,17 @@ def verify(
     """
     if prefill >= window:
         raise MoEdgeError(f"--prefill {prefill} leaves nothing to decode in a window of {window} tokens (--window).")
+    sample = Sample(text, tokens, window, prefill)
     _check(test, save_reference, kept, baseline, fail_on_worse, bool(tasks or thorough or max_length or not tokens))
+    if kept and sample != Sample():
+        raise MoEdgeError(
+            f"{kept} holds the text that it judges on; leave out --text, --tokens, --window and --prefill."
+        )
     gate = Gate.of(reference, test, questions(tasks, task_data, shots, limit), tolerances)
     if not tokens and gate is None:
         raise MoEdgeError("There is nothing to compare: --tokens 0 takes no text, and there are no --tasks.")
     old = baselines.read(baseline) if baseline else None
     check_all_writable({"--junit": junit, "--html": html, "--markdown": markdown, "--save-reference": save_reference})
-    sample = Sample(text, tokens, window, prefill)
     with single("verify", str(reference)) as reporter:
         if save_reference:
             opening: Opening = {"threads": threads, "pytorch": {"device": device}}

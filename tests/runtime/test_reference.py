@@ -500,6 +500,11 @@ def test_the_command_keeps_judges_and_compares_with_last_time(folders: Any, tmp_
         (["--save-reference", "r", "--reference", "r"], "compares nothing"),
         (["TEST", "--save-reference", "r"], "compares nothing"),
         (["TEST", "--fail-on-worse"], "needs an older result"),
+        (["--reference", "r", "--text", "asset:c4"], "r holds the text that it judges on"),
+        (["--reference", "r", "--window", "300"], "r holds the text that it judges on"),
+        (["verify-answers.npz", "--thorough"], "holds a device's answers to its own prompts"),
+        (["verify-answers.npz", "--max-length", "64"], "holds a device's answers to its own prompts"),
+        (["verify-answers.npz", "--text", "asset:c4"], "holds a device's answers to its own prompts"),
         (["--reference", "none.safetensors"], "No kept reference at none.safetensors"),
     ],
 )
