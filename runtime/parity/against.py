@@ -49,7 +49,7 @@ from moedge.runtime.engines.protocol import Opening
 from moedge.runtime.parity import alone, alone_shapes, shapes, shortened, verdict
 from moedge.runtime.parity.compare import json_ready, measured, same_vocabulary, steps
 from moedge.runtime.parity.figures import KeptReferenceFacts
-from moedge.runtime.parity.metrics import Cursor, TokenErrors, mean
+from moedge.runtime.parity.metrics import Cursor, TokenErrors, mean, text_sha256
 from moedge.runtime.parity.reference import Reference, identity_of, load
 from moedge.runtime.parity.results import Compared, Parity, ParityEntry, Shapes, Verification
 from moedge.runtime.parity.routing import RouteAgreement, same_sets
@@ -231,6 +231,7 @@ def _entry(
 ) -> Parity:
     windows, prefill = reference.windows.shape, reference.facts.prefill
     result = measured(reference, engine, windows, prefill, run.phases, run.routes, limits)
+    result["text_sha256"] = text_sha256(reference.windows)
     result["replay"] = None
     result["by_layer"] = layers.summary() if layers else None
     tails = np.concatenate([part for parts in run.tail.values() for part in parts])

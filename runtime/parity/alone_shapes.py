@@ -24,6 +24,7 @@ from moedge.export.graph.layers import LayerPoint
 from moedge.runtime.engines import LayerEngine, Step
 from moedge.runtime.parity import alone, readings
 from moedge.runtime.parity.alone import PHASES, Alone
+from moedge.runtime.parity.metrics import text_sha256
 from moedge.runtime.parity.reference import Probe, Reference
 from moedge.runtime.parity.results import ShapeCase, Shapes
 from moedge.runtime.parity.shape_cases import HINTS, ON_GPU, apart, number
@@ -63,6 +64,7 @@ def check(reference: Reference, engine: LayerEngine, limits: Profile) -> Shapes:
     return {
         "schema": "moedge.shapes/1",
         "test": engine.info.as_json(),
+        "text_sha256": text_sha256(reference.windows),
         "prompts": list(prompts),
         "cases": runs.facts(),
         "not_run": runs.not_run,

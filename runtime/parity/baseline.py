@@ -92,6 +92,8 @@ def _compared(result: Verification, baseline: Baseline) -> BaselineFacts:
         after = _counterpart(before, then, now)
         if after is None:
             missing.append(f"{before['name']} is only in the baseline.")
+        elif _other_text(before, after):
+            missing.append(f"{after['name']}: not compared: another text.")
         elif _read(before) != _read(after):
             missing.append(f"{after['name']}: the baseline has other windows, tokens or questions.")
         else:
@@ -120,6 +122,12 @@ def _read(entry: Any) -> list[Any]:
     """What a comparison was made on: windows and tokens, the rows of other shapes, or questions."""
     asked = [[task[name] for name in ("task", "version", "data", "questions")] for task in entry.get("tasks", [])]
     return [*(entry.get(name) for name in ("tokens", "prompts", "shots")), asked]
+
+
+def _other_text(before: Any, after: Any) -> bool:
+    """Whether both say which tokens they read, and these differ: a text's name is not its content."""
+    one, two = (entry.get("text_sha256") for entry in (before, after))
+    return bool(one and two and one != two)
 
 
 def _counterpart(before: Any, then: list[Any], now: list[Any]) -> Any:

@@ -21,7 +21,7 @@ from moedge.configs.tolerances import Profile
 from moedge.runtime.engines import Engine, ReplayEngine, Step
 from moedge.runtime.engines.info import EngineInfo
 from moedge.runtime.parity import verdict
-from moedge.runtime.parity.metrics import At, Cursor, TokenErrors
+from moedge.runtime.parity.metrics import At, Cursor, TokenErrors, text_sha256
 from moedge.runtime.parity.replay import Replay
 from moedge.runtime.parity.results import Identity, Parity, WorstToken
 from moedge.runtime.parity.routing import RouteAgreement
@@ -105,13 +105,15 @@ def compare_all(
             comparison.end_window(window, prefill)
     for comparison in found.values():
         comparison.end()
-    return {
+    entries = {
         label: judged(
             reference, test, windows.shape, prefill, found[label].phases, found[label].routes, limits[label], routing,
             found[label].replay,
         )
         for label, (test, _) in tests.items()
     }  # fmt: skip
+    sha256 = text_sha256(windows)
+    return {label: {**entry, "text_sha256": sha256} for label, entry in entries.items()}
 
 
 class _Comparison:
@@ -305,7 +307,9 @@ def identity_all(
         at = cursor.at(phase, ids)
         for label, two in zip(tests, others, strict=True):
             phases[label][phase].add(one.logits[0], two.logits[0], targets, at=at)
-    return {label: _identical(reference, test, phases[label], limit) for label, (test, limit) in tests.items()}
+    found = {label: _identical(reference, test, phases[label], limit) for label, (test, limit) in tests.items()}
+    sha256 = text_sha256(windows)
+    return {label: {**entry, "text_sha256": sha256} for label, entry in found.items()}
 
 
 def _identical(reference: Engine, test: Engine, phases: dict[str, TokenErrors], limit: float) -> Identity:

@@ -5,8 +5,9 @@ Symbols: a reference logits, b test logits, p = softmax(a), q = softmax(b), V vo
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -24,6 +25,15 @@ _VALUES = (
     *("abs_max", "abs_mean", "scale", "rel", "cosine", "kl", "kl_back"),
     *("gap1", "gap5", "top1", "top5", "nll", "nll_test", "changed", "window", "position"),
 )
+
+
+def text_sha256(windows: Iterable[np.ndarray]) -> str:
+    """Hash the token ids of windows int64 [L]: two results of equal hashes are of the same text, cut alike."""
+    digest = hashlib.sha256()
+    for window in windows:
+        digest.update(len(window).to_bytes(8, "little") + np.ascontiguousarray(window, dtype="<i8").tobytes())
+    return digest.hexdigest()
+
 
 At = tuple[int, int]
 """Number of a window, position of a token in it."""

@@ -23,7 +23,7 @@ from moedge.runtime.device.moedge_archive import ANSWERS_SCHEMA
 from moedge.runtime.engines import Engine, Step
 from moedge.runtime.engines.info import EngineInfo, EngineModel
 from moedge.runtime.parity import compare as parity
-from moedge.runtime.parity.metrics import Cursor, TokenErrors
+from moedge.runtime.parity.metrics import Cursor, TokenErrors, text_sha256
 from moedge.runtime.parity.replay import Replay
 from moedge.runtime.parity.results import Parity
 from moedge.runtime.parity.routing import RouteAgreement
@@ -138,4 +138,5 @@ def compare(reference: Engine, recorded: Recorded, limits: Profile, progress: Pr
             progress(done, recorded.tokens)
     longest = max(len(case["ids"]) for case in recorded.cases)
     shape, prefill = (len(recorded.cases), longest), min(int(case["prompt"]) for case in recorded.cases)
-    return parity.judged(reference, recorded, shape, prefill, phases, routes, limits, True, replay)
+    found = parity.judged(reference, recorded, shape, prefill, phases, routes, limits, True, replay)
+    return {**found, "text_sha256": text_sha256(case["ids"] for case in recorded.cases)}

@@ -113,6 +113,8 @@ class Parity(TypedDict):
     by_layer: NotRequired[LayersFacts | None]
     """Beside a kept reference; None where the engine's layers cannot be run one by one."""
     tolerances: dict[str, float | None]
+    text_sha256: NotRequired[str]
+    """Of the token ids that were read (:func:`moedge.runtime.parity.metrics.text_sha256`); older results have none."""
     verdict: VerdictFacts
     worst: NotRequired[WorstToken]
     location: NotRequired[Location]
@@ -127,6 +129,8 @@ class Identity(TypedDict):
     reference: EngineFacts
     test: EngineFacts
     tokens: Count
+    text_sha256: NotRequired[str]
+    """Of the token ids that were read (:func:`moedge.runtime.parity.metrics.text_sha256`); older results have none."""
     max_rel_error: Measured
     limit: float
     passed: bool
@@ -166,6 +170,8 @@ class Shapes(TypedDict):
 
     schema: Literal["moedge.shapes/1"]
     test: EngineFacts
+    text_sha256: NotRequired[str]
+    """Of the token ids that were read (:func:`moedge.runtime.parity.metrics.text_sha256`); older results have none."""
     prompts: list[Count]
     """Tokens of each row of the batches; a batch is decoded a few tokens further."""
     cases: dict[str, ShapeCase]

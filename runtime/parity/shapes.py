@@ -47,6 +47,7 @@ from moedge.configs.tolerances import Profile
 from moedge.runtime.engines import Engine, ReplayEngine, Step
 from moedge.runtime.engines.steps import part
 from moedge.runtime.parity import readings
+from moedge.runtime.parity.metrics import text_sha256
 from moedge.runtime.parity.replay import Replay
 from moedge.runtime.parity.results import Shapes
 from moedge.runtime.parity.routing import RouteAgreement
@@ -144,6 +145,7 @@ def check(test: Engine, windows: np.ndarray, asked: Asked, rules: Rules) -> Shap
     return {
         "schema": "moedge.shapes/1",
         "test": test.info.as_json(),
+        "text_sha256": text_sha256(windows if asked.long is None else [*windows, asked.long]),
         "prompts": list(prompts),
         "cases": {name: case.facts() for name, case in runs.cases.items()},
         "not_run": runs.not_run,

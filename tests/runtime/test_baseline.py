@@ -190,6 +190,10 @@ def test_what_has_no_counterpart_is_not_compared() -> None:
     other = beside(result(entry(KL), text="c4"), result(entry(KL)))
     assert other["outcome"] == "not compared"
     assert not other["checks"]
+    named, again = ({**entry(KL), "text_sha256": sha256 * 64} for sha256 in "ab")
+    found = beside(result(named), result(again))
+    assert (found["outcome"], found["sentences"]) == ("not compared", ["a vs b: not compared: another text."])
+    assert beside(result(entry(KL)), result(again))["outcome"] == "not worse", "an older result says only the name"
     short = entry(KL)
     short["tokens"] = {**short["tokens"], "windows": 4}
     assert beside(result(short), result(entry(KL)))["outcome"] == "not compared"
