@@ -59,7 +59,7 @@ def diagnose(
     folder = run_folder.converted(path) if run_folder.is_run(path) else path
     if plot is not None and plot.suffix not in (".svg", ".png"):
         raise MoEdgeError(f"--plot {plot}: write a .svg or .png file.")
-    check_all_writable({"--save": save, "--plot": plot})
+    check_all_writable({"--save": save, "--plot": plot}, [folder, *(text or []), *([dense] if dense else [])])
     if stability and dense is None and not run_folder.is_run(path):
         raise MoEdgeError("--stability converts again, which needs the dense parent: give it with --dense.")
     if not (folder / "plan.json").is_file():

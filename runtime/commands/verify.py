@@ -118,7 +118,11 @@ def verify(
     if not tokens and gate is None:
         raise MoEdgeError("There is nothing to compare: --tokens 0 takes no text, and there are no --tasks.")
     old = baselines.read(baseline) if baseline else None
-    check_all_writable({"--junit": junit, "--html": html, "--markdown": markdown, "--save-reference": save_reference})
+    files = {"--junit": junit, "--html": html, "--markdown": markdown, "--save-reference": save_reference}
+    if save_reference and (unread := [option for option in ("--junit", "--html", "--markdown") if files[option]]):
+        raise MoEdgeError(f"--save-reference checks nothing, so there is nothing to write for {' and '.join(unread)}.")
+    read = [reference, test, kept, baseline, text, tolerances]
+    check_all_writable(files, [given for given in read if given is not None])
     with single("verify", str(reference)) as reporter:
         if save_reference:
             opening: Opening = {"threads": threads, "pytorch": {"device": device}}

@@ -499,6 +499,7 @@ def test_the_command_keeps_judges_and_compares_with_last_time(folders: Any, tmp_
         (["TEST", "--reference", "r"], "takes the reference's place"),
         (["--save-reference", "r", "--reference", "r"], "compares nothing"),
         (["TEST", "--save-reference", "r"], "compares nothing"),
+        (["--save-reference", "r", "--junit", "j", "--html", "h"], "nothing to write for --junit and --html"),
         (["TEST", "--fail-on-worse"], "needs an older result"),
         (["--reference", "r", "--text", "asset:c4"], "r holds the text that it judges on"),
         (["--reference", "r", "--window", "300"], "r holds the text that it judges on"),
