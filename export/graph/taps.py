@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moedge import MoEdgeError
+from moedge.export import targets
 from moedge.export.graph import kept
 from moedge.export.manifest import GatherPlace, Kept, Manifest, Tap
 
@@ -62,7 +63,7 @@ def edited(
     if top_k is not None:
         _set_top_k(model, path, manifest, top_k)
     if last_logits:
-        _keep_last(model, path)
+        _keep_last(model, path, manifest.target)
     if float32_activations:
         _keep_activations(model)
     return bytes(model.SerializeToString()), scores
@@ -119,7 +120,7 @@ ELEMENTWISE = ("Cast", "Div", "Mul", "Tanh")
 """What may follow the output projection: scale, soft cap."""
 
 
-def _keep_last(model: Any, path: Path) -> None:
+def _keep_last(model: Any, path: Path, target: str) -> None:
     """Cut what the output projection reads, [B, S, H], to its last position."""
     import numpy as np
     from onnx import helper, numpy_helper
@@ -130,6 +131,11 @@ def _keep_last(model: Any, path: Path) -> None:
     while head is not None and head.op_type in ELEMENTWISE:
         head = maker.get(head.input[0])
     if head is None or head.op_type not in _PRODUCTS:
+        if targets.find(target).engine is not None:  # its plugins take rows of tokens, in whose graph no last one is
+            raise MoEdgeError(
+                f"{path.parent} is for TensorRT: `moedge build` makes its engine on the device, `moedge pack` an "
+                "archive for one. Here use ort-cpu or portable."
+            )
         raise MoEdgeError(f"{path}: no product makes the logits, so they cannot be computed for the last token alone.")
     for name, value in (("start", -1), ("end", np.iinfo(np.int64).max), ("axis", 1)):
         graph.initializer.append(numpy_helper.from_array(np.array([value], np.int64), f"last_logits.{name}"))
