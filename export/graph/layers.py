@@ -61,6 +61,7 @@ _NORMS = {"ReduceMean", "SimplifiedLayerNormalization", _SKIP, "RMSNormalization
 _PRODUCTS = {
     *("MatMul", "Gemm", "FusedMatMul", "MatMulNBits", "MoE", "QMoE", "RoutedGLU", "GatherGLU", "GatherLinear"),
     *("SparseGLU", "KeepLarge", "CausalAttention", "GroupQueryAttention", "Attention"),
+    *("GatheredGLU", "GatheredLinear", "GroupedGLU", "GroupedLinear"),
 }
 """Operators of which none belongs to a norm."""
 _THIN = {"Mul", "Add", "Cast", "Reshape", "Identity", "Transpose", "Squeeze", "Unsqueeze"}

@@ -174,6 +174,8 @@ def errors(shown: Shown, alone: Shown, limits: Profile, exact: Profile, own: Map
         alone: of the reference, each part of which was given what the engine's had.
         limits: of the engine. exact: of what holds no quantised weight.
         own: by layer the reference's scores float32 [L, E] for what the engine's routers read.
+
+    What one of the two does not show is left out.
     """
     wide, narrow = Allowed.of(limits), Allowed.of(exact)
     last = max(layer for layer, _ in shown.layers)
@@ -185,6 +187,8 @@ def errors(shown: Shown, alone: Shown, limits: Profile, exact: Profile, own: Map
         found[layer, _ORDER.index(value)] = Part(named, part, what, values, allowed)
 
     for (layer, spot), value in shown.layers.items():
+        if (layer, spot) not in alone.layers:  # a graph may have a border that the other engine lacks
+            continue
         values = relative(alone.layers[layer, spot], value)
         part, what = _WORDS[spot]
         if (layer, spot) == (0, "stream"):

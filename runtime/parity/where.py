@@ -280,8 +280,11 @@ def explained(
     worst = entry.get("worst")
     if worst is None or verdict.entry_outcome(entry) is not verdict.Outcome.FAILED:
         return entry
-    worst = said.with_text(worst, windows, folder)
-    location = _unknown(again) if isinstance(again, str) else locate(again(windows[worst["window"]]))
+    try:
+        worst = said.with_text(worst, windows, folder)
+        location = _unknown(again) if isinstance(again, str) else locate(again(windows[worst["window"]]))
+    except Exception as error:  # an explanation must not cost the verdict
+        location = _unknown(f"{type(error).__name__}: {error}")
     location["sentence"] = f"{location['sentence']} {said.token_said(worst)}"
     found: Any = {**entry, "worst": worst, "location": location}
     return cast("AnyEntry", verdict.with_notes(found, [location["sentence"]]) if "verdict" in found else found)

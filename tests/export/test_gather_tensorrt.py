@@ -12,6 +12,7 @@ import pytest
 
 from moedge import MoEdgeError
 from moedge.export.bundle import open_bundle
+from moedge.export.graph import layers
 from moedge.export.lowering.trt.gathered import GatherProducts
 from moedge.runtime.engines import open_engine
 from moedge.runtime.engines.pytorch import TorchEngine
@@ -94,6 +95,14 @@ def test_every_linear_layer_is_a_plugin_for_rows_of_tokens(folders: Folders, val
     check(open_engine(path), TorchEngine(folders.checkpoint(kind)), HALF)
     plugins, masked = (open_engine(each).prefill(IDS).logits for each in (path, standard))
     np.testing.assert_array_equal(plugins, masked)
+    # Both forms show the same parts, so a check that failed can be located.
+    other = onnx.load(standard / "model.onnx", load_external_data=False).graph
+    spots = {spot for _, spot in layers.find(graph, 2).names}
+    assert spots == {spot for _, spot in layers.find(other, 2).names}
+    assert "ffn" in spots
+    assert "ffn_normed" not in spots
+    with pytest.raises(MoEdgeError, match=r"is for TensorRT: .* Here use ort-cpu or portable\."):
+        open_engine(path, last_logits=True)  # as generate and bench open it
 
 
 def test_a_weight_by_channel_is_stored_once(folders: Folders) -> None:

@@ -45,6 +45,13 @@ def test_a_part_departs_beyond_the_limits_of_the_whole_model() -> None:
     assert departing(3, {1: median * 0.9}) == []
 
 
+def test_a_border_that_the_reference_lacks_is_left_out() -> None:
+    reference, test = shown(3, {1: 1.0})
+    test.layers[0, "ffn_normed"] = test.layers[0, "ffn"]
+    found = parts.errors(test, reference, LIMITS, EXACT, {})
+    assert [part.layer for part in found if part.departs(slice(0, TOKENS))] == [1]
+
+
 def test_what_all_layers_have_is_no_jump_unless_all_fail() -> None:
     """Six robust deviations of the others are allowed where the typical layer keeps the limit."""
     generator = np.random.default_rng(1)

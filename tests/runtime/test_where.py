@@ -428,3 +428,14 @@ def test_what_cannot_even_run_again_says_why() -> None:
     location = where.locate(where.Again(engine, engine, WINDOWS[0], PREFILL, limits, limits))
     assert location["sentence"] == "Which part departs could not be told: it is gone."
     assert location["fault"] is None
+
+
+def test_an_explanation_never_costs_the_verdict(tmp_path: Path) -> None:
+    def again(_: np.ndarray) -> Any:
+        raise KeyError((0, "ffn_normed"))
+
+    worst = {"window": 0, "position": 1, "phase": "decode", "kl": 1.0}
+    entry: Any = {"worst": worst, "verdict": {"checks": [{"name": "kl", "passed": False}], "notes": []}}
+    found = where.explained(entry, list(WINDOWS), again, tmp_path)
+    assert not found["verdict"]["checks"][0]["passed"]
+    assert "could not be told: KeyError: (0, 'ffn_normed')" in found["verdict"]["notes"][0]
