@@ -70,6 +70,11 @@ class Target:
         return self.provider == CUDA or self.engine is not None
 
     @property
+    def own_operators(self) -> bool:
+        """Whether it may hold operators of ours, which ``--stock-operators`` leaves out."""
+        return self.family == "ort" and self.provider == CPU
+
+    @property
     def half(self) -> bool:
         """Whether its graph computes in a 16-bit type."""
         return self.dtypes[0] in HALF

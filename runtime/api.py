@@ -159,7 +159,7 @@ def export_model(
     from moedge.runtime.engines.given import local
     from moedge.runtime.run import exporting
 
-    asked = exporting.Asked(tensorrt, expert_form, half, calibration is not None, zero_points)
+    asked = exporting.Asked(tensorrt, expert_form, half, calibration is not None, zero_points, stock_operators)
     wanted = exporting.check(targets, asked, asked.in_python())
     folder = local(Path(checkpoint))
     exporting.check_checkpoint(folder, max_length, "max_length")

@@ -24,6 +24,8 @@ from moedge.runtime.report.sizes import size_table
 from moedge.runtime.run import exporting
 from moedge.runtime.text.windows import token_windows
 
+GPTQ_TOKENS = 4096
+
 
 def export(
     checkpoint: Annotated[
@@ -50,7 +52,9 @@ def export(
         str | None,
         typer.Option(help="asset:NAME or a text file: choose the weights of the int4 targets by GPTQ on this text."),
     ] = None,
-    gptq_tokens: Annotated[int, typer.Option(min=32, help="Tokens of that text.")] = 4096,
+    gptq_tokens: Annotated[
+        int | None, typer.Option(min=32, help=f"Tokens of that text; {GPTQ_TOKENS} by default.")
+    ] = None,
     zero_points: Annotated[
         bool,
         typer.Option("--zero-points", help="Fit the levels of ort-cpu-int4 to the range of each block (2.5 % larger)."),
@@ -85,6 +89,7 @@ def export(
         _peers.alone(
             target=target,
             gptq=gptq,
+            gptq_tokens=gptq_tokens,
             max_length=max_length,
             label=label,
             half=half,
@@ -101,10 +106,12 @@ def export(
     wanted = exporting.check(target, asked, asked.in_command())
     if zero_points and gptq is not None:
         raise MoEdgeError("--gptq has no zero points; give either --gptq TEXT or --zero-points.")
+    if gptq is None and gptq_tokens is not None:
+        raise MoEdgeError("--gptq-tokens counts the tokens of a text; name it with --gptq TEXT.")
     folder = local(checkpoint)
     exporting.check_checkpoint(folder, max_length, "--max-length")
     name = label or exporting.label(checkpoint, folder)
-    _export(folder, out, wanted, asked, name, max_length, (gptq, gptq_tokens), force=force)
+    _export(folder, out, wanted, asked, name, max_length, (gptq, gptq_tokens or GPTQ_TOKENS), force=force)
 
 
 def _export(

@@ -27,13 +27,13 @@ class Asked:
 
     def in_command(self) -> dict[str, str]:
         """Return field -> how it is written on the command line."""
-        form = f"--expert-form {self.expert_form}"
-        return {"expert_form": form, "half": "--half", "calibrated": "--gptq", "zero_points": "--zero-points"}
+        named = {name: f"--{name.replace('_', '-')}" for name in ("tensorrt", "half", "zero_points", "stock_operators")}
+        return named | {"expert_form": f"--expert-form {self.expert_form}", "calibrated": "--gptq"}
 
     def in_python(self) -> dict[str, str]:
         """Return field -> how it is written as an argument of ``moedge.export_model``."""
-        named = {name: f"{name}={getattr(self, name)!r}" for name in ("expert_form", "half")}
-        return named | {"calibrated": "calibration", "zero_points": "zero_points"}
+        named = {name: f"{name}={getattr(self, name)!r}" for name in ("tensorrt", "expert_form", "half")}
+        return named | {"calibrated": "calibration"} | {name: name for name in ("zero_points", "stock_operators")}
 
 
 def check(wanted: Sequence[str] | None, asked: Asked, called: Mapping[str, str]) -> list[str]:
@@ -58,6 +58,7 @@ def check(wanted: Sequence[str] | None, asked: Asked, called: Mapping[str, str])
             refusal(asked.tensorrt)
         except DeviceError as error:
             raise MoEdgeError(str(error)) from None
+        targets.check_taken(called["tensorrt"], lambda row: row.versioned, wanted)
     if asked.expert_form:
         targets.check_taken(called["expert_form"], lambda row: asked.expert_form in row.expert_forms, wanted)
     if asked.half:
@@ -66,6 +67,8 @@ def check(wanted: Sequence[str] | None, asked: Asked, called: Mapping[str, str])
         targets.check_taken(called["calibrated"], lambda row: row.calibrated, wanted)
     if asked.zero_points:
         targets.check_taken(called["zero_points"], lambda row: row.zero_points, wanted)
+    if asked.stock_operators:
+        targets.check_taken(called["stock_operators"], lambda row: row.own_operators, wanted)
     return wanted
 
 

@@ -269,6 +269,20 @@ def test_a_bundle_in_bfloat16_is_verified_by_limits_of_its_own(tmp_path: Path, c
 
 
 @pytest.mark.parametrize(
+    ("target", "options", "said"),
+    [
+        ("ort-cpu", ("--tensorrt", "10.13"), "--tensorrt is for target tensorrt, not among ort-cpu"),
+        ("openvino", ("--stock-operators",), "--stock-operators is for target ort-cpu or ort-cpu-int8 or ort-cpu-int4"),
+        ("ort-cpu-int4", ("--gptq-tokens", 128), "name it with --gptq TEXT"),
+    ],
+)
+def test_options_without_effect_are_refused(target, options, said, checkpoints, tmp_path):
+    refused = moedge("export", checkpoints["moe"], tmp_path / "out", "--target", target, *options)
+    assert (refused.exit_code, said in " ".join(refused.stderr.split())) == (2, True), refused.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     ("options", "said"),
     [
         (("--expert-form", "sparse"), "No form of experts is called 'sparse'; known: plugins, native, merged."),
