@@ -55,6 +55,9 @@ EXPORT_SCHEMA = "moedge.export_hf/1"
 RECORD = "moedge_export.json"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Dense families whose attention, norms and rotary embedding Glm4Moe also has."""
+ALIGNED = 8
+"""The width of experts is a multiple of it: PyTorch's grouped product, which stock transformers takes by default, wants
+rows of a multiple of 16 bytes, in bfloat16, too. The neurons that fill it up are zeros."""
 TARGET_STD = 2.0**-10
 """Largest standard deviation of eps * scores over a layer's tokens and experts; a power of two keeps it above half.
 
@@ -148,6 +151,7 @@ def _of_routing(ffn: modeling.SparseFFN, kind: str) -> str | None:
 def layout_of(ffns: list[modeling.SparseFFN]) -> Layout:
     """Find the uniform shape (module docstring)."""
     width = max(ffn.get_parameter("gate").shape[1] for ffn in ffns if ffn.num_experts)
+    width = ALIGNED * math.ceil(width / ALIGNED)
     shared = [ffn.shared_gate.shape[0] for ffn in ffns]
     blocks = max(1, math.ceil(min(shared) / width))
     layers = [
