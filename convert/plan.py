@@ -266,6 +266,10 @@ class MoEPlan:
         for index, layer in enumerate(self.layers):
             layer.validate(int(self.model["intermediate_size"]), f"plan layer {index}", int(self.model["hidden_size"]))
 
+    def made_of(self, sha256: str) -> bool:
+        """Whether the dense parent is the folder with this hash, as far as the plan says."""
+        return self.model.get("sha256") in ("", None, sha256)
+
     @property
     def zero_share(self) -> float:
         """Share of the FFN weights in the checkpoint that the plan sets to zero; 0 when training came afterwards."""

@@ -76,8 +76,10 @@ class TrainSettings(BaseModel):
 
     @model_validator(mode="after")
     def _fits(self) -> TrainSettings:
-        if (self.tokens is None) == (self.minutes is None):
+        if self.tokens is None and self.minutes is None:
             raise ValueError("give a budget, either tokens or minutes (--tokens, --minutes).")
+        if self.tokens is not None and self.minutes is not None:
+            raise ValueError("the budget is either tokens or minutes, not both (--tokens, --minutes).")
         return self
 
     @property

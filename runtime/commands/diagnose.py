@@ -144,7 +144,7 @@ def _parent(path: Path, dense: str | None, plan: MoEPlan, device: str, reporter:
     if dense is None:
         return sources.load_model(run_folder.dense(path), device=device) if run_folder.is_run(path) else None
     given = sources.resolve(dense)
-    if plan.model.get("sha256") not in ("", None, given.sha256):
+    if not plan.made_of(given.sha256):
         reporter.note(f"{dense} is not the folder that was converted (its files differ); errors are against it")
     return sources.load_model(given.folder, device=device)
 

@@ -131,6 +131,8 @@ def _settings(checkpoint: Path, given: dict[str, Any], dense: str | None) -> Tra
     wanted: TrainSettings = settings_from({**recommended(MoEPlan.load(checkpoint)), **asked})
     if wanted.distill != "none" and dense is None:
         raise MoEdgeError(f"--distill {wanted.distill} needs --dense: the dense model that was converted.")
+    if wanted.distill == "none" and dense is not None:
+        raise MoEdgeError("--dense is learnt from with --distill; say how: logits or hidden.")
     config = run_folder.read_json(checkpoint / "config.json", "convert again")
     held_out.check_positions(config.get("max_position_embeddings"), wanted.length, "--length")
     return wanted
@@ -158,15 +160,17 @@ def _train(
     from moedge.convert.train import finetune as core
     from moedge.convert.train import training
 
-    folder = None if parent is None else sources.resolve(parent).folder
+    given, plan = None if parent is None else sources.resolve(parent), MoEPlan.load(checkpoint)
     tokenizer = sources.load_tokenizer(checkpoint)
-    windows, measured, about = _texts(tokenizer, MoEPlan.load(checkpoint), texts, wanted)
+    windows, measured, about = _texts(tokenizer, plan, texts, wanted)
     accelerator = training.make(wanted)
     main = accelerator.is_main_process
     with ExitStack() as stack:
         reporter = stack.enter_context(single("finetune", f"{checkpoint} -> {out}")) if main else None
         if reporter and where.is_dir():
             reporter.note(f"resuming from {where}")
+        if reporter and given and not plan.made_of(given.sha256):
+            reporter.note(f"{parent} is not the folder that was converted (its files differ); it is learnt from")
         # Only the first process writes; the others get a folder that they never use.
         partial = stack.enter_context(atomic_dir(out, force=force, inputs=inputs)) if main else out
         record = core.finetune(
@@ -175,7 +179,7 @@ def _train(
             windows,
             wanted,
             held_out=measured,
-            parent=folder,
+            parent=given.folder if given else None,
             state=where,
             about=about,
             accelerator=accelerator,

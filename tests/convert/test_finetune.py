@@ -202,11 +202,29 @@ def test_the_command_writes_checkpoint_record_and_picture(checkpoint: Path, text
     assert "--force" in again.output
 
 
+def test_another_parent_than_the_one_that_was_converted_is_noted(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any, **__: Any) -> Any:
+        raise MoEdgeError("trained")
+
+    monkeypatch.setattr(finetune, "finetune", stop)
+    plan = MoEPlan.load(checkpoint)
+    options = ["--text", text, "--tokens", 64, "--length", 16, "--distill", "logits", "--dense", tmp_path / "dense"]
+    for sha256, noted in (("", False), ("0" * 64, True)):
+        replace(plan, model={**plan.model, "sha256": sha256}).save(checkpoint)
+        result = CliRunner().invoke(app, ["finetune", str(checkpoint), str(tmp_path / "out"), *map(str, options)])
+        assert "trained" in result.stderr
+        assert ("is not the folder that was converted (its files differ)" in result.stderr) == noted
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         (["--tokens", "64", "--distill", "logits"], "--dense"),
-        ([], "either tokens or minutes"),
+        (["--tokens", "64", "--dense", "{dense}"], "--dense is learnt from with --distill"),
+        ([], "give a budget, either tokens or minutes"),
+        (["--tokens", "64", "--minutes", "1"], "either tokens or minutes, not both"),
         (["--tokens", "64", "--train", "everything"], "--train: unknown group"),
         (["--tokens", "64", "--precision", "fp8"], "--precision: unknown value 'fp8'; choose 'no',"),
         (["--tokens", "64", "--set", "clip=-1"], "--set clip: must be at least 0, got -1"),
