@@ -43,7 +43,7 @@ COMMANDS = {
         {"force": "redo"},
     ),
     "generate": Command("Run", "Generate text and print it as it comes.", {"target": "engine"}),
-    "inspect": Command("Run", "Print what a run, a plan, a checkpoint or a bundle holds, after checking its hashes."),
+    "inspect": Command("Run", "Print what a run, a plan, a checkpoint or a bundle holds."),
     "doctor": Command(
         "Run", "Say which runtimes, versions and devices are here, and which lowerings are therefore possible."
     ),

@@ -49,7 +49,7 @@ def build(
       moedge build build/bundles/tensorrt-rtx-int4 build/engine4 --for rtx-4090
     """
     if listing:
-        list_devices()
+        list_devices(as_json=as_json)
         return
     if bundle is None or out is None or not profiles:
         raise MoEdgeError("Give a bundle, an output folder and --for PROFILE; `moedge build --list` shows the names.")
@@ -98,8 +98,12 @@ def _print(manifest: EngineManifest, out: Path) -> None:
     console.print(table)
 
 
-def list_devices() -> None:
+def list_devices(*, as_json: bool = False) -> None:
     """Print the packaged device profiles."""
+    if as_json:
+        rows = [devices.load(name).model_dump(mode="json", by_alias=True) for name in devices.names()]
+        print(json.dumps(rows, indent=2, allow_nan=False))
+        return
     table = Sheet()
     for column in ("device", "", "SM", "memory", "GB/s", "engines"):
         table.add_column(column)

@@ -23,10 +23,12 @@ from moedge.runtime.tables import Sheet
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Run folder, MoE checkpoint, bundle, engine, or a model folder.")],
+    path: Annotated[Path, typer.Argument(help="Run folder, MoE checkpoint, plan.json, bundle, engine, or a model folder.")],
     as_json: Json = False,
 ) -> None:
-    """Print what a run, a plan, a checkpoint or a bundle holds, after checking its hashes.
+    """Print what a run, a plan, a checkpoint or a bundle holds.
+
+    Checked are the hashes of a plan and of all files of a bundle or an engine; weights of a checkpoint have none.
 
     \b
     Examples:
@@ -103,6 +105,8 @@ def describe(path: Path) -> dict[str, Any]:
     Raises:
         MoEdgeError: it is none of these, or it is damaged.
     """
+    if path.name == "plan.json" and path.is_file():
+        path = path.parent
     if run_folder.is_run(path):
         return _run(path)
     if (path / "manifest.json").is_file():

@@ -386,10 +386,16 @@ def toy_plan() -> MoEPlan:
     return MoEPlan("cmoe", {"shared": 1, "active": 1, "experts": 3}, model, [layer, layer])
 
 
+def test_device_profiles_are_listed_as_json() -> None:
+    (first, *_) = json.loads(moedge("build", "--list", "--json").stdout)
+    assert (first["schema"], first["name"]) == ("moedge.device/1", "a100")
+
+
 def test_inspect_shows_a_plan_and_refuses_a_changed_one(tmp_path: Path) -> None:
     toy_plan().save(tmp_path)
     facts = json.loads(moedge("inspect", str(tmp_path), "--json").stdout)
     assert facts["plan"] == toy_plan().sha256
+    assert json.loads(moedge("inspect", str(tmp_path / "plan.json"), "--json").stdout) == facts
     assert [layer["active"] for layer in facts["layers"]] == pytest.approx([8 / 12, 8 / 12])
     assert "linear" in moedge("inspect", str(tmp_path)).stdout
     plan = json.loads((tmp_path / "plan.json").read_text())
