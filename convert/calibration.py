@@ -55,7 +55,7 @@ class TextSet:
 
 
 def read_text(spec: str) -> TextSet:
-    """Read documents from ``asset:NAME`` or a .txt, .utf8 or .jsonl file.
+    """Read documents from ``asset:NAME`` or a text file.
 
     A file of ``<doc id=".." ...>`` entries is split at them; a .jsonl file holds ``{"text": .., "id": ..}`` lines; any
     other file is one document a line, blank lines skipped. An asset may say that several lines are one document, or

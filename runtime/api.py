@@ -5,7 +5,7 @@ or :class:`~pathlib.Path`, returns what it made, prints nothing, and raises :cla
 is one or two sentences, for whatever a user can mend. The commands of the same names take the same words.
 
 A model is a Hugging Face folder, a ``.gguf`` file, a hub id ``org/name`` or ``asset:NAME``; a text is ``asset:NAME`` or
-a ``.txt``, ``.utf8`` or ``.jsonl`` file. ``progress`` is called with (steps done, steps in all).
+a text file (``.jsonl``, or any other with a document a line). ``progress`` is called with (steps done, steps in all).
 """
 
 from __future__ import annotations

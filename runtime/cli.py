@@ -34,6 +34,8 @@ class Command:
     """The first paragraph of the function's docstring."""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Former names of options and today's, without dashes; the former ones are accepted until the next release."""
+    resumes: bool = False
+    """Whether the same command goes on where an interrupted one stopped."""
 
 
 COMMANDS = {
@@ -41,6 +43,7 @@ COMMANDS = {
         "Run",
         "Do everything: open, calibrate, convert, export, evaluate, verify, bench, report.",
         {"force": "redo"},
+        resumes=True,
     ),
     "generate": Command("Run", "Generate text and print it as it comes.", {"target": "engine"}),
     "inspect": Command("Run", "Print what a run, a plan, a checkpoint or a bundle holds."),
@@ -51,6 +54,7 @@ COMMANDS = {
     "tune": Command(
         "Convert",
         "Find how much of the FFN weights to read for a wanted speed or loss; convert, export, verify and time it.",
+        resumes=True,
     ),
     "methods": Command(
         "Convert",
@@ -63,11 +67,13 @@ COMMANDS = {
     "retrain": Command(
         "Convert",
         "Retrain a DIVE checkpoint on its domains: the router alone, then router, norms and low-rank expert updates.",
+        resumes=True,
     ),
     "finetune": Command(
         "Convert",
         "Train a converted checkpoint to get quality back; the result is a checkpoint again, with its curve.",
         {"batch": "batch-size", "parent": "dense"},
+        resumes=True,
     ),
     "export": Command(
         "Export",
@@ -116,10 +122,12 @@ COMMANDS = {
     "ablate": Command(
         "Measure",
         "Compare conversion methods, switches of a method, and controls on one held-out protocol; training-free.",
+        resumes=True,
     ),
     "frontier": Command(
         "Measure",
         "Compare conversions on several targets: perplexity and KL beside measured speed and size, and who wins.",
+        resumes=True,
     ),
     "history": Command(
         "Measure",
@@ -164,7 +172,7 @@ def load(name: str) -> TyperCommand:
     body = getattr(importlib.import_module(f"moedge.runtime.commands.{function}"), function)
     single = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
     settings = {"token_normalize_func": _today("--", COMMANDS[name].renamed)}
-    single.command(name, context_settings=settings)(_guarded(body))
+    single.command(name, context_settings=settings)(_guarded(body, resumes=COMMANDS[name].resumes))
     command = typer.main.get_command(single)
     assert isinstance(command, TyperCommand)
     return command
@@ -226,7 +234,7 @@ def _options(
     pass
 
 
-def _guarded(function: Callable[..., int | None]) -> Callable[..., None]:
+def _guarded(function: Callable[..., int | None], *, resumes: bool) -> Callable[..., None]:
     """A :class:`MoEdgeError` becomes one red line, what the function returns becomes the exit code."""
 
     @functools.wraps(function)
@@ -237,7 +245,8 @@ def _guarded(function: Callable[..., int | None]) -> Callable[..., None]:
             _say_error(str(error))
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
-            _say_error("Interrupted; nothing half-written is left. Resume with the same command.")
+            more = " Resume with the same command." if resumes else ""
+            _say_error(f"Interrupted; nothing half-written is left.{more}")
             raise typer.Exit(INTERRUPTED) from None
         except MemoryError:
             _say_error("Out of memory; close other programs, or lower the batch sizes and windows.")

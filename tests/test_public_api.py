@@ -71,7 +71,7 @@ def test_a_name_is_found_whatever_was_imported_before() -> None:
             lambda: moedge.convert_model("asset:x", "out", windows=0),
             "windows: must be at least 1, got 0",
         ),
-        (lambda: moedge.export_model("nothing", "out"), "nothing is not a checkpoint folder: it has no config.json"),
+        (lambda: moedge.export_model("nothing", "out"), "Model nothing does not exist; give a folder"),
         (lambda: moedge.export_model("nothing", "out", ["tpu"], half="float16"), "Unknown target 'tpu'; known: port"),
         (lambda: moedge.export_model("nothing", "out", half="bfloat16"), "half='bfloat16' is for target tensorrt or"),
         (lambda: moedge.export_model("nothing", "out", expert_form="plugin"), "No form of experts is called 'plugin'"),

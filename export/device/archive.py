@@ -18,11 +18,13 @@ from typing import Any
 import numpy as np
 
 from moedge import MoEdgeError, __version__
-from moedge._files import atomic_dir, digest, hash_tree, link_or_copy, partial_of, write_json
+from moedge._files import atomic_dir, digest, hash_tree, link_or_copy, partial_of, read_json, write_json
 from moedge._progress import Steps
 from moedge.configs import devices, tolerances
 from moedge.configs.devices import Device
+from moedge.export import manifest as manifests
 from moedge.export.bundle import MODEL, Bundle, copy_companions, open_bundle
+from moedge.export.device import estimate
 from moedge.export.device.estimate import fit, too_large
 from moedge.export.device.plugins import Request, compile_library
 from moedge.export.manifest import ARCHIVE_SCHEMA, MANIFEST, ArchiveManifest, FileEntry, Profiles
@@ -114,6 +116,8 @@ def write(
     """
     _check_device(device, dtype, experts)
     _check_output(out, source, force=force)
+    if (positions := _positions(source)) is not None:  # before a minute of tracing
+        _sizes(positions, max_length, max_prompt, batch)
     report = progress or (lambda *_: None)
     version = _version(device, tensorrt)
     with _scratch(out) as work:
@@ -232,6 +236,24 @@ def _manifest(
     )
 
 
+def _positions(source: Path) -> int | None:
+    """Positions of the model that is packed, where its files tell them."""
+    bundle = manifests.read(source / PORTABLE)
+    if bundle is not None:
+        return bundle.model.max_position_embeddings
+    if not (source / "config.json").is_file():
+        return None
+    found = read_json(source / "config.json", "download or save the model again").get("max_position_embeddings")
+    return found if isinstance(found, int) else None
+
+
+def _sizes(positions: int, max_length: int | None, max_prompt: int | None, batch: int) -> dict[str, int]:
+    found = estimate.sizes(positions, max_length, max_prompt, batch)
+    if found["max_length"] <= NEW_TOKENS:
+        raise MoEdgeError(f"--max-length must be above {NEW_TOKENS}, the tokens of each answer that is recorded.")
+    return found
+
+
 def _profiles(graph: Bundle, device: Device, max_length: int | None, max_prompt: int | None, batch: int) -> Profiles:
     """The sizes of the engine; refuses here what would fail on the device: impossible lengths, too little memory.
 
@@ -239,14 +261,11 @@ def _profiles(graph: Bundle, device: Device, max_length: int | None, max_prompt:
         MoEdgeError: what is wrong.
     """
     facts = graph.manifest
-    longest = max_length or min(2048, facts.model.max_position_embeddings)
-    sizes = {"max_length": longest, "max_prompt": max_prompt or max(2, longest // 2), "batch": batch}
+    sizes = _sizes(facts.model.max_position_embeddings, max_length, max_prompt, batch)
     try:
         moedge_trt.profile_shapes(facts.model.document(), **sizes)
     except moedge_trt.DeviceError as error:
         raise MoEdgeError(str(error)) from None
-    if longest <= NEW_TOKENS:
-        raise MoEdgeError(f"--max-length must be above {NEW_TOKENS}, the tokens of each answer that is recorded.")
     dtype = facts.cache.dtype or "float16"
     if reason := too_large(fit(facts.model, facts.weight_bytes, device, **sizes, dtype=dtype), device):
         raise MoEdgeError(reason)

@@ -10,6 +10,27 @@ from moedge.export.manifest import Manifest, ModelFacts
 from moedge.export.needs import of_manifest
 
 
+def sizes(positions: int, max_length: int | None, max_prompt: int | None, batch: int) -> dict[str, int]:
+    """Return the sizes of an engine, which has at most 2048 tokens where nobody says how many.
+
+    Args:
+        positions: of the model.
+        max_length: longest sequence.
+        max_prompt: most tokens of a prefill; half of the longest sequence by default.
+        batch: most rows.
+
+    Raises:
+        MoEdgeError: lengths that contradict each other or the model.
+    """
+    longest = max_length or min(2048, positions)
+    if longest > positions:
+        raise MoEdgeError(f"--max-length {longest} is beyond the model's {positions} positions; make it smaller.")
+    prompt = max_prompt or max(2, longest // 2)
+    if prompt > longest:
+        raise MoEdgeError(f"--max-prompt {prompt} is more than the longest sequence, --max-length {longest}.")
+    return {"max_length": longest, "max_prompt": prompt, "batch": batch}
+
+
 @dataclass(frozen=True)
 class Fit:
     """What one engine needs of a device's memory, in bytes."""

@@ -47,7 +47,7 @@ Device = Annotated[
 Dtype = Annotated[str, typer.Option(help="Of checkpoints in PyTorch: float32, bfloat16 or float16.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the whole result as JSON on stdout.")]
 Save = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the whole result to this JSON file.")]
-Text = Annotated[str, typer.Option(help="asset:NAME or a path to a .txt, .utf8 or .jsonl file (UTF-8).")]
+Text = Annotated[str, typer.Option(help="asset:NAME or a text file in UTF-8: .jsonl, or a document a line.")]
 HoldoutEvery = Annotated[
     int, typer.Option(min=2, help="Of the calibration text only every Nth document is used, the held-out ones.")
 ]

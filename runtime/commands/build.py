@@ -15,6 +15,7 @@ from moedge.configs import devices
 from moedge.export.manifest import EngineManifest
 from moedge.runtime.commands._options import Batch, Force, Json, MaxLength
 from moedge.runtime.engines import build as builder
+from moedge.runtime.engines.given import existing
 from moedge.runtime.progress import single
 from moedge.runtime.tables import Sheet
 
@@ -55,7 +56,7 @@ def build(
         raise MoEdgeError("Give a bundle, an output folder and --for PROFILE; `moedge build --list` shows the names.")
     with single("build", f"{bundle} -> {out} for {', '.join(profiles)}"):
         manifest = builder.build(
-            bundle,
+            existing(bundle),
             out,
             profiles,
             max_length=max_length,

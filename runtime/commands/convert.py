@@ -25,8 +25,8 @@ def convert(
     text: Annotated[
         list[str] | None,
         typer.Option(
-            help="asset:NAME or a path to a .txt, .utf8 or .jsonl file (UTF-8), asset:wiki by default; several texts "
-            "(may be repeated) share the windows."
+            help="asset:NAME or a text file in UTF-8 (.jsonl, or a document a line), asset:wiki by default; several "
+            "texts (may be repeated) share the windows."
         ),
     ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 8,

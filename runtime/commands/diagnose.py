@@ -14,6 +14,7 @@ from moedge import MoEdgeError
 from moedge._files import check_all_writable, write_bytes, write_json
 from moedge.runtime.commands._late import shown
 from moedge.runtime.commands._options import Device, HoldoutEvery, Json, Save
+from moedge.runtime.engines.given import existing
 from moedge.runtime.progress import single
 from moedge.runtime.run import held_out, run_folder
 from moedge.runtime.tables import Sheet
@@ -30,7 +31,7 @@ def diagnose(
     path: Annotated[Path, typer.Argument(help="MoE checkpoint or run folder.")],
     text: Annotated[
         list[str] | None,
-        typer.Option(help="asset:NAME or a .txt, .utf8 or .jsonl file (may be repeated); asset:wiki by default."),
+        typer.Option(help="asset:NAME or a text file in UTF-8 (may be repeated); asset:wiki by default."),
     ] = None,
     dense: Annotated[
         str | None, typer.Option(help="Dense parent to measure errors against; a run folder knows its own.")
@@ -63,7 +64,7 @@ def diagnose(
     if stability and dense is None and not run_folder.is_run(path):
         raise MoEdgeError("--stability converts again, which needs the dense parent: give it with --dense.")
     if not (folder / "plan.json").is_file():
-        raise MoEdgeError(f"{path} is neither a run folder nor a MoE checkpoint; `moedge convert` makes one.")
+        raise MoEdgeError(f"{existing(path)} is neither a run folder nor a MoE checkpoint; `moedge convert` makes one.")
     _check_routed(path, folder)
     texts = _Texts(text or ["asset:wiki"], tokens, window, holdout_every)
     with single("diagnose", str(path)) as reporter:

@@ -18,7 +18,7 @@ from moedge.export import needs
 from moedge.export.device import outlook
 from moedge.export.device.outlook import Bound, Outlook, Work
 from moedge.runtime.commands._options import Batch, Json
-from moedge.runtime.engines.given import local
+from moedge.runtime.engines.given import existing, local
 from moedge.runtime.run import run_folder
 from moedge.runtime.tables import Sheet
 
@@ -43,26 +43,34 @@ def estimate(
       moedge estimate build/bundles/portable --for jetson-orin-nano
       moedge estimate runs/smollm2-135m --for rtx-4060 --for jetson-agx-orin --context 8192
     """
-    folder = run_folder.converted(model) if run_folder.is_run(model) else local(model)
+    folder = run_folder.converted(model) if run_folder.is_run(model) else existing(local(model))
+    if folder.is_dir() and (hint := run_folder.bundles_below(folder)) and not (folder / "config.json").is_file():
+        raise MoEdgeError(f"{model} is no bundle, engine, checkpoint or run folder.{hint}")
     facts, moe, share = needs.facts(folder)
     work = Work(batch=batch, context=context, prompt=max_prompt or max(1, context // 2))
     if work.prompt > work.context:
         raise MoEdgeError(f"A prompt of {work.prompt} tokens does not fit into --context {work.context}.")
     found = [devices.load(name) for name in profiles]
     rows = {device.name: outlook.outlooks(facts, moe, share, device, work) for device in found}
+    longest = facts.max_position_embeddings
+    beyond = f"--context {context} is beyond the model's {longest} positions: it was not made for such a text."
+    notes = [beyond] if context > longest else []
     if as_json:
-        print(json.dumps(document(found, rows, work), indent=2, allow_nan=False))
+        print(json.dumps(document(found, rows, work, notes), indent=2, allow_nan=False))
         return
     console = Console()
     for device in found:
         show(str(model), device, rows[device.name], work, console)
+    for note in notes:
+        console.print(escape(f"note: {note}"), highlight=False, soft_wrap=True)
 
 
-def document(found: list[Device], rows: dict[str, list[Outlook]], work: Work) -> dict[str, object]:
+def document(found: list[Device], rows: dict[str, list[Outlook]], work: Work, notes: list[str]) -> dict[str, object]:
     """Return the whole result as JSON."""
     return {
         "schema": "moedge.estimate/1",
         "work": asdict(work),
+        "notes": notes,
         "devices": {
             device.name: {
                 "profile": device.model_dump(mode="json", by_alias=True),

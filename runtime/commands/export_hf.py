@@ -14,6 +14,7 @@ from rich.markup import escape
 from moedge import MoEdgeError
 from moedge._progress import named
 from moedge.runtime.commands._options import Converted, Force, Json, Text
+from moedge.runtime.engines.given import existing
 from moedge.runtime.progress import single
 from moedge.runtime.tables import Sheet
 from moedge.runtime.text.windows import token_windows
@@ -39,7 +40,7 @@ def export_hf(
       moedge export-hf build/moe build/stock
       moedge export-hf build/moe build/stock --text my.txt --dry-run
     """
-    if not (checkpoint / "plan.json").is_file():
+    if not (existing(checkpoint) / "plan.json").is_file():
         raise MoEdgeError(f"{checkpoint} is not a checkpoint that `moedge convert` wrote: it has no plan.json.")
     _, windows = token_windows(checkpoint, text, window, -(-tokens // window))
     with single("export-hf", f"{checkpoint} -> {out}") as reporter:

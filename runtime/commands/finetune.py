@@ -17,6 +17,7 @@ from moedge._files import atomic_dir, check_writable, spare
 from moedge.configs.errors import checked
 from moedge.runtime.commands._options import Converted, Force, Threads
 from moedge.runtime.commands._settings import parse_settings
+from moedge.runtime.engines.given import existing
 from moedge.runtime.progress import single
 from moedge.runtime.run import held_out, run_folder
 from moedge.runtime.tables import Sheet
@@ -73,7 +74,7 @@ def finetune(
       moedge finetune build/moe build/tuned --tokens 200000 --distill logits --dense asset:smollm2-135m-instruct
       moedge finetune build/moe build/tuned --tokens 50000 --train router+norms+lora --balance bias --set lora_alpha=16
     """
-    if not (checkpoint / "plan.json").is_file():
+    if not (existing(checkpoint) / "plan.json").is_file():
         raise MoEdgeError(f"{checkpoint} is not a checkpoint of `moedge convert`: it has no plan.json.")
     named = {"tokens": tokens, "minutes": minutes, "trainable": train, "lora_rank": lora_rank, "lr": lr}
     named |= {"length": length, "batch": batch_size, "distill": distill, "balance": balance}

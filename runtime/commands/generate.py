@@ -37,6 +37,16 @@ def _given(prompt: str) -> str:
     return text
 
 
+def _mass(given: str | float) -> float:
+    """Read a share above 0 (the range of an option has no open end)."""
+    try:
+        if 0 < float(given) <= 1:
+            return float(given)
+    except ValueError:
+        pass
+    raise typer.BadParameter(f"{given} is not above 0 and at most 1.")
+
+
 def generate(
     model: Annotated[Path, typer.Argument(help="Run folder, bundle, checkpoint or dense model.")],
     prompt: Annotated[str, typer.Argument(help="Text to continue; '-' reads it from stdin.")],
@@ -54,7 +64,8 @@ def generate(
     ] = None,
     top_k: Annotated[int | None, typer.Option(min=0, help="Sample from this many most likely tokens; 0: all.")] = None,
     top_p: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Sample from the smallest set with this mass.")
+        float | None,
+        typer.Option(parser=_mass, metavar="0<P<=1", help="Sample from the smallest set with this mass."),
     ] = None,
     min_p: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="Sample from tokens with this share of the best one's mass.")

@@ -15,7 +15,7 @@ from moedge.export import manifest as manifests
 from moedge.export.manifest import EngineManifest, Sealed
 from moedge.runtime.commands._options import Json
 from moedge.runtime.engines import build
-from moedge.runtime.engines.given import local
+from moedge.runtime.engines.given import existing, local
 from moedge.runtime.report.sizes import size_rows
 from moedge.runtime.report.zeros import zeros_sentence
 from moedge.runtime.run import run_folder
@@ -23,7 +23,9 @@ from moedge.runtime.tables import Sheet
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Run folder, MoE checkpoint, plan.json, bundle, engine, or a model folder.")],
+    path: Annotated[
+        Path, typer.Argument(help="Run folder, MoE checkpoint, plan.json, bundle, engine, or a model folder.")
+    ],
     as_json: Json = False,
 ) -> None:
     """Print what a run, a plan, a checkpoint or a bundle holds.
@@ -116,9 +118,7 @@ def describe(path: Path) -> dict[str, Any]:
         return _checkpoint(path)
     if (path / "config.json").is_file():
         return {"kind": "dense model", **_config(path)}
-    if not path.exists():
-        raise MoEdgeError(f"{path} does not exist.")
-    hint = run_folder.bundles_below(path)
+    hint = run_folder.bundles_below(existing(path))
     raise MoEdgeError(f"{path} is not a run folder, a checkpoint, a bundle, an engine or a model folder.{hint}")
 
 

@@ -16,7 +16,7 @@ from moedge.configs import devices
 from moedge.configs.tolerances import given_as
 from moedge.export.manifest import ArchiveManifest
 from moedge.runtime.commands._options import Batch, ExpertForm, Force, Half, MaxLength, TensorRT, Tolerances
-from moedge.runtime.engines.given import local
+from moedge.runtime.engines.given import existing, local
 from moedge.runtime.progress import single
 
 
@@ -51,7 +51,7 @@ def pack(
 
     device = devices.load(profile)
     with single("pack", f"{source} -> {out}") as reporter:
-        folder = local(source)
+        folder = existing(local(source))
         manifest = device_archive.write(
             folder,
             out,

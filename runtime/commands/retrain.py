@@ -15,6 +15,7 @@ from moedge._files import atomic_dir, spare, write_json
 from moedge.configs.errors import checked
 from moedge.runtime.commands._options import Force
 from moedge.runtime.commands._settings import parse_settings
+from moedge.runtime.engines.given import existing
 from moedge.runtime.progress import single
 from moedge.runtime.run import held_out
 
@@ -47,7 +48,7 @@ def retrain(
     from moedge.convert.train import retrain as training
 
     wanted = checked(training.RetrainSettings, parse_settings(settings or [], {"tokens": tokens}))
-    model, plan, tokenizer = modeling.load(checkpoint)
+    model, plan, tokenizer = modeling.load(existing(checkpoint))
     held_out.check_window(model, wanted.length, "--set length")
     facts = plan.provenance.get("domains")
     if plan.method != "dive" or not facts:

@@ -104,7 +104,7 @@ def build(
     bundle = open_bundle(bundle_path)
     model = bundle.manifest.model
     profiles = _suitable(bundle.manifest, device_names)
-    limits = _limits(model.max_position_embeddings, max_length, max_prompt, batch)
+    limits = estimate.sizes(model.max_position_embeddings, max_length, max_prompt, batch)
     fits = _fits(bundle.manifest, profiles, limits)
     outputs, named = moedge_trt.tap_outputs(bundle.manifest.document()["taps"] if taps else {})
     inputs: list[Path | str] = [bundle.path, *device_names, *([timing_cache] if timing_cache else [])]
@@ -126,11 +126,6 @@ def build(
     except moedge_trt.DeviceError as error:
         raise MoEdgeError(str(error)) from error
     return engine
-
-
-def _limits(positions: int, max_length: int | None, max_prompt: int | None, batch: int) -> dict[str, int]:
-    longest = max_length or min(2048, positions)
-    return {"max_length": longest, "max_prompt": max_prompt or max(2, longest // 2), "batch": batch}
 
 
 def _for_rtx(manifest: Manifest) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from moedge import MoEdgeError
+
 
 def local(given: Path) -> Path:
     """Return the folder of a hub id ``org/name``, an ``asset:NAME`` or a .gguf file; any other path as it is.
@@ -20,3 +22,14 @@ def local(given: Path) -> Path:
     from moedge.convert.sources import locate
 
     return locate(spec)[1]
+
+
+def existing(path: Path) -> Path:
+    """Return the path.
+
+    Raises:
+        MoEdgeError: nothing is there.
+    """
+    if not path.exists():
+        raise MoEdgeError(f"{path} does not exist.")
+    return path

@@ -78,6 +78,8 @@ def check_checkpoint(checkpoint: Path, max_length: int | None, called: str) -> N
     Raises:
         MoEdgeError: what is wrong.
     """
+    if not checkpoint.exists():
+        raise MoEdgeError(f"Model {checkpoint} does not exist; give a folder, a .gguf file or a hub id org/name.")
     if not (checkpoint / "config.json").is_file():
         raise MoEdgeError(f"{checkpoint} is not a checkpoint folder: it has no config.json.")
     if max_length is not None:

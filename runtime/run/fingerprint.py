@@ -27,7 +27,8 @@ def fingerprint(spec: str, *, text: bool = False) -> str:
         hashes = [cached_sha256(part) for part in gguf_files.parts(path)]
         return hashes[0] if len(hashes) == 1 else digest(hashes)
     if text:
-        raise MoEdgeError(f"The text {spec} does not exist; give a .txt, .utf8 or .jsonl file, or asset:NAME.")
+        wrong = "is a folder" if path.is_dir() else "does not exist"
+        raise MoEdgeError(f"The text {spec} {wrong}; give a text file, such as .txt or .jsonl, or asset:NAME.")
     if path.is_dir():
         return digest(top_files(path))
     if spec.endswith(".gguf") or spec.startswith((".", "/", "~")) or spec.count("/") != 1:

@@ -514,7 +514,7 @@ def test_what_a_killed_process_left_is_deleted(source, tmp_path):
 @pytest.mark.parametrize(
     ("profiles", "memory", "message"),
     [
-        ({"max_length": 5000, "max_prompt": 48, "batch": 1}, 64, "max_prompt <= max_length <= 256"),
+        ({"max_length": 5000, "max_prompt": 48, "batch": 1}, 64, "--max-length 5000 is beyond the model's 256"),
         ({"max_length": 16, "max_prompt": 8, "batch": 1}, 64, "--max-length must be above 16"),
         ({"max_length": 64, "max_prompt": 48, "batch": 1}, 1e-6, "GiB .* lower --max-length"),
     ],
@@ -523,6 +523,15 @@ def test_what_the_device_would_refuse_is_refused_here(bundles, profiles, memory,
     device = devices.load("jetson-agx-orin").model_copy(update={"memory_gib": memory})
     with pytest.raises(MoEdgeError, match=message):
         device_archive._profiles(open_bundle(bundles["moe/portable"]), device, **profiles)
+
+
+def test_impossible_lengths_are_refused_before_the_model_is_traced(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr(device_archive, "_bundles", lambda *_: pytest.fail("traced"))
+    orin = devices.load("jetson-agx-orin")
+    with pytest.raises(MoEdgeError, match="--max-length 5000 is beyond the model's 256 positions"):
+        device_archive.write(checkpoints["dense"], tmp_path / "x.tar", orin, max_length=5000)
+    with pytest.raises(MoEdgeError, match="--max-prompt 65 is more than the longest sequence, --max-length 64"):
+        device_archive.write(checkpoints["dense"], tmp_path / "x.tar", orin, max_length=64, max_prompt=65)
 
 
 def test_weights_of_more_than_8_gib_fit_into_an_archive():

@@ -210,7 +210,11 @@ def folder_with(path: Path, **config: Any) -> Path:
             ": --shared: unknown key",
         ),
         (["methods", "magic"], "Unknown method 'magic'; known: cmoe, "),
-        (["export", "{tmp}/nothing", "{tmp}/out"], "is not a checkpoint folder: it has no config.json"),
+        (["export", "{tmp}/nothing", "{tmp}/out"], "Model {tmp}/nothing does not exist"),
+        (["export", "{tmp}/used", "{tmp}/out"], "is not a checkpoint folder: it has no config.json"),
+        (["finetune", "{tmp}/nothing", "{tmp}/out", "--tokens", "9"], "{tmp}/nothing does not exist"),
+        (["estimate", "{tmp}/nothing", "--for", "a100"], "{tmp}/nothing does not exist"),
+        (["convert", "{tmp}/model", "{tmp}/out", "--experts", "20", "--text", "{tmp}/used"], "/used is a folder"),
         (["export", "{tmp}/model", "{tmp}/out", "--target", "tpu"], "Unknown target 'tpu'; known: portable, ort-cpu"),
         (["export", "{tmp}/model", "{tmp}/used"], "pass --force to replace it"),
         (["verify", "{tmp}/used"], "is not a run folder"),
@@ -286,8 +290,12 @@ def test_usage_errors_exit_with_2(arguments: list[str]) -> None:
     assert moedge(*arguments).exit_code == 2
 
 
+def test_a_mass_of_nothing_is_refused_as_the_help_says() -> None:
+    assert "0 is not above 0 and at most 1" in moedge("generate", "nothing", "hi", "--top-p", "0").stderr
+
+
 def test_ctrl_c_exits_with_130_and_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    from moedge.runtime.commands import run
+    from moedge.runtime.commands import inspect, run
 
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -296,6 +304,9 @@ def test_ctrl_c_exits_with_130_and_says_how_to_go_on(monkeypatch: pytest.MonkeyP
     result = moedge("run", "smollm2-135m", "--out", "/tmp/never-made")
     assert result.exit_code == INTERRUPTED
     assert "Resume with the same command" in result.stderr
+    monkeypatch.setattr(inspect, "local", interrupted)
+    result = moedge("inspect", "anything")  # has nothing to go on from
+    assert (result.exit_code, "Interrupted" in result.stderr, "Resume" in result.stderr) == (INTERRUPTED, True, False)
 
 
 def test_sigterm_leaves_no_partial_folder(tmp_path: Path) -> None:

@@ -97,4 +97,18 @@ def test_bad_input_is_one_sentence(bundle: str, arguments: tuple[str, ...], said
 def test_a_folder_without_a_model_is_one_sentence(tmp_path: Path) -> None:
     found = estimate(str(tmp_path / "nowhere"), "--for", "t4")
     assert found.exit_code != 0
-    assert "is missing" in " ".join(found.output.split())
+    assert "does not exist" in " ".join(found.output.split())
+
+
+def test_a_folder_of_bundles_names_them(bundle: str) -> None:
+    Path(bundle, "portable").mkdir()
+    Path(bundle, "manifest.json").rename(Path(bundle, "portable", "manifest.json"))
+    found = estimate(bundle, "--for", "t4")
+    assert "It holds the bundles portable; give one of them." in " ".join(found.output.split())
+
+
+def test_a_context_beyond_the_model_is_noted(bundle: str) -> None:
+    said = "--context 9000 is beyond the model's 8192 positions"
+    assert said in " ".join(estimate(bundle, "--for", "h100", "--context", "9000").output.split())
+    assert said in json.loads(estimate(bundle, "--for", "h100", "--context", "9000", "--json").output)["notes"][0]
+    assert json.loads(estimate(bundle, "--for", "h100", "--json").output)["notes"] == []
