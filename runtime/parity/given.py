@@ -78,9 +78,9 @@ def verify_given(
     if test is None:
         if not run_folder.is_run(reference):
             raise MoEdgeError(f"{reference} is not a run folder; give a run folder, or two engines to compare.")
+        checkpoint = run_folder.converted(reference)
         if not run_folder.bundles(reference):
             raise MoEdgeError(NOTHING)
-        checkpoint = run_folder.converted(reference)
         name, windows = sample.windows(checkpoint)
         return verify_run(
             run_folder.engines(reference),

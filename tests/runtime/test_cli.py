@@ -216,7 +216,10 @@ def folder_with(path: Path, **config: Any) -> Path:
         (["estimate", "{tmp}/nothing", "--for", "a100"], "{tmp}/nothing does not exist"),
         (["convert", "{tmp}/model", "{tmp}/out", "--experts", "20", "--text", "{tmp}/used"], "/used is a folder"),
         (["export", "{tmp}/model", "{tmp}/out", "--target", "tpu"], "Unknown target 'tpu'; known: portable, ort-cpu"),
-        (["export", "{tmp}/model", "{tmp}/used"], "pass --force to replace it"),
+        (
+            ["export", "{tmp}/model", "{tmp}/used"],
+            "mine.txt is no bundle; choose another output folder, or pass --force",
+        ),
         (["verify", "{tmp}/used"], "is not a run folder"),
         (["verify", "{tmp}/used", "{tmp}/used", "--prefill", "256"], "leaves nothing to decode"),
         (["verify", "{tmp}/used", "{tmp}/used"], "tokenizer.json is missing"),
