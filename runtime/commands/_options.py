@@ -38,7 +38,7 @@ Half = Annotated[
     ),
 ]
 MaxLength = Annotated[int | None, typer.Option(min=2, help="Longest sequence; at most 2048 by default.")]
-Batch = Annotated[int, typer.Option(min=1, help="Most rows of a call.")]
+Batch = Annotated[int, typer.Option(min=1, help="Most rows of a call; an engine is tuned for that many.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all physical cores by default.")]
 Device = Annotated[

@@ -74,7 +74,7 @@ def _options(limits: dict[str, int]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--max-length", type=int, default=limits["max_length"], help="longest sequence in tokens")
     parser.add_argument("--max-prompt", type=int, default=limits["max_prompt"], help="most tokens of one prefill call")
-    parser.add_argument("--batch", type=int, default=limits["batch"], help="most rows of a call")
+    parser.add_argument("--batch", type=int, default=limits["batch"], help="most rows of a call; tuned for that many")
     parser.add_argument("--no-taps", action="store_true", help="leave out the selected experts (no routing check)")
     parser.add_argument("--target", choices=("tensorrt", "tensorrt-rtx"), default="tensorrt")
     parser.add_argument("--compute-capability", action="append", help="tensorrt-rtx only: GPUs to build for")
