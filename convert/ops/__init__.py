@@ -458,7 +458,8 @@ sparse_glu.register_autograd(_sparse_glu_backward, setup_context=_keep_inputs)
 def _on_cuda(operator: Any) -> None:
     """Give an operator its Triton kernel on CUDA devices; Triton is imported at the first call there.
 
-    Without Triton, and for what the kernels do not take (float64, over 512 experts), the one above runs there too.
+    Without Triton, and for what the kernels do not take (float64, over 512 experts, GPUs before SM80), the one above
+    runs there too.
     """
 
     def run(*arguments: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -52,15 +53,26 @@ def _dtype(x: torch.Tensor) -> str:
     return DTYPES[str(x.dtype).removeprefix("torch.")]
 
 
+OLDEST = (8, 0)
+"""The first compute capability that Triton has tensor-core code for; before it, products spill kilobytes a thread."""
+
+
+@cache
+def _too_old(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST
+
+
 def supports(operator: str, arguments: Sequence[Any]) -> bool:
     """Whether the kernels take an operator's arguments; if not, its PyTorch implementation is used.
 
     Refused: float64, more than ``route.MOST_EXPERTS`` experts, and experts of a single neuron, which are faster as one
-    dense product.
+    dense product; and everything on GPUs older than :data:`OLDEST` (T4, RTX 20).
     """
     floats = (torch.float32, torch.float16, torch.bfloat16)
     tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
     if any(t.is_floating_point() and t.dtype not in floats for t in tensors):
+        return False
+    if _too_old(tensors[0].device):
         return False
     if operator.startswith("gathered"):
         return True

@@ -152,6 +152,25 @@ def test_what_the_kernels_do_not_take_runs_in_pytorch() -> None:
     assert not cuda.supports("sparse_glu", (x, indices, weights, gate[:, :1], gate[:, :1], down[..., :1], None, "silu"))
 
 
+@pytest.mark.parametrize(("capability", "taken"), [((7, 5), False), ((8, 0), True)])
+def test_gpus_that_triton_has_no_tensor_core_code_for_run_pytorch(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], taken: bool
+) -> None:
+    """On a T4 Triton's products spill kilobytes a thread; cuBLAS does not."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from moedge.convert.ops.kernels import cuda
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    cuda._too_old.cache_clear()
+    with FakeTensorMode():
+        x, weight = (torch.empty(8, 8, device="cuda", dtype=torch.float16) for _ in range(2))
+        offsets = torch.empty(3, device="cuda", dtype=torch.int32)
+    assert cuda.supports("gathered_linear", (x, weight)) is taken
+    assert cuda.supports("grouped_linear", (x, offsets, weight)) is taken
+    cuda._too_old.cache_clear()
+
+
 def test_the_cuda_kernel_of_an_operator_is_triton_and_without_triton_pytorch(
     monkeypatch: pytest.MonkeyPatch, interpreter: Callable[..., Any]
 ) -> None:
