@@ -5,6 +5,7 @@ Shapes: B batch, S new tokens, P past tokens, L = P + S, G key/value heads, D he
 
 from __future__ import annotations
 
+import ctypes
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +26,22 @@ LAUNCH = ("Launch", "moedge")
 
 def _creators(trt: Any) -> set[tuple[str, str]]:
     return {(creator.name, creator.plugin_namespace) for creator in trt.get_plugin_registry().all_creators}
+
+
+_loaded: str | None = None
+"""File of the plugin library that this process loaded; TensorRT loads one, once."""
+
+
+def _plugins_reason() -> str:
+    """Why a plugin failed, if one did: TensorRT's own log says only that. Libraries of older engines do not tell."""
+    if _loaded is None:
+        return ""
+    try:
+        tell = ctypes.CDLL(_loaded).moedgeLaunchReason
+    except (OSError, AttributeError):
+        return ""
+    tell.restype = ctypes.c_char_p
+    return str(tell().decode(errors="replace"))
 
 
 SIZES = {"float16": 2, "bfloat16": 2}
@@ -70,6 +87,8 @@ class Session:
         self._log = logger_class(trt)()
         if library is not None and LAUNCH not in _creators(trt):
             trt.get_plugin_registry().load_library(library)
+            global _loaded
+            _loaded = library
             if LAUNCH not in _creators(trt):
                 raise DeviceError(f"{self.version} does not load the plugin library {library}; build the engine again.")
         self._runtime = trt.Runtime(self._log)
@@ -92,7 +111,8 @@ class Session:
             context = self._engine.create_execution_context()
             if context is None or not context.set_optimization_profile_async(profile, self.cuda.stream.value or 0):
                 raise DeviceError(
-                    f"{self.version}: no execution context for profile {profile}; is there enough memory?"
+                    f"{self.version}: no execution context for profile {profile}: "
+                    f"{_plugins_reason() or 'is there enough memory?'}"
                 )
             self._contexts.append(context)
         self.cuda.synchronize()
@@ -297,7 +317,7 @@ class Session:
             raise DeviceError(f"{self.version} does not take {what}: {self._reason()}")
 
     def _reason(self) -> str:
-        return (self._log.errors or ["no reason given"])[-1]
+        return _plugins_reason() or (self._log.errors or ["no reason given"])[-1]
 
     def _check(self, batch: int, new: int, length: int) -> None:
         limits = self.limits

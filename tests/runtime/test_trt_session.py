@@ -173,6 +173,7 @@ def session(bundle, cuda, monkeypatch):
 
 def test_the_plugin_library_is_loaded_before_the_engine(bundle, cuda, monkeypatch) -> None:
     """Once a process, and an engine whose library brings no plugin is refused before it is deserialized."""
+    monkeypatch.setattr(moedge_session, "_loaded", None)
     registered: list[Any] = []
     asked: list[Any] = []
 
@@ -329,6 +330,20 @@ def test_an_engine_whose_types_are_not_those_of_its_description_is_refused(sessi
         moedge_session.Session(b"plan", facts)
     with pytest.raises(moedge_trt.DeviceError, match="of type float8; known: float16, bfloat16"):
         moedge_session.Session(b"plan", {**facts, "dtype": "float8"})
+
+
+def test_why_a_plugin_failed_is_said(session, monkeypatch) -> None:
+    """TensorRT reports that it failed, our library why; a library of an older engine does not tell."""
+    ids = np.zeros((1, 4), np.int64)
+    monkeypatch.setattr(moedge_session, "_loaded", "library.so")
+    monkeypatch.setattr(session._contexts[0], "execute_async_v3", lambda stream: False)
+    for library, said in (
+        (SimpleNamespace(moedgeLaunchReason=lambda: b"Route has no kernel for SM121"), "Route has no kernel for SM121"),
+        (SimpleNamespace(), "no reason given"),
+    ):
+        monkeypatch.setattr(moedge_session.ctypes, "CDLL", lambda path, library=library: library)
+        with pytest.raises(moedge_trt.DeviceError, match=said):
+            session.start(ids, np.ones_like(ids))
 
 
 def test_a_text_is_read_again_where_longrope_changes_its_factors(bundle, session) -> None:

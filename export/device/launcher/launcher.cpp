@@ -8,9 +8,9 @@
 #include <NvInferRuntime.h>
 #include <dlfcn.h>
 
-#include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -26,7 +26,22 @@ constexpr char const* kName = "Launch";
 constexpr char const* kVersion = "1";
 constexpr char const* kNamespace = "moedge";
 
+// What moedgeLaunchReason gives: TensorRT passes on that a plugin failed, not why.
+struct Reason {
+    std::mutex mutex;
+    std::string text;
+};
+
+Reason& reason() {
+    static Reason kept;
+    return kept;
+}
+
 bool complain(std::string const& what) {
+    {
+        std::lock_guard<std::mutex> lock(reason().mutex);
+        reason().text = what;
+    }
     std::fprintf(stderr, "moedge::Launch: %s\n", what.c_str());
     return false;
 }
@@ -44,6 +59,17 @@ struct Kernel {
     bool takesSize;
     Extent grid[3];
     std::string name, ptx;
+
+    // PTX runs on newer GPUs, too, but that of an architecture-specific target (`.target sm_120a`, which Triton writes)
+    // runs on that one alone, and that of a family-specific one (`sm_120f`) within its major version.
+    bool runsOn(int here) const {
+        constexpr char const* kTarget = ".target sm_";
+        size_t at = ptx.find(kTarget);
+        at = at == std::string::npos ? at : ptx.find_first_not_of("0123456789", at + std::strlen(kTarget));
+        char const suffix = at == std::string::npos ? ' ' : ptx[at];
+        if (suffix == 'a') return capability == here;
+        return capability <= here && (suffix != 'f' || capability / 10 == here / 10);
+    }
 };
 
 // A dimension of an output: `times` if input < 0, else times * dimension `axis` of that input.
@@ -308,18 +334,32 @@ private:
         return 1;
     }
 
-    // Take the kernels of the newest capability that the device has, in the order in which they are tried.
+    // Take the kernels of the newest capability that runs here, in the order in which they are tried; those of an older one
+    // where the driver does not load them.
     bool load() {
         auto& driver = Driver::get();
         int const here = driver.capability();
-        int best = 0;
-        for (auto const& kernel : mSpec->kernels)
-            if (kernel.capability <= here) best = std::max(best, kernel.capability);
-        if (best == 0) return complain(mSpec->label + " has no kernel for SM" + std::to_string(here));
+        std::map<int, bool, std::greater<int>> found;  // capability -> all of its kernels run here
         for (auto const& kernel : mSpec->kernels) {
-            if (kernel.capability != best) continue;
-            void* function = driver.function(kernel.ptx, kernel.name);
-            if (function == nullptr) return complain("the CUDA driver does not load " + kernel.name);
+            auto const entry = found.emplace(kernel.capability, true).first;
+            entry->second = entry->second && kernel.runsOn(here);
+        }
+        std::string refused;
+        for (auto const& [capability, runs] : found)
+            if (runs && take(capability, refused)) return true;
+        return complain(refused.empty() ? mSpec->label + " has no kernel for SM" + std::to_string(here) : refused);
+    }
+
+    bool take(int capability, std::string& refused) {
+        mLoaded.clear();
+        for (auto const& kernel : mSpec->kernels) {
+            if (kernel.capability != capability) continue;
+            void* function = Driver::get().function(kernel.ptx, kernel.name);
+            if (function == nullptr) {
+                if (refused.empty())
+                    refused = "the CUDA driver does not load " + kernel.name + " for SM" + std::to_string(capability);
+                return false;
+            }
             mLoaded.emplace_back(&kernel, function);
         }
         return true;
@@ -366,4 +406,13 @@ EXPORTED IPluginCreatorInterface* const* getCreators(int32_t& count) {
     static IPluginCreatorInterface* const creators[] = {&creator};
     count = 1;
     return creators;
+}
+
+// The reason of the last failure, empty where there was none since the last call: for the error that the user sees.
+EXPORTED char const* moedgeLaunchReason() {
+    thread_local std::string last;
+    std::lock_guard<std::mutex> lock(reason().mutex);
+    last.swap(reason().text);
+    reason().text.clear();
+    return last.c_str();
 }

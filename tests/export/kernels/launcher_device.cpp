@@ -34,7 +34,12 @@ int cuDeviceGetAttribute(int* value, int attribute, int) {
     *value = attribute == 75 ? capability / 10 : capability % 10;
     return 0;
 }
+// As the driver: PTX for sm_120a loads on 12.0 only; and nothing that is for sm_99 loads.
 int cuModuleLoadData(void** module, void const* image) {
+    char const* target = std::strstr(static_cast<char const*>(image), ".target sm_");
+    char* suffix{};
+    long const number = target == nullptr ? 0 : std::strtol(target + std::strlen(".target sm_"), &suffix, 10);
+    if (number == 99 || (suffix != nullptr && *suffix == 'a' && number != capability)) return 222;
     *module = strdup(static_cast<char const*>(image));
     return 0;
 }

@@ -90,13 +90,37 @@ def attribute(node: onnx.NodeProto, name: str) -> Any:
     return next(onnx.helper.get_attribute_value(item) for item in node.attribute if item.name == name)
 
 
-def enqueued(written: Path, values: dict[str, Any], scratch: Path) -> tuple[list[dict[str, Any]], Any]:
-    """Let the compiled library enqueue every node of a graph whose inputs are known; return launches and values."""
+def stand_in(scratch: Path) -> Path:
+    """Compile the stand-in for libcuda."""
     device = scratch / "libcuda.so.1"
     (scratch / "cuda_runtime_api.h").write_text(launcher.CUDA_HEADER)
     command = ["g++", "-std=c++17", "-fPIC", "-shared", "-Wl,-soname,libcuda.so.1", "-o", device]
     includes = ["-isystem", launcher.headers(), "-isystem", scratch]
     subprocess.run([*command, *includes, HERE / "launcher_device.cpp"], check=True, timeout=120)
+    return device
+
+
+def test_the_library_takes_the_newest_kernel_that_runs_here(tmp_path: Path) -> None:
+    """Triton writes `.target sm_120a`, which no other GPU loads: 12.1 then compiles what was written for 8.0."""
+    device, library = stand_in(tmp_path), launcher.compile_library(tmp_path / build.LIBRARY)
+    for here, targets, taken in (
+        ("121", "sm_80 sm_120a", "sm_80"),
+        ("120", "sm_80 sm_120a", "sm_120a"),
+        ("121", "sm_80 sm_120f", "sm_120f"),
+        ("130", "sm_80 sm_120f", "sm_80"),
+        ("89", "sm_80 sm_86 sm_90a", "sm_86"),
+        ("120", "sm_80 sm_99", "sm_80"),
+        ("121", "sm_120a", "Toy has no kernel for SM121"),
+        ("120", "sm_99", "the CUDA driver does not load kernel for SM99"),
+    ):
+        command = [sys.executable, HERE / "launcher_choice.py", library, device, here, *targets.split()]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert done.stdout.strip() == taken, (here, targets, done.stderr)
+
+
+def enqueued(written: Path, values: dict[str, Any], scratch: Path) -> tuple[list[dict[str, Any]], Any]:
+    """Let the compiled library enqueue every node of a graph whose inputs are known; return launches and values."""
+    device = stand_in(scratch)
     np.savez(scratch / "values.npz", **values)
     done = subprocess.run(
         [sys.executable, HERE / "launcher_driver.py", written, written / build.LIBRARY, device, scratch / "values.npz"],
