@@ -302,11 +302,16 @@ class Session:
 
         Buffers are sized by them, and a type of another size would be written past their end.
         """
-        names = {"float16": "HALF", "bfloat16": "BF16", "float32": "FLOAT"}
-        wanted = {"logits": str(self._given)} | dict.fromkeys(self._past, self.dtype)
+        names = {"float16": "HALF", "bfloat16": "BF16", "float32": "FLOAT", "int32": "INT32"}
+        presents = [name.replace("past_key_values.", "present.") for name in self._past]
+        wanted = {"logits": str(self._given)} | dict.fromkeys([*self._past, *presents], self.dtype)
+        for tap in self.facts["taps"].values():
+            wanted[tap["output"]] = "int32"
+            if "reads" in tap:
+                wanted[tap["reads"]] = str(np.dtype(tap["reads_dtype"]))
         for name, dtype in wanted.items():
             found = self._engine.get_tensor_dtype(name)
-            if found != getattr(trt.DataType, names[dtype], None):
+            if found != getattr(trt.DataType, names.get(dtype, ""), None):
                 raise DeviceError(f"Tensor {name} of this engine is {found}, not {dtype}; build it again.")
 
     def _bind(self, context: Any, name: str, address: int, shape: tuple[int, ...] | None = None) -> None:

@@ -159,7 +159,7 @@ def session(bundle, cuda, monkeypatch):
 
     severity = {"ERROR": 1, "INTERNAL_ERROR": 0, "__init__": lambda self: None}
     runtime = SimpleNamespace(deserialize_cuda_engine=deserialize)
-    kinds = SimpleNamespace(HALF="float16", BF16="bfloat16", FLOAT="float32")
+    kinds = SimpleNamespace(HALF="float16", BF16="bfloat16", FLOAT="float32", INT32="int32")
     logger = type("ILogger", (), severity)
     trt = SimpleNamespace(__version__="10.3.0", ILogger=logger, Runtime=lambda log: runtime, DataType=kinds)
     monkeypatch.setattr(moedge_session, "load_tensorrt", lambda target: trt)
@@ -330,6 +330,19 @@ def test_an_engine_whose_types_are_not_those_of_its_description_is_refused(sessi
         moedge_session.Session(b"plan", facts)
     with pytest.raises(moedge_trt.DeviceError, match="of type float8; known: float16, bfloat16"):
         moedge_session.Session(b"plan", {**facts, "dtype": "float8"})
+    told, tap = session._engine.get_tensor_dtype, session.facts["taps"]["0"]
+    for name, other in (
+        (tap["output"], "int64"),
+        (tap["reads"], "float64"),
+        ("present.1.value", "float32"),
+    ):
+
+        def changed(asked: str, name: str = name, other: str = other) -> str:
+            return other if asked == name else told(asked)
+
+        session._engine.get_tensor_dtype = changed
+        with pytest.raises(moedge_trt.DeviceError, match=rf"Tensor {name} of this engine is {other}, not"):
+            session._check_types(moedge_session.load_tensorrt("tensorrt"))
 
 
 def test_why_a_plugin_failed_is_said(session, monkeypatch) -> None:
