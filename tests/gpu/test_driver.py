@@ -109,3 +109,12 @@ def test_a_rehearsal_passes(tmp_path: Path) -> None:
     assert set(kinds) == {"error", "layer", "kernel"}
     assert all(entry["passed"] for entry in found["rows"] if entry["kind"] == "error")
     assert {entry["kernel"] for entry in found["rows"] if entry["kind"] == "kernel"} >= {"GroupedGLU", "GatheredLinear"}
+
+
+def test_the_copy_fits_into_a_small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(HERE)
+    import clock
+
+    monkeypatch.setattr(clock.torch.cuda, "mem_get_info", lambda: (6 << 30, 8 << 30))
+    monkeypatch.setattr(clock.Clock, "once", lambda self, work: 1e6)
+    assert clock.ceilings(clock.Clock("meta", 1))["bytes_per_s"] == 2 * (6 << 30) // 8
