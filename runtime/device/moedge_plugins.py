@@ -292,14 +292,16 @@ class Library:
 
 
 def register(kernels: Kernels, *, capability: int) -> None:
-    """Register every plugin with ``tensorrt.plugin``, once a process, before the ONNX file is parsed.
+    """Register every plugin with ``tensorrt.plugin``, before the ONNX file is parsed.
+
+    TensorRT takes a name once a process: a second call gives the plugins that are there its ``kernels``.
 
     Args:
         kernels: :class:`Library`, or ``moedge.export.device.plugins.Compiler``.
         capability: compute capability of the engine's device, major * 10 + minor.
 
     Raises:
-        DeviceError: TensorRT is too old (see :func:`refusal`).
+        DeviceError: TensorRT is too old (see :func:`refusal`), or the plugins were registered for another GPU.
     """
     import tensorrt
 
@@ -308,6 +310,10 @@ def register(kernels: Kernels, *, capability: int) -> None:
         raise DeviceError(f"{reason}; make the archive or bundle again with --tensorrt {tensorrt.__version__}.")
     for plugin in PLUGINS.values():
         _register(tensorrt, plugin, kernels, capability)
+
+
+_registered: dict[str, _Registered] = {}
+"""What this process has registered, by name."""
 
 
 class _Registered:
@@ -365,6 +371,15 @@ class _Registered:
 def _register(trt: Any, plugin: Plugin, kernels: Kernels, capability: int) -> None:
     import tensorrt.plugin as api
 
+    identity = f"{DOMAIN}::{plugin.name}"
+    known = _registered.get(identity)
+    if known is not None and known.api is api:
+        if known.capability != capability:
+            raise DeviceError(
+                f"{identity} is registered for sm_{known.capability}; build for sm_{capability} in another process."
+            )
+        known.kernels = kernels
+        return
     called = _Registered(trt, plugin, kernels, capability)
     positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
     tensors = [inspect.Parameter(name, positional, annotation=api.TensorDesc) for name in plugin.inputs]
@@ -390,7 +405,7 @@ def _register(trt: Any, plugin: Plugin, kernels: Kernels, capability: int) -> No
     described = tuple.__class_getitem__((api.TensorDesc,) * outputs) if outputs > 1 else api.TensorDesc
     text = str | bytes
     implemented = tuple.__class_getitem__((text, text, api.KernelLaunchParams, api.SymIntExprs))
-    identity = f"{DOMAIN}::{plugin.name}"
     api.register(identity)(signed(describe, [*tensors, *attributes], described))
     api.autotune(identity)(signed(tune, [*tensors, *attributes, extra[0]], inspect.Parameter.empty))
     api.aot_impl(identity)(signed(implement, [*tensors, *attributes, *extra], implemented))
+    _registered[identity] = called

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -328,3 +329,30 @@ def test_tensorrt_accepts_the_plugins(tmp_path: Path, wheel: str, major: int) ->
     answer = json.loads(done.stdout.splitlines()[-1])
     assert answer["version"].startswith(f"{major}.")
     assert answer["cases"] == rules
+
+
+def test_plugins_are_registered_once_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT refuses a name twice; a second build gives the plugins that are there its own kernels."""
+    taken: list[str] = []
+
+    def register(identity: str) -> Any:
+        assert identity not in taken
+        taken.append(identity)
+        return lambda function: function
+
+    api: Any = ModuleType("tensorrt.plugin")
+    api.register, api.autotune = register, lambda identity: lambda function: function
+    api.aot_impl = api.autotune
+    api.TensorDesc = api.KernelLaunchParams = api.SymIntExprs = int
+    trt: Any = ModuleType("tensorrt")
+    trt.__version__, trt.plugin, trt.DataType = "10.13.0", api, SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    monkeypatch.setitem(sys.modules, "tensorrt.plugin", api)
+    monkeypatch.setattr(plugins, "_registered", {})
+    first, second = (SimpleNamespace(get=None) for _ in range(2))
+    plugins.register(first, capability=87)
+    plugins.register(second, capability=87)
+    assert len(taken) == len(plugins.PLUGINS)
+    assert all(each.kernels is second for each in plugins._registered.values())
+    with pytest.raises(DeviceError, match=r"for sm_87; build for sm_90 in another process"):
+        plugins.register(first, capability=90)
