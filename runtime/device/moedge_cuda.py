@@ -17,6 +17,10 @@ else:  # in an archive the files lie side by side
     from moedge_trt import DeviceError
 
 
+DRIVER_TOO_OLD = 35
+"""cudaErrorInsufficientDriver: the runtime library is newer than the driver takes; an older one may work."""
+
+
 class Cuda:
     """The few calls of the CUDA runtime that an engine needs, on one stream of device 0.
 
@@ -117,15 +121,24 @@ class Buffer:
 
 
 def _cudart() -> Any:
-    """Load libcudart: the system's (Jetson, CUDA toolkit), or the wheel nvidia-cuda-runtime."""
+    """Load libcudart: the system's (Jetson, CUDA toolkit), or the wheel nvidia-cuda-runtime.
+
+    The first that the driver is new enough for; if it is for none, the first, whose error then says so.
+    """
     names = ["libcudart.so", "libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0"]
     for folder in sys.path:
         for pattern in ("nvidia/cu1*/lib/libcudart.so.*", "nvidia/cuda_runtime/lib/libcudart.so.*"):
             names += sorted(glob.glob(os.path.join(folder, pattern)))  # noqa: PTH118, PTH207
     names += sorted(glob.glob("/usr/local/cuda*/lib64/libcudart.so*"))  # noqa: PTH207
+    found = []
     for name in names:
         try:
-            return ctypes.CDLL(name)
+            library = ctypes.CDLL(name)
         except OSError:
             continue
+        if library.cudaGetDeviceCount(ctypes.byref(ctypes.c_int())) != DRIVER_TOO_OLD:
+            return library
+        found.append(library)
+    if found:
+        return found[0]
     raise DeviceError("No CUDA runtime (libcudart) is here; this needs a machine with an NVIDIA GPU and its driver.")

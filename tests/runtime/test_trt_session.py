@@ -395,3 +395,20 @@ def test_a_prompt_that_would_be_read_with_two_kinds_of_factors_is_refused(sessio
         session.start(ids, np.ones_like(ids))
     session.model["rope_boundary"] = MAX_PROMPT - 1  # the first piece is beyond it: long factors throughout
     assert session.start(ids, np.ones_like(ids))[0].shape[1] == MAX_PROMPT + 1
+
+
+def test_a_runtime_that_is_newer_than_the_driver_takes_is_left_for_an_older_one(monkeypatch) -> None:
+    libraries = {
+        "libcudart.so.13": SimpleNamespace(cudaGetDeviceCount=lambda count: moedge_cuda.DRIVER_TOO_OLD),
+        "libcudart.so.12": SimpleNamespace(cudaGetDeviceCount=lambda count: 0),
+    }
+
+    def load(name: str) -> Any:
+        if name not in libraries:
+            raise OSError
+        return libraries[name]
+
+    monkeypatch.setattr(moedge_cuda.ctypes, "CDLL", load)
+    assert moedge_cuda._cudart() is libraries["libcudart.so.12"]
+    too_new = libraries.pop("libcudart.so.12") and libraries["libcudart.so.13"]
+    assert moedge_cuda._cudart() is too_new, "its error says what is wrong"
