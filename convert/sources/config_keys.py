@@ -238,6 +238,11 @@ def _rope(family: str, config: dict[str, Any]) -> Iterator[str]:
         if kinds and (family != "gemma3_text" or set(value) - set(kinds)):
             yield f"{key} has {', '.join(sorted(value))}: this family has one rotary embedding for all layers"
             continue
+        if family == "gemma3_text" and bool(kinds) != (key == "rope_parameters"):
+            # Gemma3TextConfig puts a flat rope_scaling into full_attention, and a nested one beside what it reads.
+            what = f"has {kinds[0]}" if kinds else "has neither full_attention nor sliding_attention"
+            yield f"{key} {what}: transformers would ignore it in this family"
+            continue
         for name, entry in entries.items():
             if isinstance(entry, dict):
                 yield from _rope_entry(family, name, entry, config)
@@ -246,7 +251,12 @@ def _rope(family: str, config: dict[str, Any]) -> Iterator[str]:
 
 
 def _rope_entry(family: str, name: str, entry: dict[str, Any], config: dict[str, Any]) -> Iterator[str]:
-    kind = entry.get("rope_type") or entry.get("type") or "default"
+    kind, older = entry.get("rope_type"), entry.get("type")
+    if family == "gemma3_text" and name == "rope_scaling":
+        kind = kind or "default"  # which transformers has put there before, so that it never looks at the older name
+    kind = kind or older or "default"
+    if older is not None and _ROPE_NAMES.get(str(older), older) != _ROPE_NAMES.get(str(kind), kind):
+        yield f"{name}.type is {_short(older)}: transformers would take rope_type {_short(kind)}"
     kind = _ROPE_NAMES.get(kind, kind) if isinstance(kind, str) else repr(kind)
     if family == "phi3" and kind == "yarn":
         kind = "longrope"  # so does transformers
@@ -260,9 +270,9 @@ def _rope_entry(family: str, name: str, entry: dict[str, Any], config: dict[str,
         if key == "partial_rotary_factor" and (family == "phi3" or value == 1):
             continue
         yield f"{name}.{key} is {_short(value)}: rope type {kind!r} has no such parameter"
-    top = config.get("rope_theta")
-    if "." not in name and top is not None and entry.get("rope_theta") not in (None, top):
-        yield f"rope_theta is {_short(top)} and {name}.rope_theta {_short(entry['rope_theta'])}"
+    key = "rope_local_base_freq" if name.endswith(".sliding_attention") else "rope_theta"
+    if (top := config.get(key)) is not None and entry.get("rope_theta") not in (None, top):
+        yield f"{key} is {_short(top)} and {name}.rope_theta {_short(entry['rope_theta'])}"
 
 
 _WINDOWED = ("mistral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text")

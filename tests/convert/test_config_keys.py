@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,8 @@ LLAMA3 = {
     "original_max_position_embeddings": 8192,
     "rope_type": "llama3",
 }
+LINEAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+NESTED = {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": {"rope_theta": 1e4}}}
 PUBLISHED: dict[str, dict[str, Any]] = {
     "Llama-2-7b-hf": {
         "_name_or_path": "meta-llama/Llama-2-7b-hf",
@@ -223,6 +226,20 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "sliding_window": 512,
         "sliding_window_pattern": 6,
     },
+    "gemma-3-4b-it, its text model": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "rope_local_base_freq": 10000,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "rope_theta": 1000000,
+    },
+    "gemma-3-4b-it, its text model, saved by transformers 5": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "rope_local_base_freq": 10000,
+        "rope_theta": 1000000,
+        **NESTED,
+    },
     "gemma-3-270m": {
         "_sliding_window_pattern": 6,
         "architectures": ["Gemma3ForCausalLM"],
@@ -351,6 +368,12 @@ IGNORED: list[tuple[str, dict[str, Any], str]] = [
         {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}},
         "rope_parameters and rope_scaling differ",
     ),
+    ("gemma3_text", {"rope_parameters": LINEAR}, "rope_parameters has neither full_attention nor sliding_attention"),
+    ("gemma3_text", {"rope_scaling": {"full_attention": LINEAR}}, "rope_scaling has full_attention: transformers woul"),
+    ("gemma3_text", {"rope_scaling": {"type": "linear", "factor": 8.0}}, "rope_scaling.type is 'linear'"),
+    ("gemma3_text", {**NESTED, "rope_theta": 5e5}, "rope_theta is 500000.0 and .*full_attention.rope_theta 1000000.0"),
+    ("gemma3_text", {**NESTED, "rope_local_base_freq": 777}, "rope_local_base_freq is 777 and .*rope_theta 10000.0"),
+    ("llama", {"rope_scaling": {"type": "linear", "rope_type": "default"}}, "rope_scaling.type is 'linear'"),
     ("qwen3", {"rope_parameters": {"full_attention": {}, "sliding_attention": {}}}, "one rotary embedding"),
     ("qwen3_moe", {"num_experts": 8, "num_local_experts": 4}, "num_experts and num_local_experts differ"),
     ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config is of method 'gptq'"),
@@ -383,6 +406,21 @@ def test_every_field_of_a_familys_config_is_judged(family: str) -> None:
     known = config_keys._HONOURED[family] | config_keys._HARMLESS | set(config_keys._NEUTRAL) | config_keys._SPECIAL
     fields = {key for key in config.to_dict() if not key.endswith("_token_id")}
     assert fields <= known, sorted(fields - known)
+
+
+def test_what_a_gemma_3_may_say_of_rotary_scaling_is_what_transformers_reads() -> None:
+    from transformers import Gemma3TextConfig
+
+    def read(**keys: Any) -> tuple[Any, Any]:
+        entry = Gemma3TextConfig(**copy.deepcopy(keys)).rope_parameters["full_attention"]
+        return entry["rope_type"], entry.get("factor")
+
+    for keys in ({"rope_scaling": {"rope_type": "linear", "factor": 8.0}}, NESTED):
+        assert read(**keys) == ("linear", 8.0)
+        config_keys.check({"model_type": "gemma3_text", **keys}, Path("config.json"))
+    ignored = [{"rope_parameters": LINEAR}, {"rope_scaling": {"full_attention": LINEAR}}]
+    for keys in (*ignored, {"rope_scaling": {"type": "linear", "factor": 8.0}}):
+        assert read(**keys)[0] == "default"  # refused: rows of IGNORED
 
 
 def test_a_field_at_the_default_of_its_class_passes() -> None:
