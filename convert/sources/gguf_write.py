@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moedge import MoEdgeError
-from moedge._files import read_json
+from moedge.convert.errors import quiet, translated
+from moedge.convert.sources import folder_check
 from moedge.convert.sources.gguf_weights import tensor_name
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ _WRITES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwe
 """Model type -> llama.cpp's architecture."""
 _PAIRED = ("llama", "mistral")
 """Model types whose rotary pairs lie next to each other in a GGUF file."""
-_MEND = "download or save the model again"
 
 
 def build(checkpoint: Path, out: Path, precision: str) -> None:
@@ -38,13 +38,13 @@ def build(checkpoint: Path, out: Path, precision: str) -> None:
     """
     import gguf
 
-    config = read_json(checkpoint / "config.json", _MEND)
+    config = _config(checkpoint)
     architecture = _architecture(checkpoint, config)
     kind = gguf.GGMLQuantizationType[precision]
     writer = gguf.GGUFWriter(out, architecture)
     _add_sizes(writer, config, architecture)
     writer.add_file_type(gguf.LlamaFileType[{"F32": "ALL_F32"}.get(precision, f"MOSTLY_{precision}")])
-    _add_vocabulary(writer, int(config["vocab_size"]))
+    _add_vocabulary(writer, config.vocab_size)
     for name, value in _tensors(checkpoint, config):
         chosen = kind if value.ndim == 2 else gguf.GGMLQuantizationType.F32
         try:
@@ -58,43 +58,47 @@ def build(checkpoint: Path, out: Path, precision: str) -> None:
     writer.close()
 
 
-def _architecture(checkpoint: Path, config: dict[str, Any]) -> str:
-    """llama.cpp's name of the family, after refusing what would be another model there."""
-    family = str(config.get("model_type"))
+def _config(checkpoint: Path) -> Any:
+    """The config as transformers reads it: config.json may leave out what its class has a default for."""
+    from transformers import AutoConfig
+
+    family = folder_check.check(checkpoint)["model_type"]
     if family not in _WRITES:
         raise MoEdgeError(
             f"{checkpoint}: a {family} model is not written as GGUF here (known: {', '.join(_WRITES)}); use "
             "llama.cpp's convert_hf_to_gguf.py."
         )
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
-    window = config.get("sliding_window") if config.get("use_sliding_window", family == "mistral") else None
+    with quiet(), translated(f"transformers refuses {checkpoint / 'config.json'}"):
+        return AutoConfig.from_pretrained(checkpoint, trust_remote_code=False, local_files_only=True)
+
+
+def _architecture(checkpoint: Path, config: Any) -> str:
+    """llama.cpp's name of the family, after refusing what would be another model there."""
+    scaled = config.rope_parameters["rope_type"] != "default"
+    window = getattr(config, "sliding_window", None)
+    if "sliding_attention" not in (getattr(config, "layer_types", None) or ["sliding_attention"]):
+        window = None
     if scaled or window:
         what = "a scaled rotary embedding" if scaled else f"a sliding window of {window}"
         raise MoEdgeError(f"{checkpoint}: {what} is not written as GGUF here; use llama.cpp's convert_hf_to_gguf.py.")
-    return _WRITES[family]
+    return _WRITES[config.model_type]
 
 
-def _head_dim(config: dict[str, Any]) -> int:
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-
-
-def _add_sizes(writer: Any, config: dict[str, Any], architecture: str) -> None:
-    heads, head_dim = int(config["num_attention_heads"]), _head_dim(config)
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
+def _add_sizes(writer: Any, config: Any, architecture: str) -> None:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     if architecture == "llama":
         writer.add_rope_dimension_count(head_dim)
-    rope = config.get("rope_parameters") or config
-    writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_vocab_size(config["vocab_size"])
+    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
 
 
 def _add_vocabulary(writer: Any, size: int) -> None:
@@ -111,22 +115,23 @@ def _add_vocabulary(writer: Any, size: int) -> None:
     writer.add_token_types([kind for _, kind in tokens])
 
 
-def _tensors(checkpoint: Path, config: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors(checkpoint: Path, config: Any) -> Iterator[tuple[str, np.ndarray]]:
     """(GGUF's name, float32 weight), one at a time."""
     import torch
     from safetensors import safe_open
 
-    family, tied = str(config["model_type"]), bool(config.get("tie_word_embeddings"))
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config.get("num_key_value_heads")}
-    for file in sorted(checkpoint.glob("*.safetensors")):
+    family = config.model_type
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for file in folder_check.weight_files(checkpoint):
         with safe_open(file, "pt") as reader:
             for name in reader.keys():  # noqa: SIM118 - it is no dict
-                if (tied and name == "lm_head.weight") or name.endswith("rotary_emb.inv_freq"):
+                tied = config.tie_word_embeddings and name == "lm_head.weight"
+                if tied or name.endswith("rotary_emb.inv_freq"):
                     continue
                 value = reader.get_tensor(name).to(torch.float32).numpy()
                 part = name.split(".")[-2]
                 if family in _PAIRED and part in heads:
-                    value = _pairs_together(value, int(heads[part] or config["num_attention_heads"]))
+                    value = _pairs_together(value, heads[part])
                 yield tensor_name(name, family), value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from moedge import MoEdgeError
 from moedge.convert.sources import gguf_files, gguf_write
@@ -55,6 +58,45 @@ def test_matrices_are_quantised_and_vectors_are_not(tiny_model: Callable[..., An
     got = gguf_files.values(made, "blk.0.ffn_down.weight")
     # A block of 32 has one scale, stored in half precision: half a step of the largest value's 127th.
     assert np.abs(got - want).max() <= np.abs(want).max() / 127 * (0.5 + 127 * 2.0**-11)
+
+
+@pytest.mark.parametrize(
+    ("family", "left_out"),
+    [
+        ("mistral", ["num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "rope_parameters"]),
+        ("qwen3", ["head_dim", "num_key_value_heads"]),
+    ],
+)
+def test_sizes_that_config_json_leaves_out_are_those_of_transformers(
+    family: str, left_out: list[str], tmp_path: Path
+) -> None:
+    sizes = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1}
+    made_of = AutoConfig.for_model(family, **sizes, num_attention_heads=32, sliding_window=None)
+    AutoModelForCausalLM.from_config(made_of).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({key: config[key] for key in config if key not in left_out}))
+    # What Mistral's own programs read, beside the weights that transformers reads.
+    save_file({"layers.0.attention.wq.weight": np.zeros((4, 4), np.float32)}, tmp_path / "consolidated.safetensors")
+    gguf_write.build(tmp_path, tmp_path / "made.gguf", "F32")
+    made = gguf_files.read(tmp_path / "made.gguf")
+    names = {
+        "num_key_value_heads": "attention.head_count_kv",
+        "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+        "max_position_embeddings": "context_length",
+        "head_dim": "attention.key_length",
+    }
+    for key, name in names.items():
+        if key in left_out:
+            assert made.metadata[f"{made.architecture}.{name}"] == pytest.approx(getattr(made_of, key))
+
+
+def test_a_window_that_only_the_config_class_names_is_refused(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+    tiny_model("mistral", layers=1, sliding_window=None).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["sliding_window"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MoEdgeError, match="a sliding window of 4096 is not written"):
+        gguf_write.build(tmp_path, tmp_path / "made.gguf", "F32")
 
 
 @pytest.mark.parametrize(
