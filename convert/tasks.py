@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moedge import MoEdgeError
-from moedge.convert.errors import errors_alone
+from moedge.convert.errors import errors_alone, first_sentence
 from moedge.convert.sources import assets
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Questions:
     """What is asked.
 
     Raises:
-        MoEdgeError: data of a task that is not asked.
+        MoEdgeError: data of a task that is not asked, or a number of questions or shots that cannot be.
     """
 
     tasks: tuple[str, ...] = ()
@@ -65,6 +65,10 @@ class Questions:
     def __post_init__(self) -> None:
         if unused := set(self.data) - set(self.tasks):
             raise MoEdgeError(f"--task-data names {', '.join(sorted(unused))}, which --tasks does not.")
+        if self.shots < 0 or (self.limit is not None and self.limit < 1):
+            raise MoEdgeError(
+                f"{self.shots} shots and a limit of {self.limit} questions: shots are 0 or more, a limit is 1 or more."
+            )
 
 
 @dataclass(frozen=True)
@@ -117,11 +121,14 @@ def run(model: LM, questions: Questions) -> list[TaskScore]:
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
     try:
         import lm_eval
+        from jinja2 import TemplateError
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise MoEdgeError(NEEDS.format(error=error)) from error
     # lm-eval warns that the shots are given, which is what was asked.
     with tempfile.TemporaryDirectory(prefix="moedge-tasks-") as folder, errors_alone("lm_eval"):
+        for task, file in files.items():
+            _check_rows(task, file, questions.shots)
         specs = [str(_write(task, file, Path(folder))) for task, file in files.items()]
         try:
             found = lm_eval.simple_evaluate(
@@ -134,10 +141,10 @@ def run(model: LM, questions: Questions) -> list[TaskScore]:
                 task_manager=TaskManager(include_defaults=False),
                 fewshot_random_seed=1234,
             )
-        except (KeyError, ValueError, OSError) as error:
+        except (LookupError, ValueError, OSError, TypeError, SyntaxError, TemplateError) as error:
             names = ", ".join(f"{task} ({file.name})" for task, file in files.items())
             raise MoEdgeError(
-                f"lm-eval cannot run {names}: {error}. Does each file have its task's columns?"
+                f"lm-eval cannot run {names}: {first_sentence(error)} Does each file have its task's columns?"
             ) from error
     return [_score(task, file, found) for task, file in files.items()]
 
@@ -165,6 +172,30 @@ def _file(task: str, data: Mapping[str, Path]) -> Path:
     return assets.fetch(f"task-{task}")
 
 
+def _check_rows(task: str, file: Path, shots: int) -> None:
+    """Read the data as lm-eval will (which finds it in the cache then), and count the questions."""
+    import datasets
+
+    level = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it raises
+    try:
+        rows = len(datasets.load_dataset(_FORMATS[file.suffix], split="validation", **_kwargs(file)))
+    except StopIteration:  # what an empty file ends in
+        rows = 0
+    except Exception as error:  # of pyarrow, pandas and the reader of each format; its own says only that it failed
+        reason = first_sentence(error.__cause__ or error)
+        raise MoEdgeError(f"The data of task {task}, {file}, cannot be read: {reason}") from error
+    finally:
+        datasets.logging.set_verbosity(level)
+    if rows <= shots:
+        few = f"which is too few for {shots} shots in front of each" if rows else "so there is nothing to ask"
+        raise MoEdgeError(f"The data of task {task}, {file}, holds {rows} questions, {few}.")
+
+
+def _kwargs(file: Path) -> dict[str, Any]:
+    return {"data_files": {"validation": str(file)}, "cache_dir": str(assets.cache_dir() / "datasets")}
+
+
 def _write(task: str, file: Path, folder: Path) -> Path:
     """Write the YAML that includes the task's own and replaces its data."""
     import yaml
@@ -183,10 +214,7 @@ def _write(task: str, file: Path, folder: Path) -> Path:
         "task": task,
         "dataset_path": _FORMATS[file.suffix],
         "dataset_name": None,
-        "dataset_kwargs": {
-            "data_files": {"validation": str(file)},
-            "cache_dir": str(assets.cache_dir() / "datasets"),
-        },
+        "dataset_kwargs": _kwargs(file),
         "training_split": None,
         "validation_split": "validation",
         "test_split": None,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 
 from moedge import MoEdgeError
@@ -76,6 +77,31 @@ def test_accuracy_is_what_the_log_likelihoods_say(
 def test_refusals(names: list[str], data: dict[str, Path], sentence: str) -> None:
     with pytest.raises(MoEdgeError, match=sentence):
         tasks.run(object(), Questions(tuple(names), data))  # type: ignore[arg-type]  # refused before it is asked
+
+
+class Unasked(LM):
+    """A model that no question reaches."""
+
+    loglikelihood = loglikelihood_rolling = generate_until = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("content", "more", "sentence"),
+    [
+        ('{"foo": 1}\n', {}, r"cannot run arc_easy \(data\.jsonl\): 'question' is undefined\. Does each file have its"),
+        ("not json\n", {}, r"arc_easy, .*data\.jsonl, cannot be read: JSON parse error"),
+        ("", {}, "holds 0 questions, so there is nothing to ask"),
+        ('{"question": "a"}\n' * 2, {"shots": 2}, "holds 2 questions, which is too few for 2 shots"),
+        ("", {"limit": 0}, "a limit is 1 or more"),
+        ("", {"shots": -1}, "shots are 0 or more"),
+    ],
+)
+def test_data_that_does_not_fit_its_task_is_one_sentence(
+    content: str, more: dict[str, int], sentence: str, tmp_path: Path, moedge_cache: Path
+) -> None:
+    (tmp_path / "data.jsonl").write_text(content, encoding="utf-8")
+    with pytest.raises(MoEdgeError, match=sentence):
+        tasks.run(Unasked(), Questions(("arc_easy",), {"arc_easy": tmp_path / "data.jsonl"}, **more))
 
 
 def sample(metrics: dict[str, Any], *given: Any, filter: str = "none", doc_id: int = 0) -> dict[str, Any]:
