@@ -9,9 +9,10 @@ transformers 5.23 and 5.24; tests/convert/test_config_keys.py finds fields of ne
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from moedge import MoEdgeError
 from moedge.convert import adapters
@@ -156,7 +157,13 @@ def check(config: dict[str, Any], path: Path) -> None:
     if (quantization := config.get("quantization_config")) is not None and not float8.is_fp8(config):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise MoEdgeError(f"{path}: quantization_config is of method {_short(method)}: {_QUANTIZED}.")
-    found = [*_unknown(family, config), *_classes(family, config), *_rope(family, config), *_windows(family, config)]
+    found = [
+        *_unknown(family, config),
+        *_classes(family, config),
+        *_rope(family, config),
+        *_windows(family, config),
+        *_numbers(family, config),
+    ]
     if found:
         more = f" (and {len(found) - 4} more)" if len(found) > 4 else ""
         raise MoEdgeError(
@@ -179,10 +186,16 @@ def _unknown(family: str, config: dict[str, Any]) -> Iterator[str]:
 
 def _is_default(family: str, key: str, value: Any) -> bool:
     """Whether the family's config class has this field with this default: a newer transformers writes it out."""
+    default = _default(family, key)
+    return default is not None and bool(default == value)
+
+
+def _default(family: str, key: str) -> Any:
+    """Default of a field of the family's config class; None where there is none (null is judged nowhere)."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    defaults = {name: field.default for name, field in CONFIG_MAPPING[family].__dataclass_fields__.items()}
-    return key in defaults and bool(defaults[key] == value)
+    field = CONFIG_MAPPING[family].__dataclass_fields__.get(key)
+    return None if field is None else field.default
 
 
 _SPECIAL = {
@@ -270,9 +283,72 @@ def _rope_entry(family: str, name: str, entry: dict[str, Any], config: dict[str,
         if key == "partial_rotary_factor" and (family == "phi3" or value == 1):
             continue
         yield f"{name}.{key} is {_short(value)}: rope type {kind!r} has no such parameter"
+    yield from _rope_numbers(family, name, kind, entry, config)
     key = "rope_local_base_freq" if name.endswith(".sliding_attention") else "rope_theta"
     if (top := config.get(key)) is not None and entry.get("rope_theta") not in (None, top):
         yield f"{key} is {_short(top)} and {name}.rope_theta {_short(entry['rope_theta'])}"
+
+
+_POSITIVE = ("rms_norm_eps", "rope_theta", "rope_local_base_freq", "query_pre_attn_scalar")
+_POSITIVE_ROPE = _words(
+    "factor rope_theta original_max_position_embeddings attention_factor low_freq_factor high_freq_factor beta_fast "
+    "beta_slow"
+)
+
+
+def _numbers(family: str, config: dict[str, Any]) -> Iterator[str]:
+    """Name numbers with which transformers computes something (mostly NaN) that nobody can have meant."""
+    for key in _POSITIVE:
+        if key in _HONOURED[family]:
+            yield from _positive(key, config.get(key))
+    if "partial_rotary_factor" in _HONOURED[family]:
+        yield from _share("partial_rotary_factor", config.get("partial_rotary_factor"))
+
+
+def _rope_numbers(family: str, name: str, kind: str, entry: dict[str, Any], config: dict[str, Any]) -> Iterator[str]:
+    for key in sorted(_POSITIVE_ROPE & set(_ROPE[kind].split()) | {"rope_theta"}):
+        yield from _positive(f"{name}.{key}", entry.get(key))
+    yield from _share(f"{name}.partial_rotary_factor", entry.get("partial_rotary_factor"))
+    factor = entry.get("factor")
+    if kind == "yarn" and _number(factor) and 0 < factor < 1:
+        yield f"{name}.factor is {_short(factor)}: YaRN stretches, its factor is 1 or more"
+    low, high = entry.get("low_freq_factor"), entry.get("high_freq_factor")
+    if kind == "llama3" and _number(low) and _number(high) and high <= low:
+        yield f"{name}.high_freq_factor is {_short(high)} and low_freq_factor {_short(low)}: the first must be larger"
+    for key in ("short_factor", "long_factor") if kind == "longrope" else ():
+        if (value := entry.get(key)) is None:
+            continue
+        if not isinstance(value, list) or not all(_number(one) and one > 0 for one in value):
+            yield f"{name}.{key} is {_short(value)}: not a list of numbers above 0"
+        elif len(value) != (pairs := _rotary_pairs(family, entry, config)) and pairs:
+            # One number would count for all frequencies.
+            yield f"{name}.{key} has {len(value)} numbers: this model rotates {pairs} pairs"
+
+
+def _rotary_pairs(family: str, entry: dict[str, Any], config: dict[str, Any]) -> int:
+    """How many pairs of each head are rotated, as transformers counts; 0 where the sizes make no sense."""
+    share = entry.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    head_dim, hidden, heads = (
+        config.get(key, _default(family, key)) for key in ("head_dim", "hidden_size", "num_attention_heads")
+    )
+    try:
+        return int((head_dim or hidden // heads) * (1.0 if share is None else share)) // 2
+    except (TypeError, ZeroDivisionError):
+        return 0
+
+
+def _positive(name: str, value: Any) -> Iterator[str]:
+    if value is not None and not (_number(value) and value > 0):
+        yield f"{name} is {_short(value)}: not a number above 0"
+
+
+def _share(name: str, value: Any) -> Iterator[str]:
+    if value is not None and not (_number(value) and 0 < value <= 1):
+        yield f"{name} is {_short(value)}: not a share of each head, above 0 and at most 1"
+
+
+def _number(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 _WINDOWED = ("mistral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text")
