@@ -10,10 +10,11 @@ from moedge._files import atomic_dir, digest, sha256_file, write_json
 from moedge.convert.sources import assets
 from moedge.convert.sources.gguf_files import GGUF, parts, read
 
-READER = 2
+READER = 3
 """Version of this reader, part of the key of the cache: raise it when a file would be read otherwise than before.
 
-1 (the key was the hash of the file alone) lost rotary scalings, biases, pre-tokenizers and parts of split files.
+1 (the key was the hash of the file alone) lost rotary scalings, biases, pre-tokenizers and parts of split files. 2
+turned a temperature of 0 round, and took a penalty of repetitions for sampling.
 """
 _STAMP = "moedge_source.json"
 

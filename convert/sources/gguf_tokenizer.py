@@ -7,16 +7,19 @@ text is split before the merges) and ``llama`` (SentencePiece's BPE, whose merge
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moedge import MoEdgeError
-from moedge.convert.errors import first_sentence
+from moedge.convert.errors import first_sentence, translated
 from moedge.convert.sources.gguf_files import GGUF, Keys
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Values of ``tokenizer.ggml.token_type``."""
@@ -72,14 +75,9 @@ _IGNORED = (
     "huggingface.json",  # the same tokenizer once more
     "chat_templates",  # names of the keys chat_template.NAME
 )
-_SAMPLING = {
-    "temp": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "penalty_repeat": "repetition_penalty",
-}
-"""``general.sampling.*`` -> generation_config.json."""
+_ORDERS = ("", "edskypmxt", "penalties;dry;top_n_sigma;top_k;typ_p;top_p;min_p;xtc;temperature")
+"""Values of ``general.sampling.sequence`` that mean llama.cpp's own order, which holds for a file without the key."""
+_TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 @dataclass(frozen=True)
@@ -287,15 +285,54 @@ def _generation(keys: Keys, tokens: list[str], types: list[int], ids: dict[str, 
         if not all(isinstance(i, int) and 0 <= i < len(tokens) for i in suppressed):
             raise keys.refuse("ggml.suppress_tokens", "names tokens that are not in the vocabulary")
         found["suppress_tokens"] = suppressed
-    advice = Keys(keys.file, "general.sampling.")
-    sampling = {entry: advice.given(key) for key, entry in _SAMPLING.items() if key in advice.left}
-    sampling = {entry: value for entry, value in sampling.items() if value is not None}
-    return {**found, **sampling, "do_sample": True} if sampling else found
+    return found | _sampling(Keys(keys.file, "general.sampling."))
+
+
+def _sampling(keys: Keys) -> dict[str, Any]:
+    """``general.sampling.*`` as entries of generation_config.json; what these cannot say is refused."""
+    temperature = _up_to(keys, "temp")
+    top_k = keys.take("top_k", kind=int)
+    top_p, min_p = _up_to(keys, "top_p", 1), _up_to(keys, "min_p", 1)
+    if top_p == 0:
+        raise keys.refuse("top_p", "is 0.0, which leaves no token; between 0 and 1 it can be anything else")
+    penalty, reach = _up_to(keys, "penalty_repeat"), keys.take("penalty_last_n", kind=int)
+    if penalty == 0:
+        raise keys.refuse("penalty_repeat", "is 0.0, not a number above 0")
+    if penalty not in (None, 1) and reach not in (None, 0, -1):
+        raise keys.refuse(
+            "penalty_last_n", f"is {reach}, and generation_config.json knows penalties of whole texts only"
+        )
+    for key, needs in (("mirostat", ()), ("xtc_probability", ()), ("sequence", _ORDERS)):
+        keys.only(key, 0, *needs)
+    for key in ("mirostat_tau", "mirostat_eta", "xtc_threshold"):  # of samplers that are off
+        keys.take(key)
+    keys.done()
+    found = {"repetition_penalty": penalty} if penalty is not None and reach != 0 else {}
+    if temperature == 0:  # greedy in llama.cpp: the likeliest token is left whatever the others cut off
+        return {**found, "do_sample": False}
+    wanted = {
+        "temperature": temperature,
+        "top_k": None if top_k is None else max(top_k, 0),  # 0: all of them
+        "top_p": top_p,
+        "min_p": min_p,
+    }
+    sampled = {entry: value for entry, value in wanted.items() if value is not None}
+    return {**found, **sampled, "do_sample": True} if sampled else found
+
+
+def _up_to(keys: Keys, key: str, high: float = math.inf) -> float | None:
+    value = keys.take(key, kind=(int, float))
+    if value is None or (math.isfinite(value) and 0 <= value <= high and not isinstance(value, bool)):
+        return value
+    raise keys.refuse(key, f"is {value!r}, not a number from 0 " + (f"to {high}" if high < math.inf else "on"))
 
 
 def _chat_template(keys: Keys) -> str | dict[str, str] | None:
     default = keys.take("chat_template", kind=str)
     others = {key: keys.take(key, kind=str) for key in list(keys.left) if key.startswith("chat_template.")}
+    for key in others:
+        if not _TEMPLATE_NAME.fullmatch(key.partition(".")[2]):  # it becomes the name of a file
+            raise keys.refuse(repr(key), "has a name that no file should get; known: letters, digits, _ and -")
     if not others:
         return default
     return {**({"default": default} if default else {}), **{key.split(".", 1)[1]: one for key, one in others.items()}}
@@ -317,7 +354,9 @@ def save(file: GGUF, vocabulary: Vocabulary, folder: Path) -> None:
         chat_template=vocabulary.chat_template,
         **{name: None if i is None else vocabulary.tokens[i] for name, i in special.items()},
     )
-    made.save_pretrained(folder)
+    _check_templates(made, file, vocabulary.chat_template)
+    with translated(f"{file.path}: its tokenizer cannot be saved"):
+        made.save_pretrained(folder)
     try:
         GenerationConfig(**vocabulary.generation).save_pretrained(folder)
     except (ValueError, TypeError) as error:
@@ -328,6 +367,21 @@ def save(file: GGUF, vocabulary: Vocabulary, folder: Path) -> None:
             f"transformers would tokenize with another pre-tokenizer than tokenizer.ggml.pre = "
             f"{file.metadata.get('tokenizer.ggml.pre')!r}; convert from the Hugging Face folder of this model instead."
         )
+
+
+def _check_templates(made: PreTrainedTokenizerFast, file: GGUF, templates: str | dict[str, str] | None) -> None:
+    """Refuse templates that transformers cannot compile. What one says of a message is no matter here."""
+    from jinja2 import TemplateSyntaxError
+
+    for name, source in (templates if isinstance(templates, dict) else {"default": templates}).items():
+        try:
+            if source is not None:
+                made.apply_chat_template([{"role": "user", "content": ""}], chat_template=source, tokenize=False)
+        except TemplateSyntaxError as error:
+            reason = first_sentence(error)
+            raise file.refuse(f"its chat template {name!r} is no template (line {error.lineno}): {reason}") from error
+        except Exception:  # it may want another message; templates raise what they like
+            continue
 
 
 _PROBE = "It's 12345 o'clock,  I'LL   go\n\n\tna\u00efve cafe\u0301 \u4f60\u597d \U0001f600 x_y/z//\r\n 3.14 "

@@ -15,7 +15,7 @@ from transformers.integrations.gguf import gguf_tokenizer_mapping
 
 from moedge import MoEdgeError
 from moedge.convert import sources
-from moedge.convert.sources import gguf_tokenizer
+from moedge.convert.sources import gguf_files, gguf_tokenizer
 
 TEXTS = [
     "In 1999 there were 12345 of them, 3.14159 each; 7 of 10.",
@@ -179,7 +179,23 @@ def test_default_is_the_rule_of_llama_cpp(trained: Tokenizer, read: Callable[...
         ({"ggml.add_bos_token": True, "ggml.bos_token_id": None}, r"is true, but .*bos_token_id is missing"),
         ({"ggml.eos_token_id": 70000}, r"eos_token_id is 70000, but the vocabulary has \d+ tokens"),
         ({"ggml.suppress_tokens": [70000]}, r"suppress_tokens names tokens that are not in the vocabulary"),
-        ({"general.sampling.temp": -1.0}, r"general\.sampling\.temp is -1\.0, not a number above 0"),
+        ({"general.sampling.temp": -1.0}, r"general\.sampling\.temp is -1\.0, not a number from 0 on"),
+        ({"general.sampling.top_p": 2.0}, r"general\.sampling\.top_p is 2\.0, not a number from 0 to 1"),
+        ({"general.sampling.temp": "x"}, r"general\.sampling\.temp is 'x', which it cannot be"),
+        ({"general.sampling.temp": float("inf")}, r"general\.sampling\.temp is inf, not a number from 0 on"),
+        ({"general.sampling.top_p": 0.0}, r"top_p is 0\.0, which leaves no token"),
+        ({"general.sampling.min_p": -0.5}, r"min_p is -0\.5, not a number from 0 to 1"),
+        ({"general.sampling.mirostat": 2}, r"general\.sampling\.mirostat is 2, which MoEdge does not apply"),
+        ({"general.sampling.xtc_probability": 0.5}, r"xtc_probability is 0\.5, which MoEdge does not apply"),
+        ({"general.sampling.sequence": "tk"}, r"general\.sampling\.sequence is 'tk', which MoEdge does not apply"),
+        ({"general.sampling.somebody": 1}, r"does not know what general\.sampling\.somebody"),
+        (
+            {"general.sampling.penalty_repeat": 1.1, "general.sampling.penalty_last_n": 64},
+            r"penalty_last_n is 64, and generation_config\.json knows penalties of whole texts only",
+        ),
+        ({"ggml.pre": "smollm", "chat_template": "{{ bad"}, r"chat template 'default' is no template \(line 1\)"),
+        ({"ggml.pre": "smollm", "chat_template.a": "{% x %}"}, "chat template 'a' is no template"),
+        ({"chat_template.tool/../../x": "hi"}, r"'chat_template\.tool/\.\./\.\./x' has a name that no file"),
         ({"ggml.add_sep_token": True}, r"add_sep_token is True, which MoEdge does not apply"),
         ({"ggml.remove_extra_whitespaces": True}, "remove_extra_whitespaces is True"),
         ({"ggml.precompiled_charsmap": [1, 2]}, r"does not know what tokenizer\.ggml\.precompiled_charsmap"),
@@ -262,6 +278,29 @@ def test_every_end_the_template_and_the_sampling_are_kept(read: Callable[..., An
     message = [{"role": "user", "content": "hi"}]
     assert tokenizer.apply_chat_template(message, tokenize=False) == "hi!"
     assert tokenizer.apply_chat_template(message, tokenize=False, chat_template="tool_use") == "tools"
+
+
+@pytest.mark.parametrize(
+    ("advice", "expected"),
+    [
+        ({"temp": 0.0, "top_k": 40}, {"do_sample": False}),  # greedy in llama.cpp, whatever else is cut off
+        ({"penalty_repeat": 1.25}, {"repetition_penalty": 1.25}),  # no word of sampling
+        ({"temp": 0.0, "penalty_repeat": 1.25}, {"repetition_penalty": 1.25, "do_sample": False}),
+        ({"penalty_repeat": 1.25, "penalty_last_n": 0}, {}),  # llama.cpp's way to switch it off
+        ({"temp": 0.5, "top_k": -1, "mirostat": 0}, {"temperature": 0.5, "top_k": 0, "do_sample": True}),
+    ],
+)
+def test_sampling_means_what_llama_cpp_does_with_it(
+    advice: dict[str, Any], expected: dict[str, Any], tmp_path: Path
+) -> None:
+    from transformers import GenerationConfig
+
+    facts = {f"general.sampling.{key}": value for key, value in advice.items()}
+    keys = gguf_files.Keys(gguf_files.GGUF(tmp_path / "m.gguf", facts, {}, "llama"), "general.sampling.")
+    assert gguf_tokenizer._sampling(keys) == expected
+    GenerationConfig(**expected).save_pretrained(tmp_path)
+    kept = json.loads((tmp_path / "generation_config.json").read_text())
+    assert {key: value for key, value in kept.items() if key in expected or key == "do_sample"} == expected
 
 
 # --- SentencePiece ---------------------------------------------------------------------------------------------------
