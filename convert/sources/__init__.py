@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_IDENTITY = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
+_CONFIGS = ("*.safetensors.index.json", "config.json", "generation_config.json")
 _SIGNS = ("adapter_config.json",)
 """Fetched from the hub beside the model, so that a folder there is refused as the same folder here is."""
+_BELOW = ("*/*.safetensors", "*/*.json", "*/*.txt", "*/*.model")
+"""Not fetched: the hub's patterns match slashes, too. Folders below hold the model once more, in other formats."""
 _LOCAL = {"trust_remote_code": False, "local_files_only": True}
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -249,7 +251,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def identity(folder: Path) -> str:
     """Return the digest of the hashes of the weights, config and tokenizer files in ``folder``."""
-    paths = {path for pattern in _IDENTITY + tokenizer_files.PATTERNS for path in folder.glob(pattern)}
+    paths = {path for pattern in _CONFIGS + tokenizer_files.PATTERNS for path in folder.glob(pattern)}
+    # No others: what lies beside the weights unread is no part of the model.
+    weights = [folder / name for name in (*folder_check.weight_names(folder), "plan.safetensors")]
+    paths |= {path for path in weights if path.exists()}
     return digest({path.relative_to(folder).as_posix(): sha256_file(path) for path in paths})
 
 
@@ -287,10 +292,16 @@ def _from_hub(spec: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     at = f" at revision {revision}" if revision else ""
-    with translated(
-        f"Cannot download {spec}{at} from the Hugging Face hub",
-        "Check the name, the network and HF_TOKEN, or give a local folder.",
-    ):
-        return Path(
-            snapshot_download(spec, revision=revision, allow_patterns=[*_IDENTITY, *tokenizer_files.PATTERNS, *_SIGNS])
-        )
+
+    def fetch(revision: str | None, patterns: Sequence[str]) -> Path:
+        with translated(
+            f"Cannot download {spec}{at} from the Hugging Face hub",
+            "Check the name, the network and HF_TOKEN, or give a local folder.",
+        ):
+            return Path(
+                snapshot_download(spec, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(_BELOW))
+            )
+
+    folder = fetch(revision, (*_CONFIGS, *tokenizer_files.PATTERNS, *_SIGNS))
+    # The folder is named after the commit: a branch may move on before the weights are there.
+    return fetch(folder.name, folder_check.weight_names(folder))

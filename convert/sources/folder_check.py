@@ -111,6 +111,16 @@ def check_companions(folder: Path) -> None:
             read_object(folder / name)
 
 
+def weight_names(folder: Path) -> list[str]:
+    """Return the names of the files that may hold the weights: the whole one, and the shards that an index names.
+
+    Raises:
+        MoEdgeError: the index is damaged.
+    """
+    index = folder / _INDEX
+    return list(dict.fromkeys([_WHOLE, *(path.name for path in (_shards(index) if index.exists() else []))]))
+
+
 def weight_files(folder: Path) -> list[Path]:
     """List the safetensors files that transformers reads, in its order.
 

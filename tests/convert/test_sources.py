@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, PhiConfig
 
 from moedge import MoEdgeError
+from moedge._files import write_json
 from moedge.convert import modeling, sources
 from moedge.convert.sources import assets
 
@@ -164,6 +167,44 @@ def test_hub_out_of_reach_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_p
         MoEdgeError, match="Cannot download no-such-org/no-such-model at revision v1 from the Hugging Face hub"
     ):
         sources.resolve("no-such-org/no-such-model", revision="v1")
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_what_is_not_read_is_neither_fetched_nor_part_of_the_identity(
+    sharded: bool, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Mistral's repositories hold the weights twice, others once more in a folder below."""
+    shards = ("model-00001-of-00001.safetensors", "model.safetensors.index.json")
+    if sharded:
+        (folder / "model.safetensors").rename(folder / shards[0])
+        write_json(folder / shards[1], {"weight_map": {"model.norm.weight": shards[0]}})
+    before = sources.identity(folder)
+    unread = ("consolidated.safetensors", "model.fp16.safetensors", "fp32/model.safetensors", "onnx/tokenizer.json")
+    for name in unread:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    (folder / "additional_chat_templates").mkdir()
+    assert sources.identity(folder) == before
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("rag")
+    revisions = []
+
+    def download(spec: str, *, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        revisions.append(revision)
+        there = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        patterns = {"allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
+        for name in filter_repo_objects(there, **patterns):
+            (tmp_path / "commit" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder / name, tmp_path / "commit" / name)
+        return str(tmp_path / "commit")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    found = sources._from_hub("org/name", "main")
+    assert revisions == ["main", "commit"]
+    names = {path.relative_to(found).as_posix() for path in found.rglob("*") if path.is_file()}
+    assert {"config.json", "tokenizer.json", "additional_chat_templates/rag.jinja"} <= names
+    assert set(shards if sharded else ["model.safetensors"]) <= names
+    assert not names & set(unread)
+    assert sources.identity(found) == sources.identity(folder)
 
 
 def test_every_catalogue_entry_is_complete() -> None:
