@@ -373,7 +373,7 @@ def _dense(model: PreTrainedModel, ffns: list[modeling.SparseFFN]) -> tuple[PreT
     given = {key: value for key, value in model.config.to_dict().items() if key not in ("moedge", "architectures")}
     widest = max(ffn.shared_gate.shape[0] for ffn in ffns)
     biased = any(ffn.output_bias is not None and bool(ffn.output_bias.any()) for ffn in ffns)
-    given |= {"model_type": family, "intermediate_size": widest} | ({"mlp_bias": True} if biased else {})
+    given |= {"model_type": family, "intermediate_size": widest} | ({"mlp_bias": biased} if family == "llama" else {})
     config = CONFIG_MAPPING[family].from_dict(given)
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     config.architectures = [model_class.__name__]

@@ -236,6 +236,17 @@ def test_a_static_plan_with_an_output_bias_fits_llama_only(
         assert float((logits(stock) - want).abs().max()) <= 1e-5 * float(want.abs().max())
 
 
+def test_a_static_plan_without_biases_says_so(tiny_model: Callable[..., Any]) -> None:
+    """Whatever the config of the dense model said: else its class would look for biases that nobody wrote."""
+    dense = tiny_model("llama", layers=1)
+    layers = [LayerPlan(np.arange(0, 64, 2, dtype=np.int32), [], 0)]
+    model = modeling.apply(MoEPlan("static", {}, adapters.describe(dense), layers), dense)
+    model.config.mlp_bias = True
+    stock, _, _ = hf._stock(model, {})
+    assert stock.config.mlp_bias is False
+    assert not [name for name, _ in stock.named_parameters() if name.endswith("bias")]
+
+
 @pytest.mark.parametrize("linears", ["ffn", "all"])
 def test_thresholds_are_refused(
     linears: str, tiny_model: Any, tiny_tokenizer: Any, gather_only: Any, tmp_path: Path
