@@ -62,12 +62,13 @@ def _config(checkpoint: Path) -> Any:
     """The config as transformers reads it: config.json may leave out what its class has a default for."""
     from transformers import AutoConfig
 
-    family = folder_check.check(checkpoint)["model_type"]
+    family = folder_check.read_config(checkpoint)["model_type"]
     if family not in _WRITES:
         raise MoEdgeError(
             f"{checkpoint}: a {family} model is not written as GGUF here (known: {', '.join(_WRITES)}); use "
             "llama.cpp's convert_hf_to_gguf.py."
         )
+    folder_check.check(checkpoint)
     with quiet(), translated(f"transformers refuses {checkpoint / 'config.json'}"):
         return AutoConfig.from_pretrained(checkpoint, trust_remote_code=False, local_files_only=True)
 
