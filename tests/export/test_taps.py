@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,6 +15,9 @@ from onnx.reference import ReferenceEvaluator
 
 from moedge import MoEdgeError
 from moedge.export.graph.taps import edited
+
+PORTABLE: Any = SimpleNamespace(target="portable")
+"""What is read of a manifest."""
 
 
 def _model(text: str, path: Path) -> Path:
@@ -33,7 +38,7 @@ def test_a_soft_cap_after_the_projection_stays(tmp_path: Path) -> None:
     path = _model(body, tmp_path / "model.onnx")
     x = np.random.default_rng(1).normal(size=(2, 5, 4)).astype(np.float32)
     (full,) = ReferenceEvaluator(str(path)).run(None, {"x": x})
-    (last,) = ReferenceEvaluator(onnx.load_from_string(edited(path, {}, {}, None, last_logits=True)[0])).run(
+    (last,) = ReferenceEvaluator(onnx.load_from_string(edited(path, PORTABLE, {}, None, last_logits=True)[0])).run(
         None, {"x": x}
     )
     np.testing.assert_allclose(last, full[:, -1:], rtol=1e-6)
@@ -42,4 +47,4 @@ def test_a_soft_cap_after_the_projection_stays(tmp_path: Path) -> None:
 def test_a_graph_without_a_projection_is_refused(tmp_path: Path) -> None:
     path = _model("p = MatMul (x, w)  logits = Relu (p)", tmp_path / "model.onnx")
     with pytest.raises(MoEdgeError, match="no product makes the logits"):
-        edited(path, {}, {}, None, last_logits=True)
+        edited(path, PORTABLE, {}, None, last_logits=True)

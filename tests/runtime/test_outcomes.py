@@ -112,6 +112,7 @@ def test_where_nothing_is_compared_nothing_passes(tmp_path: Path) -> None:
     empty: Any = {"schema": "moedge.verify/1", "text": "none", "identity": [], "parity": []}
     assert finished(empty, tolerances.load())["outcome"] == "not decided"
     write_json(tmp_path / "run.json", {"schema": "moedge.run/1"})  # as an interrupted run leaves it
+    (tmp_path / "convert" / "checkpoint").mkdir(parents=True)
     with pytest.raises(MoEdgeError, match="this run has nothing exported; finish it with `moedge run`"):
         verify_given(tmp_path, sample=Sample())
     with pytest.raises(MoEdgeError, match="has nothing exported"):
