@@ -69,6 +69,7 @@ def test_compiled_kernels_have_no_fault(tmp_path: Path) -> None:
     assert "past the end of the tensor passed as `y_ptr`" in named
 
     for name in ("test_kernels.py", "test_gathered.py"):
-        done = run("-m", "gpu and not slow", Path(__file__).with_name(name))
+        # Times of a device are none of a simulator's.
+        done = run("-m", "gpu and not slow", "-k", "not take_less_time", Path(__file__).with_name(name))
         assert done.returncode == 0, done.stdout[-4000:]
         assert "passed" in done.stdout
