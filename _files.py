@@ -116,37 +116,10 @@ def check_writable(path: Path | None, option: str) -> None:
         raise MoEdgeError(f"{option} {path} cannot be written: {error.strerror}; name another file.") from error
 
 
-def check_all_writable(files: Mapping[str, Path | None], inputs: Iterable[Path | str] = ()) -> None:
-    """:func:`check_writable` for each file, by the option that names it.
-
-    Args:
-        files: results. They replace what a file of their name holds, as results of a test run do.
-        inputs: what the command reads; a result may be none of that.
-
-    Raises:
-        MoEdgeError: a file cannot be written, is an input, or lies in a folder that is one.
-    """
-    read = [Path(given).resolve() for given in inputs if Path(given).exists()]
+def check_all_writable(files: Mapping[str, Path | None]) -> None:
+    """:func:`check_writable` for each file, by the option that names it."""
     for option, path in files.items():
         check_writable(path, option)
-        if path is None:
-            continue
-        place = path.resolve()
-        for given in read:
-            if place == given:
-                raise MoEdgeError(f"{option} {path} is read by this command; name another file.")
-            # Beside its report a run has room for more.
-            if given in place.parents and not (place.parent == given and is_run(given) and place.name not in RUN_FILES):
-                raise MoEdgeError(f"{option} {path} lies in {given}, which this command reads; name a file elsewhere.")
-
-
-RUN_FILES = ("run.json", "report.json", "report.md", "report.html", "frontier.json", "frontier.md", "frontier.html")
-"""What a run writes on top of its folder."""
-
-
-def is_run(path: Path) -> bool:
-    """Tell whether ``path`` is a run folder."""
-    return (path / "run.json").is_file()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -302,9 +275,9 @@ def recover(folder: Path, name: str | None = None) -> None:
         folder: holds the outputs.
         name: of one output; all of them by default.
     """
+    ours = re.compile(rf"\.(.+)\.{re.escape(socket.gethostname())}\.(\d+)\.(partial|replaced)")
     for left in folder.iterdir() if folder.is_dir() else ():
-        host = re.escape(socket.gethostname())
-        found = re.fullmatch(rf"\.(.+)\.{host}\.(\d+)\.(partial|replaced)", left.name)
+        found = ours.fullmatch(left.name)
         if found is None or name not in (None, found[1]) or _alive(int(found[2])):
             continue
         place = left.with_name(found[1])

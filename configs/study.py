@@ -60,6 +60,12 @@ class Sparsity(_Section):
     methods: dict[str, dict[str, Any]]
 
 
+def _check_method(name: str, where: str) -> None:
+    if name not in CONVERT_SECTIONS:
+        known = f"{', '.join(CONVERT_SECTIONS)}{nearest(name, list(CONVERT_SECTIONS))}"
+        raise ValueError(f"{where}: unknown method {name!r}; known: {known}.")
+
+
 class Study(_Section):
     """A whole comparison."""
 
@@ -106,9 +112,7 @@ class Study(_Section):
         """Refuse parameters of what is no method: its rows would silently have the defaults."""
         for sparsity in self.sparsities:
             for name in sparsity.methods:
-                if name not in CONVERT_SECTIONS:
-                    known = f"{', '.join(CONVERT_SECTIONS)}{nearest(name, list(CONVERT_SECTIONS))}"
-                    raise ValueError(f"sparsities: {sparsity.name}: unknown method {name!r}; known: {known}.")
+                _check_method(name, f"sparsities: {sparsity.name}")
 
     def parameters(self, row: Row, sparsity: Sparsity) -> dict[str, Any]:
         """Return the checked parameters of a method's row at a sparsity, with the method's defaults.
@@ -117,9 +121,8 @@ class Study(_Section):
             ValueError: an unknown method or parameter, or an impossible value.
         """
         assert row.method is not None
-        section = CONVERT_SECTIONS.get(row.method)
-        if section is None:
-            raise ValueError(f"rows: {row.label}: unknown method {row.method!r}; known: {', '.join(CONVERT_SECTIONS)}.")
+        _check_method(row.method, f"rows: {row.label}")
+        section = CONVERT_SECTIONS[row.method]
         if "domains" in METHODS[row.method].needs:
             raise ValueError(f"rows: {row.label}: {row.method} reads texts of its own; run it by a recipe.")
         given = {"method": row.method, **sparsity.methods.get(row.method, {}), **row.set}

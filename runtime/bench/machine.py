@@ -22,6 +22,7 @@ def machine() -> dict[str, Any]:
     """
     import psutil
 
+    gpu = moedge_nvml.told()
     return {
         "processor": processor_name(),
         "cores": psutil.cpu_count(logical=False),
@@ -31,19 +32,8 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "moedge": __version__,
-        **_gpu(),
+        **({"gpu": ", driver ".join(filter(None, gpu))} if gpu else {}),
     }
-
-
-def _gpu() -> dict[str, str]:
-    """The first GPU and its driver, where there is one."""
-    nvml = moedge_nvml.found()
-    if nvml is None:
-        return {}
-    try:
-        return {"gpu": ", driver ".join(filter(None, (nvml.name(), nvml.driver())))}
-    finally:
-        nvml.close()
 
 
 def created() -> str:

@@ -27,7 +27,7 @@ from moedge.runtime.commands._options import Device, Dtype, Json, Numbers, Save,
 from moedge.runtime.engines import open_engine
 from moedge.runtime.engines.given import local
 from moedge.runtime.gate import limits
-from moedge.runtime.gate.judge import check_label, judge, no_engine_common
+from moedge.runtime.gate.judge import check_common, check_label, judge
 from moedge.runtime.parity.outcomes import mark
 from moedge.runtime.parity.verdict import Outcome
 from moedge.runtime.progress import single
@@ -122,7 +122,9 @@ def bench(
     folders, tokenizer = _given(engines)
     beside = {} if against is None else _older(folders, against)
     folders |= {label: path for label, (_, path) in beside.items()}
-    check_all_writable(_options(files), [text, *engines[:1], *folders.values(), *([baseline] if baseline else [])])
+    run_folder.check_results(
+        _options(files), [text, *engines[:1], *folders.values(), *([baseline] if baseline else [])]
+    )
     counts = threads.values if threads else (None,)
     profiled = profilable(folders) if profile else {}
     points = grid(prompt.values, decode.values, batch.values if batch else (1,), depth.values, counts)
@@ -199,8 +201,8 @@ class _Judging:
         """
         for limit in self.limits:
             check_label(limit, labels)
-        if self.older is not None and not set(labels) & set(self.older["engines"]):
-            raise MoEdgeError(no_engine_common(self.older))
+        if self.older is not None:
+            check_common(labels, self.older)
 
     def judge(self, result: Bench, beside: Mapping[str, tuple[str, Path]]) -> Gate:
         """Judge a benchmark; ``beside``: what :func:`_older` found."""

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
-from moedge._files import check_all_writable, write_bytes, write_json
+from moedge._files import write_bytes, write_json
 from moedge.runtime.commands._late import shown
 from moedge.runtime.commands._options import Device, HoldoutEvery, Json, Save
 from moedge.runtime.engines.given import existing
@@ -60,7 +60,7 @@ def diagnose(
     folder = run_folder.converted(path) if run_folder.is_run(path) else path
     if plot is not None and plot.suffix not in (".svg", ".png"):
         raise MoEdgeError(f"--plot {plot}: write a .svg or .png file.")
-    check_all_writable({"--save": save, "--plot": plot}, [folder, *(text or []), *([dense] if dense else [])])
+    run_folder.check_results({"--save": save, "--plot": plot}, [folder, *(text or []), *([dense] if dense else [])])
     if stability and dense is None and not run_folder.is_run(path):
         raise MoEdgeError("--stability converts again, which needs the dense parent: give it with --dense.")
     if not (folder / "plan.json").is_file():

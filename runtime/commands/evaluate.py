@@ -9,12 +9,13 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from moedge._files import check_all_writable, write_json
+from moedge._files import write_json
 from moedge.runtime.bench.machine import commit, created, machine
 from moedge.runtime.commands._late import shown
 from moedge.runtime.commands._options import Device, HoldoutEvery, Json, Save, Threads
 from moedge.runtime.commands._questions import Limit, Shots, TaskData, Tasks, questions
 from moedge.runtime.progress import single
+from moedge.runtime.run import run_folder
 from moedge.runtime.run.scores import Evaluation, scores
 from moedge.runtime.tables import Sheet
 
@@ -54,7 +55,7 @@ def evaluate(
       moedge evaluate ./my-llama build/moe --tasks arc_easy,piqa,sciq --limit 200
       moedge evaluate ./my-llama build/moe build/bundles/ort-cpu-int8 --tasks hellaswag
     """
-    check_all_writable({"--save": save}, [*models, *(text or [])])
+    run_folder.check_results({"--save": save}, [*models, *(text or [])])
     asked = questions(tasks, task_data, shots, limit)
     evaluation = Evaluation(
         texts=text or ([] if asked.tasks else ["asset:wiki"]),

@@ -9,10 +9,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from moedge._files import check_all_writable, write_text
+from moedge._files import write_text
 from moedge.runtime.commands._options import Json
 from moedge.runtime.history import page, read, steps
 from moedge.runtime.history.schema import SCHEMA, History
+from moedge.runtime.run import run_folder
 
 
 def history(
@@ -34,7 +35,7 @@ def history(
       moedge history runs/
       moedge history results/ --html history.html
     """
-    check_all_writable({"--html": html}, [given for given in results if given.is_file()])
+    run_folder.check_results({"--html": html}, [given for given in results if given.is_file()])
     series, files, notes = read.collect(results)
     if steps.available():
         for one in series:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from moedge import MoEdgeError
-from moedge._files import check_all_writable, write_text
+from moedge._files import write_text
 from moedge._progress import Progress
 from moedge.runtime.bench.machine import commit, created, machine
 from moedge.runtime.commands._late import said_last, shown
@@ -28,6 +28,7 @@ from moedge.runtime.parity.results import Verification
 from moedge.runtime.parity.sample import Sample
 from moedge.runtime.progress import single
 from moedge.runtime.report import checks, ci
+from moedge.runtime.run import run_folder
 from moedge.runtime.tables import Sheet
 
 
@@ -122,7 +123,7 @@ def verify(
     if save_reference and (unread := [option for option in ("--junit", "--html", "--markdown") if files[option]]):
         raise MoEdgeError(f"--save-reference checks nothing, so there is nothing to write for {' and '.join(unread)}.")
     read = [reference, test, kept, baseline, text, tolerances]
-    check_all_writable(files, [given for given in read if given is not None])
+    run_folder.check_results(files, [given for given in read if given is not None])
     with single("verify", str(reference)) as reporter:
         if save_reference:
             opening: Opening = {"threads": threads, "pytorch": {"device": device}}

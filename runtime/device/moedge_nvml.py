@@ -106,6 +106,17 @@ class Nvml:
         self._lib.nvmlShutdown()
 
 
+def told() -> tuple[str | None, str | None] | None:
+    """Name of the GPU and version of its driver, as far as NVML tells them; None where there is no GPU."""
+    nvml = found()
+    if nvml is None:
+        return None
+    try:
+        return nvml.name(), nvml.driver()
+    finally:
+        nvml.close()
+
+
 def found() -> Nvml | None:
     """Open the GPU, or return None where there is none."""
     try:

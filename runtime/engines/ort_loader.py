@@ -251,13 +251,8 @@ def _info(
 
 def _gpu() -> str:
     """The first CUDA device by its name, as PyTorch's engines call it: times of two GPUs are not one engine's."""
-    nvml = moedge_nvml.found()
-    if nvml is None:
-        return "CUDA device 0"
-    try:
-        return f"{nvml.name() or 'CUDA device'} (cuda:0)"
-    finally:
-        nvml.close()
+    told = moedge_nvml.told()
+    return "CUDA device 0" if told is None else f"{told[0] or 'CUDA device'} (cuda:0)"
 
 
 def _dequantized(bundle: Bundle, other: str | Path) -> dict[str, tuple[np.ndarray, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,6 +77,7 @@ def _compared(result: Bench, baseline: Bench) -> tuple[list[_Pair], list[str]]:
     An engine that others are compared by, and that has none to be compared by itself, is not judged: it did not change.
     """
     _same_machine(result, baseline)
+    check_common(result["engines"], baseline)
     both = [label for label in result["engines"] if label in baseline["engines"]]
     otherwise = {label: words for label in both if (words := _otherwise(label, result, baseline))}
     both = [label for label in both if label not in otherwise]
@@ -84,7 +85,7 @@ def _compared(result: Bench, baseline: Bench) -> tuple[list[_Pair], list[str]]:
     only = [label for label, control in controls.items() if control is None and label in controls.values()]
     pairs = list(_since(result, baseline, {label: controls[label] for label in both if label not in only}))
     if not pairs:
-        raise MoEdgeError(next(iter(otherwise.values()), None) or _nothing_common(result, baseline))
+        raise MoEdgeError(next(iter(otherwise.values()), None) or _nothing_common(baseline))
     notes = list(otherwise.values())
     notes += [f"{label} did not change; others are compared by it, and it is not judged" for label in only]
     return pairs, [*_left_out(result, baseline), *notes]
@@ -261,16 +262,19 @@ def _otherwise(label: str, result: Bench, baseline: Bench) -> str | None:
     return f"{label} ran otherwise in the baseline ({'; '.join(changed)}) and is not compared; ask for the same"
 
 
-def no_engine_common(baseline: Bench) -> str:
-    """What is said where no engine of a baseline is timed again."""
-    labels = ", ".join(baseline["engines"])
-    return f"The baseline has no engine of the same name; it has: {labels}. Give a name with NAME=PATH."
+def check_common(labels: Iterable[str], baseline: Bench) -> None:
+    """Refuse a baseline none of whose engines is timed again.
+
+    Raises:
+        MoEdgeError: none is.
+    """
+    if not set(labels) & set(baseline["engines"]):
+        there = ", ".join(baseline["engines"])
+        raise MoEdgeError(f"The baseline has no engine of the same name; it has: {there}. Give a name with NAME=PATH.")
 
 
-def _nothing_common(result: Bench, baseline: Bench) -> str:
-    """Why nothing can be compared, and what to do."""
-    if not set(result["engines"]) & set(baseline["engines"]):
-        return no_engine_common(baseline)
+def _nothing_common(baseline: Bench) -> str:
+    """Why nothing of engines that both have can be compared, and what to do."""
     points = "; ".join(words(point) for point in baseline["points"])
     return f"The baseline was timed at other points: {points}. Ask for the same ones."
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,35 @@ from moedge.runtime.run.refs import TORCH_DENSE, TORCH_MOE, EngineRef, Role
 RUN_SCHEMA = "moedge.run/1"
 
 
-is_run = _files.is_run
+_ON_TOP = ("run.json", "report.json", "report.md", "report.html", "frontier.json", "frontier.md", "frontier.html")
+"""What a run writes on top of its folder."""
+
+
+def is_run(path: Path) -> bool:
+    """Tell whether ``path`` is a run folder."""
+    return (path / "run.json").is_file()
+
+
+def check_results(files: Mapping[str, Path | None], inputs: Iterable[Path | str]) -> None:
+    """Refuse files of results that cannot be written, or that a command reads.
+
+    Args:
+        files: by the option that names them. They replace what a file of their name holds, as results of tests do.
+        inputs: what the command reads. Beside its report a run has room for more.
+
+    Raises:
+        MoEdgeError: a file cannot be written, is an input, or lies in a folder that is one.
+    """
+    _files.check_all_writable(files)
+    read = [Path(given).resolve() for given in inputs if Path(given).exists()]
+    for option, path in ((option, path) for option, path in files.items() if path is not None):
+        place = path.resolve()
+        for given in read:
+            if place == given:
+                raise MoEdgeError(f"{option} {path} is read by this command; name another file.")
+            beside = place.parent == given and is_run(given) and place.name not in _ON_TOP
+            if given in place.parents and not beside:
+                raise MoEdgeError(f"{option} {path} lies in {given}, which this command reads; name a file elsewhere.")
 
 
 def check_free(root: Path) -> None:
@@ -121,7 +150,10 @@ def bundles(run: Path, *, dense: bool = True) -> dict[EngineRef, Path]:
 
     ``dense=False`` leaves out exports of the dense parent, too (an older recipe may have left some behind).
     """
-    left = leftovers(run)
+    return _bundles(run, leftovers(run), dense=dense)
+
+
+def _bundles(run: Path, left: Mapping[str, str], *, dense: bool) -> dict[EngineRef, Path]:
     return {
         EngineRef(manifest.parent.name, role): manifest.parent
         for stage, role in _BUNDLES
@@ -141,12 +173,12 @@ def engines(run: Path, *, dense_bundles: bool = True) -> dict[EngineRef, Path]:
 
     ``dense_bundles``: see :func:`bundles`.
     """
-    found = {}
+    found, left = {}, leftovers(run)
     if (run / "source" / "source.json").is_file():
         found[TORCH_DENSE] = dense(run)
-    if checkpoint(run).is_dir() and "convert" not in leftovers(run):
+    if checkpoint(run).is_dir() and "convert" not in left:
         found[TORCH_MOE] = checkpoint(run)
-    return found | bundles(run, dense=dense_bundles)
+    return found | _bundles(run, left, dense=dense_bundles)
 
 
 def executable(found: dict[EngineRef, Path]) -> tuple[dict[EngineRef, Path], dict[str, str]]:

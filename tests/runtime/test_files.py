@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from moedge import MoEdgeError
-from moedge._files import atomic_dir, check_all_writable, check_writable, remove_partials, write_text
+from moedge._files import atomic_dir, check_writable, remove_partials, write_text
+from moedge.runtime.run.run_folder import check_results
 
 
 def folder(path: Path, text: str = "old") -> Path:
@@ -91,7 +92,7 @@ def test_a_result_is_no_input(result: str, said: str | None, tmp_path: Path, mon
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text("{}")
     with pytest.raises(MoEdgeError, match=re.escape(said)) if said else nullcontext():
-        check_all_writable({"--save": Path(result), "--html": None}, ["text.txt", "model", Path("run"), "asset:wiki"])
+        check_results({"--save": Path(result), "--html": None}, ["text.txt", "model", Path("run"), "asset:wiki"])
 
 
 def test_an_error_leaves_the_old_folder_and_nothing_beside_it(tmp_path: Path) -> None:
