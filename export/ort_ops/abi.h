@@ -129,6 +129,12 @@ class Api {
   bool attribute(const OrtKernelInfo* info, const char* name, float& out) const {
     return found(call<85, OrtStatus*>(info, name, &out));
   }
+  // An input of a node that is a constant of the graph; null where it is computed, or left out.
+  const OrtValue* constant(const OrtKernelInfo* info, size_t index) const {
+    int is_constant = 0;
+    const OrtValue* out = nullptr;
+    return found(call<249, OrtStatus*>(info, index, &is_constant, &out)) && is_constant ? out : nullptr;
+  }
   size_t input_count(const OrtKernelContext* context) const {
     size_t out = 0;
     check(call<88, OrtStatus*>(context, &out));

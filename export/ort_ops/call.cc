@@ -57,13 +57,13 @@ void Call::matrix(size_t index, const char* name, Matrix& matrix, int64_t count)
   }
   const std::string scale_name = std::string(name) + "_scales";
   if (matrix.bits == 32) {
-    matrix.weights = exact(index, name, FLOAT32, rows, false);
+    matrix.weights = copies_.of(exact(index, name, FLOAT32, rows, false));
     if (input(index + 1).data) refuse("input " + scale_name + " is given, and float32 weights have no scales.");
     return;
   }
-  matrix.weights = exact(index, name, UINT8, rows, false);
+  matrix.weights = copies_.of(exact(index, name, UINT8, rows, false));
   matrix.half = input(index + 1).type == FLOAT16;
-  matrix.scales = exact(index + 1, scale_name.c_str(), matrix.half ? FLOAT16 : FLOAT32, scales, false);
+  matrix.scales = copies_.of(exact(index + 1, scale_name.c_str(), matrix.half ? FLOAT16 : FLOAT32, scales, false));
 }
 
 }  // namespace moedge

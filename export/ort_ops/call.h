@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "abi.h"
+#include "pages.h"
 #include "product.h"
 
 namespace moedge {
@@ -20,10 +21,11 @@ std::string describe(int type, const std::vector<int64_t>& dims);
 
 class Call {
  public:
-  Call(const Api& api, OrtKernelContext* context, const char* op)
+  Call(const Api& api, OrtKernelContext* context, const char* op, const Copies& copies)
       : api_(api),
         context_(context),
         op_(op),
+        copies_(copies),
         count_(api.input_count(context)),
         output_count_(api.output_count(context)) {}
 
@@ -40,7 +42,7 @@ class Call {
   Tensor tokens(size_t inputs) const;
 
   // Inputs `index` and `index + 1`: the rows of `matrix` and, of integers, their scales; `count` of them (0: one, and
-  // no dimension for it). Sets its pointers.
+  // no dimension for it). Sets its pointers, to the copies in large pages where there are any.
   void matrix(size_t index, const char* name, Matrix& matrix, int64_t count = 0) const;
 
   float* output(const std::vector<int64_t>& dims) const { return optional_output(0, dims); }
@@ -58,6 +60,7 @@ class Call {
   const Api& api_;
   OrtKernelContext* context_;
   const char* op_;
+  const Copies& copies_;
   size_t count_, output_count_;
 };
 

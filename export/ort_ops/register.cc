@@ -1,6 +1,7 @@
 // What ONNX Runtime calls: the registration of the operators, and between its functions and ours.
 #include <new>
 #include <string>
+#include <utility>
 
 #include "abi.h"
 #include "ops.h"
@@ -18,6 +19,7 @@ const Op& as_op(const OrtCustomOp* op) { return *static_cast<const Op*>(op); }
 struct Kernel {
   const Op* op;
   std::unique_ptr<Node> node;
+  Copies copies;
 };
 
 // Runs work(); what it throws becomes a status.
@@ -37,7 +39,8 @@ OrtStatus* create(const OrtCustomOp* op, ApiTable, const OrtKernelInfo* info, vo
   const Op& self = as_op(op);
   return guarded(self.api, [&] {
     *out = nullptr;
-    *out = new Kernel{&self, self.signature.make(Attributes(self.api, info, self.signature.name))};
+    auto node = self.signature.make(Attributes(self.api, info, self.signature.name));
+    *out = new Kernel{&self, std::move(node), Copies(self.api, info, self.signature.types, self.signature.inputs)};
   });
 }
 
@@ -45,7 +48,7 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
   const Kernel& self = *static_cast<Kernel*>(kernel);
   const Api& api = self.op->api;
   return guarded(api, [&] {
-    self.node->compute(Call(api, context, self.op->signature.name), Threads(api, context));
+    self.node->compute(Call(api, context, self.op->signature.name, self.copies), Threads(api, context));
   });
 }
 
@@ -92,7 +95,8 @@ struct Domain {
   OrtCustomOpDomain* domain = nullptr;
 
   explicit Domain(const Api& api) {
-    kernels();  // a wrong MOEDGE_CPU_ISA is said here, not at the first token
+    kernels();  // a wrong MOEDGE_CPU_ISA or MOEDGE_CPU_PAGES is said here, not at the first token
+    large_pages();
     api.check(api.create_domain("moedge.cpu", &domain));
     for (size_t i = 0; i < COUNT; ++i) {
       fill(ops[i], *SIGNATURES[i], api);
