@@ -13,6 +13,7 @@ weights. Code that is traced is not part of a form: a test that changes such cod
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
@@ -29,6 +30,7 @@ import torch
 from filelock import FileLock
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import nn
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 from transformers import GenerationConfig, PreTrainedConfig
 
 _OF_EVERY_MODULE = {name for name, value in vars(nn.Module()).items() if name != "training" and not value}
@@ -59,13 +61,28 @@ def reused(folder: Path) -> Iterator[None]:
         with FileLock(path.with_suffix(".lock")):
             if path.exists():
                 return types.SimpleNamespace(model=_with_weights(path, weights(module)))
-            program = exporter(module, args, **options)
+            # Fake tensors of one layer's shapes are made once or twice: keeping them takes a fifth of the trace.
+            with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+                program = exporter(module, args, **options)
             _keep(program.model, weights(module), path)
         return program
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.onnx, "export", export)
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(_registry))
         yield
+
+
+_from_torchlib = ONNXRegistry.from_torchlib
+_torchlib = functools.cache(lambda opset_version: _from_torchlib(opset_version))
+
+
+def _registry(opset_version: int) -> ONNXRegistry:
+    """Return what the exporter asks for at each trace: reading the signatures of all operators takes a sixth of it."""
+    known = _torchlib(opset_version)
+    registry = copy.copy(known)
+    registry.functions = {target: list(overloads) for target, overloads in known.functions.items()}
+    return registry
 
 
 def weights(module: nn.Module) -> dict[str, torch.Tensor]:
