@@ -25,6 +25,7 @@ constexpr size_t LEAST_BYTES = 1 << 16;  // of an input: fewer lie in few pages 
 constexpr size_t LARGE_PAGE = size_t{2} << 20;
 constexpr size_t CHUNK = 32 * LARGE_PAGE;  // of addresses; memory is taken as it is written
 constexpr size_t RESERVE = size_t{256} << 20;  // what is left to others: below, weights stay in their file
+constexpr size_t PIECE = 8 * LARGE_PAGE;  // of a weight that is in memory twice while it is copied
 constexpr size_t ALIGNMENT = 4096;         // as in a mapped file, so that rows fall on the same places of a cache
 
 size_t bytes_of(int type, const std::vector<int64_t>& dims) {
@@ -73,7 +74,7 @@ bool is_mapped_file(uintptr_t begin, uintptr_t end) {
 
 // Lets go of the pages of a file that were copied, so that weights are in memory once. Who reads them after all, as the
 // rows of an embedding that is tied to the output, gets them from the file again. Memory that is no file's would be lost.
-void give_back(const void* data, size_t bytes) {
+void give_back(const char* data, size_t bytes) {
   const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)), at = reinterpret_cast<uintptr_t>(data);
   const uintptr_t begin = (at + page - 1) / page * page, end = (at + bytes) / page * page;
   if (begin < end && is_mapped_file(begin, end))
@@ -114,7 +115,7 @@ struct Shared {
   std::map<std::pair<const void*, size_t>, std::weak_ptr<const void>> copies;
 
   // Null where memory is short.
-  std::shared_ptr<const void> copied(const void* from, size_t bytes) {
+  std::shared_ptr<const void> copied(const char* from, size_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex);
     for (auto entry = copies.begin(); entry != copies.end();)
       entry = entry->second.expired() ? copies.erase(entry) : std::next(entry);
@@ -123,11 +124,16 @@ struct Shared {
     // Nodes that read one weight have one copy. Of a session that is just being closed the weights may be gone.
     if (!copy || std::memcmp(copy.get(), from, bytes) != 0) {
       if (available() < bytes + RESERVE) return nullptr;
-      copy = taken((bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
-      std::memcpy(const_cast<void*>(copy.get()), from, bytes);
-      known = copy;
+      known = copy = taken((bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
+      char* to = static_cast<char*>(const_cast<void*>(copy.get()));
+      for (size_t at = 0; at < bytes; at += PIECE) {
+        const size_t size = std::min(PIECE, bytes - at);
+        std::memcpy(to + at, from + at, size);
+        give_back(from + at, size);
+      }
+    } else {
+      give_back(from, bytes);  // that it is the same was read there
     }
-    give_back(from, bytes);
     return copy;
   }
 
@@ -144,7 +150,7 @@ struct Shared {
   }
 };
 
-std::shared_ptr<const void> copied(const void* from, size_t bytes) {
+std::shared_ptr<const void> copied(const char* from, size_t bytes) {
   static Shared* shared = new Shared;  // never released: sessions may end after it would be
   return shared->copied(from, bytes);
 }
@@ -152,7 +158,7 @@ std::shared_ptr<const void> copied(const void* from, size_t bytes) {
 #else
 
 bool gives_large_pages() { return false; }
-std::shared_ptr<const void> copied(const void*, size_t) { return nullptr; }
+std::shared_ptr<const void> copied(const char*, size_t) { return nullptr; }
 
 #endif
 
@@ -175,7 +181,7 @@ Copies::Copies(const Api& api, const OrtKernelInfo* info, const int* types, size
     if (!value) continue;
     std::vector<int64_t> dims;
     const size_t bytes = bytes_of(api.shape(value, dims), dims);
-    const void* data = api.data(value);
+    const char* data = static_cast<const char*>(api.data(value));
     if (bytes < LEAST_BYTES) continue;
     if (std::shared_ptr<const void> copy = copied(data, bytes)) copies_.emplace_back(data, std::move(copy));
   }
