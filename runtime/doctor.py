@@ -244,10 +244,10 @@ def _huge_pages(root: Path = Path("/")) -> str | None:
 
 _HUGE_PAGES = {
     "always": "always",
-    "madvise": "on request: GLIBC_TUNABLES=glibc.malloc.hugetlb=1 (glibc 2.35 and newer) before a command",
+    "madvise": "on request; our CPU operators ask, GLIBC_TUNABLES=glibc.malloc.hugetlb=1 asks for the rest",
     "never": "never",
 }
-"""What to say of :func:`_huge_pages`; docs/speed.md has what they change."""
+"""What to say of :func:`_huge_pages`; docs/kernels-cpu.md has what they change."""
 
 
 def render(result: dict[str, Any]) -> RenderableType:
