@@ -125,6 +125,7 @@ struct Shared {
     if (!copy || std::memcmp(copy.get(), from, bytes) != 0) {
       if (available() < bytes + RESERVE) return nullptr;
       known = copy = taken((bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
+      if (!copy) return nullptr;
       char* to = static_cast<char*>(const_cast<void*>(copy.get()));
       for (size_t at = 0; at < bytes; at += PIECE) {
         const size_t size = std::min(PIECE, bytes - at);
@@ -142,7 +143,11 @@ struct Shared {
     std::shared_ptr<Chunk> from = chunk.lock();
     void* at = from ? from->take(room) : nullptr;
     if (!at) {
-      from = std::make_shared<Chunk>(std::max(CHUNK, (room + LARGE_PAGE - 1) / LARGE_PAGE * LARGE_PAGE));
+      try {
+        from = std::make_shared<Chunk>(std::max(CHUNK, (room + LARGE_PAGE - 1) / LARGE_PAGE * LARGE_PAGE));
+      } catch (const std::bad_alloc&) {  // addresses may be limited: ulimit -v, no overcommitment
+        return nullptr;
+      }
       at = from->take(room);
       chunk = from;
     }

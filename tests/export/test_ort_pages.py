@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import shutil
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -128,6 +130,29 @@ def test_what_was_copied_of_a_file_is_given_back(cpu_library: Path, tmp_path: Pa
     assert int(next(line for line in lines[at:] if line.startswith("Rss:")).split()[1]) < 1024
     given = np.ones((1, 2048), np.float32)
     assert np.allclose(run(made, given), given @ weight + weight.sum(), atol=1e-2)
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+import numpy as np, onnxruntime
+from moedge.export.ort_ops import pack
+from moedge.tests.export.cpu_nodes import linear, random, run
+
+weight, x = random(1, 512, 256), random(2, 1, 512)
+packed = pack.Packed(weight, None, 32, 256)
+onnxruntime.SessionOptions().register_custom_ops_library(sys.argv[1])  # loads it
+taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + 40 * 2**20,) * 2)  # less than a chunk has
+assert np.allclose(run(linear(Path(sys.argv[1]), packed, None), x), x @ weight, atol=1e-4)
+"""
+
+
+@copies_are_made
+def test_where_addresses_are_short_weights_stay_in_their_place(cpu_library: Path) -> None:
+    command = [sys.executable, "-c", LIMITED, str(cpu_library)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_where_weights_lie_is_named_as_it_is_known(
