@@ -73,8 +73,7 @@ def reused(folder: Path) -> Iterator[None]:
         yield
 
 
-_from_torchlib = ONNXRegistry.from_torchlib
-_torchlib = functools.cache(lambda opset_version: _from_torchlib(opset_version))
+_torchlib = functools.cache(ONNXRegistry.from_torchlib)
 
 
 def _registry(opset_version: int) -> ONNXRegistry:

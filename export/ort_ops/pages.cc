@@ -12,6 +12,7 @@
 #include <new>
 #include <string>
 #include <utility>
+#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -97,7 +98,7 @@ class Chunk {
   ~Chunk() { munmap(memory_, size_); }
 
   // Null where less is left.
-  void* take(size_t bytes) {
+  char* take(size_t bytes) {
     if (bytes > static_cast<size_t>(end_ - next_)) return nullptr;
     return std::exchange(next_, next_ + bytes);
   }
@@ -112,36 +113,34 @@ class Chunk {
 struct Shared {
   std::mutex mutex;
   std::weak_ptr<Chunk> chunk;
-  std::map<std::pair<const void*, size_t>, std::weak_ptr<const void>> copies;
+  std::map<std::pair<const void*, size_t>, std::weak_ptr<char>> copies;
 
   // Null where memory is short.
-  std::shared_ptr<const void> copied(const char* from, size_t bytes) {
+  std::shared_ptr<char> copied(const char* from, size_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex);
     for (auto entry = copies.begin(); entry != copies.end();)
       entry = entry->second.expired() ? copies.erase(entry) : std::next(entry);
-    std::weak_ptr<const void>& known = copies[{from, bytes}];
-    std::shared_ptr<const void> copy = known.lock();
+    std::weak_ptr<char>& known = copies[{from, bytes}];
+    std::shared_ptr<char> copy = known.lock();
     // Nodes that read one weight have one copy. Of a session that is just being closed the weights may be gone.
-    if (!copy || std::memcmp(copy.get(), from, bytes) != 0) {
-      if (available() < bytes + RESERVE) return nullptr;
-      known = copy = taken((bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
-      if (!copy) return nullptr;
-      char* to = static_cast<char*>(const_cast<void*>(copy.get()));
-      for (size_t at = 0; at < bytes; at += PIECE) {
-        const size_t size = std::min(PIECE, bytes - at);
-        std::memcpy(to + at, from + at, size);
-        give_back(from + at, size);
-      }
-    } else {
+    if (copy && std::memcmp(copy.get(), from, bytes) == 0) {
       give_back(from, bytes);  // that it is the same was read there
+      return copy;
+    }
+    if (available() < bytes + RESERVE) return nullptr;
+    known = copy = taken((bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
+    for (size_t at = 0; copy && at < bytes; at += PIECE) {
+      const size_t size = std::min(PIECE, bytes - at);
+      std::memcpy(copy.get() + at, from + at, size);
+      give_back(from + at, size);
     }
     return copy;
   }
 
  private:
-  std::shared_ptr<const void> taken(size_t room) {
+  std::shared_ptr<char> taken(size_t room) {
     std::shared_ptr<Chunk> from = chunk.lock();
-    void* at = from ? from->take(room) : nullptr;
+    char* at = from ? from->take(room) : nullptr;
     if (!at) {
       try {
         from = std::make_shared<Chunk>(std::max(CHUNK, (room + LARGE_PAGE - 1) / LARGE_PAGE * LARGE_PAGE));
@@ -155,7 +154,7 @@ struct Shared {
   }
 };
 
-std::shared_ptr<const void> copied(const char* from, size_t bytes) {
+std::shared_ptr<char> copied(const char* from, size_t bytes) {
   static Shared* shared = new Shared;  // never released: sessions may end after it would be
   return shared->copied(from, bytes);
 }
@@ -163,7 +162,7 @@ std::shared_ptr<const void> copied(const char* from, size_t bytes) {
 #else
 
 bool gives_large_pages() { return false; }
-std::shared_ptr<const void> copied(const char*, size_t) { return nullptr; }
+std::shared_ptr<char> copied(const char*, size_t) { return nullptr; }
 
 #endif
 
@@ -181,14 +180,15 @@ bool large_pages() {
 }
 
 Copies::Copies(const Api& api, const OrtKernelInfo* info, const int* types, size_t inputs) {
-  for (size_t i = 0; i < inputs && large_pages(); ++i) {
+  if (!large_pages()) return;
+  for (size_t i = 0; i < inputs; ++i) {
     const OrtValue* value = types[i] == ANY ? api.constant(info, i) : nullptr;
     if (!value) continue;
     std::vector<int64_t> dims;
     const size_t bytes = bytes_of(api.shape(value, dims), dims);
     const char* data = static_cast<const char*>(api.data(value));
     if (bytes < LEAST_BYTES) continue;
-    if (std::shared_ptr<const void> copy = copied(data, bytes)) copies_.emplace_back(data, std::move(copy));
+    if (std::shared_ptr<char> copy = copied(data, bytes)) copies_.emplace_back(data, std::move(copy));
   }
 }
 

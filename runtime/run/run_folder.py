@@ -34,7 +34,9 @@ def check_results(files: Mapping[str, Path | None], inputs: Iterable[Path | str]
     """
     _files.check_all_writable(files)
     read = [Path(given).resolve() for given in inputs if Path(given).exists()]
-    for option, path in ((option, path) for option, path in files.items() if path is not None):
+    for option, path in files.items():
+        if path is None:
+            continue
         place = path.resolve()
         for given in read:
             if place == given:
