@@ -5,6 +5,7 @@
 // token t lie at `x + t * rows`, element [row][token in tile] (but for float_strips(), which takes them as they are).
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -100,11 +101,13 @@ struct Tiles {
 // What centres a sum of products with weights as they are stored: minus their zero point times the sum of x.
 inline int32_t minus_zero(bool four, int32_t sum) { return -(four ? 8 : 128) * sum; }
 
-// What float_strips() copies: rows at once, and floats of its scratch.
-constexpr size_t FLOAT_STRIP_ROWS = 512, FLOAT_STRIP_SCRATCH = 2 * FLOAT_STRIP_ROWS * 32;
+// What float_strips() copies for more tokens than WIDE_PANEL_TOKENS, and for fewer: rows of one strip. A strip of rows of
+// either and the inputs of a tile are what the second and the first level of a cache hold.
+constexpr size_t WIDE_PANEL_TOKENS = 64, WIDE_PANEL_ROWS = 320, WIDE_PANEL_STRIPS = 4, PANEL_ROWS = 512;
 
-// Columns that a task of float_strips() has at least, for whole strips in every instruction set.
-constexpr size_t FLOAT_STRIP_COLUMNS = 64;
+// Columns that a task of float_strips() has at least: a strip of the widest instruction set, whole ones of the others.
+constexpr size_t FLOAT_STRIP_COLUMNS = 32;
+constexpr size_t FLOAT_STRIP_SCRATCH = 2 * std::max(WIDE_PANEL_ROWS * WIDE_PANEL_STRIPS, PANEL_ROWS) * FLOAT_STRIP_COLUMNS;
 
 // The best table that this processor runs, or the one that MOEDGE_CPU_ISA names. Throws Invalid for a name that is
 // unknown or that the processor cannot run.

@@ -239,68 +239,80 @@ void float_rows(const FloatProduct& p, size_t begin, size_t end) {
   }
 }
 
-// A part of a matrix that is copied to one place, [row][STRIP]: rows of a wide matrix are many pages apart, and where
-// their distance is a power of two, a cache holds few of them.
-struct Strip {
-  size_t begin, end;  // rows
+// A part of a matrix that is copied to one place, strip after strip, [row][STRIP]: rows of a wide matrix are many pages
+// apart, and where their distance is a power of two, a cache holds few of them. All strips of a panel are computed for a
+// tile of tokens before the next tile, so its inputs come from the first level for all strips but one.
+struct Panel {
+  size_t begin, end;     // rows
   size_t column, width;
 
-  // The next one in [first, last) of the columns: to the right, then further down.
-  Strip following(const FloatProduct& p, size_t first, size_t last, size_t height) const {
-    if (column + STRIP < last) return {begin, end, column + STRIP, std::min(STRIP, last - column - STRIP)};
-    return {end, std::min(end + height, p.num_rows), first, std::min(STRIP, last - first)};
+  // The next one of columns up to `last`: further down, then to the right.
+  Panel following(const FloatProduct& p, size_t last, size_t height) const {
+    if (end < p.num_rows) return {end, std::min(end + height, p.num_rows), column, width};
+    return {0, column + width < last ? height : 0, column + width, std::min(width, last - column - width)};
   }
-  const float* row(const FloatProduct& p, size_t r) const { return p.weights + (begin + r) * p.columns + column; }
-  // Rows of it, counted from its first.
-  Ahead ahead(const FloatProduct& p, size_t from, size_t to) const {
-    to = std::min(to, end - begin);
-    return {row(p, from), p.columns, from < to ? to - from : 0};
+  size_t rows() const { return end - begin; }
+  size_t strips() const { return (width + STRIP - 1) / STRIP; }
+  const float* row(const FloatProduct& p, size_t r, size_t strip) const {
+    return p.weights + (begin + r) * p.columns + column + strip * STRIP;
+  }
+  // Rows of a strip of it, counted from its first.
+  Ahead ahead(const FloatProduct& p, size_t from, size_t to, size_t strip) const {
+    to = std::min(to, rows());
+    return {row(p, from, strip), p.columns, from < to && strip < strips() ? to - from : 0};
   }
   void copy(const FloatProduct& p, size_t from, size_t to, float* out) const {
-    for (size_t r = from; r < std::min(to, end - begin); ++r) {
-      const float* values = row(p, r);
-      if (width == STRIP) {
-        V::store(out + r * STRIP, V::load(values));
-        V::store(out + r * STRIP + LANES, V::load(values + LANES));
-      } else {
-        for (size_t i = 0; i < STRIP; ++i) out[r * STRIP + i] = i < width ? values[i] : 0.0f;
+    to = std::min(to, rows());
+    for (size_t strip = 0; strip < strips(); ++strip, out += rows() * STRIP) {
+      const size_t columns = std::min(STRIP, width - strip * STRIP);
+      for (size_t r = from; r < to; ++r) {
+        const float* values = row(p, r, strip);
+        if (columns == STRIP) {
+          V::store(out + r * STRIP, V::load(values));
+          V::store(out + r * STRIP + LANES, V::load(values + LANES));
+        } else {
+          for (size_t i = 0; i < STRIP; ++i) out[r * STRIP + i] = i < columns ? values[i] : 0.0f;
+        }
       }
     }
   }
 };
 
-inline void strip_of_tile(const FloatProduct& p, const Strip& strip, const float* weights, const Tiles& tiles,
-                          size_t tile, const Ahead& ahead) {
+inline void strip_of_tile(const FloatProduct& p, const Panel& panel, size_t strip, const float* weights,
+                          const Tiles& tiles, size_t tile, const Ahead& ahead) {
   static constexpr auto BLOCKS = strip_blocks(std::make_index_sequence<V::FLOAT_TILE>());
-  const size_t t = tiles.begin(tile), w = tiles.width(tile), rows = strip.end - strip.begin;
-  const float* x = p.x + t * p.x_stride + strip.begin;
-  float* y = p.y + t * p.y_stride + strip.column;
-  const bool add = strip.begin != 0;
-  if (strip.width == STRIP) return BLOCKS[w](weights, rows, x, p.x_stride, y, p.y_stride, add, ahead);
+  const size_t t = tiles.begin(tile), w = tiles.width(tile), columns = std::min(STRIP, panel.width - strip * STRIP);
+  const float* x = p.x + t * p.x_stride + panel.begin;
+  float* y = p.y + t * p.y_stride + panel.column + strip * STRIP;
+  weights += strip * panel.rows() * STRIP;
+  const bool add = panel.begin != 0;
+  if (columns == STRIP) return BLOCKS[w](weights, panel.rows(), x, p.x_stride, y, p.y_stride, add, ahead);
   float edge[V::FLOAT_TILE * STRIP] = {};
-  for (size_t i = 0; i < w && add; ++i)
-    std::copy(y + i * p.y_stride, y + i * p.y_stride + strip.width, edge + i * STRIP);
-  BLOCKS[w](weights, rows, x, p.x_stride, edge, STRIP, true, ahead);
-  for (size_t i = 0; i < w; ++i) std::copy(edge + i * STRIP, edge + i * STRIP + strip.width, y + i * p.y_stride);
+  for (size_t i = 0; i < w && add; ++i) std::copy(y + i * p.y_stride, y + i * p.y_stride + columns, edge + i * STRIP);
+  BLOCKS[w](weights, panel.rows(), x, p.x_stride, edge, STRIP, true, ahead);
+  for (size_t i = 0; i < w; ++i) std::copy(edge + i * STRIP, edge + i * STRIP + columns, y + i * p.y_stride);
 }
 
 void float_strips(const FloatProduct& p, size_t begin, size_t end, float* scratch) {
   if (begin == end || p.num_rows == 0) return;
   const Tiles tiles(p.tokens, V::FLOAT_TILE);
-  const size_t height = Tiles(p.num_rows, FLOAT_STRIP_ROWS).width(0);
-  float *now = scratch, *next = scratch + FLOAT_STRIP_ROWS * STRIP;
-  Strip strip{0, height, begin, std::min(STRIP, end - begin)};
-  strip.copy(p, 0, height, now);
-  while (strip.begin < strip.end) {
-    const Strip coming = strip.following(p, begin, end, height);
-    // With each tile a slice of the next strip comes in: prefetched beside one tile, copied after the next.
+  // Nothing is computed while the first panel is copied, so few tokens have a narrow one.
+  const bool wide = p.tokens > WIDE_PANEL_TOKENS;
+  const size_t height = Tiles(p.num_rows, wide ? WIDE_PANEL_ROWS : PANEL_ROWS).width(0);
+  float *now = scratch, *next = scratch + FLOAT_STRIP_SCRATCH / 2;
+  Panel panel{0, height, begin, std::min(STRIP * (wide ? WIDE_PANEL_STRIPS : 1), end - begin)};
+  panel.copy(p, 0, height, now);
+  while (panel.begin < panel.end) {
+    const Panel coming = panel.following(p, end, height);
+    // With each tile a slice of the next panel comes in: prefetched beside one tile, copied after the next.
     const size_t slice = tiles.count > 1 ? (height + tiles.count - 2) / (tiles.count - 1) : height;
     for (size_t tile = 0; tile < tiles.count; ++tile) {
-      strip_of_tile(p, strip, now, tiles, tile, coming.ahead(p, tile * slice, (tile + 1) * slice));
+      for (size_t strip = 0; strip < panel.strips(); ++strip)
+        strip_of_tile(p, panel, strip, now, tiles, tile, coming.ahead(p, tile * slice, (tile + 1) * slice, strip));
       if (tile) coming.copy(p, (tile - 1) * slice, tile * slice, next);
     }
     if (tiles.count == 1) coming.copy(p, 0, height, next);
-    strip = coming;
+    panel = coming;
     std::swap(now, next);
   }
 }

@@ -83,12 +83,12 @@ def test_the_largest_sums_are_exact(cpu_library: Path, isa: str, bits: int) -> N
         assert difference(run(made, x), exact * 0.5 / 127) < 1e-6, tokens
 
 
-@pytest.mark.parametrize(("inputs", "outputs"), [(70, 50), (600, 130), (70, 8405)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(70, 50), (600, 130), (70, 8405), (700, 1003)])  # windows; panels
 def test_floats_are_right_to_their_rounding(cpu_library: Path, isa: str, inputs: int, outputs: int) -> None:
     weight, bias = random(1, outputs, inputs), random(3, outputs)
     threshold = np.abs(random(2, inputs)) * np.float32(0.7)
     ours = linear(cpu_library, pack.pack_floats(weight), threshold, bias)
-    for tokens in TOKENS:
+    for tokens in (*TOKENS, 100):
         x = random(tokens, tokens, inputs)
         kept = mask(x, threshold).astype(np.float64)
         # Each of K additions and products rounds to 2**-24 of what was summed so far.

@@ -185,6 +185,27 @@ def test_only_the_fixed_margin_excuses_a_changed_choice(size: float, factor: flo
     assert ("decode.top1.agreement" in failed(result)) is not excused
 
 
+@pytest.mark.parametrize(("limit", "wrong", "passes"), [(0.98, 1, True), (0.98, 2, False), (1.0, 1, False)])
+def test_a_limit_below_one_leaves_room_for_one_token(limit: float, wrong: int, passes: bool) -> None:
+    """2 % of 21 decoded tokens is less than one: without that room the limit would ask for all of them."""
+
+    def reference(logits: np.ndarray, position: int, phase: str) -> np.ndarray:
+        return exchange_best_two(2.0)[0](logits, position, phase)
+
+    seen: list[int] = []
+
+    def test(logits: np.ndarray, position: int, phase: str) -> np.ndarray:
+        seen.extend([position] * (position == 7))
+        spoilt = position == 7 and len(seen) <= wrong
+        return exchange_best_two(2.0)[1 if spoilt else 0](logits, position, phase)
+
+    limits = LIMITS.model_copy(update={"top1_agreement": limit})
+    result = compare(Scripted(reference), Scripted(test), IDS, prefill=PREFILL, tolerances=limits)
+    top1 = result["phases"]["decode"]["top1"]
+    assert (top1["compared"], top1["disagreements"]) == (WINDOWS * (LENGTH - PREFILL), wrong)
+    assert ("decode.top1.agreement" not in failed(result)) is passes
+
+
 def test_a_large_error_does_not_excuse_itself() -> None:
     """The margin does not grow with the error: all choices changed is all choices failed, not all excluded."""
     result = run(lambda logits, position, phase: -logits)
