@@ -22,7 +22,7 @@ from moedge.convert import ops as _ops  # noqa: F401 - registers torch.ops.moedg
 from moedge.convert.adapters import MOE_PREFIX
 from moedge.convert.compat import cache_argument
 from moedge.convert.errors import errors_alone
-from moedge.export import attention, functions
+from moedge.export import attention, functions, retrace
 from moedge.export.graph import nodes
 
 if TYPE_CHECKING:
@@ -251,7 +251,7 @@ def trace(model: PreTrainedModel) -> ir.Model:
     previous = config._attn_implementation
     model.set_attn_implementation(attention.IMPLEMENTATION)
     try:
-        with _quiet(), torch.no_grad(), _traceable_rotary(model):
+        with _quiet(), torch.no_grad(), _traceable_rotary(model), retrace.spared():
             program = torch.onnx.export(
                 _WithFlatCache(model).eval(),
                 _dummy_inputs(config, facts),

@@ -41,8 +41,16 @@ size_t parts_of(size_t bytes, size_t sums_bytes) {
   return std::max<size_t>(most, 1);
 }
 
-// Tasks of a product that is cut by columns: some more than threads, as one may be held up.
-size_t strip_tasks(size_t units) { return std::max<size_t>(1, std::min(units, 2 * std::min(processors(), MOST_PARTS))); }
+// Tasks of a product that is cut by columns: some for each thread, as one may be held up, but none so small that its
+// beginning counts, for which nothing is prefetched. All of one size where the columns allow it, or the last is waited for.
+size_t strip_tasks(size_t strips, size_t tokens) {
+  constexpr size_t MOST = 3, LEAST_WORK = 1024;  // tasks a thread; strips times tokens of a task
+  const size_t threads = std::min(processors(), MOST_PARTS);
+  const size_t most = std::clamp<size_t>(strips * tokens / (threads * LEAST_WORK), 1, MOST);
+  for (size_t each = most; each; --each)
+    if (strips % (threads * each) == 0) return threads * each;
+  return std::max<size_t>(1, std::min(strips, threads * (most + 1)));
+}
 
 // Runs part(p, sums [tokens][columns]) for p < parts, each with zeroed sums of its own, and adds them into y.
 template <typename Part>
@@ -310,7 +318,7 @@ void Product::multiply(const Matrix& matrix, const Few& few, size_t tokens, floa
 void Product::many_floats(const Matrix& matrix, const float* x, size_t tokens, float* y, size_t y_stride) const {
   const FloatProduct p{static_cast<const float*>(matrix.weights), matrix.outputs, nullptr, matrix.inputs, x,
                        stride_of(matrix.inputs), tokens, y, y_stride};
-  const size_t strips = (matrix.outputs + FLOAT_STRIP_COLUMNS - 1) / FLOAT_STRIP_COLUMNS, tasks = strip_tasks(strips);
+  const size_t strips = (matrix.outputs + FLOAT_STRIP_COLUMNS - 1) / FLOAT_STRIP_COLUMNS, tasks = strip_tasks(strips, tokens);
   float* scratch = memory.parts.get<float>(tasks * FLOAT_STRIP_SCRATCH);
   const Kernels& kernels = kernels_;
   threads_.run(tasks, [=, &kernels](size_t task) {
@@ -352,7 +360,7 @@ void Product::many_integers(const Matrix& matrix, const float* x, size_t tokens,
   p.x = packed;
   p.x_scales = x_scales;
   p.starts = starts;
-  const size_t lines = p.lines, tasks = strip_tasks(lines);
+  const size_t lines = p.lines, tasks = strip_tasks(lines, tokens);
   const auto kernel = matrix.bits == 4 ? kernels_.int4_strips : kernels_.int8_strips;
   threads_.run(tasks, [=](size_t task) { kernel(p, lines * task / tasks, lines * (task + 1) / tasks, all); });
   for (size_t t = 0; t < tokens; ++t) poison_token(round.scales + t * all, all, y + t * y_stride, p.columns);
