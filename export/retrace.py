@@ -2,12 +2,13 @@
 
 The exporter traces a model and then traces the result again (``ExportedProgram.run_decompositions``), to take operators
 apart that have no ONNX function: half of its time. A decoder has few of them, all of one kind: they give their input
-another type or shape. Here these are rewritten in place. What remains is looked at; if one operator is left that the
-exporter would take apart or that changes its input, the second trace is made as ever.
+another type, or the one that it has. Here these are rewritten in place. What remains is looked at; if one operator is left
+that the exporter would take apart, that is made of others or that changes its input, the second trace is made as ever.
 """
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,9 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 aten = torch.ops.aten
+_CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.type_as.default}
+_WHOLE = {aten.linear.default, aten.sym_size.int}
+"""Made of others in torch, and with an ONNX function of their own."""
 Table = Mapping[Any, Callable[..., Any]]
 
 
@@ -38,7 +42,7 @@ def spared() -> Iterator[None]:
 
 
 def needs_none(program: ExportedProgram, table: Table) -> bool:
-    """Whether nothing is left to take apart, after what only changes types and shapes was rewritten in place.
+    """Whether nothing is left to take apart, after what only changes types was rewritten in place.
 
     Args:
         program: a traced model; it computes the same before and after.
@@ -54,27 +58,34 @@ def needs_none(program: ExportedProgram, table: Table) -> bool:
 
 
 def _stays(node: Node, table: Table) -> bool:
-    if node.op == "get_attr":
+    if node.op in ("placeholder", "output"):
+        return True
+    if node.op != "call_function":
         return False  # a constant or a subgraph
     if not isinstance(node.target, torch._ops.OpOverload):
-        return node.op != "call_function" or not isinstance(node.target, torch._ops.HigherOrderOperator)
-    return node.target not in table and not node.target._schema.is_mutable
+        return isinstance(node.target, types.BuiltinFunctionType)  # arithmetic with sizes
+    composite = node.target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+    kept = node.target in _WHOLE or not composite
+    return kept and node.target not in table and not node.target._schema.is_mutable
 
 
 def _rewrite(node: Node) -> None:
-    if node.target == aten.reshape.default:
-        node.target = aten.view.default  # one node of ONNX, whatever the strides
-    elif node.target in (aten.to.dtype, aten.to.device):
-        _rewrite_cast(node)
-
-
-def _rewrite_cast(node: Node) -> None:
-    (given, *_), asked = node.args, {name: node.kwargs[name] for name in ("memory_format",) if node.kwargs.get(name)}
-    if not isinstance(given, Node) or asked or node.meta["val"].device != given.meta["val"].device:
+    """Put what the second trace would find in place of a node that gives its input another type or shape, or nothing new."""
+    given = node.args[0] if node.args else None
+    if not isinstance(given, Node) or "val" not in given.meta or node.kwargs.get("memory_format"):
         return
-    dtype = node.meta["val"].dtype
-    if dtype == given.meta["val"].dtype:
-        node.replace_all_uses_with(given)
-        node.graph.erase_node(node)
-    else:
-        node.target, node.args, node.kwargs = aten._to_copy.default, (given,), {"dtype": dtype}
+    before, after = given.meta["val"], node.meta["val"]
+    if node.target == aten.reshape.default and before.is_contiguous():
+        node.target = aten.view.default
+    elif node.target == aten.dropout.default and node.args[2] is False:
+        _drop(node, given)
+    elif node.target in _CASTS and (before.device, before.layout) == (after.device, after.layout):
+        if before.dtype == after.dtype:
+            _drop(node, given)
+        else:
+            node.target, node.args, node.kwargs = aten._to_copy.default, (given,), {"dtype": after.dtype}
+
+
+def _drop(node: Node, given: Node) -> None:
+    node.replace_all_uses_with(given)
+    node.graph.erase_node(node)
