@@ -2,8 +2,8 @@
 
 The exporter traces a model and then traces the result again (``ExportedProgram.run_decompositions``), to take operators
 apart that have no ONNX function: half of its time. A decoder has few of them, all of one kind: they give their input
-another type, or the one that it has. Here these are rewritten in place. What remains is looked at; if one operator is left
-that the exporter would take apart, that is made of others or that changes its input, the second trace is made as ever.
+another type or shape, or nothing new. Here these are rewritten in place. What remains is looked at; if one operator is
+left that the exporter would take apart, that is made of others or that changes its input, the second trace is made.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _stays(node: Node, table: Table) -> bool:
 
 
 def _rewrite(node: Node) -> None:
-    """Put what the second trace would find in place of a node that gives its input another type or shape, or nothing new."""
+    """Put what the second trace would find in place of a node that gives its input another type or shape, or nothing."""
     given = node.args[0] if node.args else None
     if not isinstance(given, Node) or "val" not in given.meta or node.kwargs.get("memory_format"):
         return

@@ -47,7 +47,7 @@ def logits(reference: np.ndarray, test: np.ndarray, margin: float) -> dict[str, 
 
 
 def least_share(limit: float, compared: int) -> float:
-    """Return the share that ``limit`` asks of ``compared`` tokens; a limit below 1 leaves room for one token at least.
+    """Return the share that ``limit`` asks of ``compared`` tokens: below 1 it leaves room for one of them at least.
 
     A share is of whole tokens: of fewer than 1 / (1 - limit) it would otherwise ask for every one, which a limit below 1
     does not mean, and a right engine of an integer target would fail short texts by chance.

@@ -52,7 +52,12 @@ _EXPORT_CODE = (
 )
 _CONFIGS = (
     *("configs/__init__.py", "configs/devices.py", "configs/errors.py", "configs/files.py"),
-    *("configs/tolerances.py", "configs/tolerances.yaml", "runtime/device/__init__.py", "runtime/device/moedge_compare.py"),
+    *(
+        "configs/tolerances.py",
+        "configs/tolerances.yaml",
+        "runtime/device/__init__.py",
+        "runtime/device/moedge_compare.py",
+    ),
 )
 _STATS = (
     *("runtime/bench/__init__.py", "runtime/bench/stats.py"),

@@ -93,7 +93,9 @@ def in_place(x: torch.Tensor) -> torch.Tensor:
         pytest.param(lambda x: x + torch.tensor([1.0, 2.0, 3.0, 4.0]), id="a constant"),
     ],
 )
-def test_all_else_is_traced_again(function: Callable[[torch.Tensor], Any], second_traces: list[ExportedProgram]) -> None:
+def test_all_else_is_traced_again(
+    function: Callable[[torch.Tensor], Any], second_traces: list[ExportedProgram]
+) -> None:
     assert close(exported(function), function)
     assert len(second_traces) == 1
 
