@@ -70,7 +70,7 @@ def _stays(node: Node, table: Table) -> bool:
 
 
 def _rewrite(node: Node) -> None:
-    """Put what the second trace would find in place of a node that gives its input another type or shape, or nothing."""
+    """Put what the second trace would find in place of a node that gives its input another type or shape, or none."""
     given = node.args[0] if node.args else None
     if not isinstance(given, Node) or "val" not in given.meta or node.kwargs.get("memory_format"):
         return
