@@ -49,7 +49,7 @@ def logits(reference: np.ndarray, test: np.ndarray, margin: float) -> dict[str, 
 def least_share(limit: float, compared: int) -> float:
     """Return the share that ``limit`` asks of ``compared`` tokens: below 1 it leaves room for at least one.
 
-    A share is of whole tokens: of fewer than 1 / (1 - limit) it would else ask for every one, which a limit below 1 does
+    A share is of whole tokens: of fewer than 1 / (1 - limit) it would ask for each, which a limit below 1 does
     not mean, and a right engine of an integer target would fail short texts by chance.
     """
     return limit if limit == 1 or compared < 2 else min(limit, (compared - 1) / compared)
