@@ -32,7 +32,7 @@ def spared() -> Iterator[None]:
     def once(program: ExportedProgram, table: Table | None = None, **options: Any) -> ExportedProgram:
         if table is not None and not options and needs_none(program, table):
             return program
-        return again(program, table, **options)  # type: ignore[arg-type]
+        return again(program, table, **options)
 
     ExportedProgram.run_decompositions = once  # type: ignore[method-assign]
     try:
