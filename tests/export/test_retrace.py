@@ -31,7 +31,7 @@ class Function(nn.Module):
 
 
 @pytest.fixture
-def second_traces(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[ExportedProgram]]:
+def second_traces(monkeypatch: pytest.MonkeyPatch, traced_anew: None) -> Iterator[list[ExportedProgram]]:
     """Programs that were traced again."""
     made: list[ExportedProgram] = []
     again = ExportedProgram.run_decompositions
