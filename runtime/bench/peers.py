@@ -68,8 +68,8 @@ def _best(logits: np.ndarray) -> int:
     return int(logits[0, -1].argmax())
 
 
-def sentence(label: str, facts: PeerFacts, dtype: str) -> str:
-    """Say what was found of one peer, whose weights are of ``dtype``, and what to do where its choices differ."""
+def sentence(label: str, facts: PeerFacts, dtype: str, parent_dtype: str) -> str:
+    """Say what was found of one peer, with the types of its weights and the parent's, and what to do where they differ."""
     found, bits = facts["agreement"], facts["bits"]
     parent, tokens, same = found["parent"], found["tokens"], found["same"]
     who = f"{label} ({dtype})"
@@ -82,4 +82,6 @@ def sentence(label: str, facts: PeerFacts, dtype: str) -> str:
         return f"NOT THE SAME MODEL? {counted}: see what it was made from before comparing times."
     if bits is not None:
         return f"{counted}: weights of {bits} bits may do that."
+    if parent_dtype.startswith("int"):
+        return f"{counted}: {parent}'s {parent_dtype} may do that."
     return f"{counted}: only a tie explains that where nothing is rounded, so see whether it is the same model."

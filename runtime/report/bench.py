@@ -71,8 +71,9 @@ def tables(result: Bench) -> Iterator[tuple[str, list[str], list[list[str]]]]:
 
 def peers(result: Bench) -> list[str]:
     """A sentence for each peer: whether it runs the dense parent's model."""
+    kinds = {label: engine["info"]["dtype"] for label, engine in result["engines"].items()}
     return [
-        sentence(label, engine["peer"], engine["info"]["dtype"])
+        sentence(label, engine["peer"], kinds[label], kinds[engine["peer"]["agreement"]["parent"]])
         for label, engine in result["engines"].items()
         if "peer" in engine
     ]

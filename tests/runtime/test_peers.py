@@ -199,7 +199,10 @@ def test_another_model_is_said_aloud(home: Path, fake: Callable[[int], None], ev
 
 def test_without_rounded_weights_a_difference_is_no_rounding() -> None:
     agreement: Any = {"parent": "dense", "tokens": 32, "same": 31, "first_other": 3}
-    assert "only a tie explains that" in sentence("x", {"peer": "genai", "bits": None, "agreement": agreement}, "f32")
+    facts: Any = {"peer": "genai", "bits": None, "agreement": agreement}
+    assert "only a tie explains that" in sentence("x", facts, "float32", "float32")
+    rounded = sentence("x", facts, "float32", "int4 weights")
+    assert rounded.endswith("at token 3: dense's int4 weights may do that.")
 
 
 @pytest.mark.parametrize(
