@@ -69,7 +69,7 @@ def _best(logits: np.ndarray) -> int:
 
 
 def sentence(label: str, facts: PeerFacts, dtype: str, parent_dtype: str) -> str:
-    """Say what was found of one peer, with the types of its weights and the parent's, and what to do where they differ."""
+    """Say what was found of one peer, with the types of its weights and the parent's, and what to do about it."""
     found, bits = facts["agreement"], facts["bits"]
     parent, tokens, same = found["parent"], found["tokens"], found["same"]
     who = f"{label} ({dtype})"
