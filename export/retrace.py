@@ -77,7 +77,7 @@ def _rewrite(node: Node) -> None:
     before, after = given.meta["val"], node.meta["val"]
     if node.target == aten.reshape.default and before.is_contiguous():
         node.target = aten.view.default
-    elif node.target == aten.dropout.default and node.args[2] is False:
+    elif node.target == aten.dropout.default and node.args[2:] == (False,):
         _drop(node, given)
     elif node.target in _CASTS and (before.device, before.layout) == (after.device, after.layout):
         if before.dtype == after.dtype:

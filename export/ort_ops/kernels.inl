@@ -18,6 +18,7 @@ constexpr size_t PARTS = LINE / BYTES;    // vectors a line
 constexpr size_t CELLS = BLOCK / CELL;    // of a block
 constexpr size_t STRIP = 2 * LANES;       // columns of floats at once: two vectors, for which each x is broadcast once
 constexpr size_t FLOATS = LINE / sizeof(float);
+static_assert(FLOAT_STRIP_COLUMNS % STRIP == 0, "tasks are whole strips, and a panel's strips fit into the scratch");
 
 // Into the second level of the cache: the first is too small for a block of rows.
 inline void prefetch(const void* address) {

@@ -318,7 +318,8 @@ void Product::multiply(const Matrix& matrix, const Few& few, size_t tokens, floa
 void Product::many_floats(const Matrix& matrix, const float* x, size_t tokens, float* y, size_t y_stride) const {
   const FloatProduct p{static_cast<const float*>(matrix.weights), matrix.outputs, nullptr, matrix.inputs, x,
                        stride_of(matrix.inputs), tokens, y, y_stride};
-  const size_t strips = (matrix.outputs + FLOAT_STRIP_COLUMNS - 1) / FLOAT_STRIP_COLUMNS, tasks = strip_tasks(strips, tokens);
+  const size_t strips = (matrix.outputs + FLOAT_STRIP_COLUMNS - 1) / FLOAT_STRIP_COLUMNS;
+  const size_t tasks = strip_tasks(strips, tokens);
   float* scratch = memory.parts.get<float>(tasks * FLOAT_STRIP_SCRATCH);
   const Kernels& kernels = kernels_;
   threads_.run(tasks, [=, &kernels](size_t task) {
