@@ -59,6 +59,15 @@ def open_engine(
     return opened
 
 
+def check_model(folder: Path) -> None:
+    """Refuse what :func:`open_engine` has no engine for, without opening it.
+
+    Raises:
+        MoEdgeError: as there.
+    """
+    _kind(folder)
+
+
 def _kind(folder: Path) -> Literal["checkpoint", "bundle", "engine"]:
     """What the folder holds that can be run; anything else is refused."""
     if (folder / MANIFEST).is_file():

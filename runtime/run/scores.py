@@ -12,7 +12,7 @@ from moedge import MoEdgeError
 from moedge._progress import Progress
 from moedge.convert.tasks import Questions, TaskScore, data_files
 from moedge.export import manifest as manifests
-from moedge.runtime.engines import Engine, open_engine
+from moedge.runtime.engines import Engine, check_model, open_engine
 from moedge.runtime.engines.given import local
 from moedge.runtime.engines.protocol import Opening
 from moedge.runtime.run import held_out, run_folder
@@ -102,6 +102,8 @@ def scores(
     """
     models = _models(paths)
     data_files(evaluation.questions)
+    for model in models:  # before minutes of scoring the others
+        check_model(model.folder)
     read = _texts(models, evaluation)
     rows, answers = [], dict[str, list[TaskScore]]()
     for model in models:

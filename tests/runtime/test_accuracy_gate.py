@@ -235,6 +235,17 @@ def test_evaluate_sets_bundles_beside_the_checkpoint_and_the_dense_parent(
     assert f"answers of {three} beside {two}:" in " ".join(printed.split())
 
 
+def test_a_model_that_is_not_there_is_said_before_others_are_scored(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text("the cat sat on the mat\n" * 40, encoding="utf-8")
+    models = [str(checkpoints["moe"]), str(tmp_path / "gone")]
+    result = CliRunner().invoke(app, ["evaluate", *models, "--text", str(tmp_path / "text.txt"), "--tokens", "64"])
+    assert result.exit_code != 0
+    assert "gone: the folder does not exist." in " ".join(result.stderr.split())
+    assert "perplexity on" not in result.stderr
+
+
 def test_a_bundle_alone_is_not_scored_on_text_that_its_model_may_have_seen(
     bundles: dict[str, Path], checkpoints: dict[str, Path], tmp_path: Path, make_run: Any
 ) -> None:
