@@ -19,6 +19,7 @@ from torch.fx import Node
 
 aten = torch.ops.aten
 _CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.type_as.default}
+_REWRITTEN = {*_CASTS, aten.reshape.default, aten.dropout.default}
 _WHOLE = {aten.linear.default, aten.sym_size.int}
 """Made of others in torch, and with an ONNX function of their own."""
 Table = Mapping[Any, Callable[..., Any]]
@@ -42,7 +43,7 @@ def spared() -> Iterator[None]:
 
 
 def needs_none(program: ExportedProgram, table: Table) -> bool:
-    """Whether nothing is left to take apart, after what only changes types was rewritten in place.
+    """Whether nothing is left to take apart, after what only changes types and shapes was rewritten in place.
 
     Args:
         program: a traced model; it computes the same before and after.
@@ -51,7 +52,7 @@ def needs_none(program: ExportedProgram, table: Table) -> bool:
     graph = program.graph_module.graph
     returned = set(graph.output_node().all_input_nodes)  # the signature names them
     for node in list(graph.nodes):
-        if node.op == "call_function" and node not in returned:
+        if node.target in _REWRITTEN and node not in returned:
             _rewrite(node)
     program.graph_module.recompile()
     return all(_stays(node, table) for node in graph.nodes)
@@ -71,8 +72,8 @@ def _stays(node: Node, table: Table) -> bool:
 
 def _rewrite(node: Node) -> None:
     """Put what the second trace would find in place of a node that gives its input another type or shape, or none."""
-    given = node.args[0] if node.args else None
-    if not isinstance(given, Node) or "val" not in given.meta or node.kwargs.get("memory_format"):
+    given = node.args[0]
+    if not isinstance(given, Node) or node.kwargs.get("memory_format"):
         return
     before, after = given.meta["val"], node.meta["val"]
     if node.target == aten.reshape.default and before.is_contiguous():

@@ -107,7 +107,8 @@ constexpr size_t WIDE_PANEL_TOKENS = 64, WIDE_PANEL_ROWS = 320, WIDE_PANEL_STRIP
 
 // Columns that a task of float_strips() has at least: a strip of the widest instruction set, whole ones of the others.
 constexpr size_t FLOAT_STRIP_COLUMNS = 32;
-constexpr size_t FLOAT_STRIP_SCRATCH = 2 * std::max(WIDE_PANEL_ROWS * WIDE_PANEL_STRIPS, PANEL_ROWS) * FLOAT_STRIP_COLUMNS;
+constexpr size_t FLOAT_STRIP_SCRATCH =
+    2 * std::max(WIDE_PANEL_ROWS * WIDE_PANEL_STRIPS, PANEL_ROWS) * FLOAT_STRIP_COLUMNS;
 
 // The best table that this processor runs, or the one that MOEDGE_CPU_ISA names. Throws Invalid for a name that is
 // unknown or that the processor cannot run.

@@ -42,7 +42,7 @@ size_t parts_of(size_t bytes, size_t sums_bytes) {
 }
 
 // Tasks of a product that is cut by columns: some for each thread, as one may be held up, but none so small that its
-// beginning counts, for which nothing is prefetched. All of one size where the columns allow it, or the last is waited for.
+// beginning counts, for which nothing is prefetched. All of one size where the columns allow it: the last is waited for.
 size_t strip_tasks(size_t strips, size_t tokens) {
   constexpr size_t MOST = 3, LEAST_WORK = 1024;  // tasks a thread; strips times tokens of a task
   const size_t threads = std::min(processors(), MOST_PARTS);

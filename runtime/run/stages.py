@@ -52,13 +52,9 @@ _EXPORT_CODE = (
 )
 _CONFIGS = (
     *("configs/__init__.py", "configs/devices.py", "configs/errors.py", "configs/files.py"),
-    *(
-        "configs/tolerances.py",
-        "configs/tolerances.yaml",
-        "runtime/device/__init__.py",
-        "runtime/device/moedge_compare.py",
-    ),
+    *("configs/tolerances.py", "configs/tolerances.yaml"),
 )
+_JUDGE = ("runtime/device/__init__.py", "runtime/device/moedge_compare.py")
 _STATS = (
     *("runtime/bench/__init__.py", "runtime/bench/stats.py"),
     *("runtime/device/__init__.py", "runtime/device/moedge_stats.py"),
@@ -264,7 +260,7 @@ def verify(recipe: Recipe, facts: Facts) -> Stage:
         bodies.verify,
         {**recipe.verify.model_dump(), **_limits(recipe), **_on_this_machine(recipe, facts)},
         reads=("source", "convert", "export", *_dense(recipe)),
-        sources=(*_ENGINE_CODE, "runtime/parity", "runtime/accuracy", *_CONFIGS),
+        sources=(*_ENGINE_CODE, "runtime/parity", "runtime/accuracy", *_CONFIGS, *_JUDGE),
         libraries=(*_TORCH, *RUNS),
     )
 
@@ -298,6 +294,7 @@ def report(recipe: Recipe, facts: Facts) -> Stage:
             "runtime/parity",
             "convert",
             *_CONFIGS,
+            *_JUDGE,
             *_STATS,
         ),
         libraries=("jinja2", "matplotlib"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -46,11 +47,8 @@ def second_traces(monkeypatch: pytest.MonkeyPatch, traced_anew: None) -> Iterato
 
 
 def exported(function: Callable[[torch.Tensor], Any], spared: bool = True) -> ir.Model:
-    with trace._quiet():
-        if not spared:
-            return torch.onnx.export(Function(function), (X,), dynamo=True, verbose=False, optimize=False).model
-        with retrace.spared():
-            return torch.onnx.export(Function(function), (X,), dynamo=True, verbose=False, optimize=False).model
+    with trace._quiet(), retrace.spared() if spared else nullcontext():
+        return torch.onnx.export(Function(function), (X,), dynamo=True, verbose=False, optimize=False).model
 
 
 def close(model: ir.Model, function: Callable[[torch.Tensor], Any]) -> bool:

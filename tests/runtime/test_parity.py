@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -189,15 +190,12 @@ def test_only_the_fixed_margin_excuses_a_changed_choice(size: float, factor: flo
 def test_a_limit_below_one_leaves_room_for_one_token(limit: float, wrong: int, passes: bool) -> None:
     """2 % of 21 decoded tokens is less than one: without that room the limit would ask for all of them."""
 
-    def reference(logits: np.ndarray, position: int, phase: str) -> np.ndarray:
-        return exchange_best_two(2.0)[0](logits, position, phase)
-
-    seen: list[int] = []
+    reference, exchanged = exchange_best_two(2.0)
+    windows = itertools.count()
 
     def test(logits: np.ndarray, position: int, phase: str) -> np.ndarray:
-        seen.extend([position] * (position == 7))
-        spoilt = position == 7 and len(seen) <= wrong
-        return exchange_best_two(2.0)[1 if spoilt else 0](logits, position, phase)
+        spoilt = position == 7 and next(windows) < wrong
+        return (exchanged if spoilt else reference)(logits, position, phase)
 
     limits = LIMITS.model_copy(update={"top1_agreement": limit})
     result = compare(Scripted(reference), Scripted(test), IDS, prefill=PREFILL, tolerances=limits)
