@@ -139,7 +139,8 @@ class CalibrationSection(_Section):
     windows: Positive = 8
     length: Annotated[int, Field(ge=8)] = 2048
     batch_size: Positive = 1
-    bos: bool = False
+    bos: bool | None = None
+    """Whether windows start with the BOS token; None: where the tokenizer starts every text with it."""
 
 
 class GatherSection(GatherParams, _Section):
@@ -234,7 +235,8 @@ class EvaluateSection(_Section):
     window: Annotated[int, Field(ge=8)] = 512
     tokens: Annotated[int, Field(ge=8)] = 3072
     batch_size: Positive = 4
-    bos: bool = False
+    bos: bool | None = None
+    """Whether windows start with the BOS token; None: where the tokenizer starts every text with it."""
     controls: list[ControlName] = [
         "static mask",
         "FLAP-MLP",

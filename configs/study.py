@@ -73,7 +73,8 @@ class Study(_Section):
     model: ModelSection
     texts: Annotated[list[Text], Field(min_length=1)]
     window: Annotated[int, Field(ge=8)] = 512
-    bos: bool = True
+    bos: bool | None = None
+    """Whether windows start with the BOS token; None: where the tokenizer starts every text with it."""
     batch_size: Positive = 4
     axis: Literal["skipped", "read"] = "skipped"
     """What the names of ``sparsities`` count: neurons that are skipped, or weights that are read."""

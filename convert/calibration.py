@@ -125,21 +125,34 @@ def split(text: TextSet, every: int = 10) -> tuple[TextSet, TextSet]:
     return TextSet(text.name, parts[0], text.sha256), TextSet(text.name, parts[1], text.sha256)
 
 
+def starts_with_bos(tokenizer: PreTrainedTokenizerBase, asked: bool | None = None) -> bool:
+    """Whether windows start with the BOS token: as ``asked``; None: where the tokenizer starts every text with it.
+
+    A model that was trained without the token (Qwen's tokenizers name one and never add it) does worse behind it, and
+    one that was trained with it (Gemma, Llama) does worse without.
+    """
+    if asked is not None:
+        return asked
+    token = tokenizer.bos_token_id
+    return token is not None and list(tokenizer("a", verbose=False)["input_ids"][:1]) == [token]
+
+
 def windows(
-    tokenizer: PreTrainedTokenizerBase, text: TextSet, length: int, count: int, *, bos: bool, name: str
+    tokenizer: PreTrainedTokenizerBase, text: TextSet, length: int, count: int, *, bos: bool | None, name: str
 ) -> np.ndarray:
     """Cut the concatenated documents into windows, int64 [count, length].
 
     Args:
         length: ids in a window, the BOS token included.
-        bos: put the BOS token in front of every window.
+        bos: put the BOS token in front of every window; None: as the tokenizer does (:func:`starts_with_bos`).
         name: what the text is for, used in the error message.
 
     Raises:
         MoEdgeError: the tokenizer has no BOS token, or the text is too short.
     """
+    bos = starts_with_bos(tokenizer, bos)
     if bos and tokenizer.bos_token_id is None:
-        raise MoEdgeError(f"The tokenizer has no BOS token; set bos: false for the {name} text.")
+        raise MoEdgeError(f"The tokenizer has no BOS token; take bos: true away for the {name} text.")
     body = length - bos
     needed = body * count
     ids: list[int] = []

@@ -65,7 +65,7 @@ def read(
     length: int,
     samples: int,
     score_samples: int,
-    bos: bool,
+    bos: bool | None,
     seed: int,
 ) -> tuple[dict[str, DomainText], list[dict[str, Any]]]:
     """Read the windows of every domain, and what to say about them (JSON).
@@ -76,7 +76,7 @@ def read(
         entries: ``{"name", "spec", "every"}`` each; see :func:`moedge.convert.calibration.read_text` and ``split``.
         length: ids in a window.
         samples: windows to prune with; ``score_samples``: to measure on.
-        bos: put the BOS token in front of every window.
+        bos: put the BOS token in front of every window; None: as the tokenizer does.
         seed: of the order of documents.
 
     Raises:

@@ -42,7 +42,7 @@ def convert_model(
     windows: int = 8,
     length: int = 2048,
     batch_size: int = 1,
-    bos: bool = False,
+    bos: bool | None = None,
     revision: str | None = None,
     device: str = "cpu",
     force: bool = False,
@@ -59,7 +59,7 @@ def convert_model(
         method: a name that ``moedge methods`` lists.
         text: to calibrate on; several share the windows.
         windows: how many token windows are read, ``length``: tokens in a window, ``batch_size``: windows in a forward
-            pass. ``bos``: start each with the BOS token.
+            pass. ``bos``: start each with the BOS token; None: as the tokenizer does.
         revision: branch, tag or commit of a hub id.
         device: where PyTorch computes: ``cpu``, ``cuda`` or ``cuda:N``.
         force: replace ``out``.

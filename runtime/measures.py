@@ -167,7 +167,7 @@ def evaluate(
     limit: int | None = None,
     tokens: int = 8192,
     window: int = 512,
-    bos: bool = False,
+    bos: bool | None = None,
     holdout_every: int = 10,
     batch_size: int = 4,
     threads: int | None = None,
@@ -184,7 +184,8 @@ def evaluate(
         texts: to score.
         tasks: of lm-eval, ``task_data``: their local data, ``shots``: solved examples in front of a question,
             ``limit``: only so many questions.
-        tokens: of each text, ``window``: tokens scored together, ``bos``: start each window with the BOS token.
+        tokens: of each text, ``window``: tokens scored together, ``bos``: start each window with the BOS token; None:
+            as each model's tokenizer does.
         holdout_every: of a text that a model has seen, every so manyth document is taken.
         batch_size: windows or questions in a forward pass.
         threads: on the CPU. device: where PyTorch computes.

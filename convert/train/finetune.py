@@ -16,7 +16,7 @@ import torch
 
 from moedge import MoEdgeError
 from moedge._files import write_json
-from moedge.convert import modeling, offload, sources
+from moedge.convert import calibration, modeling, offload, sources
 from moedge.convert.plan import MoEPlan
 from moedge.convert.train import balance, trainable, training
 from moedge.convert.train.settings import TrainSettings
@@ -141,6 +141,8 @@ def all_windows(
 ) -> np.ndarray:
     """Cut all documents, joined, into windows int64 [N, length]; the rest that fills no window is left out.
 
+    Windows start with the BOS token where the tokenizer starts every text with it.
+
     Args:
         limit: stop when this many tokens are there (rounded up to a window).
 
@@ -148,7 +150,9 @@ def all_windows(
         MoEdgeError: the text does not fill one window.
     """
     parts, total = [], 0
-    wanted = None if limit is None else -(-limit // length) * length
+    bos = calibration.starts_with_bos(tokenizer)
+    body = length - bos
+    wanted = None if limit is None else -(-limit // length) * body
     for document in text.documents:
         ids = tokenizer(document.text + "\n", add_special_tokens=False, verbose=False)["input_ids"]
         parts.append(np.asarray(ids, dtype=np.int64))
@@ -156,10 +160,11 @@ def all_windows(
         if wanted is not None and total >= wanted:
             total = wanted
             break
-    count = total // length
+    count = total // body
     if not count:
-        raise MoEdgeError(f"The text {text.name!r} has {total:,} tokens, less than one window of {length}; give more.")
-    return np.concatenate(parts)[: count * length].reshape(count, length)
+        raise MoEdgeError(f"The text {text.name!r} has {total:,} tokens, less than one window of {body}; give more.")
+    windows = np.concatenate(parts)[: count * body].reshape(count, body)
+    return np.insert(windows, 0, tokenizer.bos_token_id, axis=1) if bos else windows
 
 
 def _rebuild(checkpoint: Path, settings: TrainSettings, tensors: dict[str, torch.Tensor]) -> PreTrainedModel:

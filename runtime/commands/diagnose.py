@@ -109,18 +109,19 @@ def _diagnose(
     stability: bool,
 ) -> dict[str, Any]:
     """Diagnose the checkpoint ``folder`` of ``path`` on each text; JSON of the diagnostics' schema."""
-    from moedge.convert import diagnostics, modeling
+    from moedge.convert import calibration, diagnostics, modeling
 
     model, plan, tokenizer = modeling.load(folder, device=device)
     parent = _parent(path, dense, plan, device, reporter)
     window, count = texts.window, -(-texts.tokens // texts.window)
+    bos = calibration.starts_with_bos(tokenizer)
     found: dict[str, Any] = {}
     windows = {}
     for spec in texts.specs:
         read, how = held_out.beside([plan], spec, texts.every)
         held_out.check_window(model, window, "--window")
         name = held_out.own_name(read.name, found)
-        windows[name] = held_out.windows(tokenizer, read, window, count, bos=False, name="diagnosed")
+        windows[name] = held_out.windows(tokenizer, read, window, count, bos=bos, name="diagnosed")
         reporter.note(f"{name}: {how}")
         result = diagnostics.diagnose(model, windows[name], dense_model=parent, k_a=k_a, progress=reporter.progress)
         found[name] = {"documents": how, **result}
@@ -132,7 +133,7 @@ def _diagnose(
         "schema": diagnostics.DIAGNOSTICS_SCHEMA,
         "plan_sha256": plan.sha256,
         "method": plan.method,
-        "protocol": {"window": window, "bos": False, "k_a": k_a, "dtype": str(model.dtype).removeprefix("torch.")},
+        "protocol": {"window": window, "bos": bos, "k_a": k_a, "dtype": str(model.dtype).removeprefix("torch.")},
         "texts": found,
         "stability": again,
     }

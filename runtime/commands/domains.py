@@ -47,7 +47,7 @@ def domains(
     opened = atomic_dir(out, force=force, inputs=inputs)
     with opened as partial, single("domains", f"{found.label} -> {out}") as reporter:
         options = {name: getattr(params, name) for name in ("length", "samples", "score_samples", "seed")}
-        texts, facts = mining.read(sources.load_tokenizer(found.folder), entries, bos=False, **options)
+        texts, facts = mining.read(sources.load_tokenizer(found.folder), entries, bos=None, **options)
         mined, _ = dive.mine(texts, sources.load_model(found.folder, device=device), params, progress=reporter.progress)
         result = {**mined.to_json(), "domains": facts, "model": {"label": found.label, "sha256": found.sha256}}
         write_json(partial / "affinity.json", {**result, "params": params.model_dump()})

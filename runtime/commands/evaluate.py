@@ -35,7 +35,13 @@ def evaluate(
     limit: Limit = None,
     tokens: Annotated[int, typer.Option(min=8, help="Tokens of each text.")] = 8192,
     window: Annotated[int, typer.Option(min=8, help="Tokens per window; windows do not overlap.")] = 512,
-    bos: Annotated[bool, typer.Option("--bos", help="Start every window with the begin-of-sequence token.")] = False,
+    bos: Annotated[
+        bool | None,
+        typer.Option(
+            "--bos/--no-bos",
+            help="Start every window with the begin-of-sequence token; as the tokenizer does, if neither is given.",
+        ),
+    ] = None,
     holdout_every: HoldoutEvery = 10,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows or questions per forward pass.")] = 4,
     threads: Threads = None,
@@ -88,7 +94,9 @@ def _print(result: dict[str, Any]) -> None:
 def _print_perplexity(console: Console, result: dict[str, Any]) -> None:
     protocol, rows = result["protocol"], result["rows"]
     names = list(protocol["documents"])
-    table = Sheet(title=f"perplexity, windows of {protocol['window']} tokens")
+    behind = [row["model"] for row in rows if row["bos"]]
+    start = " that start with BOS" if len(behind) == len(rows) else f" (BOS first: {', '.join(behind)})" if behind else ""
+    table = Sheet(title=escape(f"perplexity, windows of {protocol['window']} tokens{start}"))
     table.add_column("model")
     table.add_column("runs on")
     for name in names:

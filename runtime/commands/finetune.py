@@ -250,7 +250,7 @@ def _texts(
         found, _ = held_out.beside([plan], spec, texts.every, trained)
         name = held_out.own_name(found.name, measured)
         measured[name] = calibration.windows(
-            tokenizer, found, settings.length, texts.windows, bos=False, name="held-out"
+            tokenizer, found, settings.length, texts.windows, bos=None, name="held-out"
         )
         named[name] = spec
     windows = np.concatenate(parts)

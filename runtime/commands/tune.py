@@ -118,7 +118,6 @@ def _sections(recipe: str | None, positions: int | None) -> dict[str, Any]:
     if recipe is not None:
         return load_recipe(recipe).model_dump(mode="json", exclude={"model"})
     base = load_recipe("smollm2-135m").model_dump(mode="json", include={"text", "calibration", "convert"})
-    base["calibration"]["bos"] = False  # not every tokenizer has such a token
     if positions is not None and positions < ExportSection().max_length:
         window = min(VerifySection().window, positions)
         base["calibration"]["length"] = min(base["calibration"]["length"], positions)

@@ -21,17 +21,16 @@ def dense_quality(context: Context) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from moedge.convert import scoring
+    from moedge.convert import calibration, scoring
     from moedge.convert.sources import load_model, load_tokenizer
 
     params, folder = context.params, run_folder.dense(context.root)
     tokenizer, model = load_tokenizer(folder), load_model(folder, device=params["device"])
     count = params["tokens"] // params["window"]
+    bos = calibration.starts_with_bos(tokenizer, params["bos"])
     windows: dict[str, np.ndarray] = {}
     for text in held_out.texts(params["texts"]):
-        windows[text.name] = held_out.windows(
-            tokenizer, text, params["window"], count, bos=params["bos"], name="frontier"
-        )
+        windows[text.name] = held_out.windows(tokenizer, text, params["window"], count, bos=bos, name="frontier")
     states = scoring.last_hidden_states(model, windows, batch_size=params["batch_size"], progress=context.progress)
     tensors = {f"states.{name}": value.contiguous() for name, value in states.items()}
     tensors |= {f"ids.{name}": torch.from_numpy(ids) for name, ids in windows.items()}
@@ -42,7 +41,7 @@ def dense_quality(context: Context) -> None:
         scores = [scoring.score_all(model, ids[i : i + 1, 1:], known[i : i + 1], []) for i in range(count)]
         texts[name] = {"nll": [nll[0] for nll, _ in scores]}
     dtype = str(model.dtype).removeprefix("torch.")
-    about = {"schema": QUALITY_SCHEMA, "label": "dense", "dtype": dtype}
+    about = {"schema": QUALITY_SCHEMA, "label": "dense", "dtype": dtype, "bos": bos}
     write_json(context.out / "quality.json", {**about, "texts": texts})
 
 
@@ -97,7 +96,7 @@ def bench(context: Context) -> None:
         text,
         params["prompt"],
         max(params["batches"]),
-        bos=False,
+        bos=None,
         name="benchmark",
     )
     engines = {

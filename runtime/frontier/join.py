@@ -48,7 +48,7 @@ def join(root: Path, params: dict[str, Any]) -> Frontier:
         measured += [_measured(target, one["runs"], number, one["sizes"], quality, params) for number in every]
     protocol: FrontierProtocol = {
         "window": params["window"],
-        "bos": params["bos"],
+        "bos": dense["bos"],
         "dtype": dense["dtype"],
         "tokens": {name: len(values) * (params["window"] - 1) for name, values in nll.items()},
     }

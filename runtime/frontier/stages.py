@@ -226,7 +226,7 @@ class _Frontier:
         params = {
             **{"name": self.recipe.name, "variants": of, "dense": measured[_DENSE], "bench": times},
             **{"speedup": self.recipe.frontier.speedup, "bits": {name: targets.find(name).bits for name in times}},
-            **{"window": self.recipe.evaluate.window, "bos": self.recipe.evaluate.bos},
+            "window": self.recipe.evaluate.window,
         }
         return Stage(
             TABLE,

@@ -45,7 +45,7 @@ def markdown(study: dict[str, Any], model: str, calibration: dict[str, Any], who
     held = ", ".join(f"{dense['tokens'][name]:,} of {name}" for name in names)
     lines = [
         f"Model: {model}. Calibration: {used} tokens. Measured on held-out documents: {held} predicted tokens, windows "
-        f"of {study['window']}{' that start with BOS' if study['bos'] else ''}, each scored on its own, float32.",
+        f"of {study['window']}{' that start with BOS' if calibration['bos'] else ''}, each scored on its own, float32.",
         "",
         f"Seeds of random controls: {', '.join(map(str, study['seeds']))} (mean ± standard deviation). `active` is the "
         "share of the FFN's neurons that run for a token, and where weights are zero the share of these (dense storage "

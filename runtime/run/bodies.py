@@ -64,16 +64,17 @@ def calibrate(context: Context) -> None:
 
     params, folder = context.params, run_folder.dense(context.root)
     tokenizer = load_tokenizer(folder)
+    bos = calibration.starts_with_bos(tokenizer, params["bos"])
     windows, facts = held_out.calibration_windows(
-        tokenizer, params["text"], params["length"], params["windows"], bos=params["bos"]
+        tokenizer, params["text"], params["length"], params["windows"], bos=bos
     )
     if params["domains"]:
         options = {key: value for key, value in params["domains"].items() if key != "texts"}
-        found, facts["domains"] = domains.read(tokenizer, params["domains"]["texts"], bos=params["bos"], **options)
+        found, facts["domains"] = domains.read(tokenizer, params["domains"]["texts"], bos=bos, **options)
         domains.save(found, context.out / "domains.safetensors")
     gate = None
     if params["gate_signal"]:  # a window is a sample; its BOS token is an attention sink and counts in no mean
-        exclude = (tokenizer.bos_token_id,) if params["bos"] else ()
+        exclude = (tokenizer.bos_token_id,) if bos else ()
         gate = calibration.GateSampling(signal=params["gate_signal"], exclude=exclude)
     model = _opened(folder, params["device"], context) if params["values"] or params["statistics"] else None
     if params["values"]:
@@ -98,7 +99,7 @@ def calibrate(context: Context) -> None:
             "schema": "moedge.calibration/1",
             "windows": params["windows"],
             "length": params["length"],
-            "bos": params["bos"],
+            "bos": bos,
             "tokens": int(windows.size),
             "tokens_sha256": digest(windows.tolist()),
             **facts,
@@ -205,8 +206,9 @@ def evaluate(context: Context) -> None:
     tokenizer, model = load_tokenizer(folder), load_model(folder, device=params["device"])
     texts = {text.name: text for text in held_out.texts(params["texts"])}
     count = params["tokens"] // params["window"]
+    bos = calibration.starts_with_bos(tokenizer, params["bos"])
     windows = {
-        name: held_out.windows(tokenizer, text, params["window"], count, bos=params["bos"], name="evaluation")
+        name: held_out.windows(tokenizer, text, params["window"], count, bos=bos, name="evaluation")
         for name, text in texts.items()
     }
     plan = MoEPlan.load(run_folder.checkpoint(context.root))
@@ -225,7 +227,7 @@ def evaluate(context: Context) -> None:
         model,
         plans,
         windows,
-        {"window": params["window"], "bos": params["bos"], "documents": documents, "texts": list(windows)},
+        {"window": params["window"], "bos": bos, "documents": documents, "texts": list(windows)},
         batch_size=params["batch_size"],
         progress=context.progress,
     )
@@ -257,7 +259,7 @@ def verify(context: Context) -> None:
     tokenizer = load_tokenizer(run_folder.dense(context.root))
 
     def read(length: int, count: int = 1) -> np.ndarray:
-        return held_out.windows(tokenizer, text, length, count, bos=False, name="verification")
+        return held_out.windows(tokenizer, text, length, count, bos=None, name="verification")
 
     windows = read(params["window"], -(-params["tokens"] // params["window"]))
     found, not_executed = run_folder.executable(run_folder.engines(context.root, dense_bundles=params["dense_parent"]))
@@ -301,7 +303,7 @@ def bench(context: Context) -> None:
     (text,) = held_out.texts(params["texts"])
     points = [Point(prompt=params["prompt"], decode=params["decode"])]
     ids = held_out.windows(
-        load_tokenizer(run_folder.dense(context.root)), text, params["prompt"], 1, bos=False, name="benchmark"
+        load_tokenizer(run_folder.dense(context.root)), text, params["prompt"], 1, bos=None, name="benchmark"
     )[0]
     found, not_executed = run_folder.executable(run_folder.engines(context.root, dense_bundles=params["dense_parent"]))
     found.pop(EngineRef(PORTABLE, "dense"), None)  # nobody's choice for speed: the lowered parent is the one to beat

@@ -41,7 +41,7 @@ def calibration_text(entry: dict[str, Any]) -> tuple[TextSet, int]:
 
 
 def calibration_windows(
-    tokenizer: PreTrainedTokenizerBase, entries: dict[str, Any], length: int, count: int, *, bos: bool
+    tokenizer: PreTrainedTokenizerBase, entries: dict[str, Any], length: int, count: int, *, bos: bool | None
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Windows int64 [count, length] of ``{"texts": [{"spec", "alone"}, ...], "every"}``, and where they are from.
 
@@ -189,7 +189,7 @@ def check_positions(longest: object, length: int, option: str) -> None:
 
 
 def windows(
-    tokenizer: PreTrainedTokenizerBase, text: TextSet, length: int, count: int, *, bos: bool, name: str
+    tokenizer: PreTrainedTokenizerBase, text: TextSet, length: int, count: int, *, bos: bool | None, name: str
 ) -> np.ndarray:
     """Token windows int64 [count, length]; see :func:`moedge.convert.calibration.windows`."""
     from moedge.convert import calibration

@@ -42,7 +42,7 @@ class Evaluation:
     """Of each text."""
     window: int = 512
     """Tokens scored together; windows do not overlap."""
-    bos: bool = False
+    bos: bool | None = None
     """Start each window with the BOS token."""
     holdout_every: int = 10
     """Of a text that a model has seen, the documents with id modulo this = 0 are scored."""
@@ -91,10 +91,10 @@ def scores(
             tasks; ``note`` with what is measured.
 
     Returns:
-        JSON of schema ``moedge.scores/1``: ``protocol``; ``rows``, one a model: ``{"model", "engine", "perplexity":
-        {text: {"ppl", "nll", "tokens", "ffn_read_share"}}, "tasks": [...]}``, nll in nats a token; the last one is the
-        share of the dense parent's FFN weights that a token reads, None for experts inside experts and for what is no
-        checkpoint; and ``paired``, answers of two models to the same questions: ``{"reference", "test", "tasks":
+        JSON of schema ``moedge.scores/1``: ``protocol``; ``rows``, one a model: ``{"model", "engine", "bos",
+        "perplexity": {text: {"ppl", "nll", "tokens", "ffn_read_share"}}, "tasks": [...]}``: whether its windows start
+        with the BOS token, nll in nats a token; ``ffn_read_share`` is the share of the dense parent's FFN weights that
+        a token reads, None for experts inside experts and for what is no checkpoint; and ``paired``, answers of two models to the same questions: ``{"reference", "test", "tasks":
         {task: ...}, "overall"}``, each :class:`moedge.runtime.parity.results.PairedFacts`.
 
     Raises:
@@ -110,7 +110,8 @@ def scores(
         opening: Opening = {"threads": evaluation.threads, "pytorch": {"device": evaluation.device}}
         with closing(open_engine(model.folder, **opening)) as engine:
             measure = _Measure(model, engine, open_tokenizer(model.folder), evaluation, progress)
-            row: dict[str, Any] = {"model": model.label, "engine": _facts(engine), "perplexity": {}, "tasks": []}
+            row: dict[str, Any] = {"model": model.label, "engine": _facts(engine), "bos": measure.bos}
+            row |= {"perplexity": {}, "tasks": []}
             for text, _ in read:
                 if note:
                     note(f"{model.label}: perplexity on {text.name}")
@@ -137,6 +138,14 @@ class _Measure:
     evaluation: Evaluation
     progress: Progress | None
 
+    @property
+    def bos(self) -> bool:
+        """Whether windows start with the BOS token."""
+        from moedge.convert import calibration
+        from moedge.runtime.text.windows import as_transformers
+
+        return calibration.starts_with_bos(as_transformers(self.tokenizer), self.evaluation.bos)
+
     def perplexity(self, text: TextSet) -> dict[str, Any]:
         """Score windows of a text, and count what a checkpoint reads there."""
         from moedge.runtime.accuracy import likelihood
@@ -147,7 +156,7 @@ class _Measure:
         held_out.check_positions(self.engine.info.model.longest, asked.window, "--window")
         count = -(-asked.tokens // asked.window)
         windows = held_out.windows(
-            as_transformers(self.tokenizer), text, asked.window, count, bos=asked.bos, name="evaluation"
+            as_transformers(self.tokenizer), text, asked.window, count, bos=self.bos, name="evaluation"
         )
         how: dict[str, Any] = {"batch_size": asked.batch_size, "progress": self.progress}
         if not isinstance(self.engine, TorchEngine):

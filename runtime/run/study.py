@@ -141,15 +141,16 @@ def calibrate(context: Context) -> None:
     folder = run_folder.dense(context.root)
     each = _windows(context, "calibration")
     ids = held_out.interleaved(list(each.values()))
-    token = load_tokenizer(folder).bos_token_id
+    tokenizer = load_tokenizer(folder)
+    bos = calibration.starts_with_bos(tokenizer, context.params["bos"])
     model = load_model(folder, device=context.params["device"])
-    gate = calibration.GateSampling(exclude=(token,) if context.params["bos"] and token is not None else ())
+    gate = calibration.GateSampling(exclude=(tokenizer.bos_token_id,) if bos else ())
     for k_a, profile in context.params["marks"]:
         statistics = calibration.collect(model, ids, k_a=k_a, profile=profile, gate=gate, progress=context.progress)
         calibration.save(statistics, _statistics(context.out, [k_a, profile]))
     save_file({"windows": ids}, context.out / "windows.safetensors")
     counts = {name: int(windows.size) for name, windows in each.items()}
-    write_json(context.out / "calibration.json", {"tokens": counts, "tokens_sha256": digest(ids.tolist())})
+    write_json(context.out / "calibration.json", {"tokens": counts, "bos": bos, "tokens_sha256": digest(ids.tolist())})
 
 
 def dense(context: Context) -> None:

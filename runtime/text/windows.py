@@ -19,8 +19,8 @@ class _Adapter:
         self._tokenizer = tokenizer
         self.bos_token_id = tokenizer.bos_token_id
 
-    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
-        return {"input_ids": self._tokenizer.encode(text, add_special_tokens=False)}
+    def __call__(self, text: str, *, add_special_tokens: bool = True, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": self._tokenizer.encode(text, add_special_tokens=add_special_tokens)}
 
 
 def as_transformers(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
@@ -38,4 +38,4 @@ def token_windows(folder: Path, spec: str, length: int, count: int) -> tuple[str
 
     text = calibration.read_text(spec)
     tokenizer = as_transformers(open_tokenizer(folder))
-    return text.name, calibration.windows(tokenizer, text, length, count, bos=False, name="given")
+    return text.name, calibration.windows(tokenizer, text, length, count, bos=None, name="given")

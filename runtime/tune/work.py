@@ -209,7 +209,7 @@ def profile(context: Context) -> None:
     params = context.params
     (text,) = held_out.texts(params["texts"])
     tokenizer = load_tokenizer(run_folder.dense(context.root))
-    ids = held_out.windows(tokenizer, text, params["prompt"], 1, bos=False, name="benchmark")[0]
+    ids = held_out.windows(tokenizer, text, params["prompt"], 1, bos=None, name="benchmark")[0]
     sizes = {name: params[name] for name in ("prompt", "decode", "repeats", "threads")}
     found = profiling.profile(context.root / "export-dense" / params["target"], ids, **sizes)
     rows = {row["name"]: row["ms"] for row in found["decode"]["groups"]}

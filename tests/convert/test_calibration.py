@@ -12,8 +12,10 @@ import torch
 
 from moedge import MoEdgeError
 from moedge.convert import adapters, calibration, scoring, streaming
-from moedge.convert.train import training
+from moedge.convert.train import finetune, training
 from moedge.convert.train.settings import TrainSettings
+from moedge.runtime.text.tokenizer import open_tokenizer
+from moedge.runtime.text.windows import as_transformers
 
 WIKI = '<doc id="{0}" url="u" title="t">\nTitle {0}\n\nBody {0}.\n\n</doc>\n'
 
@@ -39,6 +41,59 @@ def test_lines_and_json_lines(tmp_path: Path) -> None:
     assert lines == [calibration.Document("0", "one"), calibration.Document("2", "two")]
     entries = calibration.read_text(str(tmp_path / "b.jsonl")).documents
     assert entries == [calibration.Document("q", "x"), calibration.Document("1", "y")]
+
+
+@pytest.fixture
+def tokenizer_with_bos(tiny_tokenizer: Any, tmp_path: Path) -> Any:
+    """The tiny tokenizer, but it starts every text with ``<s>`` = 256, as those of Llama and Gemma do."""
+    from tokenizers import processors
+    from transformers import AutoTokenizer
+
+    tiny_tokenizer.save_pretrained(tmp_path / "with-bos")
+    found = AutoTokenizer.from_pretrained(tmp_path / "with-bos")
+    template = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 256)])
+    found.backend_tokenizer.post_processor = template
+    found.save_pretrained(tmp_path / "with-bos")
+    return AutoTokenizer.from_pretrained(tmp_path / "with-bos")
+
+
+@pytest.mark.parametrize("runtime", [False, True], ids=["transformers", "runtime"])
+@pytest.mark.parametrize(
+    "asked, adds, expected", [(None, False, False), (None, True, True), (True, False, True), (False, True, False)]
+)
+def test_windows_start_with_bos_where_the_tokenizer_does(
+    asked: bool | None, adds: bool, expected: bool, runtime: bool, tiny_tokenizer: Any, tokenizer_with_bos: Any,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """A tokenizer that names BOS and never adds it (Qwen in GGUF) belongs to a model that was trained without."""
+    tokenizer = tokenizer_with_bos if adds else tiny_tokenizer
+    if runtime:
+        tokenizer.save_pretrained(tmp_path / "files")
+        tokenizer = as_transformers(open_tokenizer(tmp_path / "files"))
+    assert tokenizer.bos_token_id == 256
+    text = calibration.TextSet("t", [calibration.Document("0", "abcdefgh")], "")
+    first = tiny_tokenizer("abcdefgh", add_special_tokens=False)["input_ids"]
+    assert len(first) == 8
+    windows = calibration.windows(tokenizer, text, 4, 2, bos=asked, name="test")
+    wanted = [[256, *first[:3]], [256, *first[3:6]]] if expected else [first[:4], first[4:]]
+    assert windows.tolist() == wanted
+    if asked is None and not runtime:
+        trained = finetune.all_windows(tokenizer, text, 4)  # 8 characters and the newline
+        assert trained[:2].tolist() == wanted
+        assert len(trained) == (3 if expected else 2)
+
+
+def test_without_a_bos_token_no_window_starts_with_it(tiny_tokenizer: Any) -> None:
+    class Without:
+        bos_token_id = None
+
+        def __call__(self, text: str, **options: Any) -> Any:
+            return tiny_tokenizer(text, **options)
+
+    text = calibration.TextSet("t", [calibration.Document("0", "abcdefgh")], "")
+    assert calibration.windows(Without(), text, 4, 2, bos=None, name="test").shape == (2, 4)  # type: ignore[arg-type]
+    with pytest.raises(MoEdgeError, match="no BOS token; take bos: true away for the test text"):
+        calibration.windows(Without(), text, 4, 2, bos=True, name="test")  # type: ignore[arg-type]
 
 
 INSIDE = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"

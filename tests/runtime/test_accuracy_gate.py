@@ -199,6 +199,41 @@ def test_what_cannot_be_asked_is_refused_before_an_engine_is_opened(tmp_path: Pa
     assert "There is nothing to compare" in printed
 
 
+def test_evaluate_starts_windows_as_the_tokenizer_does_or_as_asked(
+    checkpoints: dict[str, Path], bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join("the cat sat on the mat" for _ in range(40)), encoding="utf-8")
+    adding = tmp_path / "adding"
+    shutil.copytree(checkpoints["dense"], adding)
+    files = json.loads((adding / "tokenizer.json").read_text(encoding="utf-8"))
+    start: dict[str, Any] = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    files["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [start, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [start, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [256], "tokens": ["<s>"]}},
+    }
+    (adding / "tokenizer.json").write_text(json.dumps(files), encoding="utf-8")
+    options: dict[str, Any] = {"texts": text, "tokens": 128, "window": 64}
+    found = [
+        [(row["bos"], row["perplexity"]["text"]["nll"]) for row in result["rows"]]
+        for result in (
+            moedge.evaluate([checkpoints["dense"], adding, bundles["dense/ort-cpu"]], **options),
+            moedge.evaluate([checkpoints["dense"], adding, bundles["dense/ort-cpu"]], bos=True, **options),
+        )
+    ]
+    (without, with_bos, bundle), asked = found
+    assert (without[0], with_bos[0], bundle[0]) == (False, True, False)
+    assert bundle[1] == pytest.approx(without[1], abs=1e-4)
+    assert with_bos[1] != pytest.approx(without[1], abs=1e-3)
+    assert asked[:2] == [with_bos, with_bos]
+    assert asked[2] == (True, pytest.approx(with_bos[1], abs=1e-4))
+    code, printed = invoke("evaluate", checkpoints["dense"], "--text", text, "--tokens", "128", "--window", "64", "--bos")
+    assert code == 0
+    assert "windows of 64 tokens that start with BOS" in " ".join(printed.split())
+
+
 def test_evaluate_sets_bundles_beside_the_checkpoint_and_the_dense_parent(
     asked: list[str], checkpoints: dict[str, Path], bundles: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -217,6 +252,7 @@ def test_evaluate_sets_bundles_beside_the_checkpoint_and_the_dense_parent(
     assert bundle["perplexity"]["text"]["nll"] == pytest.approx(moe["perplexity"]["text"]["nll"], abs=1e-4)
     assert [row["perplexity"]["text"]["ffn_read_share"] is None for row in result["rows"]] == [False, False, True]
     assert [row["engine"]["name"] for row in result["rows"]] == ["torch dense", "torch moe", "ort-cpu moe"]
+    assert [row["bos"] for row in result["rows"]] == [False, False, False]  # their tokenizer adds none
     for row in result["rows"]:
         assert [(task["task"], task["questions"], task["shots"]) for task in row["tasks"]] == [
             ("sciq", 4, 2),

@@ -113,6 +113,7 @@ def test_evaluate(monkeypatch: pytest.MonkeyPatch) -> None:
         {
             "model": name,
             "engine": {"runtime": "onnxruntime 1.31.1", "dtype": "int8 weights"},
+            "bos": name == "build/other",
             "perplexity": {text: {"ppl": 123.456, "tokens": 9, "ffn_read_share": 0.754} for text in texts},
             "tasks": [
                 {"task": "arc_challenge", "questions": 1172, "metrics": metrics, "version": 1, "shots": 0, "data": "x"}
