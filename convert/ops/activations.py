@@ -17,3 +17,11 @@ def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
     if activation == "gelu":
         return F.gelu(x)
     raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
+
+
+def activate_backward(d_out: torch.Tensor, x: torch.Tensor, activation: str) -> torch.Tensor:
+    """Return the gradient of the activation's input ``x`` from that of its output."""
+    if activation == "silu":
+        return torch.ops.aten.silu_backward(d_out, x)
+    approximate = "tanh" if activation == "gelu_tanh" else "none"
+    return torch.ops.aten.gelu_backward(d_out, x, approximate=approximate)

@@ -92,10 +92,11 @@ def scores(
 
     Returns:
         JSON of schema ``moedge.scores/1``: ``protocol``; ``rows``, one a model: ``{"model", "engine", "bos",
-        "perplexity": {text: {"ppl", "nll", "tokens", "ffn_read_share"}}, "tasks": [...]}``: whether its windows start
-        with the BOS token, nll in nats a token; ``ffn_read_share`` is the share of the dense parent's FFN weights that
-        a token reads, None for experts inside experts and for what is no checkpoint; and ``paired``, answers of two models to the same questions: ``{"reference", "test", "tasks":
-        {task: ...}, "overall"}``, each :class:`moedge.runtime.parity.results.PairedFacts`.
+        "perplexity": {text: {"ppl", "nll", "tokens", "ffn_read_share"}}, "tasks": [...]}``: whether its windows
+        start with the BOS token, nll in nats a token; ``ffn_read_share`` is the share of the dense parent's FFN
+        weights that a token reads, None for experts inside experts and for what is no checkpoint; and
+        ``paired``, answers of two models to the same questions: ``{"reference", "test", "tasks": {task: ...},
+        "overall"}``, each :class:`moedge.runtime.parity.results.PairedFacts`.
 
     Raises:
         MoEdgeError: a model, text or task that cannot be had, or windows beyond what a model was made for.

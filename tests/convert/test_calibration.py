@@ -59,7 +59,7 @@ def tokenizer_with_bos(tiny_tokenizer: Any, tmp_path: Path) -> Any:
 
 @pytest.mark.parametrize("runtime", [False, True], ids=["transformers", "runtime"])
 @pytest.mark.parametrize(
-    "asked, adds, expected", [(None, False, False), (None, True, True), (True, False, True), (False, True, False)]
+    ("asked", "adds", "expected"), [(None, False, False), (None, True, True), (True, False, True), (False, True, False)]
 )
 def test_windows_start_with_bos_where_the_tokenizer_does(
     asked: bool | None, adds: bool, expected: bool, runtime: bool, tiny_tokenizer: Any, tokenizer_with_bos: Any,

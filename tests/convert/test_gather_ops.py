@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moedge.convert import ops
+from moedge.convert.ops import sparse
 from moedge.convert.ops.gathered import limits_of
 
 moedge = torch.ops.moedge
@@ -189,7 +190,7 @@ def test_every_form_of_the_routed_ffn_leaves_out_the_same_values(activation: str
     for tokens in (6, 40):
         given, limit = problem(tokens), limits(5, 4)
         given["compensation"] = given["compensation"] if compensated else None
-        assert ops._all_at_once(given["x"], given["gate"], 2) == (tokens == 40)
+        assert sparse.all_at_once(given["x"], given["gate"], 2) == (tokens == 40)
         want = naive(**{k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in given.items()},
                      activation=activation, h_threshold=limit.double())  # fmt: skip
         rows, offsets, inverse = moedge.dispatch(given["x"], given["indices"], 5)
@@ -198,7 +199,7 @@ def test_every_form_of_the_routed_ffn_leaves_out_the_same_values(activation: str
         out = moedge.grouped_linear(hidden, offsets, given["down"])
         chain = moedge.combine(out, inverse, given["indices"], given["weights"], given["compensation"])
         whole = moedge.sparse_glu(*given.values(), activation, limit, RAMP)
-        for got in (chain, whole, ops._masked(*given.values(), activation, limit, RAMP)):
+        for got in (chain, whole, sparse.masked(*given.values(), activation, limit, RAMP)):
             # On the ramp a rounding of h counts (1 + 2 ramp) / ramp times.
             assert float((got - want).abs().max() / want.abs().max()) < 16 * 2.0**-24 * (1 + 2 * RAMP) / RAMP
         plain = moedge.sparse_glu(*given.values(), activation)

@@ -10,6 +10,7 @@ from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
 from moedge.convert import ops
+from moedge.convert.ops import sparse
 from moedge.export import attention  # noqa: F401  attention registers its operator
 from moedge.export.functions import DOMAIN, OPSET, bodies
 
@@ -198,8 +199,8 @@ def test_mutation_of_thresholds_is_seen(mistake):
 @pytest.mark.parametrize("tokens", [13, 40], ids=["grouped", "all at once"])
 def test_sparse_glu_matches_the_definition_in_float64(compensated, tokens):
     x, indices, weights, gate, up, down, compensation = problem(tokens=tokens, experts=6, top_k=2)
-    assert ops._all_at_once(x, gate, 2) == (tokens == 40)
-    assert not ops._all_at_once(x.half(), gate, 2)
+    assert sparse.all_at_once(x, gate, 2) == (tokens == 40)
+    assert not sparse.all_at_once(x.half(), gate, 2)
     extra = compensation if compensated else None
     got = torch.ops.moedge.sparse_glu(x, indices, weights, gate, up, down, extra, "silu")
     x, gate, up, down = (t.double() for t in (x, gate, up, down))

@@ -229,7 +229,8 @@ def test_evaluate_starts_windows_as_the_tokenizer_does_or_as_asked(
     assert with_bos[1] != pytest.approx(without[1], abs=1e-3)
     assert asked[:2] == [with_bos, with_bos]
     assert asked[2] == (True, pytest.approx(with_bos[1], abs=1e-4))
-    code, printed = invoke("evaluate", checkpoints["dense"], "--text", text, "--tokens", "128", "--window", "64", "--bos")
+    short = ["--text", text, "--tokens", "128", "--window", "64"]
+    code, printed = invoke("evaluate", checkpoints["dense"], *short, "--bos")
     assert code == 0
     assert "windows of 64 tokens that start with BOS" in " ".join(printed.split())
 

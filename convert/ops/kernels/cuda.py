@@ -1,4 +1,4 @@
-"""Run the kernels on tensors: the CUDA implementation of the operators in ``convert/ops/__init__.py``.
+"""Run the kernels on tensors: the CUDA implementation of the operators in ``convert/ops``.
 
 Signatures and results are the operators'. Tensors may live on a CUDA device or, with ``TRITON_INTERPRET=1``, on the
 CPU. Routing and accumulation are float32; the weights of the experts stay in their own type.
