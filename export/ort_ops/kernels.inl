@@ -100,6 +100,9 @@ constexpr size_t rows_at_once(size_t width) { return width > 8 ? 16 : 8; }
 
 // How far ahead rows are prefetched: some 100 ns of the memory's bandwidth, and at least the next rows.
 constexpr size_t AHEAD_BYTES = 8192;
+// Lines that are prefetched before they are read where rows are read line by line, and lines of a row that is too short
+// for it: most of what is ahead belongs to other blocks then.
+constexpr size_t AHEAD_LINES = 64, SHORT_LINES = 16;
 
 // Columns [begin, end) of the rows [first, last); `ahead` rows further those are prefetched that come next, at the end the
 // first ones again, `following` columns to the right (0: there is no further window).
@@ -341,12 +344,34 @@ inline void add_scaled(const Int sums[4], int32_t start, const Float scales[4], 
   }
 }
 
-// The rows of a block, and those that come next.
+// Into the first level of the cache: what is read a few lines later.
+inline void prefetch_near(const void* address) {
+  __builtin_prefetch(address, 0, 3);
+  asm volatile("");
+}
+
+// The rows of a block, and lines that are prefetched beside them: one with each row, as a processor waits for some 20
+// lines at once and holds up what follows until it can take the next one. NEAR: few tokens, which read them soon.
 struct Rows {
   const uint8_t* now[BLOCK];
-  const uint8_t* next[BLOCK];
-  size_t coming;            // of `next`
-  const char* next_scales;  // null: none
+  const uint8_t* next[BLOCK];   // rows of the block that comes next, then any others up to the number of `now`
+  const uint8_t* const* ahead;  // one of both ...
+  size_t ahead_at;              // ... and where in these rows the line is
+  size_t more;                  // rows of `ahead` that `now` has no row for
+
+  template <bool NEAR>
+  void beside(size_t cell) const {
+    MOEDGE_UNROLL
+    for (size_t r = 0; r < CELL; ++r) fetch<NEAR>(CELL * cell + r);
+  }
+  template <bool NEAR>
+  void behind(size_t cells) const {
+    for (size_t r = CELL * cells; r < CELL * cells + more; ++r) fetch<NEAR>(r);
+  }
+  template <bool NEAR>
+  void fetch(size_t row) const {
+    NEAR ? prefetch_near(ahead[row] + ahead_at) : prefetch(ahead[row] + ahead_at);
+  }
 };
 
 // One line of the rows of block b for W tokens, interleaved in registers: the least work for few tokens.
@@ -364,6 +389,7 @@ inline void line_direct(const IntProduct& p, size_t b, const Rows& rows, size_t 
       for (size_t i = 0; i < SUMS; ++i) sums[w][i] = V::set_int(0);
     for (size_t cell = 0; cell < cells; ++cell) {
       Int bytes[4];
+      if (part == 0) rows.beside<true>(cell);
       V::interleave(rows.now + 4 * cell, line * LINE + part * BYTES, bytes);
       MOEDGE_UNROLL
       for (size_t w = 0; w < W; ++w) {
@@ -375,6 +401,7 @@ inline void line_direct(const IntProduct& p, size_t b, const Rows& rows, size_t 
         }
       }
     }
+    if (part == 0) rows.behind<true>(cells);
     MOEDGE_UNROLL
     for (size_t nibble = 0; nibble < NIBBLES; ++nibble) {
       const size_t column = (line * NIBBLES + nibble) * LINE + part * LANES;
@@ -423,7 +450,7 @@ constexpr std::array<PartOfTile, sizeof...(W) + 1> parts_of_tile(std::index_sequ
 }
 
 // One line of a block's rows for any number of tokens: interleaved once, then tile after tile.
-template <bool FOUR, bool HALF>
+template <bool FOUR, bool HALF, bool NEAR>
 inline void line_of_tiles(const IntProduct& p, size_t b, const Rows& rows, size_t line, const Tiles& tiles) {
   static constexpr auto KERNELS = parts_of_tile<FOUR, HALF>(std::make_index_sequence<V::INT_TILE>());
   constexpr size_t NIBBLES = FOUR ? 2 : 1;
@@ -434,6 +461,7 @@ inline void line_of_tiles(const IntProduct& p, size_t b, const Rows& rows, size_
   for (size_t part = 0; part < PARTS; ++part)
     for (size_t cell = 0; cell < cells; ++cell) {
       Int four[4];
+      if (part == 0) rows.beside<NEAR>(cell);
       V::interleave(rows.now + 4 * cell, line * LINE + part * BYTES, four);
       MOEDGE_UNROLL
       for (size_t i = 0; i < 4; ++i) {
@@ -441,6 +469,7 @@ inline void line_of_tiles(const IntProduct& p, size_t b, const Rows& rows, size_
         if (FOUR) bytes[NIBBLES - 1][part][4 * cell + i] = V::high(four[i]);
       }
     }
+  rows.behind<NEAR>(cells);
   MOEDGE_UNROLL
   for (size_t nibble = 0; nibble < NIBBLES; ++nibble)
     MOEDGE_UNROLL
@@ -460,52 +489,78 @@ inline void row_pointers(const IntProduct& p, size_t b, const uint8_t** out) {
   for (size_t r = begin; r < end; ++r) out[r - begin] = p.weights + p.rows[r] * p.row_bytes;
 }
 
+inline size_t num_rows(const IntProduct& p, size_t b) { return CELL * (p.blocks[b].end - p.blocks[b].begin); }
+
 template <bool FOUR, bool HALF>
-inline void prefetch_line(const Rows& rows, size_t line) {
+inline void prefetch_scales(const IntProduct& p, size_t b, size_t line) {
   constexpr size_t SIZE = (HALF ? 2 : 4) * LINE * (FOUR ? 2 : 1);
-  for (size_t r = 0; r < rows.coming; ++r) prefetch(rows.next[r] + line * LINE);
-  for (size_t i = 0; i < SIZE && rows.next_scales; i += LINE) prefetch(rows.next_scales + line * SIZE + i);
+  const char* row = static_cast<const char*>(p.scales) + p.blocks[b].scale_row * p.columns * (HALF ? 2 : 4);
+  MOEDGE_UNROLL
+  for (size_t i = 0; i < SIZE; i += LINE) prefetch_near(row + line * SIZE + i);
 }
 
-// What is prefetched beside block b, of those up to `end`: as many rows as it has, or as are needed for AHEAD_BYTES.
-// `seen` is the first cell that was not prefetched yet.
-template <bool HALF>
-inline void look_ahead(const IntProduct& p, size_t b, size_t end, size_t& seen, Rows& rows) {
-  const size_t ahead = std::max(CELLS, AHEAD_BYTES / (4 * p.row_bytes));
-  const size_t until = std::min<size_t>(p.blocks[b].end + ahead, p.blocks[end - 1].end);
-  rows.coming = 0;
-  for (seen = std::max<size_t>(seen, p.blocks[b].end); seen < until && rows.coming < BLOCK; ++seen)
-    for (size_t r = 0; r < 4; ++r) rows.next[rows.coming++] = p.weights + p.rows[4 * seen + r] * p.row_bytes;
-  rows.next_scales = b + 1 < end ? static_cast<const char*>(p.scales) +
-                                       p.blocks[b + 1].scale_row * p.columns * (HALF ? 2 : 4) : nullptr;
-}
+// Which rows come after those of a block.
+struct NextRows {
+  const IntProduct& p;
+  size_t end;
+  size_t seen = 0;  // the first cell that several() has not given yet
 
-// What is prefetched beside the last block of a window: of block `first` the lines that stand `lines` further right.
-template <bool FOUR, bool HALF>
-inline void look_right(const IntProduct& p, size_t first, size_t lines, Rows& rows) {
-  row_pointers(p, first, rows.next);
-  rows.coming = 4 * (p.blocks[first].end - p.blocks[first].begin);
-  for (size_t r = 0; r < rows.coming; ++r) rows.next[r] += lines * LINE;
-  const size_t column = p.blocks[first].scale_row * p.columns + lines * LINE * (FOUR ? 2 : 1);
-  rows.next_scales = static_cast<const char*>(p.scales) + column * (HALF ? 2 : 4);
-}
+  // Those of one block.
+  void of(size_t b, size_t then, Rows& rows) const {
+    row_pointers(p, b, rows.now);
+    row_pointers(p, then, rows.next);
+    filled(num_rows(p, b), num_rows(p, then), rows);
+  }
 
-// Line is called for each line of each block: window by window, in it block by block, rows from left to right.
+  // As many as the block has, or as are needed for AHEAD_BYTES, of blocks up to `end`.
+  void several(size_t b, Rows& rows) {
+    const size_t ahead = std::max(CELLS, AHEAD_BYTES / (CELL * p.row_bytes));
+    const size_t until = std::min<size_t>(p.blocks[b].end + ahead, p.blocks[end - 1].end);
+    row_pointers(p, b, rows.now);
+    size_t coming = 0;
+    for (seen = std::max<size_t>(seen, p.blocks[b].end); seen < until && coming < BLOCK; ++seen)
+      for (size_t r = 0; r < CELL; ++r) rows.next[coming++] = p.weights + p.rows[CELL * seen + r] * p.row_bytes;
+    if (!coming) rows.next[0] = rows.now[0];
+    filled(num_rows(p, b), coming, rows);
+    rows.ahead = rows.next;
+  }
+
+ private:
+  static void filled(size_t count, size_t coming, Rows& rows) {
+    for (size_t r = std::max<size_t>(coming, 1); r < count; ++r) rows.next[r] = rows.next[0];
+    rows.more = coming > count ? coming - count : 0;
+  }
+};
+
+// `line` is called for each line of each block: window by window, in it block by block, rows from left to right. What is
+// AHEAD_LINES further on that way is prefetched; with short rows the same line of the rows that come next.
 template <bool FOUR, bool HALF, typename Line>
 inline void each_line(const IntProduct& p, size_t begin, size_t end, Line line) {
+  if (begin == end) return;
   Rows rows;
+  NextRows next{p, end};
+  const bool brief = p.lines <= SHORT_LINES;
   const Tiles windows(p.lines, WINDOW / LINE / (FOUR ? 2 : 1));
   for (size_t w = 0; w < windows.count; ++w) {
     const size_t first = windows.begin(w), last = first + windows.width(w);
-    size_t seen = 0;
     for (size_t b = begin; b < end; ++b) {
-      row_pointers(p, b, rows.now);
-      if (b + 1 < end || w + 1 == windows.count)
-        look_ahead<HALF>(p, b, end, seen, rows);
+      // Behind this block: the next one, or the first one in the next window, or nothing but its own last line.
+      const bool below = b + 1 < end, right = !below && w + 1 < windows.count;
+      const size_t then = below ? b + 1 : right ? begin : b, to = below || brief ? first : last;
+      if (brief)
+        next.several(b, rows);
       else
-        look_right<FOUR, HALF>(p, begin, last - first, rows);
+        next.of(b, then, rows);
+      const size_t count = num_rows(p, b), more = rows.more, whole = last - first;
+      const size_t distance = brief ? whole : std::min((AHEAD_LINES + count - 1) / count, whole);
       for (size_t i = first; i < last; ++i) {
-        prefetch_line<FOUR, HALF>(rows, i);
+        const size_t at = i + distance;
+        const bool inside = at < last;
+        const size_t ahead = inside ? at : std::min(to + (at - last), p.lines - 1);
+        rows.ahead = inside ? rows.now : rows.next;
+        rows.ahead_at = ahead * LINE;
+        rows.more = inside ? 0 : more;
+        prefetch_scales<FOUR, HALF>(p, inside ? b : then, ahead);
         line(b, rows, i);
       }
     }
@@ -533,7 +588,7 @@ void int_rows_of(const IntProduct& p, size_t begin, size_t end) {
   if (p.tokens <= MOST) return DIRECT[p.tokens](p, begin, end);
   const Tiles tiles(p.tokens, V::INT_TILE);
   each_line<FOUR, HALF>(p, begin, end, [&p, &tiles](size_t b, const Rows& rows, size_t line) {
-    line_of_tiles<FOUR, HALF>(p, b, rows, line, tiles);
+    line_of_tiles<FOUR, HALF, true>(p, b, rows, line, tiles);
   });
 }
 
@@ -545,12 +600,12 @@ void int_strips_of(const IntProduct& p, size_t begin, size_t end, size_t num_blo
     std::fill(p.y + t * p.y_stride + begin * COLUMNS, p.y + t * p.y_stride + end * COLUMNS, 0.0f);
   Rows rows;
   for (size_t line = begin; line < end; ++line) {
-    size_t seen = 0;
+    NextRows next{p, num_blocks};
+    rows.ahead_at = line * LINE;
     for (size_t b = 0; b < num_blocks; ++b) {
-      row_pointers(p, b, rows.now);
-      look_ahead<HALF>(p, b, num_blocks, seen, rows);
-      prefetch_line<FOUR, HALF>(rows, line);
-      line_of_tiles<FOUR, HALF>(p, b, rows, line, tiles);
+      next.several(b, rows);
+      if (b + 1 < num_blocks) prefetch_scales<FOUR, HALF>(p, b + 1, line);
+      line_of_tiles<FOUR, HALF, false>(p, b, rows, line, tiles);
     }
   }
 }
