@@ -123,7 +123,7 @@ def scores(
                 answers[model.label] = measure.answers()
                 row["tasks"] = [score.as_json() for score in answers[model.label]]
             rows.append(row)
-    protocol = {"window": evaluation.window, "bos": evaluation.bos, "device": evaluation.device}
+    protocol: dict[str, Any] = {"window": evaluation.window, "bos": evaluation.bos, "device": evaluation.device}
     protocol |= {"documents": {text.name: how for text, how in read}}
     protocol |= {"shots": evaluation.questions.shots, "limit": evaluation.questions.limit}
     return {"schema": SCHEMA, "protocol": protocol, "rows": rows, "paired": list(_paired(models, answers))}
