@@ -20,9 +20,11 @@ constexpr size_t STRIP = 2 * LANES;       // columns of floats at once: two vect
 constexpr size_t FLOATS = LINE / sizeof(float);
 static_assert(FLOAT_STRIP_COLUMNS % STRIP == 0, "tasks are whole strips, and a panel's strips fit into the scratch");
 
-// Into the second level of the cache: the first is too small for a block of rows.
+// Into the second level of the cache, as the first is too small for a block of rows; NEAR: into the first, for what is
+// read a few lines later.
+template <bool NEAR = false>
 inline void prefetch(const void* address) {
-  __builtin_prefetch(address, 0, 2);
+  __builtin_prefetch(address, 0, NEAR ? 3 : 2);
   asm volatile("");  // or GCC takes a function that only prefetches for one without effect and drops its calls
 }
 
@@ -344,12 +346,6 @@ inline void add_scaled(const Int sums[4], int32_t start, const Float scales[4], 
   }
 }
 
-// Into the first level of the cache: what is read a few lines later.
-inline void prefetch_near(const void* address) {
-  __builtin_prefetch(address, 0, 3);
-  asm volatile("");
-}
-
 // The rows of a block, and lines that are prefetched beside them: one with each row, as a processor waits for some 20
 // lines at once and holds up what follows until it can take the next one. NEAR: few tokens, which read them soon.
 struct Rows {
@@ -362,15 +358,11 @@ struct Rows {
   template <bool NEAR>
   void beside(size_t cell) const {
     MOEDGE_UNROLL
-    for (size_t r = 0; r < CELL; ++r) fetch<NEAR>(CELL * cell + r);
+    for (size_t r = 0; r < CELL; ++r) prefetch<NEAR>(ahead[CELL * cell + r] + ahead_at);
   }
   template <bool NEAR>
   void behind(size_t cells) const {
-    for (size_t r = CELL * cells; r < CELL * cells + more; ++r) fetch<NEAR>(r);
-  }
-  template <bool NEAR>
-  void fetch(size_t row) const {
-    NEAR ? prefetch_near(ahead[row] + ahead_at) : prefetch(ahead[row] + ahead_at);
+    for (size_t r = 0; r < more; ++r) prefetch<NEAR>(ahead[CELL * cells + r] + ahead_at);
   }
 };
 
@@ -496,24 +488,24 @@ inline void prefetch_scales(const IntProduct& p, size_t b, size_t line) {
   constexpr size_t SIZE = (HALF ? 2 : 4) * LINE * (FOUR ? 2 : 1);
   const char* row = static_cast<const char*>(p.scales) + p.blocks[b].scale_row * p.columns * (HALF ? 2 : 4);
   MOEDGE_UNROLL
-  for (size_t i = 0; i < SIZE; i += LINE) prefetch_near(row + line * SIZE + i);
+  for (size_t i = 0; i < SIZE; i += LINE) prefetch<true>(row + line * SIZE + i);
 }
 
-// Which rows come after those of a block.
+// Which rows come after those of a block. Both tell how many more there are than the block has.
 struct NextRows {
   const IntProduct& p;
   size_t end;
   size_t seen = 0;  // the first cell that several() has not given yet
 
   // Those of one block.
-  void of(size_t b, size_t then, Rows& rows) const {
+  size_t of(size_t b, size_t then, Rows& rows) const {
     row_pointers(p, b, rows.now);
     row_pointers(p, then, rows.next);
-    filled(num_rows(p, b), num_rows(p, then), rows);
+    return filled(num_rows(p, b), num_rows(p, then), rows);
   }
 
   // As many as the block has, or as are needed for AHEAD_BYTES, of blocks up to `end`.
-  void several(size_t b, Rows& rows) {
+  size_t several(size_t b, Rows& rows) {
     const size_t ahead = std::max(CELLS, AHEAD_BYTES / (CELL * p.row_bytes));
     const size_t until = std::min<size_t>(p.blocks[b].end + ahead, p.blocks[end - 1].end);
     row_pointers(p, b, rows.now);
@@ -521,14 +513,13 @@ struct NextRows {
     for (seen = std::max<size_t>(seen, p.blocks[b].end); seen < until && coming < BLOCK; ++seen)
       for (size_t r = 0; r < CELL; ++r) rows.next[coming++] = p.weights + p.rows[CELL * seen + r] * p.row_bytes;
     if (!coming) rows.next[0] = rows.now[0];
-    filled(num_rows(p, b), coming, rows);
-    rows.ahead = rows.next;
+    return filled(num_rows(p, b), coming, rows);
   }
 
  private:
-  static void filled(size_t count, size_t coming, Rows& rows) {
+  static size_t filled(size_t count, size_t coming, Rows& rows) {
     for (size_t r = std::max<size_t>(coming, 1); r < count; ++r) rows.next[r] = rows.next[0];
-    rows.more = coming > count ? coming - count : 0;
+    return coming > count ? coming - count : 0;
   }
 };
 
@@ -547,11 +538,8 @@ inline void each_line(const IntProduct& p, size_t begin, size_t end, Line line) 
       // Behind this block: the next one, or the first one in the next window, or nothing but its own last line.
       const bool below = b + 1 < end, right = !below && w + 1 < windows.count;
       const size_t then = below ? b + 1 : right ? begin : b, to = below || brief ? first : last;
-      if (brief)
-        next.several(b, rows);
-      else
-        next.of(b, then, rows);
-      const size_t count = num_rows(p, b), more = rows.more, whole = last - first;
+      const size_t more = brief ? next.several(b, rows) : next.of(b, then, rows);
+      const size_t count = num_rows(p, b), whole = last - first;
       const size_t distance = brief ? whole : std::min((AHEAD_LINES + count - 1) / count, whole);
       for (size_t i = first; i < last; ++i) {
         const size_t at = i + distance;
@@ -601,9 +589,10 @@ void int_strips_of(const IntProduct& p, size_t begin, size_t end, size_t num_blo
   Rows rows;
   for (size_t line = begin; line < end; ++line) {
     NextRows next{p, num_blocks};
+    rows.ahead = rows.next;
     rows.ahead_at = line * LINE;
     for (size_t b = 0; b < num_blocks; ++b) {
-      next.several(b, rows);
+      rows.more = next.several(b, rows);
       if (b + 1 < num_blocks) prefetch_scales<FOUR, HALF>(p, b + 1, line);
       line_of_tiles<FOUR, HALF, false>(p, b, rows, line, tiles);
     }
