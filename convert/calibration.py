@@ -155,18 +155,32 @@ def windows(
         raise MoEdgeError(f"The tokenizer has no BOS token; take bos: true away for the {name} text.")
     body = length - bos
     needed = body * count
-    ids: list[int] = []
-    for document in text.documents:
-        ids.extend(tokenizer(document.text + "\n", add_special_tokens=False, verbose=False)["input_ids"])
-        if len(ids) >= needed:
-            break
+    ids = joined(tokenizer, text, needed)
     if len(ids) < needed:
         raise MoEdgeError(
             f"The {name} text {text.name!r} has {len(ids):,} tokens; {count} windows of {body} need {needed:,}. "
             "Give more text or ask for fewer or shorter windows."
         )
-    result = np.asarray(ids[:needed], dtype=np.int64).reshape(count, body)
-    return np.insert(result, 0, tokenizer.bos_token_id, axis=1) if bos else result
+    return cut(ids, count, length, tokenizer.bos_token_id if bos else None)
+
+
+def joined(tokenizer: PreTrainedTokenizerBase, text: TextSet, enough: int | None = None) -> np.ndarray:
+    """Ids int64 [N] of the documents, each with a newline behind it; no further document once ``enough`` are there."""
+    parts, total = [np.zeros(0, dtype=np.int64)], 0
+    for document in text.documents:
+        ids = tokenizer(document.text + "\n", add_special_tokens=False, verbose=False)["input_ids"]
+        parts.append(np.asarray(ids, dtype=np.int64))
+        total += len(ids)
+        if enough is not None and total >= enough:
+            break
+    return np.concatenate(parts)
+
+
+def cut(ids: np.ndarray, count: int, length: int, bos: int | None) -> np.ndarray:
+    """The first windows, int64 [count, length], of ids [N]; each starts with the token ``bos``, if there is one."""
+    body = length - (bos is not None)
+    windows = ids[: count * body].reshape(count, body)
+    return windows if bos is None else np.insert(windows, 0, bos, axis=1)
 
 
 @dataclass(frozen=True)

@@ -149,22 +149,14 @@ def all_windows(
     Raises:
         MoEdgeError: the text does not fill one window.
     """
-    parts, total = [], 0
     bos = calibration.starts_with_bos(tokenizer)
     body = length - bos
     wanted = None if limit is None else -(-limit // length) * body
-    for document in text.documents:
-        ids = tokenizer(document.text + "\n", add_special_tokens=False, verbose=False)["input_ids"]
-        parts.append(np.asarray(ids, dtype=np.int64))
-        total += len(ids)
-        if wanted is not None and total >= wanted:
-            total = wanted
-            break
-    count = total // body
+    ids = calibration.joined(tokenizer, text, wanted)[:wanted]
+    count = len(ids) // body
     if not count:
-        raise MoEdgeError(f"The text {text.name!r} has {total:,} tokens, less than one window of {body}; give more.")
-    windows = np.concatenate(parts)[: count * body].reshape(count, body)
-    return np.insert(windows, 0, tokenizer.bos_token_id, axis=1) if bos else windows
+        raise MoEdgeError(f"The text {text.name!r} has {len(ids):,} tokens, less than one window of {body}; give more.")
+    return calibration.cut(ids, count, length, tokenizer.bos_token_id if bos else None)
 
 
 def _rebuild(checkpoint: Path, settings: TrainSettings, tensors: dict[str, torch.Tensor]) -> PreTrainedModel:

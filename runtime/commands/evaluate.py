@@ -95,9 +95,9 @@ def _print_perplexity(console: Console, result: dict[str, Any]) -> None:
     protocol, rows = result["protocol"], result["rows"]
     names = list(protocol["documents"])
     behind = [row["model"] for row in rows if row["bos"]]
-    start = (
-        " that start with BOS" if len(behind) == len(rows) else f" (BOS first: {', '.join(behind)})" if behind else ""
-    )
+    start = f" (BOS first: {', '.join(behind)})" if behind else ""
+    if len(behind) == len(rows):
+        start = " that start with BOS"
     table = Sheet(title=escape(f"perplexity, windows of {protocol['window']} tokens{start}"))
     table.add_column("model")
     table.add_column("runs on")
