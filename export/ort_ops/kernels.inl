@@ -562,6 +562,109 @@ void int_rows_for(const IntProduct& p, size_t begin, size_t end) {
   });
 }
 
+// What is prefetched where one token's rows are read almost all: whole rows one after the other, which memory gives
+// fastest, as many lines as are read.
+class Following {
+ public:
+  // Rows [first, end) of p.rows in each window; `ahead` lines of them at once.
+  Following(const IntProduct& p, const Tiles& windows, size_t first, size_t end, size_t ahead)
+      : p_(p), windows_(windows), first_(first), end_(end), row_(first) {
+    start_row();
+    lines(ahead);
+  }
+
+  void lines(size_t count) {
+    for (size_t i = 0; i < count; ++i, at_ += LINE) {
+      if (at_ == until_ && !next_row()) return;
+      prefetch<true>(at_);
+    }
+  }
+
+ private:
+  bool next_row() {
+    if (row_ + 1 < end_)
+      ++row_;
+    else if (window_ + 1 < windows_.count)
+      row_ = first_, ++window_;
+    else
+      return false;
+    start_row();
+    return true;
+  }
+  void start_row() {
+    at_ = p_.weights + p_.rows[row_] * p_.row_bytes + windows_.begin(window_) * LINE;
+    until_ = at_ + windows_.width(window_) * LINE;
+  }
+
+  const IntProduct& p_;
+  const Tiles& windows_;
+  size_t first_, end_, row_, window_ = 0;
+  const uint8_t *at_, *until_;
+};
+
+// The four rows of a cell for one token, in lines [first, last). What a block has summed is in `sums`
+// [line][PARTS][SUMS], which its first cell begins; its last one adds them to y.
+template <bool FOUR, bool HALF, bool BEGINS, bool ENDS>
+inline void whole_cell(const IntProduct& p, size_t b, size_t cell, size_t first, size_t last, Following& following,
+                       Int* sums) {
+  constexpr size_t NIBBLES = FOUR ? 2 : 1, SUMS = 4 * NIBBLES;
+  const Int value = V::set_int(p.x[cell]);
+  const uint8_t* rows[CELL];
+  MOEDGE_UNROLL
+  for (size_t r = 0; r < CELL; ++r) rows[r] = p.weights + p.rows[CELL * cell + r] * p.row_bytes;
+  for (size_t line = first; line < last; ++line) {
+    following.lines(CELL);
+    if (BEGINS) prefetch_scales<FOUR, HALF>(p, b, line);
+    MOEDGE_UNROLL
+    for (size_t part = 0; part < PARTS; ++part, sums += SUMS) {
+      Int bytes[4], now[SUMS];
+      V::interleave(rows, line * LINE + part * BYTES, bytes);
+      MOEDGE_UNROLL
+      for (size_t i = 0; i < SUMS; ++i) {
+        const Int weights = !FOUR ? V::whole(bytes[i]) : i < 4 ? V::low(bytes[i]) : V::high(bytes[i - 4]);
+        now[i] = V::dot<FOUR>(BEGINS ? V::set_int(0) : sums[i], weights, value);
+        if (!ENDS) sums[i] = now[i];
+      }
+      MOEDGE_UNROLL
+      for (size_t nibble = 0; nibble < NIBBLES && ENDS; ++nibble) {
+        const size_t column = (line * NIBBLES + nibble) * LINE + part * LANES;
+        Float scales[4];
+        load_scales<HALF>(p, p.blocks[b].scale_row, column, scales);
+        add_scaled<FOUR>(now + 4 * nibble, p.starts[b], scales, p.x_scales[b], p.y + column);
+      }
+    }
+  }
+}
+
+// One token, of which almost all rows are read: cell after cell, so that few rows are read side by side.
+template <bool FOUR, bool HALF>
+void int_rows_whole(const IntProduct& p, size_t begin, size_t end) {
+  using Cell = void (*)(const IntProduct&, size_t, size_t, size_t, size_t, Following&, Int*);
+  static constexpr Cell CELL_OF[2][2] = {{&whole_cell<FOUR, HALF, false, false>, &whole_cell<FOUR, HALF, false, true>},
+                                         {&whole_cell<FOUR, HALF, true, false>, &whole_cell<FOUR, HALF, true, true>}};
+  constexpr size_t MOST_LINES = WINDOW / LINE / (FOUR ? 2 : 1);
+  Int sums[MOST_LINES * PARTS * (FOUR ? 8 : 4)];
+  const Tiles windows(p.lines, MOST_LINES);
+  const size_t ahead = CELL * windows.width(0) + AHEAD_LINES / 2;  // the cell that comes next, and some more
+  Following following(p, windows, CELL * p.blocks[begin].begin, CELL * p.blocks[end - 1].end, ahead);
+  for (size_t w = 0; w < windows.count; ++w) {
+    const size_t first = windows.begin(w), last = first + windows.width(w);
+    for (size_t b = begin; b < end; ++b) {
+      const Block& block = p.blocks[b];
+      for (size_t cell = block.begin; cell < block.end; ++cell)
+        CELL_OF[cell == block.begin][cell + 1 == block.end](p, b, cell, first, last, following, sums);
+    }
+  }
+}
+
+// Whether so many of the rows of some blocks are read that it takes less time to read whole rows one after the other
+// (measured, docs/kernels-cpu.md); of short rows more of what is left out lies in what a processor fetches anyway.
+inline bool almost_all(const IntProduct& p, size_t begin, size_t end) {
+  if (begin == end) return false;
+  const size_t cells = p.blocks[end - 1].end - p.blocks[begin].begin, percent = p.lines <= SHORT_LINES ? 55 : 67;
+  return 100 * cells >= percent * CELLS * (end - begin);
+}
+
 using IntRows = void (*)(const IntProduct&, size_t, size_t);
 template <bool FOUR, bool HALF, size_t... W>
 constexpr std::array<IntRows, sizeof...(W) + 1> int_rows_table(std::index_sequence<W...>) {
@@ -570,6 +673,7 @@ constexpr std::array<IntRows, sizeof...(W) + 1> int_rows_table(std::index_sequen
 
 template <bool FOUR, bool HALF>
 void int_rows_of(const IntProduct& p, size_t begin, size_t end) {
+  if (p.tokens == 1 && almost_all(p, begin, end)) return int_rows_whole<FOUR, HALF>(p, begin, end);
   // Four bits have twice the sums: of one token less they still fit into registers.
   constexpr size_t MOST = FOUR ? V::INT_TILE - 1 : V::INT_TILE;
   static constexpr auto DIRECT = int_rows_table<FOUR, HALF>(std::make_index_sequence<MOST>());

@@ -71,14 +71,42 @@ void sum_of_parts(const Threads& threads, size_t parts, size_t tokens, size_t co
     }
 }
 
+// Where the bits of a byte are set: their positions in order, then any, and how many they are.
+struct Positions {
+  uint8_t at[256][8] = {}, count[256] = {};
+  constexpr Positions() {
+    for (unsigned byte = 0; byte < 256; ++byte)
+      for (uint8_t bit = 0; bit < 8; ++bit)
+        if (byte >> bit & 1) at[byte][count[byte]++] = bit;
+  }
+};
+constexpr Positions POSITIONS;
+constexpr size_t GROUP = 8;  // flags that are looked at together
+
+// Writes `first` + the positions of those of BLOCK flags that are not zero, in order; returns how many they are. Up to
+// GROUP numbers behind them are overwritten. Without branches, as any of the flags may be set.
+size_t positions_of(const uint8_t* flags, uint32_t first, uint32_t* out) {
+  size_t count = 0;
+  for (size_t g = 0; g < BLOCK; g += GROUP) {
+    uint64_t eight;
+    std::memcpy(&eight, flags + g, GROUP);
+    constexpr uint64_t LOW = 0x7f7f7f7f7f7f7f7fu, EACH_BIT = 0x0102040810204080u;
+    const uint64_t high = (((eight & LOW) + LOW) | eight) & ~LOW;  // the highest bit of each byte that is not zero
+    const uint8_t byte = static_cast<uint8_t>((high >> 7) * EACH_BIT >> 56);
+    for (size_t i = 0; i < GROUP; ++i) out[count + i] = first + static_cast<uint32_t>(g) + POSITIONS.at[byte][i];
+    count += POSITIONS.count[byte];
+  }
+  return count;
+}
+
 // Puts some rows of x [tokens][stride] into tiles, element [row][token in tile].
 void into_tiles(const float* x, size_t stride, const uint32_t* rows, size_t num_rows, const Tiles& tiles, size_t tile,
                 float* out) {
   const size_t t = tiles.begin(tile), width = tiles.width(tile);
   out += t * num_rows;
   x += t * stride;
-  for (size_t r = 0; r < num_rows; ++r)
-    for (size_t w = 0; w < width; ++w) *out++ = x[w * stride + rows[r]];
+  for (size_t w = 0; w < width; ++w)
+    for (size_t r = 0; r < num_rows; ++r) out[r * width + w] = x[w * stride + rows[r]];
 }
 
 // The same of cells of four bytes.
@@ -87,11 +115,11 @@ void into_tiles(const int8_t* q, size_t stride, const uint32_t* source, size_t n
   const size_t t = tiles.begin(tile), width = tiles.width(tile);
   out += t * num_cells;
   q += t * stride;
-  for (size_t c = 0; c < num_cells; ++c)
-    for (size_t w = 0; w < width; ++w) {
-      int8_t four[4];
-      for (size_t i = 0; i < 4; ++i) four[i] = q[w * stride + (source ? source[4 * c + i] : 4 * c + i)];
-      std::memcpy(out++, four, 4);
+  for (size_t w = 0; w < width; ++w, q += stride)
+    for (size_t c = 0; c < num_cells; ++c) {
+      int8_t four[CELL];
+      for (size_t i = 0; i < CELL; ++i) four[i] = q[source ? source[CELL * c + i] : CELL * c + i];
+      std::memcpy(out + c * width + w, four, CELL);
     }
 }
 
@@ -145,12 +173,8 @@ size_t cells_of(const Rounded& x, size_t tokens, size_t block, size_t row, uint3
   std::memcpy(any, x.q + block * BLOCK, BLOCK);
   for (size_t t = 1; t < tokens; ++t)
     for (size_t i = 0; i < BLOCK; ++i) any[i] |= static_cast<uint8_t>(x.q[t * x.stride + block * BLOCK + i]);
-  size_t count = 0;
-  for (size_t i = 0; i < BLOCK; ++i) {
-    rows[count] = static_cast<uint32_t>(row + i);
-    source[count] = static_cast<uint32_t>(block * BLOCK + i);
-    count += any[i] != 0;
-  }
+  const size_t count = positions_of(any, static_cast<uint32_t>(block * BLOCK), source);
+  for (size_t i = 0; i < BLOCK; ++i) rows[i] = source[i] + static_cast<uint32_t>(row - block * BLOCK);
   const size_t padded = (count + CELL - 1) / CELL * CELL;
   for (size_t i = count; i < padded; ++i) {
     rows[i] = rows[0];
@@ -167,32 +191,32 @@ Few::Few(const Kernels& kernels, int bits, const float* x, size_t tokens, size_t
 }
 
 void Few::find_floats(const float* x, size_t stride, const Segments* segments) {
-  uint32_t* rows = memory.rows.get<uint32_t>(stride + 1);
-  uint32_t* source = memory.source.get<uint32_t>(stride + 1);
+  uint32_t* rows = memory.rows.get<uint32_t>(stride + GROUP);
+  uint32_t* source = memory.source.get<uint32_t>(stride + GROUP);
   size_t count = 0;
-  for (size_t i = 0; i < stride; ++i) {
-    bool any = false;
-    for (size_t t = 0; t < tokens_; ++t) any |= x[t * stride + i] != 0;  // also not a number
-    source[count] = static_cast<uint32_t>(i);
-    count += any;
+  for (size_t begin = 0; begin < stride; begin += BLOCK) {  // stride is whole blocks
+    uint8_t any[BLOCK] = {};
+    for (size_t t = 0; t < tokens_; ++t)
+      for (size_t i = 0; i < BLOCK; ++i) any[i] |= x[t * stride + begin + i] != 0;  // also not a number
+    count += positions_of(any, static_cast<uint32_t>(begin), source + count);
   }
   const size_t each = segments ? Product::stride_of(segments->width) : stride;
-  for (size_t r = 0; r < count; ++r)
-    rows[r] = segments ? segments->experts[source[r] / each] * static_cast<uint32_t>(segments->width) + source[r] % each
-                       : source[r];
+  if (segments)
+    for (size_t r = 0; r < count; ++r)
+      rows[r] = segments->experts[source[r] / each] * static_cast<uint32_t>(segments->width) + source[r] % each;
   const Tiles tiles(tokens_, kernels_.float_tile);
   float* packed = memory.x.get<float>(tokens_ * count);
   for (size_t tile = 0; tile < tiles.count; ++tile) into_tiles(x, stride, source, count, tiles, tile, packed);
   size_ = count;
-  floats_ = {nullptr, 0, rows, count, packed, 0, tokens_, nullptr, 0};
+  floats_ = {nullptr, 0, segments ? rows : source, count, packed, 0, tokens_, nullptr, 0};
 }
 
 void Few::find_integers(const float* x, size_t stride, const Segments* segments) {
   const size_t all = stride / BLOCK;
   const Rounded round = rounded(tokens_, all);
   for (size_t t = 0; t < tokens_; ++t) round_token(kernels_, bits_, round, x, all, t);
-  uint32_t* rows = memory.rows.get<uint32_t>(all * BLOCK + 1);
-  uint32_t* source = memory.source.get<uint32_t>(all * BLOCK + 1);
+  uint32_t* rows = memory.rows.get<uint32_t>(all * BLOCK + BLOCK);
+  uint32_t* source = memory.source.get<uint32_t>(all * BLOCK + BLOCK);
   Block* blocks = memory.blocks.get<Block>(all);
   float* x_scales = memory.x_scales.get<float>(all * tokens_);
   int32_t* starts = memory.starts.get<int32_t>(all * tokens_);

@@ -6,13 +6,14 @@
 All rows train LoRA, router and scales on the same tokens of wiki and c4, one thread each; perplexity is on held-out
 documents, code and technical text among them, which nothing was calibrated or trained on. The dense parent (a gather
 that leaves nothing out) is the control: a part of any gain is the text. The table has perplexity before -> after by
-text, and seconds on the clock with evaluations. What is there already is not made again: the same command goes on.
+text, and minutes of processor with both evaluations. What is there already is not made again: the same command goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -62,10 +63,15 @@ def rows(only: list[str], hows: list[str]) -> list[Row]:
     ]
 
 
-def moedge(*arguments: str, log: Path) -> None:
-    """Run the command."""
+def moedge(*arguments: str, log: Path) -> float:
+    """Run the command; seconds of processor that it took (on the clock, they would tell what ran beside it)."""
+    command = [sys.executable, "-m", "moedge", *arguments]
     with log.open("w", encoding="utf-8") as out:
-        subprocess.run([sys.executable, "-m", "moedge", *arguments], stdout=out, stderr=out, check=True)
+        process = subprocess.Popen(command, stdout=out, stderr=out)
+        _, status, used = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed: see {log}")
+    return used.ru_utime + used.ru_stime
 
 
 def repeated(option: str, values: tuple[str, ...]) -> list[str]:
@@ -92,7 +98,8 @@ def train(model: str, row: Row, tokens: int, out: Path) -> None:
     rates = ["--lr", "5e-4", *repeated("--set", ("eval_every=1000000", "router_lr=2e-3"))]
     distill = ["--distill", "logits", "--dense", model] if row.how == "distill" else []
     target = [str(out / row.checkpoint), str(out / f"{row.name}.out")]
-    moedge("finetune", *target, *texts, *sizes, *rates, *distill, log=out / f"{row.name}.log")
+    seconds = moedge("finetune", *target, *texts, *sizes, *rates, *distill, log=out / f"{row.name}.log")
+    (out / f"{row.name}.seconds").write_text(f"{seconds}\n", encoding="utf-8")
 
 
 def line(row: Row, out: Path) -> str:
@@ -100,7 +107,8 @@ def line(row: Row, out: Path) -> str:
     record = json.loads((out / f"{row.name}.out" / "finetune.json").read_text(encoding="utf-8"))
     first, last = record["curve"][0], record["curve"][-1]
     cells = [f"{before:.2f} -> {last['ppl'][text]:.2f}" for text, before in first["ppl"].items()]
-    return f"| {row.share} | {row.method} | {row.how} | {' | '.join(cells)} | {last['seconds']:.0f} |"
+    minutes = float((out / f"{row.name}.seconds").read_text(encoding="utf-8")) / 60
+    return f"| {row.share} | {row.method} | {row.how} | {' | '.join(cells)} | {minutes:.1f} |"
 
 
 def main() -> None:
@@ -119,7 +127,7 @@ def main() -> None:
         convert(given.model, row, given.out)
     with ThreadPoolExecutor(given.jobs) as pool:
         list(pool.map(lambda row: train(given.model, row, given.tokens, given.out), wanted))
-    print("| share | method | training | wiki | c4 | code | technical | seconds |")
+    print("| share | method | training | wiki | c4 | code | technical | CPU minutes |")
     print("|---|---|---|---|---|---|---|---|")
     for row in wanted:
         print(line(row, given.out))
