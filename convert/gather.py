@@ -95,6 +95,13 @@ class Ladder:
         """Return the share of the values whose score * |value| is above ``cut``."""
         return 1 - float(np.interp(cut, self.steps, _QUANTILES))
 
+    @property
+    def lost(self) -> np.ndarray:
+        """Return the estimated KL of leaving out the smallest values, by quantile: half of their squares' mean."""
+        squares = self.steps**2
+        halves = (squares[1:] + squares[:-1]) / 4
+        return self.place.inputs * np.append(0.0, halves.cumsum()) / (len(self.steps) - 1)
+
 
 def fisher(
     model: PreTrainedModel, token_windows: np.ndarray, linears: Linears = "ffn", progress: Progress | None = None

@@ -29,6 +29,9 @@ ROUNDS = 16
 """Levels that are tried at most."""
 _WIDEST = 40.0
 """Logarithms of levels lie between this and its negative."""
+_HALVED, _NARROWEST = 6, 5e-3
+"""From this round on the levels between which the share lies are halved, and none is tried between two so near to each
+other: what is read makes a jump there, as a smooth one would change by less than the precision."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,12 @@ class Levels:
     Attributes:
         make: logarithm of the level -> layers.
         expected: logarithm of the level -> the share of the FFN weights that they are expected to read.
+        tolerance: how far the nearest share may lie from what was asked for.
     """
 
     make: Callable[[float], list[LayerPlan]]
     expected: Callable[[float], float]
+    tolerance: float = 10 * _PRECISION
 
 
 def fit(
@@ -68,7 +73,8 @@ def fit(
     for number in range(ROUNDS):
         at = _level(levels.expected, share - error, low, high)
         if measured_low and measured_high:  # not so near an end that the other would never move
-            at = min(max(at, low + 0.05 * (high - low)), high - 0.05 * (high - low))
+            least = 0.05 if number < _HALVED else 0.5
+            at = min(max(at, low + least * (high - low)), high - least * (high - low))
         tried = levels.make(at)
         found = read_share(model, tried, token_windows)
         if abs(found - share) < abs(nearest - share):
@@ -81,10 +87,10 @@ def fit(
             low, measured_low = at, True
         else:
             high, measured_high = at, True
-        if high <= low:
+        if high - low <= _NARROWEST:
             break
         error = found - levels.expected(at)
-    if abs(nearest - share) > 10 * _PRECISION:
+    if abs(nearest - share) > levels.tolerance:
         raise MoEdgeError(f"No thresholds read {share:.3g} of the FFN weights: the nearest found read {nearest:.3g}.")
     return layers, nearest
 

@@ -56,6 +56,10 @@ COMMANDS = {
         "Find how much of the FFN weights to read for a wanted speed or loss; convert, export, verify and time it.",
         resumes=True,
     ),
+    "costs": Command(
+        "Convert",
+        "Time a model's products on this machine by how many inputs they read: what a gather may save, and where.",
+    ),
     "methods": Command(
         "Convert",
         "List the conversion methods: where each comes from, what it needs, its parameters and their defaults.",

@@ -212,7 +212,10 @@ def _checked_gather(name: str, method: Method, given: Mapping[str, Any] | None) 
         return None
     if method.no_gather:
         raise MoEdgeError(f"{name}: gather: {method.no_gather}")
-    return checked(GatherParams, given, where=f"{name}: gather")
+    wanted = checked(GatherParams, given, where=f"{name}: gather")
+    if wanted.costs:
+        raise MoEdgeError(f"{name}: gather.costs are of products of the whole model, which the method gather alone has.")
+    return wanted
 
 
 def _on_top(

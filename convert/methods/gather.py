@@ -7,12 +7,15 @@ KL that it costs to leave it out, and one price for the whole model decides (:mo
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from moedge.convert import adapters, processes
+from moedge.convert import costs as _costs
+from moedge.convert.costs import Product
 from moedge.convert.methods.layers import Layers
 from moedge.convert.plan import RAMP, SMALLEST_RAMP, LayerPlan
 
@@ -21,6 +24,15 @@ if TYPE_CHECKING:
 
     from moedge._progress import Progress
     from moedge.convert.gather import Ladder
+
+
+_JUMP = 0.1
+"""With costs a place may go from all of its values to many fewer at one price, so no level reads some shares."""
+
+
+def _products(value: Any) -> Any:
+    """Read the file that is named in place of products."""
+    return _costs.read(Path(value)) if isinstance(value, str) else value
 
 
 class GatherParams(BaseModel):
@@ -41,6 +53,17 @@ class GatherParams(BaseModel):
     in pieces of at most 512."""
     ramp: float = Field(default=RAMP, ge=SMALLEST_RAMP, le=10, allow_inf_nan=False)
     """A value grows from 0 at its threshold t to its own at (1 + ramp) t, so that rounding turns no decision."""
+
+    costs: Annotated[list[Product], BeforeValidator(_products)] = []
+    """What products of the model take by how many of their inputs are kept: a file of ``moedge costs``, whose products
+    are stored here. One price, KL for each millisecond, then decides in place of KL for each weight. ``share`` stays
+    what is read; the nearest one is taken where a step of the costs lies between. Empty: all weights cost the same."""
+
+    @model_validator(mode="after")
+    def _costs_have_a_price(self) -> GatherParams:
+        if self.costs and self.scores != "fisher":
+            raise ValueError("costs are weighed against KL, which only the scores 'fisher' estimate")
+        return self
 
     def measured(self) -> dict[str, Any]:
         """Return those that :func:`measure` reads; the same for every share."""
@@ -114,12 +137,15 @@ def on_top(
 
     def cuts(log_level: float) -> list[float]:
         level = math.exp(log_level)
+        if params.costs:
+            return _costs.cuts(steps, params.costs, level)
         return gather.cuts(steps, level) if params.scores == "fisher" else gather.cuts_of_share(steps, 1 / (1 + level))
 
     hidden, width = (int(adapters.describe(model)[name]) for name in ("hidden_size", "intermediate_size"))
     choice = levels.Levels(
         make=lambda level: gather.with_cuts(layers, steps, cuts(level), params.ramp),
         expected=lambda level: gather.expected_share(layers, steps, cuts(level), hidden, width),
+        **({"tolerance": _JUMP} if params.costs else {}),
     )
     made, found = levels.fit(model, choice, some, params.share, progress=lambda done, _: advance(before + done))
     advance(before + levels.ROUNDS)

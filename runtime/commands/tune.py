@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -60,6 +60,13 @@ def tune(
             help="Device profile, a name or a .yaml file: times are predicted, not measured.",
         ),
     ] = None,
+    weigh: Annotated[
+        Literal["milliseconds", "weights"] | None,
+        typer.Option(
+            help="What KL is weighed against in each product: milliseconds, timed here (default for a speed on a target "
+            "with operators of ours), or weights that are read."
+        ),
+    ] = None,
     device_result: Annotated[
         Path | None, typer.Option(help="bench-result.json of that device with the dense parent's times.")
     ] = None,
@@ -75,7 +82,7 @@ def tune(
     Examples:
       moedge tune asset:smollm2-135m-instruct --target ort-cpu-int8 --speedup 1.3
       moedge tune ./my-llama --target ort-cpu --max-ratio 1.05 --out runs/tuned
-      moedge tune ./my-llama --max-kl 0.1 --recipe my-recipe.yaml
+      moedge tune ./my-llama --target ort-cpu-int8 --max-kl 0.1 --weigh milliseconds --recipe my-recipe.yaml
       moedge tune ./my-llama --max-ms 15 --for jetson-agx-thor
     """
     from moedge.runtime.tune.device import DeviceTuning
@@ -84,6 +91,7 @@ def tune(
     goal = _goal(speedup=speedup, ms=max_ms, kl=max_kl, ratio=max_ratio)
     device, timed = _device(profile, device_result)
     target = _target(target, device)
+    timed_here = _times_products(weigh, goal, target, device)
     base = _sections(recipe, positions(model))
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name).strip("-._") or "model"
     name = _folder(slug, target, device, goal)
@@ -93,7 +101,8 @@ def tune(
     reporter = Reporter(Console(stderr=True))
     with reporter.show():
         given = (wanted, target, goal, root, machine(), reporter)
-        result = (DeviceTuning(*given, device, timed) if device else Tuning(*given)).run()
+        tuning = DeviceTuning(*given, device, timed) if device else Tuning(*given, times_products=timed_here)
+        result = tuning.run()
     if as_json:
         print(json.dumps(result, indent=2, allow_nan=False))
     else:
@@ -161,6 +170,23 @@ def _target(name: str | None, device: Device | None) -> str:
     return found
 
 
+def _times_products(weigh: str | None, goal: Goal, target: str, device: Device | None) -> bool:
+    """Return whether KL is weighed against milliseconds of products, which are timed here.
+
+    Raises:
+        MoEdgeError: that is asked for, and the target has no operators of ours on this machine.
+    """
+    from moedge.export.lowering.ort.gathered import refusal
+
+    possible = device is None and targets.find(target).own_operators
+    if weigh == "milliseconds" and not possible:
+        names = ", ".join(targets.names(lambda row: row.own_operators))
+        raise MoEdgeError(f"--weigh milliseconds times products on this machine, in {names} alone; take one of them.")
+    if weigh is not None or not (possible and goal.of_speed):
+        return weigh == "milliseconds"
+    return refusal(None) is None  # a compiler for them
+
+
 def _goal(**given: float | None) -> Goal:
     """Read the one goal.
 
@@ -191,6 +217,8 @@ def show(result: dict[str, Any], root: Path, console: Console) -> None:
         console.print(_tries(result, title))
     else:
         console.print(title, highlight=False)
+    if result.get("weighed") == "milliseconds":
+        console.print("KL was weighed against milliseconds of the model's products, timed here", highlight=False)
     lines = [
         f"{'reached' if result['reached'] else 'NOT reached'}: reads {result['ffn_read_share']:.1%} of the FFN weights",
         *(_predicted(result["target"], device) if device else _timed(result)),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from moedge import MoEdgeError
 from moedge._files import atomic_dir, link_or_copy, write_json
 from moedge.configs.recipe import Recipe, recipe_from
+from moedge.convert import costs
 from moedge.runtime.bench import profiling
 from moedge.runtime.frontier import page
 from moedge.runtime.frontier import stages as frontier
@@ -35,6 +36,7 @@ class Tuning:
 
     Args:
         recipe: its text, calibration, quality, verify and bench sections are used.
+        times_products: weigh KL against milliseconds of the model's products, timed here, not against weights.
     """
 
     recipe: Recipe
@@ -43,6 +45,7 @@ class Tuning:
     root: Path
     machine: dict[str, Any]
     reporter: Reporter
+    times_products: bool = field(default=False, kw_only=True)
 
     @property
     def bundle(self) -> str:
@@ -63,6 +66,8 @@ class Tuning:
             return self._run()
 
     def _run(self) -> dict[str, Any]:
+        if self.times_products and not self._gather().get("costs"):
+            self.recipe = self._with_costs()
         ffn = self._profiled() if self.goal.of_speed else None
         decode = Decode(ffn["ms"], ffn["part"]) if ffn else None
         first = first_speed_share(self.goal, decode) if decode else (FIRST_SHARE, None)
@@ -78,10 +83,39 @@ class Tuning:
         write_json(self.root / "tune.json", result)
         return result
 
+    def _gather(self) -> dict[str, Any]:
+        """The recipe's gather, or the default one."""
+        convert = self.recipe.convert.model_dump(mode="json")
+        return convert if convert["method"] == "gather" else {"method": "gather"}
+
+    def _with_costs(self) -> Recipe:
+        """The recipe with what the products of its model take on this machine."""
+        gather = self._gather()
+        params = {
+            **{"target": self.target, "linears": gather.get("linears", "all")},
+            **{"threads": self.recipe.bench.threads, "machine": self.machine},
+        }
+        stage = Stage(
+            "tune/costs",
+            "time the model's products",
+            time_products,
+            params,
+            reads=("source",),
+            sources=(*BENCH_CODE, "convert/costs.py", "export/ort_ops", "runtime/tune"),
+            libraries=("torch", "transformers", *RUNS),
+        )
+        recipe = self._at(FIRST_SHARE)
+        source = [one for one in frontier.build(recipe, self.machine) if one.name == "source"]
+        self._do(recipe, [*source, stage])
+        found = costs.read(self.root / stage.name / "costs.json")
+        value = self.recipe.model_dump(mode="json")
+        value["convert"] = {**gather, "costs": found}
+        return recipe_from(value, where="moedge tune")
+
     def _at(self, share: float) -> Recipe:
         """The recipe of one try; its own conversion reads everything and is never made."""
         value = self.recipe.model_dump(mode="json")
-        gather = value["convert"] if value["convert"]["method"] == "gather" else {"method": "gather"}
+        gather = self._gather()
         one = {"label": f"gather {share:.3f}", "convert": {**gather, "share": share}}
         value["convert"] = {**gather, "share": 1.0}
         value["export"] |= {"targets": [self.bundle], "build": []}
@@ -155,6 +189,7 @@ class Tuning:
         return {
             **what_was_done(found["model"], self.target, self.goal, value["value"], done, verification["outcome"]),
             **chosen_facts(chosen.share, chosen.predicted, variant),
+            "weighed": "milliseconds" if self._gather().get("costs") else "weights",
             "dense_decode": ffn,
             **{name: row[name] for name in ("decode_speedup", "prompt_speedup", "tpot_ms", "ttft_ms", "bytes")},
             "dense": {name: parent[name] for name in ("tpot_ms", "ttft_ms", "bytes")},
@@ -200,6 +235,20 @@ def quality_of(root: Path, variant: Variant) -> tuple[Quality, dict[str, Any]]:
     """Return a variant's quality on the held-out windows beside its parent's, and what its stage wrote."""
     found = run_folder.read_json(root / folder_of(variant) / "quality" / "quality.json")
     return Quality.of(found, run_folder.read_json(root / frontier.ROOM / "dense" / "quality" / "quality.json")), found
+
+
+def time_products(context: Context) -> None:
+    """Time the products of the dense parent by how many of their inputs are kept."""
+    from moedge.convert.sources import open_model
+    from moedge.runtime.bench import products
+    from moedge.runtime.engines.calls import default_threads
+
+    params = context.params
+    model, threads = open_model(run_folder.dense(context.root)), params["threads"] or default_threads()
+    found = products.of_model(
+        model, params["target"], threads, linears=params["linears"], progress=context.progress
+    )
+    write_json(context.out / "costs.json", found)
 
 
 def profile(context: Context) -> None:

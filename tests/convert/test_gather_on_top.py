@@ -120,17 +120,22 @@ def test_a_share_beyond_what_the_experts_read_is_refused(
 
 
 def test_the_nearest_try_is_taken_and_not_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    tried: list[float] = []
+    """Where no level reads the share the search ends soon, on either side of the jump."""
+    last_is_beyond = set()
+    for jump in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6):
+        tried: list[float] = []
 
-    def read(model: Any, layers: Any, token_windows: Any) -> float:
-        tried.append(layers[0])
-        return 0.505 if layers[0] < 0.3 else 0.49  # nothing reads a half
+        def read(model: Any, layers: Any, token_windows: Any, jump: float = jump, tried: list[float] = tried) -> float:
+            tried.append(layers[0])
+            return 0.505 if layers[0] < jump else 0.49  # nothing reads a half
 
-    monkeypatch.setattr(levels, "read_share", read)
-    choice: Any = levels.Levels(make=lambda level: [level], expected=lambda level: 0.5 - level / 100)
-    layers, found = levels.fit(None, choice, np.zeros((1, 1)), 0.5)  # type: ignore[arg-type]
-    assert tried[-1] >= 0.3, "otherwise the last one would be the nearest"
-    assert (layers[0] < 0.3, found) == (True, 0.505)
+        monkeypatch.setattr(levels, "read_share", read)
+        choice: Any = levels.Levels(make=lambda level: [level], expected=lambda level: 0.5 - level / 100)
+        layers, found = levels.fit(None, choice, np.zeros((1, 1)), 0.5)  # type: ignore[arg-type]
+        assert (layers[0] < jump, found) == (True, 0.505)
+        assert len(tried) < levels.ROUNDS
+        last_is_beyond.add(tried[-1] >= jump)
+    assert last_is_beyond == {True, False}, "the last try is the nearest one in some of them, and not in others"
 
 
 def test_a_method_of_statistics_needs_the_windows_too(tiny_llama: Callable[..., Any], make_plan: Any) -> None:

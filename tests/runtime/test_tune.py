@@ -246,11 +246,26 @@ def test_a_speed_is_predicted_from_the_profile_and_what_came_out_is_said(
     """A tiny model is not faster for reading less: the command says so and exits with 1."""
     monkeypatch.setattr("moedge.runtime.tune.work.TRIES", 1)
     result = tune(home, "--speedup", "1.01", "--out", str(home / "speed"), "--json")
+    assert result.stdout, result.output
     found = json.loads(result.stdout)
     assert found["dense_decode"]["ffn_ms"] > 0
     assert found["tries"][0]["predicted"] == 1.01
     assert result.exit_code == (0 if found["reached"] else 1)
     assert found["reached"] == (found["decode_speedup"]["value"] >= 1.01)
+    assert found["weighed"] == "milliseconds"
+    timed = json.loads((home / "speed/tune/costs/costs.json").read_text(encoding="utf-8"))
+    assert (timed["schema"], timed["target"], timed["threads"]) == ("moedge.costs/1", "ort-cpu", 1)
+    assert MoEPlan.load(home / "speed/tuned/checkpoint").params["costs"] == timed["products"]
+
+
+def test_weights_are_weighed_where_that_is_asked_for(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moedge.runtime.tune.work.TRIES", 1)
+    result = tune(home, "--speedup", "1.01", "--weigh", "weights", "--out", str(home / "by-weights"), "--json")
+    assert json.loads(result.stdout)["weighed"] == "weights"
+    assert not (home / "by-weights/tune/costs").exists()
+    refused = tune(home, "--target", "openvino", "--speedup", "1.1", "--weigh", "milliseconds", "--out", str(home / "o"))
+    assert refused.exit_code == 2
+    assert "--weigh milliseconds times products on this machine, in ort-cpu, ort-cpu-int8" in refused.output
 
 
 # --- a device that is not here ---------------------------------------------------------------------------------------
