@@ -214,7 +214,7 @@ def _checked_gather(name: str, method: Method, given: Mapping[str, Any] | None) 
         raise MoEdgeError(f"{name}: gather: {method.no_gather}")
     wanted = checked(GatherParams, given, where=f"{name}: gather")
     if wanted.costs:
-        raise MoEdgeError(f"{name}: gather.costs are of products of the whole model, which the method gather alone has.")
+        raise MoEdgeError(f"{name}: gather.costs are of the whole model's products, which method gather alone has.")
     return wanted
 
 

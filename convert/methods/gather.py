@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from moedge.convert.gather import Ladder
 
 
-_JUMP = 0.1
-"""With costs a place may go from all of its values to many fewer at one price, so no level reads some shares."""
+_ANY = 1.0
+"""With costs a place may go from all of its values to many fewer at one price, so no price reads some shares."""
 
 
 def _products(value: Any) -> Any:
@@ -145,7 +145,7 @@ def on_top(
     choice = levels.Levels(
         make=lambda level: gather.with_cuts(layers, steps, cuts(level), params.ramp),
         expected=lambda level: gather.expected_share(layers, steps, cuts(level), hidden, width),
-        **({"tolerance": _JUMP} if params.costs else {}),
+        **({"tolerance": _ANY} if params.costs else {}),
     )
     made, found = levels.fit(model, choice, some, params.share, progress=lambda done, _: advance(before + done))
     advance(before + levels.ROUNDS)

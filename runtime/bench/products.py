@@ -144,7 +144,7 @@ class _Products:
             given = [(f"w{number}", np.roll(one.weights, number, axis=0))]
             given += [] if one.scales is None else [(f"s{number}", one.scales)]
             weights += [numpy_helper.from_array(value, key) for key, value in given]
-            sizes = {"bits": one.bits, "K": self._inputs, "N": one.outputs}
+            sizes: dict[str, Any] = {"bits": one.bits, "K": self._inputs, "N": one.outputs}
             read = ["x", "threshold", *(key for key, _ in given)]
             nodes.append(helper.make_node("GatherLinear", read, [name], domain=library.DOMAIN, **sizes))
         graph = helper.make_graph(

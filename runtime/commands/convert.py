@@ -91,10 +91,11 @@ def _write(recipe: Conversion, model: str, out: Path, *, force: bool) -> None:
         return
     with single("convert", f"{model} -> {out}") as reporter:
         write_checkpoint(recipe, out, force=force, check=check, progress=reporter.progress, note=reporter.note)
-    digest = run_folder.read_json(out / "plan.json")["sha256"]
-    Console().print(
-        escape(f"{out}: {stages.notation(recipe.convert.model_dump())}, plan {digest}"), highlight=False, soft_wrap=True
-    )
+    plan = run_folder.read_json(out / "plan.json")
+    read = plan["provenance"].get("gather")
+    measured = f", measured to read {read['share']:.1%}" if read else ""
+    said = f"{out}: {stages.notation(recipe.convert.model_dump())}{measured}, plan {plan['sha256']}"
+    Console().print(escape(said), highlight=False, soft_wrap=True)
 
 
 _WHERE = "moedge convert"

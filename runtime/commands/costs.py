@@ -45,8 +45,13 @@ def costs(
     spare(out, (model,))
     found = sources.resolve(model)
     with single("costs", f"{found.label} -> {out}") as reporter:
-        opened = sources.open_model(found.folder)
-        result = products.of_model(opened, target, threads or default_threads(), rounds=rounds, progress=reporter.progress)
+        result = products.of_model(
+            sources.open_model(found.folder),
+            target,
+            threads or default_threads(),
+            rounds=rounds,
+            progress=reporter.progress,
+        )
     write_json(out, {**result, "model": found.label})
     _show(result, Console())
 

@@ -63,8 +63,8 @@ def tune(
     weigh: Annotated[
         Literal["milliseconds", "weights"] | None,
         typer.Option(
-            help="What KL is weighed against in each product: milliseconds, timed here (default for a speed on a target "
-            "with operators of ours), or weights that are read."
+            help="What KL is weighed against in each product: milliseconds, timed here (default for a speed on a "
+            "target with operators of ours), or weights that are read."
         ),
     ] = None,
     device_result: Annotated[

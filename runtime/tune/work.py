@@ -245,9 +245,7 @@ def time_products(context: Context) -> None:
 
     params = context.params
     model, threads = open_model(run_folder.dense(context.root)), params["threads"] or default_threads()
-    found = products.of_model(
-        model, params["target"], threads, linears=params["linears"], progress=context.progress
-    )
+    found = products.of_model(model, params["target"], threads, linears=params["linears"], progress=context.progress)
     write_json(context.out / "costs.json", found)
 
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
+
 from moedge import MoEdgeError
 from moedge.convert.plan import MoEPlan
 from moedge.export.ort_ops import library
 from moedge.runtime.bench import products
 from moedge.runtime.cli import app
-from typer.testing import CliRunner
 
 
 @pytest.fixture(scope="module")

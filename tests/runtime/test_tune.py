@@ -263,7 +263,8 @@ def test_weights_are_weighed_where_that_is_asked_for(home: Path, monkeypatch: py
     result = tune(home, "--speedup", "1.01", "--weigh", "weights", "--out", str(home / "by-weights"), "--json")
     assert json.loads(result.stdout)["weighed"] == "weights"
     assert not (home / "by-weights/tune/costs").exists()
-    refused = tune(home, "--target", "openvino", "--speedup", "1.1", "--weigh", "milliseconds", "--out", str(home / "o"))
+    options = ("--target", "openvino", "--speedup", "1.1", "--weigh", "milliseconds", "--out", str(home / "o"))
+    refused = tune(home, *options)
     assert refused.exit_code == 2
     assert "--weigh milliseconds times products on this machine, in ort-cpu, ort-cpu-int8" in refused.output
 
