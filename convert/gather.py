@@ -26,6 +26,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -95,7 +96,7 @@ class Ladder:
         """Return the share of the values whose score * |value| is above ``cut``."""
         return 1 - float(np.interp(cut, self.steps, _QUANTILES))
 
-    @property
+    @cached_property
     def lost(self) -> np.ndarray:
         """Return the estimated KL of leaving out the smallest values, by quantile: half of their squares' mean."""
         squares = self.steps**2

@@ -61,12 +61,11 @@ def tune(
         ),
     ] = None,
     weigh: Annotated[
-        Literal["milliseconds", "weights"] | None,
+        Literal["weights", "milliseconds"],
         typer.Option(
-            help="What KL is weighed against in each product: milliseconds, timed here (default for a speed on a "
-            "target with operators of ours), or weights that are read."
+            help="What KL is weighed against in each product: weights that are read, or milliseconds timed here."
         ),
-    ] = None,
+    ] = "weights",
     device_result: Annotated[
         Path | None, typer.Option(help="bench-result.json of that device with the dense parent's times.")
     ] = None,
@@ -82,7 +81,8 @@ def tune(
     Examples:
       moedge tune asset:smollm2-135m-instruct --target ort-cpu-int8 --speedup 1.3
       moedge tune ./my-llama --target ort-cpu --max-ratio 1.05 --out runs/tuned
-      moedge tune ./my-llama --target ort-cpu-int8 --max-kl 0.1 --weigh milliseconds --recipe my-recipe.yaml
+      moedge tune ./my-llama --max-kl 0.1 --recipe my-recipe.yaml
+      moedge tune ./my-llama --target ort-cpu-int8 --speedup 1.2 --weigh milliseconds
       moedge tune ./my-llama --max-ms 15 --for jetson-agx-thor
     """
     from moedge.runtime.tune.device import DeviceTuning
@@ -91,7 +91,7 @@ def tune(
     goal = _goal(speedup=speedup, ms=max_ms, kl=max_kl, ratio=max_ratio)
     device, timed = _device(profile, device_result)
     target = _target(target, device)
-    timed_here = _times_products(weigh, goal, target, device)
+    timed_here = _times_products(weigh, target, device)
     base = _sections(recipe, positions(model))
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name).strip("-._") or "model"
     name = _folder(slug, target, device, goal)
@@ -170,21 +170,17 @@ def _target(name: str | None, device: Device | None) -> str:
     return found
 
 
-def _times_products(weigh: str | None, goal: Goal, target: str, device: Device | None) -> bool:
+def _times_products(weigh: str, target: str, device: Device | None) -> bool:
     """Return whether KL is weighed against milliseconds of products, which are timed here.
 
     Raises:
         MoEdgeError: that is asked for, and the target has no operators of ours on this machine.
     """
-    from moedge.export.lowering.ort.gathered import refusal
-
-    possible = device is None and targets.find(target).own_operators
-    if weigh == "milliseconds" and not possible:
+    wanted = weigh == "milliseconds"
+    if wanted and (device is not None or not targets.find(target).own_operators):
         names = ", ".join(targets.names(lambda row: row.own_operators))
         raise MoEdgeError(f"--weigh milliseconds times products on this machine, in {names} alone; take one of them.")
-    if weigh is not None or not (possible and goal.of_speed):
-        return weigh == "milliseconds"
-    return refusal(None) is None  # a compiler for them
+    return wanted
 
 
 def _goal(**given: float | None) -> Goal:

@@ -252,17 +252,25 @@ def test_a_speed_is_predicted_from_the_profile_and_what_came_out_is_said(
     assert found["tries"][0]["predicted"] == 1.01
     assert result.exit_code == (0 if found["reached"] else 1)
     assert found["reached"] == (found["decode_speedup"]["value"] >= 1.01)
-    assert found["weighed"] == "milliseconds"
-    timed = json.loads((home / "speed/tune/costs/costs.json").read_text(encoding="utf-8"))
-    assert (timed["schema"], timed["target"], timed["threads"]) == ("moedge.costs/1", "ort-cpu", 1)
-    assert MoEPlan.load(home / "speed/tuned/checkpoint").params["costs"] == timed["products"]
+    assert found["weighed"] == "weights"
+    assert not (home / "speed/tune/costs").exists()
 
 
-def test_weights_are_weighed_where_that_is_asked_for(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_milliseconds_are_timed_and_weighed_where_that_is_asked_for(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("moedge.runtime.tune.work.TRIES", 1)
-    result = tune(home, "--speedup", "1.01", "--weigh", "weights", "--out", str(home / "by-weights"), "--json")
-    assert json.loads(result.stdout)["weighed"] == "weights"
-    assert not (home / "by-weights/tune/costs").exists()
+    result = tune(home, "--max-kl", "1", "--weigh", "milliseconds", "--out", str(home / "timed"))
+    assert result.exit_code in (0, 1), result.output
+    assert "KL was weighed against milliseconds" in result.stdout
+    found = json.loads((home / "timed/tune.json").read_text(encoding="utf-8"))
+    assert found["weighed"] == "milliseconds"
+    timed = json.loads((home / "timed/tune/costs/costs.json").read_text(encoding="utf-8"))
+    assert (timed["schema"], timed["target"], timed["threads"]) == ("moedge.costs/1", "ort-cpu", 1)
+    assert MoEPlan.load(home / "timed/tuned/checkpoint").params["costs"] == timed["products"]
+
+
+def test_milliseconds_of_a_target_without_operators_of_ours_are_refused(home: Path) -> None:
     options = ("--target", "openvino", "--speedup", "1.1", "--weigh", "milliseconds", "--out", str(home / "o"))
     refused = tune(home, *options)
     assert refused.exit_code == 2
