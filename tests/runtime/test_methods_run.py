@@ -171,7 +171,7 @@ def test_a_gather_on_top_goes_through_convert_evaluate_and_inspect(home: Path, t
     said = moedge("convert", model, out, *arguments, *settings).stdout
     assert "cmoe S2A4E8, gather 0.5, plan" in said
     facts = json.loads(moedge("inspect", out, "--json").stdout)
-    expected = {"share": 0.5, "linears": "all", "scores": "norms", "score_tokens": 4096, "ramp": 0.1}
+    expected = {"share": 0.5, "linears": "all", "scores": "norms", "score_tokens": 4096, "costs": [], "ramp": 0.1}
     assert facts["params"]["gather"] == expected
     assert facts["ffn_read_share"] == pytest.approx(0.5, abs=0.003)
     *others, last = (layer["thresholds of"] for layer in facts["layers"])
