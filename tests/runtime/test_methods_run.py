@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,7 +170,9 @@ def test_a_gather_on_top_goes_through_convert_evaluate_and_inspect(home: Path, t
     arguments = ["--text", home / "text.txt", "--windows", 4, "--length", 64, "--shared", 2, "--active", 4]
     settings = ["--experts", 8, "--set", "gather.share=.5", "--set", "gather.scores=norms"]
     said = moedge("convert", model, out, *arguments, *settings).stdout
-    assert "cmoe S2A4E8, gather 0.5, plan" in said
+    measured = re.search(r"cmoe S2A4E8, gather 0\.5, measured to read (\d+\.\d)%, plan [0-9a-f]{64}", said)
+    assert measured
+    assert float(measured[1]) == pytest.approx(50, abs=0.3)
     facts = json.loads(moedge("inspect", out, "--json").stdout)
     expected = {"share": 0.5, "linears": "all", "scores": "norms", "score_tokens": 4096, "costs": [], "ramp": 0.1}
     assert facts["params"]["gather"] == expected
