@@ -81,17 +81,16 @@ def cuts(steps: list[Ladder], products: Sequence[Product], level: float) -> list
     Raises:
         MoEdgeError: a place has a product of a size that was not measured.
     """
-    curves = {(one.inputs, one.outputs): one for one in products}
+    kept = 1 - np.linspace(0, 1, len(steps[0].steps))
+    times = {(one.inputs, one.outputs): one.at(kept) for one in products}
     found = []
     for one in steps:
         place = one.place
-        curve = curves.get((place.inputs, place.weights))
-        if curve is None:
+        ms = times.get((place.inputs, place.weights))
+        if ms is None:
             raise MoEdgeError(
                 f"costs: no product of {place.inputs} inputs and {place.weights} outputs was measured, which layer "
                 f"{place.layer} has ({place.place}); measure this model's with moedge costs."
             )
-        left_out = np.linspace(0, 1, len(one.steps))
-        worth = one.lost + level**2 / 2 * curve.at(1 - left_out)
-        found.append(float(one.steps[np.argmin(worth)]))
+        found.append(float(one.steps[np.argmin(one.lost + level**2 / 2 * ms)]))
     return found

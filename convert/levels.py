@@ -32,6 +32,8 @@ _WIDEST = 40.0
 _HALVED, _NARROWEST = 6, 5e-3
 """From this round on the levels between which the share lies are halved, and none is tried between two so near to each
 other: what is read makes a jump there, as a smooth one would change by less than the precision."""
+TOLERANCE = 10 * _PRECISION
+"""How far the nearest share may lie from what was asked for, where what is read makes no jumps."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Levels:
 
     make: Callable[[float], list[LayerPlan]]
     expected: Callable[[float], float]
-    tolerance: float = 10 * _PRECISION
+    tolerance: float = TOLERANCE
 
 
 def fit(

@@ -53,7 +53,6 @@ class GatherParams(BaseModel):
     in pieces of at most 512."""
     ramp: float = Field(default=RAMP, ge=SMALLEST_RAMP, le=10, allow_inf_nan=False)
     """A value grows from 0 at its threshold t to its own at (1 + ramp) t, so that rounding turns no decision."""
-
     costs: Annotated[list[Product], BeforeValidator(_products)] = []
     """What products of the model take by how many of their inputs are kept: a file of ``moedge costs``, whose products
     are stored here. One price, KL for each millisecond, then decides in place of KL for each weight. ``share`` stays
@@ -145,7 +144,7 @@ def on_top(
     choice = levels.Levels(
         make=lambda level: gather.with_cuts(layers, steps, cuts(level), params.ramp),
         expected=lambda level: gather.expected_share(layers, steps, cuts(level), hidden, width),
-        **({"tolerance": _ANY} if params.costs else {}),
+        tolerance=_ANY if params.costs else levels.TOLERANCE,
     )
     made, found = levels.fit(model, choice, some, params.share, progress=lambda done, _: advance(before + done))
     advance(before + levels.ROUNDS)

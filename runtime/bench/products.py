@@ -25,6 +25,7 @@ from moedge.export import targets
 from moedge.export.ort_ops import library, pack
 from moedge.export.quantize import format as quantize
 from moedge.runtime.bench.machine import machine
+from moedge.runtime.engines.calls import default_threads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,7 +83,7 @@ def _orders(rounds: int) -> Iterator[list[int]]:
 def of_model(
     model: PreTrainedModel,
     target: str,
-    threads: int,
+    threads: int | None,
     *,
     linears: Literal["all", "ffn"] = "all",
     rounds: int = ROUNDS,
@@ -93,6 +94,7 @@ def of_model(
     Args:
         model: nothing but the sizes of its layers is read.
         target: one that has operators of ours (``own_operators``).
+        threads: of ONNX Runtime; None: all physical cores.
         linears: as :func:`moedge.convert.gather.places` has it.
         rounds: see :func:`measure`.
 
@@ -108,6 +110,7 @@ def of_model(
     if not row.own_operators:
         names = ", ".join(targets.names(lambda one: one.own_operators))
         raise MoEdgeError(f"Products of target {target} cannot be timed here; take one of {names}.")
+    threads = threads or default_threads()
     sizes = costs.sizes(gather.places(model, linears))
     found = measure(sizes, row.bits or 32, threads, rounds=rounds, progress=progress)
     products = [one.model_dump(mode="json") for one in found]

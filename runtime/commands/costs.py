@@ -37,7 +37,6 @@ def costs(
     """
     from moedge.convert import sources
     from moedge.runtime.bench import products
-    from moedge.runtime.engines.calls import default_threads
 
     if out.exists() and not force:
         raise MoEdgeError(f"{out} exists; give another name, or --force.")
@@ -45,13 +44,8 @@ def costs(
     spare(out, (model,))
     found = sources.resolve(model)
     with single("costs", f"{found.label} -> {out}") as reporter:
-        result = products.of_model(
-            sources.open_model(found.folder),
-            target,
-            threads or default_threads(),
-            rounds=rounds,
-            progress=reporter.progress,
-        )
+        opened = sources.open_model(found.folder)
+        result = products.of_model(opened, target, threads, rounds=rounds, progress=reporter.progress)
     write_json(out, {**result, "model": found.label})
     _show(result, Console())
 
@@ -59,12 +53,13 @@ def costs(
 def _show(result: dict[str, Any], console: Console) -> None:
     """Print microseconds with all inputs, and what a few shares take of them."""
     sheet = Sheet(title=f"{result['target']}, {result['threads']} threads: time by share of the inputs that are kept")
-    shown = [place for place, kept in enumerate(result["products"][0]["kept"]) if round(10 * kept) % 2 == 0]
+    kept = result["products"][0]["kept"]
+    shown = [place for place, share in enumerate(kept[:-1]) if round(10 * share) % 2 == 0]
     sheet.add_column("inputs x outputs")
     sheet.add_column("all, us", justify="right")
-    for place in shown[:-1]:
-        sheet.add_column(f"{result['products'][0]['kept'][place]:.0%}", justify="right")
+    for place in shown:
+        sheet.add_column(f"{kept[place]:.0%}", justify="right")
     for one in result["products"]:
-        parts = [f"{one['ms'][place] / one['ms'][-1]:.2f}" for place in shown[:-1]]
+        parts = [f"{one['ms'][place] / one['ms'][-1]:.2f}" for place in shown]
         sheet.add_row(f"{one['inputs']} x {one['outputs']}", f"{1e3 * one['ms'][-1]:.1f}", *parts)
     console.print(sheet)

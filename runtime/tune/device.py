@@ -235,7 +235,7 @@ class DeviceTuning(Tuning):
 
     def _costs(self) -> Costs:
         recipe = self._at(FIRST_SHARE)
-        self._do(recipe, [stage for stage in frontier.build(recipe, self.machine) if stage.name == "source"])
+        self._do(recipe, self._only(recipe, "source"))
         work = Work(context=sum(recipe.frontier_lengths()), prompt=recipe.frontier_lengths()[0])
         return Costs.of(run_folder.dense(self.root), self.device, self.target, work, self.timed)
 

@@ -105,8 +105,7 @@ class Tuning:
             libraries=("torch", "transformers", *RUNS),
         )
         recipe = self._at(FIRST_SHARE)
-        source = [one for one in frontier.build(recipe, self.machine) if one.name == "source"]
-        self._do(recipe, [*source, stage])
+        self._do(recipe, [*self._only(recipe, "source"), stage])
         found = costs.read(self.root / stage.name / "costs.json")
         value = self.recipe.model_dump(mode="json")
         value["convert"] = {**gather, "costs": found}
@@ -124,6 +123,10 @@ class Tuning:
         value["frontier"] |= {"targets": [self.bundle], "variants": [one], "speedup": level, "batches": [1]}
         return recipe_from(value, where="moedge tune")
 
+    def _only(self, recipe: Recipe, *names: str) -> list[Stage]:
+        """Some of the stages of a recipe's frontier."""
+        return [stage for stage in frontier.build(recipe, self.machine) if stage.name in names]
+
     def _do(self, recipe: Recipe, todo: Sequence[Stage]) -> None:
         record = {"schema": run_folder.RUN_SCHEMA, "recipe": recipe.model_dump()}
         execute(list(todo), self.root, self.reporter, record=record)
@@ -131,7 +134,7 @@ class Tuning:
     def _profiled(self) -> dict[str, float]:
         """Milliseconds of a decode step of the dense parent, and of the FFNs in it."""
         recipe = self._at(FIRST_SHARE)
-        needed = [stage for stage in frontier.build(recipe, self.machine) if stage.name in ("source", "export-dense")]
+        needed = self._only(recipe, "source", "export-dense")
         facts, bench = Facts(recipe, self.machine), recipe.bench
         params = {
             **{"target": self.target, "prompt": recipe.frontier_lengths()[0], "decode": recipe.frontier_lengths()[1]},
@@ -241,11 +244,10 @@ def time_products(context: Context) -> None:
     """Time the products of the dense parent by how many of their inputs are kept."""
     from moedge.convert.sources import open_model
     from moedge.runtime.bench import products
-    from moedge.runtime.engines.calls import default_threads
 
-    params = context.params
-    model, threads = open_model(run_folder.dense(context.root)), params["threads"] or default_threads()
-    found = products.of_model(model, params["target"], threads, linears=params["linears"], progress=context.progress)
+    target, threads, linears = (context.params[name] for name in ("target", "threads", "linears"))
+    model = open_model(run_folder.dense(context.root))
+    found = products.of_model(model, target, threads, linears=linears, progress=context.progress)
     write_json(context.out / "costs.json", found)
 
 
